@@ -1,0 +1,163 @@
+"""The project's tasks: `nox -l` lists them, `nox -s NAME -- ARGS` runs one with arguments."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.11.12"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.download_python = "never"
+# One of the Pythons is enough, and nox lists those it skipped; its own default with CI set is to
+# fail.
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["lint", "types", "tests"]
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("pdcore", "pdcore_backends", "pdcore_adapters", "pdcore_conformance")
+
+# What runs nox is tested too, whatever it is: "skipped" is never all that happens.
+PYTHONS = ["3.11", "3.12", "3.13"]
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+if sys.version_info < (3, 11):
+    sys.exit(f"pdcore needs Python 3.11 or newer, but this nox runs on Python {RUNNING}")
+if RUNNING not in PYTHONS:
+    PYTHONS.append(RUNNING)
+
+# The PyTorch and JAX releases in constraints/ were chosen for this one.
+FRAMEWORKS_PYTHON = "3.11"
+NUMPY_ONLY = "not torch and not jax"
+
+# pyenv's own commands answer only for the versions that are active here; nox may use every
+# installed one. At the end of the path they hide nothing.
+if pyenv_root := os.environ.get("PYENV_ROOT"):
+    installed = sorted(str(folder) for folder in Path(pyenv_root).glob("versions/3.*/bin"))
+    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *installed])
+
+
+def pinned(*names: str) -> list[str]:
+    """Return pip's options for these files of constraints/."""
+    return [f"--constraint={ROOT / 'constraints' / name}.txt" for name in names]
+
+
+def install_for_tests(
+    session: nox.Session, *project: str, root: Path = ROOT, pins: str = "tests"
+) -> None:
+    """Install `project`, the test tools and the third-party distribution of the tests."""
+    session.install(*pinned(pins), *project, "array-api-strict", "pytest-xdist")
+    # Without dependencies: its pdcore is the one just installed, not one from an index.
+    session.install("--no-deps", str(root / "tests" / "example_plugin"))
+
+
+def run_tests(session: nox.Session, *arguments: str) -> None:
+    """Run pytest on two cores; a module's tests stay together, with what they share."""
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *arguments, *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the main job on real data (`pdcore demo`)."""
+    session.install(*pinned("cli"), ".[cli]")
+    session.run("pdcore", "demo", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """Run the tests, on NumPy and array-api-strict."""
+    install_for_tests(session, "-e", ".[cli,conformance]")
+    run_tests(session, "-m", NUMPY_ONLY)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_torch(session: nox.Session) -> None:
+    """Run the tests that need PyTorch (CPU)."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    install_for_tests(session, "-e", ".[cli,conformance,torch]", pins="torch")
+    session.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
+    run_tests(session, "-m", "torch")
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_jax(session: nox.Session) -> None:
+    """Run the tests that need JAX (CPU)."""
+    install_for_tests(session, "-e", ".[cli,conformance,jax]", pins="jax")
+    session.run("python", "-c", "import jax; print('JAX', jax.__version__)")
+    run_tests(session, "-m", "jax")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and likely mistakes (ruff)."""
+    session.install(*pinned("tools"), "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the type annotations (mypy, strict)."""
+    session.install(*pinned("tests", "tools"), "-e", ".[cli,conformance]", "mypy")
+    session.run("mypy", *session.posargs)
+
+
+IMPORTED_FROM_ENVIRONMENT = f"""
+import importlib, sys
+for name in {PACKAGES}:
+    path = importlib.import_module(name).__file__
+    assert path.startswith(sys.prefix), f"{{name}} comes from {{path}}, not from the wheel"
+"""
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, check its top-level names, run the tests on it installed."""
+    session.install(*pinned("tools"), "build")
+    # Outside the checkout, with the tests from the source archive: nothing of the checkout can be
+    # imported by accident, and a file that the archive lacks is missed.
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "build", "--outdir", folder)
+        [archive] = Path(folder).glob("pdcore-*.tar.gz")
+        [built] = Path(folder).glob("pdcore-*.whl")
+
+        expected = {*PACKAGES, f"{'-'.join(built.name.split('-')[:2])}.dist-info"}
+        with zipfile.ZipFile(built) as contents:
+            names = set(contents.namelist())
+        found = {name.partition("/")[0] for name in names}
+        if found != expected:
+            session.error(f"top level of {built.name}: {sorted(found)}, not {sorted(expected)}")
+        untyped = [package for package in PACKAGES if f"{package}/py.typed" not in names]
+        if untyped:
+            session.error(f"{built.name} has no py.typed in {untyped}")
+        session.log(f"top level of {built.name}: {sorted(found)}")
+
+        shutil.unpack_archive(archive, folder, filter="data")
+        source = Path(folder, archive.name.removesuffix(".tar.gz"))
+        for root in ("pdcore", "backends", "adapters", "conformance"):
+            shutil.rmtree(source / root)
+
+        install_for_tests(session, f"{built}[cli,conformance]", root=source)
+        with session.chdir(source):
+            session.run("python", "-c", IMPORTED_FROM_ENVIRONMENT)
+            run_tests(session, "-m", NUMPY_ONLY)
+
+
+@nox.session
+def docs_examples(session: nox.Session) -> None:
+    """Run the Python examples of the README, docs/ and the docstrings."""
+    session.install(*pinned("tests"), "-e", ".[cli,conformance]")
+    session.run("pytest", "tests/test_docs_examples.py", "-m", NUMPY_ONLY, *session.posargs)
+    session.run("pytest", "--doctest-modules", "pdcore", "backends/pdcore_backends")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the NumPy backend (`pdcore bench --backend numpy`)."""
+    session.install(*pinned("tests"), ".[cli,conformance]")
+    session.run("pdcore", "bench", "--backend", "numpy", *session.posargs)
