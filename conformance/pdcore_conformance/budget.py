@@ -1,0 +1,219 @@
+"""The error that a backend is allowed, from the oracle and never from the backend.
+
+Per sequence and head, and for each output (out, lse, each gradient), an honest computation may
+differ from the oracle by
+
+    F * (max|low - oracle| + eps(dtype) * max|oracle|)
+
+where the oracle is the reference in a wider dtype, `low` the reference in the tested dtype, and F
+is 10 for float32 and float64, 2 for 16 bit. So an ill-conditioned case widens its own budget by
+what the dtype really costs there, and nothing else can widen it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pdcore.reference import reference_attention
+
+__all__ = ["FACTORS", "Expected", "Verdict", "expect", "judge", "judge_array"]
+
+Array = np.ndarray[Any, Any]
+
+#: F by tested dtype.
+FACTORS: Mapping[str, float] = {"float16": 2.0, "bfloat16": 2.0, "float32": 10.0, "float64": 10.0}
+
+#: The spacing of 1 by tested dtype; NumPy itself does not know bfloat16's.
+EPS: Mapping[str, float] = {
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+    "float32": 2.0**-23,
+    "float64": 2.0**-52,
+}
+
+
+class Expected(NamedTuple):
+    """What a call should give.
+
+    Attributes
+    ----------
+    dtype : str
+        The tested dtype, of q, k and v.
+    oracle : mapping of str to array
+        Outputs of the reference in float64, or in longdouble for float64.
+    low : mapping of str to array
+        Outputs of the reference in the tested dtype.
+    """
+
+    dtype: str
+    oracle: Mapping[str, Array]
+    low: Mapping[str, Array]
+
+
+class Verdict(NamedTuple):
+    """How one output did, at the sequence and head where it did worst.
+
+    Attributes
+    ----------
+    ratio : float
+        Error over budget: up to 1 is honest; inf for a NaN or an inf in a wrong place.
+    error, budget : float
+        Of that sequence and head.
+    head : tuple of int
+        Its index into the leading axes of the output.
+    """
+
+    ratio: float
+    error: float
+    budget: float
+    head: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within its budget."""
+        return self.ratio <= 1.0
+
+    def __str__(self) -> str:
+        return (f"error {self.error:.3g} is {self.ratio:.3g} of its budget {self.budget:.3g} "
+                f"at {self.head}")  # fmt: skip
+
+
+def expect(q: Any, k: Any, v: Any, spec: Any = "softmax", **call: Any) -> Expected:
+    """Run the oracle and the reference in the tested dtype.
+
+    Parameters
+    ----------
+    q, k, v : array
+        NumPy arrays, float16, bfloat16 (by ml_dtypes), float32 or float64.
+    spec : str or AttentionSpec
+        What to compute.
+    **call
+        `mask`, `key_mask`, `bias`, `offset` and `params` as in `pdcore.attention`.
+
+    Returns
+    -------
+    Expected
+        Of ``out`` (*B, Hq, N, Dv) and ``lse`` (*B, Hq, N).
+    """
+    dtype = str(q.dtype)
+    wide = np.longdouble if dtype == "float64" else np.float64
+    rounding = {"round_intermediates": q.dtype} if EPS[dtype] > EPS["float32"] else {}
+    oracle = reference_attention(
+        q.astype(wide), k.astype(wide), v.astype(wide), spec, return_lse=True,
+        **{name: _widened(value, wide) for name, value in call.items()},
+    )  # fmt: skip
+    low = reference_attention(q, k, v, spec, return_lse=True, **call, **rounding)
+    names = ("out", "lse")
+    return Expected(
+        dtype, dict(zip(names, oracle, strict=True)), dict(zip(names, low, strict=True))
+    )
+
+
+def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
+    """Judge the outputs of a call.
+
+    Parameters
+    ----------
+    got : mapping of str to array
+        ``out``, ``lse`` or both, as the backend gave them, in NumPy.
+    expected : Expected
+        See `expect`.
+
+    Returns
+    -------
+    dict of str to Verdict
+
+    Raises
+    ------
+    TypeError, ValueError
+        When an output has another dtype or shape than the reference's: that is no matter of
+        rounding.
+    """
+    return {
+        name: judge_array(
+            value,
+            expected.oracle[name],
+            expected.low[name],
+            dtype=expected.dtype,
+            axes=1 if name == "lse" else 2,
+            name=name,
+        )
+        for name, value in got.items()
+    }
+
+
+def judge_array(
+    got: Any, oracle: Array, low: Array, *, dtype: str, axes: int = 2, name: str = "out"
+) -> Verdict:
+    """Judge one output.
+
+    Parameters
+    ----------
+    got : array
+        The output under test.
+    oracle, low : array
+        Of its shape; `low` has its dtype too.
+    dtype : str
+        The tested dtype.
+    axes : int
+        How many trailing axes belong to one head: 2 for out and the gradients of q, k and v, 1
+        for lse. Each index of the others has a budget of its own.
+    name : str
+        Of the output, for messages.
+
+    Returns
+    -------
+    Verdict
+
+    Notes
+    -----
+    Where the oracle, rounded to the output's dtype, is NaN or infinite, the output must be the
+    same; a NaN or inf anywhere else is an infinite error. Such entries, and entries where `low`
+    overflows, are left out of the maxima, so they never widen a budget.
+    """
+    got = np.asarray(got)
+    if got.dtype != low.dtype:
+        raise TypeError(f"{name}: got dtype {got.dtype}, expected {low.dtype}")
+    if got.shape != oracle.shape:
+        raise ValueError(f"{name}: got shape {got.shape}, expected {oracle.shape}")
+    lead = got.shape[: got.ndim - axes]
+    if not got.size:
+        return Verdict(0.0, 0.0, 0.0, (0,) * len(lead))
+    wide = oracle.dtype
+    with np.errstate(all="ignore"):
+        rounded = oracle.astype(low.dtype).astype(wide)
+        value = got.astype(wide)
+        finite = np.isfinite(rounded)
+        same = (value == rounded) | (np.isnan(value) & np.isnan(rounded))
+        error = np.where(finite, abs(value - oracle), np.where(same, 0.0, np.inf))
+        error = np.where(np.isnan(error), np.inf, error)
+        cost = abs(low.astype(wide) - oracle)
+    usable = finite & np.isfinite(cost)
+    trailing = tuple(range(len(lead), got.ndim))
+    most = np.max(error, axis=trailing)
+    budget = FACTORS[dtype] * (
+        np.max(np.where(usable, cost, 0.0), axis=trailing)
+        + EPS[dtype] * np.max(np.where(finite, abs(oracle), 0.0), axis=trailing)
+    )
+    ratio = np.where(most == 0.0, 0.0, np.inf)
+    np.divide(most, budget, out=ratio, where=budget > 0.0, casting="unsafe")
+    worst = np.unravel_index(int(np.argmax(ratio)), lead) if lead else ()
+    head = tuple(int(i) for i in worst)
+    return Verdict(float(ratio[head]), float(most[head]), float(budget[head]), head)
+
+
+def worst(verdicts: Mapping[str, Verdict]) -> float:
+    """Give the largest error over budget of some outputs, 0 for none."""
+    return max((verdict.ratio for verdict in verdicts.values()), default=0.0)
+
+
+def _widened(value: Any, wide: Any) -> Any:
+    """Cast floating arrays of a call, `params` included; masks and offsets stay."""
+    if isinstance(value, Mapping):
+        return {name: _widened(entry, wide) for name, entry in value.items()}
+    if getattr(value, "dtype", None) is None or str(value.dtype) not in EPS:
+        return value
+    return value.astype(wide)
