@@ -1,0 +1,1 @@
+"""The backends that pdcore brings along, one package each."""

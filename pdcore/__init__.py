@@ -1,0 +1,90 @@
+"""Attention derived from support vector regression, on any array library.
+
+An attention is a choice of kernel, normalization and head scaling. Write it once as a spec and
+run it on the backend of your arrays:
+
+>>> import numpy as np, pdcore
+>>> q = k = v = np.ones((1, 4, 6, 8), dtype=np.float32)
+>>> pdcore.attention(q, k, v, "bn+sh(1,1,2,2)").shape
+(1, 4, 6, 8)
+"""
+
+from __future__ import annotations
+
+from .attention import (
+    BoundAttention,
+    attention,
+    attention_vjp,
+    attention_weights,
+    bind,
+    explain,
+)
+from .backend import SPEC_VERSION, Backend, BackendInfo
+from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
+from .heads import HeadScaling
+from .hookspecs import hookimpl
+from .kernels import (
+    Cosine,
+    Elu,
+    Exponential,
+    FeatureMap,
+    Gaussian,
+    Kernel,
+    Parameter,
+    PointwiseKernel,
+    Polynomial,
+    RandomFeatures,
+    Relu,
+)
+from .normalization import Batch, Identity, Normalization
+from .plugins import register_backend
+from .selection import use_backend
+from .spec import PRESETS, AttentionSpec, parse
+from .statistics import KeySet, Moments, Statistics
+from .support import Support
+from .vocabulary import register_kernel, register_normalization
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "SPEC_VERSION",
+    "AttentionSpec",
+    "Backend",
+    "BackendInfo",
+    "Batch",
+    "BoundAttention",
+    "Cosine",
+    "Elu",
+    "Exponential",
+    "FeatureMap",
+    "Gaussian",
+    "HeadScaling",
+    "Identity",
+    "Kernel",
+    "KeySet",
+    "Moments",
+    "NoBackendError",
+    "Normalization",
+    "Parameter",
+    "PluginError",
+    "PointwiseKernel",
+    "Polynomial",
+    "RandomFeatures",
+    "Relu",
+    "SpecError",
+    "Statistics",
+    "Support",
+    "UnsupportedError",
+    "attention",
+    "attention_vjp",
+    "attention_weights",
+    "bind",
+    "explain",
+    "hookimpl",
+    "parse",
+    "register_backend",
+    "register_kernel",
+    "register_normalization",
+    "use_backend",
+]

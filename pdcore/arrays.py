@@ -1,0 +1,83 @@
+"""Whose array is this: library, dtype and device by name, without importing a framework."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+__all__ = ["device_name", "dtype_name", "library_of"]
+
+# Import names of array libraries whose array types live in another top-level module.
+_ROOTS = {"jaxlib": "jax"}
+_LIBRARIES: dict[type, str] = {}
+_DTYPES: dict[Any, str] = {}
+
+
+def library_of(x: Any, name: str) -> str:
+    """Give the import name of the library that an array belongs to.
+
+    Parameters
+    ----------
+    x : array
+        An argument of the call.
+    name : str
+        The argument's name, for the error.
+
+    Raises
+    ------
+    TypeError
+        When `x` is no array, or one with a mask or matrix semantics of its own.
+    """
+    kind = type(x)
+    library = _LIBRARIES.get(kind)
+    if library is None:
+        library = _library(x, kind, name)
+        _LIBRARIES[kind] = library
+    return library
+
+
+def _library(x: Any, kind: type, name: str) -> str:
+    if isinstance(x, (np.ma.MaskedArray, np.matrix)):
+        raise TypeError(f"{name}: got {kind.__name__}, whose semantics would be lost; pass a plain "
+                        "numpy.ndarray (and masked keys as key_mask)")  # fmt: skip
+    roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    roots = [_ROOTS.get(root, root) for root in roots if root != "builtins"]
+    if not roots or not (hasattr(x, "shape") and hasattr(x, "dtype")) or np.isscalar(x):
+        raise TypeError(
+            f"{name}: got {kind.__module__}.{kind.__qualname__}, expected an array of NumPy, "
+            "PyTorch, JAX, CuPy or of a registered backend's library; convert it first, for "
+            f"example by numpy.asarray({name})"
+        )
+    if kind is np.memmap:
+        return "numpy"
+    return roots[0]
+
+
+def dtype_name(x: Any) -> str:
+    """Give an array's dtype as ``"float32"``, ``"bfloat16"``, ``"bool"`` and so on."""
+    dtype = x.dtype
+    name = _DTYPES.get(dtype)
+    if name is None:
+        name = str(dtype).rpartition(".")[2]
+        _DTYPES[dtype] = name
+    return name
+
+
+def device_name(x: Any, library: str) -> str:
+    """Give an array's device as ``"cpu"`` or ``"cuda:0"``."""
+    if library == "numpy":
+        return "cpu"
+    if library == "jax":
+        try:
+            device = next(iter(x.devices()))
+        except Exception:  # a tracer has no devices; the compiled function decides
+            return "cpu" if "jax" not in sys.modules else sys.modules["jax"].default_backend()
+        platform = device.platform
+        return "cpu" if platform == "cpu" else f"{'cuda' if platform == 'gpu' else platform}:{device.id}"
+    device = x.device
+    if library == "cupy":
+        return f"cuda:{device.id}"
+    text = str(device)
+    return "cpu" if "CPU" in text else text

@@ -1,0 +1,435 @@
+"""The public calls: `attention`, `bind`, `attention_vjp`, `attention_weights`, `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import selection
+from .arrays import device_name, dtype_name, library_of
+from .backend import Backend, Inputs, Request
+from .errors import UnsupportedError
+from .lowering import Signature, lower
+from .plan import Plan
+from .spec import AttentionSpec, as_spec
+from .validation import finite_dropout, validate
+
+if TYPE_CHECKING:
+    from .explanation import Explanation
+
+__all__ = ["BoundAttention", "attention", "attention_vjp", "attention_weights", "bind", "explain"]
+
+Choice = str | Sequence[str] | None
+
+
+class BoundAttention:
+    """A spec bound to a backend: a pure function of arrays, made by `bind`.
+
+    Attributes
+    ----------
+    spec : AttentionSpec
+        What it computes.
+    """
+
+    __slots__ = ("_choice", "_device", "_ready", "spec")
+
+    def __init__(self, spec: str | AttentionSpec, backend: Choice = None,
+                 device: str | None = None) -> None:  # fmt: skip
+        self.spec = as_spec(spec)
+        self._choice: Any = selection.ambient() if backend is None else backend
+        self._device = device
+        # Signature of a call -> what was found out about it.
+        self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<pdcore.bind({str(self.spec)!r}, backend={self._choice!r})>"
+
+    @property
+    def choice(self) -> Any:
+        """The choice of backend that was made when it was bound."""
+        return self._choice
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, *, mask: Any = None, key_mask: Any = None, bias: Any = None,
+        offset: Any = 0, params: Mapping[str, Any] | None = None, return_lse: bool = False,
+        dropout: float = 0.0, axis_name: str | None = None,
+    ) -> Any:  # fmt: skip
+        """Compute attention; the arguments are those of `attention`."""
+        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
+        backend, plan, inputs, back = self.prepare(
+            inputs, lse=return_lse, dropout=dropout, axis_name=axis_name
+        )
+        out, lse = backend.attention(plan, inputs, lse=return_lse)
+        if back is not None:
+            out, lse = back(out), None if lse is None else back(lse)
+        return (out, lse) if return_lse else out
+
+    def vjp(self, inputs: Inputs) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Compute attention and its pullback, see `attention_vjp`."""
+        backend, plan, inputs, back = self.prepare(inputs, vjp=True)
+        if back is not None:
+            raise UnsupportedError(
+                "attention_vjp: arrays of another library than the backend's would cut the "
+                f"gradient; name a {library_of(inputs.q, 'q')} backend or convert the arrays"
+            )
+        return backend.attention_vjp(plan, inputs)
+
+    def weights(self, inputs: Inputs) -> Any:
+        """Compute the weights, see `attention_weights`."""
+        backend, plan, inputs, back = self.prepare(inputs, weights=True)
+        out = backend.attention_weights(plan, inputs)
+        return out if back is None else back(out)
+
+    def prepare(
+        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False,
+        dropout: float = 0.0, axis_name: str | None = None,
+    ) -> tuple[Backend, Plan, Inputs, Callable[[Any], Any] | None]:  # fmt: skip
+        """Check a call and find its backend and plan.
+
+        Returns
+        -------
+        backend : Backend
+        plan : Plan
+        inputs : Inputs
+            In the backend's library, parameters filled in.
+        back : callable or None
+            Takes a result back to the caller's library and device; None when it is there.
+        """
+        q, k, v, mask, key_mask, bias, offset, params = inputs
+        key: Any = None
+        try:
+            key = (
+                type(q), q.shape, q.dtype, type(k), k.shape, k.dtype, type(v), v.shape, v.dtype,
+                None if mask is None else (type(mask), mask.shape, mask.dtype),
+                None if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype),
+                None if bias is None else (type(bias), bias.shape, bias.dtype),
+                type(offset) if type(offset) is int else None, lse, vjp, weights, dropout,
+                axis_name, q.device, bool(params),
+            )  # fmt: skip
+            found = self._ready.get(key) if key[-1] is False and key[12] is int else None
+        except (AttributeError, TypeError):
+            found = None  # `validate` says what is wrong
+        if found is None:
+            request = self.request(
+                inputs, lse=lse, vjp=vjp, weights=weights, dropout=dropout, axis_name=axis_name
+            )
+            chosen = selection.choose(request, self._choice)
+            plan = lower(self.spec, signature(request))
+            found = (chosen.backend, plan, request.library, self._device or chosen.device)
+            if len(self._ready) < 4096:
+                self._ready[key] = found
+        backend, plan, library, device = found
+        back = None
+        if params or plan.spec.parameters() or type(offset) is not int:
+            inputs = _complete(plan.spec, inputs, library)
+        if backend.info.library != library or device is not None:
+            inputs, back = _exchange(backend, inputs, library, device)
+        return backend, plan, inputs, back
+
+    def request(
+        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False,
+        dropout: float = 0.0, axis_name: str | None = None,
+    ) -> Request:  # fmt: skip
+        """Validate a call and describe it for the backends."""
+        q = inputs.q
+        library = library_of(q, "q")
+        validate(self.spec, inputs, library)
+        offset = inputs.offset
+        kind = "end" if isinstance(offset, str) else "int" if not hasattr(offset, "shape") or \
+            isinstance(offset, np.integer) else "sequence" if offset.shape else "array"  # fmt: skip
+        shapes = [None if x is None else tuple(x.shape)
+                  for x in (inputs.mask, inputs.key_mask, inputs.bias)]  # fmt: skip
+        return Request(
+            self.spec, library, dtype_name(q), self._device or device_name(q, library),
+            tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), *shapes, kind,
+            bool(lse), vjp, weights, finite_dropout(dropout), axis_name,
+        )  # fmt: skip
+
+
+_NO_PARAMS: Mapping[str, Any] = {}
+
+
+def signature(request: Request) -> Signature:
+    """Give what a plan depends on."""
+    return Signature(request.q[-1], request.k[-3], request.dtype, request.mask is not None)
+
+
+def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
+    """Fill in parameters that have a default, and make host offsets Python ints."""
+    offset = inputs.offset
+    if isinstance(offset, np.integer) or (
+        isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
+    ):
+        offset = int(offset)
+    validate(spec, inputs, library)  # values of params and offset are not part of a signature
+    params = dict(inputs.params)
+    for p in spec.parameters():
+        if p.name not in params:
+            from array_api_compat import array_namespace
+
+            sizes: dict[Any, int] = {"H": inputs.k.shape[-3], "D": inputs.q.shape[-1]}
+            shape = tuple(sizes.get(s, s) for s in p.shapes[0])
+            params[p.name] = array_namespace(inputs.q).full(
+                shape, p.default, dtype=inputs.q.dtype, device=inputs.q.device
+            )
+    return inputs._replace(offset=offset, params=params)
+
+
+def _exchange(
+    backend: Backend, inputs: Inputs, library: str, device: str | None
+) -> tuple[Inputs, Callable[[Any], Any] | None]:
+    """Bring the arrays of a call to the backend, which the caller named, by DLPack."""
+    q = inputs.q
+    home = device_name(q, library)
+    target = device or home
+    if backend.info.library == library and target == home:
+        return inputs, None
+    if getattr(q, "requires_grad", False) or any(
+        getattr(x, "requires_grad", False) for x in inputs if x is not None
+    ):
+        raise UnsupportedError(
+            f"backend {backend.info.name}: taking {library} arrays that require a gradient to "
+            f"{backend.info.library} would cut it; detach them, or use a {library} backend"
+        )
+
+    def there(x: Any) -> Any:
+        if x is None or isinstance(x, (int, str)):
+            return x
+        if backend.info.library == library:
+            from array_api_compat import to_device
+
+            return to_device(x, target)
+        try:
+            return backend.exchange(x, device)
+        except Exception as error:
+            raise UnsupportedError(
+                f"backend {backend.info.name} cannot take a {library} array of dtype "
+                f"{dtype_name(x)} on {device_name(x, library)} by DLPack: {error}"
+            ) from error
+
+    from array_api_compat import array_namespace
+
+    namespace = array_namespace(q)
+
+    def back(x: Any) -> Any:
+        if backend.info.library == library:
+            from array_api_compat import to_device
+
+            return to_device(x, q.device)
+        return namespace.from_dlpack(x)
+
+    moved = [there(x) for x in inputs[:-1]]
+    return Inputs(*moved, {n: there(x) for n, x in inputs.params.items()}), back
+
+
+_BOUND: dict[Any, BoundAttention] = {}
+
+
+def bind(
+    spec: str | AttentionSpec = "softmax", *, backend: Choice = None, device: str | None = None
+) -> BoundAttention:
+    """Parse a spec and settle the choice of backend once.
+
+    Parameters
+    ----------
+    spec : str or AttentionSpec
+        What to compute, such as ``"softmax+bn"``.
+    backend : str or sequence of str, optional
+        A backend's name, or names to try in order. By default what `use_backend` or
+        ``PDCORE_BACKEND`` say now, else the built-in backend of the arrays' library.
+    device : str, optional
+        Move the arrays there and the results back; never done unless asked for.
+
+    Returns
+    -------
+    BoundAttention
+        A function of q, k, v and the other array arguments of `attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = bind("causal")
+    >>> x = np.ones((1, 2, 5, 4), dtype=np.float32)
+    >>> layer(x, x, x).shape
+    (1, 2, 5, 4)
+    """
+    return BoundAttention(spec, backend, device)
+
+
+def _bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
+    """Give the bound function of a call, kept from call to call."""
+    named = backend if backend is None or isinstance(backend, str) else tuple(backend)
+    try:
+        key = (spec, named, device, selection.ambient() if named is None else None)
+        bound = _BOUND.get(key)
+    except TypeError:
+        return BoundAttention(spec, named, device)
+    if bound is None:
+        bound = BoundAttention(spec, named, device)
+        if len(_BOUND) < 1024:
+            _BOUND[key] = bound
+    return bound
+
+
+def attention(
+    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
+    key_mask: Any = None, bias: Any = None, offset: Any = 0,
+    params: Mapping[str, Any] | None = None, return_lse: bool = False, dropout: float = 0.0,
+    axis_name: str | None = None, backend: Choice = None, device: str | None = None,
+) -> Any:  # fmt: skip
+    """Compute the attention that a spec describes.
+
+    Parameters
+    ----------
+    q : array (*B, Hq, N, D)
+        Queries; float16, bfloat16, float32 or float64.
+    k : array (*B, Hkv, M, D)
+        Keys; Hq is a multiple of Hkv, and query head i uses key head i // (Hq // Hkv).
+    v : array (*B, Hkv, M, Dv)
+        Values.
+    spec : str or AttentionSpec
+        The attention, such as ``"softmax"``, ``"bn+sh(1,1,2,2)"`` or ``"causal+linear"``.
+    mask : bool array broadcastable to (*B, Hq, N, M), optional
+        True where a query may attend; changes no statistic.
+    key_mask : bool array (*B, M), optional
+        True for a real key; padding is removed from attention, statistics and pooling.
+    bias : array broadcastable to (*B, Hq, N, M), optional
+        Added to log kappa; float32 or q's dtype. -inf removes a key.
+    offset : int, integer array () or (*B,), or "end"
+        The position of query 0; ``"end"`` puts the last query on the last real key.
+    params : mapping of str to array, optional
+        The arrays that the spec declares, such as ``beta`` for ``bn(beta=param)``.
+    return_lse : bool
+        Also return log h, which merges results over disjoint keys.
+    dropout : float
+        Dropout of the weights in training; most backends refuse it.
+    axis_name : str, optional
+        The mapped axis over which the sequence is sharded; most backends refuse it.
+    backend : str or sequence of str, optional
+        A backend by name, which runs or raises; or several, tried in order.
+    device : str, optional
+        Where to run, when the arrays may be moved.
+
+    Returns
+    -------
+    out : array (*B, Hq, N, Dv)
+        In the inputs' dtype, library and device; zeros for a row that sees no key.
+    lse : array (*B, Hq, N)
+        Only with `return_lse`; float32, or float64 for float64 inputs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong argument.
+    UnsupportedError
+        For a combination that the spec or the named backend does not support.
+    NoBackendError
+        When no backend can run the call.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 1, 4, 6, 8), dtype=np.float32)
+    >>> attention(q, k, v, "bn+sh(1,1,2,2)").shape
+    (1, 4, 6, 8)
+    """
+    return _bound(spec, backend, device)(
+        q, k, v, mask=mask, key_mask=key_mask, bias=bias, offset=offset, params=params,
+        return_lse=return_lse, dropout=dropout, axis_name=axis_name,
+    )  # fmt: skip
+
+
+def attention_vjp(
+    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
+    key_mask: Any = None, bias: Any = None, offset: Any = 0,
+    params: Mapping[str, Any] | None = None, backend: Choice = None, device: str | None = None,
+) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:  # fmt: skip
+    """Compute attention and its vector-Jacobian product.
+
+    Parameters
+    ----------
+    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device
+        As in `attention`.
+
+    Returns
+    -------
+    out : array (*B, Hq, N, Dv)
+    lse : array (*B, Hq, N)
+    vjp : callable
+        ``vjp(d_out, d_lse=None)`` gives the cotangents of ``q``, ``k``, ``v``, of ``bias`` where
+        there is one, and of every parameter, by name. Memory is O(N + M) per head, apart from
+        the cotangent of a bias, which has the bias's shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((1, 2, 5, 4))
+    >>> out, lse, vjp = attention_vjp(x, x, x, "bn")
+    >>> sorted(vjp(np.ones_like(out)))
+    ['k', 'q', 'v']
+    """
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
+    out, lse, pull = _bound(spec, backend, device).vjp(inputs)
+
+    def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+        for name, x, like in (("d_out", d_out, out), ("d_lse", d_lse, lse)):
+            if x is None and name == "d_lse":
+                continue
+            if library_of(x, name) != library_of(like, "q") or x.shape != like.shape:
+                raise ValueError(f"{name}: got {type(x).__name__} of shape {tuple(x.shape)}, "
+                                 f"expected {type(like).__name__} {tuple(like.shape)}")  # fmt: skip
+        return pull(d_out, d_lse)
+
+    return out, lse, vjp
+
+
+def attention_weights(
+    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
+    key_mask: Any = None, bias: Any = None, offset: Any = 0,
+    params: Mapping[str, Any] | None = None, backend: Choice = None, device: str | None = None,
+) -> Any:  # fmt: skip
+    """Compute the weights kappa / h; the only call that builds an (N, M) array.
+
+    Parameters
+    ----------
+    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device
+        As in `attention`.
+
+    Returns
+    -------
+    array (*B, Hq, N, M)
+        The weight of a pooled key is spread evenly over the real keys that it covers
+        (``pool=first``: onto that key).
+    """
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
+    return _bound(spec, backend, device).weights(inputs)
+
+
+def explain(
+    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
+    key_mask: Any = None, bias: Any = None, offset: Any = 0,
+    params: Mapping[str, Any] | None = None, return_lse: bool = False, dropout: float = 0.0,
+    axis_name: str | None = None, backend: Choice = None, device: str | None = None,
+) -> Explanation:  # fmt: skip
+    """Say how a call would run: the plan, the backend, and why not every other one.
+
+    Parameters
+    ----------
+    q, k, v, spec, mask, key_mask, bias, offset, params, return_lse, dropout, axis_name, \
+backend, device
+        As in `attention`.
+
+    Returns
+    -------
+    Explanation
+        Prints as text; ``to_dict()`` gives the same as data.
+    """
+    from .explanation import explain_request
+
+    bound = _bound(spec, backend, device)
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
+    request = bound.request(inputs, lse=return_lse, dropout=dropout, axis_name=axis_name)
+    return explain_request(request, bound.choice, lower(bound.spec, signature(request)))

@@ -1,0 +1,248 @@
+"""The contraction by features, phi(q).sum_j phi(k_j) v_j, in O(N + M), with its pullback.
+
+Under causal, a row sees a prefix of the keys. Whole chunks before it come from running sums
+over chunks, the chunks that it cuts are contracted directly under a mask; prefix sums are never
+subtracted from each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .operands import Operands, blocks
+from .plan import Features
+
+__all__ = ["features", "features_vjp"]
+
+CHUNK = 64  # rows and keys of a chunk: the (rows, keys) block costs as much as the state
+
+
+def features(c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+    """Contract by features.
+
+    Returns
+    -------
+    out : array (*B, H, G, N, Dv)
+        The normalised sum; for a signed feature map the sum itself.
+    L : array (*B, H, G, N)
+        The log of the summed weights; 0 for a signed feature map.
+    """
+    ones = xp.ones_like(o.v[..., :1])
+    values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
+    if o.visibility.support.ahead == 0:
+        k = o.k[..., None, :, :]
+        if o.visibility.key_mask is not None:
+            real = o.visibility.key_mask[..., None, :, None]
+            k = xp.where(real, k, xp.full_like(k, -xp.inf if c.log else 0.0))
+        counts = o.visibility.prefix_counts(0, o.q.shape[-2])
+        summed, exponent = prefix_contract(
+            o.q, counts, k, values, xp=xp, log=c.log, static=o.visibility.static
+        )
+    else:
+        plain, exponent = shifted_features(o, xp=xp) if c.log else (o, None)
+        state = xp.matmul(xp.matrix_transpose(_real_features(plain, xp)), values[..., 0, :, :])
+        summed = xp.matmul(plain.q, state[..., None, :, :])
+        exponent = xp.zeros_like(summed[..., :1]) if exponent is None else exponent[..., None]
+    weighted, total = summed[..., :-1], summed[..., -1:]
+    if c.signed:
+        return weighted, xp.zeros_like(total[..., 0])
+    none = total == 0
+    divisor = xp.where(none, xp.ones_like(total), total)
+    out = xp.where(none, xp.zeros_like(weighted), weighted / divisor)
+    level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
+    return out, level[..., 0]
+
+
+def features_vjp(
+    c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
+) -> dict[str, Any]:
+    """Pull (d_out, d_L) back to ``q``, ``k`` and ``v``, in O(N + M)."""
+    if c.log:
+        plain, shift = shifted_features(o, xp=xp)
+        d = features_vjp(Features(), plain, out, level - shift, d_out, d_level, xp=xp)
+        # phi = exp(log phi - shift), and the value does not depend on the shifts.
+        return {"q": d["q"] * plain.q, "k": d["k"] * plain.k, "v": d["v"]}
+    if c.signed:
+        rows = xp.concat([d_out, xp.zeros_like(d_out[..., :1])], axis=-1)
+    else:
+        empty = level == -xp.inf
+        inverse = xp.where(empty, xp.zeros_like(level), xp.exp(-level))[..., None]
+        delta = xp.sum(d_out * out, axis=-1) - xp.where(empty, xp.zeros_like(level), d_level)
+        rows = xp.concat([d_out, -delta[..., None]], axis=-1) * inverse
+    ones = xp.ones_like(o.v[..., :1])
+    values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
+    k = _real_features(o, xp)[..., None, :, :]
+    if o.visibility.support.ahead == 0:
+        seen, static = o.visibility, o.visibility.static
+        counts = seen.prefix_counts(0, o.q.shape[-2])
+        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, static=static)
+        # From the keys' side everything runs backwards: a key is seen by the last rows.
+        after = xp.flip(seen.later_rows(), axis=-2)
+        late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
+        step = seen.scale
+        dk, _ = prefix_contract(xp.flip(values, axis=-2), after, late_rows, late_q, xp=xp,
+                                static=static, step=step)  # fmt: skip
+        dv, _ = prefix_contract(xp.flip(k, axis=-2), after, late_q, late_rows, xp=xp,
+                                static=static, step=step)  # fmt: skip
+        dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
+    else:
+        dq = xp.matmul(rows, xp.matmul(xp.matrix_transpose(values), k))
+        state = xp.matmul(xp.matrix_transpose(rows), o.q)
+        dk = xp.matmul(values, state)
+        dv = xp.matmul(k, xp.matrix_transpose(state))
+    dk, dv = xp.sum(dk, axis=-3), xp.sum(dv[..., :-1], axis=-3)
+    if o.visibility.key_mask is not None:
+        real = o.visibility.key_mask[..., None]
+        dk, dv = (xp.where(real, d, xp.zeros_like(d)) for d in (dk, dv))
+    return {"q": dq, "k": dk, "v": dv}
+
+
+def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
+    """Turn log features into features, maxima subtracted.
+
+    Returns
+    -------
+    operands : Operands
+        With phi(q) and phi(k) of at most 1.
+    shift : array (*B, H, G, N)
+        What the row's log kappa lost.
+    """
+    k = o.k
+    if o.visibility.key_mask is not None:
+        real = o.visibility.key_mask[..., None]
+        k = xp.where(real, k, xp.full_like(k, -xp.inf))
+    top = _highest(k, xp)
+    q = o.q + top[..., None, :, :]
+    shift = xp.max(q, axis=-1, keepdims=True)
+    plain = o._replace(q=xp.exp(q - shift), k=xp.exp(k - top))
+    return plain, shift[..., 0]
+
+
+def _highest(k: Any, xp: Any) -> Any:
+    if not k.shape[-2]:
+        return xp.sum(k, axis=-2, keepdims=True)
+    top = xp.max(k, axis=-2, keepdims=True)
+    return xp.where(top == -xp.inf, xp.zeros_like(top), top)
+
+
+def _real_features(o: Operands, xp: Any) -> Any:
+    mask = o.visibility.key_mask
+    return o.k if mask is None else xp.where(mask[..., None], o.k, xp.zeros_like(o.k))
+
+
+def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: bool,
+                    log: bool = False, step: int = 1) -> tuple[Any, Any]:  # fmt: skip
+    """Compute sum_{j < c_i} (a_i . k_j) v_j for every row i.
+
+    Parameters
+    ----------
+    a : array (*B, H, Ga, R, F)
+        Rows.
+    counts : integer array (R, 1) or (*B, 1, 1, R, 1)
+        c: how many of the first keys a row sees; grows by at most `step` from row to row.
+    k : array (*B, H, Gk, M, F)
+        Keys, the same for all rows or one set for each.
+    v : array (*B, H, Gk, M, E)
+        Values.
+    xp : namespace
+        The array-API namespace.
+    static : bool
+        Whether `counts` can be read as Python ints.
+    log : bool
+        Whether `a` and `k` are logarithms; a running maximum is then subtracted from `k`.
+    step : int
+        See `counts`.
+
+    Returns
+    -------
+    summed : array (*B, H, G, R, E)
+    exponent : array (*B, H, G, R, 1)
+        The sum is ``summed * exp(exponent)``.
+    """
+    size = CHUNK
+    k, v = _chunks(k, size, -xp.inf if log else 0.0, step, xp), _chunks(v, size, 0.0, step, xp)
+    states, tops = _running(k, v, log, xp)
+    outs, exponents = [], []
+    for start, stop in blocks(0, a.shape[-2], size) or [(0, 0)]:
+        count = counts[..., start:stop, :]
+        at = _Chunk(count, size, step + 1, static, xp)
+        x, keys, values = a[..., start:stop, :], at.window(k), at.window(v)
+        state = at.state(states)
+        if log:
+            running = at.state(tops)
+            top = xp.maximum(running, _highest(keys, xp))
+            x = x + top
+            exponent = xp.max(x, axis=-1, keepdims=True)
+            x, keys = xp.exp(x - exponent), xp.exp(keys - top)
+            state = state * xp.matrix_transpose(xp.exp(running - top))
+        else:
+            exponent = xp.zeros_like(x[..., :1])
+        w = xp.matmul(x, xp.matrix_transpose(keys))
+        w = xp.where(at.seen(count, keys.shape[-2]), w, xp.zeros_like(w))
+        outs.append(xp.matmul(x, state) + xp.matmul(w, values))
+        exponents.append(exponent + xp.zeros_like(w[..., :1]))
+    return xp.concat(outs, axis=-2), xp.concat(exponents, axis=-2)
+
+
+def _chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
+    """Cut rows into chunks (..., C, size, F), with `step` + 1 empty ones behind."""
+    *lead, length, dim = x.shape
+    count = -(-length // size) + step + 1
+    rest = xp.zeros_like(x[..., :1, :]) if length else xp.zeros(
+        (*lead, 1, dim), dtype=x.dtype, device=x.device)  # fmt: skip
+    shape = (*lead, count * size - length, dim)
+    padded = xp.concat([x, xp.broadcast_to(xp.full_like(rest, fill), shape)], axis=-2)
+    return xp.reshape(padded, (*lead, count, size, dim))
+
+
+def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
+    """Sum k_j v_j over the chunks before each chunk; with `log`, also the running maximum."""
+    if not log:
+        sums = xp.matmul(xp.matrix_transpose(k), v)
+        sums = xp.cumulative_sum(sums, axis=-3)
+        return xp.concat([xp.zeros_like(sums[..., :1, :, :]), sums[..., :-1, :, :]], axis=-3), None
+    top = xp.zeros_like(k[..., 0, :1, :]) - xp.inf
+    state = xp.matmul(xp.matrix_transpose(k[..., 0, :0, :]), v[..., 0, :0, :])
+    states, tops = [], []
+    for chunk in range(k.shape[-3]):
+        finite = xp.where(top == -xp.inf, xp.zeros_like(top), top)
+        states.append(state)
+        tops.append(finite)
+        block = k[..., chunk, :, :]
+        higher = xp.maximum(top, xp.max(block, axis=-2, keepdims=True))
+        base = xp.where(higher == -xp.inf, xp.zeros_like(higher), higher)
+        state = state * xp.matrix_transpose(xp.exp(top - base))
+        state = state + xp.matmul(xp.matrix_transpose(xp.exp(block - base)), v[..., chunk, :, :])
+        top = higher
+    return xp.stack(states, axis=-3), xp.stack(tops, axis=-3)
+
+
+class _Chunk:
+    """The chunks that a block of rows cuts: `width` of them, from the first row's own."""
+
+    def __init__(self, counts: Any, size: int, width: int, static: bool, xp: Any) -> None:
+        self.size, self.width, self.xp = size, width, xp
+        first = counts[..., :1, :] // size
+        self.at: Any = (int(first[0, 0]) if counts.shape[-2] else 0) if static else first
+
+    def _gather(self, x: Any, width: int) -> Any:
+        xp = self.xp
+        if isinstance(self.at, int):
+            return x[..., self.at : self.at + width, :, :]
+        index = xp.arange(width, dtype=xp.int64, device=x.device)[:, None, None] + self.at[..., None]
+        index = xp.broadcast_to(index, (*x.shape[:-3], width, *x.shape[-2:]))
+        return xp.take_along_axis(x, index, axis=-3)
+
+    def window(self, x: Any) -> Any:
+        """Give the rows of the chunks, joined."""
+        cut = self._gather(x, self.width)
+        return self.xp.reshape(cut, (*cut.shape[:-3], cut.shape[-3] * cut.shape[-2], cut.shape[-1]))
+
+    def state(self, x: Any) -> Any:
+        """Give the state before the first of the chunks."""
+        return self._gather(x, 1)[..., 0, :, :]
+
+    def seen(self, counts: Any, length: int) -> Any:
+        """Say which keys of the window each row sees."""
+        index = self.xp.arange(length, dtype=self.xp.int64, device=counts.device)
+        return index + self.at * self.size < counts

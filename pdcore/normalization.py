@@ -1,0 +1,225 @@
+"""Normalizations T(x): what the layer does to queries and keys alike, before Phi.
+
+Attention-BN (`Batch`) is the paper's own. Others subclass `Normalization` and are registered by
+`pdcore.register_normalization` or the plugin hook ``pdcore_normalizations``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .errors import SpecError, UnsupportedError, nearest
+from .kernels import Parameter
+from .statistics import Moments, State, Statistics
+
+__all__ = ["Batch", "Identity", "Normalization"]
+
+
+class Normalization(ABC):
+    """A normalization: a frozen dataclass whose fields are the arguments of its word.
+
+    Attributes
+    ----------
+    word : str
+        Its name in the grammar.
+    aliases : tuple of str
+        Other names for it.
+    """
+
+    word: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def leaks(self) -> bool:
+        """Whether T of one row depends on keys at later positions, so causal must refuse it.
+
+        True for a normalization that has statistics; an instance that the caller allows to leak
+        (a field `allow_leak` set to True) answers False.
+        """
+        return self.statistics_state() is not None and not getattr(self, "allow_leak", False)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Declare the arrays that the normalization takes from `params`."""
+        return ()
+
+    def statistics_state(self) -> Statistics | None:
+        """Give the mergeable statistic of the keys that `apply` needs, None for none."""
+        return None
+
+    @abstractmethod
+    def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """Compute T(x), in array-API calls.
+
+        Parameters
+        ----------
+        x : array (*B, H, R, D)
+            Rows of queries or keys, in the accumulation dtype.
+        state : mapping of str to array
+            The finalised statistics, broadcastable against `x`.
+        xp : namespace
+            The array-API namespace.
+        params : mapping of str to array
+            The declared parameters: (H, 1, 1) for ``("H",)``, (H, 1, D) for ``("H", "D")``,
+            others as given.
+
+        Returns
+        -------
+        array like `x`
+        """
+
+    def apply_vjp(
+        self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull a cotangent of T(x) back to x, to the state and to the parameters.
+
+        A normalization that leaves this out is refused for gradients on backends without
+        automatic differentiation.
+
+        Returns
+        -------
+        dx : array like `x`
+        dstate, dparams : mapping of str to array
+            Cotangents; each sums to the shape of what it belongs to.
+        """
+        raise UnsupportedError(
+            f"{self.word}: apply_vjp is not written, so backends without automatic "
+            "differentiation (numpy, cupy) cannot give its gradient"
+        )
+
+    @property
+    def has_vjp(self) -> bool:
+        """Whether the class writes its own `apply_vjp`."""
+        return type(self).apply_vjp is not Normalization.apply_vjp
+
+    @abstractmethod
+    def latex(self) -> str:
+        """Give T(x) as LaTeX mathematics."""
+
+
+@dataclass(frozen=True)
+class Identity(Normalization):
+    """T(x) = x."""
+
+    word = "identity"
+
+    def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """T(x), see `Normalization.apply`."""
+        return x
+
+    def apply_vjp(
+        self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull back, see `Normalization.apply_vjp`."""
+        return cotangent, {}, {}
+
+    def latex(self) -> str:
+        """T as LaTeX."""
+        return "x"
+
+
+_STATISTICS = ("sequence", "batch", "running", "prefix")
+
+
+@dataclass(frozen=True)
+class Batch(Normalization):
+    """Attention-BN: T(x) = (x - beta mu) / sqrt(var + eps), by the keys' statistics.
+
+    mu and the biased var are taken per feature over the head's own real keys, after head
+    scaling (Nguyen et al., 2023); `eps`, the statistics other than ``sequence`` and the weight
+    beta as a parameter are choices of this project.
+
+    Parameters
+    ----------
+    beta : float or "param"
+        The weight of the mean; ``"param"`` takes an array ``beta`` from the call's `params`.
+    eps : float
+        Added to the variance, > 0.
+    statistics : {"sequence", "batch", "running", "prefix"}
+        Over the keys of the sequence; over all leading axes too; given as `params`; or row by
+        row over the keys up to the row's position.
+    allow_leak : bool
+        Permit statistics of the future under ``causal``.
+    """
+
+    beta: float | str = 1.0
+    eps: float = 1e-5
+    statistics: str = "sequence"
+    allow_leak: bool = False
+    word = "bn"
+    aliases = ("batch",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, str):
+            if self.beta != "param":
+                raise SpecError(f"bn: beta is {self.beta!r}, expected a number or 'param'")
+        elif not math.isfinite(self.beta):
+            raise SpecError(f"bn: beta is {self.beta!r}, expected a finite number or 'param'")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise SpecError(f"bn: eps is {self.eps!r}, expected a finite number > 0")
+        if self.statistics not in _STATISTICS:
+            raise SpecError(
+                f"bn: statistics is {self.statistics!r}; {nearest(self.statistics, _STATISTICS)}"
+            )
+
+    @property
+    def leaks(self) -> bool:
+        """Sequence and batch statistics see the future."""
+        return self.statistics in ("sequence", "batch") and not self.allow_leak
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Declare ``beta`` for ``beta=param``, and ``mean`` and ``var`` for running statistics."""
+        declared = []
+        if self.beta == "param":
+            declared.append(Parameter("beta", (("H",), ("H", "D"))))
+        if self.statistics == "running":
+            declared += [Parameter(n, (("H", "D"),), differentiable=False) for n in ("mean", "var")]
+        return tuple(declared)
+
+    def statistics_state(self) -> Statistics | None:
+        """Moments, unless they come as `params`."""
+        return None if self.statistics == "running" else Moments()
+
+    def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """T(x), see `Normalization.apply`."""
+        moments = params if self.statistics == "running" else state
+        return (x - self.weight(params) * moments["mean"]) / xp.sqrt(moments["var"] + self.eps)
+
+    def apply_vjp(
+        self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull back, see `Normalization.apply_vjp`."""
+        moments = params if self.statistics == "running" else state
+        beta = self.weight(params)
+        reciprocal = 1.0 / xp.sqrt(moments["var"] + self.eps)
+        dx = cotangent * reciprocal
+        dstate = {}
+        if self.statistics != "running":
+            centred = x - beta * moments["mean"]
+            dstate = {"mean": -beta * dx, "var": -0.5 * reciprocal * reciprocal * dx * centred}
+        dparams = {"beta": -dx * moments["mean"]} if self.beta == "param" else {}
+        return dx, dstate, dparams
+
+    def weight(self, params: Mapping[str, Any]) -> Any:
+        """Give beta: the spec's number, or the call's array."""
+        return params["beta"] if self.beta == "param" else self.beta
+
+    def latex(self) -> str:
+        """T as LaTeX."""
+        beta = r"\beta \odot " if self.beta == "param" else (
+            "" if self.beta == 1.0 else f"{self.beta:g}\\,")  # fmt: skip
+        index = "_p" if self.statistics == "prefix" else ""
+        return (
+            rf"\frac{{x - {beta}\mu{index}}}{{\sqrt{{\sigma^2{index} + {_number(self.eps)}}}}}"
+        )
+
+
+def _number(x: float) -> str:
+    mantissa, _, exponent = f"{x:g}".partition("e")
+    if not exponent:
+        return mantissa
+    power = f"10^{{{int(exponent)}}}"
+    return power if mantissa == "1" else rf"{mantissa} \cdot {power}"

@@ -1,0 +1,43 @@
+"""What a contraction reads.
+
+Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
+keys and values (*B, H, M, D) and (*B, H, M, Dv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .support import Visibility
+
+__all__ = ["Operands"]
+
+
+class Operands(NamedTuple):
+    """What a contraction reads.
+
+    Attributes
+    ----------
+    q : array (*B, H, G, N, D)
+    k : array (*B, H, M, D)
+    v : array (*B, H, M, Dv)
+    key_bias : array (*B, H, M) or None
+    bias : array broadcastable to (*B, H, G, N, M) or None, of the same rank
+    values : mapping of str to array (H, 1, 1, 1)
+        Scalars per head of the log kappa expression.
+    visibility : Visibility
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    key_bias: Any
+    bias: Any
+    values: Mapping[str, Any]
+    visibility: Visibility
+
+
+def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut a range into consecutive blocks."""
+    return [(a, min(a + size, stop)) for a in range(start, stop, size)]
