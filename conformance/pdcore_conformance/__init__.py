@@ -1,5 +1,5 @@
 """The conformance suite: whether a backend computes what the specification says, and how fast.
 
-It will hold the pytest plugin, the cases, the error budget and the record of a run. None of these
-is part of this release.
+The error budget is here. The pytest plugin, the cases and the record of a run are to join it, and
+are not part of this release.
 """
