@@ -1,0 +1,1 @@
+raise RuntimeError("the driver is older than the framework")

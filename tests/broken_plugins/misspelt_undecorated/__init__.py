@@ -1,0 +1,12 @@
+"""One hook is right; another is misspelt and not decorated, so that pluggy passes over it."""
+
+from pdcore.hookspecs import hookimpl
+
+
+@hookimpl
+def pdcore_backends():
+    return []
+
+
+def pdcore_kernel():
+    return []

@@ -1,0 +1,8 @@
+"""Its hook wraps those of other plugins."""
+
+from pdcore.hookspecs import hookimpl
+
+
+@hookimpl(wrapper=True)
+def pdcore_backends():
+    return (yield)

@@ -1,0 +1,8 @@
+"""Its hook returns a list of something else."""
+
+from pdcore.hookspecs import hookimpl
+
+
+@hookimpl
+def pdcore_backends():
+    return [{"name": "mapping"}]

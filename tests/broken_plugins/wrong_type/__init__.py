@@ -1,0 +1,9 @@
+"""Its hook returns one declaration, not a list of them."""
+
+from pdcore.backend import BackendInfo
+from pdcore.hookspecs import hookimpl
+
+
+@hookimpl
+def pdcore_backends():
+    return BackendInfo(name="single", load="wrong_type:Missing", library="numpy")

@@ -1,0 +1,49 @@
+"""An example plugin of pdcore: what it declares. Nothing here imports the array library."""
+
+from __future__ import annotations
+
+from pdcore.backend import FEATURES, BackendInfo
+from pdcore.hookspecs import hookimpl
+
+from .kernel import Sigmoid
+from .normalization import KeyRMS
+
+__all__ = ["INFO", "KeyRMS", "Sigmoid"]
+
+# array-api-strict has neither 16-bit floats nor automatic differentiation.
+_LACKS = {"float16", "bfloat16", "autodiff", "double_backward", "vmap", "jvp", "compile"}
+_NOT_WRITTEN = {"dropout", "axis_name"}
+
+INFO = BackendInfo(
+    name="example",
+    load="pdcore_example.backend:ExampleBackend",
+    library="array_api_strict",
+    requires=("array_api_strict",),
+    install="pip install array-api-strict",
+    capabilities={
+        feature: "unsupported"
+        if feature in _LACKS
+        else "not_implemented"
+        if feature in _NOT_WRITTEN
+        else "full"
+        for feature in FEATURES
+    },
+)
+
+
+@hookimpl
+def pdcore_backends() -> list[BackendInfo]:
+    """Declare the backend."""
+    return [INFO]
+
+
+@hookimpl
+def pdcore_kernels() -> list[type[Sigmoid]]:
+    """Add the word ``sigmoid``."""
+    return [Sigmoid]
+
+
+@hookimpl
+def pdcore_normalizations() -> list[type[KeyRMS]]:
+    """Add the word ``key_rms``."""
+    return [KeyRMS]
