@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import feature_contraction, heads, score_contraction
+from .arrays import dtype_name
 from .backend import FEATURES, Backend, Inputs, Request
 from .kernels import FeatureMap, PointwiseKernel
 from .normalization import Identity
@@ -388,7 +389,7 @@ class _Call:
 
 def accumulation(x: Any, xp: Any) -> Any:
     """Give the dtype of sums: float32 for 16 bit, the array's own otherwise."""
-    return xp.float32 if x.dtype.itemsize == 2 else x.dtype
+    return xp.float32 if dtype_name(x) in ("float16", "bfloat16") else x.dtype
 
 
 def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:

@@ -12,7 +12,7 @@ __all__ = ["device_name", "dtype_name", "library_of"]
 # Import names of array libraries whose array types live in another top-level module.
 _ROOTS = {"jaxlib": "jax"}
 _LIBRARIES: dict[type, str] = {}
-_DTYPES: dict[Any, str] = {}
+_DTYPES: dict[tuple[type, Any], str] = {}
 
 
 def library_of(x: Any, name: str) -> str:
@@ -58,10 +58,12 @@ def _library(x: Any, kind: type, name: str) -> str:
 def dtype_name(x: Any) -> str:
     """Give an array's dtype as ``"float32"``, ``"bfloat16"``, ``"bool"`` and so on."""
     dtype = x.dtype
-    name = _DTYPES.get(dtype)
+    # With its type: dtypes of two libraries may have one hash, and comparing them may warn.
+    key = (type(dtype), dtype)
+    name = _DTYPES.get(key)
     if name is None:
         name = str(dtype).rpartition(".")[2]
-        _DTYPES[dtype] = name
+        _DTYPES[key] = name
     return name
 
 

@@ -27,6 +27,13 @@ class Statistics(ABC):
 
     rounds: int = 1
 
+    # A plan holds its statistics, and two plans of one spec are equal.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     @abstractmethod
     def zero(self, like: State, *, xp: Any) -> State:
         """Give the neutral element of `merge`, of the shape of `like`."""
@@ -234,10 +241,10 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any, *, xp: Any) -> State:
         head = _cut(state, -2, 0, step)
         state = {name: xp.concat([head[name], merged[name]], axis=-2) for name in merged}
         step *= 2
-    empty = stats.zero({name: value[..., :1, :] for name, value in state.items()}, xp=xp)
-    if not length:
-        empty = {name: xp.zeros((*v.shape[:-2], 1, v.shape[-1]), dtype=v.dtype)
-                 for name, v in state.items()}  # fmt: skip
+    # Of no keys, a sum is a state of zeros, of the right dtype and device.
+    first = {name: value[..., :1, :] if length else xp.sum(value, axis=-2, keepdims=True)
+             for name, value in state.items()}  # fmt: skip
+    empty = stats.zero(first, xp=xp)
     return {name: xp.concat([empty[name], value], axis=-2) for name, value in state.items()}
 
 

@@ -258,12 +258,13 @@ class Visibility:
             part = part[..., start:stop, :]
         if keys == 1:
             return part
-        part = part[..., first * scale : last * scale]
+        begin, end = first * scale, min(last * scale, self.length)
+        part = part[..., begin:end]
         if scale == 1:
             return part
         denied = ~part
         if self.real is not None:
-            real = self.real[..., None, None, None, first * scale : last * scale]
+            real = self.real[..., None, None, None, begin:end]
             denied = denied & real
         # Keys as rows, since `windows` cuts the rows; its padding denies nothing.
         grouped = windows(xp.matrix_transpose(denied), scale, xp=xp)
