@@ -1,15 +1,65 @@
-"""Plans on NumPy arrays."""
+"""Plans on NumPy arrays: `ArrayBackend` with a threaded, tiled contraction by scores."""
 
 from __future__ import annotations
 
-from pdcore.array_backend import ArrayBackend
+from collections.abc import Callable
+from typing import Any
 
-from . import INFO
+import numpy as np
+
+from pdcore.array_backend import ArrayBackend
+from pdcore.backend import Inputs
+from pdcore.operands import Operands
+from pdcore.plan import Plan, Scores
+
+from . import INFO, scores, threads
 
 __all__ = ["NumpyBackend"]
 
 
 class NumpyBackend(ArrayBackend):
-    """Runs plans on NumPy arrays."""
+    """Runs plans on NumPy arrays, on as many threads as the process has cores.
+
+    ``PDCORE_NUM_THREADS`` sets another number of threads.
+    """
 
     info = INFO
+
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        """Run a plan, see `Backend.attention`."""
+        # 0 / 0 and log 0 are expected, and resolved, in rows that see nothing.
+        with np.errstate(all="ignore"):
+            return super().attention(plan, inputs, lse=lse)
+
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
+        with np.errstate(all="ignore"):
+            out, lse, pull = super().attention_vjp(plan, inputs)
+
+        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            with np.errstate(all="ignore"):
+                return pull(d_out, d_lse)
+
+        return out, lse, vjp
+
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        """Compute the weights of a plan, see `Backend.attention_weights`."""
+        with np.errstate(all="ignore"):
+            return super().attention_weights(plan, inputs)
+
+    def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
+        """Contract by scores in tiles."""
+        return super().scores(c, o) if c.weight == "log_features" else scores.scores(c, o)
+
+    def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
+                   d_level: Any) -> dict[str, Any]:  # fmt: skip
+        """Pull back in tiles; with a bias or with scalars per head, by the generic blocks."""
+        if c.weight == "log_features" or o.bias is not None or o.values:
+            return super().scores_vjp(c, o, out, level, d_out, d_level)
+        return scores.scores_vjp(c, o, out, level, d_out, d_level)
+
+    def versions(self) -> dict[str, str]:
+        """Give NumPy's version and the number of threads."""
+        return {"numpy": np.__version__, "threads": str(threads.count())}

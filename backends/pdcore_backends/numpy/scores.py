@@ -1,0 +1,268 @@
+"""The contraction by scores and its pullback, tile by tile on all cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pdcore.operands import Operands
+from pdcore.plan import Scores
+
+from . import threads
+from .threads import buffer
+from .tiles import Block, Layout, Problem, Rows
+
+__all__ = ["scores", "scores_vjp"]
+
+# |log kappa| up to which exp needs no maximum subtracted: the smallest weight, exp(-bound), is a
+# normal number, and a sum of 10^9 of the largest is far from overflow.
+_BOUNDED = {"float32": 40.0, "float64": 300.0}
+_SMALL = 2**14  # scores; below this, starting threads costs more than they save
+
+
+def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
+    """Contract, see `pdcore.score_contraction.scores`; `c` is not in the log-feature domain."""
+    problem = Problem(c, o)
+    shape = problem.q.shape[:3]
+    out = np.zeros((*shape, problem.v.shape[-1]), problem.dtype)
+    level = np.full(shape, 0.0 if c.signed else -np.inf, problem.dtype)
+    workers = _workers(problem)
+    layout = problem.layout(blocks_for=2 * workers if workers > 1 else 1)
+    longest = _longest_key(problem)
+    # Later rows see more under causal: the longest blocks go first.
+    tasks = list(_tasks(problem, layout))[::-1]
+
+    def run(task: tuple[int, int, Rows]) -> None:
+        block = Block(problem, *task)
+        summed = block.tiled(out)[:, :, :, 0]
+        total, peak = _accumulate(block, layout, summed, longest)
+        if c.signed:
+            return
+        none = total == 0
+        total[none] = 1
+        summed /= total[..., None]
+        summed[none] = 0
+        np.log(total, out=total)
+        if peak is not None:
+            total += peak
+        total[none] = -np.inf
+        level[block.at] = total.reshape(*total.shape[:2], -1)
+
+    threads.run(run, tasks, workers)
+    return out.reshape(*o.q.shape[:-1], out.shape[-1]), level.reshape(o.q.shape[:-1])
+
+
+def _workers(problem: Problem) -> int:
+    groups, rows = problem.q.shape[1:3]
+    work = problem.count * groups * rows * problem.k.shape[1]
+    return 1 if work < _SMALL else threads.count()
+
+
+def _tasks(problem: Problem, layout: Layout) -> Iterator[tuple[int, int, Rows]]:
+    for rows in layout.rows:
+        for first in range(0, problem.count, layout.heads):
+            yield first, min(first + layout.heads, problem.count), rows
+
+
+def _longest_key(problem: Problem) -> float:
+    """Give tau max |k| where |log kappa| <= tau |q| |k| may bound it, else infinity."""
+    o = problem.o
+    if not problem.scaled or o.key_bias is not None or o.bias is not None:
+        return math.inf
+    return abs(problem.c.scale) * _longest(problem.k)
+
+
+def _longest(x: Any) -> float:
+    """Give the largest norm of a row."""
+    return math.sqrt(np.einsum("...d,...d->...", x, x).max(initial=0))
+
+
+def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tuple[Any, Any]:
+    """Sum weights and weighted values over all key blocks.
+
+    Parameters
+    ----------
+    block : Block
+        The heads and rows.
+    layout : Layout
+        Gives the key blocks.
+    summed : array (P, G, gq, tq, Dv)
+        Zeros, to which the weighted values are added.
+    longest : float
+        As `_longest_key` gives it.
+
+    Returns
+    -------
+    total : array (P, G, gq, tq)
+        The summed weights.
+    peak : array (P, G, gq, tq) or None
+        The maximum that was subtracted from log kappa.
+    """
+    problem, c = block.problem, block.problem.c
+    total: Any = np.zeros(summed.shape[:-1], problem.dtype)
+    peak: Any = None
+    # A NaN in q compares False, and so takes the path that subtracts a maximum.
+    bounded = longest < math.inf and longest * _longest(block.q) <= _BOUNDED[problem.dtype.name]
+    ones = np.ones(layout.keys[0].size if layout.keys else 0, problem.dtype)
+    for keys in block.seen_keys(layout.keys):
+        s = block.inner(keys)
+        hidden = block.hidden(keys)
+        if c.weight == "log":
+            block.log_kappa(s, keys)
+        if hidden is not None:
+            np.copyto(s, -np.inf if c.weight == "log" else 0, where=hidden)
+        if c.weight == "log":
+            if not bounded:
+                peak = _lower(s, peak, total, summed)
+            np.exp(s, out=s)
+        total += np.matmul(s, ones[: keys.size]).sum(axis=3)
+        part = buffer("part", (*s.shape[:-1], summed.shape[-1]), problem.dtype)
+        np.matmul(s, block.key_tiles(problem.v, keys), out=part)
+        if keys.tiles > 1:
+            part = part.sum(axis=3, keepdims=True)
+        summed += part[:, :, :, 0]
+    return total, None if peak is None else np.where(peak == -np.inf, 0, peak)
+
+
+def _lower(s: Any, peak: Any, total: Any, summed: Any) -> Any:
+    """Subtract the running maximum of each row, and give the new one.
+
+    The sums so far are brought to the new maximum.
+    """
+    # Tiles against each other first: that runs along memory, a maximum of short rows does not.
+    higher = s.max(axis=3).max(axis=-1)
+    if peak is not None:
+        np.maximum(higher, peak, out=higher)
+    base = np.where(higher == -np.inf, 0, higher)
+    s -= base[:, :, :, None, :, None]
+    if peak is not None:
+        shrink = np.exp(peak - base)
+        total *= shrink
+        summed *= shrink[..., None]
+    return higher
+
+
+def scores_vjp(
+    c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+) -> dict[str, Any]:
+    """Pull back, see `pdcore.score_contraction.scores_vjp`.
+
+    For operands without bias and without scalars per head. Each task owns its keys, and the
+    query's cotangents of several key ranges are added in a fixed order, so that the bits do not
+    depend on which thread was first.
+    """
+    problem = Problem(c, o)
+    shape = problem.q.shape
+    level = level.reshape(shape[:3])
+    d_out = np.ascontiguousarray(d_out).reshape(*shape[:3], -1)
+    delta = np.zeros_like(level)
+    if not c.signed:
+        delta = np.einsum("...d,...d->...", d_out, out.reshape(d_out.shape))
+        delta -= np.where(level == -np.inf, 0, d_level.reshape(shape[:3]))
+    workers = _workers(problem)
+    layout = problem.layout(blocks_for=workers)
+    ranges = _key_ranges(problem, layout, workers)
+    dq = np.zeros((len(ranges), *shape), problem.dtype)
+    grads = {"k": np.zeros_like(problem.k), "v": np.zeros_like(problem.v)}
+    if problem.key_bias is not None:
+        grads["key_bias"] = np.zeros_like(problem.key_bias)
+    clean = c.expression is None and bool(np.isfinite(problem.v).all())
+
+    def run(task: tuple[int, int, int]) -> None:
+        first, last, part = task
+        for rows in layout.rows:
+            block = Block(problem, first, last, rows)
+            cotangent = _Cotangent(block, level, delta, d_out, clean)
+            for keys in block.seen_keys(ranges[part]):
+                cotangent.add(keys, dq[part], grads)
+
+    tasks = [
+        (first, min(first + layout.heads, problem.count), part)
+        for first in range(0, problem.count, layout.heads)
+        for part in range(len(ranges))
+    ]
+    threads.run(run, tasks, workers)
+    total = dq[0]
+    for part in dq[1:]:
+        total += part
+    if problem.scaled:
+        total *= problem.dtype.type(c.scale)
+        grads["k"] *= problem.dtype.type(c.scale)
+    shapes = {"k": o.k.shape, "v": o.v.shape, "key_bias": o.k.shape[:-1]}
+    return {"q": total.reshape(o.q.shape), **{n: g.reshape(shapes[n]) for n, g in grads.items()}}
+
+
+def _key_ranges(problem: Problem, layout: Layout, workers: int) -> list[tuple[Rows, ...]]:
+    """Split the keys between workers where there are fewer heads than workers."""
+    blocks = -(-problem.count // layout.heads)
+    splits = min(len(layout.keys), -(-workers // max(1, blocks))) or 1
+    if splits == 1:
+        return [layout.keys]
+    return [layout.keys[i::splits] for i in range(splits)]
+
+
+class _Cotangent:
+    """The pullback of one block of rows."""
+
+    def __init__(self, block: Block, level: Any, delta: Any, d_out: Any, clean: bool) -> None:
+        self.block, self.clean = block, clean
+        self.level = block.tiled(level[..., None])
+        self.delta = block.tiled(delta[..., None])
+        self.d_out = block.tiled(d_out)
+        self.empty = self.level == -np.inf
+        self.any_empty = bool(self.empty.any())
+        self.base = np.where(self.empty, 0, self.level)
+
+    def add(self, keys: Rows, dq: Any, grads: dict[str, Any]) -> None:
+        """Add what one key block contributes."""
+        block, problem, c = self.block, self.block.problem, self.block.problem.c
+        s = block.inner(keys)
+        slope = None
+        if c.expression is not None:
+            slope = c.expression.derivative("s")({"s": s, **block.values}, np)
+            slope = np.broadcast_to(slope, s.shape)
+        hidden = block.hidden(keys)
+        if c.weight == "log":
+            block.log_kappa(s, keys)
+            s -= self.base
+            if hidden is not None:
+                np.copyto(s, -np.inf, where=hidden)
+            np.exp(s, out=s)
+            if self.any_empty:
+                np.copyto(s, 0, where=self.empty)
+        else:
+            if hidden is not None:
+                np.copyto(s, 0, where=hidden)
+            inverse = np.where(self.empty, 0, np.exp(-self.base))
+            s *= inverse
+        v = block.key_tiles(problem.v, keys)
+        ds = buffer("cotangent", s.shape, problem.dtype)
+        np.matmul(self.d_out, v.swapaxes(-1, -2), out=ds)
+        ds -= self.delta
+        if c.weight == "log":
+            ds *= s
+            if not self.clean:
+                # A weight of 0 has no gradient, whatever stands beside it.
+                np.copyto(ds, 0, where=s == 0)
+        else:
+            ds *= inverse
+            if hidden is not None:
+                np.copyto(ds, 0, where=hidden)
+        at = (slice(block.first, block.last), slice(keys.start, keys.stop))
+        grads["v"][at] += self._per_key(s, self.d_out, keys)
+        if "key_bias" in grads:
+            summed = ds.sum(axis=(1, 2, 4))
+            grads["key_bias"][at] += summed.reshape(summed.shape[0], -1)
+        if slope is not None:
+            np.multiply(ds, slope, out=ds, where=s != 0)
+        grads["k"][at] += self._per_key(ds, block.q, keys)
+        part = np.matmul(ds, block.key_tiles(problem.k, keys)).sum(axis=3)
+        dq[block.at] += part.reshape(*part.shape[:2], -1, part.shape[-1])
+
+    def _per_key(self, weight: Any, x: Any, keys: Rows) -> Any:
+        """Sum weight^T x over the rows of the block and the query heads of a key head."""
+        part = np.matmul(weight.swapaxes(-1, -2), x).sum(axis=(1, 2))
+        return part.reshape(part.shape[0], -1, part.shape[-1])
