@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .backend import Request
-from .plan import Plan, Scores
+from .plan import Plan
 from .selection import Named, in_words, reasons, resolve, table
 from .spec import AttentionSpec
 
@@ -44,9 +44,8 @@ class Explanation:
         lines = [str(self.spec), f"  {in_words(self.spec)}", f"  {self.request}"]
         if self.plan is not None:
             lines.append("plan")
-            steps = self.plan.steps or ("as it is: no rewrite",)
+            steps = (*self.plan.steps, f"sums, statistics and h in {self.plan.accumulate}")
             lines += [f"  {number}. {step}" for number, step in enumerate(steps, 1)]
-            lines.append(f"  runs as {_contraction(self.plan)}, sums in {self.plan.accumulate}")
         lines.append(f"backend: {self.backend or 'none'}, by {self.source}")
         others = {name: why for name, why in self.reasons.items() if name != self.backend}
         if others:
@@ -88,16 +87,6 @@ def explain_request(
     resolved, found = resolve(choice, request.library), reasons(request, choice)
     runs = (candidate.name for candidate in resolved.candidates if not found[str(candidate)])
     return Explanation(request.spec, request, next(runs, None), resolved.source, plan, found)
-
-
-def _contraction(plan: Plan) -> str:
-    contraction = plan.contraction
-    if not isinstance(contraction, Scores):
-        return "features, O(N + M)"
-    if contraction.expression is not None:
-        return f"scores, log kappa = {contraction.expression}"
-    return "scores, log kappa = s" if contraction.scale == 1.0 else (
-        f"scores, log kappa = {contraction.scale:g} s")  # fmt: skip
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
