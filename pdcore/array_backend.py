@@ -76,7 +76,7 @@ class ArrayBackend(Backend):
         """Take an array of another library by DLPack."""
         return self.xp.from_dlpack(array)
 
-    # The four steps that a plugin may replace.
+    # The steps that a plugin may replace.
 
     def pool(self, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, see `pdcore.heads.pool`."""
@@ -96,6 +96,16 @@ class ArrayBackend(Backend):
             final = stats.finalize(state, xp=xp)
         assert final is not None
         return final
+
+    def groups(self, plan: Plan, inputs: Inputs) -> tuple[Group, ...]:
+        """Give the head groups to run; a backend may split them, since heads do not mix."""
+        return plan.groups
+
+    def each(
+        self, function: Callable[[Group], Any], groups: tuple[Group, ...]
+    ) -> list[Any]:
+        """Run a function on every head group; a backend may do so in parallel."""
+        return [function(group) for group in groups]
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `pdcore.score_contraction.scores`."""
@@ -125,7 +135,7 @@ class ArrayBackend(Backend):
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
         call = _Call(self, plan, inputs)
-        runs = [self._run(call, group) for group in plan.groups]
+        runs = self.each(lambda group: self._run(call, group), call.groups)
         out = call.join([run.out for run in runs], call.dtype)
         return out, call.join([run.lse for run in runs], call.accumulate) if lse else None
 
@@ -134,19 +144,19 @@ class ArrayBackend(Backend):
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and give its pullback, see `Backend.attention_vjp`."""
         call = _Call(self, plan, inputs)
-        runs = [self._run(call, group, vjp=True) for group in plan.groups]
+        runs = self.each(lambda group: self._run(call, group, vjp=True), call.groups)
         out = call.join([run.out for run in runs], call.dtype)
         lse = call.join([run.lse for run in runs], call.accumulate)
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            return call.pull_back([run.vjp for run in runs], d_out, d_lse)
+            return call.pull_back(self, [run.vjp for run in runs], d_out, d_lse)
 
         return out, lse, vjp
 
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         call = _Call(self, plan, inputs)
-        return call.join([self._run(call, g).weights() for g in plan.groups], call.dtype)
+        return call.join([self._run(call, g).weights() for g in call.groups], call.dtype)
 
     def _run(self, call: _Call, group: Group, *, vjp: bool = False) -> _GroupRun:
         """Take one head group through the plan."""
@@ -258,6 +268,7 @@ class _Call:
     def __init__(self, backend: ArrayBackend, plan: Plan, inputs: Inputs) -> None:
         xp = self.xp = backend.xp
         self.plan, self.inputs = plan, inputs
+        self.groups = backend.groups(plan, inputs)
         q, k, v = inputs.q, inputs.k, inputs.v
         self.dtype = q.dtype
         self.accumulate = accumulation(q, xp)
@@ -341,12 +352,14 @@ class _Call:
         """Put head groups back in order and query heads on one axis."""
         xp = self.xp
         axis = self.lead
-        x = _ordered(parts, self.plan.groups, axis, xp)
+        x = _ordered(parts, self.groups, axis, xp)
         shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         x = xp.reshape(x, shape)
         return x if x.dtype == dtype else xp.astype(x, dtype)
 
-    def pull_back(self, vjps: list[Any], d_out: Any, d_lse: Any) -> dict[str, Any]:
+    def pull_back(
+        self, backend: ArrayBackend, vjps: list[Any], d_out: Any, d_lse: Any
+    ) -> dict[str, Any]:
         """Take cotangents of the results through every group to all inputs."""
         xp, inputs = self.xp, self.inputs
         d_out = xp.reshape(self.cast(d_out), (*self.grouped, *d_out.shape[-2:]))
@@ -355,12 +368,12 @@ class _Call:
         else:
             d_lse = xp.reshape(self.cast(d_lse), (*self.grouped, d_lse.shape[-1]))
         axis = self.lead
-        grads = [
-            vjp(self.heads(d_out, g, axis), self.heads(d_lse, g, axis))
-            for vjp, g in zip(vjps, self.plan.groups, strict=True)
-        ]
+        pulls = dict(zip(self.groups, vjps, strict=True))
+        grads = backend.each(
+            lambda g: pulls[g](self.heads(d_out, g, axis), self.heads(d_lse, g, axis)), self.groups
+        )
         joined = {
-            n: _ordered([g[n] for g in grads], self.plan.groups, axis, xp) for n in ("q", "k", "v")
+            n: _ordered([g[n] for g in grads], self.groups, axis, xp) for n in ("q", "k", "v")
         }
         result = {
             "q": xp.astype(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
@@ -375,14 +388,14 @@ class _Call:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1
             # A bias shared by all heads collects from every group.
-            total = _ordered(parts, self.plan.groups, axis, xp) if whole else _added(parts)
+            total = _ordered(parts, self.groups, axis, xp) if whole else _added(parts)
             result["bias"] = xp.astype(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
-            total = _ordered(parts, self.plan.groups, 0, xp)
+            total = _ordered(parts, self.groups, 0, xp)
             result[name] = xp.astype(xp.reshape(total, x.shape), x.dtype)
         return result
 

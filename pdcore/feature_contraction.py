@@ -17,8 +17,24 @@ __all__ = ["features", "features_vjp"]
 CHUNK = 64  # rows and keys of a chunk: the (rows, keys) block costs as much as the state
 
 
-def features(c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+def features(
+    c: Features, o: Operands, *, xp: Any, size: int = CHUNK, tiled: bool = False
+) -> tuple[Any, Any]:
     """Contract by features.
+
+    Parameters
+    ----------
+    c : Features
+        The contraction.
+    o : Operands
+        What it reads.
+    xp : namespace
+        The array-API namespace.
+    size : int
+        Rows and keys of a chunk.
+    tiled : bool
+        Whether to cut large matrix products into chunks too, for a library that runs many small
+        ones better.
 
     Returns
     -------
@@ -27,39 +43,77 @@ def features(c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
     L : array (*B, H, G, N)
         The log of the summed weights; 0 for a signed feature map.
     """
-    ones = xp.ones_like(o.v[..., :1])
-    values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
     if o.visibility.support.ahead == 0:
+        ones = xp.ones_like(o.v[..., :1])
+        values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
         k = o.k[..., None, :, :]
         if o.visibility.key_mask is not None:
             real = o.visibility.key_mask[..., None, :, None]
             k = xp.where(real, k, xp.full_like(k, -xp.inf if c.log else 0.0))
         counts = o.visibility.prefix_counts(0, o.q.shape[-2])
         summed, exponent = prefix_contract(
-            o.q, counts, k, values, xp=xp, log=c.log, static=o.visibility.static
+            o.q, counts, k, values, xp=xp, log=c.log, static=o.visibility.static, size=size
         )
+        weighted, total = summed[..., :-1], summed[..., -1:]
     else:
-        plain, exponent = shifted_features(o, xp=xp) if c.log else (o, None)
-        state = xp.matmul(xp.matrix_transpose(_real_features(plain, xp)), values[..., 0, :, :])
-        summed = xp.matmul(plain.q, state[..., None, :, :])
-        exponent = xp.zeros_like(summed[..., :1]) if exponent is None else exponent[..., None]
-    weighted, total = summed[..., :-1], summed[..., -1:]
+        plain, shift = shifted_features(o, xp=xp) if c.log else (o, None)
+        k = _real_features(plain, xp)
+        products = _Products(size if tiled else 0, xp)
+        weighted = products.rows(plain.q, products.outer(k, o.v)[..., None, :, :])
+        total = xp.matmul(plain.q, xp.sum(k, axis=-2)[..., None, :, None])
+        exponent = xp.zeros_like(total) if shift is None else shift[..., None]
     if c.signed:
         return weighted, xp.zeros_like(total[..., 0])
     none = total == 0
     divisor = xp.where(none, xp.ones_like(total), total)
-    out = xp.where(none, xp.zeros_like(weighted), weighted / divisor)
+    out = weighted * xp.where(none, xp.zeros_like(total), 1.0 / divisor)
     level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
     return out, level[..., 0]
 
 
+class _Products:
+    """Matrix products with one long axis, whole or cut into chunks of `size`."""
+
+    def __init__(self, size: int, xp: Any) -> None:
+        self.size, self.xp = size, xp
+
+    def _cut(self, x: Any) -> tuple[Any, Any]:
+        length = x.shape[-2]
+        whole = length - length % self.size if self.size else 0
+        shape = (*x.shape[:-2], whole // (self.size or 1), self.size, x.shape[-1])
+        return self.xp.reshape(x[..., :whole, :], shape), x[..., whole:, :]
+
+    def rows(self, a: Any, b: Any) -> Any:
+        """Multiply many rows (..., R, F) by one small matrix (..., F, E)."""
+        xp = self.xp
+        if a.shape[-2] <= self.size or not self.size:
+            return xp.matmul(a, b)
+        tiles, rest = self._cut(a)
+        main = xp.matmul(tiles, b[..., None, :, :])
+        main = xp.reshape(main, (*main.shape[:-3], tiles.shape[-3] * self.size, main.shape[-1]))
+        if not rest.shape[-2]:
+            return main
+        return xp.concat([main, xp.matmul(rest, b)], axis=-2)
+
+    def outer(self, a: Any, b: Any) -> Any:
+        """Sum the outer products of rows, a^T b, over (..., R, F) and (..., R, E)."""
+        xp = self.xp
+        if a.shape[-2] <= self.size or not self.size:
+            return xp.matmul(xp.matrix_transpose(a), b)
+        (a, a_rest), (b, b_rest) = self._cut(a), self._cut(b)
+        total = xp.sum(xp.matmul(xp.matrix_transpose(a), b), axis=-3)
+        return total + xp.matmul(xp.matrix_transpose(a_rest), b_rest)
+
+
 def features_vjp(
-    c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
-) -> dict[str, Any]:
-    """Pull (d_out, d_L) back to ``q``, ``k`` and ``v``, in O(N + M)."""
+    c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any,
+    size: int = CHUNK, tiled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Pull (d_out, d_L) back to ``q``, ``k`` and ``v``, in O(N + M); see `features`."""
     if c.log:
         plain, shift = shifted_features(o, xp=xp)
-        d = features_vjp(Features(), plain, out, level - shift, d_out, d_level, xp=xp)
+        d = features_vjp(Features(), plain, out, level - shift, d_out, d_level, xp=xp, size=size,
+                         tiled=tiled)  # fmt: skip
         # phi = exp(log phi - shift), and the value does not depend on the shifts.
         return {"q": d["q"] * plain.q, "k": d["k"] * plain.k, "v": d["v"]}
     if c.signed:
@@ -75,21 +129,22 @@ def features_vjp(
     if o.visibility.support.ahead == 0:
         seen, static = o.visibility, o.visibility.static
         counts = seen.prefix_counts(0, o.q.shape[-2])
-        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, static=static)
+        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, static=static, size=size)
         # From the keys' side everything runs backwards: a key is seen by the last rows.
         after = xp.flip(seen.later_rows(), axis=-2)
         late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
         step = seen.scale
         dk, _ = prefix_contract(xp.flip(values, axis=-2), after, late_rows, late_q, xp=xp,
-                                static=static, step=step)  # fmt: skip
+                                static=static, step=step, size=size)  # fmt: skip
         dv, _ = prefix_contract(xp.flip(k, axis=-2), after, late_q, late_rows, xp=xp,
-                                static=static, step=step)  # fmt: skip
+                                static=static, step=step, size=size)  # fmt: skip
         dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
     else:
-        dq = xp.matmul(rows, xp.matmul(xp.matrix_transpose(values), k))
-        state = xp.matmul(xp.matrix_transpose(rows), o.q)
-        dk = xp.matmul(values, state)
-        dv = xp.matmul(k, xp.matrix_transpose(state))
+        products = _Products(size if tiled else 0, xp)
+        dq = products.rows(rows, products.outer(values, k))
+        state = products.outer(rows, o.q)
+        dk = products.rows(values, state)
+        dv = products.rows(k, xp.matrix_transpose(state))
     dk, dv = xp.sum(dk, axis=-3), xp.sum(dv[..., :-1], axis=-3)
     if o.visibility.key_mask is not None:
         real = o.visibility.key_mask[..., None]
@@ -131,7 +186,8 @@ def _real_features(o: Operands, xp: Any) -> Any:
 
 
 def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: bool,
-                    log: bool = False, step: int = 1) -> tuple[Any, Any]:  # fmt: skip
+                    log: bool = False, step: int = 1,
+                    size: int = CHUNK) -> tuple[Any, Any]:  # fmt: skip
     """Compute sum_{j < c_i} (a_i . k_j) v_j for every row i.
 
     Parameters
@@ -152,6 +208,8 @@ def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: boo
         Whether `a` and `k` are logarithms; a running maximum is then subtracted from `k`.
     step : int
         See `counts`.
+    size : int
+        Rows and keys of a chunk.
 
     Returns
     -------
@@ -159,7 +217,6 @@ def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: boo
     exponent : array (*B, H, G, R, 1)
         The sum is ``summed * exp(exponent)``.
     """
-    size = CHUNK
     k, v = _chunks(k, size, -xp.inf if log else 0.0, step, xp), _chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v, log, xp)
     outs, exponents = [], []

@@ -171,11 +171,12 @@ class FeatureMap(Kernel):
         return type(self).features_vjp is not FeatureMap.features_vjp
 
 
-def _positive(word: str, name: str, value: float | None, *, zero: bool = False) -> None:
+def _positive(word: str, name: str, value: object, *, zero: bool = False) -> None:
     if value is None:
         return
-    good = math.isfinite(value) and (value >= 0 if zero else value > 0)
-    if not good:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
+        math.isfinite(value) and (value > 0 or (zero and value == 0))
+    ):
         bound = "a finite number >= 0" if zero else "a finite number > 0"
         raise SpecError(f"{word}: {name} is {value!r}, expected {bound}")
 
@@ -288,7 +289,7 @@ class Polynomial(PointwiseKernel):
     word = "polynomial"
 
     def __post_init__(self) -> None:
-        if self.degree < 2 or self.degree % 2:
+        if type(self.degree) is not int or self.degree < 2 or self.degree % 2:
             raise SpecError(
                 f"{self.word}: degree is {self.degree!r}, expected an even number >= 2 "
                 "(an odd power can be negative)"
@@ -314,14 +315,14 @@ class Elu(FeatureMap):
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Phi(x), see `FeatureMap.features`."""
-        zero = xp.zeros_like(x)
+        zero = xp.zeros_like(x[..., :1, :1])
         return xp.exp(xp.minimum(x, zero)) + xp.maximum(x, zero)
 
     def features_vjp(
         self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any]]:
         """Pull back, see `FeatureMap.features_vjp`."""
-        return cotangent * xp.exp(xp.minimum(x, xp.zeros_like(x))), {}
+        return cotangent * xp.exp(xp.minimum(x, xp.zeros_like(x[..., :1, :1]))), {}
 
     def latex(self) -> str:
         """Kappa as LaTeX."""
@@ -374,9 +375,9 @@ class RandomFeatures(FeatureMap):
     log_domain = True
 
     def __post_init__(self) -> None:
-        if self.count < 1:
+        if type(self.count) is not int or self.count < 1:
             raise SpecError(f"{self.word}: count is {self.count!r}, expected an int >= 1")
-        if not 0 <= self.seed < 2**32:
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise SpecError(f"{self.word}: seed is {self.seed!r}, expected 0 <= seed < 2^32")
         _positive(self.word, "scale", self.scale)
 

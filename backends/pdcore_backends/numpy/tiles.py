@@ -21,9 +21,9 @@ from pdcore.plan import Scores
 
 from .threads import buffer
 
-__all__ = ["Block", "Layout", "Problem", "Rows"]
+__all__ = ["PRODUCTS", "Block", "Layout", "Problem", "Rows"]
 
-_PRODUCTS = 2**18  # multiplications that OpenBLAS does not split between its threads
+PRODUCTS = 2**18  # multiplications that OpenBLAS does not split between its threads
 _ELEMENTS = 2**17  # scores of a block: half a megabyte in float32 stays in the L2 cache
 _KEYS = 512
 
@@ -118,7 +118,7 @@ class Problem:
         keys = self.k.shape[1]
         widest = max(dim, self.v.shape[-1], 1)
         tile = 128
-        while tile > 16 and tile * tile * widest > _PRODUCTS:
+        while tile > 16 and tile * tile * widest > PRODUCTS:
             tile //= 2
         key_block = min(max(keys, 1), _KEYS)
         row_block = max(tile, _ELEMENTS // (key_block * groups))
