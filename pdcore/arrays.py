@@ -77,7 +77,11 @@ def device_name(x: Any, library: str) -> str:
         except Exception:  # a tracer has no devices; the compiled function decides
             return "cpu" if "jax" not in sys.modules else sys.modules["jax"].default_backend()
         platform = device.platform
-        return "cpu" if platform == "cpu" else f"{'cuda' if platform == 'gpu' else platform}:{device.id}"
+        return (
+            "cpu"
+            if platform == "cpu"
+            else f"{'cuda' if platform == 'gpu' else platform}:{device.id}"
+        )
     device = x.device
     if library == "cupy":
         return f"cuda:{device.id}"

@@ -14,7 +14,7 @@ from .errors import UnsupportedError
 from .lowering import Signature, lower
 from .plan import Plan
 from .spec import AttentionSpec, as_spec
-from .validation import finite_dropout, validate
+from .validation import finite_dropout, parameter_shape, validate
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -139,12 +139,14 @@ class BoundAttention:
         offset = inputs.offset
         kind = "end" if isinstance(offset, str) else "int" if not hasattr(offset, "shape") or \
             isinstance(offset, np.integer) else "sequence" if offset.shape else "array"  # fmt: skip
-        shapes = [None if x is None else tuple(x.shape)
-                  for x in (inputs.mask, inputs.key_mask, inputs.bias)]  # fmt: skip
+        mask, key_mask, bias = (
+            None if x is None else tuple(x.shape)
+            for x in (inputs.mask, inputs.key_mask, inputs.bias)
+        )
         return Request(
             self.spec, library, dtype_name(q), self._device or device_name(q, library),
-            tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), *shapes, kind,
-            bool(lse), vjp, weights, finite_dropout(dropout), axis_name,
+            tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), mask, key_mask, bias,
+            kind, bool(lse), vjp, weights, finite_dropout(dropout), axis_name,
         )  # fmt: skip
 
 
@@ -169,8 +171,7 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
         if p.name not in params:
             from array_api_compat import array_namespace
 
-            sizes: dict[Any, int] = {"H": inputs.k.shape[-3], "D": inputs.q.shape[-1]}
-            shape = tuple(sizes.get(s, s) for s in p.shapes[0])
+            shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
             params[p.name] = array_namespace(inputs.q).full(
                 shape, p.default, dtype=inputs.q.dtype, device=inputs.q.device
             )
@@ -220,8 +221,8 @@ def _exchange(
             return to_device(x, q.device)
         return namespace.from_dlpack(x)
 
-    moved = [there(x) for x in inputs[:-1]]
-    return Inputs(*moved, {n: there(x) for n, x in inputs.params.items()}), back
+    moved = {name: there(x) for name, x in inputs._asdict().items() if name != "params"}
+    return Inputs(**moved, params={n: there(x) for n, x in inputs.params.items()}), back
 
 
 _BOUND: dict[Any, BoundAttention] = {}

@@ -215,7 +215,7 @@ def maximum(x: Expression | float, y: Expression | float) -> Expression:
     return _binary("maximum", x, y)
 
 
-def where(condition: Expression, x: Expression | float, y: Expression | float) -> Expression:
+def where(condition: Any, x: Expression | float, y: Expression | float) -> Expression:
     """Trace a choice by a comparison."""
     if not isinstance(condition, Expression) or condition.op not in _COMPARISONS:
         raise TypeError(f"condition: got {condition!r}, expected a comparison such as s > 0")

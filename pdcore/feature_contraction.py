@@ -286,7 +286,9 @@ class _Chunk:
         xp = self.xp
         if isinstance(self.at, int):
             return x[..., self.at : self.at + width, :, :]
-        index = xp.arange(width, dtype=xp.int64, device=x.device)[:, None, None] + self.at[..., None]
+        index = (
+            xp.arange(width, dtype=xp.int64, device=x.device)[:, None, None] + self.at[..., None]
+        )
         index = xp.broadcast_to(index, (*x.shape[:-3], width, *x.shape[-2:]))
         return xp.take_along_axis(x, index, axis=-3)
 

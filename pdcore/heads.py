@@ -30,10 +30,13 @@ class HeadScaling:
 
     def __post_init__(self) -> None:
         for scale in self.scales:
-            if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
+            if type(scale) is not int or scale < 1:
                 raise SpecError(f"sh: scale {scale!r}, expected whole numbers >= 1")
         if self.pool not in _POOLS:
-            raise SpecError(f"sh: pool is {self.pool!r}; {nearest(self.pool, _POOLS)}")
+            raise SpecError(f"sh: pool is {self.pool!r}; {nearest(str(self.pool), _POOLS)}")
+        if self.pool != "mean" and not self.scales:
+            raise SpecError(f"sh: pool={self.pool} without scales pools nothing; expected one "
+                            "scale per key head")  # fmt: skip
 
     @property
     def largest(self) -> int:

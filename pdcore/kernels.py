@@ -174,8 +174,10 @@ class FeatureMap(Kernel):
 def _positive(word: str, name: str, value: object, *, zero: bool = False) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (
-        math.isfinite(value) and (value > 0 or (zero and value == 0))
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (math.isfinite(value) and (value > 0 or (zero and value == 0)))
     ):
         bound = "a finite number >= 0" if zero else "a finite number > 0"
         raise SpecError(f"{word}: {name} is {value!r}, expected {bound}")

@@ -156,13 +156,14 @@ class Batch(Normalization):
         if isinstance(self.beta, str):
             if self.beta != "param":
                 raise SpecError(f"bn: beta is {self.beta!r}, expected a number or 'param'")
-        elif not math.isfinite(self.beta):
+        elif not _is_finite(self.beta):
             raise SpecError(f"bn: beta is {self.beta!r}, expected a finite number or 'param'")
-        if not (math.isfinite(self.eps) and self.eps > 0):
+        if not (_is_finite(self.eps) and self.eps > 0):
             raise SpecError(f"bn: eps is {self.eps!r}, expected a finite number > 0")
         if self.statistics not in _STATISTICS:
             raise SpecError(
-                f"bn: statistics is {self.statistics!r}; {nearest(self.statistics, _STATISTICS)}"
+                f"bn: statistics is {self.statistics!r}; "
+                f"{nearest(str(self.statistics), _STATISTICS)}"
             )
 
     @property
@@ -212,9 +213,11 @@ class Batch(Normalization):
         beta = r"\beta \odot " if self.beta == "param" else (
             "" if self.beta == 1.0 else f"{self.beta:g}\\,")  # fmt: skip
         index = "_p" if self.statistics == "prefix" else ""
-        return (
-            rf"\frac{{x - {beta}\mu{index}}}{{\sqrt{{\sigma^2{index} + {_number(self.eps)}}}}}"
-        )
+        return rf"\frac{{x - {beta}\mu{index}}}{{\sqrt{{\sigma^2{index} + {_number(self.eps)}}}}}"
+
+
+def _is_finite(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _number(x: float) -> str:

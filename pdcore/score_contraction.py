@@ -17,6 +17,7 @@ from .transform import sum_to
 
 __all__ = ["scores", "scores_vjp"]
 
+
 def key_blocks(visibility: Visibility, start: int, stop: int, size: int) -> list[tuple[int, int]]:
     """Cut the keys that queries ``start:stop`` may see, on the grid of all blocks."""
     first, last = visibility.key_range(start, stop)

@@ -87,7 +87,9 @@ class AttentionSpec:
                 )
             _check_scalars(value)
         if self.normaliser not in NORMALISERS:
-            raise SpecError(f"h: got {self.normaliser!r}; {nearest(str(self.normaliser), NORMALISERS)}")
+            raise SpecError(
+                f"h: got {self.normaliser!r}; {nearest(str(self.normaliser), NORMALISERS)}"
+            )
         names = [p.name for p in self.parameters()]
         if len(set(names)) != len(names):
             raise SpecError(f"{self.kernel.word} and {self.normalization.word} declare a "
@@ -226,7 +228,7 @@ def _words(text: str) -> list[tuple[str, str | None]]:
         if match is None or (match.end() < len(text) and text[match.end()] != "+"):
             where = match.end() if match else at
             raise SpecError(
-                f"spec {text!r}: cannot read it at column {where + 1} ({text[where:where + 12]!r}); "
+                f"spec {text!r}: cannot read it at column {where + 1} ({text[where : where + 12]!r}); "
                 "expected words joined by '+', such as 'softmax+bn(beta=0.5)+causal'"
             )
         found.append((match[1], match[2]))
@@ -325,21 +327,32 @@ def _build(word: str, cls: type[Any], arguments: str | None) -> Any:
     declared = {f.name: f for f in fields(cls) if f.init}
     bound = _bind(word, tuple(declared), positional, named)
     for name, value in bound.items():
-        bound[name] = _coerce(word, name, str(declared[name].type), value)
+        bound[name] = _coerce(word, name, declared[name].type, value)
     try:
         return cls(**bound)
     except TypeError as error:
         raise SpecError(f"{word}({arguments or ''}): {error}") from error
 
 
-def _coerce(word: str, name: str, annotation: str, value: Any) -> Any:
-    """Fit a value to a field's annotation: int, float, str, bool and unions of these."""
-    kinds = {part.strip() for part in annotation.split("|")}
+_SCALARS = frozenset({"int", "float", "str", "bool", "None"})
+
+
+def _coerce(word: str, name: str, annotation: Any, value: Any) -> Any:
+    """Fit a value to a field's annotation: int, float, str, bool and unions of these.
+
+    The annotation is a string or, in a module without postponed annotations, an object. One
+    that says anything else is left to the class itself to check.
+    """
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    optional = text.removeprefix("typing.").removeprefix("Optional[")
+    kinds = {part.strip() for part in optional.removesuffix("]").split("|")}
+    if not kinds <= _SCALARS:
+        return value
     if type(value) is int and "int" not in kinds and "float" in kinds:
         return float(value)
-    if type(value).__name__ in kinds or (value is None and "None" in kinds):
+    if type(value).__name__ in kinds:
         return value
-    raise SpecError(f"{word}: {name} is {value!r}, expected {annotation}")
+    raise SpecError(f"{word}: {name} is {value!r}, expected {text}")
 
 
 def _check_scalars(part: Any) -> None:

@@ -200,9 +200,7 @@ def reduce_axis(stats: Statistics, state: State, axis: int, *, xp: Any) -> State
         merged = stats.merge(first, _cut(state, axis, half, 2 * half), xp=xp)
         if size % 2:
             last = _cut(state, axis, 2 * half, size)
-            merged = {
-                name: xp.concat([merged[name], last[name]], axis=axis) for name in merged
-            }
+            merged = {name: xp.concat([merged[name], last[name]], axis=axis) for name in merged}
         state, size = merged, half + size % 2
     return state
 

@@ -206,9 +206,9 @@ class Visibility:
         low = xp.minimum(low, high)
         if self.key_mask is None:
             return (high - low)[..., 0]
-        real = xp.cumulative_sum(
-            xp.astype(self.key_mask, xp.int64), axis=-1, include_initial=True
-        )[..., None, :]
+        real = xp.cumulative_sum(xp.astype(self.key_mask, xp.int64), axis=-1, include_initial=True)[
+            ..., None, :
+        ]
         shape = (*real.shape[:-1], self.rows)
         ends = [xp.broadcast_to(edge[..., 0], shape) for edge in (high, low)]
         high, low = (xp.take_along_axis(real, edge, axis=-1) for edge in ends)

@@ -83,7 +83,9 @@ class Normalize:
         t = self.normalization
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
-            grads, dstate, dparams = [], {}, {}
+            grads = []
+            dstate: dict[str, Any] = {}
+            dparams: dict[str, Any] = {}
             for x, dx in ((rows.q, d.q), (rows.k, d.k)):
                 grad, ds, dp = t.apply_vjp(x, state, dx, xp=xp, params=params)
                 grads.append(grad)
@@ -128,7 +130,7 @@ class Fold:
         shift = first_real(rows.k, rows.key_mask, xp=xp) if self.batch.statistics == "prefix" \
             else mean  # fmt: skip
         centre, centred = beta * mean, rows.k - shift
-        root = xp.sqrt(inverse) if self.split else None
+        root: Any = xp.sqrt(inverse) if self.split else None
         folded = (rows.q - centre) * (root if self.split else inverse)
         k = centred * root if self.split else centred
         gap = self.scale * (shift - centre)
@@ -142,7 +144,7 @@ class Fold:
             dq = d.q + drow * gap
             factor = root if self.split else inverse
             dcentre = sum_to(-dq * factor, mean.shape, xp=xp)
-            pull = self.scale * (root if self.split else 1.0)
+            pull = self.scale * root if self.split else self.scale
             dcentre = dcentre - sum_to(drow * folded * pull, mean.shape, xp=xp)
             dfactor = sum_to(dq * (rows.q - centre), mean.shape, xp=xp)
             dk = d.k
@@ -154,7 +156,8 @@ class Fold:
                 dk, dvar = d.k * root, -0.5 * inverse * root * dfactor
             else:
                 dvar = -inverse * inverse * dfactor
-            dstate, dparams = {}, {}
+            dstate: dict[str, Any] = {}
+            dparams: dict[str, Any] = {}
             if self.batch.statistics != "running":
                 dstate = {"mean": beta * dcentre, "var": dvar}
             if self.batch.beta == "param":
@@ -233,7 +236,8 @@ class FeatureRows:
         phi = self.kernel
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
-            grads, dparams = [], {}
+            grads = []
+            dparams: dict[str, Any] = {}
             for x, dx in ((rows.q, d.q), (rows.k, d.k)):
                 grad, dp = phi.features_vjp(x, dx, xp=xp, params=params)
                 grads.append(grad)

@@ -98,8 +98,8 @@ def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> None:
 
 def _boolean(x: Any, name: str) -> None:
     if dtype_name(x) != "bool":
-        raise TypeError(f"{name}: got dtype {dtype_name(x)}, expected bool, True where a key may be "
-                        "seen (scores to be added go in bias)")  # fmt: skip
+        raise TypeError(f"{name}: got dtype {dtype_name(x)}, expected bool, True where a key may "
+                        "be seen (scores to be added go in bias)")  # fmt: skip
 
 
 def _broadcastable(x: Any, name: str, full: tuple[int, ...]) -> None:
@@ -113,11 +113,11 @@ def _broadcastable(x: Any, name: str, full: tuple[int, ...]) -> None:
 
 def _bias(spec: AttentionSpec, bias: Any, dtype: str, full: tuple[int, ...]) -> None:
     if not spec.kernel.has_log:
-        raise UnsupportedError(f"bias: {spec.kernel.word} has no log kappa to add it to; use a "
-                               "kernel with one (softmax, gaussian, cosine, polynomial)")  # fmt: skip
+        raise UnsupportedError(f"bias: {spec.kernel.word} has no log kappa to add it to; use "
+                               "softmax, gaussian, cosine or polynomial")  # fmt: skip
     if spec.heads.largest > 1:
-        raise UnsupportedError(f"bias: {spec} pools keys, and a pooled key has no single bias; use "
-                               "scales of 1")  # fmt: skip
+        raise UnsupportedError(f"bias: {spec} pools keys, and a pooled key has no single bias; "
+                               "use scales of 1")  # fmt: skip
     if dtype_name(bias) not in ("float32", dtype):
         raise TypeError(f"bias: got dtype {dtype_name(bias)}, expected float32 or {dtype}")
     _broadcastable(bias, "bias", full)
@@ -148,10 +148,12 @@ def _params(spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str,
     if not declared and not params:
         return
     if not isinstance(params, Mapping):
-        raise TypeError(f"params: got {type(params).__name__}, expected a mapping of names to arrays")
+        raise TypeError(f"params: got {type(params).__name__}, expected a mapping of names to "
+                        "arrays")  # fmt: skip
     for name in params:
         if name not in declared:
-            raise ValueError(f"params: {spec} has no parameter {name!r}; {nearest(str(name), declared)}")
+            raise ValueError(f"params: {spec} has no parameter {name!r}; "
+                             f"{nearest(str(name), declared)}")  # fmt: skip
     for name, p in declared.items():
         if name not in params:
             if p.default is None:
@@ -169,9 +171,13 @@ def _params(spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str,
 
 
 def _allowed(p: Parameter, heads: int, dim: int) -> list[tuple[int, ...]]:
-    sizes = {"H": heads, "D": dim}
-    return [tuple(sizes.get(s, s) if isinstance(s, str) else s for s in shape)  # type: ignore[misc]
-            for shape in p.shapes]  # fmt: skip
+    return [parameter_shape(shape, heads, dim) for shape in p.shapes]
+
+
+def parameter_shape(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, ...]:
+    """Put numbers for the names of sizes in a declared shape."""
+    sizes: dict[str | int, int | str] = {"H": heads, "D": dim}
+    return tuple(int(sizes.get(s, s)) for s in shape)
 
 
 def _choices(p: Parameter, heads: int, dim: int) -> str:

@@ -80,8 +80,9 @@ def _discovered(table: dict[str, _T], word: str) -> _T | None:
 
 
 def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
+    candidate: object = cls  # a plugin may hand over anything
     name = getattr(cls, "__qualname__", repr(cls))
-    if not (isinstance(cls, type) and issubclass(cls, base)):
+    if not (isinstance(candidate, type) and issubclass(candidate, base)):
         raise PluginError(f"{name}: expected a subclass of pdcore.{base.__name__}")
     words = (getattr(cls, "word", ""), *cls.aliases)
     for word in words:
@@ -91,7 +92,7 @@ def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
         if word in RESERVED or (taken is not None and taken is not cls):
             owner = f"{taken.__module__}.{taken.__qualname__}" if taken else "the grammar"
             raise PluginError(f"{name}: the word {word!r} is taken by {owner}")
-    if getattr(cls, "__dataclass_params__", None) is None or not cls.__dataclass_params__.frozen:
+    if not getattr(getattr(cls, "__dataclass_params__", None), "frozen", False):
         raise PluginError(f"{name}: expected a frozen dataclass, so that specs can be hashed")
     for word in words:
         table[word] = cls

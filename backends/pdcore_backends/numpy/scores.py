@@ -220,7 +220,8 @@ class _Cotangent:
         """Add what one key block contributes."""
         block, problem, c = self.block, self.block.problem, self.block.problem.c
         s = block.inner(keys)
-        slope = None
+        slope: Any = None
+        inverse: Any = None
         if c.expression is not None:
             slope = c.expression.derivative("s")({"s": s, **block.values}, np)
             slope = np.broadcast_to(slope, s.shape)

@@ -95,7 +95,9 @@ class Problem:
         # transposed view; the scale of a linear log kappa goes in on the way.
         self.scaled = c.expression is None and c.weight == "log"
         turned = np.empty((count, self.k.shape[2], self.k.shape[1]), self.dtype)
-        np.multiply(self.k.swapaxes(-1, -2), self.dtype.type(c.scale if self.scaled else 1), out=turned)
+        np.multiply(
+            self.k.swapaxes(-1, -2), self.dtype.type(c.scale if self.scaled else 1), out=turned
+        )
         self.k_turned = turned
         self.key_bias = None if o.key_bias is None else o.key_bias.reshape(count, -1)
         self.key_mask = None
