@@ -277,7 +277,7 @@ def bench(
     """
     _backends(backend)
     try:
-        from pdcore_conformance import speed
+        from pdcore_conformance import speed, speed_table
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("pdcore_conformance"):
             raise
@@ -286,7 +286,7 @@ def bench(
     if as_json:
         emit(record)
     else:
-        speed.show(record, stdout())
+        speed_table.show(record, stdout())
     if record["red"]:
         raise Failed(Exit.NUMERICS, "numerics are red, so no speed is reported")
     unmet = [figure["name"] for figure in record["figures"] if figure["met"] is False]

@@ -1,0 +1,156 @@
+"""Time measured fairly: several calls interleaved in one process, medians, and what ran where."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["environment", "interleaved", "interval", "quartiles", "threads_limited"]
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1, repeat: int = 1
+) -> dict[str, list[float]]:
+    """Time calls in turn, so that whatever else the machine does meets all of them alike.
+
+    Parameters
+    ----------
+    calls : mapping of str to callable
+        What to time, by name.
+    rounds : int
+        Times for each of them; the order is turned round every time.
+    warm_up : int
+        Rounds before, not counted.
+    repeat : int
+        Calls in one measurement, for calls too short for the clock.
+
+    Returns
+    -------
+    dict of str to list of float
+        Seconds a call; entries of the same place were measured next to one another.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-warm_up, rounds):
+            order = list(calls.items())
+            for name, call in order if turn % 2 else reversed(order):
+                began = time.perf_counter()
+                for _ in range(repeat):
+                    call()
+                if turn >= 0:
+                    taken[name].append((time.perf_counter() - began) / repeat)
+    finally:
+        if collecting:
+            gc.enable()
+    return taken
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Give the lower quartile, the median and the upper quartile."""
+    if len(values) < 2:
+        return [float(values[0])] * 3
+    return [float(q) for q in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
+    """Give a bootstrap interval of the median, by `scipy.stats.bootstrap`.
+
+    Returns
+    -------
+    list of float or None
+        Its ends; None without SciPy, and for fewer than three values.
+    """
+    if len(values) < 3:
+        return None
+    try:
+        from scipy.stats import bootstrap
+    except ModuleNotFoundError:
+        return None
+    import numpy as np
+
+    found = bootstrap(
+        (np.asarray(values),), np.median, confidence_level=level, n_resamples=2000,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return [float(found.low), float(found.high)]
+
+
+@contextlib.contextmanager
+def threads_limited(threads: int) -> Iterator[bool]:
+    """Run a block with so many threads in the BLAS, and in the NumPy backend.
+
+    Yields
+    ------
+    bool
+        Whether the BLAS could be limited; it takes threadpoolctl.
+    """
+    variable = "PDCORE_NUM_THREADS"
+    before = os.environ.get(variable)
+    os.environ[variable] = str(threads)
+    try:
+        try:
+            from threadpoolctl import threadpool_limits
+        except ModuleNotFoundError:
+            yield False
+        else:
+            with threadpool_limits(threads):
+                yield True
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the versions, for a record.
+
+    Returns
+    -------
+    dict
+        ``cpu``, ``cores`` of this process, ``load`` (the average over the last minute: above 0,
+        others were at work), ``system``, ``python``, ``packages`` by name, ``blas``.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    packages = {}
+    for name in ("pdcore", "numpy", "array-api-compat", "scipy", "threadpoolctl"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    return {
+        "cpu": _cpu(),
+        "cores": cores,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+        "packages": packages,
+        "blas": _blas(),
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _blas() -> list[dict[str, Any]] | str:
+    try:
+        from threadpoolctl import threadpool_info
+    except ModuleNotFoundError:
+        return "unknown: threadpoolctl is not installed"
+    kept = ("internal_api", "version", "num_threads", "threading_layer", "architecture")
+    return [{name: pool.get(name) for name in kept} for pool in threadpool_info()]
