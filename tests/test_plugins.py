@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import threading
 
@@ -67,6 +68,22 @@ def test_installed_metadata_comes_before_the_source_tree(monkeypatch, rediscover
     plugins.discover()
     assert plugins._entries["numpy"].origin == "distribution pdcore 99.0"
     assert plugins._entries["numpy"].rank[0] is False
+
+
+def test_of_two_versions_the_first_on_the_path_counts(monkeypatch, tmp_path):
+    folders = [tmp_path / version for version in ("2.0", "1.0")]
+    for folder in folders:
+        add_distribution(folder, "twofold", {"point": f"m{folder.name[0]}"}, version=folder.name)
+
+    def fail(group):
+        raise TypeError("one distribution is unreadable")
+
+    monkeypatch.setattr(discovery, "entry_points", fail)
+    found = importlib.metadata.distributions(path=list(map(str, folders)))
+    monkeypatch.setattr(discovery, "distributions", lambda: found)
+    points, unreadable = discovery.find()
+    assert [point.value for point, owner in points if not owner.built_in] == ["m2"]
+    assert unreadable == {}
 
 
 def test_order_is_built_in_then_priority_then_name(rediscover):

@@ -224,6 +224,11 @@ def test_a_named_plugin_that_is_broken(add):
         "(distribution shattered-dist 0.2)"
     )
     assert caught.value.reasons == {"shattered": [reason]}
+    assert reasons(REQUEST, ["shattered", "fine"]) == {
+        "shattered": [reason],
+        "fine": [],
+        "numpy": [],
+    }
     with pytest.raises(ValueError, match="failed to load: shattered"):
         run("shaterred")
 
@@ -285,6 +290,10 @@ def test_a_device_that_a_backend_does_not_have(add):
         run("numpy:cuda")
     assert "device cuda: runs on cpu" in str(caught.value)
     assert run(["numpy:cuda", "numpy"]) == "numpy"
+    eager = add("eager")  # its own refusals() would let it pass
+    with pytest.raises(UnsupportedError, match="device cuda: runs on cpu"):
+        run("eager:cuda")
+    assert eager.asked == []
 
 
 # Backends that misbehave
