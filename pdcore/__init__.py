@@ -11,6 +11,8 @@ run it on the backend of your arrays:
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .attention import (
     BoundAttention,
     attention,
@@ -22,7 +24,6 @@ from .attention import (
 from .backend import SPEC_VERSION, Backend, BackendInfo
 from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
 from .heads import HeadScaling
-from .hookspecs import hookimpl
 from .kernels import (
     Cosine,
     Elu,
@@ -43,6 +44,9 @@ from .spec import PRESETS, AttentionSpec, parse
 from .statistics import KeySet, Moments, Statistics
 from .support import Support
 from .vocabulary import register_kernel, register_normalization
+
+if TYPE_CHECKING:
+    from .hookspecs import hookimpl
 
 __version__ = "0.1.0"
 
@@ -88,3 +92,12 @@ __all__ = [
     "register_normalization",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # pluggy would be a fifth of the import; only plugins need it.
+    if name == "hookimpl":
+        from .hookspecs import hookimpl
+
+        return hookimpl
+    raise AttributeError(f"module 'pdcore' has no attribute {name!r}")

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import selection
+from . import plugins, selection
 from .arrays import device_name, dtype_name, library_of
 from .backend import Backend, Inputs, Request
 from .errors import UnsupportedError
 from .lowering import Signature, lower
 from .plan import Plan
 from .spec import AttentionSpec, as_spec
-from .validation import finite_dropout, parameter_shape, validate
+from .validation import check_cotangent, finite_dropout, parameter_shape, validate
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -97,20 +97,12 @@ class BoundAttention:
         back : callable or None
             Takes a result back to the caller's library and device; None when it is there.
         """
-        q, k, v, mask, key_mask, bias, offset, params = inputs
-        key: Any = None
+        flags = (lse, vjp, weights, dropout, axis_name)
         try:
-            key = (
-                type(q), q.shape, q.dtype, type(k), k.shape, k.dtype, type(v), v.shape, v.dtype,
-                None if mask is None else (type(mask), mask.shape, mask.dtype),
-                None if key_mask is None else (type(key_mask), key_mask.shape, key_mask.dtype),
-                None if bias is None else (type(bias), bias.shape, bias.dtype),
-                type(offset) if type(offset) is int else None, lse, vjp, weights, dropout,
-                axis_name, q.device, bool(params),
-            )  # fmt: skip
-            found = self._ready.get(key) if key[-1] is False and key[12] is int else None
+            key = (flags, *map(_kind, inputs))
+            found = self._ready.get(key)
         except (AttributeError, TypeError):
-            found = None  # `validate` says what is wrong
+            key = found = None  # `validate` says what is wrong
         if found is None:
             request = self.request(
                 inputs, lse=lse, vjp=vjp, weights=weights, dropout=dropout, axis_name=axis_name
@@ -118,12 +110,14 @@ class BoundAttention:
             chosen = selection.choose(request, self._choice)
             plan = lower(self.spec, signature(request))
             found = (chosen.backend, plan, request.library, self._device or chosen.device)
-            if len(self._ready) < 4096:
+            if key is not None:
+                if len(self._ready) >= 4096:
+                    self._ready.clear()
                 self._ready[key] = found
         backend, plan, library, device = found
         back = None
-        if params or plan.spec.parameters() or type(offset) is not int:
-            inputs = _complete(plan.spec, inputs, library)
+        if self.spec.parameters() or type(inputs.offset) is not int:
+            inputs = _complete(self.spec, inputs, library)
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
         return backend, plan, inputs, back
@@ -153,6 +147,20 @@ class BoundAttention:
 _NO_PARAMS: Mapping[str, Any] = {}
 
 
+def _kind(x: Any) -> Any:
+    """Give all that validation reads of an argument, hashable; values do not matter."""
+    kind = type(x)
+    if kind is np.ndarray:  # the quickest first
+        return kind, x.shape, x.dtype
+    if x is None or kind is int:
+        return kind
+    if kind is str:
+        return x
+    if isinstance(x, Mapping):
+        return tuple((name, *_kind(value)) for name, value in x.items())
+    return kind, x.shape, x.dtype, x.device
+
+
 def signature(request: Request) -> Signature:
     """Give what a plan depends on."""
     return Signature(request.q[-1], request.k[-3], request.dtype, request.mask is not None)
@@ -165,7 +173,6 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
         isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
     ):
         offset = int(offset)
-    validate(spec, inputs, library)  # values of params and offset are not part of a signature
     params = dict(inputs.params)
     for p in spec.parameters():
         if p.name not in params:
@@ -261,16 +268,20 @@ def bind(
 
 def _bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
     """Give the bound function of a call, kept from call to call."""
-    named = backend if backend is None or isinstance(backend, str) else tuple(backend)
+    named: Any = backend
+    if backend is not None and not isinstance(backend, str) and isinstance(backend, Sequence):
+        named = tuple(backend)
     try:
-        key = (spec, named, device, selection.ambient() if named is None else None)
+        ambient = selection.ambient() if named is None else None
+        key = (spec, named, device, ambient, plugins.generation())
         bound = _BOUND.get(key)
     except TypeError:
         return BoundAttention(spec, named, device)
     if bound is None:
         bound = BoundAttention(spec, named, device)
-        if len(_BOUND) < 1024:
-            _BOUND[key] = bound
+        if len(_BOUND) >= 1024:  # specs made in a loop must not grow it without end
+            _BOUND.clear()
+        _BOUND[key] = bound
     return bound
 
 
@@ -379,9 +390,7 @@ def attention_vjp(
         for name, x, like in (("d_out", d_out, out), ("d_lse", d_lse, lse)):
             if x is None and name == "d_lse":
                 continue
-            if library_of(x, name) != library_of(like, "q") or x.shape != like.shape:
-                raise ValueError(f"{name}: got {type(x).__name__} of shape {tuple(x.shape)}, "
-                                 f"expected {type(like).__name__} {tuple(like.shape)}")  # fmt: skip
+            check_cotangent(x, name, like)
         return pull(d_out, d_lse)
 
     return out, lse, vjp

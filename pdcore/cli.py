@@ -53,13 +53,19 @@ def main() -> None:
     try:
         from .commands import app
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        if not optional(error):
             raise
-        print(missing(error.name), file=sys.stderr)
+        print(missing(error), file=sys.stderr)
         raise SystemExit(int(Exit.MISSING)) from None
     app(prog_name="pdcore")
 
 
-def missing(package: str | None) -> str:
+def optional(error: ModuleNotFoundError) -> bool:
+    """Whether what was not found belongs to the extra ``cli``."""
+    return (error.name or "").partition(".")[0] in EXTRA
+
+
+def missing(error: ModuleNotFoundError) -> str:
     """Say that an optional package is missing, and what installs it."""
+    package = (error.name or "").partition(".")[0]
     return f"pdcore: {package} is not installed: pip install 'pdcore[cli]'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 __all__ = ["NoBackendError", "PluginError", "SpecError", "UnsupportedError"]
@@ -52,6 +51,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     str
         For example ``"did you mean 'softmax'? known: cosine, softmax"``.
     """
+    import difflib  # for errors only
+
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -15,7 +15,6 @@ and empty, none.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 import threading
@@ -277,8 +276,10 @@ def known_failures(backend: str) -> dict[str, str]:
 def _importable(name: str) -> bool:
     if name in sys.modules:
         return sys.modules[name] is not None
+    from importlib.util import find_spec
+
     try:
-        return importlib.util.find_spec(name) is not None
+        return find_spec(name) is not None
     except (ImportError, ValueError):  # a finder that fails, a module without a spec
         return False
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .cli import EXTRA, Exit, missing
+from .cli import Exit, missing, optional
 from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
 from .files import FileError, OutputError
 
@@ -120,10 +120,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             note(f"pdcore: {failed}")
             raise typer.Exit(int(failed.code)) from None
         except ModuleNotFoundError as error:
-            if error.name not in EXTRA:
+            if not optional(error):
                 raise
             code, kind = int(Exit.MISSING), type(error).__name__
-            message = missing(error.name).removeprefix("pdcore: ")
+            message = missing(error).removeprefix("pdcore: ")
         except tuple(error for error, _ in _CODES) as error:
             code = int(next(c for cls, c in _CODES if isinstance(error, cls)))
             kind, message = type(error).__name__, str(error)

@@ -39,8 +39,9 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
         For a bias where the spec has no place for one.
     """
     q, k, v = inputs.q, inputs.k, inputs.v
-    for name, x in (("k", k), ("v", v), ("mask", inputs.mask), ("key_mask", inputs.key_mask),
-                    ("bias", inputs.bias)):  # fmt: skip
+    _same_library(k, "k", library)
+    _same_library(v, "v", library)
+    for name, x in (("mask", inputs.mask), ("key_mask", inputs.key_mask), ("bias", inputs.bias)):
         if x is not None:
             _same_library(x, name, library)
     dtype = dtype_name(q)
@@ -88,8 +89,9 @@ def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> None:
                          f"k {tuple(k)}")  # fmt: skip
     if q[-1] != k[-1] or q[-1] < 1:
         raise ValueError(f"k: got {k[-1]} features, expected {q[-1]} like q {tuple(q)}, at least 1")
-    if k[-3] < 1 or q[-3] % k[-3]:
-        raise ValueError(f"q: got {q[-3]} heads, expected a multiple of the {k[-3]} heads of k")
+    if k[-3] < 1 or q[-3] < 1 or q[-3] % k[-3]:
+        raise ValueError(f"q: got {q[-3]} heads, expected a multiple of the {k[-3]} heads of k, at "
+                         "least one of each")  # fmt: skip
     scales = spec.heads.scales
     if scales and len(scales) != k[-3]:
         raise ValueError(f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
@@ -182,6 +184,21 @@ def parameter_shape(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple
 
 def _choices(p: Parameter, heads: int, dim: int) -> str:
     return " or ".join(map(str, _allowed(p, heads, dim)))
+
+
+def check_cotangent(x: Any, name: str, like: Any) -> None:
+    """Check a cotangent against the result that it belongs to."""
+    result = name.removeprefix("d_")
+    library = library_of(like, result)
+    other = library_of(x, name)
+    if other != library:
+        raise TypeError(f"{name}: got an array of {other}, expected {library} like {result}")
+    if tuple(x.shape) != tuple(like.shape):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(like.shape)} like "
+                         f"{result}")  # fmt: skip
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name}: got dtype {dtype_name(x)}, expected {dtype_name(like)} like "
+                        f"{result}")  # fmt: skip
 
 
 def finite_dropout(dropout: Any) -> float:
