@@ -68,13 +68,15 @@ class BoundAttention:
 
     def vjp(self, inputs: Inputs) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Compute attention and its pullback, see `attention_vjp`."""
-        backend, plan, inputs, back = self.prepare(inputs, vjp=True)
+        backend, plan, ready, back = self.prepare(inputs, vjp=True)
         if back is not None:
+            library = library_of(inputs.q, "q")
             raise UnsupportedError(
-                "attention_vjp: arrays of another library than the backend's would cut the "
-                f"gradient; name a {library_of(inputs.q, 'q')} backend or convert the arrays"
+                f"attention_vjp: backend {backend.info.name} would take the {library} arrays by "
+                f"DLPack, which cuts gradients; convert them to {backend.info.library} yourself, "
+                f"or use a {library} backend"
             )
-        return backend.attention_vjp(plan, inputs)
+        return backend.attention_vjp(plan, ready)
 
     def weights(self, inputs: Inputs) -> Any:
         """Compute the weights, see `attention_weights`."""
