@@ -219,8 +219,11 @@ def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: boo
     """
     k, v = _chunks(k, size, -xp.inf if log else 0.0, step, xp), _chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v, log, xp)
+    if not a.shape[-2]:
+        summed = xp.matmul(a, states[..., 0, :, :])
+        return summed, xp.zeros_like(summed[..., :1])
     outs, exponents = [], []
-    for start, stop in blocks(0, a.shape[-2], size) or [(0, 0)]:
+    for start, stop in blocks(0, a.shape[-2], size):
         count = counts[..., start:stop, :]
         at = _Chunk(count, size, step + 1, static, xp)
         x, keys, values = a[..., start:stop, :], at.window(k), at.window(v)
@@ -280,7 +283,7 @@ class _Chunk:
     def __init__(self, counts: Any, size: int, width: int, static: bool, xp: Any) -> None:
         self.size, self.width, self.xp = size, width, xp
         first = counts[..., :1, :] // size
-        self.at: Any = (int(first[0, 0]) if counts.shape[-2] else 0) if static else first
+        self.at: Any = int(first[0, 0]) if static else first
 
     def _gather(self, x: Any, width: int) -> Any:
         xp = self.xp

@@ -317,14 +317,14 @@ class Elu(FeatureMap):
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Phi(x), see `FeatureMap.features`."""
-        zero = xp.zeros_like(x[..., :1, :1])
+        zero = xp.sum(x[..., :0, :0])  # a scalar of the right dtype and device
         return xp.exp(xp.minimum(x, zero)) + xp.maximum(x, zero)
 
     def features_vjp(
         self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any]]:
         """Pull back, see `FeatureMap.features_vjp`."""
-        return cotangent * xp.exp(xp.minimum(x, xp.zeros_like(x[..., :1, :1]))), {}
+        return cotangent * xp.exp(xp.minimum(x, xp.sum(x[..., :0, :0]))), {}
 
     def latex(self) -> str:
         """Kappa as LaTeX."""
@@ -339,14 +339,14 @@ class Relu(FeatureMap):
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Phi(x), see `FeatureMap.features`."""
-        # Not `maximum`: frameworks give it the gradient 1/2 at 0.
-        return xp.where(x > 0, x, xp.zeros_like(x))
+        # Not `maximum`: frameworks give it the gradient 1/2 at 0. Not x > 0: a NaN comes through.
+        return xp.where(x <= 0, xp.zeros_like(x), x)
 
     def features_vjp(
         self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any]]:
         """Pull back, see `FeatureMap.features_vjp`."""
-        return xp.where(x > 0, cotangent, xp.zeros_like(cotangent)), {}
+        return xp.where(x <= 0, xp.zeros_like(cotangent), cotangent), {}
 
     def latex(self) -> str:
         """Kappa as LaTeX."""

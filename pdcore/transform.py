@@ -253,14 +253,13 @@ def _unit(x: Any, xp: Any) -> tuple[Any, Any]:
     # Scaled by the largest entry, so that squares neither overflow nor vanish; the inner
     # `where`s keep automatic differentiation free of NaN at zero vectors.
     largest = xp.max(xp.abs(x), axis=-1, keepdims=True)
-    nonzero = largest > 0
-    divisor = xp.where(nonzero, largest, xp.ones_like(largest))
+    zero = largest == 0  # not `largest > 0`: a NaN comes through
+    divisor = xp.where(zero, xp.ones_like(largest), largest)
     scaled = x / divisor
     square = xp.sum(scaled * scaled, axis=-1, keepdims=True)
-    length = xp.sqrt(xp.where(nonzero, square, xp.ones_like(square)))
-    zero = xp.zeros_like(x)
-    unit = xp.where(nonzero, scaled / length, zero)
-    return unit, xp.where(nonzero, 1.0 / (length * divisor), xp.zeros_like(length))
+    length = xp.sqrt(xp.where(zero, xp.ones_like(square), square))
+    unit = xp.where(zero, xp.zeros_like(x), scaled / length)
+    return unit, xp.where(zero, xp.zeros_like(length), 1.0 / (length * divisor))
 
 
 def first_real(keys: Any, mask: Any, *, xp: Any) -> Any:
