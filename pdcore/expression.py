@@ -15,6 +15,7 @@ any array library, the exact derivative, and CUDA source text.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,10 @@ __all__ = ["Expression", "exp", "log", "maximum", "tanh", "trace", "where"]
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">",
           "ge": ">="}  # fmt: skip
-_COMPARISONS = frozenset({"lt", "le", "gt", "ge"})
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
+}  # fmt: skip
+_COMPARISONS = frozenset(_COMPARE)
 # op -> CUDA function without its float suffix
 _CUDA_CALLS = {"exp": "exp", "log": "log", "tanh": "tanh", "abs": "fabs", "maximum": "fmax",
                "pow": "pow"}  # fmt: skip
@@ -219,6 +223,9 @@ def where(condition: Any, x: Expression | float, y: Expression | float) -> Expre
     """Trace a choice by a comparison."""
     if not isinstance(condition, Expression) or condition.op not in _COMPARISONS:
         raise TypeError(f"condition: got {condition!r}, expected a comparison such as s > 0")
+    left, right = condition.args
+    if left.op == right.op == "const":  # arrays have no `where` for a Python bool
+        return _wrap(x if _COMPARE[condition.op](left.value, right.value) else y)
     return Expression("where", (condition, _wrap(x), _wrap(y)))
 
 
