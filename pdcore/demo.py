@@ -17,11 +17,10 @@ from rich.table import Table
 
 from . import plugins
 from .attention import attention_weights, bind
-from .cli import Exit
 from .datasets import ATTRIBUTION, JapaneseVowels, japanese_vowels
 from .errors import NoBackendError, UnsupportedError
+from .files import OutputError
 from .inventory import list_backends
-from .reporting import Failed
 
 __all__ = ["PRESETS", "Batch", "project", "redundancy", "run_demo", "show"]
 
@@ -120,8 +119,12 @@ def run_demo(folder: Path, say: Callable[[str], None] = lambda text: None) -> di
         backend ``error_over_budget``, ``milliseconds``, ``spread`` (quartiles) and
         ``versus_softmax``, or why it did not run.
     """
-    from .pictures import write_page, write_png  # matplotlib, before any work is done
+    from .pictures import write_page, write_png  # before any work: matplotlib may be missing
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot write there: {error.strerror}") from error
     vowels = japanese_vowels()
     batch = project(vowels)
     shown = int(np.argmax(vowels.lengths))
@@ -155,12 +158,10 @@ def run_demo(folder: Path, say: Callable[[str], None] = lambda text: None) -> di
         ),
     }
     say("drawing the weights")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [write_png(folder / "attention.png", drawn, result),
-                 write_page(folder / "attention.html", drawn, result)]  # fmt: skip
-    except OSError as error:
-        raise Failed(Exit.OUTPUT, f"{folder}: cannot write there: {error.strerror}") from error
+    files = [
+        write_png(folder / "attention.png", drawn, result),
+        write_page(folder / "attention.html", drawn, result),
+    ]
     return result | {"files": [str(path) for path in files]}
 
 

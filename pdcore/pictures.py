@@ -11,6 +11,12 @@ from typing import Any
 
 import numpy as np
 
+# Not pyplot, which keeps global state and may look for a display.
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+
 from .files import replacing
 
 __all__ = ["write_page", "write_png"]
@@ -38,10 +44,6 @@ def write_png(path: Path, weights: Mapping[str, Array], result: Mapping[str, Any
     Path
         `path`.
     """
-    # Not pyplot, which keeps global state and may look for a display.
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
     heads = next(iter(weights.values())).shape[0]
     figure = Figure(figsize=(2.0 * len(weights) + 0.9, 2.0 * heads + 1.5), layout="constrained")
     axes = figure.subplots(heads, len(weights), squeeze=False, sharex=True, sharey=True)
@@ -110,9 +112,6 @@ def write_page(path: Path, weights: Mapping[str, Array], result: Mapping[str, An
 
 def _png(weights: Array) -> str:
     """Colour an array in [0, 1] and give it as a data URI, one pixel for each entry, 0 blank."""
-    from matplotlib import colormaps
-    from matplotlib.image import imsave
-
     colours = colormaps[COLOURS](np.sqrt(np.clip(weights, 0.0, 1.0)))
     colours[weights == 0.0, 3] = 0.0
     stream = io.BytesIO()

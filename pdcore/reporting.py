@@ -110,8 +110,6 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             with _signals():
                 command(*args, **kwargs)
             return
-        except KeyboardInterrupt:
-            code, kind, message = 128 + signal.SIGINT, "Interrupted", "interrupted"
         except _Signalled as caught:
             code, kind = 128 + caught.number, "Interrupted"
             message = f"ended by {signal.Signals(caught.number).name}"
@@ -139,21 +137,30 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the stack like Ctrl-C does."""
+    """Let signals that end the process unwind the stack; one that is ignored stays ignored.
+
+    Ctrl-C too: a KeyboardInterrupt that passes through an `eval`, and modules have some, makes
+    the interpreter end by the signal whatever exit code it is given.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
 
     def unwind(number: int, frame: Any) -> None:
         raise _Signalled(number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = {getattr(signal, name): signal.signal(getattr(signal, name), unwind) for name in names}
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    for number, handler in before.items():
+        if handler in usual:
+            signal.signal(number, unwind)
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler in usual:
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
