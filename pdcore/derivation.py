@@ -240,7 +240,7 @@ class _Derivation:
         spec, seen = self.spec, self.seen
         normalization = spec.normalization
         if isinstance(spec.kernel, FeatureMap):
-            phi_q, phi_k = rf"\phi({self.t('q_i')})", rf"\phi({self.t(k)})"
+            phi_q, phi_k = self.phi("q_i"), self.phi(k)
             below = {"sum": rf"{phi_q}^\top {total} {phi_k}", "count": f"|{seen}|", "one": ""}
             above = rf"{phi_q}^\top {total} {phi_k} \, {v}^\top"
             divisor = below[spec.normaliser]
@@ -300,9 +300,7 @@ def _positive_semidefinite(spec: AttentionSpec) -> bool:
 
 def _never_zero(spec: AttentionSpec) -> bool:
     """Whether h is positive wherever a key is visible."""
-    return spec.normaliser != "sum" or isinstance(
-        spec.kernel, (Exponential, Gaussian, Cosine)
-    )  # fmt: skip
+    return spec.normaliser != "sum" or isinstance(spec.kernel, (Exponential, Gaussian, Cosine))
 
 
 def _tau(spec: AttentionSpec) -> str:

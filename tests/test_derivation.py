@@ -229,9 +229,9 @@ def test_support_is_in_positions() -> None:
 
 
 def test_normalisers() -> None:
-    says("linear", r"\frac{\phi(q_i)^\top \sum_{j \in S} \phi(k_j) \, v_j^\top}{\phi(q_i)^\top")
+    says("linear", r"\frac{\Phi(q_i)^\top \sum_{j \in S} \Phi(k_j) \, v_j^\top}{\Phi(q_i)^\top")
     says("linear+h(count)", "h(x) = |S|", r"v_j^\top}{|S|}")
-    says("causal+linear+h(one)", "h_i(x) = 1", r"o_i^\top = \phi(q_i)^\top")
+    says("causal+linear+h(one)", "h_i(x) = 1", r"o_i^\top = \Phi(q_i)^\top")
     says("relu", r"\text{ or } h(q_i) = 0")
     assert "h(q_i) = 0" not in parse("softmax").latex()
 
