@@ -27,9 +27,10 @@ def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
     """Contract, see `pdcore.score_contraction.scores`; `c` is not in the log-feature domain."""
     problem = Problem(c, o)
     shape = problem.q.shape[:3]
-    out = np.zeros((*shape, problem.v.shape[-1]), problem.dtype)
+    out = np.empty((*shape, problem.v.shape[-1]), problem.dtype)
     level = np.full(shape, 0.0 if c.signed else -np.inf, problem.dtype)
     workers = _workers(problem)
+    problem.turn(workers)
     layout = problem.layout(blocks_for=2 * workers if workers > 1 else 1)
     longest = _longest_key(problem)
     # Later rows see more under causal: the longest blocks go first.
@@ -37,14 +38,16 @@ def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
 
     def run(task: tuple[int, int, Rows]) -> None:
         block = Block(problem, *task)
-        summed = block.tiled(out)[:, :, :, 0]
+        summed = block.tiled(out)
         total, peak = _accumulate(block, layout, summed, longest)
         if c.signed:
             return
+        summed = summed[:, :, :, 0]
         none = total == 0
         total[none] = 1
-        summed /= total[..., None]
-        summed[none] = 0
+        summed *= (1 / total)[..., None]
+        if none.any():
+            summed[none] = 0
         np.log(total, out=total)
         if peak is not None:
             total += peak
@@ -89,8 +92,8 @@ def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tu
         The heads and rows.
     layout : Layout
         Gives the key blocks.
-    summed : array (P, G, gq, tq, Dv)
-        Zeros, to which the weighted values are added.
+    summed : array (P, G, gq, 1, tq, Dv)
+        Where to write the sums of the weighted values.
     longest : float
         As `_longest_key` gives it.
 
@@ -102,8 +105,9 @@ def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tu
         The maximum that was subtracted from log kappa.
     """
     problem, c = block.problem, block.problem.c
-    total: Any = np.zeros(summed.shape[:-1], problem.dtype)
+    total: Any = np.zeros((*summed.shape[:3], summed.shape[4]), problem.dtype)
     peak: Any = None
+    begun = False
     # A NaN in q compares False, and so takes the path that subtracts a maximum.
     bounded = longest < math.inf and longest * _longest(block.q) <= _BOUNDED[problem.dtype.name]
     ones = np.ones(layout.keys[0].size if layout.keys else 0, problem.dtype)
@@ -116,14 +120,22 @@ def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tu
             np.copyto(s, -np.inf if c.weight == "log" else 0, where=hidden)
         if c.weight == "log":
             if not bounded:
-                peak = _lower(s, peak, total, summed)
+                peak = _lower(s, peak, total, summed[:, :, :, 0])
             np.exp(s, out=s)
         total += np.matmul(s, ones[: keys.size]).sum(axis=3)
-        part = buffer("part", (*s.shape[:-1], summed.shape[-1]), problem.dtype)
-        np.matmul(s, block.key_tiles(problem.v, keys), out=part)
-        if keys.tiles > 1:
-            part = part.sum(axis=3, keepdims=True)
-        summed += part[:, :, :, 0]
+        v = block.key_tiles(problem.v, keys)
+        if keys.tiles == 1 and not begun:
+            np.matmul(s, v, out=summed)
+        else:
+            part = buffer("part", (*s.shape[:-1], summed.shape[-1]), problem.dtype)
+            np.matmul(s, v, out=part)
+            if not begun:
+                np.sum(part, axis=3, keepdims=True, out=summed)
+            else:
+                summed += part.sum(axis=3, keepdims=True) if keys.tiles > 1 else part
+        begun = True
+    if not begun:
+        summed[...] = 0
     return total, None if peak is None else np.where(peak == -np.inf, 0, peak)
 
 
@@ -163,7 +175,8 @@ def scores_vjp(
         delta = np.einsum("...d,...d->...", d_out, out.reshape(d_out.shape))
         delta -= np.where(level == -np.inf, 0, d_level.reshape(shape[:3]))
     workers = _workers(problem)
-    layout = problem.layout(blocks_for=workers)
+    problem.turn(workers)
+    layout = problem.layout(blocks_for=workers, square=True)
     ranges = _key_ranges(problem, layout, workers)
     dq = np.zeros((len(ranges), *shape), problem.dtype)
     grads = {"k": np.zeros_like(problem.k), "v": np.zeros_like(problem.v)}

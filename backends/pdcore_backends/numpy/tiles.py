@@ -1,4 +1,4 @@
-"""Blocks of scores as small square tiles.
+"""Blocks of scores as small tiles.
 
 OpenBLAS runs a matrix product of up to 2^18 multiplications in the calling thread, and on
 recent x86 with a kernel of its own for small matrices that is faster than its large one. So
@@ -19,12 +19,12 @@ import numpy as np
 from pdcore.operands import Operands
 from pdcore.plan import Scores
 
-from .threads import buffer
+from .threads import buffer, run
 
 __all__ = ["PRODUCTS", "Block", "Layout", "Problem", "Rows"]
 
 PRODUCTS = 2**18  # multiplications that OpenBLAS does not split between its threads
-_ELEMENTS = 2**17  # scores of a block: half a megabyte in float32 stays in the L2 cache
+_ELEMENTS = 2**18  # scores of a block: fewer make the interpreter's share felt
 _KEYS = 512
 
 
@@ -91,14 +91,8 @@ class Problem:
         self.heads_per_batch = self.lead[-1] if self.lead else 1
         view = o.visibility
         batch = count // max(1, self.heads_per_batch)
-        # Contiguous along the keys, which the small matrix kernels read a third faster than a
-        # transposed view; the scale of a linear log kappa goes in on the way.
         self.scaled = c.expression is None and c.weight == "log"
-        turned = np.empty((count, self.k.shape[2], self.k.shape[1]), self.dtype)
-        np.multiply(
-            self.k.swapaxes(-1, -2), self.dtype.type(c.scale if self.scaled else 1), out=turned
-        )
-        self.k_turned = turned
+        self.k_turned = np.empty((count, self.k.shape[2], self.k.shape[1]), self.dtype)
         self.key_bias = None if o.key_bias is None else o.key_bias.reshape(count, -1)
         self.key_mask = None
         if view.key_mask is not None:
@@ -114,20 +108,49 @@ class Problem:
         """The number of key heads, P."""
         return int(self.q.shape[0])
 
-    def layout(self, *, blocks_for: int) -> Layout:
-        """Cut the problem, into at least `blocks_for` blocks of rows and heads if it can be."""
+    def turn(self, workers: int) -> None:
+        """Fill `k_turned`.
+
+        The small matrix kernels read keys that are contiguous along the keys a third faster
+        than a transposed view, and the scale of a linear log kappa goes in on the way.
+        """
+        scale = self.dtype.type(self.c.scale if self.scaled else 1)
+
+        def turn(part: tuple[int, int]) -> None:
+            at = slice(*part)
+            np.multiply(self.k[at].swapaxes(-1, -2), scale, out=self.k_turned[at])
+
+        step = max(1, -(-self.count // (4 * workers)))
+        parts = [(a, min(a + step, self.count)) for a in range(0, self.count, step)]
+        run(turn, parts, workers)
+
+    def layout(self, *, blocks_for: int, square: bool = False) -> Layout:
+        """Cut the problem.
+
+        Parameters
+        ----------
+        blocks_for : int
+            How many blocks of rows and heads there should be at least.
+        square : bool
+            Whether tiles have as many rows as keys, for products along either; else they are
+            long, so that few partial sums are left to add.
+        """
         groups, rows, dim = self.q.shape[1:]
         keys = self.k.shape[1]
         widest = max(dim, self.v.shape[-1], 1)
-        tile = 128
-        while tile > 16 and tile * tile * widest > PRODUCTS:
-            tile //= 2
+        tile, key_tile = (64, 64) if square else (16, 256)
+        while tile * key_tile * widest > PRODUCTS and key_tile > 16:
+            key_tile //= 2
+            tile = min(tile, key_tile) if square else tile
+        key_tile = min(key_tile, max(keys, 1))
+        while 2 * tile * key_tile * widest <= PRODUCTS and tile < 128:
+            tile *= 2
         key_block = min(max(keys, 1), _KEYS)
         row_block = max(tile, _ELEMENTS // (key_block * groups))
         row_block = min(row_block, max(rows, 1))
         heads = max(1, _ELEMENTS // (row_block * key_block * groups))
         heads = min(heads, max(1, self.count // max(1, blocks_for)))
-        return Layout(heads, cut(rows, tile, row_block), cut(keys, tile, key_block))
+        return Layout(heads, cut(rows, tile, row_block), cut(keys, key_tile, key_block))
 
     def batches(self, first: int, last: int) -> Any:
         """Give the batch index of each of the heads ``first:last``."""
