@@ -203,7 +203,6 @@ def _heads(call: Call) -> Iterator[_Head]:
             if call.bias is not None:
                 bias = call.bias[..., i, :, :]
                 visible = visible & (bias != -INF)
-                bias = select(visible, bias, 0.0, xp)
             query = call.q[..., i, :, :]
             if transform is None:
                 visible = visible & xp.any(counted, axis=-1, keepdims=True)

@@ -21,7 +21,7 @@ __all__ = ["Call", "hook_params", "prepare", "select"]
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call in the accumulation dtype, padding already selected away."""
+    """The arguments of one call, floats in the accumulation dtype; padding may hold anything."""
 
     xp: Any
     spec: AttentionSpec
@@ -92,8 +92,6 @@ def prepare(
                 f"{(*lead, length)}"
             )
         real = key_mask
-        kept = key_mask[..., None, :, None]
-        k, v = select(kept, k, 0.0, xp), select(kept, v, 0.0, xp)
     if mask is not None:
         if _dtype_name(mask) != "bool":
             raise TypeError(f"mask: got {_dtype_name(mask)}, expected bool")
