@@ -214,9 +214,9 @@ def _measure(
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the table, and where the pictures are."""
     q = tuple(result["shape"]["q"])
-    table = Table(
-        "preset", "backend", title=f"Japanese vowels, q {q} float32", title_justify="left"
-    )
+    table = Table(title=f"Japanese vowels, q {q} float32", title_justify="left")
+    for name in ("preset", "backend"):
+        table.add_column(name, overflow="fold")
     for name in ("error / budget", "ms", "x softmax", "head distance"):
         table.add_column(name, justify="right")
     for preset in result["presets"]:

@@ -45,7 +45,7 @@ def test_calls_are_interleaved_and_counted() -> None:
 
 def test_times_are_seconds_a_call() -> None:
     times = interleaved({"sleep": lambda: time.sleep(0.01)}, 3, repeat=3)
-    assert all(0.009 < t < 0.1 for t in times["sleep"])
+    assert all(0.009 < t < 5 for t in times["sleep"])
 
 
 def test_summaries() -> None:
