@@ -18,9 +18,9 @@ from .kernels import FeatureMap
 from .normalization import Identity
 from .operands import Operands
 from .plan import Features, Group, Plan, Scores, Summary
-from .statistics import Moments, prefix_states, reduce_axis
+from .statistics import Moments, Statistics, prefix_states, reduce_axis
 from .support import Visibility
-from .transform import Pullback, Rows, add_into, sum_to
+from .transform import Pullback, Rows, add_into, first_real, sum_to
 
 __all__ = ["ArrayBackend"]
 
@@ -86,16 +86,20 @@ class ArrayBackend(Backend):
         """Compute a finalised state of the keys (*B, H, M, D), mask (*B, 1, M, 1) or None."""
         xp, stats = self.xp, summary.statistics
         if summary.scope == "prefix":
-            return stats.finalize(prefix_states(stats, keys, mask, xp=xp), xp=xp)
-        final: Mapping[str, Any] | None = None
+            # Merges of single keys lose digits in proportion to |mean| / sd; relative to the
+            # first real key, which every row with keys has seen, the mean is never far.
+            origin = first_real(keys, None if mask is None else mask[..., 0], xp=xp)
+            final = stats.finalize(prefix_states(stats, keys - origin, mask, xp=xp), xp=xp)
+            return {**final, "mean": final["mean"] + origin}
+        previous: Mapping[str, Any] | None = None
         for _ in range(stats.rounds):
-            state = stats.of(keys, mask, xp=xp, previous=final)
+            state = stats.of(keys, mask, xp=xp, previous=previous)
             if summary.scope == "batch":
                 for axis in range(keys.ndim - 3):
                     state = reduce_axis(stats, state, axis, xp=xp)
-            final = stats.finalize(state, xp=xp)
-        assert final is not None
-        return final
+            previous = stats.finalize(state, xp=xp)
+        assert previous is not None
+        return previous
 
     def groups(self, plan: Plan, inputs: Inputs) -> tuple[Group, ...]:
         """Give the head groups to run; a backend may split them, since heads do not mix."""
@@ -232,6 +236,9 @@ def _missing_pullbacks(request: Request) -> list[str]:
         reasons.append(f"{FEATURES['vjp']}: {kernel.word} has no features_vjp")
     if not isinstance(normalization, Identity) and not normalization.has_vjp:
         reasons.append(f"{FEATURES['vjp']}: {normalization.word} has no apply_vjp")
+    statistics = normalization.statistics_state()
+    if statistics is not None and type(statistics).vjp is Statistics.vjp:
+        reasons.append(f"{FEATURES['vjp']}: {type(statistics).__name__} has no vjp")
     return reasons
 
 

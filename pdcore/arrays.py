@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["device_name", "dtype_name", "library_of"]
+__all__ = ["device_name", "device_of", "dtype_name", "library_of"]
 
 # Import names of array libraries whose array types live in another top-level module.
 _ROOTS = {"jaxlib": "jax"}
@@ -65,6 +65,11 @@ def dtype_name(x: Any) -> str:
         name = str(dtype).rpartition(".")[2]
         _DTYPES[key] = name
     return name
+
+
+def device_of(x: Any) -> Any:
+    """Give the device to make other arrays on: None, the default one, for JAX's tracers."""
+    return getattr(x, "device", None)
 
 
 def device_name(x: Any, library: str) -> str:

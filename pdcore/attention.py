@@ -38,7 +38,10 @@ class BoundAttention:
     def __init__(self, spec: str | AttentionSpec, backend: Choice = None,
                  device: str | None = None) -> None:  # fmt: skip
         self.spec = as_spec(spec)
-        self._choice: Any = selection.ambient() if backend is None else backend
+        # Settled now: what surrounds a later call, or a trace, does not matter.
+        self._choice: Any = backend
+        if backend is None:
+            self._choice = selection.ambient() or selection.BY_LIBRARY
         self._device = device
         # Signature of a call -> what was found out about it.
         self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
@@ -57,10 +60,10 @@ class BoundAttention:
         dropout: float = 0.0, axis_name: str | None = None,
     ) -> Any:  # fmt: skip
         """Compute attention; the arguments are those of `attention`."""
-        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
-        backend, plan, inputs, back = self.prepare(
-            inputs, lse=return_lse, dropout=dropout, axis_name=axis_name
-        )
+        inputs = Inputs(
+            q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS, dropout, axis_name
+        )  # fmt: skip
+        backend, plan, inputs, back = self.prepare(inputs, lse=return_lse)
         out, lse = backend.attention(plan, inputs, lse=return_lse)
         if back is not None:
             out, lse = back(out), None if lse is None else back(lse)
@@ -85,9 +88,8 @@ class BoundAttention:
         return out if back is None else back(out)
 
     def prepare(
-        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False,
-        dropout: float = 0.0, axis_name: str | None = None,
-    ) -> tuple[Backend, Plan, Inputs, Callable[[Any], Any] | None]:  # fmt: skip
+        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
+    ) -> tuple[Backend, Plan, Inputs, Callable[[Any], Any] | None]:
         """Check a call and find its backend and plan.
 
         Returns
@@ -99,16 +101,15 @@ class BoundAttention:
         back : callable or None
             Takes a result back to the caller's library and device; None when it is there.
         """
-        flags = (lse, vjp, weights, dropout, axis_name)
+        key: Any = None
+        found = None
         try:
-            key = (flags, *map(_kind, inputs))
+            key = (lse, vjp, weights, *map(_kind, inputs))
             found = self._ready.get(key)
         except (AttributeError, TypeError):
-            key = found = None  # `validate` says what is wrong
+            key = None  # `validate` says what is wrong
         if found is None:
-            request = self.request(
-                inputs, lse=lse, vjp=vjp, weights=weights, dropout=dropout, axis_name=axis_name
-            )
+            request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
             chosen = selection.choose(request, self._choice)
             plan = lower(self.spec, signature(request))
             found = (chosen.backend, plan, request.library, self._device or chosen.device)
@@ -125,9 +126,8 @@ class BoundAttention:
         return backend, plan, inputs, back
 
     def request(
-        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False,
-        dropout: float = 0.0, axis_name: str | None = None,
-    ) -> Request:  # fmt: skip
+        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
+    ) -> Request:
         """Validate a call and describe it for the backends."""
         q = inputs.q
         library = library_of(q, "q")
@@ -142,7 +142,7 @@ class BoundAttention:
         return Request(
             self.spec, library, dtype_name(q), self._device or device_name(q, library),
             tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), mask, key_mask, bias,
-            kind, bool(lse), vjp, weights, finite_dropout(dropout), axis_name,
+            kind, bool(lse), vjp, weights, finite_dropout(inputs.dropout), inputs.axis_name,
         )  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def _kind(x: Any) -> Any:
         return kind, x.shape, x.dtype
     if x is None or kind is int:
         return kind
-    if kind is str:
+    if kind is str or kind is float:
         return x
     if isinstance(x, Mapping):
         return tuple((name, *_kind(value)) for name, value in x.items())
@@ -205,7 +205,7 @@ def _exchange(
         )
 
     def there(x: Any) -> Any:
-        if x is None or isinstance(x, (int, str)):
+        if x is None or isinstance(x, (int, float, str)):
             return x
         if backend.info.library == library:
             from array_api_compat import to_device
@@ -442,6 +442,8 @@ backend, device
     from .explanation import explain_request
 
     bound = _bound(spec, backend, device)
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
-    request = bound.request(inputs, lse=return_lse, dropout=dropout, axis_name=axis_name)
+    inputs = Inputs(
+        q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS, dropout, axis_name
+    )  # fmt: skip
+    request = bound.request(inputs, lse=return_lse)
     return explain_request(request, bound.choice, lower(bound.spec, signature(request)))

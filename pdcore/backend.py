@@ -121,7 +121,8 @@ class BackendInfo:
 class Inputs(NamedTuple):
     """The validated arrays of a call, all of one library.
 
-    `offset` is an int, an integer array () or (*B,), or ``"end"``; see semantics of `attention`.
+    `offset` is an int, an integer array () or (*B,), or ``"end"``; all arguments are those of
+    `attention`.
     """
 
     q: Any
@@ -132,6 +133,8 @@ class Inputs(NamedTuple):
     bias: Any = None
     offset: Any = 0
     params: Mapping[str, Any] = {}
+    dropout: float = 0.0
+    axis_name: str | None = None
 
 
 class Request(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import heads, score_contraction
-from .arrays import dtype_name
+from .arrays import device_of, dtype_name
 from .backend import Inputs
 from .kernels import PointwiseKernel
 from .operands import Operands
@@ -28,7 +28,7 @@ class Call:
         self.lead = len(q.shape) - 3
         self.key_heads = k.shape[-3]
         self.grouped = (*q.shape[:-3], self.key_heads, q.shape[-3] // self.key_heads)
-        self.device = q.device
+        self.device = device_of(q)
         if inputs.key_mask is not None:
             # Whatever stands in padding must not enter a product, nor a gradient.
             kept = inputs.key_mask[..., None, :, None]
@@ -164,7 +164,7 @@ def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
         index: list[Any] = [slice(None)] * x.ndim
         index[axis] = slice(chosen[0], chosen[-1] + 1)
         return x[tuple(index)]
-    return xp.take(x, xp.asarray(chosen, dtype=xp.int64, device=x.device), axis=axis % x.ndim)
+    return xp.take(x, xp.asarray(chosen, dtype=xp.int64, device=device_of(x)), axis=axis % x.ndim)
 
 
 def _ordered(parts: list[Any], groups: tuple[Group, ...], axis: int, xp: Any) -> Any:
@@ -175,7 +175,7 @@ def _ordered(parts: list[Any], groups: tuple[Group, ...], axis: int, xp: Any) ->
     if heads_ == sorted(heads_):
         return x
     back = sorted(range(len(heads_)), key=heads_.__getitem__)
-    return xp.take(x, xp.asarray(back, dtype=xp.int64, device=x.device), axis=axis)
+    return xp.take(x, xp.asarray(back, dtype=xp.int64, device=device_of(x)), axis=axis)
 
 
 def _added(parts: list[Any]) -> Any:

@@ -10,7 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .kernels import Cosine, Exponential, FeatureMap, Gaussian, Polynomial, RandomFeatures
+from .kernels import (
+    Cosine,
+    Exponential,
+    FeatureMap,
+    Gaussian,
+    Polynomial,
+    RandomFeatures,
+    latex_number,
+)
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
 
@@ -256,7 +264,7 @@ class _Derivation:
         elif isinstance(normalization, Batch):
             index = "_p" if spec.prefix else ""
             centre = rf"{_weight(normalization)}\mu{index}"
-            scale = rf"\sigma^2{index} + {_number(normalization.eps)}"
+            scale = rf"\sigma^2{index} + {latex_number(normalization.eps)}"
             yield (rf"o_i = {total} {softmax}({self.tau} \, q_i'^\top {k}) \, {v}, \quad q_i' = "
                    rf"\frac{{{_tidy(f'q_i - {centre}')}}}{{{scale}}} \text{{ (terms without }} j "
                    r"\text{ cancel)}")  # fmt: skip
@@ -269,7 +277,7 @@ class _Derivation:
             found.append("softcap")
         if isinstance(normalization, Batch):
             found.append(
-                rf"the value }} {_number(normalization.eps)} \text{{ added to the variance"
+                rf"the value }} {latex_number(normalization.eps)} \text{{ added to the variance"
             )
             if normalization.beta != 1.0:
                 found.append("the weight of the mean")
@@ -305,23 +313,19 @@ def _never_zero(spec: AttentionSpec) -> bool:
 
 def _tau(spec: AttentionSpec) -> str:
     scale = getattr(spec.kernel, "scale", None)
-    return "D^{-1/2}" if scale is None else _number(scale)
+    return "D^{-1/2}" if scale is None else latex_number(scale)
 
 
 def _weight(batch: Batch) -> str:
     if batch.beta == "param":
         return r"\beta \odot "
-    return "" if batch.beta == 1.0 else rf"{_number(float(batch.beta))}\,"
+    return "" if batch.beta == 1.0 else rf"{latex_number(float(batch.beta))}\,"
 
 
 def _parameter(name: str, shapes: tuple[tuple[str | int, ...], ...]) -> str:
     forms = [", ".join("H" if n == "H" else str(n) for n in shape) for shape in shapes]
     written = r" \text{ or } ".join(f"({form})" for form in forms)
     return rf"\texttt{{{_escape(name)}}} \text{{ of shape }} {written}"
-
-
-def _number(x: float) -> str:
-    return _tidy(f"{x:g}")
 
 
 def _tidy(text: str) -> str:

@@ -294,6 +294,12 @@ def _apply(op: str, args: list[Any], like: Any, xp: Any) -> Any:
         args = [xp.full_like(like, a) if isinstance(a, float) else a for a in args]
         return xp.where(*args) if op == "where" else xp.maximum(*args)
     a, *rest = args
+    if op == "log" and not isinstance(a, float):
+        # Both branches finite, so that automatic differentiation finds the derivative of a
+        # kernel that is 0 there, which is 0, and not 0 times infinity.
+        zero = a == 0
+        inner = xp.log(xp.where(zero, xp.ones_like(a), a))
+        return xp.where(zero, xp.full_like(a, -xp.inf), inner)
     if not rest:
         return getattr(xp, op)(a)
     b = rest[0]

@@ -7,8 +7,10 @@ subtracted from each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from .arrays import device_of
 from .operands import Operands, blocks
 from .plan import Features
 
@@ -52,7 +54,7 @@ def features(
             k = xp.where(real, k, xp.full_like(k, -xp.inf if c.log else 0.0))
         counts = o.visibility.prefix_counts(0, o.q.shape[-2])
         summed, exponent = prefix_contract(
-            o.q, counts, k, values, xp=xp, log=c.log, static=o.visibility.static, size=size
+            o.q, counts, k, values, xp=xp, log=c.log, first=o.visibility.first_prefix, size=size
         )
         weighted, total = summed[..., :-1], summed[..., -1:]
     else:
@@ -127,17 +129,17 @@ def features_vjp(
     values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
     k = _real_features(o, xp)[..., None, :, :]
     if o.visibility.support.ahead == 0:
-        seen, static = o.visibility, o.visibility.static
+        seen = o.visibility
         counts = seen.prefix_counts(0, o.q.shape[-2])
-        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, static=static, size=size)
+        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, first=seen.first_prefix, size=size)
         # From the keys' side everything runs backwards: a key is seen by the last rows.
         after = xp.flip(seen.later_rows(), axis=-2)
         late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
         step = seen.scale
         dk, _ = prefix_contract(xp.flip(values, axis=-2), after, late_rows, late_q, xp=xp,
-                                static=static, step=step, size=size)  # fmt: skip
+                                first=seen.first_later, step=step, size=size)  # fmt: skip
         dv, _ = prefix_contract(xp.flip(k, axis=-2), after, late_q, late_rows, xp=xp,
-                                static=static, step=step, size=size)  # fmt: skip
+                                first=seen.first_later, step=step, size=size)  # fmt: skip
         dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
     else:
         products = _Products(size if tiled else 0, xp)
@@ -185,7 +187,7 @@ def _real_features(o: Operands, xp: Any) -> Any:
     return o.k if mask is None else xp.where(mask[..., None], o.k, xp.zeros_like(o.k))
 
 
-def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: bool,
+def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, first: Callable[[int], int | None],
                     log: bool = False, step: int = 1,
                     size: int = CHUNK) -> tuple[Any, Any]:  # fmt: skip
     """Compute sum_{j < c_i} (a_i . k_j) v_j for every row i.
@@ -202,8 +204,8 @@ def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: boo
         Values.
     xp : namespace
         The array-API namespace.
-    static : bool
-        Whether `counts` can be read as Python ints.
+    first : callable
+        Gives the count of a row as a Python int where that is known, else None.
     log : bool
         Whether `a` and `k` are logarithms; a running maximum is then subtracted from `k`.
     step : int
@@ -225,7 +227,7 @@ def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, static: boo
     outs, exponents = [], []
     for start, stop in blocks(0, a.shape[-2], size):
         count = counts[..., start:stop, :]
-        at = _Chunk(count, size, step + 1, static, xp)
+        at = _Chunk(count, size, step + 1, first(start), xp)
         x, keys, values = a[..., start:stop, :], at.window(k), at.window(v)
         state = at.state(states)
         if log:
@@ -249,7 +251,7 @@ def _chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
     *lead, length, dim = x.shape
     count = -(-length // size) + step + 1
     rest = xp.zeros_like(x[..., :1, :]) if length else xp.zeros(
-        (*lead, 1, dim), dtype=x.dtype, device=x.device)  # fmt: skip
+        (*lead, 1, dim), dtype=x.dtype, device=device_of(x))  # fmt: skip
     shape = (*lead, count * size - length, dim)
     padded = xp.concat([x, xp.broadcast_to(xp.full_like(rest, fill), shape)], axis=-2)
     return xp.reshape(padded, (*lead, count, size, dim))
@@ -280,17 +282,17 @@ def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
 class _Chunk:
     """The chunks that a block of rows cuts: `width` of them, from the first row's own."""
 
-    def __init__(self, counts: Any, size: int, width: int, static: bool, xp: Any) -> None:
+    def __init__(self, counts: Any, size: int, width: int, first: int | None, xp: Any) -> None:
         self.size, self.width, self.xp = size, width, xp
-        first = counts[..., :1, :] // size
-        self.at: Any = int(first[0, 0]) if static else first
+        self.at: Any = counts[..., :1, :] // size if first is None else first // size
 
     def _gather(self, x: Any, width: int) -> Any:
         xp = self.xp
         if isinstance(self.at, int):
             return x[..., self.at : self.at + width, :, :]
         index = (
-            xp.arange(width, dtype=xp.int64, device=x.device)[:, None, None] + self.at[..., None]
+            xp.arange(width, dtype=xp.int64, device=device_of(x))[:, None, None]
+            + self.at[..., None]
         )
         index = xp.broadcast_to(index, (*x.shape[:-3], width, *x.shape[-2:]))
         return xp.take_along_axis(x, index, axis=-3)
@@ -306,5 +308,5 @@ class _Chunk:
 
     def seen(self, counts: Any, length: int) -> Any:
         """Say which keys of the window each row sees."""
-        index = self.xp.arange(length, dtype=self.xp.int64, device=counts.device)
+        index = self.xp.arange(length, dtype=self.xp.int64, device=device_of(counts))
         return index + self.at * self.size < counts

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .arrays import device_of
 from .errors import SpecError, nearest
 
 __all__ = ["HeadScaling"]
@@ -81,10 +82,8 @@ def pooling_weights(length: int, real: Any, scale: int, pool: str, like: Any, *,
     array (*B, 1, ceil(M / s), s), or (1, ceil(M / s), s) without `real`
         Weights that sum to 1 over a window, or are all 0 where it has no real key.
     """
-    from array_api_compat import device
-
     if real is None:
-        real = xp.ones((1, length), dtype=xp.bool, device=device(like))
+        real = xp.ones((1, length), dtype=xp.bool, device=device_of(like))
     member = xp.astype(windows(real[..., None], scale, xp=xp)[..., 0], like.dtype)
     if pool == "first":
         return xp.where(xp.cumulative_sum(member, axis=-1) == 1, member, xp.zeros_like(member))
@@ -98,9 +97,7 @@ def windows(x: Any, scale: int, *, xp: Any) -> Any:
     count = -(-length // scale)
     missing = count * scale - length
     if missing:
-        from array_api_compat import device
-
-        padding = xp.zeros((*lead, missing, dim), dtype=x.dtype, device=device(x))
+        padding = xp.zeros((*lead, missing, dim), dtype=x.dtype, device=device_of(x))
         x = xp.concat([x, padding], axis=-2)
     return xp.reshape(x, (*lead, count, scale, dim))
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .arrays import device_of
 from .errors import SpecError, UnsupportedError
 from .expression import Expression, log, tanh, trace
 
@@ -188,8 +189,17 @@ def default_scale(scale: float | None, dim: int) -> float:
     return 1.0 / math.sqrt(dim) if scale is None and dim else scale or 1.0
 
 
+def latex_number(x: float) -> str:
+    """Write a number as LaTeX mathematics, powers of ten included."""
+    mantissa, _, exponent = f"{x:g}".partition("e")
+    if not exponent:
+        return mantissa
+    power = f"10^{{{int(exponent)}}}"
+    return power if mantissa == "1" else rf"{mantissa} \cdot {power}"
+
+
 def _tau(scale: float | None) -> str:
-    return r"D^{-1/2}" if scale is None else f"{scale:g}"
+    return r"D^{-1/2}" if scale is None else latex_number(scale)
 
 
 @dataclass(frozen=True)
@@ -223,7 +233,8 @@ class Exponential(PointwiseKernel):
         z = rf"{_tau(self.scale)}\, x^\top y"
         if self.softcap is None:
             return rf"\exp({z})"
-        return rf"\exp({self.softcap:g} \tanh({z} / {self.softcap:g}))"
+        cap = latex_number(self.softcap)
+        return rf"\exp({cap} \tanh({z} / {cap}))"
 
 
 @dataclass(frozen=True)
@@ -245,7 +256,7 @@ class Gaussian(Kernel):
 
     def latex(self) -> str:
         """Kappa as LaTeX."""
-        return rf"\exp(-{self.gamma:g} \lVert x - y \rVert^2)"
+        return rf"\exp(-{latex_number(self.gamma)} \lVert x - y \rVert^2)"
 
 
 @dataclass(frozen=True)
@@ -268,7 +279,7 @@ class Cosine(Kernel):
     def latex(self) -> str:
         """Kappa as LaTeX."""
         ratio = r"\frac{x^\top y}{\lVert x \rVert \lVert y \rVert}"
-        return rf"\exp({self.scale:g}\, {ratio})"
+        return rf"\exp({latex_number(self.scale)}\, {ratio})"
 
 
 @dataclass(frozen=True)
@@ -305,7 +316,7 @@ class Polynomial(PointwiseKernel):
 
     def latex(self) -> str:
         """Kappa as LaTeX."""
-        return rf"({_tau(self.scale)}\, x^\top y + {self.coef0:g})^{{{self.degree}}}"
+        return rf"({_tau(self.scale)}\, x^\top y + {latex_number(self.coef0)})^{{{self.degree}}}"
 
 
 @dataclass(frozen=True)
@@ -422,8 +433,6 @@ def random_matrix(count: int, dim: int, seed: int) -> np.ndarray[Any, np.dtype[n
 
 def like(constant: np.ndarray[Any, Any], x: Any, xp: Any) -> Any:
     """Bring a NumPy constant into the library, dtype and device of `x`."""
-    from array_api_compat import device
-
     if xp.__name__.endswith("numpy"):
         return constant.astype(x.dtype)  # keeps longdouble, which asarray of a list would not
-    return xp.asarray(np.array(constant), dtype=x.dtype, device=device(x))
+    return xp.asarray(np.array(constant), dtype=x.dtype, device=device_of(x))

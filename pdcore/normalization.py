@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import SpecError, UnsupportedError, nearest
-from .kernels import Parameter
+from .kernels import Parameter, latex_number
 from .statistics import Moments, State, Statistics
 
 __all__ = ["Batch", "Identity", "Normalization"]
@@ -210,19 +210,16 @@ class Batch(Normalization):
 
     def latex(self) -> str:
         """T as LaTeX."""
-        beta = r"\beta \odot " if self.beta == "param" else (
-            "" if self.beta == 1.0 else f"{self.beta:g}\\,")  # fmt: skip
+        if isinstance(self.beta, str):
+            weight = r"- \beta \odot "
+        else:
+            size = abs(self.beta)
+            sign = "-" if self.beta >= 0 else "+"
+            weight = f"{sign} " if size == 1 else rf"{sign} {latex_number(size)}\,"
         index = "_p" if self.statistics == "prefix" else ""
-        return rf"\frac{{x - {beta}\mu{index}}}{{\sqrt{{\sigma^2{index} + {_number(self.eps)}}}}}"
+        eps = latex_number(self.eps)
+        return rf"\frac{{x {weight}\mu{index}}}{{\sqrt{{\sigma^2{index} + {eps}}}}}"
 
 
 def _is_finite(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _number(x: float) -> str:
-    mantissa, _, exponent = f"{x:g}".partition("e")
-    if not exponent:
-        return mantissa
-    power = f"10^{{{int(exponent)}}}"
-    return power if mantissa == "1" else rf"{mantissa} \cdot {power}"

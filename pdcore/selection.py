@@ -115,6 +115,10 @@ def use_backend(choice: str | Sequence[str] | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
+#: The choice that no one made: the backends of whatever library the arrays have.
+BY_LIBRARY = Choice((), False, "the arrays' library")
+
+
 def ambient() -> Choice | None:
     """Give the choice that `use_backend` or ``PDCORE_BACKEND`` makes now, None for none."""
     chosen = _chosen.get()
@@ -142,7 +146,7 @@ def resolve(choice: Named, library: str) -> Choice:
         When the choice is no name or list of names, or names no backend.
     """
     if isinstance(choice, Choice):
-        return choice
+        return choice if choice.explicit else _default(plugins.candidates(library))
     if choice is not None:
         return Choice(_named(choice, "backend= in the call"), True, "backend= in the call")
     return ambient() or _default(plugins.candidates(library))

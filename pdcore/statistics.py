@@ -114,7 +114,10 @@ class Moments(Statistics):
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
         """Pull ``mean`` and ``var`` back: (d_mean + 2 d_var (k - mean)) / n at real keys."""
         n = final["n"]
-        grad = cotangent["mean"] + 2.0 * cotangent["var"] * (keys - final["mean"])
+        grad = cotangent.get("mean", 0.0)
+        if "var" in cotangent:
+            grad = grad + 2.0 * cotangent["var"] * (keys - final["mean"])
+        grad = grad + xp.zeros_like(keys)
         grad = grad / xp.where(n > 0, n, xp.ones_like(n))
         return grad if mask is None else xp.where(mask, grad, xp.zeros_like(grad))
 

@@ -214,6 +214,19 @@ class Visibility:
         high, low = (xp.take_along_axis(real, edge, axis=-1) for edge in ends)
         return high - low
 
+    def first_prefix(self, start: int) -> int | None:
+        """Give `prefix_counts` of one query without arrays; None where positions are arrays."""
+        if not self.static:
+            return None
+        return int(max(0, min((start + self.offset + 1) // self.scale, self.keys)))
+
+    def first_later(self, start: int) -> int | None:
+        """Give `later_rows` of the key `start` places before the last, likewise."""
+        if not self.static:
+            return None
+        end = (self.keys - start) * self.scale - 1
+        return int(max(0, min(self.rows - (end - self.offset), self.rows)))
+
     def block(self, start: int, stop: int, first: int, last: int) -> Any:
         """Say which queries ``start:stop`` see which keys ``first:last``.
 

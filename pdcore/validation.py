@@ -57,8 +57,9 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
     if inputs.key_mask is not None:
         _boolean(inputs.key_mask, "key_mask")
         if tuple(inputs.key_mask.shape) != (*lead, k.shape[-2]):
+            expected = (*lead, k.shape[-2])
             raise ValueError(f"key_mask: got shape {tuple(inputs.key_mask.shape)}, expected "
-                             f"{(*lead, k.shape[-2])}: True for a real key of each sequence")  # fmt: skip
+                             f"{expected}: True for a real key of each sequence")  # fmt: skip
     if inputs.mask is not None:
         _boolean(inputs.mask, "mask")
         _broadcastable(inputs.mask, "mask", full)

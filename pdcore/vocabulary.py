@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TypeVar
 
 from . import kernels as _kernels
@@ -48,6 +49,7 @@ def unregister(word: str) -> None:
         cls = table.get(word)
         for name in (cls.word, *cls.aliases) if cls else ():
             table.pop(name, None)
+    _forget_parsed()
 
 
 def find_kernel(word: str) -> type[Kernel] | None:
@@ -96,7 +98,15 @@ def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
         raise PluginError(f"{name}: expected a frozen dataclass, so that specs can be hashed")
     for word in words:
         table[word] = cls
+    _forget_parsed()
     return cls
+
+
+def _forget_parsed() -> None:
+    # A kept spec may hold the class that a word named before.
+    spec = sys.modules.get("pdcore.spec")
+    if spec is not None and hasattr(spec, "parse"):
+        spec.parse.cache_clear()
 
 
 for _name in ("Cosine", "Elu", "Exponential", "Gaussian", "Polynomial", "RandomFeatures", "Relu"):
