@@ -79,14 +79,10 @@ def device_name(x: Any, library: str) -> str:
     if library == "jax":
         try:
             device = next(iter(x.devices()))
-        except Exception:  # a tracer has no devices; the compiled function decides
-            return "cpu" if "jax" not in sys.modules else sys.modules["jax"].default_backend()
-        platform = device.platform
-        return (
-            "cpu"
-            if platform == "cpu"
-            else f"{'cuda' if platform == 'gpu' else platform}:{device.id}"
-        )
+        except (AttributeError, TypeError):  # a tracer has none: it runs on the default device
+            device = sys.modules["jax"].devices()[0]
+        kind = "cuda" if device.platform == "gpu" else device.platform
+        return "cpu" if kind == "cpu" else f"{kind}:{device.id}"
     device = x.device
     if library == "cupy":
         return f"cuda:{device.id}"

@@ -271,7 +271,7 @@ class Backend(ABC):
         """Take an array of another library by DLPack, without a copy where the device allows."""
         raise NotImplementedError(f"{self.info.name} does not take arrays of other libraries")
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027 - on the CPU there is nothing to wait for
         """Wait until the device has finished; a no-op on the CPU."""
 
     def versions(self) -> dict[str, str]:

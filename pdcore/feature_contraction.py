@@ -187,9 +187,10 @@ def _real_features(o: Operands, xp: Any) -> Any:
     return o.k if mask is None else xp.where(mask[..., None], o.k, xp.zeros_like(o.k))
 
 
-def prefix_contract(a: Any, counts: Any, k: Any, v: Any, *, xp: Any, first: Callable[[int], int | None],
-                    log: bool = False, step: int = 1,
-                    size: int = CHUNK) -> tuple[Any, Any]:  # fmt: skip
+def prefix_contract(
+    a: Any, counts: Any, k: Any, v: Any, *, xp: Any, first: Callable[[int], int | None],
+    log: bool = False, step: int = 1, size: int = CHUNK,
+) -> tuple[Any, Any]:  # fmt: skip
     """Compute sum_{j < c_i} (a_i . k_j) v_j for every row i.
 
     Parameters

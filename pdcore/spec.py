@@ -227,8 +227,9 @@ def _words(text: str) -> list[tuple[str, str | None]]:
         match = _TOKEN.match(text, at)
         if match is None or (match.end() < len(text) and text[match.end()] != "+"):
             where = match.end() if match else at
+            rest = text[where : where + 12]
             raise SpecError(
-                f"spec {text!r}: cannot read it at column {where + 1} ({text[where : where + 12]!r}); "
+                f"spec {text!r}: cannot read it at column {where + 1} ({rest!r}); "
                 "expected words joined by '+', such as 'softmax+bn(beta=0.5)+causal'"
             )
         found.append((match[1], match[2]))
