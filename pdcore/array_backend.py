@@ -17,7 +17,7 @@ from .call import Call, Normaliser
 from .kernels import FeatureMap
 from .normalization import Identity
 from .operands import Operands
-from .plan import Features, Group, Plan, Scores, Summary
+from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .statistics import Moments, Statistics, prefix_states, reduce_axis
 from .support import Visibility
 from .transform import Pullback, Rows, add_into, first_real, sum_to
@@ -101,13 +101,15 @@ class ArrayBackend(Backend):
         assert previous is not None
         return previous
 
-    def groups(self, plan: Plan, inputs: Inputs) -> tuple[Group, ...]:
-        """Give the head groups to run; a backend may split them, since heads do not mix."""
-        return plan.groups
+    def transform(
+        self, step: Transform, rows: Rows, state: Any, params: Any, c: Scores | Features
+    ) -> tuple[Rows, Pullback]:
+        """Take queries and keys through one transform before `c`, see `pdcore.transform`."""
+        return step(rows, state, params, xp=self.xp)
 
-    def each(self, function: Callable[[Group], Any], groups: tuple[Group, ...]) -> list[Any]:
-        """Run a function on every head group; a backend may do so in parallel."""
-        return [function(group) for group in groups]
+    def mapped(self, c: Features, o: Operands) -> Operands:
+        """Give operands that hold phi, for a backend whose `transform` leaves it out."""
+        return o
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `pdcore.score_contraction.scores`."""
@@ -137,7 +139,7 @@ class ArrayBackend(Backend):
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
         call = Call(self, plan, inputs)
-        runs = self.each(lambda group: self._run(call, group), call.groups)
+        runs = [self._run(call, group) for group in plan.groups]
         out = call.join([run.out for run in runs], call.dtype)
         return out, call.join([run.lse for run in runs], call.accumulate) if lse else None
 
@@ -146,19 +148,19 @@ class ArrayBackend(Backend):
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and give its pullback, see `Backend.attention_vjp`."""
         call = Call(self, plan, inputs)
-        runs = self.each(lambda group: self._run(call, group, vjp=True), call.groups)
+        runs = [self._run(call, group, vjp=True) for group in plan.groups]
         out = call.join([run.out for run in runs], call.dtype)
         lse = call.join([run.lse for run in runs], call.accumulate)
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            return call.pull_back(self, [run.vjp for run in runs], d_out, d_lse)
+            return call.pull_back([run.vjp for run in runs], d_out, d_lse)
 
         return out, lse, vjp
 
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         call = Call(self, plan, inputs)
-        return call.join([self._run(call, g).weights() for g in call.groups], call.dtype)
+        return call.join([self._run(call, g).weights() for g in plan.groups], call.dtype)
 
     def _run(self, call: Call, group: Group, *, vjp: bool = False) -> _GroupRun:
         """Take one head group through the plan."""
@@ -182,8 +184,8 @@ class ArrayBackend(Backend):
         flat = xp.reshape(q, (*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
         rows = Rows(flat, k, key_mask=real)
         pullbacks: list[Pullback] = []
-        for transform in plan.transforms:
-            rows, pullback = transform(rows, state, params, xp=xp)
+        for step in plan.transforms:
+            rows, pullback = self.transform(step, rows, state, params, plan.contraction)
             pullbacks.append(pullback)
         shape = q.shape[:-1]
         o = Operands(

@@ -21,7 +21,6 @@ class Call:
     def __init__(self, backend: Any, plan: Plan, inputs: Inputs) -> None:
         xp = self.xp = backend.xp
         self.plan, self.inputs = plan, inputs
-        self.groups = backend.groups(plan, inputs)
         q, k, v = inputs.q, inputs.k, inputs.v
         self.dtype = q.dtype
         self.accumulate = accumulation(q, xp)
@@ -105,12 +104,12 @@ class Call:
         """Put head groups back in order and query heads on one axis."""
         xp = self.xp
         axis = self.lead
-        x = _ordered(parts, self.groups, axis, xp)
+        x = _ordered(parts, self.plan.groups, axis, xp)
         shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         x = xp.reshape(x, shape)
         return x if x.dtype == dtype else xp.astype(x, dtype)
 
-    def pull_back(self, backend: Any, vjps: list[Any], d_out: Any, d_lse: Any) -> dict[str, Any]:
+    def pull_back(self, vjps: list[Any], d_out: Any, d_lse: Any) -> dict[str, Any]:
         """Take cotangents of the results through every group to all inputs."""
         xp, inputs = self.xp, self.inputs
         d_out = xp.reshape(self.cast(d_out), (*self.grouped, *d_out.shape[-2:]))
@@ -119,12 +118,12 @@ class Call:
         else:
             d_lse = xp.reshape(self.cast(d_lse), (*self.grouped, d_lse.shape[-1]))
         axis = self.lead
-        pulls = dict(zip(self.groups, vjps, strict=True))
-        grads = backend.each(
-            lambda g: pulls[g](self.heads(d_out, g, axis), self.heads(d_lse, g, axis)), self.groups
-        )
+        grads = [
+            vjp(self.heads(d_out, g, axis), self.heads(d_lse, g, axis))
+            for vjp, g in zip(vjps, self.plan.groups, strict=True)
+        ]
         joined = {
-            n: _ordered([g[n] for g in grads], self.groups, axis, xp) for n in ("q", "k", "v")
+            n: _ordered([g[n] for g in grads], self.plan.groups, axis, xp) for n in ("q", "k", "v")
         }
         result = {
             "q": xp.astype(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
@@ -139,14 +138,14 @@ class Call:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1
             # A bias shared by all heads collects from every group.
-            total = _ordered(parts, self.groups, axis, xp) if whole else _added(parts)
+            total = _ordered(parts, self.plan.groups, axis, xp) if whole else _added(parts)
             result["bias"] = xp.astype(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
-            total = _ordered(parts, self.groups, 0, xp)
+            total = _ordered(parts, self.plan.groups, 0, xp)
             result[name] = xp.astype(xp.reshape(total, x.shape), x.dtype)
         return result
 
@@ -239,6 +238,7 @@ class Normaliser:
         """Compute kappa / h for every query and every key of the call."""
         xp, o = self.xp, self.o
         if isinstance(c, Features):
+            o = backend.mapped(c, o)
             c = Scores("log_features" if c.log else "features", signed=c.signed)
         w = score_contraction.weights(c, o, self.inner, xp=xp, query_block=backend.query_block)
         if self.factor is not None:

@@ -60,7 +60,7 @@ def features(
     else:
         plain, shift = shifted_features(o, xp=xp) if c.log else (o, None)
         k = _real_features(plain, xp)
-        products = _Products(size if tiled else 0, xp)
+        products = Products(size if tiled else 0, xp)
         weighted = products.rows(plain.q, products.outer(k, o.v)[..., None, :, :])
         total = xp.matmul(plain.q, xp.sum(k, axis=-2)[..., None, :, None])
         exponent = xp.zeros_like(total) if shift is None else shift[..., None]
@@ -73,7 +73,7 @@ def features(
     return out, level[..., 0]
 
 
-class _Products:
+class Products:
     """Matrix products with one long axis, whole or cut into chunks of `size`."""
 
     def __init__(self, size: int, xp: Any) -> None:
@@ -114,8 +114,10 @@ def features_vjp(
     """Pull (d_out, d_L) back to ``q``, ``k`` and ``v``, in O(N + M); see `features`."""
     if c.log:
         plain, shift = shifted_features(o, xp=xp)
-        d = features_vjp(Features(), plain, out, level - shift, d_out, d_level, xp=xp, size=size,
-                         tiled=tiled)  # fmt: skip
+        d = features_vjp(
+            Features(c.kernel), plain, out, level - shift, d_out, d_level,
+            xp=xp, size=size, tiled=tiled,
+        )  # fmt: skip
         # phi = exp(log phi - shift), and the value does not depend on the shifts.
         return {"q": d["q"] * plain.q, "k": d["k"] * plain.k, "v": d["v"]}
     if c.signed:
@@ -142,7 +144,7 @@ def features_vjp(
                                 first=seen.first_later, step=step, size=size)  # fmt: skip
         dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
     else:
-        products = _Products(size if tiled else 0, xp)
+        products = Products(size if tiled else 0, xp)
         dq = products.rows(rows, products.outer(values, k))
         state = products.outer(rows, o.q)
         dk = products.rows(values, state)

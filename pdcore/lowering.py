@@ -160,4 +160,4 @@ def _features(
         return Scores(weight=weight, signed=kernel.signed)
     causal = " by prefix sums over chunks" if spec.support.causal else ""
     steps.append(f"features: phi(q).sum phi(k) v, O(N + M){causal}")
-    return Features(log=kernel.log_domain, signed=kernel.signed)
+    return Features(kernel, log=kernel.log_domain, signed=kernel.signed)

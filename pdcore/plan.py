@@ -12,6 +12,7 @@ from .expression import Expression
 from .statistics import Statistics
 
 if TYPE_CHECKING:
+    from .kernels import FeatureMap
     from .spec import AttentionSpec
     from .transform import Pullback, Rows
 
@@ -86,12 +87,16 @@ class Features:
 
     Attributes
     ----------
+    kernel : FeatureMap
+        phi, which the last transform has applied; a backend may leave that transform out and
+        apply phi block by block.
     log : bool
         Whether rows hold log phi.
     signed : bool
         As in `Scores`.
     """
 
+    kernel: FeatureMap
     log: bool = False
     signed: bool = False
 

@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from pdcore import feature_contraction
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs
 from pdcore.operands import Operands
-from pdcore.plan import Features, Group, Plan, Scores
+from pdcore.plan import Features, Plan, Scores, Transform
+from pdcore.transform import FeatureRows, Pullback, Rows
 
-from . import INFO, scores, threads
-from .tiles import PRODUCTS
+from . import INFO, features, scores, threads
 
 __all__ = ["NumpyBackend"]
-
-_LARGE = 2**16  # numbers in q and k; below this, starting threads costs more than they save
 
 
 class NumpyBackend(ArrayBackend):
@@ -53,26 +50,17 @@ class NumpyBackend(ArrayBackend):
         with np.errstate(all="ignore"):
             return super().attention_weights(plan, inputs)
 
-    def groups(self, plan: Plan, inputs: Inputs) -> tuple[Group, ...]:
-        """Split feature contractions into single heads, which then run beside each other.
+    def transform(
+        self, step: Transform, rows: Rows, state: Any, params: Any, c: Scores | Features
+    ) -> tuple[Rows, Pullback]:
+        """Take queries and keys through one transform; phi is left to the contraction."""
+        if isinstance(step, FeatureRows) and isinstance(c, Features) and features.fused(c):
+            return rows, lambda d: (d, {}, {})
+        return super().transform(step, rows, state, params, c)
 
-        Scores need no splitting: their blocks are spread over the threads.
-        """
-        if isinstance(plan.contraction, Scores) or inputs.q.size + inputs.k.size < _LARGE:
-            return plan.groups
-        return tuple(Group(g.scale, (head,)) for g in plan.groups for head in g.heads)
-
-    def each(self, function: Callable[[Group], Any], groups: tuple[Group, ...]) -> list[Any]:
-        """Run a function on every head group, large ones by several threads."""
-        if len(groups) == 1 or any(len(g.heads) > 1 for g in groups):
-            return super().each(function, groups)
-        found: dict[Group, Any] = {}
-
-        def run(group: Group) -> None:
-            found[group] = function(group)
-
-        threads.run(run, groups, threads.count())
-        return [found[group] for group in groups]
+    def mapped(self, c: Features, o: Operands) -> Operands:
+        """Give operands that hold phi."""
+        return features.mapped(c, o)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores in tiles."""
@@ -86,25 +74,14 @@ class NumpyBackend(ArrayBackend):
         return scores.scores_vjp(c, o, out, level, d_out, d_level)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
-        """Contract by features, in products that BLAS runs in the calling thread."""
-        return feature_contraction.features(c, o, xp=self.xp, size=_chunk(o), tiled=True)
+        """Contract by features, heads beside each other."""
+        return features.features(c, o)
 
     def features_vjp(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any,
                      d_level: Any) -> dict[str, Any]:  # fmt: skip
         """Pull back, likewise."""
-        return feature_contraction.features_vjp(
-            c, o, out, level, d_out, d_level, xp=self.xp, size=_chunk(o), tiled=True
-        )
+        return features.features_vjp(c, o, out, level, d_out, d_level)
 
     def versions(self) -> dict[str, str]:
         """Give NumPy's version and the number of threads."""
         return {"numpy": np.__version__, "threads": str(threads.count())}
-
-
-def _chunk(o: Operands) -> int:
-    """Choose the chunk of a feature contraction so that no product is split by BLAS."""
-    width, values = o.q.shape[-1], o.v.shape[-1] + 1
-    size = feature_contraction.CHUNK
-    while size > 4 and size * max(size * max(width, values), width * values) > PRODUCTS:
-        size //= 2
-    return size

@@ -20,7 +20,7 @@ __all__ = ["scores", "scores_vjp"]
 # |log kappa| up to which exp needs no maximum subtracted: the smallest weight, exp(-bound), is a
 # normal number, and a sum of 10^9 of the largest is far from overflow.
 _BOUNDED = {"float32": 40.0, "float64": 300.0}
-_SMALL = 2**14  # scores; below this, starting threads costs more than they save
+_SMALL = 2**16  # scores; below this, waking threads costs more than they save
 
 
 def scores(c: Scores, o: Operands) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ __all__ = ["buffer", "count", "run"]
 VARIABLE = "PDCORE_NUM_THREADS"
 
 _lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
+_pools: dict[tuple[int, ...], ThreadPoolExecutor] = {}
 _own = threading.local()
 
 
@@ -23,25 +23,26 @@ def count() -> int:
     """Give the number of threads: ``PDCORE_NUM_THREADS``, else the cores of this process."""
     text = os.environ.get(VARIABLE)
     if text is None:
-        return _cores()
+        return len(_cores())
     if not text.strip().isdigit() or int(text) < 1:
         raise ValueError(f"{VARIABLE}: got {text!r}, expected a whole number >= 1")
     return int(text)
 
 
-def _cores() -> int:
+def _cores() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> None:
     """Call `function` on every task, by several threads; the first error is raised.
 
-    The calling thread works too, so that a call from inside a worker cannot wait for itself.
+    A call from inside a worker runs its tasks itself, since waiting for its own pool could
+    last for ever.
     """
     todo = iter(list(tasks))
-    if workers <= 1:
+    if workers <= 1 or getattr(_own, "works", False):
         for task in todo:
             function(task)
         return
@@ -57,32 +58,52 @@ def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> 
                     return
                 function(task)
 
-    pool = _workers()
-    helpers = [pool.submit(work) for _ in range(workers - 1)]
+    pool = _pool(workers)
+    jobs = [pool.submit(work) for _ in range(workers)]
     try:
-        work()
+        for job in jobs:
+            job.result()
     finally:
         with guard:
-            list(todo)  # after an error, nothing is left to begin
-        for helper in helpers:
-            helper.cancel()
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
+            list(todo)  # after an error or an interrupt, nothing is left to begin
 
 
-def _workers() -> ThreadPoolExecutor:
-    global _pool
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Give the pool, one worker on each core when all cores are used.
+
+    OpenBLAS's threads keep spinning for a while after a product. Seeing every core busy, the
+    scheduler would then wake two of our workers on one core, and they would share it.
+    """
+    cores = _cores()
+    bound = workers == len(cores) and VARIABLE not in os.environ
+    key = cores if bound else (-workers,)
     with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max(1, _cores()), thread_name_prefix="pdcore-numpy")
-        return _pool
+        pool = _pools.get(key)
+        if pool is None:
+            places = iter(cores if bound else ())
+            pool = ThreadPoolExecutor(
+                workers, thread_name_prefix="pdcore-numpy", initializer=_begin, initargs=(places,)
+            )
+            _pools[key] = pool
+        return pool
+
+
+def _begin(places: Any) -> None:
+    _own.works = True
+    with _lock:
+        core = next(places, None)
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        try:
+            os.sched_setaffinity(0, {core})
+        except OSError:  # the set of cores has just changed; unbound is slower, not wrong
+            return
 
 
 def _after_fork() -> None:
-    # A child has the pool object of its parent, but none of its threads.
-    global _pool, _lock
-    _pool, _lock = None, threading.Lock()
+    # A child has the pools of its parent, but none of their threads.
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
 
 
 if hasattr(os, "register_at_fork"):
