@@ -566,7 +566,7 @@ def test_features_are_scores_of_their_products(text: str) -> None:
     scores = Scores("log_features" if c.log else "features")
     exact(padded(case), replace(plan, contraction=scores))
     caught(case, replace(plan, contraction=Scores("log")))  # exp(phi.phi)
-    other = Features(log=not c.log)
+    other = replace(c, log=not c.log)
     caught(case, replace(plan, contraction=other))
 
 
@@ -592,7 +592,7 @@ def test_features_in_a_window_run_as_scores(text: str) -> None:
     assert isinstance(plan.contraction, Scores)
     exact(case)
     log_domain = plan.contraction.weight == "log_features"
-    caught(case, replace(plan, contraction=Features(log=log_domain)))
+    caught(case, replace(plan, contraction=replace(plan.contraction, log=log_domain)))
 
 
 def test_a_window_to_the_right_of_causal_is_no_window() -> None:
