@@ -17,7 +17,7 @@ from .call import Call, Normaliser
 from .kernels import FeatureMap
 from .normalization import Identity
 from .operands import Operands
-from .plan import Features, Group, Plan, Scores, Summary, Transform
+from .plan import Features, Group, Plan, Scores, Summary
 from .statistics import Moments, Statistics, prefix_states, reduce_axis
 from .support import Visibility
 from .transform import Pullback, Rows, add_into, first_real, sum_to
@@ -101,16 +101,6 @@ class ArrayBackend(Backend):
         assert previous is not None
         return previous
 
-    def transform(
-        self, step: Transform, rows: Rows, state: Any, params: Any, c: Scores | Features
-    ) -> tuple[Rows, Pullback]:
-        """Take queries and keys through one transform before `c`, see `pdcore.transform`."""
-        return step(rows, state, params, xp=self.xp)
-
-    def mapped(self, c: Features, o: Operands) -> Operands:
-        """Give operands that hold phi, for a backend whose `transform` leaves it out."""
-        return o
-
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `pdcore.score_contraction.scores`."""
         return score_contraction.scores(
@@ -185,7 +175,7 @@ class ArrayBackend(Backend):
         rows = Rows(flat, k, key_mask=real)
         pullbacks: list[Pullback] = []
         for step in plan.transforms:
-            rows, pullback = self.transform(step, rows, state, params, plan.contraction)
+            rows, pullback = step(rows, state, params, xp=xp)
             pullbacks.append(pullback)
         shape = q.shape[:-1]
         o = Operands(

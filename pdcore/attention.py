@@ -111,7 +111,7 @@ class BoundAttention:
         if found is None:
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
             chosen = selection.choose(request, self._choice)
-            plan = lower(self.spec, signature(request))
+            plan = chosen.backend.fuse(lower(self.spec, signature(request)))
             found = (chosen.backend, plan, request.library, self._device or chosen.device)
             if key is not None:
                 if len(self._ready) >= 4096:

@@ -246,6 +246,13 @@ class Backend(ABC):
             reasons.append(f"device {request.device}: runs on {', '.join(self.info.devices)}")
         return reasons
 
+    def fuse(self, plan: Plan) -> Plan:
+        """Rewrite a plan as this backend runs it best, without changing what it computes.
+
+        `pdcore.attention` asks once for each kind of call; plans as they are lowered run too.
+        """
+        return plan
+
     @abstractmethod
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan.

@@ -238,7 +238,9 @@ class Normaliser:
         """Compute kappa / h for every query and every key of the call."""
         xp, o = self.xp, self.o
         if isinstance(c, Features):
-            o = backend.mapped(c, o)
+            if c.raw:
+                q, k = (c.kernel.features(x, xp=xp, params={}) for x in (o.q, o.k))
+                o = o._replace(q=q, k=k)
             c = Scores("log_features" if c.log else "features", signed=c.signed)
         w = score_contraction.weights(c, o, self.inner, xp=xp, query_block=backend.query_block)
         if self.factor is not None:

@@ -166,7 +166,9 @@ class Expression:
         return _cuda(self, "f" if dtype == "float" else "")
 
 
-def trace(function: Callable[..., Any], names: tuple[str, ...]) -> Expression:
+def trace(
+    function: Callable[..., Any], names: tuple[str, ...], title: str | None = None
+) -> Expression:
     """Trace a Python function of scalars into an `Expression`.
 
     Parameters
@@ -176,6 +178,8 @@ def trace(function: Callable[..., Any], names: tuple[str, ...]) -> Expression:
         ``abs``, comparisons, and `exp`, `log`, `tanh`, `maximum` and `where` of this module.
     names : tuple of str
         The inputs' names.
+    title : str, optional
+        What errors call the function; its own name by default.
 
     Raises
     ------
@@ -183,17 +187,18 @@ def trace(function: Callable[..., Any], names: tuple[str, ...]) -> Expression:
         When the function uses anything else.
     """
     symbols = tuple(Expression("input", (), name) for name in names)
+    title = title or str(getattr(function, "__qualname__", function))
     try:
         result = function(*symbols)
     except (TypeError, AttributeError) as error:
         raise UnsupportedError(
-            f"{getattr(function, '__qualname__', function)!s} cannot be traced ({error}): a "
+            f"{title} cannot be traced ({error}): a "
             "pointwise kernel may use + - * / **, abs, comparisons and exp, log, tanh, maximum, "
             "where of pdcore.expression; write anything else as a FeatureMap"
         ) from error
     if not isinstance(result, (Expression, int, float)):
         raise UnsupportedError(
-            f"{getattr(function, '__qualname__', function)!s} cannot be traced: it returned "
+            f"{title} cannot be traced: it returned "
             f"{type(result).__name__}, expected an expression of its arguments"
         )
     return _wrap(result)

@@ -116,6 +116,7 @@ def _traced(kernel: PointwiseKernel, dim: int) -> Expression:
     return trace(
         lambda s, *values: kernel.log_kappa(s, dim, **dict(zip(names, values, strict=True))),
         ("s", *names),
+        f"{type(kernel).__name__}.log_kappa",
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .errors import UnsupportedError
 from .kernels import Cosine, Exponential, FeatureMap, Gaussian, PointwiseKernel, default_scale
 from .normalization import Batch, Identity
 from .plan import Features, Group, Plan, Scores, Summary, Transform
@@ -135,7 +136,11 @@ def _contraction(
     if isinstance(kernel, FeatureMap):
         transforms.append(FeatureRows(kernel))
         return tuple(transforms), _features(spec, kernel, signature, steps)
-    assert isinstance(kernel, PointwiseKernel)
+    if not isinstance(kernel, PointwiseKernel):
+        raise UnsupportedError(
+            f"{kernel.word}: no formula, as {type(kernel).__name__} is neither a PointwiseKernel "
+            "nor a FeatureMap"
+        )
     if spec.plain_exponential:
         assert isinstance(kernel, Exponential)
         scale = default_scale(kernel.scale, signature.dim)

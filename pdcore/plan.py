@@ -88,8 +88,10 @@ class Features:
     Attributes
     ----------
     kernel : FeatureMap
-        phi, which the last transform has applied; a backend may leave that transform out and
-        apply phi block by block.
+        phi.
+    raw : bool
+        Whether rows hold x, so that phi is the contraction's to apply; never as lowered, only
+        by a backend's `fuse`.
     log : bool
         Whether rows hold log phi.
     signed : bool
@@ -97,6 +99,7 @@ class Features:
     """
 
     kernel: FeatureMap
+    raw: bool = False
     log: bool = False
     signed: bool = False
 

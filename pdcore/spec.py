@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import SpecError, UnsupportedError, nearest
 from .heads import HeadScaling
-from .kernels import Exponential, Kernel, Parameter
+from .kernels import Cosine, Exponential, Gaussian, Kernel, Parameter
 from .normalization import Batch, Identity, Normalization
 from .support import Support
 from .vocabulary import find_kernel, find_normalization, kernel_words, normalization_words
@@ -85,6 +85,7 @@ class AttentionSpec:
                 raise TypeError(
                     f"{name}: got {type(value).__name__}, expected pdcore.{base.__name__}"
                 )
+            _check_final(name, value)
             _check_scalars(value)
         if self.normaliser not in NORMALISERS:
             raise SpecError(
@@ -354,6 +355,18 @@ def _coerce(word: str, name: str, annotation: Any, value: Any) -> Any:
     if type(value).__name__ in kinds:
         return value
     raise SpecError(f"{word}: {name} is {value!r}, expected {text}")
+
+
+#: Lowering knows these by their class, and would not call what a subclass overrides.
+_FINAL = (Exponential, Gaussian, Cosine, Batch, Identity)
+
+
+def _check_final(name: str, part: Any) -> None:
+    for cls in _FINAL:
+        if isinstance(part, cls) and type(part) is not cls:
+            base = "Normalization" if name == "normalization" else "PointwiseKernel or FeatureMap"
+            raise TypeError(f"{name}: {type(part).__name__} is a subclass of {cls.__name__}, whose "
+                            f"formula is fixed; subclass {base} instead")  # fmt: skip
 
 
 def _check_scalars(part: Any) -> None:

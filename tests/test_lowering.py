@@ -592,7 +592,7 @@ def test_features_in_a_window_run_as_scores(text: str) -> None:
     assert isinstance(plan.contraction, Scores)
     exact(case)
     log_domain = plan.contraction.weight == "log_features"
-    caught(case, replace(plan, contraction=replace(plan.contraction, log=log_domain)))
+    caught(case, replace(plan, contraction=Features(plan.spec.kernel, log=log_domain)))
 
 
 def test_a_window_to_the_right_of_causal_is_no_window() -> None:

@@ -15,22 +15,17 @@ from pdcore.plan import Features
 from . import threads
 from .tiles import PRODUCTS
 
-__all__ = ["features", "features_vjp", "fused", "mapped"]
+__all__ = ["features", "features_vjp"]
 
 _ROWS = 1024  # rows of a block of phi: it and its temporaries stay in the L2 cache
 _LARGE = 2**16  # numbers; below this, waking threads costs more than they save
 
 
-def fused(c: Features) -> bool:
-    """Say whether the contraction applies phi itself: fresh arrays of phi cost more than phi."""
-    return not c.kernel.parameters()
-
-
 def features(c: Features, o: Operands) -> tuple[Any, Any]:
-    """Contract, see `pdcore.feature_contraction.features`; phi is applied here if `fused`."""
+    """Contract, see `pdcore.feature_contraction.features`; phi is applied here if rows are raw."""
     out = np.empty((*o.q.shape[:-1], o.v.shape[-1]), o.v.dtype)
     level = np.empty(o.q.shape[:-1], o.v.dtype)
-    whole = o.visibility.support.ahead != 0 and not c.log and fused(c)
+    whole = o.visibility.support.ahead != 0 and not c.log and c.raw
 
     def run(head: int) -> None:
         own = _head(o, head)
@@ -38,7 +33,7 @@ def features(c: Features, o: Operands) -> tuple[Any, Any]:
         if whole and own.k.shape[-2]:
             _contract_blocks(c, own, out[(*at, slice(None))], level[at])
         else:
-            own = mapped(c, own)
+            own = _mapped(c, own)
             out[(*at, slice(None))], level[at] = feature_contraction.features(
                 c, own, xp=xp, size=_chunk(own), tiled=True
             )
@@ -80,19 +75,19 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
 def features_vjp(
     c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
 ) -> dict[str, Any]:
-    """Pull back, see `pdcore.feature_contraction.features_vjp`; through phi too if `fused`."""
+    """Pull back, see `pdcore.feature_contraction.features_vjp`; through phi too if rows are raw."""
     grads = {"q": np.empty_like(o.q), "k": np.empty_like(o.k), "v": np.empty_like(o.v)}
 
     def run(head: int) -> None:
         rows = (..., slice(head, head + 1), slice(None), slice(None))
         values = (*rows, slice(None))
         own = _head(o, head)
-        phi = mapped(c, own)
+        phi = _mapped(c, own)
         found = feature_contraction.features_vjp(
             c, phi, out[values], level[rows], d_out[values], d_level[rows],
             xp=xp, size=_chunk(phi), tiled=True,
         )  # fmt: skip
-        if fused(c):
+        if c.raw:
             for name, x in (("q", own.q), ("k", own.k)):
                 found[name] = c.kernel.features_vjp(x, found[name], xp=xp, params={})[0]
         grads["q"][values] = found["q"]
@@ -107,9 +102,8 @@ def _workers(o: Operands) -> int:
     return threads.count() if int(o.q.size) + int(o.k.size) >= _LARGE else 1
 
 
-def mapped(c: Features, o: Operands) -> Operands:
-    """Apply phi where `fused` left it to the contraction."""
-    if not fused(c):
+def _mapped(c: Features, o: Operands) -> Operands:
+    if not c.raw:
         return o
     q, k = (c.kernel.features(x, xp=xp, params={}) for x in (o.q, o.k))
     return o._replace(q=q, k=k)

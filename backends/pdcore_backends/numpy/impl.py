@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,7 @@ import numpy as np
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs
 from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores, Transform
-from pdcore.transform import FeatureRows, Pullback, Rows
+from pdcore.plan import Features, Plan, Scores
 
 from . import INFO, features, scores, threads
 
@@ -50,17 +50,12 @@ class NumpyBackend(ArrayBackend):
         with np.errstate(all="ignore"):
             return super().attention_weights(plan, inputs)
 
-    def transform(
-        self, step: Transform, rows: Rows, state: Any, params: Any, c: Scores | Features
-    ) -> tuple[Rows, Pullback]:
-        """Take queries and keys through one transform; phi is left to the contraction."""
-        if isinstance(step, FeatureRows) and isinstance(c, Features) and features.fused(c):
-            return rows, lambda d: (d, {}, {})
-        return super().transform(step, rows, state, params, c)
-
-    def mapped(self, c: Features, o: Operands) -> Operands:
-        """Give operands that hold phi."""
-        return features.mapped(c, o)
+    def fuse(self, plan: Plan) -> Plan:
+        """Leave phi to the contraction: fresh arrays of phi would cost more than phi."""
+        c = plan.contraction
+        if not isinstance(c, Features) or c.kernel.parameters():
+            return plan
+        return replace(plan, transforms=plan.transforms[:-1], contraction=replace(c, raw=True))
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores in tiles."""
