@@ -209,8 +209,11 @@ def test_cotangents_are_not_written_to() -> None:
             np.testing.assert_array_equal(third[name], x)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 7), (5, 1), (1, 7), (4, 5, 7), (4, 1, 1),
-                                   (1, 5, 7), (2, 4, 5, 7), (2, 1, 1, 7), (1, 1, 1, 1)])  # fmt: skip
+BIASES = [(), (1,), (7,), (5, 7), (5, 1), (1, 7), (4, 5, 7), (4, 1, 1), (1, 5, 7), (2, 4, 5, 7),
+          (2, 1, 1, 7), (1, 1, 1, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", BIASES)
 def test_the_gradient_of_a_bias_has_its_shape(shape: tuple[int, ...]) -> None:
     bias = np.random.default_rng(0).normal(size=shape)
     case = replace(normal_case("softmax+causal"), call={"bias": bias})
