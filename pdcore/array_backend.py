@@ -78,9 +78,9 @@ class ArrayBackend(Backend):
 
     # The steps that a plugin may replace.
 
-    def pool(self, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+    def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, see `pdcore.heads.pool`."""
-        return heads.pool(x, weights, xp=self.xp)
+        return heads.pool(kind, x, weights, xp=self.xp)
 
     def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
         """Compute a finalised state of the keys (*B, H, M, D), mask (*B, 1, M, 1) or None."""
@@ -162,7 +162,8 @@ class ArrayBackend(Backend):
         visibility, weights = call.visibility(group)
         pools = []
         if weights is not None:
-            (k, pull_k), (v, pull_v) = self.pool(k, weights), self.pool(v, weights)
+            k, pull_k = self.pool(plan.pool, k, weights)
+            v, pull_v = self.pool(plan.pool, v, weights)
             pools = [pull_k, pull_v]
         real = visibility.key_mask
         summary = plan.summary

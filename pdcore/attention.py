@@ -11,17 +11,19 @@ from . import plugins, selection
 from .arrays import device_name, dtype_name, library_of
 from .backend import Backend, Inputs, Request
 from .errors import UnsupportedError
-from .lowering import Signature, lower
 from .plan import Plan
 from .spec import AttentionSpec, as_spec
-from .validation import check_cotangent, finite_dropout, parameter_shape, validate
 
 if TYPE_CHECKING:
     from .explanation import Explanation
+    from .lowering import Signature
 
 __all__ = ["BoundAttention", "attention", "attention_vjp", "attention_weights", "bind", "explain"]
 
 Choice = str | Sequence[str] | None
+
+_NO_PARAMS: Mapping[str, Any] = {}
+_NO_DROPOUT = 0.0  # the very object that is the default, so that no value is compared
 
 
 class BoundAttention:
@@ -33,7 +35,7 @@ class BoundAttention:
         What it computes.
     """
 
-    __slots__ = ("_choice", "_device", "_ready", "spec")
+    __slots__ = ("_choice", "_device", "_parameters", "_ready", "spec")
 
     def __init__(self, spec: str | AttentionSpec, backend: Choice = None,
                  device: str | None = None) -> None:  # fmt: skip
@@ -43,6 +45,7 @@ class BoundAttention:
         if backend is None:
             self._choice = selection.ambient() or selection.BY_LIBRARY
         self._device = device
+        self._parameters = bool(self.spec.parameters())
         # Signature of a call -> what was found out about it.
         self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
 
@@ -57,7 +60,7 @@ class BoundAttention:
     def __call__(
         self, q: Any, k: Any, v: Any, *, mask: Any = None, key_mask: Any = None, bias: Any = None,
         offset: Any = 0, params: Mapping[str, Any] | None = None, return_lse: bool = False,
-        dropout: float = 0.0, axis_name: str | None = None,
+        dropout: float = _NO_DROPOUT, axis_name: str | None = None,
     ) -> Any:  # fmt: skip
         """Compute attention; the arguments are those of `attention`."""
         inputs = Inputs(
@@ -104,11 +107,17 @@ class BoundAttention:
         key: Any = None
         found = None
         try:
-            key = (lse, vjp, weights, *map(_kind, inputs))
+            q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name = inputs
+            key = (lse, vjp, weights, _kind(q), _kind(k), _kind(v))
+            plain = mask is None and key_mask is None and bias is None and type(offset) is int
+            if not (plain and not params and dropout is _NO_DROPOUT and axis_name is None):
+                key = (*key, *map(_kind, inputs[3:]))
             found = self._ready.get(key)
         except (AttributeError, TypeError):
             key = None  # `validate` says what is wrong
         if found is None:
+            from .lowering import lower  # at the first call, which keeps the import light
+
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
             chosen = selection.choose(request, self._choice)
             plan = chosen.backend.fuse(lower(self.spec, signature(request)))
@@ -119,7 +128,7 @@ class BoundAttention:
                 self._ready[key] = found
         backend, plan, library, device = found
         back = None
-        if self.spec.parameters() or type(inputs.offset) is not int:
+        if self._parameters or type(inputs.offset) is not int:
             inputs = _complete(self.spec, inputs, library)
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
@@ -129,6 +138,8 @@ class BoundAttention:
         self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
     ) -> Request:
         """Validate a call and describe it for the backends."""
+        from .validation import finite_dropout, validate
+
         q = inputs.q
         library = library_of(q, "q")
         validate(self.spec, inputs, library)
@@ -144,9 +155,6 @@ class BoundAttention:
             tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), mask, key_mask, bias,
             kind, bool(lse), vjp, weights, finite_dropout(inputs.dropout), inputs.axis_name,
         )  # fmt: skip
-
-
-_NO_PARAMS: Mapping[str, Any] = {}
 
 
 def _kind(x: Any) -> Any:
@@ -165,6 +173,8 @@ def _kind(x: Any) -> Any:
 
 def signature(request: Request) -> Signature:
     """Give what a plan depends on."""
+    from .lowering import Signature
+
     return Signature(request.q[-1], request.k[-3], request.dtype, request.mask is not None)
 
 
@@ -179,6 +189,8 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
     for p in spec.parameters():
         if p.name not in params:
             from array_api_compat import array_namespace
+
+            from .validation import parameter_shape
 
             shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
             params[p.name] = array_namespace(inputs.q).full(
@@ -290,8 +302,9 @@ def _bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> Bo
 def attention(
     q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
     key_mask: Any = None, bias: Any = None, offset: Any = 0,
-    params: Mapping[str, Any] | None = None, return_lse: bool = False, dropout: float = 0.0,
-    axis_name: str | None = None, backend: Choice = None, device: str | None = None,
+    params: Mapping[str, Any] | None = None, return_lse: bool = False,
+    dropout: float = _NO_DROPOUT, axis_name: str | None = None, backend: Choice = None,
+    device: str | None = None,
 ) -> Any:  # fmt: skip
     """Compute the attention that a spec describes.
 
@@ -387,6 +400,7 @@ def attention_vjp(
     """
     inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
     out, lse, pull = _bound(spec, backend, device).vjp(inputs)
+    from .validation import check_cotangent
 
     def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
         for name, x, like in (("d_out", d_out, out), ("d_lse", d_lse, lse)):
@@ -423,8 +437,9 @@ def attention_weights(
 def explain(
     q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
     key_mask: Any = None, bias: Any = None, offset: Any = 0,
-    params: Mapping[str, Any] | None = None, return_lse: bool = False, dropout: float = 0.0,
-    axis_name: str | None = None, backend: Choice = None, device: str | None = None,
+    params: Mapping[str, Any] | None = None, return_lse: bool = False,
+    dropout: float = _NO_DROPOUT, axis_name: str | None = None, backend: Choice = None,
+    device: str | None = None,
 ) -> Explanation:  # fmt: skip
     """Say how a call would run: the plan, the backend, and why not every other one.
 
@@ -440,6 +455,7 @@ backend, device
         Prints as text; ``to_dict()`` gives the same as data.
     """
     from .explanation import explain_request
+    from .lowering import lower
 
     bound = _bound(spec, backend, device)
     inputs = Inputs(

@@ -102,13 +102,15 @@ def windows(x: Any, scale: int, *, xp: Any) -> Any:
     return xp.reshape(x, (*lead, count, scale, dim))
 
 
-def pool(x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[Any], Any]]:
+def pool(kind: str, x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Pool rows by the weights of `pooling_weights`.
 
     Parameters
     ----------
+    kind : {"mean", "first"}
+        As in `HeadScaling`.
     x : array (*B, H, M, D)
-        Keys or values.
+        Keys or values, zeros where a key is not real.
     weights : array (*B, 1, ceil(M / s), s)
         Each key's weight in its window.
     xp : namespace
@@ -122,9 +124,12 @@ def pool(x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[Any], Any]]:
     """
     weights = weights[..., None]
     cut = windows(x, weights.shape[-2], xp=xp)
-    # Select, so that a NaN in a key of weight 0 stays out.
-    used = weights > 0
-    pooled = xp.sum(xp.where(used, cut * weights, xp.zeros_like(cut)), axis=-2)
+    if kind == "mean":
+        # The weights of a window's real keys are equal, and its other keys are zeros.
+        pooled = xp.sum(cut, axis=-2) * xp.max(weights, axis=-2)
+    else:
+        # Select, so that a NaN in a key of weight 0 stays out.
+        pooled = xp.sum(xp.where(weights > 0, cut * weights, xp.zeros_like(cut)), axis=-2)
 
     def pullback(cotangent: Any) -> Any:
         grad = cotangent[..., None, :] * weights

@@ -261,9 +261,9 @@ class DefectiveStatistics(PlainNumpy):
         self.defect = defect
         self.unpooled: dict[int, Array] = {}
 
-    def pool(self, x: Any, weights: Any) -> Any:
+    def pool(self, kind: str, x: Any, weights: Any) -> Any:
         self.unpooled[x.shape[-1]] = x
-        return super().pool(x, weights)
+        return super().pool(kind, x, weights)
 
     def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
         match self.defect:
@@ -716,7 +716,7 @@ class DefectivePool(PlainNumpy):
         super().__init__()
         self.defect = defect
 
-    def pool(self, x: Any, weights: Any) -> Any:
+    def pool(self, kind: str, x: Any, weights: Any) -> Any:
         scale = weights.shape[-1]
         if self.defect == "divided by the scale":
             weights = np.where(weights > 0, 1.0 / scale, 0.0)
@@ -728,7 +728,7 @@ class DefectivePool(PlainNumpy):
             first = np.cumsum(weights > 0, axis=-1) * (weights > 0) == 1
             if (np.sum(weights > 0, axis=-1) > 1).any():
                 weights = np.where(first, 1.0, 0.0)
-        return super().pool(x, weights)
+        return super().pool(kind, x, weights)
 
 
 @pytest.mark.parametrize("defect", ["divided by the scale", "sums", "last window dropped",
