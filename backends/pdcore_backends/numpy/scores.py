@@ -169,7 +169,7 @@ def scores_vjp(
     problem = Problem(c, o)
     shape = problem.q.shape
     level = level.reshape(shape[:3])
-    d_out = np.ascontiguousarray(d_out).reshape(*shape[:3], -1)
+    d_out = np.ascontiguousarray(d_out).reshape(*shape[:3], d_out.shape[-1])
     delta = np.zeros_like(level)
     if not c.signed:
         delta = np.einsum("...d,...d->...", d_out, out.reshape(d_out.shape))
@@ -279,4 +279,4 @@ class _Cotangent:
     def _per_key(self, weight: Any, x: Any, keys: Rows) -> Any:
         """Sum weight^T x over the rows of the block and the query heads of a key head."""
         part = np.matmul(weight.swapaxes(-1, -2), x).sum(axis=(1, 2))
-        return part.reshape(part.shape[0], -1, part.shape[-1])
+        return part.reshape(part.shape[0], part.shape[1] * part.shape[2], part.shape[3])

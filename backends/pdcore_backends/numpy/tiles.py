@@ -93,7 +93,7 @@ class Problem:
         batch = count // max(1, self.heads_per_batch)
         self.scaled = c.expression is None and c.weight == "log"
         self.k_turned = np.empty((count, self.k.shape[2], self.k.shape[1]), self.dtype)
-        self.key_bias = None if o.key_bias is None else o.key_bias.reshape(count, -1)
+        self.key_bias = None if o.key_bias is None else o.key_bias.reshape(count, view.keys)
         self.key_mask = None
         if view.key_mask is not None:
             self.key_mask = np.broadcast_to(view.key_mask, (*self.lead[:-1], 1, view.keys))
