@@ -46,7 +46,7 @@ def features(
         The log of the summed weights; 0 for a signed feature map.
     """
     if o.visibility.support.ahead == 0:
-        ones = xp.ones_like(o.v[..., :1])
+        ones = xp.ones_like(o.k[..., :1])  # v may have no columns
         values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
         k = o.k[..., None, :, :]
         if o.visibility.key_mask is not None:
@@ -121,13 +121,13 @@ def features_vjp(
         # phi = exp(log phi - shift), and the value does not depend on the shifts.
         return {"q": d["q"] * plain.q, "k": d["k"] * plain.k, "v": d["v"]}
     if c.signed:
-        rows = xp.concat([d_out, xp.zeros_like(d_out[..., :1])], axis=-1)
+        rows = xp.concat([d_out, xp.zeros_like(level)[..., None]], axis=-1)
     else:
         empty = level == -xp.inf
         inverse = xp.where(empty, xp.zeros_like(level), xp.exp(-level))[..., None]
         delta = xp.sum(d_out * out, axis=-1) - xp.where(empty, xp.zeros_like(level), d_level)
         rows = xp.concat([d_out, -delta[..., None]], axis=-1) * inverse
-    ones = xp.ones_like(o.v[..., :1])
+    ones = xp.ones_like(o.k[..., :1])  # v may have no columns
     values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
     k = _real_features(o, xp)[..., None, :, :]
     if o.visibility.support.ahead == 0:
