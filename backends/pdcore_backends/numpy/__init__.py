@@ -17,7 +17,9 @@ INFO = BackendInfo(
     requires=("numpy",),
     install="pip install numpy",
     capabilities={
-        feature: "unsupported" if feature in _ELSEWHERE else "full" for feature in FEATURES
+        **{f: "unsupported" if f in _ELSEWHERE else "full" for f in FEATURES},
+        # Whether a block of rows needs a maximum subtracted is decided for all its heads.
+        "batch_invariant": "not_implemented",
     },
 )
 
