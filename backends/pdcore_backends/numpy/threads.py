@@ -46,26 +46,28 @@ def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> 
         for task in todo:
             function(task)
         return
-    guard = threading.Lock()
+    guard, stop = threading.Lock(), threading.Event()
 
     def work() -> None:
         # NumPy keeps its floating-point error state for each thread.
         with np.errstate(all="ignore"):
-            while True:
+            while not stop.is_set():
                 with guard:
                     task = next(todo, None)
                 if task is None:
                     return
                 function(task)
 
-    pool = _pool(workers)
-    jobs = [pool.submit(work) for _ in range(workers)]
+    jobs = []
     try:
+        # An interrupt can come as early as the start of the first worker.
+        pool = _pool(workers)
+        for _ in range(workers):
+            jobs.append(pool.submit(work))
         for job in jobs:
             job.result()
     finally:
-        with guard:
-            list(todo)  # after an error or an interrupt, nothing is left to begin
+        stop.set()  # after an error or an interrupt, nothing more is begun
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
