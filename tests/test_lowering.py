@@ -613,6 +613,42 @@ def test_causal_features_over_several_chunks(text: str, offset: Any) -> None:
     exact(padded(replace(case, call={**case.call, "offset": offset})))
 
 
+def both_gradients(text: str, offset: Any) -> list[dict[str, Array]]:
+    """Give the gradients of a feature contraction, and of the same as scores."""
+    case = padded(spread(normal_case(text, n=190, m=170)))
+    case = replace(case, call={**case.call, "offset": offset})
+    plan = case.plan()
+    assert isinstance(plan.contraction, Features)
+    weight = "log_features" if plan.contraction.log else "features"
+    found = []
+    with np.errstate(all="ignore"):
+        for tried in (plan, replace(plan, contraction=Scores(weight))):
+            _, lse, vjp = PlainNumpy().attention_vjp(tried, case.inputs())
+            found.append(vjp(*cotangents(case, lse)))
+    return found
+
+
+@pytest.mark.parametrize("offset", [0, 40, -30, "array", "end"])
+@pytest.mark.parametrize("text", LONG_CAUSAL)
+def test_causal_gradients_over_several_chunks(
+    text: str, offset: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offset = np.asarray([3, -70]) if offset == "array" else offset
+    got, want = both_gradients(text, offset)
+    for name, x in want.items():
+        np.testing.assert_allclose(got[name], x, rtol=0, atol=1e-11 * np.max(np.abs(x)))
+    # A pooled key is in the past of whole windows of rows, so a chunk of keys spans many of rows.
+    true = feature_contraction.prefix_contract
+
+    def narrow(*arguments: Any, **options: Any) -> Any:
+        return true(*arguments, **{**options, "step": 1})
+
+    monkeypatch.setattr(feature_contraction, "prefix_contract", narrow)
+    wrong, _ = both_gradients(text, offset)
+    same = all(np.allclose(wrong[n], x, rtol=0, atol=1e-6) for n, x in want.items())
+    assert same != ("sh(" in text)
+
+
 @pytest.mark.parametrize("text", LONG_CAUSAL)
 def test_a_state_of_one_chunk_too_many_is_caught(
     text: str, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ TILED = [
     "polynomial(degree=2)+sh(2,3)+causal",
     "cosine(scale=4)+sparse(inf,64)",
     "linear+sparse(20,20)",
+    "relu+causal+sh(2,3)+h(count)",
     "bn(statistics=batch,beta=0.5)+h(count)",
 ]
 
