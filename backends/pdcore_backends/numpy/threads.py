@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ __all__ = ["buffer", "count", "run"]
 VARIABLE = "PDCORE_NUM_THREADS"
 
 _lock = threading.Lock()
-_pools: dict[tuple[int, ...], ThreadPoolExecutor] = {}
+_queues: dict[tuple[int, ...], SimpleQueue[Any]] = {}
 _own = threading.local()
 
 
@@ -58,54 +60,64 @@ def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> 
                     return
                 function(task)
 
-    jobs = []
+    jobs = [Future[None]() for _ in range(workers)]
     try:
         # An interrupt can come as early as the start of the first worker.
-        pool = _pool(workers)
-        for _ in range(workers):
-            jobs.append(pool.submit(work))
+        queue = _queue(workers)
+        for job in jobs:
+            queue.put((job, work))
         for job in jobs:
             job.result()
     finally:
         stop.set()  # after an error or an interrupt, nothing more is begun
 
 
-def _pool(workers: int) -> ThreadPoolExecutor:
-    """Give the pool, one worker on each core when all cores are used.
+def _queue(workers: int) -> SimpleQueue[Any]:
+    """Give the queue of a set of workers, one on each core when all cores are used.
 
     OpenBLAS's threads keep spinning for a while after a product. Seeing every core busy, the
     scheduler would then wake two of our workers on one core, and they would share it.
+
+    The workers are daemons, not those of a `ThreadPoolExecutor`: an interrupt while that one
+    starts a thread leaves a thread that it does not know, for which the exit waits for ever.
     """
     cores = _cores()
     bound = workers == len(cores) and VARIABLE not in os.environ
     key = cores if bound else (-workers,)
     with _lock:
-        pool = _pools.get(key)
-        if pool is None:
-            places = iter(cores if bound else ())
-            pool = ThreadPoolExecutor(
-                workers, thread_name_prefix="pdcore-numpy", initializer=_begin, initargs=(places,)
-            )
-            _pools[key] = pool
-        return pool
+        queue = _queues.get(key)
+        if queue is None:
+            queue = SimpleQueue()
+            for place in cores if bound else (None,) * workers:
+                threading.Thread(
+                    target=_serve, args=(queue, place), name="pdcore-numpy", daemon=True
+                ).start()
+            _queues[key] = queue
+        return queue
 
 
-def _begin(places: Any) -> None:
+def _serve(queue: SimpleQueue[Any], core: int | None) -> None:
     _own.works = True
-    with _lock:
-        core = next(places, None)
     if core is not None and hasattr(os, "sched_setaffinity"):
-        try:
+        # The set of cores may have just changed; unbound is slower, not wrong.
+        with suppress(OSError):
             os.sched_setaffinity(0, {core})
-        except OSError:  # the set of cores has just changed; unbound is slower, not wrong
-            return
+    while True:
+        job, work = queue.get()
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is the caller's, who raises it
+            job.set_exception(error)
+        else:
+            job.set_result(None)
+        del job, work  # a waiting worker must not keep the arrays of the last call alive
 
 
 def _after_fork() -> None:
-    # A child has the pools of its parent, but none of their threads.
+    # A child has the queues of its parent, but none of the threads that serve them.
     global _lock
     _lock = threading.Lock()
-    _pools.clear()
+    _queues.clear()
 
 
 if hasattr(os, "register_at_fork"):
