@@ -1,0 +1,159 @@
+"""CuPy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .base import Array, Framework, Memory, with_strides_kept
+
+__all__ = ["CupyFramework"]
+
+
+class CupyFramework(Framework):
+    """CuPy, on CUDA devices."""
+
+    poisons: ClassVar[bool] = True
+
+    def devices(self) -> list[str]:
+        """Name the CUDA devices."""
+        cuda = self.module.cuda
+        try:
+            count = cuda.runtime.getDeviceCount()
+        except cuda.runtime.CUDARuntimeError:  # no driver, or no device
+            count = 0
+        return [f"cuda:{i}" for i in range(count)]
+
+    def available(self, device: str = "cuda") -> str | None:
+        """Say why nothing can run on a device here."""
+        if device.partition(":")[0] == "cpu":
+            return self.unimportable() or "cupy runs on CUDA devices only"
+        return super().available(device)
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of CuPy and of its CUDA runtime."""
+        cupy = self.module
+        found = {"cupy": str(cupy.__version__)}
+        if self.devices():
+            found["cupy cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
+        return found
+
+    def has_dtype(self, name: str) -> bool:
+        """Whether CuPy has a dtype; bfloat16 is that of ml_dtypes, since CuPy 14."""
+        if name != "bfloat16":
+            return super().has_dtype(name)
+        try:
+            from ml_dtypes import bfloat16
+
+            self.module.empty(0, bfloat16)
+        except Exception:  # noqa: BLE001 - no module, no dtype, no device
+            return False
+        return True
+
+    def asarray(self, x: Array, device: str = "cuda") -> Any:
+        """Copy an array with its strides."""
+        cupy = self.module
+        buffer, _, start = with_strides_kept(x)
+        with cupy.cuda.Device(_index(device)):
+            flat = cupy.asarray(buffer)
+            memory = flat.data + start * x.dtype.itemsize
+            return cupy.ndarray(x.shape, x.dtype, memory, x.strides)
+
+    def asnumpy(self, x: Any) -> Array:
+        """Bring an array to the host."""
+        return np.asarray(self.module.asnumpy(x))
+
+    def synchronize(self, result: Any = None) -> None:
+        """Wait for the devices."""
+        cuda = self.module.cuda
+        for name in self.devices():
+            cuda.Device(_index(name)).synchronize()
+
+    def release(self) -> None:
+        """Give the blocks of the memory pool back."""
+        self.module.get_default_memory_pool().free_all_blocks()
+
+    def policy(self) -> str:
+        """Say how CuPy computes: its only switch is a variable of the environment."""
+        given = os.environ.get("CUPY_TF32", "0")
+        text = "TF32, by CUPY_TF32" if given == "1" else "IEEE float32, no TF32 (CUPY_TF32 unset)"
+        return f"float32 matrix products in {text}; float64 in float64"
+
+    @contextmanager
+    def poisoned(self) -> Iterator[None]:
+        """Fill all memory that CuPy allocates with ones in every bit, which are NaN."""
+        cuda = self.module.cuda
+        before = cuda.get_allocator()
+
+        def allocate(size: int) -> Any:
+            memory = before(size)
+            memory.memset_async(0xFF, size)
+            return memory
+
+        cuda.set_allocator(allocate)
+        try:
+            yield
+        finally:
+            cuda.set_allocator(before)
+
+    def memory(self, device: str) -> Memory | None:
+        """Give the meter of a device: the pool's blocks, counted as they come and go."""
+        return _PoolMemory(self)
+
+    def gpu(self, device: str) -> dict[str, Any] | None:
+        """Describe a CUDA device."""
+        found = self.module.cuda.runtime.getDeviceProperties(_index(device))
+        return {
+            "name": found["name"].decode(),
+            "memory_gib": round(found["totalGlobalMem"] / 2**30, 1),
+            "driver": None,
+            "capability": f"{found['major']}.{found['minor']}",
+        }
+
+
+class _PoolMemory(Memory):
+    def __init__(self, framework: CupyFramework) -> None:
+        self.framework = framework
+        self.hook: Any = None
+
+    def reset(self) -> None:
+        from cupy.cuda.memory_hook import MemoryHook
+
+        class Count(MemoryHook):  # type: ignore[misc]
+            name = "PeakOfPdcore"
+
+            def __init__(self) -> None:
+                self.now, self.peak = 0, 0
+
+            def malloc_postprocess(self, **block: Any) -> None:
+                self.now += block["mem_size"]
+                self.peak = max(self.peak, self.now)
+
+            def free_postprocess(self, **block: Any) -> None:
+                self.now -= block["mem_size"]
+
+        self._leave()
+        self.framework.synchronize()
+        self.hook = Count()
+        self.hook.__enter__()
+
+    def read(self) -> int | None:
+        if self.hook is None:
+            return None
+        self.framework.synchronize()
+        peak = int(self.hook.peak)
+        self._leave()
+        return peak
+
+    def _leave(self) -> None:
+        if self.hook is not None:
+            self.hook.__exit__()
+            self.hook = None
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)

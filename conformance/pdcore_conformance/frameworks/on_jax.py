@@ -1,0 +1,182 @@
+"""JAX."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .base import Array, Arrays, Framework, Function, Memory
+
+__all__ = ["JaxFramework"]
+
+
+class JaxFramework(Framework):
+    """JAX, on the platforms that it has; its ``gpu`` is called ``cuda``, as everywhere here.
+
+    Every function is run as one program (`jax.jit`): single operations take JAX longer to
+    dispatch and to compile than whole calls.
+    """
+
+    transformations: ClassVar[frozenset[str]] = frozenset(
+        {"autodiff", "double_backward", "vmap", "jvp", "compile"}
+    )
+
+    @cached_property
+    def xp(self) -> Any:
+        """jax.numpy, which is an array-API namespace itself."""
+        return self.module.numpy
+
+    def devices(self) -> list[str]:
+        """Name the devices, those of the default platform first."""
+        return list(self._devices())
+
+    def _devices(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for device in (*self.module.devices(), *self.module.devices("cpu")):
+            kind = "cuda" if device.platform == "gpu" else device.platform
+            name = "cpu" if kind == "cpu" else f"{kind}:{device.id}"
+            found.setdefault(name, device)
+        return found
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of JAX and of its compiler."""
+        compiler = importlib.import_module("jaxlib").__version__
+        return {"jax": str(self.module.__version__), "jaxlib": str(compiler)}
+
+    def asarray(self, x: Array, device: str = "cpu") -> Any:
+        """Copy an array; JAX has no strides, and int64 only where 64 bits are enabled."""
+        jax = self.module
+        if not jax.config.jax_enable_x64:
+            if x.dtype == np.float64:
+                raise TypeError("JAX has float64 only under precision('float64')")
+            if x.dtype == np.int64:
+                x = x.astype(np.int32)
+        target = next(d for name, d in self._devices().items()
+                      if name == device or name.partition(":")[0] == device)  # fmt: skip
+        return jax.device_put(np.array(x), target)
+
+    def asnumpy(self, x: Any) -> Array:
+        """Bring an array to NumPy."""
+        return np.asarray(x)
+
+    def synchronize(self, result: Any = None) -> None:
+        """Wait for a result, or for all that was dispatched."""
+        if result is None:
+            self.module.effects_barrier()
+            result = self.module.live_arrays()
+        self.module.block_until_ready(result)
+
+    def release(self) -> None:
+        """Forget compiled programs."""
+        self.module.clear_caches()
+
+    @contextmanager
+    def precision(self, dtype: str) -> Iterator[None]:
+        """Enable 64 bits for float64, and take matrix products as exact as they can be had."""
+        config = self.module.config
+        kept = config.jax_enable_x64, config.jax_default_matmul_precision
+        config.update("jax_enable_x64", dtype == "float64")
+        config.update("jax_default_matmul_precision", "highest")
+        try:
+            yield
+        finally:
+            config.update("jax_enable_x64", kept[0])
+            config.update("jax_default_matmul_precision", kept[1])
+
+    def policy(self) -> str:
+        """Say how JAX computes under `precision`."""
+        return ("matrix products at precision 'highest' (float32 without TF32); float64 with "
+                "jax_enable_x64, which is off for the other dtypes")  # fmt: skip
+
+    def vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
+            ) -> tuple[tuple[Any, Any], dict[str, Any]]:  # fmt: skip
+        """Pull back by jax.vjp."""
+        return self.module.jit(self._pulled(function))(  # type: ignore[no-any-return]
+            dict(arrays), cotangents
+        )
+
+    def _pulled(self, function: Function) -> Any:
+        jax = self.module
+
+        def pull(arrays: Any, cotangents: Any) -> Any:
+            outputs, pullback = jax.vjp(function, arrays)
+            filled = tuple(jax.numpy.zeros_like(y) if d is None else d
+                           for y, d in zip(outputs, cotangents, strict=True))  # fmt: skip
+            return outputs, pullback(filled)[0]
+
+        return pull
+
+    def double_vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any],
+                   directions: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+        """Pull back, and pull the pullback back."""
+        jax, pulled = self.module, self._pulled(function)
+
+        def both(arrays: Any, cotangents: Any, directions: Any) -> Any:
+            first, pullback = jax.vjp(lambda x: pulled(x, cotangents)[1], arrays)
+            return first, pullback(directions)[0]
+
+        return jax.jit(both)(  # type: ignore[no-any-return]
+            dict(arrays), cotangents, {name: directions[name] for name in arrays}
+        )
+
+    def jvp(self, function: Function, arrays: Arrays, directions: Arrays
+            ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:  # fmt: skip
+        """Push forward by jax.jvp."""
+        jax = self.module
+        tangents = {n: directions.get(n, jax.numpy.zeros_like(x)) for n, x in arrays.items()}
+        return jax.jit(lambda x, d: jax.jvp(function, (x,), (d,)))(  # type: ignore[no-any-return]
+            dict(arrays), tangents
+        )
+
+    def vmap(self, function: Function) -> Function:
+        """Map by jax.vmap."""
+        mapped = self.module.jit(self.module.vmap(function))
+        return lambda arrays: tuple(mapped(dict(arrays)))
+
+    def compile(self, function: Function) -> Function:
+        """Compile by jax.jit."""
+        compiled = self.module.jit(function)
+        return lambda arrays: tuple(compiled(dict(arrays)))
+
+    def memory(self, device: str) -> Memory | None:
+        """Give the meter of a device whose allocator keeps statistics; a CPU's does not."""
+        target = self._devices().get(device if ":" in device or device == "cpu" else f"{device}:0")
+        if target is None or target.memory_stats() is None:
+            return None
+        return _DeviceMemory(self, target)
+
+    def gpu(self, device: str) -> dict[str, Any] | None:
+        """Describe a GPU."""
+        if not device.startswith("cuda"):
+            return None
+        target = self._devices()[device if ":" in device else f"{device}:0"]
+        limit = (target.memory_stats() or {}).get("bytes_limit")
+        return {
+            "name": target.device_kind,
+            "memory_gib": None if limit is None else round(limit / 2**30, 1),
+            "driver": None,
+            "capability": getattr(target, "compute_capability", None),
+        }
+
+
+class _DeviceMemory(Memory):
+    """The peak of the process, which nothing resets."""
+
+    def __init__(self, framework: JaxFramework, device: Any) -> None:
+        self.framework, self.device = framework, device
+        self.before, self.peak = 0, 0
+
+    def reset(self) -> None:
+        self.framework.synchronize()
+        stats = self.device.memory_stats()
+        self.before, self.peak = stats["bytes_in_use"], stats["peak_bytes_in_use"]
+
+    def read(self) -> int | None:
+        self.framework.synchronize()
+        peak = self.device.memory_stats()["peak_bytes_in_use"]
+        return int(peak - self.before) if peak > self.peak else None
