@@ -1,0 +1,40 @@
+"""The bias on log kappa."""
+
+from __future__ import annotations
+
+from ..calls import Call
+from ..judging import DTYPES, judged
+
+SMALL = Call()
+
+test_bias_is_added = judged(
+    "The bias multiplies the kernel by exp(bias).",
+    *(SMALL.but(bias="full", dtype=d) for d in DTYPES),
+    *(SMALL.but(spec=text, bias="full")
+      for text in ("softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine", "polynomial", "bn",
+                   "causal", "bn(statistics=running)", "causal+bn(statistics=prefix)",
+                   "softmax+h(one)", "conformance_logistic")),
+    SMALL.but(bias="full", rows=70, keys=600),
+)  # fmt: skip
+
+test_bias_is_broadcast = judged(
+    "A bias may leave out leading axes or have length 1 in any.",
+    SMALL.but(bias="keys"),
+    SMALL.but(bias="rows"),
+    SMALL.but(bias="rows", heads=4),
+    SMALL.but(bias="keys", heads=4, spec="bn"),
+)
+
+test_infinite_bias_removes_a_key = judged(
+    "-inf takes a key out, of h(count) too; a row of -inf is empty.",
+    *(SMALL.but(spec=text, bias="inf")
+      for text in ("softmax", "gaussian(gamma=0.3)", "polynomial", "bn", "softmax+h(count)",
+                   "softmax+h(one)", "causal")),
+    SMALL.but(bias="inf", dtype="float16"),
+)  # fmt: skip
+
+test_bias_may_be_float32 = judged(
+    "A 16-bit call may have a float32 bias, which is not rounded.",
+    SMALL.but(bias="float32", dtype="float16"),
+    SMALL.but(bias="float32", dtype="bfloat16"),
+)

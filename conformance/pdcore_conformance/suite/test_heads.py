@@ -1,0 +1,77 @@
+"""Attention-SH: heads fitted on pooled keys."""
+
+from __future__ import annotations
+
+from ..calls import Call
+from ..judging import DTYPES, judged
+
+SMALL = Call(spec="sh(1,2)", keys=12)
+
+test_keys_and_values_are_pooled = judged(
+    "Means, or first keys, of consecutive windows, in every dtype.",
+    *(SMALL.but(spec=text, dtype=dtype) for dtype in DTYPES
+      for text in ("sh(1,2)", "sh(2,3)", "sh(2,3,pool=first)", "bn+sh(1,2)", "linear+sh(1,3)")),
+)  # fmt: skip
+
+test_last_window_may_be_short = judged(
+    "M is no multiple of the scale: the last window pools what there is.",
+    *(SMALL.but(spec=text, keys=m) for m in (1, 2, 3, 7, 10, 11)
+      for text in ("sh(2,4)", "sh(3,4,pool=first)", "bn+sh(1,4)")),
+    SMALL.but(spec="sh(1,20)", keys=7),
+)  # fmt: skip
+
+test_padding_is_no_part_of_a_pool = judged(
+    "A window's mean is over its real keys; a window without any is masked.",
+    *(SMALL.but(spec=text, key_mask=how) for how in ("right", "left", "holes", "one", "none")
+      for text in ("sh(2,3)", "sh(2,3,pool=first)", "bn+sh(2,3)", "linear+sh(2,3)")),
+    SMALL.but(spec="sh(2,3)+h(count)", key_mask="holes"),
+)  # fmt: skip
+
+test_statistics_are_of_pooled_keys = judged(
+    "Attention-BN+SH takes its statistics over the pooled keys, each counting once.",
+    SMALL.but(spec="bn+sh(2,4)", keys=11),
+    SMALL.but(spec="bn+sh(2,4,pool=first)", keys=11),
+    SMALL.but(spec="bn(statistics=batch)+sh(2,4)", keys=11),
+    SMALL.but(spec="bn(statistics=running)+sh(2,4)", keys=11),
+    SMALL.but(spec="bn+sh(2,4)", keys=11, key_mask="holes"),
+)
+
+test_pooled_key_is_visible_only_as_a_whole = judged(
+    "Under causal and window a pooled key is seen once all of its nominal window may be.",
+    SMALL.but(spec="causal+sh(2,3)", rows=12),
+    SMALL.but(spec="causal+sh(2,3,pool=first)", rows=12),
+    SMALL.but(spec="sparse(3,3)+sh(2,3)", rows=12),
+    SMALL.but(spec="sparse(2,inf)+sh(2,3)", rows=12),
+    SMALL.but(spec="causal+sparse(4,inf)+sh(2,3)", rows=12),
+    SMALL.but(spec="causal+linear+sh(1,4)", rows=12),
+    SMALL.but(spec="causal+sh(2,3)", rows=4, offset=5),
+    SMALL.but(spec="causal+sh(2,3)", rows=4, offset="end", key_mask="right"),
+)
+
+test_short_window_straddles_the_present = judged(
+    "Under causal the short last window is never whole, so nobody sees it; without, everybody.",
+    SMALL.but(spec="causal+sh(2,4)", rows=11, keys=11),
+    SMALL.but(spec="causal+sh(2,4)", rows=7, keys=7),
+    SMALL.but(spec="causal+linear+sh(2,4)", rows=7, keys=7),
+    SMALL.but(spec="sh(2,4)", rows=7, keys=7),
+    SMALL.but(spec="causal+bn(statistics=prefix)+sh(2,4)", rows=7, keys=7),
+    SMALL.but(spec="sparse(5,5)+sh(2,4)", rows=7, keys=7),
+    SMALL.but(spec="causal+sh(2,4)", rows=3, keys=7, offset="end"),
+)
+
+test_mask_must_allow_every_real_key_of_a_window = judged(
+    "A pooled key is masked as soon as the mask forbids one of its real keys.",
+    SMALL.but(spec="sh(2,3)", mask="random"),
+    SMALL.but(spec="sh(2,3)", mask="keys"),
+    SMALL.but(spec="sh(2,3)", mask="random", key_mask="holes"),
+    SMALL.but(spec="bn+sh(1,2)", mask="heads"),
+    SMALL.but(spec="causal+sh(1,2)", mask="random", rows=12),
+)
+
+test_equal_scales_may_lie_anywhere = judged(
+    "Heads of one scale run together wherever they are, and come back in their places.",
+    SMALL.but(spec="sh(2,1,2,1)", heads=4, key_heads=4),
+    SMALL.but(spec="bn+sh(3,1,1,3)", heads=8, key_heads=4),
+    SMALL.but(spec="bn(beta=param)+sh(2,1,3,1)", heads=4, key_heads=4),
+    SMALL.but(spec="sh(2,1,2,1)", heads=4, key_heads=4, mask="heads"),
+)

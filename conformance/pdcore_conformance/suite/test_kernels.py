@@ -1,0 +1,91 @@
+"""Kernels kappa(x, y) and the normaliser h."""
+
+from __future__ import annotations
+
+from ..calls import Call
+from ..judging import DTYPES, full, judged
+
+SMALL = Call()
+KERNELS = (
+    "softmax", "softmax(scale=0.5)", "softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine",
+    "cosine(scale=4)", "polynomial", "polynomial(degree=4,coef0=0.5,scale=0.3)", "linear", "relu",
+    "random_features(count=16)", "random_features(count=32,seed=7,scale=0.2)",
+    "conformance_logistic", "conformance_square", "conformance_dot+h(one)",
+)  # fmt: skip
+
+test_kernel_is_computed = judged(
+    "Each kernel, alone, in every dtype.",
+    *(SMALL.but(spec=text, dtype=dtype) for dtype in DTYPES for text in KERNELS),
+)
+
+test_softcap_is_applied = judged(
+    "Logits of several times the cap: without the softcap the weights are far too sharp.",
+    *(SMALL.but(spec="softmax(softcap=3)", draw="loud", dtype=d) for d in DTYPES),
+)
+
+test_scale_is_applied = judged(
+    "Scales that are not 1/sqrt(D), and the default where D is no square.",
+    SMALL.but(spec="softmax(scale=1)", dim=7),
+    SMALL.but(spec="softmax", dim=7),
+    SMALL.but(spec="softmax(scale=0.01)", draw="loud"),
+    SMALL.but(spec="linear", dim=7),
+    SMALL.but(spec="cosine(scale=10)", dim=7),
+)
+
+test_exponentials_do_not_overflow = judged(
+    "Logits in the hundreds: the row's maximum has to be subtracted.",
+    *(
+        SMALL.but(spec=text, draw="loud", dtype=dtype)
+        for dtype in DTYPES
+        for text in ("softmax", "gaussian(gamma=1)", "random_features(count=16)")
+    ),
+)
+
+test_running_maximum_is_carried = judged(
+    "The largest logit comes in the last blocks of keys: earlier sums have to be rescaled.",
+    *(
+        SMALL.but(spec=text, draw="growing", rows=33, keys=1031, dtype=dtype)
+        for dtype in ("float32", "float16")
+        for text in ("softmax(scale=2)", "gaussian(gamma=0.1)", "polynomial(degree=4)")
+    ),
+)
+
+test_cosine_of_a_zero_vector_is_zero = judged(
+    "Rows of zeros in queries and keys: never NaN.",
+    *(SMALL.but(spec="cosine(scale=2)", draw="zeros", dtype=d) for d in DTYPES),
+)
+
+test_polynomial_is_even = judged(
+    "Negative bases to an even power are positive, and a base of 0 has weight 0.",
+    SMALL.but(spec="polynomial(degree=2,coef0=0,scale=1)"),
+    SMALL.but(spec="polynomial(degree=2,coef0=0,scale=1)", draw="zeros"),
+    SMALL.but(spec="polynomial(degree=6,coef0=0.25)", dtype="float64"),
+)
+
+test_relu_features_may_all_be_zero = judged(
+    "Rows whose kernel values are all 0 give zeros and an lse of -inf.",
+    SMALL.but(spec="relu", draw="zeros"),
+    SMALL.but(spec="relu+h(count)", draw="zeros"),
+    SMALL.but(spec="relu", dim=1),
+)
+
+test_omega_is_the_specified_draw = judged(
+    "Random features are those of numpy.random.RandomState(seed).standard_normal((count, D)).",
+    SMALL.but(spec="random_features(count=5,seed=3)", dtype="float64"),
+    SMALL.but(spec="random_features(count=128,seed=11)", dim=3),
+)
+
+test_normaliser_counts_visible_keys = judged(
+    "h(count) divides by the number of keys that a row sees, h(one) by nothing.",
+    *(
+        SMALL.but(spec=f"{text}+h({h})", **how)
+        for text in ("softmax", "gaussian(gamma=0.3)", "linear", "conformance_logistic")
+        for h in ("count", "one")
+        for how in (
+            {}, {"mask": "random"}, {"key_mask": "right"}, {"key_mask": "holes", "mask": "empty"}
+        )
+    ),
+    SMALL.but(spec="softmax+h(count)+causal"),
+    SMALL.but(spec="softmax+h(count)+sh(2,3)+causal", keys=11),
+    full(SMALL.but(spec="linear+h(one)+causal", rows=300, keys=300)),
+)  # fmt: skip

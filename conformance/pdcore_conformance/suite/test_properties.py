@@ -1,0 +1,48 @@
+"""Small calls drawn at random, over all axes at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ..calls import Call
+from ..subject import Subject
+from .test_axes import AXES, made
+
+EXAMPLES = 150
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call | None:
+    """Draw at most one value of each axis, and sizes."""
+    values: list[Any] = [
+        value for axis in AXES.values() if (value := draw(st.sampled_from([None, *axis])))
+    ]
+    sizes = {
+        "lead": draw(st.sampled_from([(), (1,), (2,), (2, 2)])),
+        "rows": draw(st.integers(0, 12)),
+        "dim": draw(st.integers(1, 9)),
+        "value_dim": draw(st.integers(1, 6)),
+        "dtype": draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"])),
+        "draw": draw(st.sampled_from(["normal", "constant", "zeros", "equal"])),
+        "seed": draw(st.integers(0, 9)),
+    }
+    call = made(tuple(values))
+    return None if call is None else call.but(**sizes, keys=draw(st.integers(0, 13)))
+
+
+@pytest.mark.parametrize("through", ["forward", "vjp"])
+@settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(call=calls())
+def test_any_call(subject: Subject, through: str, call: Call | None) -> None:
+    """Whatever the axes, a call is right, or refused."""
+    if call is not None:
+        subject.judge(call, through)
+        # Some of the calls may be refused, by declaration, which says nothing about all.
+        subject.evidence.outcome = None

@@ -1,0 +1,127 @@
+"""Attention-BN: the statistics of the keys, and what is done with them."""
+
+from __future__ import annotations
+
+from ..calls import Call
+from ..judging import DTYPES, judged
+
+SMALL = Call(spec="bn")
+PREFIX = "causal+bn(statistics=prefix)"
+
+test_batch_normalization_is_computed = judged(
+    "Attention-BN alone, in every dtype and with every kind of statistics.",
+    *(
+        SMALL.but(spec=text, dtype=dtype)
+        for dtype in DTYPES
+        for text in (
+            "bn", "bn(beta=0.5)", "bn(beta=param)", "bn(statistics=batch)",
+            "bn(statistics=running)", "bn(statistics=running,beta=param)", "bn(statistics=prefix)",
+            PREFIX, "gaussian(gamma=0.3)+bn", "cosine+bn", "linear+bn", "conformance_centred",
+        )
+    ),
+)  # fmt: skip
+
+test_variance_is_biased = judged(
+    "The variance divides by n. With 2 or 3 keys n - 1 shows.",
+    *(SMALL.but(dtype=d, keys=n) for d in DTYPES for n in (2, 3)),
+    SMALL.but(spec=PREFIX, keys=3, rows=3),
+    SMALL.but(spec="bn(statistics=batch)", keys=2),
+)
+
+test_eps_is_that_of_the_spec = judged(
+    "A constant feature has variance 0, so eps alone decides its weight.",
+    *(SMALL.but(dtype=d, draw="constant", dim=2) for d in ("float32", "float64")),
+    SMALL.but(spec="bn(eps=0.1)"),
+    SMALL.but(spec="bn(eps=1e-7)", dtype="float64", keys=2),
+    SMALL.but(spec="gaussian(gamma=0.1)+bn(eps=0.5)"),
+)
+
+test_variance_needs_two_passes = judged(
+    "Keys of mean 100 and deviation 0.1: E[x^2] - E[x]^2 has no correct digit in float32.",
+    *(SMALL.but(spec=text, draw="far", dtype=d, keys=200) for d in ("float32", "float64")
+      for text in ("bn", "bn(statistics=batch)", "linear+bn", "gaussian(gamma=0.3)+bn")),
+    SMALL.but(spec=PREFIX, draw="far", rows=40, keys=40),
+    SMALL.but(draw="far", dtype="float16", keys=64),
+    SMALL.but(draw="far", dtype="bfloat16", keys=64),
+)  # fmt: skip
+
+test_statistics_survive_an_outlier_first_key = judged(
+    "An outlier for a first key ruins sums that are shifted by it.",
+    *(SMALL.but(spec=text, draw="outlier", keys=100) for text in ("bn", "linear+bn", PREFIX)),
+)
+
+test_constant_feature_is_finite = judged(
+    "A feature without variance: (var + eps) is small, and float16 cannot hold 1 / (var + eps).",
+    *(SMALL.but(spec=text, draw="constant", dtype=d) for d in DTYPES
+      for text in ("bn", PREFIX, "bn(statistics=batch)")),
+)  # fmt: skip
+
+test_one_key_has_no_variance = judged(
+    "n = 1: the variance is 0, T of the key itself is 0, and nothing is NaN.",
+    *(SMALL.but(spec=text, keys=1, dtype=d) for d in DTYPES
+      for text in ("bn", "linear+bn", "bn(statistics=batch)")),
+    *(SMALL.but(spec=PREFIX, keys=5, rows=5, dtype=d) for d in DTYPES),
+)  # fmt: skip
+
+test_padding_is_no_part_of_statistics = judged(
+    "key_mask takes a key out of the mean, the variance and their count.",
+    *(SMALL.but(spec=text, key_mask=how) for how in ("right", "left", "holes", "one", "none")
+      for text in ("bn", "bn(statistics=batch)", "linear+bn", "bn(statistics=prefix)")),
+    *(SMALL.but(key_mask="right", dtype=d) for d in DTYPES[1:]),
+)  # fmt: skip
+
+test_mask_changes_no_statistic = judged(
+    "mask and windows say who attends to whom; the statistics are over all real keys.",
+    SMALL.but(mask="random"),
+    SMALL.but(mask="empty"),
+    SMALL.but(spec="bn+sparse(2,2)"),
+    SMALL.but(spec="bn(statistics=prefix)+sparse(2,2)"),
+    SMALL.but(spec=PREFIX, mask="random"),
+    SMALL.but(spec="linear+bn", mask="random"),
+    SMALL.but(spec="bn(allow_leak=true)+causal"),
+)
+
+test_statistics_are_those_of_the_keys = judged(
+    "Queries are normalised by the statistics of the keys, not by their own.",
+    SMALL.but(rows=3, keys=50),
+    SMALL.but(rows=1, keys=12),
+    SMALL.but(rows=50, keys=4, spec="linear+bn"),
+    SMALL.but(heads=6, key_heads=2, spec="bn(statistics=batch)"),
+)
+
+test_statistics_are_per_sequence = judged(
+    "statistics=sequence never mixes sequences or heads; statistics=batch mixes sequences.",
+    SMALL.but(lead=(3,)),
+    SMALL.but(lead=(2, 3)),
+    SMALL.but(lead=(3,), spec="bn(statistics=batch)"),
+    SMALL.but(lead=(2, 3), spec="bn(statistics=batch)"),
+    SMALL.but(lead=(), spec="bn(statistics=batch)"),
+)
+
+test_beta_weights_the_mean = judged(
+    "beta multiplies the mean alone; as a parameter it may be (Hkv,) or (Hkv, D).",
+    SMALL.but(spec="bn(beta=0)"),
+    SMALL.but(spec="bn(beta=-1.5)"),
+    SMALL.but(spec="bn(beta=2)", draw="far"),
+    SMALL.but(spec="bn(beta=param)", heads=4),
+    SMALL.but(spec="linear+bn(beta=0.5)"),
+    SMALL.but(spec="causal+bn(statistics=prefix,beta=0.5)"),
+    SMALL.but(spec="causal+bn(statistics=prefix,beta=param)"),
+)
+
+test_prefix_statistics_are_of_the_row = judged(
+    "A row at position p uses the keys at positions up to p, for itself and for every key it sees.",
+    SMALL.but(spec=PREFIX, rows=11),
+    SMALL.but(spec="bn(statistics=prefix)", rows=11),
+    SMALL.but(spec=PREFIX, offset=4),
+    SMALL.but(spec=PREFIX, offset=-3),
+    SMALL.but(spec=PREFIX, offset="end"),
+    SMALL.but(spec=PREFIX, offset="sequence"),
+    SMALL.but(spec=PREFIX, offset="end", key_mask="right"),
+    SMALL.but(spec=PREFIX, key_mask="holes"),
+    SMALL.but(spec=PREFIX, key_mask="left"),
+    SMALL.but(spec=PREFIX, rows=1, offset="end"),
+    SMALL.but(spec="bn(statistics=prefix)+sh(2,3)", rows=11),
+    SMALL.but(spec=f"{PREFIX}+sh(1,3)", rows=11),
+    SMALL.but(spec=PREFIX, rows=150, keys=150),
+)

@@ -1,0 +1,145 @@
+"""What a framework does with functions: second derivatives, forward mode, maps, compilers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ..budget import judge
+from ..calls import Arrays, Call
+from ..judging import claims, each
+from ..subject import Nonconforming, Subject, cotangents
+
+SMALL = Call(rows=6, keys=7, dim=4, value_dim=3)
+PLAN = ("softmax", "bn", "linear", "causal", "gaussian(gamma=0.3)", "bn+sh(1,2)", "cosine",
+        "causal+linear", "causal+bn(statistics=prefix)", "random_features(count=8)")  # fmt: skip
+CALLS = [SMALL.but(spec=text, dtype=d) for d in ("float32", "float64") for text in PLAN]
+WIDE = [SMALL.but(spec=text, dtype="float64") for text in PLAN]
+
+
+def function(subject: Subject, call: Call) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
+    """Make the attention a function of q, k and v in a mapping, bound as a user binds it."""
+    from pdcore import bind
+
+    layer = bind(call.spec, backend=subject.name)
+    return lambda x: tuple(layer(x["q"], x["k"], x["v"], return_lse=True))
+
+
+def directions(call: Call, arrays: Arrays) -> dict[str, np.ndarray]:
+    """Draw a direction for each of q, k and v."""
+    rng = np.random.default_rng(1)
+    return {n: rng.standard_normal(x.shape).astype(x.dtype) for n, x in zip(
+        "qkv", (arrays.q, arrays.k, arrays.v), strict=True)}  # fmt: skip
+
+
+@claims("double_backward")
+@each(WIDE)
+def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
+    """The derivative of the gradients along a direction, against differences of the oracle's."""
+    from ..second import along
+
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    arrays, d = call.arrays(), cotangents(call)
+    with subject.watched(arrays) as (q, k, v, _):
+        toward = directions(call, arrays)
+        _, second = subject.framework.double_vjp(
+            function(subject, call), {"q": q, "k": k, "v": v},
+            tuple(map(subject.there, d)), {n: subject.there(x) for n, x in toward.items()},
+        )  # fmt: skip
+        found = {n: subject.back(x, n) for n, x in second.items()}
+    wanted = along(arrays.q, arrays.k, arrays.v, call.spec, toward, *d)
+    near(found, wanted, 1e-8, "second derivative")
+
+
+@claims("jvp")
+@each(WIDE)
+def test_forward_mode_is_the_derivative(call: Call, subject: Subject) -> None:
+    """Derivatives of out and lse along a direction, against differences of the oracle."""
+    from ..second import directional
+
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    arrays = call.arrays()
+    toward = directions(call, arrays)
+    with subject.watched(arrays) as (q, k, v, _):
+        _, derivatives = subject.framework.jvp(
+            function(subject, call), {"q": q, "k": k, "v": v},
+            {n: subject.there(x) for n, x in toward.items()},
+        )  # fmt: skip
+        found = {n: subject.back(x, n) for n, x in zip(("out", "lse"), derivatives, strict=True)}
+    near(found, directional(arrays.q, arrays.k, arrays.v, call.spec, toward), 1e-9, "derivative")
+
+
+@claims("vmap")
+@each([call.but(lead=(3, 2)) for call in CALLS])
+def test_map_is_a_loop(call: Call, subject: Subject) -> None:
+    """The framework's vmap over the first axis gives what the oracle gives, example by example."""
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    arrays = call.arrays()
+    with subject.watched(arrays) as (q, k, v, _):
+        out, lse = subject.framework.vmap(function(subject, call))({"q": q, "k": k, "v": v})
+        found = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+    subject.evidence.add(judge(found, subject.expected(call, arrays)))
+
+
+@claims("compile")
+@each([*CALLS, SMALL.but(rows=70, keys=130), SMALL.but(heads=4, spec="bn")])
+def test_compiled_is_the_same(call: Call, subject: Subject) -> None:
+    """The framework's compiler takes the call as one program, and it computes the same."""
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    reason = subject.framework.missing("compile")
+    if reason is not None:
+        subject.evidence.outcome, subject.evidence.note = "not claimed", reason
+        return
+    arrays = call.arrays()
+    with subject.framework.precision(call.dtype):
+        q, k, v = (subject.there(x) for x in (arrays.q, arrays.k, arrays.v))
+        compiled = subject.framework.compile(function(subject, call))
+        out, lse = compiled({"q": q, "k": k, "v": v})
+        found = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+    subject.evidence.add(judge(found, subject.expected(call, arrays)))
+
+
+@pytest.mark.claims("axis_name", "float32")
+@pytest.mark.parametrize("spec", ["softmax", "bn", "linear"])
+def test_shards_agree_with_the_whole(spec: str, subject: Subject) -> None:
+    """A sequence in shards gives what it gives as a whole."""
+    call = Call(spec=spec, rows=16, keys=16)
+    arrays = call.arrays()
+    if not subject.claims("axis_name"):
+        subject.refuses(
+            ["axis_name"], lambda: subject.compute(arrays, spec, axis_name="sequence"), call
+        )
+        return
+    shard = getattr(subject.framework, "shard", None)
+    if shard is None:
+        raise Nonconforming(
+            f"axis_name is declared, and the suite has no way to shard arrays of "
+            f"{subject.info.library}: what cannot be judged must not be declared"
+        )
+    with subject.watched(arrays) as (q, k, v, _):
+        out, lse = shard(subject.name, spec, q, k, v)
+        found = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+    subject.evidence.add(judge(found, subject.expected(call, arrays)))
+
+
+def near(
+    found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], relative: float, what: str
+) -> None:
+    """Compare with a difference quotient, whose own error the bound covers."""
+    for name, x in found.items():
+        y = np.asarray(wanted[name], np.longdouble)
+        error = float(np.max(np.abs(x - y), initial=0.0))
+        bound = relative * (1.0 + float(np.max(np.abs(y), initial=0.0)))
+        if not error <= bound:
+            raise Nonconforming(f"{what} of {name}: error {error:.3g}, bound {bound:.3g}")
