@@ -15,6 +15,7 @@ from .attention import bind
 from .attention import signature as signature_of
 from .backend import FEATURES, Inputs, Request
 from .cli import Exit
+from .commands_conform import conform
 from .errors import nearest
 from .explanation import explain_request
 from .files import FileError, check_writable, file_kind, read_arrays, replacing, write_arrays
@@ -292,6 +293,9 @@ def bench(
     unmet = [figure["name"] for figure in record["figures"] if figure["met"] is False]
     if strict and unmet:
         raise Failed(Exit.UNMET, f"not met: {', '.join(unmet)}")
+
+
+app.command()(conform)
 
 
 def _argument(argument: dict[str, Any]) -> str:

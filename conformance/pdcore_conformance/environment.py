@@ -8,7 +8,10 @@ import platform
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .record import Environment, Gpu
 
 __all__ = ["environment", "gpu", "versions"]
 
@@ -16,7 +19,7 @@ __all__ = ["environment", "gpu", "versions"]
 _PACKAGES = ("pdcore", "numpy", "array-api-compat", "ml_dtypes", "scipy", "threadpoolctl")
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu") -> Environment:
     """Describe the machine.
 
     Parameters
@@ -56,7 +59,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gpu() -> dict[str, Any] | None:
+def gpu() -> Gpu | None:
     """Describe the first GPU, by nvidia-smi."""
     query = "name,memory.total,driver_version,compute_cap"
     try:

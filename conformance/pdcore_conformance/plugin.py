@@ -24,6 +24,7 @@ from pdcore.errors import NoBackendError, nearest
 
 from . import own_words, record
 from .environment import environment, versions
+from .outcomes import new_case, outcome_of, plain
 from .subject import CORE, PROPERTIES, Evidence, Subject
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Conformance:
         self.under_test: Subject | None = None
         self.refused: str | None = None
         self.run: Run = record.new_run(name, device)
-        self.run.update(level=self.option("--level"), grid=self.option("--grid"))
+        self.run["level"], self.run["grid"] = self.option("--level"), self.option("--grid")
         if self.option("--case"):
             self.run["selection"] = list(self.option("--case"))
         self.began = time.perf_counter()
@@ -128,7 +129,7 @@ class Conformance:
             reason = str(error)
         if reason is not None:
             self.under_test = None
-            run.update(available=False, reason=reason)
+            run["available"], run["reason"] = False, reason
         run["environment"] = environment(device)
         run["versions"] = versions()
         if self.under_test is not None:
@@ -153,7 +154,8 @@ class Conformance:
             self.refused = (f"unknown case {unknown!r}; did you mean {close}? "
                             "`pdcore conform NAME --list` has all of them")  # fmt: skip
             raise pytest.UsageError(f"--case: {self.refused}")
-        kept, dropped = [], []
+        kept: list[pytest.Item] = []
+        dropped: list[pytest.Item] = []
         for item in items:
             (kept if item not in ours or self._wanted(item, wanted) else dropped).append(item)
         for item in kept:
@@ -171,12 +173,12 @@ class Conformance:
             return item.stash[_ID] in wanted
         if item.get_closest_marker("full_grid") and self.option("--grid") != "full":
             return False
-        return self.option("--level") == "all" or item.stash[_NEEDS] <= CORE
+        return self.option("--level") == "all" or CORE.issuperset(item.stash[_NEEDS])
 
     def _dead(self, ids: set[str], collected: bool) -> None:
         """Fail for the known failures that name no case: they would hide a new one."""
         for name in sorted(ids) if collected and not self.option("--case") else ():
-            self._cases[name] = _case(
+            self._cases[name] = new_case(
                 name, "core", [], "failed",
                 message="listed as a known failure, but the suite has no such case: remove it",
             )  # fmt: skip
@@ -189,13 +191,14 @@ class Conformance:
         assert self.under_test is not None
         self.under_test.evidence = Evidence()
         yield self.under_test
-        request.node.user_properties.append(("evidence", _plain(self.under_test.evidence)))
+        request.node.user_properties.append(("evidence", plain(self.under_test.evidence)))
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Leave a case out whose feature the backend does not claim, and say so."""
         if self.under_test is None or _NEEDS not in item.stash:
             return
-        missing = [f for f in item.stash[_NEEDS] & PROPERTIES if not self.under_test.claims(f)]
+        needs = PROPERTIES.intersection(item.stash[_NEEDS])
+        missing = [f for f in needs if not self.under_test.claims(f)]
         if missing:
             pytest.skip(f"not claimed: {', '.join(sorted(missing))}")
 
@@ -206,7 +209,7 @@ class Conformance:
         if _ID in item.stash:
             report.pdcore = {
                 "id": item.stash[_ID],
-                "level": "core" if item.stash[_NEEDS] <= CORE else "optional",
+                "level": "core" if CORE.issuperset(item.stash[_NEEDS]) else "optional",
                 "features": sorted(item.stash[_NEEDS]),
             }
         return report
@@ -218,11 +221,11 @@ class Conformance:
             return
         case = self._cases.get(about["id"])
         if case is None:
-            case = self._cases[about["id"]] = _case(
+            case = self._cases[about["id"]] = new_case(
                 about["id"], about["level"], about["features"], "error"
             )
         case["seconds"] += report.duration
-        evidence = dict(report.user_properties).get("evidence")
+        evidence: Any = dict(report.user_properties).get("evidence")
         if evidence and report.when == "teardown":
             case["verdicts"] = evidence["verdicts"]
             case["ratio"] = evidence["ratio"]
@@ -230,7 +233,7 @@ class Conformance:
                 case["outcome"] = evidence["outcome"]
             case["message"] = case["message"] or evidence["note"]
         if report.when == "call" or report.outcome != "passed":
-            outcome, message = _outcome(report)
+            outcome, message = outcome_of(report)
             if report.when == "teardown" and case["outcome"] == "failed":
                 return
             case["outcome"], case["message"] = outcome, message
@@ -276,8 +279,8 @@ class Conformance:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say how many cases ended how."""
         counts = ", ".join(f"{n} {name}" for name, n in self.run["counts"].items() if n)
-        terminalreporter.write_sep("=", f"pdcore conformance of {self.run['backend']}:"
-                                        f"{self.run['device']}: {counts or 'nothing ran'}")  # fmt: skip
+        name = f"{self.run['backend']}:{self.run['device']}"
+        terminalreporter.write_sep("=", f"pdcore conformance of {name}: {counts or 'nothing ran'}")
         if not self.run["available"]:
             terminalreporter.write_line(f"not available: {self.run['reason']}")
 
@@ -311,45 +314,6 @@ def _needs(item: Any) -> frozenset[str]:
         if through == "autodiff":
             found.add("autodiff")
     return frozenset(found)
-
-
-def _outcome(report: pytest.TestReport) -> tuple[str, str | None]:
-    if hasattr(report, "wasxfail"):
-        if report.skipped:
-            return "known failure", report.wasxfail.removeprefix("reason: ")
-        return "failed", "listed as a known failure, but it passes: remove it from the list"
-    if report.passed:
-        return "passed", None
-    if report.skipped:
-        where = report.longrepr
-        reason = where[2] if isinstance(where, tuple) else str(where)
-        return "not claimed", reason.removeprefix("Skipped: ")
-    text = str(getattr(report.longrepr, "reprcrash", None) and report.longrepr.reprcrash.message)
-    if "[XPASS(strict)]" in report.longreprtext:
-        return "failed", "listed as a known failure, but it passes: remove it from the list"
-    message = text if text != "None" else report.longreprtext
-    message = message.removeprefix("pdcore_conformance.subject.Nonconforming: ")
-    return ("failed" if report.when == "call" else "error"), message[:4000]
-
-
-def _case(name: str, level: str, features: list[str], outcome: str,
-          message: str | None = None) -> Any:  # fmt: skip
-    return {
-        "id": name, "group": name.partition("::")[0], "level": level, "features": features,
-        "outcome": outcome, "ratio": None, "verdicts": {}, "message": message, "seconds": 0.0,
-    }  # fmt: skip
-
-
-def _plain(evidence: Evidence) -> dict[str, Any]:
-    """Make evidence of plain objects, which travel between processes."""
-    verdicts = {
-        name: {"ratio": v.ratio, "error": v.error, "budget": v.budget}
-        for name, v in evidence.verdicts.items()
-    }
-    ratio = max((v["ratio"] for v in verdicts.values()), default=None)
-    return {
-        "verdicts": verdicts, "ratio": ratio, "outcome": evidence.outcome, "note": evidence.note
-    }  # fmt: skip
 
 
 def _features() -> list[str]:

@@ -140,7 +140,8 @@ class Subject:
             When it changes its inputs, asks another backend, refuses, or gives results in
             another library, dtype or device.
         """
-        return self.accepts(lambda: self._forward(arrays, spec, lse, more))
+        found: dict[str, Array] = self.accepts(lambda: self._forward(arrays, spec, lse, more))
+        return found
 
     # --- refusals ---------------------------------------------------------------------------------
 
@@ -285,7 +286,9 @@ class Subject:
                     for name, x in arrays.options.items()
                 }
             except (TypeError, ValueError, NotImplementedError) as error:
-                raise NoSuchArrayError(f"{self.info.library} takes no {dtype} array: {error}") from error
+                raise NoSuchArrayError(
+                    f"{self.info.library} takes no {dtype} array: {error}"
+                ) from error
             inputs = dict(zip("qkv", taken, strict=True)) | options | options.get("params", {})
             before = self._bits(inputs)
             with self.framework.poisoned():
@@ -359,4 +362,3 @@ def _differentiable(call: Call, arrays: Arrays) -> list[str]:
 
 def _named(features: list[str]) -> str:
     return ", ".join(FEATURES.get(feature, feature) for feature in features)
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pdcore.backend import FEATURES
@@ -21,7 +23,7 @@ def test_core_feature_is_declared(feature: str, subject: Subject) -> None:
 
 def test_versions_are_given(subject: Subject) -> None:
     """A record without the version of what was tested is of no use."""
-    found = subject.backend.versions()
+    found: Any = subject.backend.versions()
     if not found or not all(isinstance(x, str) and x for pair in found.items() for x in pair):
         raise Nonconforming(f"versions() gives {found!r}, expected the version of each library")
 
@@ -34,6 +36,6 @@ def test_refusals_are_sentences(subject: Subject) -> None:
     found = subject.backend.refusals(request)
     if found != []:
         raise Nonconforming(f"refusals of a plain softmax call: got {found!r}, expected []")
-    strange = subject.backend.refusals(request._replace(device="nowhere:0"))
+    strange: Any = subject.backend.refusals(request._replace(device="nowhere:0"))
     if not strange or not all(isinstance(reason, str) and reason for reason in strange):
         raise Nonconforming(f"refusals on device nowhere:0: got {strange!r}, expected reasons")

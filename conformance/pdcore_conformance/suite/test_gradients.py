@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..calls import Call
-from ..judging import DTYPES, full, judged
+from ..judging import full, judged
 
 SMALL = Call()
 

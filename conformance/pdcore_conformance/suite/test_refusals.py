@@ -61,11 +61,12 @@ def test_feature(feature: str, subject: Subject) -> None:
                 return attention_vjp(q, k, v, call.spec, backend=subject.name, **options)
             if feature == "weights":
                 return attention_weights(q, k, v, call.spec, backend=subject.name, **options)
-            more: dict[str, Any] = {
+            asked: dict[str, dict[str, Any]] = {
                 "lse": {"return_lse": True},
                 "dropout": {"dropout": 0.25},
                 "axis_name": {"axis_name": "sequence"},
-            }.get(feature, {})
+            }
+            more = asked.get(feature, {})
             return attention(q, k, v, call.spec, backend=subject.name, **options, **more)
 
     missing = subject.unclaimed([feature])

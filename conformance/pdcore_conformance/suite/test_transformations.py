@@ -31,8 +31,8 @@ def function(subject: Subject, call: Call) -> Callable[[Mapping[str, Any]], tupl
 def directions(call: Call, arrays: Arrays) -> dict[str, np.ndarray]:
     """Draw a direction for each of q, k and v."""
     rng = np.random.default_rng(1)
-    return {n: rng.standard_normal(x.shape).astype(x.dtype) for n, x in zip(
-        "qkv", (arrays.q, arrays.k, arrays.v), strict=True)}  # fmt: skip
+    given = {"q": arrays.q, "k": arrays.k, "v": arrays.v}
+    return {n: np.asarray(rng.standard_normal(x.shape), x.dtype) for n, x in given.items()}
 
 
 @claims("double_backward")
