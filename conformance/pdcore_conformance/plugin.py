@@ -173,7 +173,8 @@ class Conformance:
             return item.stash[_ID] in wanted
         if item.get_closest_marker("full_grid") and self.option("--grid") != "full":
             return False
-        return self.option("--level") == "all" or CORE.issuperset(item.stash[_NEEDS])
+        needs = item.stash[_NEEDS]
+        return self.option("--level") == "all" or needs <= CORE
 
     def _dead(self, ids: set[str], collected: bool) -> None:
         """Fail for the known failures that name no case: they would hide a new one."""
@@ -207,11 +208,9 @@ class Conformance:
         """Send what the controller of a distributed run needs along with the report."""
         report = yield
         if _ID in item.stash:
-            report.pdcore = {
-                "id": item.stash[_ID],
-                "level": "core" if CORE.issuperset(item.stash[_NEEDS]) else "optional",
-                "features": sorted(item.stash[_NEEDS]),
-            }
+            needs: frozenset[str] = item.stash[_NEEDS]
+            level = "core" if needs <= CORE else "optional"
+            report.pdcore = {"id": item.stash[_ID], "level": level, "features": sorted(needs)}
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -140,7 +140,7 @@ class Subject:
             When it changes its inputs, asks another backend, refuses, or gives results in
             another library, dtype or device.
         """
-        found: dict[str, Array] = self.accepts(lambda: self._forward(arrays, spec, lse, more))
+        found: dict[str, Array] = self.accepts(lambda: self.attempt(arrays, spec, lse, **more))
         return found
 
     # --- refusals ---------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Subject:
     def _run(self, call: Call, arrays: Arrays, through: str, lse: bool) -> dict[str, Array]:
         match through:
             case "forward":
-                return self._forward(arrays, call.spec, lse, {})
+                return self.attempt(arrays, call.spec, lse)
             case "weights":
                 return self._weights(arrays, call.spec)
             case "vjp":
@@ -185,9 +185,8 @@ class Subject:
                 return self._autodiff(call, arrays)
         raise ValueError(f"through: got {through!r}, expected forward, vjp, autodiff or weights")
 
-    def _forward(
-        self, arrays: Arrays, spec: str, lse: bool, more: Mapping[str, Any]
-    ) -> dict[str, Array]:
+    def attempt(self, arrays: Arrays, spec: str, lse: bool = True, **more: Any) -> dict[str, Array]:
+        """Do as `compute`, and let a refusal pass on to the caller."""
         with self.watched(arrays) as (q, k, v, options):
             result = attention(
                 q, k, v, spec, return_lse=lse, backend=self.name, **options, **more

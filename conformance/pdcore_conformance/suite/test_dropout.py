@@ -19,7 +19,7 @@ def test_weights_are_dropped_and_the_rest_scaled(spec: str, subject: Subject) ->
     call = Call(spec=spec, rows=64, keys=64, value_dim=64)
     missing = subject.unclaimed([*call.features(lse=True), "dropout"])
     if missing:
-        subject.refuses(missing, lambda: subject.compute(call.arrays(), spec, dropout=P), call)
+        subject.refuses(missing, lambda: subject.attempt(call.arrays(), spec, dropout=P), call)
         return
     drawn = call.arrays()
     values = np.broadcast_to(np.eye(64, dtype="float32"), drawn.v.shape)
