@@ -32,7 +32,11 @@ if RUNNING not in PYTHONS:
 
 # The PyTorch and JAX releases in constraints/ were chosen for this one.
 FRAMEWORKS_PYTHON = "3.11"
-NUMPY_ONLY = "not torch and not jax"
+NUMPY_ONLY = "not torch and not jax and not example and not browser"
+
+# What the conformance matrix installs for each backend: an extra, and the pins to go with it.
+MATRIX = {"numpy": "tests", "strict": "tests", "torch": "torch", "jax": "jax", "cupy": "cupy"}
+RECORDS = ROOT / "docs" / "records"
 
 # pyenv's own commands answer only for the versions that are active here; nox may use every
 # installed one. At the end of the path they hide nothing.
@@ -90,6 +94,85 @@ def tests_jax(session: nox.Session) -> None:
     install_for_tests(session, "-e", ".[cli,conformance,jax]", pins="jax")
     session.run("python", "-c", "import jax; print('JAX', jax.__version__)")
     run_tests(session, "-m", "jax")
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_example(session: nox.Session) -> None:
+    """Run the tests of the third-party example, a Numba backend, and its conformance."""
+    install_for_tests(session, "-e", ".[cli,conformance]")
+    session.install(*pinned("example"), "numba", "./tests/example_plugin")
+    run_tests(session, "-m", "example")
+    session.run("pdcore", "conform", "numba")
+
+
+@nox.session
+def tests_browser(session: nox.Session) -> None:
+    """Look at the page of a record in a headless Chromium."""
+    install_for_tests(session, "-e", ".[cli,conformance]")
+    session.run("pytest", "-m", "browser", *session.posargs)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.parametrize("backend", list(MATRIX), ids=list(MATRIX))
+def conform(session: nox.Session, backend: str) -> None:
+    """Judge the built-in backends on every device that is here, and merge the records.
+
+    `nox -s conform` runs all of them, `nox -s "conform(torch)"` one. Arguments go to
+    `pdcore conform`; `-- bench` measures speed too, where the numerics are green.
+    """
+    arguments = list(session.posargs)
+    measured = "bench" in arguments
+    if measured:
+        arguments.remove("bench")
+    gpu = shutil.which("nvidia-smi") is not None
+    extra = "" if backend in ("numpy", "strict") else f",{backend}"
+    if backend == "cupy" and not gpu:
+        session.log("no NVIDIA GPU: CuPy is not installed, and its record says so")
+        extra = ""
+    if backend == "torch":
+        # By itself and first: in an environment that has it, nothing later asks for another build.
+        session.install(*pinned("torch"), "torch")
+    session.install(*pinned(MATRIX[backend]), "-e", f".[cli,conformance{extra}]")
+    if backend == "strict":
+        session.install(*pinned("tests"), "array-api-strict")
+    devices = {"torch": ["cpu", "cuda"], "jax": ["cpu", "cuda"], "cupy": ["cuda"]}
+    RECORDS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for device in devices.get(backend, ["cpu"]):
+            if device == "cuda" and not gpu and backend != "cupy":
+                continue
+            record = Path(folder, f"{backend}-{device}.json")
+            name = f"{backend}:{device}"
+            session.run(
+                "pdcore", "conform", name, "--report", str(record), "--allow-missing", *arguments
+            )
+            if measured:
+                session.run("pdcore", "bench", name, "--report", str(record))
+        found = sorted(map(str, Path(folder).glob("*.json")))
+        merged = RECORDS / "record.json"
+        before = [str(merged)] if merged.exists() else []
+        session.run(
+            "pdcore", "report", *before, *found, "--merge", str(merged),
+            "--html", str(RECORDS / "record.html"),
+        )  # fmt: skip
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Judge and measure everything that needs a GPU, with the frameworks of this Python."""
+    roots = [ROOT, *(ROOT / name for name in ("backends", "adapters", "conformance"))]
+    path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
+    session.run(
+        sys.executable, "-m", "pdcore_conformance.gpu", *session.posargs,
+        env={"PYTHONPATH": path}, external=True,
+    )  # fmt: skip
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def mutants(session: nox.Session) -> None:
+    """Plant every defect, run the whole suite on each, and write the table of docs/mutants.md."""
+    install_for_tests(session, "-e", ".[cli,conformance]")
+    session.run("python", "-m", "tests.mutants", *session.posargs)
 
 
 @nox.session
