@@ -232,18 +232,17 @@ def _standing(run: Run) -> tuple[bool, bool, bool, str]:
 
 def _combined(before: Run, after: Run, say: Callable[[str], None]) -> Run:
     kept, gone = _described(after), _described(before)
-    speed, other = after["speed"], before["speed"]
-    newer = other is not None and before["created"] > after["created"] and not before["cases"]
-    if other is None or (speed is not None and not newer):
+    speed = before["speed"]
+    # Only a run of nothing but measurements lends its speed to another's cases: figures that were
+    # gated by older cases go with them.
+    lends = speed is not None and not before["cases"]
+    if speed is None or not lends or (after["speed"] and after["created"] >= before["created"]):
         say(f"{target(after)}: {kept} replaces {gone}")
         return after
     say(f"{target(after)}: the cases are those of {kept}, the speed is that of {gone}")
-    where = [] if before["environment"]["cpu"] == after["environment"]["cpu"] else [
-        f"on {before['environment']['cpu']}"
-    ]  # fmt: skip
-    when = f"speed was measured in another run, {gone}" + "".join(f", {text}" for text in where)
-    notes = other["notes"] if when in other["notes"] else [*other["notes"], when]
-    return {**after, "speed": {**other, "notes": notes}}
+    origin = f"measured in another run than the cases: {gone}, on {before['environment']['cpu']}"
+    notes = speed["notes"] if origin in speed["notes"] else [*speed["notes"], origin]
+    return {**after, "speed": {**speed, "notes": notes}}
 
 
 def _described(run: Run) -> str:

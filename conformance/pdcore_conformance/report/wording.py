@@ -1,0 +1,133 @@
+"""How figures and foreign text are written, in the page and on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = [
+    "cut", "interval", "number", "over_budget", "seconds", "shape", "span", "target", "visible"
+]  # fmt: skip
+
+
+def _is_harmless(character: str) -> bool:
+    code = ord(character)
+    if character in "\n\t":
+        return True
+    controls = code < 0x20 or 0x7F <= code < 0xA0
+    # Marks that change the direction of the text around them, and line separators.
+    directions = code in (0x61C, 0x200E, 0x200F) or 0x2028 <= code <= 0x202E
+    return not (controls or directions or 0x2066 <= code <= 0x2069 or 0xD800 <= code < 0xE000)
+
+
+def visible(text: object) -> str:
+    r"""Write text so that nothing in it acts: control and direction characters as escapes.
+
+    Examples
+    --------
+    >>> visible("a\x1b[31m")
+    'a\\x1b[31m'
+    """
+    return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in str(text))
+
+
+def cut(text: object, length: int = 160) -> str:
+    """Shorten text in its middle, which is where ids are most alike."""
+    whole = str(text)
+    if len(whole) <= length:
+        return whole
+    half = (length - 3) // 2
+    return f"{whole[:half]}...{whole[-half:]}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number with so many significant digits, and without an exponent where it is short.
+
+    Examples
+    --------
+    >>> [number(x) for x in (0.0, 0.04231, 2.0, 1234.5, 2.5e-7, float("inf"), None)]
+    ['0', '0.0423', '2.00', '1,234', '2.5e-07', '∞', '']
+    """
+    if value is None:
+        return ""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if not 1e-4 <= size < 1e7:
+        return f"{value:.{digits - 1}g}"
+    places = max(0, digits - 1 - math.floor(math.log10(size)))
+    return f"{value:,.{places}f}"
+
+
+def over_budget(ratio: float | None) -> str:
+    """Write an error over its budget, with two significant digits.
+
+    Examples
+    --------
+    >>> [over_budget(x) for x in (0.0, 0.00004, 0.123, 1.004, 1.04, 250.0)]
+    ['0', '<0.001', '0.12', '1.004', '1.040', '250']
+    """
+    if ratio is None:
+        return ""
+    if 0 < ratio < 0.001:
+        return "<0.001"
+    if 1 < ratio < 1.05:
+        # A failure must not read "1.0", which passes.
+        return f"{ratio:.3f}" if ratio >= 1.0005 else "1.001"
+    if 10 <= ratio < 1e7:
+        return f"{ratio:,.0f}"
+    return number(ratio, 2)
+
+
+def seconds(value: float | None) -> str:
+    """Write a time in the unit that suits it.
+
+    Examples
+    --------
+    >>> [seconds(x) for x in (3e-6, 0.0421, 1.5, 93.1, 600.0)]
+    ['3.00 us', '42.1 ms', '1.50 s', '93.1 s', '10 min 0 s']
+    """
+    if value is None:
+        return ""
+    if not math.isfinite(value) or value <= 0:
+        return f"{number(value)} s"
+    if value >= 120:
+        whole = round(value)
+        return f"{whole // 60:,} min {whole % 60} s"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{number(value / size)} {unit}"
+    return f"{number(value * 1e9)} ns"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Write a shape as a tuple."""
+    return f"({', '.join(map(str, sizes))})"
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """Write an interval, or that there is none."""
+    return "no interval" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+
+
+def target(low: float | None, high: float | None) -> str:
+    """Write what a figure should be, or nothing.
+
+    Examples
+    --------
+    >>> [target(2, None), target(None, 64), target(13, 18), target(None, None)]
+    ['≥ 2', '≤ 64', '13 to 18', '']
+    """
+    if low is None:
+        return "" if high is None else f"≤ {high:g}"
+    return f"≥ {low:g}" if high is None else f"{low:g} to {high:g}"
+
+
+def span(texts: Sequence[str]) -> str:
+    """Write the first and last of sorted texts, or the only one."""
+    found = sorted(set(texts))
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else ""
