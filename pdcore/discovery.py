@@ -31,7 +31,9 @@ GROUP = "pdcore"
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("pdcore_"))
 
 # Found without an installed distribution too, so that a source tree works as it is.
-_BUILT_IN = {name: f"pdcore_backends.{name}" for name in ("numpy", "torch", "jax", "cupy")}
+_BUILT_IN = {
+    name: f"pdcore_backends.{name}" for name in ("numpy", "strict", "torch", "jax", "cupy")
+}
 
 
 class Owner(NamedTuple):

@@ -1,0 +1,159 @@
+"""Plans on JAX arrays: `ArrayBackend`, with JAX's own transformations."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+from pdcore.array_backend import ArrayBackend
+from pdcore.backend import Inputs, Request
+from pdcore.plan import Plan
+
+from . import INFO
+
+__all__ = ["JaxBackend"]
+
+
+class _Namespace:
+    """jax.numpy, with an int64 that is as wide as JAX has integers at the moment."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jax.numpy, name)
+
+    @property
+    def int64(self) -> Any:
+        # Without 64 bits, asking for int64 gives int32 and a warning at every use.
+        return jax.numpy.int64 if jax.config.jax_enable_x64 else jax.numpy.int32
+
+
+class JaxBackend(ArrayBackend):
+    """Runs plans on JAX arrays; jit, grad, vmap and jvp go through it."""
+
+    info = INFO
+
+    @property
+    def xp(self) -> Any:
+        """jax.numpy, which is an array-API namespace itself."""
+        return _NAMESPACE
+
+    def refusals(self, request: Request) -> list[str]:
+        """Say why the backend cannot run a call, see `Backend.refusals`."""
+        reasons = super().refusals(request)
+        if request.dtype == "float64" and not jax.config.jax_enable_x64:
+            reasons.append(
+                "float64 inputs: JAX has 64 bits only under "
+                "jax.config.update('jax_enable_x64', True)"
+            )
+        try:
+            _device(request.device)
+        except RuntimeError as error:
+            reasons.append(f"device {request.device}: {error}")
+        return reasons
+
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        """Run a plan, see `Backend.attention`."""
+        out, level = _attention(self, plan, *_static(inputs))
+        return out, level if lse else None
+
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
+        given = _static(inputs)
+        out, lse = _attention(self, plan, *given)
+
+        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            found: dict[str, Any] = _gradients(self, plan, *given, d_out, d_lse)
+            return found
+
+        return out, lse, vjp
+
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        """Compute the weights of a plan, see `Backend.attention_weights`."""
+        return _weights(self, plan, *_static(inputs))
+
+    def exchange(self, array: Any, device: str | None = None) -> Any:
+        """Take an array of another library by DLPack, and move it where it was asked to be."""
+        x = array if isinstance(array, jax.Array) else jax.numpy.from_dlpack(array)
+        return x if device is None else jax.device_put(x, _device(device))
+
+    def synchronize(self) -> None:
+        """Wait for all arrays that exist."""
+        jax.block_until_ready(jax.live_arrays())
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of JAX and of its compiler."""
+        compiler = importlib.import_module("jaxlib").__version__
+        return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
+
+
+_NAMESPACE = _Namespace()
+
+
+#: A call is one program: single operations take JAX several times as long to compile, and for
+#: each shape anew.
+_program = partial(jax.jit, static_argnums=(0, 1, 2))
+
+
+@_program
+def _attention(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+    with _in_full():
+        return ArrayBackend.attention(backend, plan, _joined(arrays, offset), lse=True)
+
+
+@_program
+def _gradients(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any, d_out: Any, d_lse: Any
+               ) -> Any:  # fmt: skip
+    # Forward again: a program gives arrays back, not a pullback with what it has kept.
+    with _in_full():
+        return ArrayBackend.attention_vjp(backend, plan, _joined(arrays, offset))[2](d_out, d_lse)
+
+
+@_program
+def _weights(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+    with _in_full():
+        return ArrayBackend.attention_weights(backend, plan, _joined(arrays, offset))
+
+
+def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+    """Part an offset that is known in Python, which decides what a program skips, from arrays."""
+    arrays = {name: x for name, x in inputs._asdict().items() if name in _ARRAYS}
+    if not isinstance(inputs.offset, int | str):
+        return None, {**arrays, "offset": inputs.offset}
+    return inputs.offset, arrays
+
+
+_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params"})
+
+
+def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
+    return Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset)
+
+
+def _in_full() -> Any:
+    """Take matrix products in full; on a GPU or TPU the default for float32 is less.
+
+    It is recorded with each product, so the gradients of the call have it as well.
+    """
+    return jax.default_matmul_precision("highest")
+
+
+def _device(name: str) -> Any:
+    """Find a device by its name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+
+    Raises
+    ------
+    RuntimeError
+        When JAX has no such device.
+    """
+    kind, _, index = name.partition(":")
+    devices = {d.id: d for d in jax.devices(kind)}
+    if not index:
+        return next(iter(devices.values()))
+    if int(index) not in devices:
+        raise RuntimeError(f"JAX has devices {sorted(devices)} of {kind}")
+    return devices[int(index)]

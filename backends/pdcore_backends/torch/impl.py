@@ -1,0 +1,101 @@
+"""Plans on PyTorch tensors: `ArrayBackend`, with PyTorch's own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from pdcore.array_backend import ArrayBackend
+from pdcore.backend import Inputs, Request
+from pdcore.errors import UnsupportedError
+from pdcore.plan import Plan
+
+from . import INFO
+
+__all__ = ["TorchBackend"]
+
+
+class TorchBackend(ArrayBackend):
+    """Runs plans on PyTorch tensors, on the CPU or a CUDA device."""
+
+    info = INFO
+
+    def refusals(self, request: Request) -> list[str]:
+        """Say why the backend cannot run a call, see `Backend.refusals`."""
+        reasons = super().refusals(request)
+        device = request.device
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            reasons.append(f"device {device}: PyTorch {torch.__version__} sees no CUDA device")
+        if request.dtype == "float32":
+            reasons += _reduced_precision(device.partition(":")[0])
+        return reasons
+
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        """Run a plan, see `Backend.attention`."""
+        with _as_declared(inputs.q):
+            return super().attention(plan, inputs, lse=lse)
+
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
+        with _as_declared(inputs.q):
+            out, lse, pull = super().attention_vjp(plan, inputs)
+
+        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            with _as_declared(d_out):
+                return pull(d_out, d_lse)
+
+        return out, lse, vjp
+
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        """Compute the weights of a plan, see `Backend.attention_weights`."""
+        with _as_declared(inputs.q):
+            return super().attention_weights(plan, inputs)
+
+    def exchange(self, array: Any, device: str | None = None) -> Any:
+        """Take an array of another library by DLPack, and move it where it was asked to be."""
+        tensor = torch.from_dlpack(array)
+        return tensor if device is None else tensor.to(device)
+
+    def synchronize(self) -> None:
+        """Wait for the current CUDA device."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of PyTorch and of the CUDA that it was built for."""
+        found = {"torch": str(torch.__version__)}
+        return found if torch.version.cuda is None else {**found, "cuda": str(torch.version.cuda)}
+
+
+def _as_declared(x: Any) -> AbstractContextManager[Any]:
+    """Compute in the arrays' own dtypes: not in TF32, and not in what autocast would choose."""
+    kind = x.device.type
+    # A choice of backend outlives the switches that were asked about when it was made.
+    if x.dtype == torch.float32 and (reasons := _reduced_precision(kind)):
+        raise UnsupportedError(f"backend torch: {reasons[0]}")
+    declared: AbstractContextManager[Any] = nullcontext()
+    if torch.is_autocast_enabled(kind):
+        declared = torch.autocast(kind, enabled=False)
+    return declared
+
+
+def _reduced_precision(kind: str) -> list[str]:
+    """Say whether float32 matrix products would be computed in less."""
+    backend = torch.backends.mkldnn if kind == "cpu" else torch.backends.cuda
+    switch: Any = getattr(backend, "matmul", None)
+    if hasattr(switch, "fp32_precision"):
+        chosen = switch.fp32_precision
+    else:  # a release from before the switches by device
+        chosen = torch.get_float32_matmul_precision()
+    if chosen in ("none", "ieee", "highest"):
+        return []
+    reason = (
+        f"float32 inputs: matrix products on {kind} are set to {chosen}, which is not float32; "
+        "torch.set_float32_matmul_precision('highest') takes that back"
+    )
+    return [reason]
