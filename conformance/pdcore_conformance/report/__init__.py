@@ -21,6 +21,9 @@ from .wording import cut, over_budget, seconds, span, visible
 
 __all__ = ["page", "write_page"]
 
+# By this a page is known for one that may be replaced.
+_GENERATOR = "pdcore conformance report"
+
 # Labels of the axis that are nearer to one another, in percent, would touch at 400 px.
 _APART = 14.0
 
@@ -31,22 +34,32 @@ def write_page(path: str | os.PathLike[str], record: Record, *, force: bool = Fa
     Parameters
     ----------
     path : path
-        Where to.
+        Where to. A page of a record that is there is replaced.
     record : Record
         As `pdcore_conformance.record.load` gives it.
     force : bool
-        Whether an existing file may be replaced.
+        Whether to replace also a file that is no such page.
 
     Raises
     ------
     OutputError
-        When `path` exists and `force` is not set, or cannot be written.
+        When `path` is something else and `force` is not set, or cannot be written.
     ModuleNotFoundError
         Without jinja2.
     """
+    path = Path(path)
     text = page(record)
-    with replacing(Path(path), force=force) as stream:
+    with replacing(path, force=force or _is_page(path)) as stream:
         stream.write(text.encode("utf-8"))
+
+
+def _is_page(path: Path) -> bool:
+    """Tell whether a file is a page of a record (or empty, and so nobody's work)."""
+    try:
+        with path.open("rb") as stream:
+            return (start := stream.read(1024)) == b"" or _GENERATOR.encode() in start
+    except OSError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,7 @@ def _contents(record: Record) -> dict[str, Any]:
     return {
         "title": _title(runs),
         "about": _about(runs),
+        "generator": _GENERATOR,
         "version": pdcore.__version__,
         "names": [target(run) for run in runs],
         "verdict": view.verdict(record),
