@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdcore.reference import reference_attention
+from pdcore.reference import reference_attention, reference_weights
+from pdcore.spec import as_spec
 
-__all__ = ["FACTORS", "Expected", "Verdict", "expect", "judge", "judge_array"]
+from .differentiate import constants, gradients
+
+__all__ = ["FACTORS", "Expected", "Verdict", "differentiated", "expect", "judge", "judge_array"]
 
 Array = np.ndarray[Any, Any]
 
@@ -81,7 +84,10 @@ class Verdict(NamedTuple):
                 f"at {self.head}")  # fmt: skip
 
 
-def expect(q: Any, k: Any, v: Any, spec: Any = "softmax", **call: Any) -> Expected:
+def expect(
+    q: Any, k: Any, v: Any, spec: Any = "softmax", *, d_out: Any = None, d_lse: Any = None,
+    weights: bool = False, **call: Any,
+) -> Expected:  # fmt: skip
     """Run the oracle and the reference in the tested dtype.
 
     Parameters
@@ -90,26 +96,63 @@ def expect(q: Any, k: Any, v: Any, spec: Any = "softmax", **call: Any) -> Expect
         NumPy arrays, float16, bfloat16 (by ml_dtypes), float32 or float64.
     spec : str or AttentionSpec
         What to compute.
+    d_out : array (*B, Hq, N, Dv), optional
+        Cotangent of out, in q's dtype: asks for gradients.
+    d_lse : array (*B, Hq, N), optional
+        Cotangent of lse, with `d_out`.
+    weights : bool
+        Ask for the weights too.
     **call
         `mask`, `key_mask`, `bias`, `offset` and `params` as in `pdcore.attention`.
 
     Returns
     -------
     Expected
-        Of ``out`` (*B, Hq, N, Dv) and ``lse`` (*B, Hq, N).
+        Of ``out`` (*B, Hq, N, Dv) and ``lse`` (*B, Hq, N). With `d_out` also of ``d_q``, ``d_k``,
+        ``d_v``, ``d_bias`` where there is a bias, and ``d_NAME`` for each differentiable
+        parameter that is given, in the shape and dtype of what they belong to. With `weights`
+        also of ``weights`` (*B, Hq, N, M).
     """
     dtype = str(q.dtype)
     wide = np.longdouble if dtype == "float64" else np.float64
     rounding = {"round_intermediates": q.dtype} if EPS[dtype] > EPS["float32"] else {}
-    oracle = reference_attention(
-        q.astype(wide), k.astype(wide), v.astype(wide), spec, return_lse=True,
-        **{name: _widened(value, wide) for name, value in call.items()},
-    )  # fmt: skip
-    low = reference_attention(q, k, v, spec, return_lse=True, **call, **rounding)
-    names = ("out", "lse")
-    return Expected(
-        dtype, dict(zip(names, oracle, strict=True)), dict(zip(names, low, strict=True))
-    )
+    arrays = {"q": q, "k": k, "v": v}
+    inputs = ({**arrays, **call}, {name: _widened(x, wide) for name, x in (arrays | call).items()})
+    found = []
+    for given, more in zip(inputs, (rounding, {}), strict=True):
+        if d_out is None:
+            outputs = dict(zip(
+                ("out", "lse"), reference_attention(spec=spec, return_lse=True, **given, **more),
+                strict=True,
+            ))  # fmt: skip
+        else:
+            outputs = differentiated(spec, given, more, (d_out, d_lse))
+        if weights:
+            outputs["weights"] = reference_weights(spec=spec, **given, **more)
+        found.append(outputs)
+    low, oracle = found
+    return Expected(dtype, oracle, low)
+
+
+def differentiated(
+    spec: Any, given: Mapping[str, Any], more: Mapping[str, Any], cotangents: tuple[Any, Any]
+) -> dict[str, Array]:
+    """Run the reference, and pull cotangents of its results back."""
+    params = dict(given.get("params") or {})
+    constant = {p.name for p in as_spec(spec).parameters() if not p.differentiable}
+    arrays = {name: given[name] for name in ("q", "k", "v", "bias") if given.get(name) is not None}
+    arrays |= {name: x for name, x in params.items() if name not in constant}
+    others = {name: x for name, x in given.items() if name not in (*arrays, "params")}
+
+    def function(x: Mapping[str, Any]) -> Any:
+        call = {name: constants(other) for name, other in others.items()}
+        call |= {name: x[name] for name in ("q", "k", "v", "bias") if name in x}
+        if params:
+            call["params"] = {n: x[n] if n in x else constants(p) for n, p in params.items()}
+        return reference_attention(spec=spec, return_lse=True, **call, **more)
+
+    (out, lse), found = gradients(function, arrays, cotangents)
+    return {"out": out, "lse": lse} | {f"d_{name}": x for name, x in found.items()}
 
 
 def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
@@ -118,7 +161,7 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
     Parameters
     ----------
     got : mapping of str to array
-        ``out``, ``lse`` or both, as the backend gave them, in NumPy.
+        Some of the outputs that are expected, as the backend gave them, in NumPy.
     expected : Expected
         See `expect`.
 
@@ -138,7 +181,7 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
             expected.oracle[name],
             expected.low[name],
             dtype=expected.dtype,
-            axes=1 if name == "lse" else 2,
+            axes=_axes(name, expected.oracle[name]),
             name=name,
         )
         for name, value in got.items()
@@ -203,6 +246,13 @@ def judge_array(
     worst = np.unravel_index(int(np.argmax(ratio)), lead) if lead else ()
     head = tuple(int(i) for i in worst)
     return Verdict(float(ratio[head]), float(most[head]), float(budget[head]), head)
+
+
+def _axes(name: str, x: Array) -> int:
+    """Count the trailing axes of one head: those of rows and columns, or a parameter's own."""
+    if name in ("out", "weights", "d_q", "d_k", "d_v", "d_bias"):
+        return min(2, x.ndim)
+    return 1
 
 
 def worst(verdicts: Mapping[str, Verdict]) -> float:
