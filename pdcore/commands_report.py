@@ -37,12 +37,12 @@ def report(
 ) -> None:
     """Sum up a record, or compare two, or lay records out as a page.
 
-    One RECORD, or more than two, or any with --html or --merge: prints how each backend fared, what failed
-    and how to run it alone. Of several runs of one backend the latest counts.
+    One RECORD, more than two, or any with --html or --merge: prints how each backend fared, what
+    failed, and how to run that alone. Of several runs of one backend the latest counts.
 
-    Two without them: says what got worse from the first to the second, what got better, what is
-    new and what is gone. Exits with 7 where numerics got worse (a case newly fails, is missing or
-    refused, an error grew, a capability was withdrawn), else with 8 where only speed or memory
+    Two: says what got worse from the first to the second, what got better, what is new and what
+    is gone. Exits with 7 where numerics got worse (a case fails, is missing or is refused that
+    passed before, an error grew, a capability was withdrawn), else with 8 where speed or memory
     did, else with 0.
     """
     from pdcore_conformance.record import load, merge, save

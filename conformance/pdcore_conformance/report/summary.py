@@ -12,7 +12,7 @@ from ..record import OUTCOMES, Record, target
 from .heat import largest
 from .measured import missing_peers
 from .view import BAD, Failure, failures, verdict
-from .wording import cut, number, over_budget, seconds, visible
+from .wording import cut, number, over_budget, shape, visible
 from .wording import target as aim
 
 __all__ = ["as_dict", "show", "show_comparison"]
@@ -29,22 +29,27 @@ def _plain(text: object, length: int = 200) -> str:
 def show(record: Record, console: Any) -> None:
     """Print how the runs of a record ended, what failed, and which targets are not met."""
     table = Table()
-    table.add_column("backend", overflow="fold")
-    for outcome in OUTCOMES:
-        table.add_column(outcome, justify="right")
-    table.add_column("error / budget", justify="right")
-    table.add_column("took", justify="right")
+    longest = max((len(target(run)) for run in record["runs"]), default=0)
+    table.add_column("backend", overflow="fold", min_width=min(longest, 20))
+    # Columns of zeros would take the room that names need.
+    always = ("passed", "failed")
+    outcomes = [
+        o for o in OUTCOMES if o in always or any(run["counts"][o] for run in record["runs"])
+    ]
+    for outcome in outcomes:
+        table.add_column(outcome, justify="right", min_width=max(map(len, outcome.split())))
+    table.add_column("error / budget", justify="right", min_width=6)
     missing = []
     for run in record["runs"]:
         if not run["available"]:
             missing.append(run)
             continue
         cells = []
-        for outcome in OUTCOMES:
+        for outcome in outcomes:
             count = run["counts"][outcome]
             cells.append(f"[bold red]{count:,}" if count and outcome in BAD else f"{count:,}")
         worst = over_budget(largest(case["ratio"] for case in run["cases"]))
-        table.add_row(_plain(target(run), 40), *cells, worst, seconds(run["seconds"]))
+        table.add_row(_plain(target(run), 40), *cells, worst)
     if table.row_count:
         console.print(table)
     for run in missing:
@@ -80,7 +85,7 @@ def _unmet(record: Record) -> list[str]:
         if speed["red"]:
             lines.append(f"{name}: numbers over budget at full size; no claim about its speed")
         found = [
-            (f"{r['spec']}, {r['direction']}, against {r['peer']}", r["ratio"],
+            (f"{r['spec']} {shape(r['shape'])}, {r['direction']}, against {r['peer']}", r["ratio"],
              aim(r["at_least"], r["at_most"]), r["met"])
             for r in speed["ratios"]
         ]  # fmt: skip
@@ -90,7 +95,7 @@ def _unmet(record: Record) -> list[str]:
             for g in speed["growth"]
         ]  # fmt: skip
         found += [
-            (f"{m['spec']}, {m['direction']}, peak MiB ({m['way']})", m["mib"],
+            (f"{m['spec']} {shape(m['shape'])}, {m['direction']}, peak MiB ({m['way']})", m["mib"],
              aim(None, m["at_most"]), m["met"])
             for m in speed["memory"]
         ]  # fmt: skip
@@ -138,17 +143,20 @@ def as_dict(record: Record) -> dict[str, Any]:
 
 def show_comparison(found: Comparison, names: tuple[str, str], console: Any) -> None:
     """Print what changed between two records, the worse first."""
-    before, after = (_plain(name, 60) for name in names)
+    before, after = (_plain(name, 100) for name in names)
+    console.print(f"before: {before}\nafter:  {after}", soft_wrap=True)
     for way, title in (("worse", "Worse"), ("better", "Better"), ("other", "Otherwise changed")):
         changes = found.of(way)  # type: ignore[arg-type]
         if changes:
-            console.print(_changes(changes, f"{title}: {len(changes):,}", before, after))
-    for way, which in (("new", after), ("gone", before)):
+            console.print(_changes(changes, f"{title}: {len(changes):,}"))
+    for way, which in (("new", "after"), ("gone", "before")):
         changes = found.of(way)  # type: ignore[arg-type]
         if changes:
-            listed = "; ".join(f"{_plain(c.where)} {c.kind} {_plain(c.what)}" for c in changes[:5])
+            listed = "; ".join(
+                f"{c.kind} {_plain(c.what)} of {_plain(c.where)}" for c in changes[:5]
+            )
             more = "; ..." if len(changes) > 5 else ""
-            console.print(f"Only in {which}: {len(changes):,}: {listed}{more}", soft_wrap=True)
+            console.print(f"Only {which}: {len(changes):,}: {listed}{more}", soft_wrap=True)
     for note in found.notes:
         console.print(f"Note: {_plain(note, 600)}", soft_wrap=True)
     worse = found.of("worse")
@@ -160,10 +168,10 @@ def show_comparison(found: Comparison, names: tuple[str, str], console: Any) -> 
     )  # fmt: skip
 
 
-def _changes(changes: list[Change], title: str, before: str, after: str) -> Table:
+def _changes(changes: list[Change], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for heading in ("backend", "what happened", "to", before, after):
-        table.add_column(heading, overflow="fold")
+    for heading in ("backend", "what happened", "to", "before", "after"):
+        table.add_column(heading, overflow="fold", min_width=26 if heading == "to" else None)
     for c in changes[:MOST]:
         table.add_row(*(_plain(text) for text in (c.where, c.kind, c.what, c.before, c.after)))
     if len(changes) > MOST:
