@@ -109,7 +109,9 @@ def _contraction(
         scale = default_scale(kernel.scale, signature.dim)
         # float16 cannot hold (q - beta mu) / (var + eps): its range ends at 65,504.
         split = signature.dtype == "float16" and not spec.prefix
-        transforms.append(Fold(normalization, scale, split))
+        counted = normalization.statistics in ("sequence", "batch")
+        closed = counted or (spec.prefix and spec.support.ahead == 0)
+        transforms.append(Fold(normalization, scale, split, closed))
         centre = "the first real key" if spec.prefix else "mu"
         steps.append(
             f"fold: q' = (q - beta mu) / {'sigma' if split else 'sigma^2'}, "

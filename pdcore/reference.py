@@ -400,6 +400,8 @@ def _pointwise(
         values = {"s": s, **{p.name: params[p.name][0, ...] for p in kernel.parameters()}}
         return xp.zeros_like(s) + kernel.expression(dim)(values, xp)
 
+    if 0 in s.shape:
+        return xp.zeros_like(s)
     # Where kappa = 0, the derivative of its log is not finite. Evaluate those entries, and the
     # ones that nobody sees, at an s from elsewhere; the select then gives them gradient 0.
     log = log_kappa(s)

@@ -116,11 +116,16 @@ class Fold:
         tau.
     split : bool
         Divide both sides by sigma instead of the query by sigma^2, whose q' float16 cannot hold.
+    closed : bool
+        Whether a row sees only keys that its statistics count. Then a row that counts one key has
+        k - c = 0 for all that it sees, and the contraction gets q' = 0: its own q', divided by eps
+        alone, would multiply the rounding of the weights' cotangent.
     """
 
     batch: Batch
     scale: float
     split: bool = False
+    closed: bool = False
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
@@ -137,11 +142,15 @@ class Fold:
         if self.split:
             gap = gap * root
         constant = xp.sum(folded * gap, axis=-1)
+        several = state["n"] > 1 if self.closed else None
+        seen = folded if several is None else xp.where(several, folded, xp.zeros_like(folded))
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
-            # c is held fixed: the value does not depend on it.
+            # c is held fixed: the value does not depend on it. But where q' = 0 was put in the
+            # contraction, c = mu is all there is of the key.
             drow = d.row_constant[..., None]
-            dq = d.q + drow * gap
+            dq = d.q if several is None else xp.where(several, d.q, xp.zeros_like(d.q))
+            dq = dq + drow * gap
             factor = root if self.split else inverse
             dcentre = sum_to(-dq * factor, mean.shape, xp=xp)
             pull = self.scale * root if self.split else self.scale
@@ -160,11 +169,14 @@ class Fold:
             dparams: dict[str, Any] = {}
             if self.batch.statistics != "running":
                 dstate = {"mean": beta * dcentre, "var": dvar}
+                if several is not None:
+                    dshift = xp.where(several, xp.zeros_like(folded), drow * folded * pull)
+                    dstate["mean"] = dstate["mean"] + sum_to(dshift, mean.shape, xp=xp)
             if self.batch.beta == "param":
                 dparams = {"beta": sum_to(dcentre * mean, params["beta"].shape, xp=xp)}
             return Rows(dq * factor, dk), dstate, dparams
 
-        return rows._replace(q=folded, k=k, row_constant=constant), pullback
+        return rows._replace(q=seen, k=k, row_constant=constant), pullback
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ differ from the oracle by
 
 where the oracle is the reference in a wider dtype, `low` the reference in the tested dtype, and F
 is 10 for float32 and float64, 2 for 16 bit. So an ill-conditioned case widens its own budget by
-what the dtype really costs there, and nothing else can widen it.
+what the dtype really costs there, and nothing else can widen it. Two outputs have a scale other
+than their own maximum, for a reason each:
+
+- lse is a logarithm: a relative error eps of h is an absolute eps of lse, so its scale is at
+  least 1.
+- Gradients cancel, down to nothing in a row that sees one key, so their scale is the largest
+  gradient of the call. Whoever does not keep the weights computes them again from lse, whose own
+  rounding is relative to its size, so that scale is multiplied by max(1, max|lse|), and so is that
+  of the weights.
 """
 
 from __future__ import annotations
@@ -183,14 +191,16 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
             dtype=expected.dtype,
             axes=_axes(name, expected.oracle[name]),
             name=name,
+            scale=_scale(name, expected.oracle),
         )
         for name, value in got.items()
     }
 
 
 def judge_array(
-    got: Any, oracle: Array, low: Array, *, dtype: str, axes: int = 2, name: str = "out"
-) -> Verdict:
+    got: Any, oracle: Array, low: Array, *, dtype: str, axes: int = 2, name: str = "out",
+    scale: float = 0.0,
+) -> Verdict:  # fmt: skip
     """Judge one output.
 
     Parameters
@@ -206,6 +216,8 @@ def judge_array(
         for lse. Each index of the others has a budget of its own.
     name : str
         Of the output, for messages.
+    scale : float
+        What eps is multiplied by at least, where max|oracle| is smaller.
 
     Returns
     -------
@@ -239,7 +251,7 @@ def judge_array(
     most = np.max(error, axis=trailing)
     budget = FACTORS[dtype] * (
         np.max(np.where(usable, cost, 0.0), axis=trailing)
-        + EPS[dtype] * np.max(np.where(finite, abs(oracle), 0.0), axis=trailing)
+        + EPS[dtype] * np.maximum(np.max(np.where(finite, abs(oracle), 0.0), axis=trailing), scale)
     )
     ratio = np.where(most == 0.0, 0.0, np.inf)
     np.divide(most, budget, out=ratio, where=budget > 0.0, casting="unsafe")
@@ -253,6 +265,23 @@ def _axes(name: str, x: Array) -> int:
     if name in ("out", "weights", "d_q", "d_k", "d_v", "d_bias"):
         return min(2, x.ndim)
     return 1
+
+
+def _scale(name: str, oracle: Mapping[str, Array]) -> float:
+    """Give the least scale of an output, see the module."""
+    if name == "lse":
+        return 1.0
+    if name == "out":
+        return 0.0
+    level = max(1.0, _largest(oracle["lse"]))
+    if name == "weights":
+        return level * _largest(oracle["weights"])
+    return level * max(_largest(x) for n, x in oracle.items() if n.startswith("d_"))
+
+
+def _largest(x: Array) -> float:
+    with np.errstate(all="ignore"):
+        return float(np.max(np.where(np.isfinite(x), abs(x), 0.0), initial=0.0))
 
 
 def worst(verdicts: Mapping[str, Verdict]) -> float:

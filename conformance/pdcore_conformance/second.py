@@ -34,7 +34,7 @@ def directional(
     """
 
     def at(moved: Mapping[str, Array]) -> dict[str, Array]:
-        out, lse = reference_attention(spec=spec, return_lse=True, **moved)
+        out, lse = reference_attention(moved["q"], moved["k"], moved["v"], spec, return_lse=True)
         return {"out": out, "lse": lse}
 
     return _difference(at, {"q": q, "k": k, "v": v}, directions)
