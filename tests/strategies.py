@@ -62,7 +62,7 @@ class PlainNumpy(ArrayBackend):
 class Strict(ArrayBackend):
     """`ArrayBackend` on array-api-strict, which refuses what the standard does not promise."""
 
-    info = plain_info("strict", "Strict", "array_api_strict")
+    info = plain_info("plain_strict", "Strict", "array_api_strict")
     query_block = 4
     key_block = 3
 

@@ -27,7 +27,7 @@ import pdcore
 from pdcore import plugins
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Backend, BackendInfo, Inputs
-from pdcore.errors import NoBackendError, UnsupportedError
+from pdcore.errors import UnsupportedError
 from pdcore.plan import Plan
 
 SPECS = [
@@ -144,7 +144,8 @@ def test_a_wrong_step_shows() -> None:
 @pytest.fixture
 def registered() -> Iterator[BackendInfo]:
     pdcore.register_backend(Strict.info)
-    yield Strict.info
+    with pdcore.use_backend(Strict.info.name):
+        yield Strict.info
     plugins.unregister_backend(Strict.info.name)
 
 
@@ -167,10 +168,10 @@ def test_a_registered_backend_serves_its_library(text: str, registered: BackendI
     d_out, d_lse = cotangents(case, lse)
     gradients = vjp(array_api_strict.asarray(d_out), array_api_strict.asarray(d_lse))
     assert check_gradients(case, gradients, d_out, d_lse)
-    bound = pdcore.bind(call.pop("spec"), backend="strict")
+    bound = pdcore.bind(call.pop("spec"), backend="plain_strict")
     np.testing.assert_array_equal(np.asarray(bound(**call)), np.asarray(out))
     said = pdcore.explain(**call, spec=case.spec)
-    assert "strict" in str(said)
+    assert said.backend == "plain_strict"
 
 
 def test_defaults_of_parameters_are_made_in_the_callers_library(registered: BackendInfo) -> None:
@@ -199,10 +200,10 @@ def test_defaults_of_parameters_are_made_in_the_callers_library(registered: Back
     )
 
 
-def test_the_library_has_no_backend_any_more() -> None:
+def test_the_backend_is_not_registered_any_more() -> None:
     x = array_api_strict.ones((1, 2, 3), dtype=array_api_strict.float64)
-    with pytest.raises(NoBackendError):
-        pdcore.attention(x, x, x)
+    with pytest.raises(ValueError, match="unknown backend 'plain_strict'"):
+        pdcore.attention(x, x, x, backend="plain_strict")
 
 
 class Forgetful(ArrayBackend):
