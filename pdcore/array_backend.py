@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import feature_contraction, heads, score_contraction
+from .arrays import device_name, library_of
 from .backend import FEATURES, Backend, Inputs, Request
 from .call import Call, Normaliser
 from .kernels import FeatureMap
@@ -73,8 +74,15 @@ class ArrayBackend(Backend):
         return {self.info.library: importlib.import_module(self.info.library).__version__}
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library by DLPack."""
-        return self.xp.from_dlpack(array)
+        """Take an array of another library by DLPack, and move it, see `Backend.exchange`."""
+        library = self.info.library
+        if library_of(array, "array") != library:
+            array = self.xp.from_dlpack(array)
+        if device is None or device_name(array, library) == device:
+            return array
+        from array_api_compat import to_device
+
+        return to_device(array, device)
 
     # The steps that a plugin may replace.
 

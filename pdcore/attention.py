@@ -206,11 +206,11 @@ def _exchange(
     q = inputs.q
     home = device_name(q, library)
     target = device or home
-    if backend.info.library == library and target == home:
+    own = backend.info.library == library
+    if own and target == home:
         return inputs, None
-    if getattr(q, "requires_grad", False) or any(
-        getattr(x, "requires_grad", False) for x in inputs if x is not None
-    ):
+    # A move within a library is a step that it differentiates.
+    if not own and any(getattr(x, "requires_grad", False) for x in inputs):
         raise UnsupportedError(
             f"backend {backend.info.name}: taking {library} arrays that require a gradient to "
             f"{backend.info.library} would cut it; detach them, or use a {library} backend"
@@ -219,16 +219,13 @@ def _exchange(
     def there(x: Any) -> Any:
         if x is None or isinstance(x, (int, float, str)):
             return x
-        if backend.info.library == library:
-            from array_api_compat import to_device
-
-            return to_device(x, target)
         try:
-            return backend.exchange(x, device)
+            return backend.exchange(x, target if own else device)
         except Exception as error:
             raise UnsupportedError(
                 f"backend {backend.info.name} cannot take a {library} array of dtype "
-                f"{dtype_name(x)} on {device_name(x, library)} by DLPack: {error}"
+                f"{dtype_name(x)} on {device_name(x, library)}"
+                f"{'' if own else ' by DLPack'}: {error}"
             ) from error
 
     from array_api_compat import array_namespace
@@ -236,11 +233,9 @@ def _exchange(
     namespace = array_namespace(q)
 
     def back(x: Any) -> Any:
-        if backend.info.library == library:
-            from array_api_compat import to_device
-
-            return to_device(x, q.device)
-        return namespace.from_dlpack(x)
+        if device is not None:
+            x = backend.exchange(x, home)
+        return x if own else namespace.from_dlpack(x)
 
     moved = {name: there(x) for name, x in inputs._asdict().items() if name != "params"}
     return Inputs(**moved, params={n: there(x) for n, x in inputs.params.items()}), back

@@ -275,7 +275,15 @@ class Backend(ABC):
         """Compute the weights (*B, Hq, N, M) of a plan."""
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library by DLPack, without a copy where the device allows."""
+        """Take an array of another library by DLPack, without a copy where the device allows.
+
+        Parameters
+        ----------
+        array : array
+            Of another library, or of the backend's own if it is to be moved.
+        device : str, optional
+            Where it is wanted, such as ``"cuda"``, or ``"cpu"`` for a result on its way back.
+        """
         raise NotImplementedError(f"{self.info.name} does not take arrays of other libraries")
 
     def synchronize(self) -> None:  # noqa: B027 - on the CPU there is nothing to wait for

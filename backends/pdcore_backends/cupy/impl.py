@@ -31,9 +31,11 @@ class CupyBackend(ArrayBackend):
         return reasons
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library: by DLPack on a GPU, by a copy from the host."""
+        """Take an array by DLPack on a GPU, by a copy from the host or to it."""
         if device is None:
             return cupy.from_dlpack(array)
+        if device == "cpu":
+            return cupy.asnumpy(array)
         index = int(device.partition(":")[2] or 0)
         with cupy.cuda.Device(index):
             # `asarray` copies from the host, and from another GPU; `from_dlpack` refuses to.

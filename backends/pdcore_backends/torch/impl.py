@@ -56,11 +56,6 @@ class TorchBackend(ArrayBackend):
         with _as_declared(inputs.q):
             return super().attention_weights(plan, inputs)
 
-    def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library by DLPack, and move it where it was asked to be."""
-        tensor = torch.from_dlpack(array)
-        return tensor if device is None else tensor.to(device)
-
     def synchronize(self) -> None:
         """Wait for the current CUDA device."""
         if torch.cuda.is_available():
