@@ -44,7 +44,7 @@ def _library(x: Any, kind: type, name: str) -> str:
                         "numpy.ndarray (and masked keys as key_mask)")  # fmt: skip
     roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
     roots = [_ROOTS.get(root, root) for root in roots if root != "builtins"]
-    if not roots or not (hasattr(x, "shape") and hasattr(x, "dtype")) or np.isscalar(x):
+    if not roots or not (hasattr(x, "shape") and hasattr(x, "dtype")) or isinstance(x, np.generic):
         raise TypeError(
             f"{name}: got {kind.__module__}.{kind.__qualname__}, expected an array of NumPy, "
             "PyTorch, JAX, CuPy or of a registered backend's library; convert it first, for "

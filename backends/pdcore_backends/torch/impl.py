@@ -79,6 +79,8 @@ def _as_declared(x: Any) -> AbstractContextManager[Any]:
     return declared
 
 
+# A compiler takes the answer as it is while it traces; it cannot read the switches itself.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reduced_precision(kind: str) -> list[str]:
     """Say whether float32 matrix products would be computed in less."""
     backend = torch.backends.mkldnn if kind == "cpu" else torch.backends.cuda
