@@ -119,16 +119,18 @@ class TorchFramework(Framework):
     def poisoned(self) -> Iterator[None]:
         """Fill what torch.empty and its relatives give, in this thread and its backward."""
         torch = self.module
-        from torch.overrides import TorchFunctionMode
+        from torch.utils._python_dispatch import TorchDispatchMode
 
-        allocators = {torch.empty, torch.empty_like, torch.empty_strided, torch.empty_permuted,
-                      torch.Tensor.new_empty, torch.Tensor.new_empty_strided}  # fmt: skip
+        aten = torch.ops.aten
+        allocators = {aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted,
+                      aten.new_empty, aten.new_empty_strided}  # fmt: skip
 
-        class Poison(TorchFunctionMode):  # type: ignore[misc]
-            def __torch_function__(self, function: Any, types: Any, args: Any = (),
+        class Poison(TorchDispatchMode):  # type: ignore[misc]
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
                                    kwargs: Any = None) -> Any:  # fmt: skip
                 result = function(*args, **(kwargs or {}))
-                return _poison(result, torch) if function in allocators else result
+                poisoned = function.overloadpacket in allocators
+                return _poison(result, torch) if poisoned else result
 
         with Poison():
             yield
