@@ -15,7 +15,9 @@ from .attention import bind
 from .attention import signature as signature_of
 from .backend import FEATURES, Inputs, Request
 from .cli import Exit
+from .commands_bench import bench
 from .commands_conform import conform
+from .commands_report import report
 from .errors import nearest
 from .explanation import explain_request
 from .files import FileError, check_writable, file_kind, read_arrays, replacing, write_arrays
@@ -259,43 +261,9 @@ def specs(as_json: AsJson = False) -> None:
     stdout().print("An argument in \\[brackets] may be left out and has no default value.")
 
 
-@app.command()
-@reported
-def bench(
-    backend: Annotated[str, typer.Option("--backend", "-b", help="Which backend.")] = "numpy",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer repetitions and shorter sequences.")
-    ] = False,
-    threads: Annotated[int, typer.Option(help="Threads of the BLAS.", min=1)] = 2,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 8 where a target is not met.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure speed and memory against plain NumPy, after the numerics are found good.
-
-    Every figure is printed with its target, met or not.
-    """
-    _backends(backend)
-    try:
-        from pdcore_conformance import speed, speed_table
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("pdcore_conformance"):
-            raise
-        raise Failed(Exit.MISSING, "pdcore_conformance is not installed") from error
-    record = speed.measure(backend, quick=quick, threads=threads, say=note)
-    if as_json:
-        emit(record)
-    else:
-        speed_table.show(record, stdout())
-    if record["red"]:
-        raise Failed(Exit.NUMERICS, "numerics are red, so no speed is reported")
-    unmet = [figure["name"] for figure in record["figures"] if figure["met"] is False]
-    if strict and unmet:
-        raise Failed(Exit.UNMET, f"not met: {', '.join(unmet)}")
-
-
+app.command()(bench)
 app.command()(conform)
+app.command()(report)
 
 
 def _argument(argument: dict[str, Any]) -> str:

@@ -1,353 +1,356 @@
-"""Speed and memory of a backend, each figure beside its target.
+"""Speed and memory of a backend, each figure beside its target, where there is one.
 
-Everything is float32. Nothing is timed before the numerics are green: each spec is run at the
-shape that will be timed, and a sample of its rows is held against the oracle.
+Nothing is timed before the numbers are right: the backend and every peer are run at the shape that
+will be timed, and a sample of the rows, and every gradient, is held against the oracle. A backend
+that fails gives no figures; a peer that fails is left out, and named.
 """
 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pdcore import Backend, attention, bind
-from pdcore.backend import Inputs
-from pdcore.plugins import load_backend
+from pdcore import attention_vjp, bind
+from pdcore.plugins import load_backend, registered
 
 from .budget import Verdict, expect, judge
-from .memory import WAYS, draw, peak_memory, run_python
-from .plain import VARIANTS
-from .timing import environment, interleaved, interval, quartiles, threads_limited
+from .calls import dtype_of
+from .environment import environment
+from .frameworks import framework
+from .peers import Peer, Workload, choose_peers
+from .speed_figures import FIGURES
+from .speed_grid import (
+    Target,
+    Targets,
+    half_pooled,
+    targets,
+    workloads,
+)
+from .timing import interleaved, interval, judged, quartiles, threads_limited
 
-__all__ = ["LONG", "SHAPES", "figure", "measure"]
+if TYPE_CHECKING:
+    from .record import Speed
+
+__all__ = ["Bench", "draw", "measure"]
 
 Array = np.ndarray[Any, Any]
-Shape = tuple[int, int, int, int]
-Target = tuple[float | None, float | None]  # at least, at most
-
-#: (B, H, N, D) of softmax against plain NumPy, each with the least ratio.
-SHAPES: Mapping[Shape, float] = {
-    (1, 8, 4096, 64): 1.5,
-    (1, 8, 1024, 64): 1.0,
-    (8, 8, 512, 64): 1.0,
-    (32, 8, 128, 64): 1.0,
-}
-LONG: Shape = (1, 8, 16384, 64)
-HALF = "sh(1,1,1,1,2,2,2,2)"
 SAMPLE = 32
+MIB = 2.0**20
 
 
 def measure(
-    backend: str = "numpy",
+    backend: str,
+    device: str | None = None,
     *,
-    quick: bool = False,
+    grid: str = "quick",
+    peers: Sequence[str] | None = None,
     threads: int = 2,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
+    say: Callable[[str, float], None] = lambda title, share: None,
+    deadline: float | None = None,
+) -> Speed:
     """Measure everything.
 
     Parameters
     ----------
     backend : str
         Its name.
-    quick : bool
-        Fewer rounds, and a quarter of the longest sequences; figures whose target is stated for
-        the full length are then reported without a verdict.
+    device : str, optional
+        Where; the first that it declares by default.
+    grid : {"quick", "full"}
+        Shorter sequences and fewer rounds, or all of it. Targets are stated for the full length,
+        and not judged on the quick grid.
+    peers : sequence of str, optional
+        Names of `pdcore_conformance.peers.PEERS`; all of them by default.
     threads : int
-        Of the BLAS and of the NumPy backend.
+        Of the BLAS, of the NumPy backend, of PyTorch and of onnxruntime.
     say : callable
-        Is told what is going on.
+        Is told what is going on, and the share of the work that is done.
+    deadline : float, optional
+        Seconds after which nothing more is begun; what is left out is named in ``notes``.
 
     Returns
     -------
-    dict
-        ``schema``, ``created``, ``backend``, ``quick``, ``threads``, ``environment``, ``notes``,
-        ``numerics``, ``red`` and ``figures``, see `figure`. Where the numerics are red there are
-        no figures.
+    Speed
+        See `pdcore_conformance.record`. Without figures where ``red``.
     """
-    load_backend(backend)
-    with threads_limited(threads) as limited:
-        record: dict[str, Any] = {
-            "schema": 1,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "backend": backend,
-            "versions": load_backend(backend).versions(),
-            "dtype": "float32",
-            "quick": quick,
-            "threads": threads,
-            "environment": environment(),
-            "notes": _notes(limited),
-            "numerics": [],
-            "red": False,
-            "figures": [],
-        }
-        say("numerics")
-        record["numerics"] = list(_numerics(backend, quick))
-        record["red"] = any(not row["ok"] for row in record["numerics"])
-        if record["red"]:
-            return record
-        for title, group in _GROUPS.items():
-            say(title)
-            record["figures"] += group(backend, quick, threads)
-    return record
+    bench = Bench(backend, device, grid, choose_peers(list(peers or [])), threads)
+    began = time.perf_counter()
+    with bench.limited():
+        steps = bench.steps()
+        for index, (title, step) in enumerate(steps):
+            say(title, index / len(steps))
+            late = deadline is not None and time.perf_counter() - began > deadline
+            if late or bench.speed["red"]:
+                why = "no time was left" if late else "the numerics are red"
+                bench.speed["notes"].append(f"not measured, for {why}: {title}")
+            else:
+                step()
+    bench.speed["seconds"] = time.perf_counter() - began
+    say("done", 1.0)
+    found: Speed = bench.speed
+    return found
 
 
-def figure(
-    name: str, value: float, unit: str, target: Target, *, judged: bool = True, **more: Any
-) -> dict[str, Any]:
-    """Set a figure beside its target.
+class Bench:
+    """The measurements of one backend on one device.
 
-    Returns
-    -------
-    dict
-        ``name``, ``value``, ``unit``, ``at_least``, ``at_most``, ``met`` (None where it is not
-        judged) and whatever else belongs to it.
+    Attributes
+    ----------
+    speed : Speed
+        What was found so far.
     """
-    low, high = target
-    met = (low is None or value >= low) and (high is None or value <= high)
+
+    def __init__(
+        self, backend: str, device: str | None, grid: str, peers: list[Peer], threads: int
+    ) -> None:
+        info = registered()[backend]
+        self.backend, self.device = backend, device or info.devices[0]
+        self.runner = load_backend(backend)
+        self.differentiates = info.support("autodiff") == "full"
+        self.pulls_back = self.differentiates or info.support("vjp") == "full"
+        self.framework = framework(info.library)
+        self.grid, self.peers, self.threads = grid, peers, threads
+        self.targets: Targets | None = targets(backend, self.device)
+        self.speed: Any = {
+            "grid": "full" if grid == "full" else "quick", "threads": threads, "notes": [],
+            "seconds": 0.0, "load": environment()["load"], "numerics": [], "red": False,
+            "ratios": [], "growth": [], "memory": [], "figures": [], "missing_peers": [],
+        }  # fmt: skip
+        self._green: set[tuple[str, Workload]] = set()
+        self._missing()
+
+    def steps(self) -> list[tuple[str, Callable[[], None]]]:
+        """List what is to be measured, in order."""
+        found: list[tuple[str, Callable[[], None]]] = []
+        for workload in workloads(self.device, self.grid):
+            if self.runs(workload):
+                found.append((str(workload), lambda w=workload: self.against_peers(w)))  # type: ignore[misc]
+        found += [
+            ("bn and sh against softmax", self.against_softmax),
+            *((title, lambda f=figure: f(self)) for title, figure in FIGURES.items()),
+        ]
+        return found
+
+    @contextmanager
+    def limited(self) -> Any:
+        """Set the threads of everything that has some."""
+        with threads_limited(self.threads) as known:
+            if not known:
+                self.speed["notes"].append(
+                    "threadpoolctl is not installed: the threads of the BLAS are not limited"
+                )
+            if self.speed["load"] is not None and self.speed["load"] > 0.5:
+                self.speed["notes"].append(
+                    f"the machine was busy (load {self.speed['load']:.2f}): figures may be off"
+                )
+            yield
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def call(self, workload: Workload, x: Mapping[str, Any], d: Any) -> Callable[[], Any]:
+        """Give a call of the backend that ends when its results are there."""
+        layer = bind(workload.spec, backend=self.backend)
+        framework = self.framework
+        if workload.direction == "forward" or self.differentiates:
+            function = self._step(framework, lambda a: layer(a["q"], a["k"], a["v"]), workload)
+            return lambda: framework.finish(function(x, d))
+
+        def both() -> Any:
+            out, _, vjp = attention_vjp(
+                x["q"], x["k"], x["v"], workload.spec, backend=self.backend
+            )  # fmt: skip
+            return framework.finish((out, vjp(d)))
+
+        return both
+
+    def peer_call(self, peer: Peer, workload: Workload, x: Any, d: Any) -> Callable[[], Any]:
+        """Give such a call of a peer."""
+        library = framework(peer.library)
+        function = self._step(library, peer.make(workload), workload)
+        return lambda: library.finish(function(x, d))
+
+    def _step(self, library: Any, function: Any, workload: Workload) -> Callable[[Any, Any], Any]:
+        if workload.direction == "forward":
+            forward = library.prepared(function)
+            return lambda x, d: forward(x)
+        step: Callable[[Any, Any], Any] = library.step(function)
+        return step
+
+    def arrays(self, workload: Workload, library: Any) -> tuple[dict[str, Any], Any]:
+        """Draw q, k, v and a cotangent, and take them to a library."""
+        drawn = draw(workload)
+        taken = {name: library.asarray(x, self.device) for name, x in drawn.items()}
+        return {name: taken[name] for name in "qkv"}, taken["d"]
+
+    def runs(self, workload: Workload) -> bool:
+        """Whether the backend declares what a workload needs."""
+        info = registered()[self.backend]
+        back = workload.direction == "forward" or self.pulls_back
+        return info.support(workload.dtype) == "full" and back
+
+    # --- numerics ---------------------------------------------------------------------------------
+
+    def green(self, by: str, workload: Workload, make: Callable[..., Any], library: Any) -> bool:
+        """Hold one call against the oracle, and note how it did; once for each workload."""
+        if (by, workload) in self._green:
+            return True
+        drawn = draw(workload)
+        rows = np.unique(np.linspace(0, workload.shape[2] - 1, SAMPLE).astype(int))
+        # Gradients are linear in the cotangent: with one of zeros elsewhere, the sampled rows are
+        # all that they depend on.
+        d = np.zeros_like(drawn["d"])
+        d[..., rows, :] = drawn["d"][..., rows, :]
+        x = {name: library.asarray(drawn[name], self.device) for name in "qkv"}
+        result = make(x, library.asarray(d, self.device))()
+        out, gradients = (result, {}) if workload.direction == "forward" else result
+        got = {"out": library.asnumpy(out)[..., rows, :]}
+        for name, gradient in gradients.items():
+            found = library.asnumpy(gradient)
+            got[f"d_{name}"] = found[..., rows, :] if name == "q" else found
+        causal: dict[str, Any] = {"mask": np.arange(workload.shape[2]) <= rows[:, None]}
+        spec, call = workload.spec, dict[str, Any]()
+        if "causal" in spec:
+            spec, call = "softmax", causal
+        asked: dict[str, Any] = {"d_out": d[..., rows, :]} if gradients else {}
+        expected = expect(drawn["q"][..., rows, :], drawn["k"], drawn["v"], spec, **call, **asked)
+        verdicts = judge(got, expected)
+        self._note(by, workload, verdicts)
+        good = all(verdict.ok for verdict in verdicts.values())
+        if good:
+            self._green.add((by, workload))
+        return good
+
+    def _note(self, by: str, workload: Workload, verdicts: Mapping[str, Verdict]) -> None:
+        self.speed["numerics"].append({
+            "spec": workload.spec, "shape": list(workload.shape), "dtype": workload.dtype,
+            "by": by,
+            "error_over_budget": {name: verdict.ratio for name, verdict in verdicts.items()},
+            "ok": all(verdict.ok for verdict in verdicts.values()),
+        })  # fmt: skip
+
+    def own(self, workload: Workload) -> bool:
+        """Check the backend itself: red, and nothing more is measured."""
+        good = self.green(
+            self.backend, workload, lambda x, d: self.call(workload, x, d), self.framework
+        )
+        self.speed["red"] = self.speed["red"] or not good
+        return good
+
+    def _missing(self) -> None:
+        for peer in self.peers:
+            reason = peer.missing(self.device)
+            if reason is not None:
+                self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
+
+    # --- measurements -----------------------------------------------------------------------------
+
+    def against_peers(self, workload: Workload) -> None:
+        """Time one workload against every peer that computes it."""
+        with self.framework.precision(workload.dtype):
+            if not self.own(workload):
+                return
+            own = self.call(workload, *self.arrays(workload, self.framework))
+            calls = {self.backend: own}
+            absent = {entry["peer"] for entry in self.speed["missing_peers"]}
+            for peer in self.peers:
+                if peer.takes(workload) and peer.name not in absent:
+                    call = self._peer(peer, workload)
+                    if call is not None:
+                        calls[peer.name] = call
+            once = {name: min(t) for name, t in interleaved(calls, 1).items()}
+            times = interleaved(calls, self._rounds(sum(once.values())), warm_up=0)
+        self._ratios(workload, times)
+
+    def _peer(self, peer: Peer, workload: Workload) -> Callable[[], Any] | None:
+        """Prepare a peer, or say what keeps it from being compared with."""
+        library = framework(peer.library)
+        try:
+            with library.precision(workload.dtype):
+                good = self.green(
+                    peer.name, workload,
+                    lambda x, d: self.peer_call(peer, workload, x, d), library,
+                )  # fmt: skip
+        except Exception as error:  # noqa: BLE001 - a peer may refuse in its own way
+            text = " ".join(str(error).split())[:200]
+            reason = f"{workload}: {type(error).__name__}: {text}"
+            self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
+            return None
+        if not good:
+            reason = f"{workload}: its own result is over the budget, so it is not compared with"
+            self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
+            return None
+        return self.peer_call(peer, workload, *self.arrays(workload, library))
+
+    def _ratios(self, workload: Workload, times: Mapping[str, list[float]]) -> None:
+        peers = [name for name in times if name != self.backend]
+        promised = None
+        if self.targets is not None and workload.direction == "forward":
+            promised = self.targets.ratios.get((workload.spec, workload.shape))
+        home = [n for n in peers if n.endswith("NumPy") and not n.startswith("literal")]
+        fastest = min(home, key=lambda n: statistics.median(times[n]), default=None)
+        for name in peers:
+            least = promised if name == fastest else None
+            self.ratio(workload, name, times[name], times[self.backend], (least, None))
+
+    def ratio(
+        self, workload: Workload, peer: str, theirs: list[float], ours: list[float], target: Target
+    ) -> None:
+        """Note the median of the ratios of times measured next to one another."""
+        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+        value = statistics.median(ratios)
+        self.speed["ratios"].append({
+            "spec": workload.spec, "shape": list(workload.shape), "dtype": workload.dtype,
+            "direction": workload.direction, "peer": peer, "ratio": value,
+            "interval": interval(ratios), "rounds": len(ratios),
+            "seconds": {"backend": quartiles(ours), "peer": quartiles(theirs)},
+            **judged(value, target),
+        })  # fmt: skip
+
+    def against_softmax(self) -> None:
+        """Time Attention-BN and Attention-SH against softmax."""
+        shape = workloads(self.device, self.grid)[0].shape
+        half, dtype = half_pooled(shape[1]), workloads(self.device, self.grid)[0].dtype
+        tried = {spec: Workload(spec, shape, dtype) for spec in ("softmax", "bn", half)}
+        with self.framework.precision(dtype):
+            if not all(self.own(workload) for workload in tried.values()):
+                return
+            calls = {
+                spec: self.call(workload, *self.arrays(workload, self.framework))
+                for spec, workload in tried.items()
+            }
+            once = sum(min(t) for t in interleaved(calls, 1).values())
+            times = interleaved(calls, self._rounds(once), warm_up=0)
+        promised = self.targets.specs if self.targets and self.grid == "full" else {}
+        for spec in ("bn", half):
+            self.ratio(
+                tried[spec], "spec softmax", times["softmax"], times[spec],
+                (promised.get(spec), None),
+            )  # fmt: skip
+
+    def figure(self, name: str, values: list[float], unit: str, target: Target) -> None:
+        """Note the median of some values beside its target."""
+        value = statistics.median(values)
+        self.speed["figures"].append({
+            "name": name, "value": value, "unit": unit, "interval": interval(values),
+            **judged(value, target),
+        })  # fmt: skip
+
+    def _rounds(self, seconds: float) -> int:
+        """Spend a few seconds on a comparison, in 5 rounds at the least."""
+        budget, least, most = (6.0, 5, 15) if self.grid == "quick" else (25.0, 7, 31)
+        return int(min(most, max(least, budget / seconds)))
+
+
+def draw(workload: Workload) -> dict[str, Array]:
+    """Draw q, k, v and d, the cotangent, in NumPy."""
+    rng = np.random.default_rng(0)
+    dtype = dtype_of(workload.dtype)
     return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "at_least": low,
-        "at_most": high,
-        "met": met if judged else None,
-        **more,
-    }
-
-
-def check(
-    run: Callable[..., Any], spec: str, arrays: Sequence[Array], outputs: Sequence[str]
-) -> dict[str, Verdict]:
-    """Hold a sample of the rows of a full-size call against the oracle."""
-    q, k, v = arrays
-    result = run(q, k, v)
-    rows = np.unique(np.linspace(0, q.shape[-2] - 1, SAMPLE).astype(int))
-    got = dict(zip(outputs, result if len(outputs) > 1 else (result,), strict=True))
-    got = {n: x[..., rows, :] if n == "out" else x[..., rows] for n, x in got.items()}
-    return judge(got, expect(q[..., rows, :], k, v, spec))
-
-
-def _numerics(backend: str, quick: bool) -> Any:
-    cases: list[tuple[str, Shape]] = [("softmax", shape) for shape in SHAPES]
-    first, long = next(iter(SHAPES)), _long(quick)
-    cases += [("bn", first), (HALF, first), ("softmax", long), ("linear", long)]
-    for spec, shape in cases:
-        bound, arrays = bind(spec, backend=backend), draw(shape)
-
-        def run(*qkv: Array, bound: Any = bound) -> Any:
-            return bound(*qkv, return_lse=True)
-
-        yield _verdict(spec, shape, backend, check(run, spec, arrays, ("out", "lse")))
-    for name, plain in VARIANTS.items():
-        shape = (1, 8, 1024, 64)
-        verdicts = check(plain, "softmax", draw(shape), ("out",))
-        yield _verdict("softmax", shape, f"plain NumPy, {name}", verdicts)
-
-
-def _verdict(spec: str, shape: Shape, by: str, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
-    return {
-        "spec": spec,
-        "shape": list(shape),
-        "by": by,
-        "error_over_budget": {name: verdict.ratio for name, verdict in verdicts.items()},
-        "ok": all(verdict.ok for verdict in verdicts.values()),
-    }
-
-
-def _long(quick: bool) -> Shape:
-    return (*LONG[:2], LONG[2] // 4, LONG[3]) if quick else LONG
-
-
-def _ratio(
-    name: str, times: Mapping[str, list[float]], above: str, below: str, target: Target,
-    **more: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Make a figure of the median of the ratios of times measured next to one another."""
-    ratios = [a / b for a, b in zip(times[above], times[below], strict=True)]
-    return figure(
-        name,
-        statistics.median(ratios),
-        "x",
-        target,
-        interval=interval(ratios),
-        seconds={n: quartiles(times[n]) for n in (above, below)},
-        **more,
-    )
-
-
-def against_plain(backend: str, quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Softmax against the fastest variant of plain NumPy."""
-    figures = []
-    layer = bind("softmax", backend=backend)
-    for shape, least in SHAPES.items():
-        q, k, v = draw(shape)
-        calls: dict[str, Callable[[], Any]] = {
-            name: partial(plain, q, k, v) for name, plain in VARIANTS.items()
-        }
-        once = {name: min(t) for name, t in interleaved(calls, 2).items()}
-        best = min(once.values())
-        # Where calls are long, a variant that is far behind costs time and decides nothing.
-        if best > 0.3:
-            calls = {name: call for name, call in calls.items() if once[name] < 1.5 * best}
-        calls[backend] = partial(layer, q, k, v)
-        rounds = _rounds(best, quick)
-        times = interleaved(calls, rounds)
-        fastest = min(
-            (name for name in calls if name != backend), key=lambda n: statistics.median(times[n])
-        )
-        others = {n: once[n] if n not in times else statistics.median(times[n]) for n in once}
-        figures.append(
-            _ratio(
-                f"softmax at {shape}: times as fast as plain NumPy",
-                times,
-                fastest,
-                backend,
-                (least, None),
-                baseline=fastest,
-                variants=others,
-            )
-        )
-    return figures
-
-
-def against_softmax(backend: str, quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Attention-BN and Attention-SH against softmax."""
-    shape = next(iter(SHAPES))
-    q, k, v = draw(shape)
-    layers = {spec: bind(spec, backend=backend) for spec in ("softmax", "bn", HALF)}
-    times = interleaved(
-        {spec: partial(layer, q, k, v) for spec, layer in layers.items()},
-        4 if quick else 11,
-    )
-    return [
-        _ratio(f"bn at {shape}: time over softmax", times, "bn", "softmax", (None, 1.10)),
-        _ratio(
-            f"sh, half of the heads at 2, at {shape}: time over softmax", times, HALF, "softmax",
-            (None, 0.80),
-        ),
-    ]  # fmt: skip
-
-
-def growth(backend: str, quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Time from N to 4 N, and linear attention against softmax."""
-    length = _long(quick)[2]
-    calls: dict[str, Callable[[], Any]] = {}
-    for spec, lengths in (("softmax", (length // 4, length)), ("linear", (length, 4 * length))):
-        for n in lengths:
-            q, k, v = draw((1, 8, n, 64))
-            layer = bind(spec, backend=backend)
-            calls[f"{spec} {n}"] = partial(layer, q, k, v)
-    times = interleaved(calls, 3 if quick else 5)
-    n, quarter, four = length, length // 4, 4 * length
-    judged = {"judged": not quick}
-    return [
-        _ratio(
-            f"linear at N = {n}: times as fast as softmax", times, f"softmax {n}", f"linear {n}",
-            (50.0, None), **judged,
-        ),
-        _ratio(
-            f"softmax from N = {quarter} to {n}: growth of time", times, f"softmax {n}",
-            f"softmax {quarter}", (13.0, 18.0), **judged,
-        ),
-        _ratio(
-            f"linear from N = {n} to {four}: growth of time", times, f"linear {four}",
-            f"linear {n}", (3.4, 5.0), **judged,
-        ),
-    ]  # fmt: skip
-
-
-def memory(backend: str, quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Peak memory beside inputs and result, in a process of its own."""
-    shape = _long(quick)
-    found = {way: peak_memory(backend, shape, way, threads) for way in WAYS}
-    worst = max(value for value in found.values() if value is not None)
-    return [
-        figure(
-            f"softmax at {shape}: peak memory beside inputs and result", worst, "MiB", (None, 64.0),
-            judged=not quick, measured=found,
-        )
-    ]  # fmt: skip
-
-
-def overhead(backend: str, quick: bool, threads: int) -> list[dict[str, Any]]:
-    """What a warm call costs beyond the backend's own work."""
-    q, k, v = draw((1, 1, 8, 8))
-    bound = bind("softmax", backend=backend)
-    runner: Backend
-    runner, plan, inputs, _ = bound.prepare(Inputs(q, k, v))
-    chosen = None if backend == "numpy" else backend
-    times = interleaved(
-        {
-            "direct": lambda: runner.attention(plan, inputs),
-            "bound": lambda: bound(q, k, v),
-            "attention": lambda: attention(q, k, v, backend=chosen),
-        },
-        60 if quick else 300,
-        warm_up=3,
-        repeat=20,
-    )
-    figures = []
-    for name, most in (("attention", 20.0), ("bound", 8.0)):
-        extra = [1e6 * (a - b) for a, b in zip(times[name], times["direct"], strict=True)]
-        title = "attention()" if name == "attention" else "a bound callable"
-        figures.append(
-            figure(
-                f"{title} at (1, 1, 8, 8): warm overhead",
-                statistics.median(extra),
-                "us",
-                (None, most),
-                interval=interval(extra),
-                seconds={n: quartiles(times[n]) for n in (name, "direct")},
-            )
-        )
-    return figures
-
-
-def importing(backend: str, quick: bool, threads: int) -> list[dict[str, Any]]:
-    """The time of ``import pdcore`` over that of ``import numpy``, in fresh processes."""
-    timed = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
-    times: dict[str, list[float]] = {"pdcore": [], "numpy": []}
-    with tempfile.TemporaryDirectory() as folder:
-        # Bytecode, as an installer leaves it, also where the environment forbids to write it.
-        compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": folder}
-        for turn in range(-1, 5 if quick else 15):
-            for name, taken in times.items():
-                seconds = float(run_python(timed.format(name), **compiled))
-                if turn >= 0:
-                    taken.append(seconds)
-    return [_ratio("import pdcore: time over import numpy", times, "pdcore", "numpy", (None, 1.5))]
-
-
-_GROUPS: Mapping[str, Callable[[str, bool, int], list[dict[str, Any]]]] = {
-    "softmax against plain NumPy": against_plain,
-    "bn and sh against softmax": against_softmax,
-    "long sequences": growth,
-    "memory": memory,
-    "overhead of a call": overhead,
-    "import": importing,
-}
-
-
-def _rounds(seconds: float, quick: bool) -> int:
-    """Spend a few seconds on each call, in 5 rounds at the least."""
-    return 3 if quick else int(min(31, max(7, 4.0 / seconds)))
-
-
-def _notes(limited: bool) -> list[str]:
-    notes = []
-    if not limited:
-        notes.append("threadpoolctl is not installed: the threads of the BLAS are not limited")
-    load = environment()["load"]
-    if load is not None and load > 0.5:
-        notes.append(f"the machine is busy (load {load:.2f}): figures may be off")
-    try:
-        import scipy.stats  # noqa: F401
-    except ModuleNotFoundError:
-        notes.append("SciPy is not installed: no bootstrap intervals")
-    return notes
+        name: rng.standard_normal(workload.shape, dtype=np.float32).astype(dtype)
+        for name in "qkvd"
+    }  # fmt: skip

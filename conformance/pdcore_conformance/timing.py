@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.metadata
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "interleaved", "interval", "quartiles", "threads_limited"]
+__all__ = ["interleaved", "interval", "judged", "quartiles", "threads_limited"]
 
 
 def interleaved(
@@ -114,43 +110,10 @@ def threads_limited(threads: int) -> Iterator[bool]:
             os.environ[variable] = before
 
 
-def environment() -> dict[str, Any]:
-    """Describe the machine and the versions, for a record.
-
-    Returns
-    -------
-    dict
-        ``cpu``, ``cores`` of this process, ``load`` (the average over the last minute: above 0,
-        others were at work), ``system``, ``python``, ``packages`` by name, ``blas``.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    packages = {}
-    for name in ("pdcore", "numpy", "array-api-compat", "scipy", "threadpoolctl"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    return {
-        "cpu": _cpu(),
-        "cores": cores,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(),
-        "python": sys.version.split()[0],
-        "packages": packages,
-        "blas": _blas(),
-    }
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _blas() -> list[dict[str, Any]] | str:
-    try:
-        from threadpoolctl import threadpool_info
-    except ModuleNotFoundError:
-        return "unknown: threadpoolctl is not installed"
-    kept = ("internal_api", "version", "num_threads", "threading_layer", "architecture")
-    return [{name: pool.get(name) for name in kept} for pool in threadpool_info()]
+def judged(value: float, target: tuple[float | None, float | None]) -> dict[str, Any]:
+    """Set a value beside its target; ``met`` is None where nothing is promised."""
+    low, high = target
+    met = None
+    if low is not None or high is not None:
+        met = bool((low is None or value >= low) and (high is None or value <= high))
+    return {"at_least": low, "at_most": high, "met": met}

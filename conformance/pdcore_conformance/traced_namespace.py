@@ -312,7 +312,8 @@ def arange(
     start: Any, stop: Any = None, step: Any = 1, *, dtype: Any = None, device: Any = None
 ) -> Traced:
     bounds: Any = (0, start) if stop is None else (start, stop)
-    return Traced(np.arange(*bounds, step, dtype=dtype))
+    made: Any = np.arange
+    return Traced(made(*bounds, step, dtype=dtype))
 
 
 def full(shape: Any, value: Any, *, dtype: Any = None, device: Any = None) -> Traced:

@@ -293,7 +293,22 @@ class Framework:
     def _lacks(self, feature: str) -> NotImplementedError:
         return NotImplementedError(self.missing(feature) or f"{self!r}: {feature} is not written")
 
-    # What it costs.
+    # What it costs. A function takes arrays by name here, and gives out alone.
+
+    def prepared(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
+        """Make a function ready to be called many times, as its users would."""
+        return function
+
+    def step(
+        self, function: Callable[[Arrays], Any]
+    ) -> Callable[[Arrays, Any], tuple[Any, dict[str, Any]]]:
+        """Make a function of arrays and a cotangent that gives out and the gradients."""
+        raise self._lacks("autodiff")
+
+    def finish(self, result: Any) -> Any:
+        """Wait for a result, and give it."""
+        self.synchronize(result)
+        return result
 
     def memory(self, device: str) -> Memory | None:
         """Give the meter of a device's peak memory, None where the library has none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -142,6 +142,24 @@ class JaxFramework(Framework):
         """Compile by jax.jit."""
         compiled = self.module.jit(function)
         return lambda arrays: tuple(compiled(dict(arrays)))
+
+    def prepared(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
+        """Compile by jax.jit."""
+        compiled = self.module.jit(function)
+        return lambda arrays: compiled(dict(arrays))
+
+    def step(
+        self, function: Callable[[Arrays], Any]
+    ) -> Callable[[Arrays, Any], tuple[Any, dict[str, Any]]]:
+        """Compile forward and backward together by jax.jit."""
+        jax = self.module
+
+        def run(arrays: Any, cotangent: Any) -> Any:
+            out, pullback = jax.vjp(function, arrays)
+            return out, pullback(cotangent)[0]
+
+        compiled = jax.jit(run)
+        return lambda arrays, cotangent: compiled(dict(arrays), cotangent)
 
     def memory(self, device: str) -> Memory | None:
         """Give the meter of a device whose allocator keeps statistics; a CPU's does not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, ClassVar
@@ -208,6 +208,20 @@ class TorchFramework(Framework):
                 return tuple(compiled(dict(arrays)))
 
         return call
+
+    def step(
+        self, function: Callable[[Arrays], Any]
+    ) -> Callable[[Arrays, Any], tuple[Any, dict[str, Any]]]:
+        """Run forward and backward by torch.autograd."""
+        torch = self.module
+
+        def run(arrays: Arrays, cotangent: Any) -> tuple[Any, dict[str, Any]]:
+            leaves = _leaves(arrays)
+            out = function(leaves)
+            found = torch.autograd.grad(out, list(leaves.values()), cotangent)
+            return out.detach(), dict(zip(leaves, found, strict=True))
+
+        return run
 
     def memory(self, device: str) -> Memory | None:
         """Give the meter of a CUDA device: the caching allocator's."""
