@@ -1,4 +1,4 @@
-"""An example plugin of pdcore: what it declares. Nothing here imports the array library."""
+"""An example plugin of pdcore: what it declares. Nothing here imports Numba."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .normalization import KeyRMS
 
 __all__ = ["INFO", "KeyRMS", "Sigmoid"]
 
-# array-api-strict has neither 16-bit floats nor automatic differentiation.
-_LACKS = {"float16", "bfloat16", "autodiff", "double_backward", "vmap", "jvp", "compile"}
+# NumPy differentiates nothing by itself, but every plan has a pullback.
+_LACKS = {"autodiff", "double_backward", "vmap", "jvp", "compile"}
 _NOT_WRITTEN = {"dropout", "axis_name"}
 
 INFO = BackendInfo(
-    name="example",
-    load="pdcore_example.backend:ExampleBackend",
-    library="array_api_strict",
-    requires=("array_api_strict",),
-    install="pip install array-api-strict",
+    name="numba",
+    load="pdcore_example.backend:NumbaBackend",
+    library="numpy",
+    requires=("numba", "scipy", "threadpoolctl"),
+    install="pip install numba scipy threadpoolctl",
     capabilities={
         feature: "unsupported"
         if feature in _LACKS

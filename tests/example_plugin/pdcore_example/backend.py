@@ -1,15 +1,100 @@
-"""Plans on arrays of array-api-strict: the namespace, plus nothing."""
+"""Plans on NumPy arrays, with the contraction by scores compiled by Numba."""
 
 from __future__ import annotations
 
+import os
+import threading
+from typing import Any
+
+import numba
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
 from pdcore.array_backend import ArrayBackend
+from pdcore.operands import Operands
+from pdcore.plan import Scores
+from pdcore.support import Visibility
 
 from . import INFO
+from .fused import attend
 
-__all__ = ["ExampleBackend"]
+__all__ = ["NumbaBackend"]
+
+Array = np.ndarray[Any, Any]
 
 
-class ExampleBackend(ArrayBackend):
-    """Runs plans on arrays of array-api-strict."""
+class NumbaBackend(ArrayBackend):
+    """Runs plans as `ArrayBackend` does, and softmax-like scores in float32 by compiled code."""
 
     info = INFO
+
+    def __init__(self) -> None:
+        super().__init__()
+        # One call at a time: each uses all threads, and Numba's simplest threading layer, the one
+        # that is always there, must not be entered twice.
+        self._lock = threading.Lock()
+        self._blas = ThreadpoolController()
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of NumPy and of Numba."""
+        return {"numpy": np.__version__, "numba": numba.__version__}
+
+    def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
+        """Contract by scores; `ArrayBackend` does what the compiled code was not written for.
+
+        That is another weight than exp(scale s), an (N, M) mask or bias, and float64.
+        """
+        plain = c.weight == "log" and c.expression is None
+        dense = o.bias is not None or o.visibility.mask is not None
+        if not plain or dense or o.q.dtype != np.float32 or 0 in o.q.shape or 0 in o.v.shape:
+            return super().scores(c, o)
+        *lead, key_heads, group, rows, dim = o.q.shape
+        q = np.ascontiguousarray(o.q).reshape(-1, rows, dim)
+        k, v, key_bias = _keys(o)
+        low, high = _seen(o.visibility)
+        out = np.empty((*q.shape[:2], v.shape[-1]), np.float32)
+        level = np.empty(q.shape[:2], np.float32)
+        with self._lock, self._blas.limit(limits=1, user_api="blas"):
+            # The threads share the work by heads and rows; a product is one thread's.
+            numba.set_num_threads(_threads())
+            attend(
+                q, k, v, key_bias, low, high, np.float32(c.scale), group, key_heads * group, out,
+                level,
+            )  # fmt: skip
+        shape = (*lead, key_heads, group, rows)
+        return out.reshape(*shape, v.shape[-1]), level.reshape(shape)
+
+
+def _keys(o: Operands) -> tuple[Array, Array, Array]:
+    """Give keys, values and key bias, one row of cells for all sequences, padding taken out.
+
+    Padding may hold NaN, and 0 times NaN is NaN, so its weight of 0 is not enough.
+    """
+    real, keys = o.visibility.key_mask, o.k.shape[-2]
+    k, v, bias = o.k, o.v, o.key_bias
+    if real is not None:
+        k, v = (np.where(real[..., None], x, np.float32(0.0)) for x in (k, v))
+        given = np.zeros(o.k.shape[:-1], np.float32) if bias is None else bias
+        bias = np.where(real, given, np.float32(-np.inf))
+    flat = np.zeros((0, 0), np.float32) if bias is None else bias.reshape(-1, keys)
+    cells = (np.ascontiguousarray(x).reshape(-1, keys, x.shape[-1]) for x in (k, v))
+    return *cells, np.ascontiguousarray(flat)  # type: ignore[return-value]
+
+
+def _seen(visibility: Visibility) -> tuple[Array, Array]:
+    """Give the keys low:high that every query sees by position, (sequences or 1, rows)."""
+    position = np.asarray(visibility.positions(0, visibility.rows))
+    position = position.reshape(-1, visibility.rows)
+    low = np.zeros_like(position)
+    high = np.full_like(position, visibility.keys)
+    if visibility.support.ahead != np.inf:
+        high = (position + int(visibility.support.ahead) + 1) // visibility.scale
+    if visibility.support.left != np.inf:
+        low = -(-(position - int(visibility.support.left)) // visibility.scale)
+    high = np.clip(high, 0, visibility.keys)
+    return np.minimum(np.clip(low, 0, None), high), high
+
+
+def _threads() -> int:
+    wanted = int(os.environ.get("PDCORE_NUM_THREADS") or numba.config.NUMBA_NUM_THREADS)
+    return max(1, min(wanted, numba.config.NUMBA_NUM_THREADS))
