@@ -128,7 +128,7 @@ def _run(record: Any, name: str, device: str, report: Path | None) -> Run:
 
 def _list(peers: Any, device: str, as_json: bool) -> None:
     found = [
-        {"peer": peer.name, "computes": list(peer.computes), "backward": peer.backward,
+        {"peer": peer.name, "computes": list(peer.computes or ()), "backward": peer.backward,
          "missing": peer.missing(device)}
         for peer in peers.PEERS.values()
     ]  # fmt: skip

@@ -176,7 +176,7 @@ def test_exp_is_close_and_keeps_what_is_special(compiled):
 
     x = -np.geomspace(1e-8, 86.9, 20001).astype(np.float32)
     wanted = np.exp(x.astype(np.float64))
-    assert np.max(np.abs(each(x) / wanted - 1)) < 2 * np.finfo(np.float32).eps
+    assert np.max(np.abs(each(x) / wanted - 1)) < 3 * np.finfo(np.float32).eps
     special = each(np.array([0.0, -88.0, -np.inf, np.nan], np.float32))
     np.testing.assert_array_equal(special, [1.0, 0.0, 0.0, np.nan])
 

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from pdcore import bind
+from pdcore.backend import BackendInfo
 from pdcore.errors import nearest
+from pdcore.plugins import registered
 
 from .frameworks import framework
 from .plain import VARIANTS
@@ -57,8 +60,8 @@ class Peer:
         As it is printed, and chosen by ``--against``.
     library : str
         Whose arrays it takes.
-    computes : tuple of str
-        Specs.
+    computes : tuple of str or None
+        Specs; None for all of them.
     make : callable
         ``make(workload) -> function of {"q", "k", "v"}``.
     devices : tuple of str
@@ -73,7 +76,7 @@ class Peer:
 
     name: str
     library: str
-    computes: tuple[str, ...]
+    computes: tuple[str, ...] | None
     make: Callable[[Workload], Attention]
     devices: tuple[str, ...] = ("cpu",)
     requires: tuple[str, ...] = ()
@@ -91,13 +94,17 @@ class Peer:
 
     def takes(self, workload: Workload) -> bool:
         """Whether it computes a workload."""
-        return workload.spec in self.computes and (
-            self.backward or workload.direction == "forward"
-        )  # fmt: skip
+        known = self.computes is None or workload.spec in self.computes
+        return known and (self.backward or workload.direction == "forward")
 
 
 def choose_peers(names: list[str] | None) -> list[Peer]:
     """Give the peers of some names, or all.
+
+    Parameters
+    ----------
+    names : list of str or None
+        Of `PEERS`, or ``"backend NAME"`` for another backend of pdcore.
 
     Raises
     ------
@@ -106,10 +113,23 @@ def choose_peers(names: list[str] | None) -> list[Peer]:
     """
     if not names:
         return list(PEERS.values())
+    others = {f"backend {name}": info for name, info in registered().items()}
     for name in names:
-        if name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; {nearest(name, PEERS)}")
-    return [PEERS[name] for name in names]
+        if name not in PEERS and name not in others:
+            raise ValueError(f"unknown peer {name!r}; {nearest(name, [*PEERS, *others])}")
+    return [PEERS[name] if name in PEERS else _backend(name, others[name]) for name in names]
+
+
+def _backend(name: str, info: BackendInfo) -> Peer:
+    """Make a peer of another backend of pdcore."""
+
+    def make(workload: Workload) -> Attention:
+        layer = bind(workload.spec, backend=info.name)
+        return lambda x: layer(x["q"], x["k"], x["v"])
+
+    differentiates = info.support("autodiff") == "full"
+    return Peer(name, info.library, None, make, tuple(info.devices), tuple(info.requires),
+                info.install, differentiates)  # fmt: skip
 
 
 def _plain(name: str) -> Callable[[Workload], Attention]:

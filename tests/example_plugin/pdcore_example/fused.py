@@ -25,7 +25,7 @@ ROWS, KEYS = 128, 256
 
 @njit(fastmath=ALLOWED)
 def exp(x):  # type: ignore[no-untyped-def]
-    """Compute exp of a float32 up to 0, within 2 units in the last place; 0 below -87.
+    """Compute exp of a float32 up to 0, within 3 units in the last place; 0 below -87.
 
     x = n log 2 + r with |r| <= log(2) / 2, log 2 in two parts so that r is exact; exp(r) by the
     polynomial of Cephes (S. Moshier), and 2^n by the exponent bits.
@@ -65,8 +65,8 @@ def weigh(scores, peak):  # type: ignore[no-untyped-def]
     return total
 
 
-# Read-only inputs, which any array may be taken for. With its types stated it is compiled once, when
-# the backend is loaded, and never in the middle of somebody's call.
+# Read-only inputs, which any array may be taken for. With its types stated it is compiled once,
+# when the backend is loaded, and never in the middle of somebody's call.
 _ROWS = types.Array(float32, 3, "C", readonly=True)
 _ROW = types.Array(float32, 2, "C", readonly=True)
 _SPAN = types.Array(int64, 2, "C", readonly=True)
