@@ -116,6 +116,11 @@ class Conformance:
         own_words.register()
         self._prepare(name, device)
 
+    @property
+    def cases(self) -> dict[str, Case]:
+        """The cases so far, by id."""
+        return self._cases
+
     def _prepare(self, name: str, device: str) -> None:
         """Load the backend, or note why it cannot be had here."""
         run = self.run

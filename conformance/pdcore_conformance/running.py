@@ -70,6 +70,7 @@ def conform(
     report: str | Path | None = None,
     allow_missing: bool = False,
     say: Callable[[float], None] = lambda share: None,
+    more: Sequence[object] = (),
 ) -> Outcome:
     """Run the suite in this process.
 
@@ -89,6 +90,8 @@ def conform(
         Succeed where the backend is not available here.
     say : callable
         Is told the share of the cases that have run.
+    more : sequence of object
+        Other plugins of pytest, such as one that ends the run in time.
 
     Returns
     -------
@@ -107,7 +110,7 @@ def conform(
         arguments.append(f"--report={report}")
     if allow_missing:
         arguments.append("--allow-missing")
-    code = _pytest(backend, arguments, watcher)
+    code = _pytest(backend, arguments, watcher, *more)
     if watcher.errors:
         raise RuntimeError("the suite cannot be collected:\n" + "\n".join(watcher.errors))
     found = watcher.conformance
@@ -123,7 +126,7 @@ def list_cases(backend: str, *, level: str = "all", grid: str = "quick") -> list
     return watcher.ids
 
 
-def _pytest(backend: str, arguments: list[str], watcher: _Watcher) -> int:
+def _pytest(backend: str, arguments: list[str], watcher: _Watcher, *more: object) -> int:
     plugin.parse_backend(backend)
     # Plugins that are installed for other purposes have no say in what conforms.
     before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
@@ -136,7 +139,7 @@ def _pytest(backend: str, arguments: list[str], watcher: _Watcher) -> int:
                     "-p", "no:cacheprovider", "--pyargs", plugin.SUITE, f"--backend={backend}",
                     *arguments,
                 ],
-                plugins=[watcher],
+                plugins=[watcher, *more],
             )
         )  # fmt: skip
     finally:
