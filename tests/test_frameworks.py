@@ -216,6 +216,22 @@ def test_jax_precision_is_the_processs() -> None:
             library.asarray(np.zeros(2))
 
 
+@pytest.mark.jax
+def test_jax_forgets_its_programs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    jax = pytest.importorskip("jax")
+    from pdcore_conformance.frameworks import on_jax
+
+    monkeypatch.setattr(on_jax, "CLEARING", 3)
+    library = on_jax.JaxFramework("jax")
+    double = jax.jit(lambda x: 2 * x)
+    sizes = []
+    for _ in range(4):
+        with library.precision("float32"):
+            double(jax.numpy.ones(2))
+        sizes.append(double._cache_size())
+    assert sizes == [1, 1, 0, 1]
+
+
 @pytest.mark.parametrize("library", LIBRARIES, indirect=True)
 def test_poisoned_memory(library: Framework) -> None:
     xp = library.xp

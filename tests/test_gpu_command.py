@@ -314,13 +314,16 @@ def test_the_environment_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/given")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-    found = variables(threads=3, untuned=True)
+    found = variables("cuda:0", threads=3)
     assert found["OMP_NUM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "3"
     assert found["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+    assert found["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
     assert found["JAX_COMPILATION_CACHE_DIR"] == "/mine"
     assert found["PYTHONPATH"].endswith("/given")
+    assert "XLA_FLAGS" not in variables("cuda")  # where times are measured
+    assert "XLA_FLAGS" not in variables("cpu", threads=3)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-    assert variables(untuned=True)["XLA_FLAGS"] == "--xla_gpu_autotune_level=4"
+    assert variables("cuda", threads=3)["XLA_FLAGS"] == "--xla_gpu_autotune_level=4"
 
 
 def test_parts_are_joined() -> None:

@@ -160,7 +160,9 @@ class Session:
     def probe(self) -> None:
         """Ask each target, in a process of its own, whether it is there and for its cases."""
         works = [
-            self.workers.start("probe", target, self.job(target, []), variables(threads=1))
+            self.workers.start(
+                "probe", target, self.job(target, []), variables(self.options.device, threads=1)
+            )
             for target in self.targets
         ]
         self.workers.wait(works, min(PROBE, self.left))
@@ -197,8 +199,7 @@ class Session:
         }
         share = shares({target: len(ids) for target, ids in todo.items()}, cores())
         room = variables(
-            threads=max(1, cores() // max(1, sum(share.values()))),
-            untuned=self.options.device == "cuda",
+            self.options.device, threads=max(1, cores() // max(1, sum(share.values())))
         )
         works: dict[str, list[Work]] = {}
         for target, ids in todo.items():
@@ -254,7 +255,7 @@ class Session:
                 continue
             self.say(f"{target}: speed, nothing new after {seconds:.0f} s")
             work = self.workers.start(
-                "speed", target, self.job(target, [], seconds), variables()
+                "speed", target, self.job(target, [], seconds), variables(self.options.device)
             )  # fmt: skip
             self.workers.wait([work], seconds + GRACE)
             run = work.run()

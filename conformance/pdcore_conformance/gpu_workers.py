@@ -190,33 +190,38 @@ def shares(cases: Mapping[str, int], count: int) -> dict[str, int]:
     }
 
 
-def variables(*, threads: int | None = None, untuned: bool = False) -> dict[str, str]:
+def variables(device: str, *, threads: int | None = None) -> dict[str, str]:
     """Give the environment of a process.
 
     Parameters
     ----------
+    device : str
+        Where it is to run.
     threads : int, optional
-        Of the BLAS and OpenMP; as they are by default.
-    untuned : bool
-        Whether XLA takes the first algorithm for a GPU instead of timing several, which takes
-        longer than a case of the suite. Its flags are in the record.
+        Of the BLAS and OpenMP, for a process that is one of many and measures no times. XLA then
+        takes the first algorithm that it has for a GPU instead of timing several, which would
+        take longer than a case of the suite; its flags are in the record. As they are by default.
     """
     found = dict(os.environ)
     roots = [str(root) for root in _roots()]
     given = [path for path in found.get("PYTHONPATH", "").split(os.pathsep) if path]
     found["PYTHONPATH"] = os.pathsep.join([*roots, *(p for p in given if p not in roots)])
-    # Processes share the GPU: none may take all of its memory beforehand.
-    found.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    cache = Path(found.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdcore" / "jax"
-    found.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     # What a library says before it ends the process is its last word; nobody else would print it.
     found["PYTEST_ADDOPTS"] = f"{found.get('PYTEST_ADDOPTS', '')} --capture=no".strip()
     if threads is not None:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             found[name] = str(threads)
-    if untuned and "xla_gpu_autotune_level" not in found.get("XLA_FLAGS", ""):
-        found["XLA_FLAGS"] = f"{found.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    if device.partition(":")[0] != "cuda":
+        return found
+    # Processes share the GPU: none may take all of its memory beforehand.
+    found.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # What JAX has compiled is there when a session goes on.
+    cache = Path(found.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdcore" / "jax"
+    found.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    found.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    flags = found.get("XLA_FLAGS", "")
+    if threads is not None and "xla_gpu_autotune_level" not in flags:
+        found["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
     return found
 
 
