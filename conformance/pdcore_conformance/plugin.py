@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,8 @@ class Conformance:
         missing = [f for f in needs & PROPERTIES if not self.under_test.claims(f)]
         if missing:
             pytest.skip(f"not claimed: {', '.join(sorted(missing))}")
+        if "bfloat16" in needs and find_spec("ml_dtypes") is None:
+            pytest.skip("not judged: NumPy's bfloat16 is that of ml_dtypes, which is not installed")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
