@@ -17,6 +17,7 @@ from .backend import FEATURES, Inputs, Request
 from .cli import Exit
 from .commands_bench import bench
 from .commands_conform import conform
+from .commands_new import new_backend
 from .commands_report import report
 from .errors import nearest
 from .explanation import explain_request
@@ -264,6 +265,7 @@ def specs(as_json: AsJson = False) -> None:
 app.command()(bench)
 app.command()(conform)
 app.command()(report)
+app.command()(new_backend)
 
 
 def _argument(argument: dict[str, Any]) -> str:

@@ -110,7 +110,7 @@ def conform(
         arguments.append(f"--report={report}")
     if allow_missing:
         arguments.append("--allow-missing")
-    code = _pytest(backend, arguments, watcher, *more)
+    code = _pytest(backend, arguments, watcher, *more, modules=_modules(cases))
     if watcher.errors:
         raise RuntimeError("the suite cannot be collected:\n" + "\n".join(watcher.errors))
     found = watcher.conformance
@@ -126,7 +126,18 @@ def list_cases(backend: str, *, level: str = "all", grid: str = "quick") -> list
     return watcher.ids
 
 
-def _pytest(backend: str, arguments: list[str], watcher: _Watcher, *more: object) -> int:
+def _modules(cases: Sequence[str]) -> list[str]:
+    """Name the modules that some cases are in; all of them, where an id is nobody's."""
+    names = sorted({f"test_{case.partition('::')[0]}" for case in cases})
+    if not names or not all((SETTINGS.parent / f"{name}.py").is_file() for name in names):
+        return [plugin.SUITE]
+    return [f"{plugin.SUITE}.{name}" for name in names]
+
+
+def _pytest(
+    backend: str, arguments: list[str], watcher: _Watcher, *more: object,
+    modules: Sequence[str] = (plugin.SUITE,),
+) -> int:  # fmt: skip
     plugin.parse_backend(backend)
     # Plugins that are installed for other purposes have no say in what conforms.
     before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
@@ -136,7 +147,7 @@ def _pytest(backend: str, arguments: list[str], watcher: _Watcher, *more: object
             pytest.main(
                 [
                     "-c", str(SETTINGS), "-p", plugin.__name__, "-p", "no:terminal",
-                    "-p", "no:cacheprovider", "--pyargs", plugin.SUITE, f"--backend={backend}",
+                    "-p", "no:cacheprovider", "--pyargs", *modules, f"--backend={backend}",
                     *arguments,
                 ],
                 plugins=[watcher, *more],

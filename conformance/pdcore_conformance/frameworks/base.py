@@ -14,7 +14,7 @@ import numpy as np
 
 from pdcore.arrays import device_name, dtype_name, library_of
 
-__all__ = ["FLOATS", "Framework", "Function", "Memory", "with_strides_kept"]
+__all__ = ["FLOATS", "TRANSFORMATIONS", "Framework", "Function", "Memory", "with_strides_kept"]
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Any]
