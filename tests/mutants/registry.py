@@ -55,11 +55,9 @@ def planted(case: str, **capabilities: Any) -> Callable[[type[Any]], type[Any]]:
 
 
 class Unmutated(ArrayBackend):
-    """`ArrayBackend` on NumPy, in small blocks, so that small calls have several."""
+    """`ArrayBackend` on NumPy."""
 
     info = _info(PARENT, "Unmutated", __name__)
-    query_block = 4
-    key_block = 4
 
 
 def register() -> None:
