@@ -1,4 +1,4 @@
-"""The speed bench: what it refuses, how it judges, and that its measurements measure."""
+"""The bench: what it refuses, how it judges, and that its measurements measure."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from typer.testing import CliRunner
 from pdcore.cli import Exit
 from pdcore.commands import app
 from pdcore_backends.numpy.impl import NumpyBackend
-from pdcore_conformance import speed
-from pdcore_conformance.memory import WAYS, draw, peak_memory
-from pdcore_conformance.plain import VARIANTS
-from pdcore_conformance.timing import (
-    environment,
-    interleaved,
-    interval,
-    quartiles,
-    threads_limited,
-)
+from pdcore_conformance import peers, record, speed, speed_figures, speed_grid
+from pdcore_conformance.frameworks import framework
+from pdcore_conformance.memory import WAYS, peak_memory
+from pdcore_conformance.peers import PEERS, Peer, Workload, choose_peers
+from pdcore_conformance.timing import interleaved, interval, judged, quartiles, threads_limited
+
+TINY = Workload("softmax", (1, 8, 64, 16))
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes that take no time, and no fresh processes."""
-    monkeypatch.setattr(speed, "SHAPES", {(1, 8, 64, 16): 1.5, (2, 8, 32, 16): 1.0})
-    monkeypatch.setattr(speed, "LONG", (1, 8, 128, 16))
-    groups = {n: g for n, g in speed._GROUPS.items() if n not in ("memory", "import")}
-    monkeypatch.setattr(speed, "_GROUPS", groups)
+    tiny = (TINY, TINY._replace(direction="forward+backward"), TINY._replace(spec="bn"))
+    monkeypatch.setattr(speed_grid, "_CPU", {"quick": tiny, "full": tiny})
+    for module in (speed_grid, speed_figures):
+        monkeypatch.setattr(module, "long_shape", lambda device, grid: (1, 8, 128, 16))
+    figures = {n: f for n, f in speed.FIGURES.items() if n not in ("memory", "import")}
+    monkeypatch.setattr(speed, "FIGURES", figures)
 
 
 def test_calls_are_interleaved_and_counted() -> None:
@@ -62,103 +61,173 @@ def test_summaries() -> None:
     [
         (1.6, (1.5, None), True),
         (1.4, (1.5, None), False),
-        (1.05, (None, 1.1), True),
         (1.2, (None, 1.1), False),
         (15.0, (13.0, 18.0), True),
         (12.9, (13.0, 18.0), False),
         (float("nan"), (1.5, None), False),
+        (1.0, (None, None), None),
     ],
 )
-def test_figures_are_met_or_not(value: float, target: speed.Target, met: bool) -> None:
-    assert speed.figure("name", value, "x", target)["met"] is met
-    assert speed.figure("name", value, "x", target, judged=False)["met"] is None
+def test_figures_are_met_or_not(value: float, target: Any, met: bool | None) -> None:
+    assert judged(value, target)["met"] is met
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_baselines_are_right(name: str) -> None:
-    verdicts = speed.check(VARIANTS[name], "softmax", draw((2, 3, 65, 16)), ("out",))
-    assert verdicts["out"].ok
-    assert VARIANTS[name](*draw((1, 1, 4, 8))).dtype == np.float32
+def bench(peers: list[str] | None = None) -> speed.Bench:
+    return speed.Bench("numpy", None, "quick", choose_peers(peers), 2)
 
 
-@pytest.mark.usefixtures("small")
-def test_a_record_has_every_figure_with_its_target() -> None:
-    said: list[str] = []
-    record = speed.measure("numpy", quick=True, say=said.append)
-    json.dumps(record)
-    assert record["red"] is False
-    names = [figure["name"] for figure in record["figures"]]
-    assert len(names) == len(set(names)) == 9
-    for figure in record["figures"]:
-        assert figure["at_least"] is not None or figure["at_most"] is not None
-        assert figure["met"] in (True, False, None)
-        assert np.isfinite(figure["value"])
-    first = record["figures"][0]
-    assert first["baseline"] in VARIANTS
-    assert set(first["variants"]) == set(VARIANTS)
-    assert record["environment"]["packages"]["numpy"] == np.__version__
-    assert said[0] == "numerics"
+@pytest.mark.parametrize("name", [n for n, p in PEERS.items() if p.library == "numpy"])
+def test_the_peers_compute_what_they_say(name: str) -> None:
+    peer = PEERS[name]
+    if peer.missing("cpu") is not None:
+        assert "pip install" in str(peer.missing("cpu"))
+        return
+    bench_ = bench([name])
+    for spec in peer.computes or ():
+        workload = TINY._replace(spec=spec)
+        assert bench_._peer(peer, workload) is not None, bench_.speed["missing_peers"]
 
 
-@pytest.mark.usefixtures("small")
-def test_no_speed_on_red_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = NumpyBackend.attention
-
-    def careless(self: Any, plan: Any, inputs: Any, *, lse: bool = False) -> Any:
-        return honest(self, plan, inputs._replace(q=inputs.q * np.float32(1.01)), lse=lse)
-
-    monkeypatch.setattr(NumpyBackend, "attention", careless)
-    done = CliRunner().invoke(app, ["bench", "--quick", "--json"])
-    assert done.exit_code == Exit.NUMERICS
-    record = json.loads(done.stdout)
-    assert record["red"] is True
-    assert record["figures"] == []
-    assert "no speed is reported" in done.stderr
-    shown = CliRunner().invoke(app, ["bench", "--quick"])
-    assert "interval" not in shown.stdout
+def test_a_peer_that_computes_something_else_is_left_out_and_named() -> None:
+    wrong = Peer("wrong", "numpy", ("softmax",), lambda w: lambda x: 1.01 * x["v"])
+    found = bench()
+    assert found._peer(wrong, TINY) is None
+    [entry] = [e for e in found.speed["missing_peers"] if e["peer"] == "wrong"]
+    assert "over the budget" in entry["reason"]
+    assert not found.speed["red"]
 
 
-@pytest.mark.usefixtures("small")
-def test_the_table_never_hides_what_is_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    unmet = [speed.figure("too slow", 3.0, "x", (None, 1.0))]
-    monkeypatch.setattr(speed, "_GROUPS", {"one": lambda *_: unmet})
-    done = CliRunner().invoke(app, ["bench", "--quick"])
-    assert done.exit_code == 0
-    assert "too slow" in done.stdout
-    assert "NOT MET" in done.stdout
-    strict = CliRunner().invoke(app, ["bench", "--quick", "--strict", "--json"])
-    assert strict.exit_code == Exit.UNMET
-    assert json.loads(strict.stdout)["figures"][0]["met"] is False
-    assert "not met: too slow" in strict.stderr
+def test_a_peer_that_fails_is_named() -> None:
+    def make(workload: Workload) -> Any:
+        raise RuntimeError("no such kernel")
+
+    found = bench()
+    assert found._peer(Peer("failing", "numpy", ("softmax",), make), TINY) is None
+    assert "no such kernel" in found.speed["missing_peers"][-1]["reason"]
 
 
-def test_unknown_backends() -> None:
-    done = CliRunner().invoke(app, ["bench", "--backend", "nunpy"])
-    assert done.exit_code == Exit.USAGE
-    assert "did you mean 'numpy'?" in done.stderr
+def test_missing_peers_are_named_with_what_installs_them(small: None) -> None:
+    absent = Peer("absent", "no_such_library", ("softmax",), lambda w: None, install="pip x")
+    assert absent.missing("cpu") == "not installed: no_such_library (pip x)"
+    assert PEERS["torch SDPA, flash"].missing("cpu") == "runs on cuda only"
+    listed = {entry["peer"] for entry in bench().speed["missing_peers"]}
+    assert "torch SDPA, flash" in listed
+
+
+def test_an_unknown_peer_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'torch SDPA'"):
+        choose_peers(["torch SDP"])
+    [other] = choose_peers(["backend numpy"])
+    assert other.takes(Workload("polynomial", (1, 1, 2, 2)))
+
+
+def test_red_numerics_give_no_figures(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = NumpyBackend.attention
+
+    def off(self: Any, plan: Any, inputs: Any, *, lse: bool = False) -> Any:
+        out, level = attention(self, plan, inputs, lse=lse)
+        return out * np.float32(1.01), level
+
+    monkeypatch.setattr(NumpyBackend, "attention", off)
+    found = speed.measure("numpy")
+    assert found["red"]
+    assert not found["ratios"]
+    assert not found["growth"]
+    assert not found["figures"]
+    assert any("the numerics are red" in note for note in found["notes"])
+
+
+def test_a_wrong_gradient_is_red(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention_vjp = NumpyBackend.attention_vjp
+
+    def off(self: Any, plan: Any, inputs: Any) -> Any:
+        out, level, vjp = attention_vjp(self, plan, inputs)
+        return out, level, lambda *d: {n: 1.01 * g for n, g in vjp(*d).items()}
+
+    monkeypatch.setattr(NumpyBackend, "attention_vjp", off)
+    assert speed.measure("numpy")["red"]
+
+
+def test_a_whole_measurement_is_a_record(small: None, tmp_path: Any) -> None:
+    seen: list[float] = []
+    found = speed.measure("numpy", say=lambda title, share: seen.append(share))
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    against = {(r["spec"], r["peer"], r["direction"]) for r in found["ratios"]}
+    assert ("softmax", "textbook NumPy", "forward") in against
+    assert ("bn", "literal Attention-BN, NumPy", "forward") in against
+    assert ("bn", "spec softmax", "forward") in against
+    assert {g["spec"] for g in found["growth"]} == {"softmax", "linear"}
+    assert all(row["ok"] for row in found["numerics"])
+    back = [row for row in found["numerics"] if "d_k" in row["error_over_budget"]]
+    assert back
+    run = record.new_run("numpy", "cpu")
+    run["speed"] = found
+    record.save(tmp_path / "record.json", [run])
+    assert record.load(tmp_path / "record.json")["runs"][0]["speed"] == found
+
+
+def test_a_deadline_leaves_the_rest_out_and_says_so(small: None) -> None:
+    found = speed.measure("numpy", deadline=0.0)
+    assert not found["ratios"]
+    assert any("no time was left" in note for note in found["notes"])
+
+
+def test_targets_are_those_of_a_named_backend() -> None:
+    assert speed_grid.targets("numpy", "cpu") is not None
+    assert speed_grid.targets("torch", "cuda:0") is None
+    assert speed_grid.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
+    assert speed_grid.lengths("linear", 8) == [8, 32]
+    assert speed_grid.lengths("softmax", 8) == [2, 8]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_peak_memory_sees_what_a_call_takes(way: str) -> None:
-    found = peak_memory("numpy", (1, 2, 1024, 64), way, 2)
-    if found is None:
-        pytest.skip("the system does not tell")
-    # Something, but less than the scores would take: 2 heads of 1024 x 1024 float32 are 8 MiB.
-    assert 0.1 < found < 24
-
-
-def test_the_environment_names_the_machine() -> None:
-    found = environment()
-    assert found["cpu"]
-    assert found["cores"] >= 1
-    assert found["packages"]["numpy"] == np.__version__
+def test_peak_memory_sees_an_array(way: str) -> None:
+    found = peak_memory("numpy", (1, 8, 512, 64), way, 2)
+    assert found is not None
+    assert 0 < found < 64
 
 
 def test_threads_are_limited_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    monkeypatch.delenv("PDCORE_NUM_THREADS", raising=False)
-    with threads_limited(1) as limited:
-        assert limited
+    monkeypatch.setenv("PDCORE_NUM_THREADS", "7")
+    with threads_limited(1):
         assert os.environ["PDCORE_NUM_THREADS"] == "1"
-    assert "PDCORE_NUM_THREADS" not in os.environ
+    assert os.environ["PDCORE_NUM_THREADS"] == "7"
+
+
+def test_the_command_prints_and_adds_to_a_record(small: None, tmp_path: Any) -> None:
+    path = tmp_path / "record.json"
+    run = record.new_run("numpy", "cpu")
+    run["seconds"] = 12.5
+    record.save(path, [run])
+    result = CliRunner().invoke(app, ["bench", "numpy", "--report", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "textbook" in result.output
+    assert "not compared with" in result.output
+    [found] = json.loads(path.read_text())["runs"]
+    assert found["seconds"] == 12.5
+    assert found["speed"]["ratios"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (["numpi"], "did you mean 'numpy'", Exit.USAGE),
+        (["numpy", "--against", "textbok NumPy"], "textbook NumPy", Exit.USAGE),
+        (["numpy", "--grid", "huge"], "quick or full", Exit.USAGE),
+        (["numpy", "--report", "no/such/folder/x.json"], "no folder", Exit.OUTPUT),
+    ],
+)
+def test_wrong_options(arguments: list[str], said: str, code: int) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == code
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_peers_are_listed() -> None:
+    result = CliRunner().invoke(app, ["bench", "numpy", "--list-peers", "--json"])
+    found = json.loads(result.output)["peers"]
+    assert [entry["peer"] for entry in found] == list(peers.PEERS)
+    assert framework("numpy").available("cpu") is None
