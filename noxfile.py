@@ -241,6 +241,6 @@ def docs_examples(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure the NumPy backend (`pdcore bench --backend numpy`)."""
+    """Measure the NumPy backend (`pdcore bench numpy --grid full`)."""
     session.install(*pinned("tests"), ".[cli,conformance]")
-    session.run("pdcore", "bench", "--backend", "numpy", *session.posargs)
+    session.run("pdcore", "bench", "numpy", "--grid", "full", *session.posargs)

@@ -42,8 +42,8 @@ _MEANINGS = {
     Exit.UNSUPPORTED: "the spec or the named backend does not support it",
     Exit.NO_BACKEND: "no backend can run it",
     Exit.OUTPUT: "the result exists already or cannot be written",
-    Exit.NUMERICS: "an error over its budget: nothing is claimed about speed",
-    Exit.UNMET: "a target is not met, with --strict",
+    Exit.NUMERICS: "a case of the suite fails, or numerics got worse",
+    Exit.UNMET: "a target is not met, with --strict, or speed or memory got worse",
     Exit.MISSING: "an optional package is not installed",
 }
 
