@@ -167,27 +167,48 @@ def test_parts_of_a_run_that_was_killed_are_kept(tmp_path: Path) -> None:
     assert runs_of(out / "record.json")["numpy:cpu"]["counts"]["passed"] == 2
 
 
-def test_speed_ends_in_time_and_names_what_is_left_out(tmp_path: Path) -> None:
+#: Shapes that take no time, and a last step in which the process dies.
+SMALL = """
+import os, sys
+if os.environ.get("SMALL_BENCH") and "pdcore_conformance.gpu_stage" in " ".join(sys.orig_argv):
+    from pdcore_conformance import speed, speed_grid
+    from pdcore_conformance.peers import Workload
+    speed_grid._CPU = {"quick": (Workload("softmax", (1, 8, 64, 16)),)}
+    def dies(bench):
+        if os.environ["SMALL_BENCH"] == "dies":
+            print("CUDA error: lost", flush=True)
+            os._exit(3)
+    speed.FIGURES = {"one that dies": dies, "one more": lambda bench: None}
+"""
+
+
+def test_speed_until_the_process_died_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SMALL, encoding="utf-8")
     out = tmp_path / "records"
-    began = time.monotonic()
-    code, text = command(out, "--only", "numpy", f"--case={SOFTMAX}", "--budget-s", "45")
+    arguments = ("--only", "numpy", f"--case={SOFTMAX}")
+    code, text = command(out, *arguments, path=tmp_path, SMALL_BENCH="dies")
     assert code == Exit.FAILURE, text
-    assert time.monotonic() - began < 60
     speed = runs_of(out / "record.json")["numpy:cpu"]["speed"]
-    assert speed is not None
     assert speed["ratios"]
     assert "times as fast as textbook NumPy" in text
-    assert "not reached: speed of numpy:cpu: not measured, for no time was left" in text
+    assert "not reached: speed of numpy:cpu: exit code 3: CUDA error: lost" in text
+    for title in ("one that dies", "one more"):
+        assert f"not reached: speed of numpy:cpu: not measured: {title}" in text
     own = runs_of(out / "numpy-cpu.speed.json")["numpy:cpu"]
     assert own["cases"] == []
     assert own["speed"] == speed
 
-    code, text = command(
-        out, "--only", "numpy", f"--case={SOFTMAX}", "--budget-s", "45", "--resume"
-    )
+    code, text = command(out, *arguments, "--resume", path=tmp_path, SMALL_BENCH="lives")
     assert code == Exit.DONE, text
-    assert "numpy:cpu: speed is kept from before" in text
-    assert runs_of(out / "record.json")["numpy:cpu"]["speed"] == speed
+    assert "numpy:cpu: speed is kept from before, but for 2 parts" in text
+    whole = runs_of(out / "record.json")["numpy:cpu"]["speed"]
+    assert whole["ratios"][: len(speed["ratios"])] == speed["ratios"]
+    assert not [note for note in whole["notes"] if note.startswith("not measured")]
+
+    code, text = command(out, *arguments, "--resume", path=tmp_path, SMALL_BENCH="dies")
+    assert code == Exit.DONE, text
+    assert "numpy:cpu: speed is kept from before\n" in text
+    assert runs_of(out / "record.json")["numpy:cpu"]["speed"] == whole
 
 
 @pytest.mark.parametrize(

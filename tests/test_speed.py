@@ -173,6 +173,16 @@ def test_a_deadline_leaves_the_rest_out_and_says_so(small: None) -> None:
     assert any("no time was left" in note for note in found["notes"])
 
 
+def test_what_was_found_is_kept_before_each_step(small: None) -> None:
+    kept: list[Any] = []
+    found = speed.measure("numpy", keep=kept.append)
+    ended = [[n for n in one["notes"] if "the process was ended" in n] for one in kept]
+    assert [len(notes) for notes in ended] == list(range(len(kept), 0, -1))
+    assert not kept[0]["numerics"]
+    assert 0 < len(kept[1]["ratios"]) < len(found["ratios"])
+    assert not any("the process was ended" in note for note in found["notes"])
+
+
 def test_targets_are_those_of_a_named_backend() -> None:
     assert speed_grid.targets("numpy", "cpu") is not None
     assert speed_grid.targets("torch", "cuda:0") is None

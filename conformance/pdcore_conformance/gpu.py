@@ -242,32 +242,39 @@ class Session:
             run = self.numerics.get(target)
             if run is None or _red(run):
                 self.unreached.append(f"speed of {target}: its numerics are not green")
-            elif self.options.resume and (kept := self.kept(target, "speed")):
-                self.say(f"{target}: speed is kept from before")
+                continue
+            if self.options.resume and (kept := self.kept(target, "speed")):
+                rest = _unmeasured(kept[0])
+                left = f", but for {len(rest)} parts" if rest else ""
+                self.say(f"{target}: speed is kept from before{left}")
+                self.write(target, "speed", kept[0])
                 self.speed[target] = kept[0]
-            else:
-                waiting.append(target)
+                if not rest:
+                    continue
+            waiting.append(target)
         while waiting:
             target = waiting.pop(0)
             seconds = (self.left - GRACE) / (len(waiting) + 1)
             if seconds < LEAST:
                 self.unreached.append(f"speed of {target}: no time was left")
                 continue
+            earlier = str(self.path(target, "speed")) if target in self.speed else None
             self.say(f"{target}: speed, nothing new after {seconds:.0f} s")
             work = self.workers.start(
-                "speed", target, self.job(target, [], seconds), variables(self.options.device)
+                "speed", target, self.job(target, [], seconds, earlier),
+                variables(self.options.device),
             )  # fmt: skip
             self.workers.wait([work], seconds + GRACE)
             run = work.run()
-            if run is None or run["speed"] is None:
+            if work.failed or run is None:
                 self.unreached.append(f"speed of {target}: {work.last_words()}")
+            if run is None or run["speed"] is None:
                 continue
             self.write(target, "speed", run)
             self.speed[target] = run
             self.unreached += [
-                f"speed of {target}: {note}" for note in run["speed"]["notes"]
-                if note.startswith("not measured")
-            ]  # fmt: skip
+                f"speed of {target}: not measured: {title}" for title in _unmeasured(run)
+            ]
 
     def finish(self) -> Exit:
         """Write the merged record, and say how it went."""
@@ -294,9 +301,12 @@ class Session:
 
     # --- files ------------------------------------------------------------------------------------
 
-    def job(self, target: str, cases: list[str], seconds: float = 0.0) -> dict[str, object]:
-        """Describe what a process is to do."""
-        return {"target": target, "grid": self.options.grid, "cases": cases, "seconds": seconds}
+    def job(
+        self, target: str, cases: list[str], seconds: float = 0.0, earlier: str | None = None
+    ) -> dict[str, object]:
+        """Describe what a process is to do, see `pdcore_conformance.gpu_stage.Job`."""
+        return {"target": target, "grid": self.options.grid, "cases": cases, "seconds": seconds,
+                "earlier": earlier}  # fmt: skip
 
     def path(self, target: str, stage: str) -> Path:
         """Name the file of a stage."""
@@ -348,6 +358,13 @@ class Session:
 
 def _ids(run: Run | None) -> set[str]:
     return set() if run is None else {case["id"] for case in run["cases"]}
+
+
+def _unmeasured(run: Run) -> list[str]:
+    """List what a stage of speed has left out."""
+    from .speed import unmeasured
+
+    return [] if run["speed"] is None else unmeasured(run["speed"])
 
 
 def _red(run: Run) -> bool:

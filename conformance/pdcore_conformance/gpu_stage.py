@@ -37,6 +37,8 @@ class Job(TypedDict):
         After which nothing more is begun.
     file : str
         Where the result goes.
+    earlier : str or None
+        A record to which a stage of speed adds what it lacks.
     """
 
     stage: str
@@ -45,6 +47,7 @@ class Job(TypedDict):
     cases: list[str]
     seconds: float
     file: str
+    earlier: str | None
 
 
 def main(path: str) -> int:
@@ -157,9 +160,15 @@ def speed(job: Job) -> None:
     def say(title: str, share: float) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {title}", flush=True)
 
-    run["speed"] = measure(name, device, grid=job["grid"], deadline=job["seconds"], say=say)
-    run["seconds"] = time.perf_counter() - began
-    record.save(job["file"], [run], replace=True)
+    def keep(found: record.Speed) -> None:
+        seconds = time.perf_counter() - began
+        record.save(job["file"], [{**run, "speed": found, "seconds": seconds}], replace=True)
+
+    earlier = record.load(job["earlier"])["runs"][0]["speed"] if job["earlier"] else None
+    keep(
+        measure(name, device, grid=job["grid"], deadline=job["seconds"], say=say, keep=keep,
+                earlier=earlier)
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ that fails gives no figures; a peer that fails is left out, and named.
 
 from __future__ import annotations
 
+import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +38,11 @@ from .timing import interleaved, interval, judged, quartiles, threads_limited
 if TYPE_CHECKING:
     from .record import Speed
 
-__all__ = ["Bench", "draw", "measure"]
+__all__ = ["Bench", "draw", "measure", "unmeasured"]
 
 Array = np.ndarray[Any, Any]
 SAMPLE = 32
+_NOT_MEASURED = re.compile(r"not measured, for [^:]*: (.*)")
 MIB = 2.0**20
 
 
@@ -51,7 +54,9 @@ def measure(
     peers: Sequence[str] | None = None,
     threads: int = 2,
     say: Callable[[str, float], None] = lambda title, share: None,
+    keep: Callable[[Speed], None] = lambda speed: None,
     deadline: float | None = None,
+    earlier: Speed | None = None,
 ) -> Speed:
     """Measure everything.
 
@@ -70,8 +75,14 @@ def measure(
         Of the BLAS, of the NumPy backend, of PyTorch and of onnxruntime.
     say : callable
         Is told what is going on, and the share of the work that is done.
+    keep : callable
+        Is given what was found so far before each step, with the steps that are still to come in
+        ``notes``: what a process that is ended leaves behind.
     deadline : float, optional
         Seconds after which nothing more is begun; what is left out is named in ``notes``.
+    earlier : Speed, optional
+        What an earlier call with the same arguments has found: only what its ``notes`` name as
+        not measured is done, and added to it.
 
     Returns
     -------
@@ -82,18 +93,21 @@ def measure(
     began = time.perf_counter()
     with bench.limited():
         steps = bench.steps()
+        if earlier is not None:
+            rest = unmeasured(earlier)
+            steps = [step for step in steps if step[0] in rest]
+            bench.go_on(earlier)
         for index, (title, step) in enumerate(steps):
             say(title, index / len(steps))
             late = deadline is not None and time.perf_counter() - began > deadline
             if late or bench.speed["red"]:
                 why = "no time was left" if late else "the numerics are red"
-                bench.speed["notes"].append(f"not measured, for {why}: {title}")
+                bench.speed["notes"].append(_left_out(why, title))
             else:
+                keep(bench.so_far([name for name, _ in steps[index:]], began))
                 step()
-    bench.speed["seconds"] = time.perf_counter() - began
     say("done", 1.0)
-    found: Speed = bench.speed
-    return found
+    return bench.so_far([], began)
 
 
 class Bench:
@@ -135,6 +149,18 @@ class Bench:
             *((title, lambda f=figure: f(self)) for title, figure in FIGURES.items()),
         ]
         return found
+
+    def so_far(self, rest: Sequence[str], began: float) -> Speed:
+        """Give what was found since `began`, and name the rest."""
+        found: Speed = copy.deepcopy(self.speed)
+        found["notes"] += [_left_out("the process was ended", title) for title in rest]
+        found["seconds"] += time.perf_counter() - began
+        return found
+
+    def go_on(self, earlier: Speed) -> None:
+        """Begin with what an earlier run has found."""
+        self.speed = copy.deepcopy(earlier)
+        self.speed["notes"] = [note for note in earlier["notes"] if not _NOT_MEASURED.match(note)]
 
     @contextmanager
     def limited(self) -> Any:
@@ -344,6 +370,16 @@ class Bench:
         """Spend a few seconds on a comparison, in 5 rounds at the least."""
         budget, least, most = (6.0, 5, 15) if self.grid == "quick" else (25.0, 7, 31)
         return int(min(most, max(least, budget / seconds)))
+
+
+def unmeasured(speed: Speed) -> list[str]:
+    """List the steps that were left out, by their titles."""
+    found = (_NOT_MEASURED.match(note) for note in speed["notes"])
+    return [match[1] for match in found if match]
+
+
+def _left_out(why: str, title: str) -> str:
+    return f"not measured, for {why}: {title}"
 
 
 def draw(workload: Workload) -> dict[str, Array]:
