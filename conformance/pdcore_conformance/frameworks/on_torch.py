@@ -201,6 +201,8 @@ class TorchFramework(Framework):
 
     def compile(self, function: Function) -> Function:
         """Compile by torch.compile, without graph breaks."""
+        # Every case makes a program of the same code, and one code has a limit of programs.
+        self.module.compiler.reset()
         compiled = self.module.compile(function, fullgraph=True)
 
         def call(arrays: Arrays) -> tuple[Any, Any]:

@@ -35,6 +35,13 @@ def directions(call: Call, arrays: Arrays) -> dict[str, np.ndarray]:
     return {n: np.asarray(rng.standard_normal(x.shape), x.dtype) for n, x in given.items()}
 
 
+def off_bends(arrays: Arrays) -> Arrays:
+    """Move q and k off 0, where elu bends: a difference quotient over a bend is no derivative."""
+    q, k = (np.where(np.abs(x) < 0.05, np.copysign(0.05, x), x).astype(x.dtype)
+            for x in (arrays.q, arrays.k))  # fmt: skip
+    return Arrays(q, k, arrays.v, arrays.options)
+
+
 @claims("double_backward")
 @each(WIDE)
 def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
@@ -44,7 +51,7 @@ def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
-    arrays, d = call.arrays(), cotangents(call)
+    arrays, d = off_bends(call.arrays()), cotangents(call)
     with subject.watched(arrays) as (q, k, v, _):
         toward = directions(call, arrays)
         _, second = subject.framework.double_vjp(
@@ -65,7 +72,7 @@ def test_forward_mode_is_the_derivative(call: Call, subject: Subject) -> None:
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
-    arrays = call.arrays()
+    arrays = off_bends(call.arrays())
     toward = directions(call, arrays)
     with subject.watched(arrays) as (q, k, v, _):
         _, derivatives = subject.framework.jvp(
