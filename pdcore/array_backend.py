@@ -15,6 +15,7 @@ from . import feature_contraction, heads, score_contraction
 from .arrays import device_name, library_of
 from .backend import FEATURES, Backend, Inputs, Request
 from .call import Call, Normaliser
+from .errors import UnsupportedError
 from .kernels import FeatureMap
 from .normalization import Identity
 from .operands import Operands
@@ -132,6 +133,10 @@ class ArrayBackend(Backend):
         """Pull back, see `pdcore.feature_contraction.features_vjp`."""
         return feature_contraction.features_vjp(c, o, out, level, d_out, d_level, xp=self.xp)
 
+    def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
+        """Draw a dropout of weights, see `pdcore.operands.Operands`."""
+        raise UnsupportedError(f"backend {self.info.name}: {FEATURES['dropout']}: not implemented")
+
     # Running a plan.
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
@@ -190,6 +195,7 @@ class ArrayBackend(Backend):
         o = Operands(
             xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, v, rows.key_bias,
             None if call.bias is None else call.heads(call.bias, group, -4), values, visibility,
+            self.dropout(call.inputs.dropout) if call.inputs.dropout else None,
         )  # fmt: skip
         constant = None if rows.row_constant is None else xp.reshape(rows.row_constant, shape)
         c = plan.contraction

@@ -7,12 +7,24 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["device_name", "device_of", "dtype_name", "library_of"]
+__all__ = ["compiling", "device_name", "device_of", "dtype_name", "library_of", "remember"]
 
+_MODULES = sys.modules
 # Import names of array libraries whose array types live in another top-level module.
 _ROOTS = {"jaxlib": "jax"}
 _LIBRARIES: dict[type, str] = {}
 _DTYPES: dict[tuple[type, Any], str] = {}
+
+
+def compiling() -> bool:
+    """Whether the compiler of PyTorch traces this call; other compilers run it as it is."""
+    torch = _MODULES.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
+def remember(kind: type, library: str) -> None:
+    """Note whose array a type is, for calls that are traced, which cannot find out."""
+    _LIBRARIES[kind] = library
 
 
 def library_of(x: Any, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import plugins, selection
-from .arrays import device_name, dtype_name, library_of
+from .arrays import compiling, device_name, dtype_name, library_of
 from .backend import Backend, Inputs, Request
 from .errors import UnsupportedError
 from .plan import Plan
@@ -23,6 +23,8 @@ __all__ = ["BoundAttention", "attention", "attention_vjp", "attention_weights", 
 Choice = str | Sequence[str] | None
 
 _NO_PARAMS: Mapping[str, Any] = {}
+#: Stands for a length that is not known while a call is traced.
+SYMBOLIC = 2
 _NO_DROPOUT = 0.0  # the very object that is the default, so that no value is compared
 
 
@@ -35,7 +37,7 @@ class BoundAttention:
         What it computes.
     """
 
-    __slots__ = ("_choice", "_device", "_parameters", "_ready", "spec")
+    __slots__ = ("_choice", "_device", "_parameters", "_ready", "_settle", "_traced", "spec")
 
     def __init__(self, spec: str | AttentionSpec, backend: Choice = None,
                  device: str | None = None) -> None:  # fmt: skip
@@ -48,6 +50,15 @@ class BoundAttention:
         self._parameters = bool(self.spec.parameters())
         # Signature of a call -> what was found out about it.
         self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
+        self._traced: dict[str, tuple[Backend, Plan]] = {}
+        self._settle = _settler(self.spec, self._choice, device, self._traced)
+
+    # What `_settle` closes over is made again, not copied or pickled.
+    def __getstate__(self) -> tuple[AttentionSpec, Any, str | None]:
+        return self.spec, self._choice, self._device
+
+    def __setstate__(self, state: tuple[AttentionSpec, Any, str | None]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"<pdcore.bind({str(self.spec)!r}, backend={self._choice!r})>"
@@ -104,6 +115,8 @@ class BoundAttention:
         back : callable or None
             Takes a result back to the caller's library and device; None when it is there.
         """
+        if compiling():
+            return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights)
         key: Any = None
         found = None
         try:
@@ -120,7 +133,7 @@ class BoundAttention:
 
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
             chosen = selection.choose(request, self._choice)
-            plan = chosen.backend.fuse(lower(self.spec, signature(request)))
+            plan = chosen.backend.fuse(lower(self.spec, signature(request)), request)
             found = (chosen.backend, plan, request.library, self._device or chosen.device)
             if key is not None:
                 if len(self._ready) >= 4096:
@@ -133,6 +146,34 @@ class BoundAttention:
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
         return backend, plan, inputs, back
+
+    def _prepare_traced(
+        self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool
+    ) -> tuple[Backend, Plan, Inputs, None]:
+        """Do what `prepare` does while ``torch.compile`` or ``torch.export`` traces the call.
+
+        Lengths may be symbols, so nothing is looked up by them: the backend is chosen for the
+        number of axes, of heads and of features, whatever the lengths.
+        """
+        from .validation import finite_dropout, validate
+
+        q, k, v = inputs.q, inputs.k, inputs.v
+        offset = inputs.offset
+        kind = "end" if isinstance(offset, str) else "int" if isinstance(offset, int) else \
+            "sequence" if offset.ndim else "array"  # fmt: skip
+        given = tuple(None if x is None else x.ndim
+                      for x in (inputs.mask, inputs.key_mask, inputs.bias))  # fmt: skip
+        dropped = True if finite_dropout(inputs.dropout) else False  # noqa: SIM210 - a symbol
+        sizes = (q.shape[-3], k.shape[-3], q.shape[-1], v.shape[-1])
+        token = self._settle(
+            str(q.dtype), str(q.device), q.ndim, *map(_fixed, sizes), given, kind, lse, vjp,
+            weights, dropped, inputs.axis_name,
+        )  # fmt: skip
+        validate(self.spec, inputs, "torch")
+        if self._parameters:
+            inputs = _complete(self.spec, inputs, "torch")
+        backend, plan = self._traced[token]
+        return backend, plan, inputs, None
 
     def request(
         self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
@@ -155,6 +196,57 @@ class BoundAttention:
             tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), mask, key_mask, bias,
             kind, bool(lse), vjp, weights, finite_dropout(inputs.dropout), inputs.axis_name,
         )  # fmt: skip
+
+
+def _fixed(size: int) -> int:
+    """Make a symbolic size a number: what is traced then holds for this size only."""
+    return len(range(size))
+
+
+def _settler(
+    spec: AttentionSpec, choice: Any, device: str | None,
+    traced: dict[str, tuple[Backend, Plan]],
+) -> Callable[..., str]:  # fmt: skip
+    """Make the function that chooses a backend while a call is traced.
+
+    The compiler of PyTorch runs it as it is, at the time of tracing, and takes what it gives for
+    a constant: that is what the mark says. It gives the key of its entry in `traced`.
+    """
+
+    def settle(
+        dtype: str, place: str, ndim: int, query_heads: int, key_heads: int, dim: int,
+        value_dim: int, given: tuple[int | None, ...], offset: str, lse: bool, vjp: bool,
+        weights: bool, dropped: bool, axis_name: str | None,
+    ) -> str:  # fmt: skip
+        from .lowering import lower
+
+        if device is not None and device != place:
+            raise UnsupportedError(
+                f"device {device!r}: a traced call cannot move arrays from {place}; move them "
+                "before, or leave device out"
+            )
+        lead = (SYMBOLIC,) * (ndim - 3)
+        mask, key_mask, bias = (None if n is None else (SYMBOLIC,) * n for n in given)
+        request = Request(
+            spec, "torch", dtype.removeprefix("torch."), place,
+            (*lead, query_heads, SYMBOLIC, dim), (*lead, key_heads, SYMBOLIC, dim),
+            (*lead, key_heads, SYMBOLIC, value_dim), mask, key_mask, bias, offset, lse, vjp,
+            weights, 0.5 if dropped else 0.0, axis_name,
+        )  # fmt: skip
+        chosen = selection.choose(request, choice)
+        if chosen.backend.info.library != "torch":
+            raise UnsupportedError(
+                f"backend {chosen.backend.info.name}: a traced call cannot hand PyTorch tensors "
+                f"to {chosen.backend.info.library}; call it outside the compiled function"
+            )
+        # The compiler keeps no objects that it is given, but it reads those of a mapping.
+        token = repr((chosen.backend.info.name, request[1:]))
+        plan = chosen.backend.fuse(lower(spec, signature(request)), request)
+        traced[token] = chosen.backend, plan
+        return token
+
+    settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return settle
 
 
 def _kind(x: Any) -> Any:

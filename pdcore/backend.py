@@ -246,10 +246,11 @@ class Backend(ABC):
             reasons.append(f"device {request.device}: runs on {', '.join(self.info.devices)}")
         return reasons
 
-    def fuse(self, plan: Plan) -> Plan:
+    def fuse(self, plan: Plan, request: Request) -> Plan:
         """Rewrite a plan as this backend runs it best, without changing what it computes.
 
-        `pdcore.attention` asks once for each kind of call; plans as they are lowered run too.
+        `pdcore.attention` asks once for each kind of call, and `explain` shows the steps of what
+        it gives; plans as they are lowered run too.
         """
         return plan
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .backend import Request
 from .plan import Plan
+from .plugins import load_backend
 from .selection import Named, in_words, reasons, resolve, table
 from .spec import AttentionSpec
 
@@ -77,7 +78,7 @@ def explain_request(
     choice : str, sequence of str, Choice or None
         The call's ``backend=``, or what it was resolved to.
     plan : Plan, optional
-        What the spec was lowered to.
+        What the spec was lowered to; the backend's `fuse` is applied.
 
     Raises
     ------
@@ -86,7 +87,10 @@ def explain_request(
     """
     resolved, found = resolve(choice, request.library), reasons(request, choice)
     runs = (candidate.name for candidate in resolved.candidates if not found[str(candidate)])
-    return Explanation(request.spec, request, next(runs, None), resolved.source, plan, found)
+    name = next(runs, None)
+    if plan is not None and name is not None:
+        plan = load_backend(name).fuse(plan, request)
+    return Explanation(request.spec, request, name, resolved.source, plan, found)
 
 
 def _plan(plan: Plan) -> dict[str, Any]:

@@ -415,8 +415,10 @@ class RandomFeatures(FeatureMap):
     def _omega(self, x: Any, xp: Any) -> tuple[float, Any]:
         dim = int(x.shape[-1])
         tau = default_scale(self.scale, dim)
-        omega = math.sqrt(tau) * random_matrix(self.count, dim, self.seed)
-        return tau, like(omega, x, xp)
+        # A namespace whose compiler cannot follow NumPy's generator draws by itself.
+        if hasattr(xp, "random_matrix"):
+            return tau, xp.random_matrix(self.count, dim, self.seed, math.sqrt(tau), x)
+        return tau, like(math.sqrt(tau) * random_matrix(self.count, dim, self.seed), x, xp)
 
     def latex(self) -> str:
         """Kappa as LaTeX."""

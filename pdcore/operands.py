@@ -6,7 +6,7 @@ keys and values (*B, H, M, D) and (*B, H, M, Dv).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .support import Visibility
@@ -27,6 +27,9 @@ class Operands(NamedTuple):
     values : mapping of str to array (H, 1, 1, 1)
         Scalars per head of the log kappa expression.
     visibility : Visibility
+    keep : callable or None
+        Dropout: ``keep(start, stop, first, last, like)`` gives what the weights of a block are
+        multiplied by, 0 or 1 / (1 - p), and the same whenever it is asked.
     """
 
     q: Any
@@ -36,6 +39,7 @@ class Operands(NamedTuple):
     bias: Any
     values: Mapping[str, Any]
     visibility: Visibility
+    keep: Callable[[int, int, int, int, Any], Any] | None = None
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

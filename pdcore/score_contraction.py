@@ -94,6 +94,8 @@ def _score_rows(c: Scores, o: Operands, start: int, stop: int, key_block: int,
             p = p * xp.exp(exponent - base)
         shrink = xp.exp(peak - base)
         total = total * shrink + xp.sum(p, axis=-1, keepdims=True)
+        if o.keep is not None:
+            p = p * o.keep(start, stop, first, last, p)
         summed = summed * shrink + xp.matmul(p, v)
         peak = higher
     if c.signed:
@@ -187,7 +189,12 @@ def scores_vjp(c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level
             k, v = o.k[..., None, first:last, :], o.v[..., None, first:last, :]
             s = xp.matmul(q, xp.matrix_transpose(k))
             dp = xp.matmul(d_o, xp.matrix_transpose(v))
+            kept = None if o.keep is None else o.keep(start, stop, first, last, dp)
+            if kept is not None:
+                dp = dp * kept
             p, ds = _weight_vjp(c, o, s, dp, row, steps, (start, stop, first, last), xp)
+            if kept is not None:
+                p = p * kept
             dq = dq + xp.matmul(ds, k)
             steps.add("k", first, xp.matmul(xp.matrix_transpose(ds), q))
             steps.add("v", first, xp.matmul(xp.matrix_transpose(p), d_o))

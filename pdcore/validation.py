@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -206,6 +205,6 @@ def finite_dropout(dropout: Any) -> float:
     """Check a dropout probability."""
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"dropout: got {type(dropout).__name__}, expected a float, 0 <= p < 1")
-    if not (math.isfinite(dropout) and 0 <= dropout < 1):
+    if not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout!r}, expected 0 <= p < 1")
     return float(dropout)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Inputs
+from pdcore.backend import Inputs, Request
 from pdcore.operands import Operands
 from pdcore.plan import Features, Plan, Scores
 
@@ -50,7 +50,7 @@ class NumpyBackend(ArrayBackend):
         with np.errstate(all="ignore"):
             return super().attention_weights(plan, inputs)
 
-    def fuse(self, plan: Plan) -> Plan:
+    def fuse(self, plan: Plan, request: Request) -> Plan:
         """Leave phi to the contraction: fresh arrays of phi would cost more than phi."""
         c = plan.contraction
         if not isinstance(c, Features) or c.kernel.parameters():
