@@ -9,11 +9,19 @@ from typing import Any
 import torch
 
 from pdcore.array_backend import ArrayBackend
+from pdcore.arrays import remember
 from pdcore.backend import Inputs, Request
 from pdcore.errors import UnsupportedError
-from pdcore.plan import Plan
+from pdcore.kernels import FeatureMap
+from pdcore.operands import Operands
+from pdcore.plan import Features, Plan, Scores
 
-from . import INFO
+from . import INFO, namespace
+from .blocked import blocked_scores, dropout
+from .direct import Fused, direct, fused, fused_scores, plain
+from .features import features
+from .flash import recorded, transformed
+from .operators import BLOCKS
 
 __all__ = ["TorchBackend"]
 
@@ -22,6 +30,13 @@ class TorchBackend(ArrayBackend):
     """Runs plans on PyTorch tensors, on the CPU or a CUDA device."""
 
     info = INFO
+    query_block, key_block = BLOCKS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._xp = namespace
+        for kind in (torch.Tensor, torch.nn.Parameter):
+            remember(kind, "torch")
 
     def refusals(self, request: Request) -> list[str]:
         """Say why the backend cannot run a call, see `Backend.refusals`."""
@@ -31,12 +46,44 @@ class TorchBackend(ArrayBackend):
             reasons.append(f"device {device}: PyTorch {torch.__version__} sees no CUDA device")
         if request.dtype == "float32":
             reasons += _reduced_precision(device.partition(":")[0])
+        if request.dropout and isinstance(request.spec.kernel, FeatureMap):
+            reasons.append(f"dropout {request.dropout}: {request.spec.kernel.word} has no weights "
+                           "to drop; use a kernel that runs as scores")  # fmt: skip
         return reasons
+
+    def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
+        """Draw a dropout of weights, see `pdcore.operands.Operands`."""
+        return dropout(p)
+
+    def fuse(self, plan: Plan, request: Request) -> Plan:
+        """Choose the kernel that runs a plan, see `Backend.fuse`."""
+        return fused(plan, request)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
+        c: Any = plan.contraction
+        short = isinstance(c, Fused) and c.short and not transformed()
+        eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        if short and c.plain and eager:
+            q, k, v = inputs[:3]
+            packed = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+            if packed and not recorded(q, k, v):
+                _check_precision(q)
+                return plain(c, inputs), None
         with _as_declared(inputs.q):
+            if short:
+                out = direct(plan, inputs)
+                if out is not None:
+                    return out, None
             return super().attention(plan, inputs, lse=lse)
+
+    def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
+        """Contract by scores, by a fused kernel where one computes it."""
+        if isinstance(c, Fused) and not transformed():
+            found = fused_scores(c, o)
+            if found is not None:
+                return found
+        return blocked_scores(c, o)
 
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
@@ -56,6 +103,11 @@ class TorchBackend(ArrayBackend):
         with _as_declared(inputs.q):
             return super().attention_weights(plan, inputs)
 
+    def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
+        """Contract by features, in whole products where that is exact."""
+        found = features(c, o)
+        return super().features(c, o) if found is None else found
+
     def synchronize(self) -> None:
         """Wait for the current CUDA device."""
         if torch.cuda.is_available():
@@ -69,14 +121,18 @@ class TorchBackend(ArrayBackend):
 
 def _as_declared(x: Any) -> AbstractContextManager[Any]:
     """Compute in the arrays' own dtypes: not in TF32, and not in what autocast would choose."""
+    _check_precision(x)
     kind = x.device.type
-    # A choice of backend outlives the switches that were asked about when it was made.
-    if x.dtype == torch.float32 and (reasons := _reduced_precision(kind)):
-        raise UnsupportedError(f"backend torch: {reasons[0]}")
     declared: AbstractContextManager[Any] = nullcontext()
     if torch.is_autocast_enabled(kind):
         declared = torch.autocast(kind, enabled=False)
     return declared
+
+
+def _check_precision(x: Any) -> None:
+    """Refuse where a switch was set since the backend was chosen."""
+    if x.dtype == torch.float32 and (reasons := _reduced_precision(x.device.type)):
+        raise UnsupportedError(f"backend torch: {reasons[0]}")
 
 
 # A compiler takes the answer as it is while it traces; it cannot read the switches itself.

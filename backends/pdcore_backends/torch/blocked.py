@@ -1,0 +1,114 @@
+"""The contraction by scores in blocks of our own, with its pullback: O(N + M) memory.
+
+For what no fused kernel computes: windows, softcap and other maps of the scores, offsets by
+sequence, gradients of a bias, log-sum-exp, dropout on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdcore.operands import Operands
+from pdcore.plan import Scores
+from pdcore.score_contraction import scores, scores_vjp
+
+from . import namespace as xp
+from .flash import recorded, transformed
+from .operators import BLOCKS, keeper, traced_scores
+
+__all__ = ["Blocked", "Dropout", "blocked_scores", "dropout"]
+
+
+@dataclass(frozen=True)
+class Blocked(Scores):
+    """A contraction by scores that no fused kernel computes.
+
+    Attributes
+    ----------
+    plan : str
+        See `.operators.described`.
+    """
+
+    plan: str = ""
+
+
+def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
+    """Contract by scores, see `pdcore.score_contraction.scores`."""
+    arrays = (o.q, o.k, o.v, o.key_bias, o.bias, *o.values.values())
+    query_block, key_block = BLOCKS
+    plan = getattr(c, "plan", "")
+    if torch.compiler.is_compiling() and plan and not transformed():
+        keep: Any = o.keep
+        p, seed = (0.0, None) if keep is None else (keep.p, keep.seed)
+        return traced_scores(o, p, seed, plan)
+    if torch.compiler.is_compiling() or transformed() or not recorded(*arrays):
+        return scores(c, o, xp=xp, query_block=query_block, key_block=key_block)
+    names = tuple(o.values)
+    fixed = o._replace(q=None, k=None, v=None, key_bias=None, bias=None, values={})
+    found: tuple[Tensor, Tensor] = _Recomputed.apply(c, fixed, BLOCKS, names, *arrays)
+    return found
+
+
+class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
+    """Keeps nothing of the (N, M) weights: its pullback computes them again, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, c: Scores, fixed: Operands, size: tuple[int, int],
+                names: tuple[str, ...], *arrays: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.c, ctx.fixed, ctx.size, ctx.names = c, fixed, size, names
+        out, level = scores(c, _filled(fixed, names, arrays), xp=xp, query_block=size[0],
+                            key_block=size[1])  # fmt: skip
+        ctx.save_for_backward(*arrays, out, level)
+        return out, level
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        *arrays, out, level = ctx.saved_tensors
+        o = _filled(ctx.fixed, ctx.names, arrays)
+        grads = scores_vjp(
+            ctx.c, o, out, level, *d, xp=xp, query_block=ctx.size[0], key_block=ctx.size[1]
+        )
+        names = ("q", "k", "v", "key_bias", "bias", *ctx.names)
+        return (None,) * 4 + tuple(grads.get(name) for name in names)
+
+
+def _filled(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
+    q, k, v, key_bias, bias, *values = arrays
+    return fixed._replace(q=q, k=k, v=v, key_bias=key_bias, bias=bias,
+                          values=dict(zip(names, values, strict=True)))  # fmt: skip
+
+
+def dropout(p: float) -> Dropout:
+    """Draw a dropout: one seed by PyTorch's generator.
+
+    Parameters
+    ----------
+    p : float
+        The share of the weights that is dropped, below 1.
+    """
+    return Dropout(p, torch.randint(2**62, ()))
+
+
+class Dropout:
+    """A dropout of weights, see `pdcore.operands.Operands`.
+
+    Attributes
+    ----------
+    p : float
+        The share that is dropped.
+    seed : integer Tensor ()
+        Of all its blocks.
+    """
+
+    def __init__(self, p: float, seed: Tensor) -> None:
+        self.p, self.seed = p, seed
+        self._keep = None if torch.compiler.is_compiling() else keeper(p, int(seed))
+
+    def __call__(self, start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
+        """Give what the weights of a block are multiplied by."""
+        assert self._keep is not None
+        return self._keep(start, stop, first, last, like)

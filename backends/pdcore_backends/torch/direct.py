@@ -1,0 +1,340 @@
+"""The short way: plans that are softmax attention of other queries and keys, by a fused kernel.
+
+It keeps the dtype of the inputs, casts and copies nothing that the kernel does not need, and gives
+no log-sum-exp; whatever it declines runs by `pdcore.array_backend`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from pdcore.backend import Inputs, Request
+from pdcore.call import cut_heads
+from pdcore.heads import pool, pooling_weights
+from pdcore.kernels import Cosine, Exponential, Gaussian
+from pdcore.normalization import Batch, Identity
+from pdcore.operands import Operands
+from pdcore.plan import Group, Plan, Scores
+from pdcore.transform import Fold, GaussianRows, Rows
+
+from . import namespace as xp
+from .blocked import Blocked
+from .flash import attend, attend_with_lse, recorded
+from .fold import fold, fold_given, fold_prefix
+from .operators import described
+
+__all__ = ["Fused", "direct", "fused", "fused_scores", "plain"]
+
+
+@dataclass(frozen=True)
+class Fused(Scores):
+    """A contraction by scores that `scaled_dot_product_attention` computes.
+
+    Attributes
+    ----------
+    short : bool
+        Whether the whole call may go by `direct`.
+    plain : bool
+        Whether `plain` computes it.
+    grouped : bool
+        Whether query heads share key heads.
+    causal : bool
+        Whether keys after a row's own position are hidden.
+    runs : tuple of (int, int, int)
+        Which heads of which group follow one another in the result: group, start, stop.
+    plan : str
+        See `.operators.described`.
+    """
+
+    short: bool = False
+    plain: bool = False
+    grouped: bool = False
+    causal: bool = False
+    runs: tuple[tuple[int, int, int], ...] = ()
+    plan: str = ""
+
+
+def fused(plan: Plan, request: Request) -> Plan:
+    """Choose the kernel of a plan by scores, and say so in its steps."""
+    c, spec, kind = plan.contraction, plan.spec, request.device.partition(":")[0]
+    if not isinstance(c, Scores):
+        return plan
+    why = _unfit(plan, c, request, kind)
+    text = described(
+        str(spec), request.q[-1], request.k[-3], request.dtype, request.mask is not None
+    )
+    if why:
+        step = f"kernel: blocks of our own, O(N + M) memory, for {why}"
+        blocked = Blocked(**_fields(c), plan=text)
+        return replace(plan, contraction=blocked, steps=(*plan.steps, step))
+    short = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
+    plain = not plan.transforms and len(plan.groups) == 1 and plan.groups[0].scale == 1
+    contraction = Fused(
+        **_fields(c),
+        short=short, causal=spec.support.causal, runs=_runs(plan.groups), plan=text,
+        plain=short and plain and request.key_mask is None and len(request.q) == 4
+        and request.mask is None and request.bias is None and not spec.support.causal
+        and request.q[-1] == request.v[-1] and kind == "cpu" and all(request.q + request.k),
+        grouped=request.q[-3] != request.k[-3],
+    )  # fmt: skip
+    name = "scaled_dot_product_attention" + (" (flash)" if kind == "cpu" else
+                                             " (cuDNN, flash or memory-efficient)")  # fmt: skip
+    steps = [*plan.steps, f"kernel: {name}"]
+    if request.mask is not None or request.bias is not None:
+        steps.append(f"the mask or bias goes there as {request.dtype}; one that requires a "
+                     "gradient goes by blocks of our own")  # fmt: skip
+    if spec.support.causal:
+        steps.append("causal rows at another offset than 0 that see some keys only: blocks of "
+                     "our own")  # fmt: skip
+    return replace(plan, contraction=contraction, steps=tuple(steps))
+
+
+def _fields(c: Scores) -> dict[str, Any]:
+    return {f.name: getattr(c, f.name) for f in fields(c)}
+
+
+def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Say how the heads of groups, each in order, are put in the order of all heads."""
+    place = {head: (g, i) for g, group in enumerate(groups) for i, head in enumerate(group.heads)}
+    found: list[tuple[int, int, int]] = []
+    for head in sorted(place):
+        group, index = place[head]
+        if found and found[-1][0] == group and found[-1][2] == index:
+            found[-1] = (group, found[-1][1], index + 1)
+        else:
+            found.append((group, index, index + 1))
+    return tuple(found)
+
+
+def _unfit(plan: Plan, c: Scores, request: Request, kind: str) -> str:
+    """Say what no fused kernel computes, nothing if one computes the plan."""
+    spec, support = plan.spec, plan.spec.support
+    if c.weight != "log" or c.expression is not None:
+        return "weights that are no exp of an inner product"
+    if not isinstance(spec.kernel, (Exponential, Gaussian, Cosine)) or not isinstance(
+        spec.normalization, (Identity, Batch)
+    ):
+        return "a kernel or normalization of a plugin"
+    if request.dropout:
+        return "dropout"
+    if support.left != math.inf or (support.right != math.inf and not support.causal):
+        return "a window"
+    scaled = any(group.scale > 1 for group in plan.groups)
+    if scaled and support.causal:
+        return "pooled keys under causal"
+    if scaled and request.mask is not None:
+        return "a mask over pooled keys"
+    positions = support.causal or spec.prefix
+    if positions and (request.offset in ("array", "sequence")
+                      or (request.offset == "end" and request.key_mask is not None)):  # fmt: skip
+        return "positions that are arrays"
+    if request.dtype == "float64" and kind != "cpu":
+        return "float64 on this device"
+    return ""
+
+
+def plain(c: Fused, inputs: Inputs) -> Tensor:
+    """Run a call in which nothing happens to queries, keys and values, and no gradient is kept."""
+    return scaled_dot_product_attention(
+        inputs.q, inputs.k, inputs.v, scale=c.scale, enable_gqa=c.grouped
+    )
+
+
+def direct(plan: Plan, inputs: Inputs) -> Tensor | None:
+    """Run a plan whose contraction is `Fused` and `short`.
+
+    Returns
+    -------
+    Tensor (*B, Hq, N, Dv) or None
+        None where a call declines: nothing to compute, a bias with a gradient, causal rows at an
+        offset at which the kernel has no triangle.
+    """
+    q, k, v, mask, key_mask, bias, offset, params, *_ = inputs
+    c: Any = plan.contraction
+    rows, keys = q.shape[-2], k.shape[-2]
+    if not all(q.shape) or not all(k.shape) or not v.shape[-1] or recorded(bias):
+        return None
+    if isinstance(offset, str):
+        offset = keys - rows
+    causal, prefix = c.causal, plan.spec.prefix
+    if causal and isinstance(offset, int) and offset >= keys - 1:
+        causal = False  # every row sees every key
+    if (causal and offset != 0) or (prefix and offset < 0):
+        return None
+    lead = q.shape[:-3]
+    if len(lead) != 1:
+        q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+        if key_mask is not None:
+            key_mask = key_mask.reshape(-1, keys)
+        mask, bias = (_one_lead(x, lead) for x in (mask, bias))
+    if key_mask is not None:
+        # Whatever stands in padding must not enter a product, nor a gradient.
+        k, v = (torch.where(key_mask[:, None, :, None], x, 0.0) for x in (k, v))
+    grouped = q.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
+    outs = []
+    for group in plan.groups:
+        own = tuple(cut_heads(x, group.heads, 1, xp) for x in (grouped, k, v))
+        extra = tuple(_heads(x, group, k.shape[1]) for x in (mask, bias))
+        given = {name: _shaped(x, group) for name, x in params.items()}
+        outs.append(_group(plan, group, own, key_mask, extra, given, offset, causal))
+    out = outs[0]
+    if len(outs) > 1:
+        out = torch.cat([outs[group][:, start:stop] for group, start, stop in c.runs], 1)
+    out = out.flatten(1, 2)
+    return out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])
+
+
+def _group(plan: Plan, group: Group, own: tuple[Tensor, ...], key_mask: Any,
+           extra: tuple[Any, Any], params: dict[str, Any], offset: Any,
+           causal: bool) -> Tensor:  # fmt: skip
+    """Run the heads of one scale; q (B, H, G, N, D)."""
+    q, k, v = own
+    c: Any = plan.contraction
+    real = None if key_mask is None else key_mask[:, None, :]
+    if group.scale > 1:
+        k, v, real = pooled(k, v, real, group.scale, plan.pool)
+    mask, bias = extra
+    alive, dtype = None, v.dtype
+    if plan.transforms:
+        q, k, alive = _transformed(plan, q, k, real, params, offset)
+        v = v if v.dtype == q.dtype else v.to(q.dtype)
+    allowed = mask if real is None else real[:, :, None, :] if mask is None else \
+        mask & real[:, :, None, :]  # fmt: skip
+    added = None if bias is None else bias.to(q.dtype)
+    if allowed is not None:
+        zero = torch.zeros((), dtype=q.dtype, device=q.device) if added is None else added
+        added = torch.where(allowed, zero, -torch.inf)
+    out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
+    if alive is not None:
+        out = torch.where(alive[..., None], out, 0.0)
+    out = out if out.dtype == dtype else out.to(dtype)
+    return out.unflatten(1, q.shape[1:3])
+
+
+def _transformed(plan: Plan, q: Tensor, k: Tensor, real: Any, params: dict[str, Any],
+                 offset: Any) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    first = plan.transforms[0]
+    if isinstance(first, Fold) and len(plan.transforms) == 1:
+        batch = first.batch
+        beta = batch.weight(params)
+        if batch.statistics == "running":
+            return *fold_given(q, k, params["mean"], params["var"], beta, eps=batch.eps,
+                               split=first.split), None  # fmt: skip
+        if batch.statistics == "prefix":
+            return fold_prefix(q, k, real, beta, offset, eps=batch.eps, closed=first.closed)
+        return *fold(q, k, real, beta, eps=batch.eps, split=first.split,
+                     over_batch=batch.statistics == "batch"), None  # fmt: skip
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = Rows(q.to(wide).flatten(2, 3), k.to(wide), key_mask=real)
+    state: Any = {}
+    if plan.summary is not None:
+        keep = None if real is None else real[..., None]
+        state = plan.summary.statistics.of(rows.k, keep, xp=xp)
+        if plan.summary.scope == "batch":
+            from pdcore.statistics import reduce_axis
+
+            state = reduce_axis(plan.summary.statistics, state, 0, xp=xp)
+        state = plan.summary.statistics.finalize(state, xp=xp)
+    for step in plan.transforms:
+        rows, _ = step(rows, state, params, xp=xp)
+    folded, keys = rows.q, rows.k
+    if isinstance(plan.transforms[-1], GaussianRows):
+        c: Any = plan.contraction
+        folded, keys = _biased(folded, keys, rows.key_bias / c.scale, q.dtype)
+    return folded.to(q.dtype).unflatten(2, q.shape[2:4]), keys.to(q.dtype), None
+
+
+def _biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Carry a bias of the keys in features of its own; in 16 bit in two, high and low."""
+    parts = [bias]
+    if dtype in (torch.float16, torch.bfloat16):
+        high = bias.to(dtype).to(bias.dtype)
+        parts = [high, bias - high]
+    one = q.new_ones(()).expand(*q.shape[:-1], len(parts))
+    return torch.cat([q, one], -1), torch.cat([k, torch.stack(parts, -1)], -1)
+
+
+def pooled(k: Tensor, v: Tensor, real: Any, scale: int, kind: str) -> tuple[Tensor, Tensor, Any]:
+    """Pool keys and values; see `pdcore.heads`."""
+    if real is None and kind == "mean" and k.shape[-2] % scale == 0:
+        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        k, v = (x.unflatten(-2, (-1, scale)).mean(-2, dtype=wide).to(x.dtype) for x in (k, v))
+        return k, v, None
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    weights = pooling_weights(k.shape[-2], real, scale, kind, k.to(wide), xp=xp)
+    k, v = (pool(kind, x.to(wide), weights, xp=xp)[0].to(x.dtype) for x in (k, v))
+    return k, v, None if real is None else (weights > 0).any(-1)
+
+
+def _one_lead(x: Any, lead: tuple[int, ...]) -> Any:
+    """Give a mask or bias one leading axis in place of several, or of none."""
+    if x is None:
+        return None
+    shape = (1,) * (len(lead) + 3 - x.ndim) + tuple(x.shape)
+    x = x.reshape(shape)
+    if all(size == 1 for size in shape[: len(lead)]):
+        return x.reshape(1, *shape[-3:])
+    return x.expand(*lead, *shape[-3:]).reshape(-1, *shape[-3:])
+
+
+def _heads(x: Any, group: Group, count: int) -> Any:
+    """Cut the query heads of a group out of a mask or bias, (B, Hq, N, M)."""
+    if x is None:
+        return None
+    x = x.reshape((1,) * (4 - x.ndim) + tuple(x.shape))
+    if x.shape[1] == 1 or len(group.heads) == count:
+        return x
+    return cut_heads(x.unflatten(1, (count, -1)), group.heads, 1, xp).flatten(1, 2)
+
+
+def _shaped(x: Tensor, group: Group) -> Tensor:
+    """Give a parameter (H,) or (H, D) of the group's heads as (H, 1, 1) or (H, 1, D)."""
+    x = cut_heads(x, group.heads, 0, xp)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.reshape(x.shape[0], 1, *(x.shape[1:] or (1,))).to(wide)
+
+
+def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
+    """Contract by scores on the CPU with the log-sum-exp, for the generic way.
+
+    Returns
+    -------
+    (out, L) or None
+        As `pdcore.score_contraction.scores`; None where a mask, a bias or the offset keeps a row
+        from being known to see a key or not.
+    """
+    seen = o.visibility
+    if o.q.device.type != "cpu" or torch.compiler.is_compiling() or not all(o.q.shape):
+        return None
+    if not all(o.k.shape) or not o.v.shape[-1] or seen.mask is not None or o.bias is not None:
+        return None
+    causal = c.causal
+    if causal and seen.offset != 0:
+        if not (seen.static and seen.offset >= seen.keys - 1):
+            return None
+        causal = False
+    shape = o.q.shape
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
+    if o.key_bias is not None:
+        bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
+        q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], 1)], -1)
+        k = torch.cat([k, bias[..., None]], -1)
+    if seen.key_mask is None:
+        out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal)
+    else:
+        real = seen.key_mask.reshape(-1, 1, seen.key_mask.shape[-1])
+        added = torch.where(real[:, :, None, :], torch.zeros((), dtype=q.dtype), -torch.inf)
+        out, level = attend_with_lse(q, k, v, added, scale=c.scale, causal=causal)
+        if causal:
+            index = torch.arange(shape[-2]).clamp(max=seen.keys - 1)
+            any_key = (real.cumsum(-1) > 0)[..., index]
+        else:
+            any_key = real.any(-1, keepdim=True)
+        level = torch.where(any_key, level, -torch.inf)
+    return out.reshape(*shape[:-1], v.shape[-1]), level.reshape(shape[:-1])

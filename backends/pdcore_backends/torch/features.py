@@ -1,0 +1,67 @@
+"""The contraction by features on PyTorch: whole products, and chunks side by side under causal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pdcore.operands import Operands
+from pdcore.plan import Features
+
+__all__ = ["features"]
+
+
+#: Rows and keys of a chunk.
+CHUNK = 64
+
+
+def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
+    """Contract by features, see `pdcore.feature_contraction.features`.
+
+    Returns
+    -------
+    (out, L) or None
+        None for log features, and under causal for other positions than one row to each key.
+    """
+    seen = o.visibility
+    causal = seen.support.ahead == 0
+    if c.log or not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
+        return None
+    aligned = seen.static and seen.offset == 0 and seen.scale == 1
+    if causal and not (aligned and seen.rows == seen.keys):
+        return None
+    k, v = o.k[..., None, :, :], o.v[..., None, :, :]
+    if seen.key_mask is not None:
+        k = torch.where(seen.key_mask[..., None, :, None], k, 0.0)
+    weighted, total = _causal(o.q, k, v) if causal else _whole(o.q, k, v)
+    if c.signed:
+        return weighted, torch.zeros_like(total[..., 0])
+    none = total == 0
+    divisor = torch.where(none, 1.0, total)
+    out = weighted * torch.where(none, 0.0, 1.0 / divisor)
+    return out, torch.where(none, -torch.inf, torch.log(divisor))[..., 0]
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    # Sums over the sequence are products with ones: see `.fold`.
+    one = torch.ones(1, k.shape[-2], dtype=k.dtype, device=k.device)
+    return q @ (k.mT @ v), q @ (one @ k).mT
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the keys up to each row's own, chunk by chunk: (*B, H, G, N, F), k and v G = 1."""
+    length = q.shape[-2]
+    short = -length % CHUNK
+    q, k, v = (pad(x, (0, 0, 0, short)).unflatten(-2, (-1, CHUNK)) for x in (q, k, v))
+    one = torch.ones(CHUNK, 1, dtype=k.dtype, device=k.device)
+    states, sums = _before(k.mT @ v), _before(k.mT @ one)
+    own = (q @ k.mT).tril()
+    weighted = torch.matmul(own, v) + torch.matmul(q, states)
+    total = torch.matmul(own, one) + torch.matmul(q, sums)
+    return tuple(x.flatten(-3, -2)[..., :length, :] for x in (weighted, total))
+
+
+def _before(x: Tensor) -> Tensor:
+    """Sum, for each chunk (axis -3), what the chunks before it give."""
+    return pad(torch.cumsum(x[..., :-1, :, :], -3), (0, 0, 0, 0, 1, 0))

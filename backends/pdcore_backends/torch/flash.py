@@ -1,0 +1,228 @@
+"""Softmax attention by PyTorch's fused kernels, with gradients of gradients.
+
+Shapes: q (B, Hq, N, D), k and v (B, Hkv, M, D); the kernels want one number of features for all
+three. Nothing here ever takes the kernel that builds an (N, M) array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+__all__ = ["attend", "attend_with_lse", "recorded", "transformed"]
+
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_FUSED = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+#: Query rows whose weights exist at a time where gradients are computed without a fused kernel.
+ROWS = 256
+
+
+def recorded(*tensors: Any) -> bool:
+    """Whether automatic differentiation records what is done with some tensors."""
+    return bool(torch.is_grad_enabled()) and any(x is not None and x.requires_grad for x in tensors)
+
+
+def transformed() -> bool:
+    """Whether a transformation of `torch.func`, or forward mode, is at work."""
+    level: int = torch.autograd.forward_ad._current_level
+    return level >= 0 or bool(torch._C._are_functorch_transforms_active())
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float,
+           causal: bool = False) -> Tensor:  # fmt: skip
+    """Compute softmax(scale q.k + mask) v by a fused kernel.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        As in the module's docstring; v may have another number of features.
+    mask : Tensor of q's dtype broadcastable to (B, Hq, N, M), optional
+        Added to the scores; -inf removes a key. It gets no gradient.
+    scale : float
+        tau.
+    causal : bool
+        Whether row i sees keys 0 to i only.
+
+    Returns
+    -------
+    Tensor (B, Hq, N, Dv)
+        Zeros in a row that sees no key.
+    """
+    width = v.shape[-1]
+    q, k, v = _one_width(q, k, v)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        if recorded(q, k, v):
+            out = _OnCpu.apply(q, k, v, mask, scale, causal)[0]
+        else:
+            out = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
+    elif torch.compiler.is_compiling() or not recorded(q, k, v):
+        out = _on_device(q, k, v, mask, scale, causal)
+    else:
+        out = _OnDevice.apply(q, k, v, mask, scale, causal)
+    return out if out.shape[-1] == width else out[..., :width]
+
+
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float,
+                    causal: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute the same on the CPU, and the log-sum-exp (B, Hq, N) of every row.
+
+    The log-sum-exp of a row that sees no key is meaningless.
+    """
+    width = v.shape[-1]
+    q, k, v = _one_width(q, k, v)
+    if recorded(q, k, v):
+        out, lse = _OnCpu.apply(q, k, v, mask, scale, causal)
+    else:
+        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return (out if out.shape[-1] == width else out[..., :width]), lse
+
+
+def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Append zeros where the numbers of features differ, which changes no product."""
+    lack = v.shape[-1] - q.shape[-1]
+    if lack > 0:
+        q, k = pad(q, (0, lack)), pad(k, (0, lack))
+    elif lack < 0:
+        v = pad(v, (0, -lack))
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+
+
+class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
+    """The fused kernel of the CPU; PyTorch's own rule for it has no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+                causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.scale, ctx.causal = scale, causal
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        d_out, d_lse = d
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        if d_out is None and d_lse is None:
+            return (None,) * 6
+        if d_lse is None and not torch.is_grad_enabled():
+            grads = _backward(d_out, q, k, v, out, lse, 0.0, ctx.causal,
+                              attn_mask=mask, scale=ctx.scale)  # fmt: skip
+        else:
+            grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
+        return (*grads, None, None, None)
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool,
+               out: Tensor, lse: Tensor, d_out: Tensor | None,
+               d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pull cotangents of out and lse back in differentiable calls, rows by rows."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+    wide = lse.dtype
+    keys, values = keys.to(wide), values.to(wide)
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    delta = (d_out.to(wide) * out.to(wide)).sum(-1)
+    if d_lse is not None:
+        delta = delta - d_lse
+    dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
+    for start in range(0, q.shape[2], ROWS):
+        rows = slice(start, start + ROWS)
+        last = min(start + ROWS, k.shape[2]) if causal else k.shape[2]
+        x, seen, value = q[:, :, rows].to(wide), keys[:, :, :last], values[:, :, :last]
+        d = d_out[:, :, rows].to(wide)
+        s = scale * (x @ seen.mT)
+        if mask is not None:
+            cut = mask if mask.shape[-2] == 1 else mask[..., rows, :]
+            s = s + (cut if mask.shape[-1] == 1 else cut[..., :last])
+        if causal:
+            row = torch.arange(start, start + x.shape[2], device=q.device)
+            later = torch.arange(last, device=q.device) > row[:, None]
+            s = s.masked_fill(later, -torch.inf)
+        p = torch.exp(s - lse[:, :, rows, None])
+        ds = scale * p * (d @ value.mT - delta[:, :, rows, None])
+        dq.append(ds @ seen)
+        more = (0, 0, 0, k.shape[2] - last)
+        dk = dk + pad(ds.mT @ x, more)
+        dv = dv + pad(p.mT @ d, more)
+    if group > 1:
+        dk, dv = (x.unflatten(1, (k.shape[1], group)).sum(2) for x in (dk, dv))
+    return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+               causal: bool) -> Tensor:  # fmt: skip
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
+    if grouped and q.dtype == torch.float32 and q.device.type == "cuda":
+        # Of the fused kernels only those of 16 bit share key heads.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped = False
+    if mask is not None and causal:  # the two exclude one another in this function
+        rows, keys = q.shape[2], k.shape[2]
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()
+        mask = torch.where(seen, mask, torch.full_like(mask, -torch.inf))
+        causal = False
+    if q.device.type == "cpu":
+        return scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    with sdpa_kernel(_FUSED):
+        return scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+
+class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
+    """A fused kernel of CUDA with PyTorch's own gradient, and a second derivative besides."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+                causal: bool) -> Tensor:  # fmt: skip
+        with torch.enable_grad():
+            q_, k_, v_ = (x.detach().requires_grad_() for x in (q, k, v))
+            ctx.inner = (q_, k_, v_)
+            ctx.out = _on_device(q_, k_, v_, mask, scale, causal)
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.causal = scale, causal
+        out: Tensor = ctx.out.detach()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        [d_out] = d
+        if not torch.is_grad_enabled():
+            grads = torch.autograd.grad(ctx.out, ctx.inner, d_out, retain_graph=True)
+            return (*grads, None, None, None)
+        q, k, v, mask = ctx.saved_tensors
+        out, lse = _plain(q, k, v, mask, ctx.scale, ctx.causal)
+        return (
+            *_gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, None),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+           causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute out and lse in differentiable calls; for gradients of gradients alone."""
+    group = q.shape[1] // k.shape[1]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    s = scale * (q @ k.mT)
+    if mask is not None:
+        s = s + mask
+    if causal:
+        seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+        s = s.masked_fill(~seen, -torch.inf)
+    none = (s == -torch.inf).all(-1, keepdim=True)
+    lse = torch.logsumexp(s.masked_fill(none, 0.0), -1, keepdim=True).masked_fill(none, 0.0)
+    return torch.exp(s - lse) @ v, lse[..., 0]

@@ -1,0 +1,321 @@
+"""Attention-BN folded into the query: statistics and fold in few passes over memory.
+
+Shapes: q (B, H, G, N, D), where the G query heads of a key head stand beside each other; k
+(B, H, M, D); statistics (B, H, 1, D), (1, H, 1, D) over a batch, or (B, H, N, D) by rows.
+
+Sums over the sequence are products with a row of weights: PyTorch's own reductions along that
+axis took 10 to 100 times as long on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pdcore.statistics import Moments
+from pdcore.transform import first_real
+
+from . import namespace as xp
+from .flash import recorded
+
+__all__ = ["fold", "fold_given", "fold_prefix", "prefix_moments"]
+
+
+#: Keys of a chunk of `prefix_moments`.
+CHUNK = 64
+
+
+class _Sums(NamedTuple):
+    """What a fold needs of the keys.
+
+    `centred` is k - c for a first estimate c of the mean; `rest` is what c lacks of the mean.
+    """
+
+    n: Any
+    mean: Tensor
+    inverse: Tensor
+    centred: Tensor
+    rest: Tensor
+
+
+def fold(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, *, eps: float, split: bool,
+         over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fold the statistics of a sequence or batch, see `pdcore.transform.Fold`.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        Finite where a key is not real.
+    real : bool Tensor (B, 1, M), optional
+        True for a real key.
+    beta : float or Tensor (H, 1, 1) or (H, 1, D)
+        The weight of the mean.
+    eps : float
+        Added to the variance.
+    split : bool
+        Divide both sides by sigma instead of the query by sigma^2.
+    over_batch : bool
+        Take the statistics over B too.
+
+    Returns
+    -------
+    q', k' : Tensor
+        In the dtype of the inputs.
+    """
+    if torch.compiler.is_compiling():
+        return _plain(q, k, real, beta, eps, split, over_batch)
+    if recorded(q, k, beta if isinstance(beta, Tensor) else None):
+        found: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, over_batch)
+        return found
+    return _apply(q, _sums(k, real, eps, over_batch), beta, split)
+
+
+def _ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
+    if real is None:
+        return torch.ones(1, k.shape[-2], dtype=wide, device=k.device)
+    return real.to(wide)[:, :, None, :]
+
+
+def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums:
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    k = k.to(wide)
+    one = _ones(real, k, wide)
+    n: Any = k.shape[-2] if real is None else one.sum(-1, keepdim=True)
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(0, keepdim=True) if over_batch else x
+
+    if over_batch:
+        n = n * k.shape[0] if real is None else total(n)
+    count = n if real is None else torch.where(n > 0, n, 1.0)
+    mean = total(one @ k) / count
+    centred = k - mean
+    rest = total(one @ centred) / count
+    square = total(one @ (centred * centred)) / count
+    # The square of what rounding has left in `rest` is all that is taken off.
+    inverse = 1.0 / (square - rest * rest + eps)
+    if real is not None:
+        inverse = torch.where(n > 1, inverse, 0.0)
+    elif n == 1:
+        inverse = torch.zeros_like(inverse)
+    return _Sums(n, mean + rest, inverse, centred, rest)
+
+
+def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]:
+    factor = s.inverse.sqrt() if split else s.inverse
+    shift = -beta * s.mean * factor
+    wide = q if q.dtype == factor.dtype else q.to(factor.dtype)
+    folded = torch.addcmul(shift[:, :, None], wide, factor[:, :, None])
+    keys = s.centred * factor if split else s.centred
+    return folded.to(q.dtype), keys.to(q.dtype)
+
+
+class _Fold(torch.autograd.Function):  # type: ignore[misc]
+    """The fold with its gradient in as few passes; c is held fixed, as nothing depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float,
+                split: bool, over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        s = _sums(k, real, eps, over_batch)
+        ctx.plain = (eps, split, over_batch)
+        ctx.beta = None if isinstance(beta, Tensor) else beta
+        n = s.n if isinstance(s.n, Tensor) else None
+        ctx.n = s.n
+        ctx.save_for_backward(q, k, real, beta if ctx.beta is None else None, n, *s[1:])
+        ctx.set_materialize_grads(False)
+        return _apply(q, s, beta, split)
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        dq, dk = d
+        q, k, real, given, n, mean, inverse, centred, rest = ctx.saved_tensors
+        beta = given if ctx.beta is None else ctx.beta
+        dq = torch.zeros_like(q) if dq is None else dq
+        dk = torch.zeros_like(k) if dk is None else dk
+        if torch.is_grad_enabled():
+            grads = _twice(q, k, real, beta, ctx.plain, dq, dk)
+        else:
+            s = _Sums(ctx.n if n is None else n, mean, inverse, centred, rest)
+            grads = _pull_back(q, k, real, beta, ctx.plain, s, dq, dk)
+        return (grads[0], grads[1], None, grads[2], None, None, None)
+
+
+def _pull_back(q: Tensor, k: Tensor, real: Tensor | None, beta: Any,
+               plain: tuple[float, bool, bool], s: _Sums, dq: Tensor,
+               dk: Tensor) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    _, split, over_batch = plain
+    wide = s.mean.dtype
+    dtype, q, dq, dk = q.dtype, q.to(wide), dq.to(wide), dk.to(wide)
+    factor = s.inverse.sqrt() if split else s.inverse
+
+    def total(x: Tensor) -> Tensor:
+        x = x.sum(2)  # over the query heads of a key head
+        return x.sum(0, keepdim=True) if over_batch else x
+
+    row = torch.ones(1, q.shape[-2], dtype=wide, device=q.device)
+    level, slope = total(row @ dq), total(row @ (dq * q))
+    d_factor = slope - beta * s.mean * level
+    if split:
+        one = _ones(real, k, wide)
+        turned = one @ (dk * s.centred)
+        d_factor = d_factor + (turned.sum(0, keepdim=True) if over_batch else turned)
+        d_var = -0.5 * factor * factor * factor * d_factor
+        dk = dk * factor
+    else:
+        d_var = -factor * factor * d_factor
+    moved = factor * level
+    d_mean = -beta * moved
+    count = s.n if not isinstance(s.n, Tensor) else torch.where(s.n > 0, s.n, 1.0)
+    steep = 2.0 / count * d_var
+    more = torch.addcmul(d_mean / count - steep * s.rest, steep, s.centred)
+    if real is not None:
+        more = more * real[:, :, :, None]
+    d_beta = None
+    if isinstance(beta, Tensor):
+        d_beta = (-s.mean * moved).sum(0)
+        d_beta = d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)
+        d_beta = d_beta.to(beta.dtype)
+    return (dq * factor[:, :, None]).to(dtype), (dk + more).to(dtype), d_beta
+
+
+def _twice(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, plain: tuple[float, bool, bool],
+           dq: Tensor, dk: Tensor) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Give the gradient in calls that can be differentiated again."""
+    wanted = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
+    wanted = [x if x.requires_grad else x.detach().requires_grad_() for x in wanted]
+    q, k, *rest = wanted
+    results = _plain(q, k, real, rest[0] if rest else beta, *plain)
+    grads = torch.autograd.grad(results, wanted, (dq, dk), create_graph=True)
+    return grads[0], grads[1], grads[2] if rest else None
+
+
+def _plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool,
+           over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fold in plain differentiable calls, which a compiler fuses."""
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    dtype, q, k = q.dtype, q.to(wide), k.to(wide)
+    axes = (0, 2) if over_batch else (2,)
+    if real is None:
+        var, mean = torch.var_mean(k, axes, correction=0, keepdim=True)
+        several: Any = k.shape[2] * (k.shape[0] if over_batch else 1) > 1
+        inverse = 1.0 / (var + eps) if several else torch.zeros_like(var)
+    else:
+        keep = real[:, :, :, None]
+        n = keep.to(wide).sum(axes, keepdim=True)
+        count = torch.where(n > 0, n, 1.0)
+        mean = torch.where(keep, k, 0.0).sum(axes, keepdim=True) / count
+        away = torch.where(keep, k - mean, 0.0)
+        var = (away * away).sum(axes, keepdim=True) / count
+        inverse = torch.where(n > 1, 1.0 / (var + eps), 0.0)
+    factor = torch.where(inverse > 0, inverse, 1.0).sqrt() * (inverse > 0) if split else inverse
+    folded = (q - (beta * mean)[:, :, None]) * factor[:, :, None]
+    keys = k - mean.detach()
+    return folded.to(dtype), (keys * factor if split else keys).to(dtype)
+
+
+def fold_given(q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, eps: float,
+               split: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fold statistics that are given, (H, 1, D); they are constants."""
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    dtype, mean, var = q.dtype, mean.detach().to(wide), var.detach().to(wide)
+    inverse = 1.0 / (var + eps)
+    factor = inverse.sqrt() if split else inverse
+    folded = torch.addcmul((-beta * mean * factor)[:, None], q.to(wide), factor[:, None])
+    keys = k.to(wide) - mean
+    return folded.to(dtype), (keys * factor if split else keys).to(dtype)
+
+
+def fold_prefix(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *,
+                eps: float, closed: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Fold the statistics of every row's past; the offset is not negative.
+
+    Returns
+    -------
+    q', k' : Tensor
+        In the accumulation dtype: q' of a short prefix leaves the range of float16.
+    alive : bool Tensor (B, 1, N), or None
+        Whether a row's past has a key; None where every row's has.
+    """
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    q, k = q.to(wide), k.to(wide)
+    n, mean, var = prefix_moments(k, real)
+    rows, keys = q.shape[-2], k.shape[-2]
+    if offset or rows != keys:
+        past = torch.arange(offset, offset + rows, device=k.device).clamp(max=keys - 1)
+        n, mean, var = (x.index_select(-2, past) for x in (n, mean, var))
+    inverse = 1.0 / (var + eps)
+    if closed:  # see `pdcore.transform.Fold`
+        inverse = torch.where(n > 1, inverse, 0.0)
+    folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]
+    origin = first_real(k, real, xp=xp)
+    return folded, k - origin, None if real is None else n[..., 0] > 0
+
+
+def prefix_moments(k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute count, mean and biased variance of the first j + 1 keys, for every j.
+
+    Within a chunk by products with a triangle, relative to the chunk's first real key: every
+    prefix that reaches into the chunk holds that key, so its mean is at most sqrt(CHUNK) standard
+    deviations away. Between chunks by Chan's merge.
+
+    Parameters
+    ----------
+    k : Tensor (B, H, M, D)
+        In the accumulation dtype.
+    real : bool Tensor (B, 1, M), optional
+        True for a real key.
+
+    Returns
+    -------
+    n : Tensor (B, 1, M, 1)
+    mean, var : Tensor (B, H, M, D)
+    """
+    length = k.shape[-2]
+    short = -length % CHUNK
+    # The lengthening comes after every row that is read.
+    x = (pad(k, (0, 0, 0, short)) if short else k).unflatten(-2, (-1, CHUNK))
+    triangle = torch.ones(CHUNK, CHUNK, dtype=k.dtype, device=k.device).tril()
+    if real is None:
+        first = x[..., :1, :]
+        y = x - first
+        n = torch.arange(1, CHUNK + 1, dtype=k.dtype, device=k.device)[:, None]
+        n = n.expand(k.shape[0], 1, x.shape[2], CHUNK, 1)
+    else:
+        keep = pad(real, (0, short)).unflatten(-1, (-1, CHUNK))[..., None]
+        at = keep.to(torch.uint8).argmax(-2, keepdim=True)
+        first = torch.take_along_dim(x, at, -2)
+        y = torch.where(keep, x - first, 0.0)
+        n = triangle @ keep.to(k.dtype)
+    total = triangle @ y
+    count = n if real is None else torch.where(n > 0, n, 1.0)
+    away = total / count
+    m2 = (triangle @ (y * y) - total * away).clamp_min(0.0)
+    mean = first + away
+    whole = {"n": n[..., -1:, :], "mean": mean[..., -1:, :], "m2": m2[..., -1:, :]}
+    before = _before(whole)
+    both = before["n"] + n
+    divisor = both if real is None else torch.where(both > 0, both, 1.0)
+    share = n / divisor
+    delta = mean - before["mean"]
+    var = (before["m2"] + m2 + delta * delta * (before["n"] * share)) / divisor
+    mean = before["mean"] + delta * share
+    return tuple(s.flatten(2, 3)[..., :length, :] for s in (both, mean, var))
+
+
+def _before(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Merge, for each chunk (axis 2), the states of all chunks before it."""
+    moments, step, length = Moments(), 1, state["n"].shape[2]
+    while step < length:
+        merged = moments.merge(
+            {name: x[:, :, :-step] for name, x in state.items()},
+            {name: x[:, :, step:] for name, x in state.items()}, xp=xp,
+        )  # fmt: skip
+        state = {name: torch.cat([x[:, :, :step], merged[name]], 2) for name, x in state.items()}
+        step *= 2
+    return {
+        name: torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2)
+        for name, x in state.items()
+    }

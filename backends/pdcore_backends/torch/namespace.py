@@ -1,0 +1,55 @@
+"""The array-API namespace of PyTorch as the compiler of PyTorch can trace it.
+
+array-api-compat's `cumulative_sum` and `clip` look namespaces up in caches, or compare with NaN in
+Python, which a trace cannot follow; all else is theirs. `random_matrix` is asked for by
+`pdcore.kernels.RandomFeatures`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from array_api_compat.torch import *  # noqa: F403
+
+from pdcore import kernels
+
+bool = torch.bool
+
+
+def cumulative_sum(
+    x: torch.Tensor, /, *, axis: int | None = None, dtype: Any = None,
+    include_initial: Any = False,
+) -> torch.Tensor:  # fmt: skip
+    """Sum along an axis, see the array-API standard."""
+    axis = 0 if axis is None else axis
+    total = torch.cumsum(x, axis, dtype=dtype)
+    if not include_initial:
+        return total
+    shape = list(x.shape)
+    shape[axis] = 1
+    return torch.cat([total.new_zeros(shape), total], axis)
+
+
+def clip(x: torch.Tensor, /, min: Any = None, max: Any = None) -> torch.Tensor:
+    """Bound values, see the array-API standard."""
+    return torch.clamp(x, min, max)
+
+
+def random_matrix(
+    count: int, dim: int, seed: int, factor: float, like: torch.Tensor
+) -> torch.Tensor:
+    """Draw the matrix of random features, times a factor, in the dtype and device of `like`."""
+    drawn: torch.Tensor = torch.ops.pdcore.random_matrix(count, dim, seed)
+    return (factor * drawn).to(like)
+
+
+@torch.library.custom_op("pdcore::random_matrix", mutates_args=(),  # type: ignore[untyped-decorator]
+                         schema="(SymInt count, SymInt dim, SymInt seed) -> Tensor")  # fmt: skip
+def _random_matrix(count: int, dim: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(kernels.random_matrix(count, dim, seed).copy())
+
+
+@_random_matrix.register_fake  # type: ignore[untyped-decorator]
+def _(count: int, dim: int, seed: int) -> torch.Tensor:
+    return torch.empty(count, dim, dtype=torch.float64)

@@ -1,0 +1,150 @@
+"""The blocked contraction by scores as an operator of PyTorch, for its compiler and for export.
+
+A trace through the loops over blocks would hold for one length, and be as long as the sequence;
+``torch.ops.pdcore.scores`` is a single node, whatever the lengths. Its plan travels as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdcore.lowering import Signature, lower
+from pdcore.operands import Operands
+from pdcore.plan import Scores
+from pdcore.score_contraction import scores, scores_vjp
+from pdcore.spec import as_spec
+from pdcore.support import Support, Visibility
+
+from . import namespace as xp
+
+__all__ = ["BLOCKS", "described", "keeper", "traced_scores"]
+
+
+#: Queries and keys of a block.
+BLOCKS = (256, 512)
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? bias, Tensor[] values, "
+    "Tensor? key_mask, Tensor? real, Tensor? mask, Tensor? positions, Tensor? seed, "
+    "SymInt offset, SymInt length, int scale, float p, str plan"
+)
+
+
+def described(spec: str, dim: int, heads: int, dtype: str, masked: bool) -> str:
+    """Describe a plan, so that the operator finds its contraction and support again."""
+    return f"{dim} {heads} {dtype} {int(masked)} {spec}"
+
+
+@lru_cache(maxsize=256)
+def _plan(text: str) -> tuple[Scores, Support, tuple[str, ...]]:
+    dim, heads, dtype, masked, spec = text.split(" ", 4)
+    parsed = as_spec(spec)
+    plan = lower(parsed, Signature(int(dim), int(heads), dtype, bool(int(masked))))
+    assert isinstance(plan.contraction, Scores)
+    return plan.contraction, parsed.support, tuple(p.name for p in parsed.kernel.parameters())
+
+
+def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tuple[Tensor, Tensor]:
+    """Contract by scores through the operator."""
+    seen = o.visibility
+    static = isinstance(seen.offset, int)
+    found: tuple[Tensor, Tensor] = torch.ops.pdcore.scores(
+        o.q, o.k, o.v, o.key_bias, o.bias, list(o.values.values()), seen.key_mask, seen.real,
+        seen.mask, None if static else seen.offset, seed, seen.offset if static else 0,
+        seen.length, seen.scale, p, plan,
+    )  # fmt: skip
+    return found
+
+
+def keeper(p: float, seed: int) -> Callable[[int, int, int, int, Tensor], Tensor]:
+    """Make a dropout of a seed, from which every block draws its own; see `Operands`."""
+
+    def keep(start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
+        generator = torch.Generator(like.device)
+        generator.manual_seed((seed + start * 0x9E3779B97F4A7C15 + first) % 2**63)
+        drawn = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return drawn.bernoulli_(1.0 - p, generator=generator).mul_(1.0 / (1.0 - p))
+
+    return keep
+
+
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Any, bias: Any, values: Any, key_mask: Any,
+    real: Any, mask: Any, positions: Any, seed: Any, offset: int, length: int, scale: int,
+    p: float, plan: str,
+) -> tuple[Scores, Operands]:  # fmt: skip
+    contraction, support, names = _plan(plan)
+    seen = Visibility(support, xp, q.shape[-2], length, scale,
+                      offset if positions is None else positions, key_mask, real, mask,
+                      q.device)  # fmt: skip
+    keep = None if seed is None else keeper(p, int(seed))
+    return contraction, Operands(
+        q, k, v, key_bias, bias, dict(zip(names, values, strict=True)), seen, keep
+    )
+
+
+@torch.library.custom_op("pdcore::scores", mutates_args=(),  # type: ignore[untyped-decorator]
+                         schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")  # fmt: skip
+def _scores(*arguments: Any) -> tuple[Tensor, Tensor]:
+    c, o = _operands(*arguments)
+    out, level = scores(c, o, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1])
+    return out.contiguous(), level.contiguous()
+
+
+@_scores.register_fake  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
+
+
+@torch.library.custom_op(  # type: ignore[untyped-decorator]
+    "pdcore::scores_backward", mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor out, Tensor level, Tensor d_out, Tensor d_level) -> "
+           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+)  # fmt: skip
+def _scores_backward(*arguments: Any) -> Any:
+    *given, out, level, d_out, d_level = arguments
+    c, o = _operands(*given)
+    d = scores_vjp(c, o, out, level, d_out, d_level, xp=xp, query_block=BLOCKS[0],
+                   key_block=BLOCKS[1])  # fmt: skip
+    names = ("q", "k", "v", "key_bias", "bias")
+    first = (d[name].contiguous() if name in d else out.new_empty(0) for name in names)
+    return *first, [d[name].contiguous() for name in o.values]
+
+
+@_scores_backward.register_fake  # type: ignore[untyped-decorator]
+def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Any, bias: Any, values: Any, *rest: Any) -> Any:
+    like = (q if x is None else x for x in (q, k, v, key_bias, bias))
+    first = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
+    return (
+        *first[:3], q.new_empty(0) if key_bias is None else first[3],
+        q.new_empty(0) if bias is None else first[4],
+        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in values],
+    )  # fmt: skip
+
+
+def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    *arrays, offset, length, scale, p, plan = inputs
+    values = arrays[5]
+    ctx.rest, ctx.count = (offset, length, scale, p, plan), len(values)
+    ctx.save_for_backward(*arrays[:5], *arrays[6:], *values, *output)
+
+
+def _backward(ctx: Any, d_out: Any, d_level: Any) -> Any:
+    saved = ctx.saved_tensors
+    arrays, more = saved[:10], saved[10:]
+    values, (out, level) = list(more[: ctx.count]), more[ctx.count :]
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_level = torch.zeros_like(level) if d_level is None else d_level
+    *first, of_values = torch.ops.pdcore.scores_backward(
+        *arrays[:5], values, *arrays[5:], *ctx.rest, out, level, d_out, d_level
+    )
+    first = [g if x is not None else None for g, x in zip(first, arrays[:5], strict=True)]
+    return (*first, of_values, *(None,) * 10)
+
+
+torch.library.register_autograd("pdcore::scores", _backward, setup_context=_keep_for_backward)

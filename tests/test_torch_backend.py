@@ -1,0 +1,407 @@
+"""The PyTorch backend: which kernel runs, gradients of gradients, compiler, export, dropout.
+
+What its numbers are is for the conformance suite to say.
+"""
+
+from __future__ import annotations
+
+import pickle
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import pdcore  # noqa: E402
+from pdcore.reference import reference_attention  # noqa: E402
+from pdcore_backends.torch import blocked, direct, flash, fold, operators  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+FUSED = "scaled_dot_product_attention (flash)"
+OWN = "blocks of our own"
+
+
+def draw(*shape: int, count: int = 3, dtype: Any = None, grad: bool = False) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype or torch.float32).requires_grad_(grad)
+        for _ in range(count)
+    ]
+
+
+def relative(found: Any, wanted: Any) -> float:
+    wanted = torch.as_tensor(np.asarray(wanted, dtype=np.float64))
+    return float((found.detach().double() - wanted).abs().max() / wanted.abs().max())
+
+
+# --- which kernel ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "call", "kernel"),
+    [
+        ("softmax", {}, FUSED),
+        ("bn", {"key_mask": torch.ones(1, 6, dtype=torch.bool)}, FUSED),
+        ("causal+bn(statistics=prefix)", {}, FUSED),
+        ("gaussian(gamma=0.3)+bn", {}, FUSED),
+        ("cosine+sh(1,2)", {}, FUSED),
+        ("softmax", {"mask": torch.ones(6, 6, dtype=torch.bool)}, FUSED),
+        ("softmax(softcap=2.0)", {}, "weights that are no exp of an inner product"),
+        ("polynomial(degree=2,coef0=1)", {}, "weights that are no exp of an inner product"),
+        ("sparse(2,2)", {}, "a window"),
+        ("causal+sh(1,2)", {}, "pooled keys under causal"),
+        ("causal", {"offset": torch.tensor([1])}, "positions that are arrays"),
+        ("softmax", {"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_explain_says_which_kernel_runs_and_why(spec: str, call: dict, kernel: str) -> None:
+    q, k, v = draw(1, 2, 6, 4)
+    text = str(pdcore.explain(q, k, v, spec, **call))
+    assert "kernel: " in text
+    assert kernel in text
+    assert (OWN + ", O(N + M) memory" in text) == (kernel != FUSED)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn", "causal", "gaussian(gamma=0.3)", "bn+sh(1,2)"])
+def test_the_fused_kernel_runs_where_explain_says_so(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("not the fused kernel")
+
+    monkeypatch.setattr(blocked, "scores", never)
+    q, k, v = draw(1, 2, 6, 4, grad=True)
+    pdcore.attention(q, k, v, spec).sum().backward()
+    with torch.no_grad():
+        pdcore.attention(q, k, v, spec, return_lse=True)
+    monkeypatch.setattr(flash, "_forward", never)
+    with pytest.raises(AssertionError, match="not the fused kernel"):
+        pdcore.attention(q, k, v, spec)
+
+
+def test_the_plain_call_is_the_frameworks_own() -> None:
+    q, k, v = draw(2, 3, 50, 8)
+    own = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(pdcore.attention(q, k, v), own)
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 2, 9, 40, "end"])
+def test_causal_at_any_offset(offset: Any) -> None:
+    q, k, v = (x.double() for x in draw(1, 2, 10, 4))
+    wanted = reference_attention(*(x.numpy() for x in (q[..., :7, :], k, v)), "causal",
+                                 offset=offset)  # fmt: skip
+    assert relative(pdcore.attention(q[..., :7, :], k, v, "causal", offset=offset), wanted) < 1e-14
+
+
+def test_a_bias_with_a_gradient_gets_one() -> None:
+    q, k, v = draw(1, 2, 5, 4, dtype=torch.float64)
+    bias = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda b: pdcore.attention(q, k, v, bias=b), (bias,))
+
+
+def test_strided_inputs_are_no_reason_for_another_kernel() -> None:
+    q, k, v = (x.transpose(-1, -2) for x in draw(1, 2, 4, 6))
+    wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), "softmax")
+    assert relative(pdcore.attention(q, k, v), wanted) < 1e-6
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("kind", ["normal", "far", "outlier", "masked"])
+def test_prefix_moments_are_those_of_every_prefix(length: int, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    k = rng.standard_normal((2, 3, length, 4))
+    real = None
+    if kind == "far":
+        k = 100 + 0.1 * k
+    if kind == "outlier":
+        k[..., 0, :] = 1e4
+    if kind == "masked":
+        real = rng.random((2, 1, length)) > 0.4
+        real[0, :, :70] = False
+    narrow = torch.tensor(k, dtype=torch.float32)
+    n, mean, var = fold.prefix_moments(narrow, None if real is None else torch.tensor(real))
+    exact = narrow.double().numpy()
+    for row in range(length):
+        for b in range(2):
+            kept = np.ones(row + 1, bool) if real is None else real[b, 0, : row + 1]
+            keys = exact[b, :, : row + 1][:, kept]
+            assert n[b, 0, row, 0] == keys.shape[1]
+            if not keys.shape[1]:
+                continue
+            wanted = keys.var(axis=1)
+            scale = np.abs(keys).max() * 2e-6
+            assert np.abs(mean[b, :, row].numpy() - keys.mean(axis=1)).max() <= scale
+            # What rounding the keys to float32 costs, and 1e-4 of the variance itself.
+            assert np.all(np.abs(var[b, :, row].numpy() - wanted) <= 1e-4 * wanted + scale**2)
+
+
+@pytest.mark.parametrize("over_batch", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fold_has_the_gradient_of_its_plain_form(
+    over_batch: bool, split: bool, masked: bool
+) -> None:
+    q = draw(2, 2, 3, 5, 4, count=1, dtype=torch.float64, grad=True)[0]
+    k = draw(2, 2, 7, 4, count=1, dtype=torch.float64, grad=True)[0]
+    beta = torch.tensor([[[0.5]], [[1.5]]], dtype=torch.float64, requires_grad=True)
+    real = torch.rand(2, 1, 7, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
+
+    def of(function: Any) -> list[Any]:
+        folded, keys = function()
+        weight = torch.linspace(-1, 1, folded.numel(), dtype=torch.float64).reshape(folded.shape)
+        # As in a call: a key that is not real is not seen, and what is constant along a row
+        # does not count.
+        seen = torch.ones(2, 1, 7, 1) if real is None else real[..., None].double()
+        mean = (keys * seen).sum(-2, keepdim=True) / seen.sum(-2, keepdim=True)
+        scores = folded @ ((keys - mean) * seen)[:, :, None].mT
+        total = (weight * folded).sum() + (scores**2).sum()
+        return [total, *torch.autograd.grad(total, (q, k, beta))]
+
+    options = {"eps": 1e-5, "split": split, "over_batch": over_batch}
+
+    def kept() -> Any:
+        # As in a call: whatever stands in padding is zero.
+        return k if real is None else torch.where(real[..., None], k, 0.0)
+
+    own = of(lambda: fold.fold(q, kept(), real, beta, **options))
+    plain = of(lambda: fold._plain(q, kept(), real, beta, 1e-5, split, over_batch))
+    for a, b in zip(own, plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+SPECS = ["softmax", "causal", "bn", "bn(statistics=batch)", "bn+sh(1,2)", "gaussian(gamma=0.3)",
+         "cosine", "causal+bn(statistics=prefix)", "sparse(2,1)", "softmax(softcap=2.0)",
+         "causal+linear", "softmax+h(count)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_and_gradients_of_gradients(spec: str) -> None:
+    q, k, v = draw(1, 2, 5, 3, dtype=torch.float64, grad=True)
+    layer = pdcore.bind(spec)
+    assert torch.autograd.gradcheck(lambda *x: layer(*x), (q, k, v))
+    assert torch.autograd.gradgradcheck(lambda *x: layer(*x), (q, k, v), atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "causal", "bn"])
+def test_the_log_sum_exp_has_gradients(spec: str) -> None:
+    q, k, v = draw(1, 2, 5, 3, dtype=torch.float64, grad=True)
+    layer = pdcore.bind(spec)
+    assert torch.autograd.gradcheck(lambda *x: layer(*x, return_lse=True), (q, k, v))
+
+
+def test_grouped_heads_and_padding_have_gradients() -> None:
+    q = draw(2, 4, 5, 3, count=1, dtype=torch.float64, grad=True)[0]
+    k, v = draw(2, 2, 6, 3, count=2, dtype=torch.float64, grad=True)
+    key_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    for spec in ("softmax", "bn"):
+        function = partial(pdcore.bind(spec), key_mask=key_mask)
+        assert torch.autograd.gradcheck(function, (q, k, v))
+        assert torch.autograd.gradgradcheck(function, (q, k, v), atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["sparse(20,20)", "softmax(softcap=2.0)"])
+def test_blocks_keep_nothing_of_the_weights(spec: str) -> None:
+    q, k, v = draw(1, 1, 600, 4, grad=True)
+    sizes: list[int] = []
+
+    def note(x: Any) -> Any:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        pdcore.attention(q, k, v, spec)
+    assert max(sizes) <= q.numel()
+
+
+# --- dropout --------------------------------------------------------------------------------------
+
+
+def test_dropout_is_drawn_anew_and_follows_the_seed() -> None:
+    q, k, v = draw(1, 2, 40, 8)
+    torch.manual_seed(3)
+    first, second = (pdcore.attention(q, k, v, dropout=0.5) for _ in range(2))
+    torch.manual_seed(3)
+    again = pdcore.attention(q, k, v, dropout=0.5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "causal+bn(statistics=prefix)", "sparse(300,9)"])
+def test_dropout_has_the_mean_of_the_whole(spec: str) -> None:
+    q, k, v = draw(1, 1, 30, 4)
+    torch.manual_seed(0)
+    drawn = torch.stack([pdcore.attention(q, k, v, spec, dropout=0.4) for _ in range(400)])
+    error = (drawn.mean(0) - pdcore.attention(q, k, v, spec)).abs()
+    assert torch.all(error <= 5 * drawn.std(0) / 20 + 1e-5)
+
+
+def test_dropout_has_the_gradient_of_what_it_drew() -> None:
+    q, k, v = draw(1, 2, 5, 3, dtype=torch.float64, grad=True)
+
+    def same_draw(*x: Any) -> Any:
+        torch.manual_seed(7)
+        return pdcore.attention(*x, dropout=0.5)
+
+    assert torch.autograd.gradcheck(same_draw, (q, k, v))
+
+
+def test_dropout_of_features_is_refused() -> None:
+    q, k, v = draw(1, 2, 5, 3)
+    with pytest.raises(pdcore.NoBackendError, match="has no weights to drop"):
+        pdcore.attention(q, k, v, "linear", dropout=0.1)
+
+
+# --- the compiler ---------------------------------------------------------------------------------
+
+TRACED = [*SPECS, "random_features(count=8)", "polynomial(degree=2,coef0=1)", "gaussian(gamma=0.3)+sparse(3,3)"]
+#: Lengths of whole chunks, or of whole pooling windows, make a program of their own.
+CHUNKED = ("causal+bn(statistics=prefix)", "causal+linear", "bn+sh(1,2)")
+
+
+@pytest.mark.parametrize("spec", TRACED)
+def test_a_layer_that_never_ran_is_one_graph_for_all_lengths(spec: str) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    layer = pdcore.bind(spec)
+    compiled = torch.compile(
+        lambda q, k, v: layer(2.0 * q, k, v), backend=counter, fullgraph=True, dynamic=True
+    )
+    for length in (100, 37, 81, 70):
+        q, k, v = draw(1, 2, length, 8)
+        wanted = layer(2.0 * q, k, v)
+        assert torch.allclose(compiled(q, k, v), wanted, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= (2 if spec in CHUNKED else 1)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "sparse(4,2)", "softmax(softcap=2.0)"])
+def test_compiled_gradients(spec: str) -> None:
+    torch.compiler.reset()
+    layer = pdcore.bind(spec)
+    compiled = torch.compile(lambda *x: layer(*x), backend="aot_eager", fullgraph=True)
+    for function in (layer, compiled):
+        x = draw(1, 2, 20, 4, grad=True)
+        function(*x).square().sum().backward()
+        if function is layer:
+            wanted = [y.grad for y in x]
+    for found, grad in zip(x, wanted, strict=True):
+        assert torch.allclose(found.grad, grad, rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_dropout() -> None:
+    torch.compiler.reset()
+    layer = pdcore.bind("softmax")
+    q, k, _ = draw(1, 2, 30, 30)
+    v = torch.eye(30).expand(1, 2, 30, 30)
+    compiled = torch.compile(lambda *x: layer(*x, dropout=0.3), backend="aot_eager", fullgraph=True)
+    out = compiled(q, k, v)
+    share = float((out == 0).float().mean())
+    assert 0.25 < share < 0.35
+    whole = layer(q, k, v)
+    assert torch.allclose(out[out != 0], whole[out != 0] / 0.7, rtol=1e-4)
+    assert not torch.equal(out, compiled(q, k, v))
+
+
+def test_a_wrong_shape_is_an_error_while_tracing_too() -> None:
+    torch.compiler.reset()
+    layer = pdcore.bind("softmax")
+    compiled = torch.compile(lambda *x: layer(*x), backend="eager", fullgraph=True)
+    q, k, v = draw(1, 2, 6, 4)
+    with pytest.raises(Exception, match="v: got shape"):
+        compiled(q, k, v[..., :5, :])
+
+
+def test_a_named_backend_of_another_library_is_refused_while_tracing() -> None:
+    torch.compiler.reset()
+    layer = pdcore.bind("softmax", backend="numpy")
+    compiled = torch.compile(lambda *x: layer(*x), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="cannot hand PyTorch tensors to numpy"):
+        compiled(*draw(1, 2, 6, 4))
+
+
+@pytest.mark.parametrize("spec", ["bn", "causal+sparse(4,0)"])
+def test_export_keeps_the_length_open(spec: str) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = pdcore.bind(spec)
+
+        def forward(self, q: Any, k: Any, v: Any) -> Any:
+            return self.attention(q, k, v)
+
+    length = torch.export.Dim("length", min=2, max=4096)
+    shapes = tuple({2: length} for _ in range(3))
+    program = torch.export.export(Layer(), tuple(draw(1, 2, 40, 8)), dynamic_shapes=shapes)
+    q, k, v = draw(1, 2, 55, 8)
+    assert torch.allclose(program.module()(q, k, v), pdcore.attention(q, k, v, spec), atol=1e-5)
+
+
+OPERANDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "key_bias": {"key_bias": (1, 2, 7)},
+    "bias": {"bias": (1, 1, 1, 5, 7)},
+    "mask": {"mask": True},
+    "positions": {"positions": torch.zeros(1, 1, 1, 1, 1, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("case", OPERANDS)
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:torch")
+def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
+    given = OPERANDS[case]
+    q, k, v = draw(1, 2, 1, 5, 4, count=1, grad=True) + draw(1, 2, 7, 4, count=2, grad=True)
+    more = {
+        n: torch.randn(given[n], requires_grad=True) for n in ("key_bias", "bias") if n in given
+    }
+    plan = operators.described("softmax(softcap=2.0)+sparse(3,3)", 4, 2, "float32", False)
+    arguments = (
+        q, k, v, more.get("key_bias"), more.get("bias"), [], None, None,
+        torch.rand(1, 1, 1, 5, 7) > 0.3 if given.get("mask") else None,
+        given.get("positions"), None, 0, 7, 1, 0.0, plan,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.pdcore.scores.default, arguments)
+
+
+# --- the rest of the framework --------------------------------------------------------------------
+
+
+def test_autocast_changes_nothing() -> None:
+    q, k, v = draw(1, 2, 30, 8)
+    for spec in ("softmax", "bn", "linear", "sparse(4,4)"):
+        wanted = pdcore.attention(q, k, v, spec)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = pdcore.attention(q, k, v, spec)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_stays_16_bit(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    attend = direct.attend
+    monkeypatch.setattr(
+        direct,
+        "attend",
+        lambda q, k, v, *a, **n: (seen.append(k.dtype), attend(q, k, v, *a, **n))[1],
+    )
+    x = draw(1, 2, 6, 4, dtype=dtype)
+    pdcore.attention(*x, "bn")
+    assert seen == [dtype]
+
+
+def test_a_bound_layer_is_copied_and_pickled() -> None:
+    layer = pdcore.bind("bn", backend="torch")
+    x = draw(1, 2, 6, 4)
+    wanted = layer(*x)
+    again = pickle.loads(pickle.dumps(layer))  # noqa: S301 - our own
+    assert again.spec == layer.spec
+    assert torch.equal(again(*x), wanted)
