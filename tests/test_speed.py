@@ -186,7 +186,13 @@ def test_what_was_found_is_kept_before_each_step(small: None) -> None:
 def test_targets_are_those_of_a_named_backend() -> None:
     assert speed_grid.targets("numpy", "cpu") is not None
     assert speed_grid.targets("torch", "cuda:0") is None
-    assert speed_grid.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
+    torch = speed_grid.targets("torch", "cpu")
+    assert torch is not None
+    timed = set(speed_grid.workloads("torch", "cpu", "full"))
+    for spec, shape, direction, peer in torch.against:
+        assert Workload(spec, shape, direction=direction) in timed
+        assert PEERS[peer].takes(Workload(spec, shape, direction=direction))
+    assert peers.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
     assert speed_grid.lengths("linear", 8) == [8, 32]
     assert speed_grid.lengths("softmax", 8) == [2, 8]
 

@@ -23,10 +23,15 @@ from pdcore.plugins import registered
 from .frameworks import framework
 from .plain import VARIANTS
 
-__all__ = ["PEERS", "Peer", "Workload", "choose_peers"]
+__all__ = ["PEERS", "Peer", "Workload", "choose_peers", "half_pooled"]
 
 #: Arrays by name to the result.
 Attention = Callable[[Mapping[str, Any]], Any]
+
+
+def half_pooled(heads: int) -> str:
+    """Give Attention-SH with half of the heads at scale 2."""
+    return f"sh({','.join('1' * (heads // 2) + '2' * (heads - heads // 2))})"
 
 
 class Workload(NamedTuple):
@@ -72,6 +77,9 @@ class Peer:
         The command that installs what it needs.
     backward : bool
         Whether it is differentiable.
+    instead : str
+        The spec that it computes in place of a workload's: a yardstick for what the workload's
+        own costs.
     """
 
     name: str
@@ -82,6 +90,7 @@ class Peer:
     requires: tuple[str, ...] = ()
     install: str = ""
     backward: bool = False
+    instead: str = ""
 
     def missing(self, device: str) -> str | None:
         """Say why it cannot run on a device here, None where it can."""
@@ -94,8 +103,14 @@ class Peer:
 
     def takes(self, workload: Workload) -> bool:
         """Whether it computes a workload."""
+        if self.instead and workload.spec == self.instead:
+            return False
         known = self.computes is None or workload.spec in self.computes
         return known and (self.backward or workload.direction == "forward")
+
+    def own(self, workload: Workload) -> Workload:
+        """Give what it computes for a workload."""
+        return workload._replace(spec=self.instead) if self.instead else workload
 
 
 def choose_peers(names: list[str] | None) -> list[Peer]:
@@ -192,6 +207,32 @@ def _literal_torch(workload: Workload) -> Attention:
     return attend
 
 
+def _textbook_torch(workload: Workload) -> Attention:
+    """Make Attention-BN as the paper writes it, with the (N, M) matrix of weights."""
+    torch = importlib.import_module("torch")
+    compat = importlib.import_module("array_api_compat.torch")
+
+    def attend(x: Mapping[str, Any]) -> Any:
+        q, k = _normalised(x, compat)
+        return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ x["v"]
+
+    return attend
+
+
+def _performer(workload: Workload) -> Attention:
+    """Make the linear attention of performer-pytorch, on the features elu + 1."""
+    torch = importlib.import_module("torch")
+    performer = importlib.import_module("performer_pytorch.performer_pytorch")
+
+    def attend(x: Mapping[str, Any]) -> Any:
+        q, k = (torch.nn.functional.elu(x[name]) + 1 for name in "qk")
+        if "causal" in workload.spec:
+            return performer.causal_linear_attention_noncuda(q, k, x["v"], eps=0.0)
+        return performer.linear_attention(q, k, x["v"])
+
+    return attend
+
+
 def _jax(implementation: str) -> Callable[[Workload], Attention]:
     def make(workload: Workload) -> Attention:
         jax = importlib.import_module("jax")
@@ -276,6 +317,15 @@ PEERS: Mapping[str, Peer] = {
                 ("cudnn", "CUDNN_ATTENTION"), ("math", "MATH"),
             )
         ),
+        Peer("torch SDPA of softmax", "torch", ("bn", half_pooled(8)), _sdpa(None), _BOTH, (),
+             _TORCH, True, "softmax"),
+        Peer("torch SDPA of causal softmax", "torch", ("causal+bn(statistics=prefix)",),
+             _sdpa(None), _BOTH, (), _TORCH, True, "causal"),
+        Peer("performer-pytorch", "torch", ("linear", "causal+linear"), _performer, ("cpu",),
+             ("performer_pytorch",), "pip install --no-deps performer-pytorch einops "
+             "local-attention axial-positional-embedding", True),
+        Peer("literal Attention-BN, torch", "torch", ("bn",), _textbook_torch, _BOTH, (), _TORCH,
+             True),
         Peer("literal Attention-BN, torch SDPA", "torch", ("bn",), _literal_torch, _BOTH, (),
              _TORCH, True),
         Peer("jax.nn.dot_product_attention", "jax", _SDPA, _jax("xla"), _BOTH, (), _JAX, True),

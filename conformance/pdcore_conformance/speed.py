@@ -24,12 +24,11 @@ from .budget import Verdict, expect, judge
 from .calls import dtype_of
 from .environment import environment
 from .frameworks import framework
-from .peers import Peer, Workload, choose_peers
+from .peers import Peer, Workload, choose_peers, half_pooled
 from .speed_figures import FIGURES
 from .speed_grid import (
     Target,
     Targets,
-    half_pooled,
     targets,
     workloads,
 )
@@ -141,7 +140,7 @@ class Bench:
     def steps(self) -> list[tuple[str, Callable[[], None]]]:
         """List what is to be measured, in order."""
         found: list[tuple[str, Callable[[], None]]] = []
-        for workload in workloads(self.device, self.grid):
+        for workload in workloads(self.backend, self.device, self.grid):
             if self.runs(workload):
                 found.append((str(workload), lambda w=workload: self.against_peers(w)))  # type: ignore[misc]
         found += [
@@ -226,7 +225,11 @@ class Bench:
         if (by, workload) in self._green:
             return True
         drawn = draw(workload)
-        rows = np.unique(np.linspace(0, workload.shape[2] - 1, SAMPLE).astype(int))
+        length, spec, call = workload.shape[2], workload.spec, dict[str, Any]()
+        rows = np.unique(np.linspace(0, length - 1, SAMPLE).astype(int))
+        if "causal" in spec:  # neighbours, so that an offset says where they stand
+            rows = np.arange(length // 2, min(length, length // 2 + SAMPLE))
+            call["offset"] = int(rows[0])
         # Gradients are linear in the cotangent: with one of zeros elsewhere, the sampled rows are
         # all that they depend on.
         d = np.zeros_like(drawn["d"])
@@ -238,10 +241,6 @@ class Bench:
         for name, gradient in gradients.items():
             found = library.asnumpy(gradient)
             got[f"d_{name}"] = found[..., rows, :] if name == "q" else found
-        causal: dict[str, Any] = {"mask": np.arange(workload.shape[2]) <= rows[:, None]}
-        spec, call = workload.spec, dict[str, Any]()
-        if "causal" in spec:
-            spec, call = "softmax", causal
         asked: dict[str, Any] = {"d_out": d[..., rows, :]} if gradients else {}
         expected = expect(drawn["q"][..., rows, :], drawn["k"], drawn["v"], spec, **call, **asked)
         verdicts = judge(got, expected)
@@ -294,6 +293,7 @@ class Bench:
 
     def _peer(self, peer: Peer, workload: Workload) -> Callable[[], Any] | None:
         """Prepare a peer, or say what keeps it from being compared with."""
+        workload = peer.own(workload)
         library = framework(peer.library)
         try:
             with library.precision(workload.dtype):
@@ -321,6 +321,9 @@ class Bench:
         fastest = min(home, key=lambda n: statistics.median(times[n]), default=None)
         for name in peers:
             least = promised if name == fastest else None
+            if self.targets is not None and self.grid == "full":
+                key = (workload.spec, workload.shape, workload.direction, name)
+                least = self.targets.against.get(key, least)
             self.ratio(workload, name, times[name], times[self.backend], (least, None))
 
     def ratio(
@@ -339,8 +342,11 @@ class Bench:
 
     def against_softmax(self) -> None:
         """Time Attention-BN and Attention-SH against softmax."""
-        shape = workloads(self.device, self.grid)[0].shape
-        half, dtype = half_pooled(shape[1]), workloads(self.device, self.grid)[0].dtype
+        shape = workloads(self.backend, self.device, self.grid)[0].shape
+        half, dtype = (
+            half_pooled(shape[1]),
+            workloads(self.backend, self.device, self.grid)[0].dtype,
+        )
         tried = {spec: Workload(spec, shape, dtype) for spec in ("softmax", "bn", half)}
         with self.framework.precision(dtype):
             if not all(self.own(workload) for workload in tried.values()):

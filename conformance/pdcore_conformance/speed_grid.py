@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .peers import Workload
+from .peers import Workload, half_pooled
 
 __all__ = [
     "GROWTH",
     "Target",
     "Targets",
-    "half_pooled",
     "lengths",
     "long_shape",
     "targets",
@@ -23,11 +22,6 @@ Shape = tuple[int, int, int, int]
 Target = tuple[float | None, float | None]
 
 BOTH = ("forward", "forward+backward")
-
-
-def half_pooled(heads: int) -> str:
-    """Give Attention-SH with half of the heads at scale 2."""
-    return f"sh({','.join('1' * (heads // 2) + '2' * (heads - heads // 2))})"
 
 
 _CPU: Mapping[str, tuple[Workload, ...]] = {
@@ -43,6 +37,17 @@ _CPU: Mapping[str, tuple[Workload, ...]] = {
         *(Workload(spec, (1, 8, 4096, 64), direction=BOTH[1]) for spec in ("softmax", "bn")),
         Workload("causal", (1, 8, 4096, 64)),
         Workload("bn", (1, 8, 4096, 64)),
+    ),
+}  # fmt: skip
+#: What a backend is timed on beside that, or in place of it, at full length.
+_OWN: Mapping[str, tuple[Workload, ...]] = {
+    "torch:cpu": (
+        *(Workload(spec, shape, direction=direction)
+          for shape in ((1, 8, 4096, 64), (1, 8, 1024, 64), (8, 8, 512, 64), (32, 8, 128, 64))
+          for spec in ("softmax", "bn", half_pooled(8), "causal", "causal+bn(statistics=prefix)")
+          for direction in BOTH),
+        *(Workload(spec, (1, 8, 4096, 64), direction=direction)
+          for spec in ("linear", "causal+linear") for direction in BOTH),
     ),
 }  # fmt: skip
 _CUDA: Mapping[str, tuple[Workload, ...]] = {
@@ -70,25 +75,28 @@ class Targets(NamedTuple):
     ----------
     ratios : mapping of (spec, shape) to number
         Times as fast as the fastest peer of its library, at least.
+    against : mapping of (spec, shape, direction, peer) to number
+        Times as fast as a peer, at least.
     specs : mapping of str to number
         Times as fast as softmax, at least.
-    linear : number
+    linear : number or None
         Times as fast as softmax that linear attention is at the longest sequence, at least.
-    memory_mib : number
+    memory_mib : number or None
         Of a softmax call at the longest sequence, at most.
-    attention_us, bound_us : number
+    attention_us, bound_us : number or None
         Overhead of a call, at most.
-    import_ratio : number
+    import_ratio : number or None
         The time of ``import pdcore`` over that of ``import numpy``, at most.
     """
 
-    ratios: Mapping[tuple[str, Shape], float]
-    specs: Mapping[str, float]
-    linear: float
-    memory_mib: float
-    attention_us: float
-    bound_us: float
-    import_ratio: float
+    ratios: Mapping[tuple[str, Shape], float] = {}
+    against: Mapping[tuple[str, Shape, str, str], float] = {}
+    specs: Mapping[str, float] = {}
+    linear: float | None = None
+    memory_mib: float | None = None
+    attention_us: float | None = None
+    bound_us: float | None = None
+    import_ratio: float | None = None
 
 
 _TARGETS: Mapping[str, Targets] = {
@@ -101,6 +109,25 @@ _TARGETS: Mapping[str, Targets] = {
         specs={"bn": 1 / 1.10, half_pooled(8): 1 / 0.80},
         linear=50.0, memory_mib=64.0, attention_us=20.0, bound_us=8.0, import_ratio=1.5,
     ),
+    "torch:cpu": Targets(
+        against={
+            (w.spec, w.shape, w.direction, peer): 1 / most
+            for w in _OWN["torch:cpu"]
+            for spec, peer, most in (
+                ("softmax", "torch SDPA", 1.03),
+                ("bn", "torch SDPA of softmax", 1.12 if w.shape[2] >= 512 else 1.35),
+                (half_pooled(8), "torch SDPA of softmax", 0.82 if w.shape[2] >= 512 else None),
+                ("causal+bn(statistics=prefix)", "torch SDPA of causal softmax", 1.2),
+                ("causal+linear", "performer-pytorch", 1 / 5),
+                ("linear", "performer-pytorch", 1.0),
+            )
+            if spec == w.spec and most is not None
+        } | {
+            ("bn", (1, 8, 4096, 64), direction, "literal Attention-BN, torch"): 3.0
+            for direction in BOTH
+        },
+        attention_us=20.0, bound_us=8.0,
+    ),
 }  # fmt: skip
 
 #: Growth of time from N to 4 N, wherever it is measured at full length.
@@ -112,8 +139,11 @@ def targets(backend: str, device: str) -> Targets | None:
     return _TARGETS.get(f"{backend}:{device.partition(':')[0]}")
 
 
-def workloads(device: str, grid: str) -> tuple[Workload, ...]:
+def workloads(backend: str, device: str, grid: str) -> tuple[Workload, ...]:
     """Give what is timed against peers."""
+    own = _OWN.get(f"{backend}:{device.partition(':')[0]}")
+    if own is not None and grid == "full":
+        return own
     return (_CUDA if device.startswith("cuda") else _CPU)[grid]
 
 
