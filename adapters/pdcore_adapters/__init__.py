@@ -1,5 +1,5 @@
 """Adapters that put a pdcore attention inside other libraries' layers and models.
 
 One module for each library, importing that library when the module itself is imported and never
-before. No adapter is part of this release.
+before: `pdcore_adapters.torch_nn` for `torch.nn`.
 """
