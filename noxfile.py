@@ -32,7 +32,7 @@ if RUNNING not in PYTHONS:
 
 # The PyTorch and JAX releases in constraints/ were chosen for this one.
 FRAMEWORKS_PYTHON = "3.11"
-NUMPY_ONLY = "not torch and not jax and not example and not browser"
+NUMPY_ONLY = "not torch and not transformers and not jax and not example and not browser"
 
 # What the conformance matrix installs for each backend: an extra, and the pins to go with it.
 MATRIX = {"numpy": "tests", "strict": "tests", "torch": "torch", "jax": "jax", "cupy": "cupy"}
@@ -71,6 +71,15 @@ def demo(session: nox.Session) -> None:
     session.run("pdcore", "demo", *session.posargs)
 
 
+@nox.session(python=FRAMEWORKS_PYTHON)
+def example_training(session: nox.Session) -> None:
+    """Train a transformer on recorded vowels; `-- --spec bn` with another attention."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    session.install(*pinned("torch"), ".[cli,torch]")
+    session.run("python", "examples/classify_time_series.py", *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, on NumPy and array-api-strict."""
@@ -86,6 +95,16 @@ def tests_torch(session: nox.Session) -> None:
     install_for_tests(session, "-e", ".[cli,conformance,torch]", pins="torch")
     session.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
     run_tests(session, "-m", "torch")
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_transformers(session: nox.Session) -> None:
+    """Run the tests that need Hugging Face transformers (CPU, nothing downloaded)."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    install_for_tests(session, "-e", ".[cli,conformance,transformers]", pins="transformers")
+    session.run("python", "-c", "import transformers; print(transformers.__version__)")
+    run_tests(session, "-m", "transformers")
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)
@@ -236,7 +255,9 @@ def docs_examples(session: nox.Session) -> None:
     """Run the Python examples of the README, docs/ and the docstrings."""
     session.install(*pinned("tests"), "-e", ".[cli,conformance]")
     session.run("pytest", "tests/test_docs_examples.py", "-m", NUMPY_ONLY, *session.posargs)
-    session.run("pytest", "--doctest-modules", "pdcore", "backends/pdcore_backends")
+    # The backends whose library is here; the others' modules cannot be imported.
+    backends = [f"backends/pdcore_backends/{name}" for name in ("numpy", "strict")]
+    session.run("pytest", "--doctest-modules", "pdcore", *backends)
 
 
 @nox.session
