@@ -50,7 +50,7 @@ class BoundAttention:
         self._parameters = bool(self.spec.parameters())
         # Signature of a call -> what was found out about it.
         self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
-        self._traced: dict[str, tuple[Backend, Plan]] = {}
+        self._traced = _Traced()
         self._settle = _settler(self.spec, self._choice, device, self._traced)
 
     # What `_settle` closes over is made again, not copied or pickled.
@@ -172,7 +172,7 @@ class BoundAttention:
         validate(self.spec, inputs, "torch")
         if self._parameters:
             inputs = _complete(self.spec, inputs, "torch")
-        backend, plan = self._traced[token]
+        backend, plan = getattr(self._traced, token)
         return backend, plan, inputs, None
 
     def request(
@@ -198,6 +198,10 @@ class BoundAttention:
         )  # fmt: skip
 
 
+class _Traced:
+    """What was found out about calls while they were traced, each an attribute by its name."""
+
+
 def _fixed(size: int) -> int:
     """Make a symbolic size a number: what is traced then holds for this size only."""
     return len(range(size))
@@ -205,13 +209,14 @@ def _fixed(size: int) -> int:
 
 def _settler(
     spec: AttentionSpec, choice: Any, device: str | None,
-    traced: dict[str, tuple[Backend, Plan]],
+    traced: _Traced,
 ) -> Callable[..., str]:  # fmt: skip
     """Make the function that chooses a backend while a call is traced.
 
     The compiler of PyTorch runs it as it is, at the time of tracing, and takes what it gives for
-    a constant: that is what the mark says. It gives the key of its entry in `traced`.
+    a constant: that is what the mark says. It gives the name of its entry in `traced`.
     """
+    names: dict[Request, str] = {}
 
     def settle(
         dtype: str, place: str, ndim: int, query_heads: int, key_heads: int, dim: int,
@@ -239,10 +244,10 @@ def _settler(
                 f"backend {chosen.backend.info.name}: a traced call cannot hand PyTorch tensors "
                 f"to {chosen.backend.info.library}; call it outside the compiled function"
             )
-        # The compiler keeps no objects that it is given, but it reads those of a mapping.
-        token = repr((chosen.backend.info.name, request[1:]))
+        # The compiler keeps no objects that it is given, but it reads those of an object.
+        token = names.setdefault(request, f"call_{len(names)}")
         plan = chosen.backend.fuse(lower(spec, signature(request)), request)
-        traced[token] = chosen.backend, plan
+        setattr(traced, token, (chosen.backend, plan))
         return token
 
     settle._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -175,6 +175,31 @@ def test_the_fold_has_the_gradient_of_its_plain_form(
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 130])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_fold_by_chunks_is_its_plain_form(length: int, masked: bool, closed: bool) -> None:
+    q = draw(2, 2, 3, length, 4, count=1, dtype=torch.float64, grad=True)[0]
+    k = (draw(2, 2, length, 4, count=1, dtype=torch.float64)[0] + 50).requires_grad_()
+    beta = torch.tensor([[[0.5]], [[1.5]]], dtype=torch.float64, requires_grad=True)
+    real = None
+    if masked:
+        real = torch.rand(2, 1, length, generator=torch.Generator().manual_seed(1)) > 0.5
+        real[0, :, :40] = False
+
+    def of(function: Any) -> list[Any]:
+        kept = k if real is None else torch.where(real[..., None], k, 0.0)
+        folded, keys, alive = function(q, kept, real, beta, 0, eps=1e-2, closed=closed)
+        if alive is not None:
+            folded = torch.where(alive[:, :, None, :, None], folded, 0.0)
+        weight = torch.linspace(-1, 1, folded.numel(), dtype=torch.float64).reshape(folded.shape)
+        total = (weight * folded).sum() + (keys.detach() * keys).sum()
+        return [folded, keys, *torch.autograd.grad(total, (q, k, beta))]
+
+    for a, b in zip(of(fold.fold_prefix), of(fold._prefix_plain), strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 SPECS = ["softmax", "causal", "bn", "bn(statistics=batch)", "bn+sh(1,2)", "gaussian(gamma=0.3)",
@@ -261,7 +286,12 @@ def test_dropout_of_features_is_refused() -> None:
 
 # --- the compiler ---------------------------------------------------------------------------------
 
-TRACED = [*SPECS, "random_features(count=8)", "polynomial(degree=2,coef0=1)", "gaussian(gamma=0.3)+sparse(3,3)"]
+TRACED = [
+    *SPECS,
+    "random_features(count=8)",
+    "polynomial(degree=2,coef0=1)",
+    "gaussian(gamma=0.3)+sparse(3,3)",
+]
 #: Lengths of whole chunks, or of whole pooling windows, make a program of their own.
 CHUNKED = ("causal+bn(statistics=prefix)", "causal+linear", "bn+sh(1,2)")
 

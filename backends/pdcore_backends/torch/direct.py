@@ -262,14 +262,19 @@ def _biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Ten
 
 def pooled(k: Tensor, v: Tensor, real: Any, scale: int, kind: str) -> tuple[Tensor, Tensor, Any]:
     """Pool keys and values; see `pdcore.heads`."""
-    if real is None and kind == "mean" and k.shape[-2] % scale == 0:
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-        k, v = (x.unflatten(-2, (-1, scale)).mean(-2, dtype=wide).to(x.dtype) for x in (k, v))
-        return k, v, None
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if real is None and kind == "mean" and k.shape[-2] % scale == 0:
+        return *(_mean(x.to(wide), scale).to(x.dtype) for x in (k, v)), None
     weights = pooling_weights(k.shape[-2], real, scale, kind, k.to(wide), xp=xp)
     k, v = (pool(kind, x.to(wide), weights, xp=xp)[0].to(x.dtype) for x in (k, v))
     return k, v, None if real is None else (weights > 0).any(-1)
+
+
+def _mean(x: Tensor, scale: int) -> Tensor:
+    """Take the means of whole windows; several times as fast as PyTorch's reduction."""
+    first, *others = x.unflatten(-2, (-1, scale)).unbind(-2)
+    total = sum(others, first)
+    return total * (1.0 / scale)
 
 
 def _one_lead(x: Any, lead: tuple[int, ...]) -> Any:

@@ -19,7 +19,8 @@ from pdcore.statistics import Moments
 from pdcore.transform import first_real
 
 from . import namespace as xp
-from .flash import recorded
+from .flash import recorded, transformed
+from .prefix import fold_rows
 
 __all__ = ["fold", "fold_given", "fold_prefix", "prefix_moments"]
 
@@ -241,6 +242,16 @@ def fold_prefix(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: in
     """
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     q, k = q.to(wide), k.to(wide)
+    aligned = offset == 0 and q.shape[-2] == k.shape[-2]
+    if not aligned or torch.compiler.is_compiling() or transformed():
+        return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
+    kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
+    return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, kept)
+
+
+def _prefix_plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *,
+                  eps: float, closed: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Fold in plain differentiable calls on whole arrays."""
     n, mean, var = prefix_moments(k, real)
     rows, keys = q.shape[-2], k.shape[-2]
     if offset or rows != keys:
@@ -250,7 +261,7 @@ def fold_prefix(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: in
     if closed:  # see `pdcore.transform.Fold`
         inverse = torch.where(n > 1, inverse, 0.0)
     folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]
-    origin = first_real(k, real, xp=xp)
+    origin = first_real(k, real, xp=xp).detach()  # nothing depends on it
     return folded, k - origin, None if real is None else n[..., 0] > 0
 
 

@@ -1,0 +1,170 @@
+"""Prefix statistics and their fold chunk by chunk, each in the cache for all that is done to it.
+
+Shapes as in `.fold`; row i stands at key i. The sums of a chunk are taken relative to the mean of
+all keys before it: n_b (mean - mean_b)^2 is a part of the second moment, so what cancels is at most
+n / n_b of the variance. The first chunk, with no mean before it, takes its first real key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdcore.transform import first_real
+
+from . import namespace as xp
+
+__all__ = ["fold_rows"]
+
+#: Keys of a chunk, by the most features of all heads at a key: a chunk stays in the cache.
+CHUNKS = ((2048, 64), (8192, 32))
+LEAST = 16
+
+Plain = Callable[..., tuple[Tensor, Tensor, Any]]
+
+
+def fold_rows(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool,
+              plain: Plain, recorded: bool) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    """Fold the statistics of every row's past, see `.fold.fold_prefix`; q has a row for each key.
+
+    Parameters
+    ----------
+    q, k, real, beta, eps, closed
+        As there, q and k in the accumulation dtype.
+    plain : callable
+        The same in differentiable calls, for gradients of gradients.
+    recorded : bool
+        Whether gradients will be asked for.
+    """
+    if recorded:
+        folded, keys = _Rows.apply(q, k, real, beta, eps, closed, plain)
+    else:
+        folded, keys, *_ = _forward(q, k, real, beta, eps, closed, False)
+    return folded, keys, None if real is None else real.cumsum(-1) > 0
+
+
+def _chunk(k: Tensor) -> int:
+    features = k.shape[0] * k.shape[1] * k.shape[3]
+    return next((size for most, size in CHUNKS if features <= most), LEAST)
+
+
+def _counts(real: Tensor | None, k: Tensor) -> Tensor:
+    """Count the keys of every prefix, (M, 1) or (B, 1, M, 1)."""
+    if real is None:
+        return torch.arange(1, k.shape[2] + 1, dtype=k.dtype, device=k.device)[:, None]
+    return real.cumsum(-1)[..., None].to(k.dtype)
+
+
+def _forward(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool,
+             keep: bool) -> tuple[Tensor, Tensor, Any, Any]:  # fmt: skip
+    """Give q', k', and with `keep` the mean and 1 / (var + eps) of every row."""
+    size, length = _chunk(k), k.shape[2]
+    triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
+    counts = _counts(real, k)
+    shares = 1.0 / counts.clamp_min(1.0)
+    folded = torch.empty_like(q, memory_format=torch.contiguous_format)
+    means, inverses = (torch.empty_like(k) for _ in range(2)) if keep else (None, None)
+    mean_before, m2_before = k[:, :, :1], torch.zeros_like(k[:, :, :1])
+    if real is not None:
+        mean_before = first_real(k, real, xp=xp)
+    origin = mean_before
+    for start in range(0, length, size):
+        cut = slice(start, min(start + size, length))
+        x, n, share = k[:, :, cut], counts[..., cut, :], shares[..., cut, :]
+        tri = triangle[: x.shape[2], : x.shape[2]]
+        y = x - mean_before
+        if real is not None:
+            y = torch.where(real[:, :, cut, None], y, 0.0)
+        away = (tri @ y).mul_(share)
+        var = (tri @ y.mul_(y)).add_(m2_before).mul_(share)
+        var.addcmul_(away, away, value=-1.0).clamp_min_(0.0)
+        m2_before = var[:, :, -1:] * n[..., -1:, :]
+        mean = away.add_(mean_before)
+        mean_before = mean[:, :, -1:].clone()
+        inverse = var.add_(eps).reciprocal_()
+        if closed:  # see `pdcore.transform.Fold`
+            inverse.mul_(n > 1)
+        centred = q[:, :, :, cut] - (beta * mean)[:, :, None]
+        torch.mul(centred, inverse[:, :, None], out=folded[:, :, :, cut])
+        if means is not None and inverses is not None:
+            means[:, :, cut] = mean
+            inverses[:, :, cut] = inverse
+    return folded, k - origin, means, inverses
+
+
+class _Rows(torch.autograd.Function):  # type: ignore[misc]
+    """The fold with its gradient, chunk by chunk from the end; c is held fixed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float,
+                closed: bool, plain: Plain) -> tuple[Tensor, Tensor]:  # fmt: skip
+        folded, keys, mean, inverse = _forward(q, k, real, beta, eps, closed, True)
+        ctx.beta = None if isinstance(beta, Tensor) else beta
+        ctx.rest = (eps, closed, plain)
+        ctx.save_for_backward(q, k, real, beta if ctx.beta is None else None, mean, inverse)
+        return folded, keys
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        q, k, real, given, mean, inverse = ctx.saved_tensors
+        beta = given if ctx.beta is None else ctx.beta
+        if torch.is_grad_enabled():
+            grads = _twice(q, k, real, beta, ctx.rest, d)
+        else:
+            grads = _pull_back(q, k, real, beta, mean, inverse, *d)
+        return (grads[0], grads[1], None, grads[2], None, None, None)
+
+
+def _pull_back(
+    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, mean: Tensor, inverse: Tensor,
+    d_q: Tensor, d_k: Tensor,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    """Pull back as `pdcore.statistics.Moments.prefix_vjp` does, by sums over the later rows."""
+    size, length = _chunk(k), k.shape[2]
+    triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).triu()
+    counts = _counts(real, k)
+    shares = (1.0 / counts.clamp_min(1.0)).mul_(counts > 0)
+    origin = k[:, :, :1] if real is None else first_real(k, real, xp=xp)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk = torch.empty_like(k)
+    levels, slopes = (torch.zeros_like(origin) for _ in range(2))
+    moved = torch.zeros_like(origin) if isinstance(beta, Tensor) else None
+    for start in range((length - 1) // size * size, -1, -size):
+        cut = slice(start, min(start + size, length))
+        share, steep, middle = shares[..., cut, :], inverse[:, :, cut], mean[:, :, cut]
+        d = d_q[:, :, :, cut]
+        own = torch.mul(d, steep[:, :, None], out=dq[:, :, :, cut]).sum(2)
+        turned = (d * (q[:, :, :, cut] - (beta * middle)[:, :, None])).sum(2)
+        slope = turned.mul_(steep).mul_(steep).mul_(-2.0 * share)
+        level = own * (-beta * share) - slope * (middle - origin)
+        tri = triangle[: level.shape[2], : level.shape[2]]
+        level, slope = (tri @ level).add_(levels), (tri @ slope).add_(slopes)
+        levels, slopes = level[:, :, :1].clone(), slope[:, :, :1].clone()
+        grad = level.addcmul_(slope, k[:, :, cut] - origin)
+        if real is not None:
+            grad = torch.where(real[:, :, cut, None], grad, 0.0)
+        torch.add(d_k[:, :, cut], grad, out=dk[:, :, cut])
+        if moved is not None:
+            moved -= (own * middle).sum(2, keepdim=True)
+    d_beta = None
+    if moved is not None:
+        d_beta = moved.sum(0)
+        d_beta = d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)
+    return dq, dk, d_beta
+
+
+def _twice(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, rest: tuple[float, bool, Plain],
+           d: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Give the gradient in calls that can be differentiated again."""
+    eps, closed, plain = rest
+    wanted = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
+    wanted = [x if x.requires_grad else x.detach().requires_grad_() for x in wanted]
+    folded, keys, _ = plain(
+        wanted[0], wanted[1], real, wanted[2] if len(wanted) > 2 else beta, 0, eps=eps,
+        closed=closed,
+    )  # fmt: skip
+    grads = torch.autograd.grad((folded, keys), wanted, d, create_graph=True, allow_unused=True)
+    return grads[0], grads[1], grads[2] if len(grads) > 2 else None
