@@ -317,8 +317,8 @@ PEERS: Mapping[str, Peer] = {
                 ("cudnn", "CUDNN_ATTENTION"), ("math", "MATH"),
             )
         ),
-        Peer("torch SDPA of softmax", "torch", ("bn", half_pooled(8)), _sdpa(None), _BOTH, (),
-             _TORCH, True, "softmax"),
+        Peer("torch SDPA of softmax", "torch", ("bn", half_pooled(8), half_pooled(16)),
+             _sdpa(None), _BOTH, (), _TORCH, True, "softmax"),
         Peer("torch SDPA of causal softmax", "torch", ("causal+bn(statistics=prefix)",),
              _sdpa(None), _BOTH, (), _TORCH, True, "causal"),
         Peer("performer-pytorch", "torch", ("linear", "causal+linear"), _performer, ("cpu",),

@@ -54,7 +54,7 @@ _CUDA: Mapping[str, tuple[Workload, ...]] = {
     "quick": tuple(
         Workload(spec, (2, 16, 4096, 64), dtype, direction)
         for dtype in ("bfloat16", "float16", "float32")
-        for spec in ("softmax", "causal", "bn")
+        for spec in ("softmax", "causal", "bn", half_pooled(16))
         for direction in BOTH
         if dtype != "float16" or spec == "softmax"
     ),
@@ -62,7 +62,7 @@ _CUDA: Mapping[str, tuple[Workload, ...]] = {
         Workload(spec, shape, dtype, direction)
         for dtype in ("bfloat16", "float16", "float32")
         for shape in ((2, 16, 4096, 64), (2, 16, 4096, 128), (8, 16, 1024, 64), (1, 16, 16384, 64))
-        for spec in ("softmax", "causal", "bn")
+        for spec in ("softmax", "causal", "bn", half_pooled(16))
         for direction in BOTH
     ),
 }

@@ -89,12 +89,15 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append zeros where the numbers of features differ, which changes no product."""
-    lack = v.shape[-1] - q.shape[-1]
-    if lack > 0:
-        q, k = pad(q, (0, lack)), pad(k, (0, lack))
-    elif lack < 0:
-        v = pad(v, (0, -lack))
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    width = max(q.shape[-1], v.shape[-1])
+    if q.device.type == "cuda":
+        width += -width % 8  # the alignment that the memory-efficient kernel asks for
+    return _wide(q, width), _wide(k, width), _wide(v, width)
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
@@ -163,8 +166,8 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
 def _on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
                causal: bool) -> Tensor:  # fmt: skip
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
-    if grouped and q.dtype == torch.float32 and q.device.type == "cuda":
-        # Of the fused kernels only those of 16 bit share key heads.
+    if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
+        # Of the fused kernels only those of 16 bit without a mask share key heads.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         grouped = False
     if mask is not None and causal:  # the two exclude one another in this function
