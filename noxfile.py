@@ -128,6 +128,7 @@ def tests_example(session: nox.Session) -> None:
 def tests_browser(session: nox.Session) -> None:
     """Look at the page of a record in a headless Chromium."""
     install_for_tests(session, "-e", ".[cli,conformance]")
+    session.install(*pinned("browser"), "selenium")
     session.run("pytest", "-m", "browser", *session.posargs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +24,9 @@ __all__ = ["page", "write_page"]
 
 # By this a page is known for one that may be replaced.
 _GENERATOR = "pdcore conformance report"
+
+# After these a long name may go on in the next line; none of them occurs in an escape such as &lt;.
+_JOINT = re.compile(r"(::|[_=]|\.(?=[^\W\d]))")
 
 # Labels of the axis that are nearer to one another, in percent, would touch at 400 px.
 _APART = 14.0
@@ -104,7 +108,10 @@ def page(record: Record) -> str:
         Without jinja2.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
+
+    def breakable(text: str) -> Markup:
+        return Markup(_JOINT.sub(r"\1<wbr>", str(escape(visible(text)))))
 
     def shown(value: Any) -> Any:
         return visible(value) if type(value) is str else value
@@ -118,6 +125,7 @@ def page(record: Record) -> str:
         lstrip_blocks=True,
     )
     environment.filters["cut"] = cut
+    environment.filters["breakable"] = breakable
     own = files(__package__)
     style = own.joinpath("style.css").read_text(encoding="utf-8")
     script = own.joinpath("behaviour.js").read_text(encoding="utf-8")
@@ -165,7 +173,7 @@ def _contents(record: Record) -> dict[str, Any]:
         "ticks": [_Tick(axis.at(v), f"{v:g}×", v == 1) for v in axis.ticks(_APART)],
         "gate": measured.gate(record),
         "uneven": measured.uneven(record),
-        "missing": measured.missing_peers(record),
+        "missing": measured.missing_by_reason(record),
         "charts": plots.charts(record),
         "frame": {
             "width": plots.WIDTH, "height": plots.HEIGHT, "left": plots.LEFT,

@@ -9,7 +9,7 @@ from . import wording
 from .heat import largest, step
 from .view import Cell, Row
 
-__all__ = ["Figures", "figures", "gate", "memory", "missing_peers", "uneven"]
+__all__ = ["Figures", "figures", "gate", "memory", "missing_by_reason", "missing_peers", "uneven"]
 
 _MET = {True: "good", False: "bad", None: ""}
 
@@ -18,6 +18,11 @@ def _judged(text: str, aim: str, met: bool | None) -> Cell:
     word = {True: "met", False: "not met", None: ""}[met]
     more = ", ".join(part for part in (aim, word) if part)
     return Cell(f"{text} ({more})" if more and text else text or more, _MET[met])
+
+
+def _unit(unit: str) -> str:
+    """Write a unit as it stands after a number; the cells of numbers have one line each."""
+    return {"us": " µs", "x": "×"}.get(unit, f" {wording.cut(unit, 16)}")
 
 
 def memory(record: Record) -> tuple[list[str], list[Row]]:
@@ -64,7 +69,7 @@ def figures(run: Run) -> Figures | None:
     about += wording.number(speed["load"]) or "unknown"
     rows = tuple(
         Row(f["name"], (
-            Cell(f"{wording.number(f['value'])} {f['unit']}"),
+            Cell(wording.number(f["value"]) + _unit(f["unit"])),
             Cell(wording.interval(f["interval"])),
             _judged("", wording.target(f["at_least"], f["at_most"]), f["met"]),
         ))
@@ -101,6 +106,14 @@ def missing_peers(record: Record) -> list[tuple[str, str, str]]:
         for entry in run["speed"]["missing_peers"] if run["speed"] else ():
             found.setdefault((entry["peer"], entry["reason"]), []).append(target(run))
     return [(", ".join(where), peer, reason) for (peer, reason), where in found.items()]
+
+
+def missing_by_reason(record: Record) -> list[tuple[str, list[str], str]]:
+    """List the same with the peers together that are missing for one reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for where, peer, reason in missing_peers(record):
+        found.setdefault((where, reason), []).append(peer)
+    return [(where, peers, reason) for (where, reason), peers in found.items()]
 
 
 def uneven(record: Record) -> str:

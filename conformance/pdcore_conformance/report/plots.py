@@ -193,6 +193,9 @@ def _chart(
 
 
 def _short(value: float) -> str:
+    if value >= 100:
+        # Beside an axis there is no room for minutes and seconds.
+        return f"{value:,.0f} s"
     return wording.seconds(value).replace(".00", "").replace(".0 ", " ")
 
 

@@ -283,8 +283,11 @@ def environment(record: Record) -> list[tuple[str, list[str]]]:
     add("driver", [(g["driver"] or "") if g else "" for g in gpus])
     add("compute capability", [(g["capability"] or "") if g else "" for g in gpus])
     names = list(dict.fromkeys(name for run in runs for name in run["versions"]))
+    said = {name for name, _ in lines}
     for name in names:
-        add(name, [run["versions"].get(name, "") for run in runs])
+        # A backend may report something of its own that bears the name of another line.
+        label = f"{name} (the backend's own)" if name in said else name
+        add(label, [run["versions"].get(name, "") for run in runs])
     return lines
 
 

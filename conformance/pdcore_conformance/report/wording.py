@@ -89,7 +89,7 @@ def seconds(value: float | None) -> str:
     Examples
     --------
     >>> [seconds(x) for x in (3e-6, 0.0421, 1.5, 93.1, 600.0)]
-    ['3.00 us', '42.1 ms', '1.50 s', '93.1 s', '10 min 0 s']
+    ['3.00 µs', '42.1 ms', '1.50 s', '93.1 s', '10 min 0 s']
     """
     if value is None:
         return ""
@@ -98,7 +98,7 @@ def seconds(value: float | None) -> str:
     if value >= 120:
         whole = round(value)
         return f"{whole // 60:,} min {whole % 60} s"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= size:
             return f"{number(value / size)} {unit}"
     return f"{number(value * 1e9)} ns"
