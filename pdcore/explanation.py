@@ -29,7 +29,9 @@ class Explanation:
         Who chose: ``"backend= in the call"``, ``"use_backend"``, ``"PDCORE_BACKEND"`` or ``"the
         arrays' library"``.
     plan : Plan or None
-        What the backend would run.
+        What the spec was lowered to, as any backend can run it.
+    steps : tuple of str
+        What the backend does, in order: the plan's steps, and those of the backend's own `fuse`.
     reasons : dict of str to list of str
         For every backend, why it cannot run the call; an empty list means that it can.
     """
@@ -39,13 +41,14 @@ class Explanation:
     backend: str | None
     source: str
     plan: Plan | None
+    steps: tuple[str, ...]
     reasons: dict[str, list[str]]
 
     def __str__(self) -> str:
         lines = [str(self.spec), f"  {in_words(self.spec)}", f"  {self.request}"]
         if self.plan is not None:
             lines.append("plan")
-            steps = (*self.plan.steps, f"sums, statistics and h in {self.plan.accumulate}")
+            steps = (*self.steps, f"sums, statistics and h in {self.plan.accumulate}")
             lines += [f"  {number}. {step}" for number, step in enumerate(steps, 1)]
         lines.append(f"backend: {self.backend or 'none'}, by {self.source}")
         others = {name: why for name, why in self.reasons.items() if name != self.backend}
@@ -61,7 +64,7 @@ class Explanation:
             "request": _plain(request | {"spec": str(self.spec)}),
             "backend": self.backend,
             "source": self.source,
-            "plan": None if self.plan is None else _plan(self.plan),
+            "plan": None if self.plan is None else _plan(self.plan) | {"steps": list(self.steps)},
             "reasons": {name: list(why) for name, why in self.reasons.items()},
         }
 
@@ -78,7 +81,7 @@ def explain_request(
     choice : str, sequence of str, Choice or None
         The call's ``backend=``, or what it was resolved to.
     plan : Plan, optional
-        What the spec was lowered to; the backend's `fuse` is applied.
+        What the spec was lowered to.
 
     Raises
     ------
@@ -88,9 +91,10 @@ def explain_request(
     resolved, found = resolve(choice, request.library), reasons(request, choice)
     runs = (candidate.name for candidate in resolved.candidates if not found[str(candidate)])
     name = next(runs, None)
-    if plan is not None and name is not None:
-        plan = load_backend(name).fuse(plan, request)
-    return Explanation(request.spec, request, name, resolved.source, plan, found)
+    steps: tuple[str, ...] = ()
+    if plan is not None:
+        steps = (plan if name is None else load_backend(name).fuse(plan, request)).steps
+    return Explanation(request.spec, request, name, resolved.source, plan, steps, found)
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
@@ -107,7 +111,6 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "contraction": {"kind": type(plan.contraction).__name__.lower()} | contraction,
         "normaliser": plan.normaliser,
         "accumulate": plan.accumulate,
-        "steps": list(plan.steps),
     }
 
 

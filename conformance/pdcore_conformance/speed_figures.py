@@ -65,7 +65,9 @@ def memory(bench: Bench) -> None:
     shape = long_shape(bench.device, bench.grid)
     most = bench.targets.memory_mib if bench.targets and bench.grid == "full" else None
     if bench.device == "cpu":
-        for way in WAYS:
+        # Only NumPy reports its arrays to tracemalloc.
+        ways = WAYS if bench.framework.library == "numpy" else ("resident",)
+        for way in ways:
             found = peak_memory(bench.backend, shape, way, bench.threads)
             if found is not None:
                 _memory(bench, Workload("softmax", shape), way, found, most)

@@ -19,7 +19,7 @@ from pdcore.plan import Features, Plan, Scores
 from . import INFO, namespace
 from .blocked import blocked_scores, dropout
 from .direct import Fused, direct, fused, fused_scores, plain
-from .features import features
+from .features import features, own_features
 from .flash import recorded, transformed
 from .operators import BLOCKS
 
@@ -57,7 +57,7 @@ class TorchBackend(ArrayBackend):
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel that runs a plan, see `Backend.fuse`."""
-        return fused(plan, request)
+        return own_features(fused(plan, request))
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
