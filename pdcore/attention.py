@@ -124,7 +124,7 @@ class BoundAttention:
             key = (lse, vjp, weights, _kind(q), _kind(k), _kind(v))
             plain = mask is None and key_mask is None and bias is None and type(offset) is int
             if not (plain and not params and dropout is _NO_DROPOUT and axis_name is None):
-                key = (*key, *map(_kind, inputs[3:]))
+                key = (*key, *map(_kind, inputs[3:]), dropout)
             found = self._ready.get(key)
         except (AttributeError, TypeError):
             key = None  # `validate` says what is wrong

@@ -67,8 +67,9 @@ def features(
     if c.signed:
         return weighted, xp.zeros_like(total[..., 0])
     none = total == 0
+    # A quotient: 1 / total, or its square in the gradient, is inf long before a weight is 0.
+    out = weighted / xp.where(none, xp.full_like(total, xp.inf), total)
     divisor = xp.where(none, xp.ones_like(total), total)
-    out = weighted * xp.where(none, xp.zeros_like(total), 1.0 / divisor)
     level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
     return out, level[..., 0]
 

@@ -53,6 +53,7 @@ def relative(found: Any, wanted: Any) -> float:
         ("polynomial(degree=2,coef0=1)", {}, "weights that are no exp of an inner product"),
         ("sparse(2,2)", {}, "a window"),
         ("causal+sh(1,2)", {}, "pooled keys under causal"),
+        ("bn(statistics=prefix)+sh(1,2)", {}, "prefix statistics of pooled keys"),
         ("causal", {"offset": torch.tensor([1])}, "positions that are arrays"),
         ("softmax", {"dropout": 0.1}, "dropout"),
     ],
@@ -106,6 +107,62 @@ def test_strided_inputs_are_no_reason_for_another_kernel() -> None:
     q, k, v = (x.transpose(-1, -2) for x in draw(1, 2, 4, 6))
     wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), "softmax")
     assert relative(pdcore.attention(q, k, v), wanted) < 1e-6
+
+
+def test_prefixes_of_pooled_keys_are_counted_in_windows() -> None:
+    q, k, v = draw(1, 2, 7, 4, dtype=torch.float64)
+    spec = "bn(statistics=prefix)+sh(2,1)"
+    wanted = reference_attention(*(x.numpy() for x in (q, k, v)), spec)
+    assert relative(pdcore.attention(q, k, v, spec), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("spec", ["linear", "causal+linear"])
+def test_small_features_neither_overflow_nor_lose_their_gradient(spec: str) -> None:
+    q, k, v = draw(1, 1, 3, 2)
+    arrays = [x.requires_grad_() for x in (q - 70.0, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in arrays]
+    grads = torch.autograd.grad(pdcore.attention(*arrays, spec).sum(), arrays)
+    wanted = torch.autograd.grad(reference_attention(*exact, spec).sum(), exact)
+    for found, grad in zip(grads, wanted, strict=True):
+        assert torch.allclose(found.double(), grad, rtol=1e-3, atol=1e-6)
+    smallest = pdcore.attention(q - 95.0, k, v, spec)
+    assert smallest.abs().max() <= 1.01 * v.abs().max()
+
+
+def test_a_key_bias_beyond_float16_is_no_nan() -> None:
+    q, k, v = draw(1, 1, 6, 8, dtype=torch.float16)
+    k = torch.cat([k[:, :, :5], torch.full_like(k[:, :, :1], 200.0)], -2)
+    spec = "gaussian(gamma=0.3)"
+    wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), spec)
+    assert relative(pdcore.attention(q, k, v, spec), wanted) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_pooled_keys_are_taken_before_rounding(dtype: Any) -> None:
+    q, k, v = draw(1, 2, 64, 8, dtype=torch.float64)
+    k = k.unflatten(2, (32, 2))
+    k = (k + 8.0 - k.mean(-2, keepdim=True) + 0.02 * q[:, :, :32, None]).flatten(2, 3)
+    q, k, v = (x.to(dtype) for x in (8.0 + 0.02 * q.roll(1, 2), k, v))
+    spec = "bn+sh(2,2)"
+    wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), spec)
+    exact = torch.as_tensor(np.asarray(wanted))
+    # The way with the log-sum-exp computes in float32 and rounds the result alone.
+    rounding = (pdcore.attention(q, k, v, spec, return_lse=True)[0].double() - exact).abs().max()
+    error = (pdcore.attention(q, k, v, spec).double() - exact).abs().max()
+    assert error <= 8 * rounding
+
+
+def test_a_default_device_is_not_asked() -> None:
+    q, k, v = draw(2, 2, 6, 4)
+    key_mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    for spec in ("softmax", "causal", "bn", "linear", "sparse(2,2)"):
+        wanted = pdcore.attention(q, k, v, spec, key_mask=key_mask, return_lse=True)
+        with torch.device("meta"):
+            found = pdcore.attention(q, k, v, spec, key_mask=key_mask, return_lse=True)
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b)
+    with torch.device("meta"):
+        assert pdcore.attention(q, k, v, dropout=0.5).device == q.device
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -200,6 +257,18 @@ def test_the_fold_by_chunks_is_its_plain_form(length: int, masked: bool, closed:
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
 
 
+def test_a_mean_far_from_zero_costs_the_fold_by_chunks_no_digits() -> None:
+    q, k = (x[0] for x in (draw(1, 1, 1, 300, 8, count=1), draw(1, 1, 300, 8, count=1)))
+    k = 100 + 0.1 * k
+    k[:, :, 0] = 100.0
+    folded, exact = (
+        fold.fold_prefix(q.to(kind), k.to(kind), None, 1.0, 0, eps=1e-5, closed=True)[0]
+        for kind in (torch.float32, torch.float64)
+    )
+    error = (folded - exact).abs().amax(-1) / exact.abs().amax(-1).clamp_min(1e-9)
+    assert error.max() <= 1e-6
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 SPECS = ["softmax", "causal", "bn", "bn(statistics=batch)", "bn+sh(1,2)", "gaussian(gamma=0.3)",
@@ -220,6 +289,17 @@ def test_the_log_sum_exp_has_gradients(spec: str) -> None:
     q, k, v = draw(1, 2, 5, 3, dtype=torch.float64, grad=True)
     layer = pdcore.bind(spec)
     assert torch.autograd.gradcheck(lambda *x: layer(*x, return_lse=True), (q, k, v))
+
+
+@pytest.mark.parametrize("spec", ["bn", "linear+bn", "sparse(2,2)+bn"])
+@pytest.mark.parametrize("lse", [False, True])
+def test_running_statistics_are_constants(spec: str, lse: bool) -> None:
+    q, k, v = draw(1, 2, 5, 3)
+    params = {"mean": torch.zeros(2, 3, requires_grad=True),
+              "var": torch.ones(2, 3, requires_grad=True)}  # fmt: skip
+    spec = spec.replace("bn", "bn(statistics=running)")
+    out = pdcore.attention(q, k, v, spec, params=params, return_lse=lse)
+    assert not (out[0] if lse else out).requires_grad
 
 
 def test_grouped_heads_and_padding_have_gradients() -> None:
@@ -276,6 +356,16 @@ def test_dropout_has_the_gradient_of_what_it_drew() -> None:
         return pdcore.attention(*x, dropout=0.5)
 
     assert torch.autograd.gradcheck(same_draw, (q, k, v))
+
+
+@pytest.mark.parametrize("number", [np.float64, float, int])
+def test_every_dropout_is_looked_at(number: Any) -> None:
+    q, k, v = draw(1, 2, 5, 3)
+    layer = pdcore.bind("softmax")
+    whole = layer(q, k, v, dropout=number(0))
+    assert not torch.equal(layer(q, k, v, dropout=np.float64(0.5)), whole)
+    with pytest.raises(ValueError, match="dropout: got"):
+        layer(q, k, v, dropout=number(1))
 
 
 def test_dropout_of_features_is_refused() -> None:

@@ -90,7 +90,7 @@ def dropout(p: float) -> Dropout:
     p : float
         The share of the weights that is dropped, below 1.
     """
-    return Dropout(p, torch.randint(2**62, ()))
+    return Dropout(p, torch.randint(2**62, (), device="cpu"))
 
 
 class Dropout:

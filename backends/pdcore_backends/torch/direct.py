@@ -128,6 +128,8 @@ def _unfit(plan: Plan, c: Scores, request: Request, kind: str) -> str:
     scaled = any(group.scale > 1 for group in plan.groups)
     if scaled and support.causal:
         return "pooled keys under causal"
+    if scaled and spec.prefix:
+        return "prefix statistics of pooled keys"
     if scaled and request.mask is not None:
         return "a mask over pooled keys"
     positions = support.causal or spec.prefix
@@ -204,6 +206,8 @@ def _group(plan: Plan, group: Group, own: tuple[Tensor, ...], key_mask: Any,
     if plan.transforms:
         q, k, alive = _transformed(plan, q, k, real, params, offset)
         v = v if v.dtype == q.dtype else v.to(q.dtype)
+    elif k.dtype != q.dtype:
+        k = k.to(q.dtype)
     allowed = mask if real is None else real[:, :, None, :] if mask is None else \
         mask & real[:, :, None, :]  # fmt: skip
     added = None if bias is None else bias.to(q.dtype)
@@ -230,7 +234,7 @@ def _transformed(plan: Plan, q: Tensor, k: Tensor, real: Any, params: dict[str, 
             return fold_prefix(q, k, real, beta, offset, eps=batch.eps, closed=first.closed)
         return *fold(q, k, real, beta, eps=batch.eps, split=first.split,
                      over_batch=batch.statistics == "batch"), None  # fmt: skip
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = xp.accumulation(q)
     rows = Rows(q.to(wide).flatten(2, 3), k.to(wide), key_mask=real)
     state: Any = {}
     if plan.summary is not None:
@@ -252,22 +256,29 @@ def _transformed(plan: Plan, q: Tensor, k: Tensor, real: Any, params: dict[str, 
 
 def _biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Carry a bias of the keys in features of its own; in 16 bit in two, high and low."""
-    parts = [bias]
+    parts, unit = [bias], 1.0
     if dtype in (torch.float16, torch.bfloat16):
+        # The range of float16 ends at 65,504, and -inf - -inf would be NaN.
+        unit = 256.0 if dtype == torch.float16 else 1.0
+        bias = (bias / unit).clamp_min(torch.finfo(dtype).min)
         high = bias.to(dtype).to(bias.dtype)
         parts = [high, bias - high]
-    one = q.new_ones(()).expand(*q.shape[:-1], len(parts))
-    return torch.cat([q, one], -1), torch.cat([k, torch.stack(parts, -1)], -1)
+    units = q.new_full((), unit).expand(*q.shape[:-1], len(parts))
+    return torch.cat([q, units], -1), torch.cat([k, torch.stack(parts, -1)], -1)
 
 
 def pooled(k: Tensor, v: Tensor, real: Any, scale: int, kind: str) -> tuple[Tensor, Tensor, Any]:
-    """Pool keys and values; see `pdcore.heads`."""
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    """Pool keys and values; see `pdcore.heads`.
+
+    The keys stay in the accumulation dtype, as statistics would magnify a rounding.
+    """
+    dtype, wide = v.dtype, xp.accumulation(k)
+    k, v = k.to(wide), v.to(wide)
     if real is None and kind == "mean" and k.shape[-2] % scale == 0:
-        return *(_mean(x.to(wide), scale).to(x.dtype) for x in (k, v)), None
-    weights = pooling_weights(k.shape[-2], real, scale, kind, k.to(wide), xp=xp)
-    k, v = (pool(kind, x.to(wide), weights, xp=xp)[0].to(x.dtype) for x in (k, v))
-    return k, v, None if real is None else (weights > 0).any(-1)
+        return _mean(k, scale), _mean(v, scale).to(dtype), None
+    weights = pooling_weights(k.shape[-2], real, scale, kind, k, xp=xp)
+    k, v = (pool(kind, x, weights, xp=xp)[0] for x in (k, v))
+    return k, v.to(dtype), None if real is None else (weights > 0).any(-1)
 
 
 def _mean(x: Tensor, scale: int) -> Tensor:
@@ -301,7 +312,7 @@ def _heads(x: Any, group: Group, count: int) -> Any:
 def _shaped(x: Tensor, group: Group) -> Tensor:
     """Give a parameter (H,) or (H, D) of the group's heads as (H, 1, 1) or (H, 1, D)."""
     x = cut_heads(x, group.heads, 0, xp)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = xp.accumulation(x)
     return x.reshape(x.shape[0], 1, *(x.shape[1:] or (1,))).to(wide)
 
 
@@ -334,10 +345,10 @@ def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
         out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal)
     else:
         real = seen.key_mask.reshape(-1, 1, seen.key_mask.shape[-1])
-        added = torch.where(real[:, :, None, :], torch.zeros((), dtype=q.dtype), -torch.inf)
+        added = torch.where(real[:, :, None, :], q.new_zeros(()), -torch.inf)
         out, level = attend_with_lse(q, k, v, added, scale=c.scale, causal=causal)
         if causal:
-            index = torch.arange(shape[-2]).clamp(max=seen.keys - 1)
+            index = torch.arange(shape[-2], device=q.device).clamp(max=seen.keys - 1)
             any_key = (real.cumsum(-1) > 0)[..., index]
         else:
             any_key = real.any(-1, keepdim=True)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from . import namespace as xp
+
 __all__ = ["attend", "attend_with_lse", "recorded", "transformed"]
 
 
@@ -218,7 +220,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
            causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute out and lse in differentiable calls; for gradients of gradients alone."""
     group = q.shape[1] // k.shape[1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = xp.accumulation(q)
     q, k, v = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))
     s = scale * (q @ k.mT)
     if mask is not None:

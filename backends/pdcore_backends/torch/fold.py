@@ -19,7 +19,7 @@ from pdcore.statistics import Moments
 from pdcore.transform import first_real
 
 from . import namespace as xp
-from .flash import recorded, transformed
+from .flash import recorded
 from .prefix import fold_rows
 
 __all__ = ["fold", "fold_given", "fold_prefix", "prefix_moments"]
@@ -81,7 +81,7 @@ def _ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums:
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    wide = xp.accumulation(k)
     k = k.to(wide)
     one = _ones(real, k, wide)
     n: Any = k.shape[-2] if real is None else one.sum(-1, keepdim=True)
@@ -149,7 +149,7 @@ def _pull_back(q: Tensor, k: Tensor, real: Tensor | None, beta: Any,
                dk: Tensor) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     _, split, over_batch = plain
     wide = s.mean.dtype
-    dtype, q, dq, dk = q.dtype, q.to(wide), dq.to(wide), dk.to(wide)
+    q_dtype, q, dq, dk = q.dtype, q.to(wide), dq.to(wide), dk.to(wide)
     factor = s.inverse.sqrt() if split else s.inverse
 
     def total(x: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _pull_back(q: Tensor, k: Tensor, real: Tensor | None, beta: Any,
         d_beta = (-s.mean * moved).sum(0)
         d_beta = d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)
         d_beta = d_beta.to(beta.dtype)
-    return (dq * factor[:, :, None]).to(dtype), (dk + more).to(dtype), d_beta
+    return (dq * factor[:, :, None]).to(q_dtype), (dk + more).to(k.dtype), d_beta
 
 
 def _twice(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, plain: tuple[float, bool, bool],
@@ -196,7 +196,7 @@ def _twice(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, plain: tuple[fl
 def _plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool,
            over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fold in plain differentiable calls, which a compiler fuses."""
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    wide = xp.accumulation(k)
     dtype, q, k = q.dtype, q.to(wide), k.to(wide)
     axes = (0, 2) if over_batch else (2,)
     if real is None:
@@ -219,9 +219,9 @@ def _plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, spl
 
 def fold_given(q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, eps: float,
                split: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fold statistics that are given, (H, 1, D); they are constants."""
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-    dtype, mean, var = q.dtype, mean.detach().to(wide), var.detach().to(wide)
+    """Fold statistics that are given, (H, 1, D)."""
+    wide = xp.accumulation(k)
+    dtype, mean, var = q.dtype, mean.to(wide), var.to(wide)
     inverse = 1.0 / (var + eps)
     factor = inverse.sqrt() if split else inverse
     folded = torch.addcmul((-beta * mean * factor)[:, None], q.to(wide), factor[:, None])
@@ -240,10 +240,10 @@ def fold_prefix(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: in
     alive : bool Tensor (B, 1, N), or None
         Whether a row's past has a key; None where every row's has.
     """
-    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    wide = xp.accumulation(k)
     q, k = q.to(wide), k.to(wide)
     aligned = offset == 0 and q.shape[-2] == k.shape[-2]
-    if not aligned or torch.compiler.is_compiling() or transformed():
+    if not aligned or torch.compiler.is_compiling():
         return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
     kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, kept)

@@ -36,6 +36,11 @@ def clip(x: torch.Tensor, /, min: Any = None, max: Any = None) -> torch.Tensor:
     return torch.clamp(x, min, max)
 
 
+def accumulation(x: torch.Tensor) -> torch.dtype:
+    """Give the dtype of sums over a tensor: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def random_matrix(
     count: int, dim: int, seed: int, factor: float, like: torch.Tensor
 ) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Prefix statistics and their fold chunk by chunk, each in the cache for all that is done to it.
 
-Shapes as in `.fold`; row i stands at key i. The sums of a chunk are taken relative to the mean of
-all keys before it: n_b (mean - mean_b)^2 is a part of the second moment, so what cancels is at most
-n / n_b of the variance. The first chunk, with no mean before it, takes its first real key.
+Shapes as in `.fold`; row i stands at key i. The first real key is taken off all keys, so that a
+mean far from 0 costs no digits. The sums of a chunk are taken relative to the mean of all keys
+before it: n_b (mean - mean_b)^2 is a part of the second moment, so what cancels is at most n / n_b
+of the variance. The first chunk has no mean before it, and takes the first real key's.
 """
 
 from __future__ import annotations
@@ -60,20 +61,19 @@ def _counts(real: Tensor | None, k: Tensor) -> Tensor:
 
 def _forward(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool,
              keep: bool) -> tuple[Tensor, Tensor, Any, Any]:  # fmt: skip
-    """Give q', k', and with `keep` the mean and 1 / (var + eps) of every row."""
+    """Give q', k', and with `keep` every row's mean, less the first key, and 1 / (var + eps)."""
     size, length = _chunk(k), k.shape[2]
     triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
     counts = _counts(real, k)
     shares = 1.0 / counts.clamp_min(1.0)
     folded = torch.empty_like(q, memory_format=torch.contiguous_format)
     means, inverses = (torch.empty_like(k) for _ in range(2)) if keep else (None, None)
-    mean_before, m2_before = k[:, :, :1], torch.zeros_like(k[:, :, :1])
-    if real is not None:
-        mean_before = first_real(k, real, xp=xp)
-    origin = mean_before
+    origin = k[:, :, :1] if real is None else first_real(k, real, xp=xp)
+    keys = k - origin
+    mean_before, m2_before = (torch.zeros_like(origin) for _ in range(2))
     for start in range(0, length, size):
         cut = slice(start, min(start + size, length))
-        x, n, share = k[:, :, cut], counts[..., cut, :], shares[..., cut, :]
+        x, n, share = keys[:, :, cut], counts[..., cut, :], shares[..., cut, :]
         tri = triangle[: x.shape[2], : x.shape[2]]
         y = x - mean_before
         if real is not None:
@@ -87,12 +87,12 @@ def _forward(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, c
         inverse = var.add_(eps).reciprocal_()
         if closed:  # see `pdcore.transform.Fold`
             inverse.mul_(n > 1)
-        centred = q[:, :, :, cut] - (beta * mean)[:, :, None]
+        centred = q[:, :, :, cut] - (beta * (mean + origin))[:, :, None]
         torch.mul(centred, inverse[:, :, None], out=folded[:, :, :, cut])
         if means is not None and inverses is not None:
             means[:, :, cut] = mean
             inverses[:, :, cut] = inverse
-    return folded, k - origin, means, inverses
+    return folded, keys, means, inverses
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]
@@ -137,9 +137,10 @@ def _pull_back(
         share, steep, middle = shares[..., cut, :], inverse[:, :, cut], mean[:, :, cut]
         d = d_q[:, :, :, cut]
         own = torch.mul(d, steep[:, :, None], out=dq[:, :, :, cut]).sum(2)
-        turned = (d * (q[:, :, :, cut] - (beta * middle)[:, :, None])).sum(2)
+        whole = middle + origin
+        turned = (d * (q[:, :, :, cut] - (beta * whole)[:, :, None])).sum(2)
         slope = turned.mul_(steep).mul_(steep).mul_(-2.0 * share)
-        level = own * (-beta * share) - slope * (middle - origin)
+        level = own * (-beta * share) - slope * middle
         tri = triangle[: level.shape[2], : level.shape[2]]
         level, slope = (tri @ level).add_(levels), (tri @ slope).add_(slopes)
         levels, slopes = level[:, :, :1].clone(), slope[:, :, :1].clone()
@@ -148,7 +149,7 @@ def _pull_back(
             grad = torch.where(real[:, :, cut, None], grad, 0.0)
         torch.add(d_k[:, :, cut], grad, out=dk[:, :, cut])
         if moved is not None:
-            moved -= (own * middle).sum(2, keepdim=True)
+            moved -= (own * whole).sum(2, keepdim=True)
     d_beta = None
     if moved is not None:
         d_beta = moved.sum(0)
