@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "too_few_axes": (edited(q=lambda x: x[0, 0], k=lambda x: x[0, 0], v=lambda x: x[0, 0]), "q"),
     "features_differ": (edited(k=lambda x: x[..., 1:]), "k"),
     "lengths_differ": (edited(v=lambda x: x[..., 1:, :]), "v"),
-    "dtypes_differ": (edited(k=lambda x: x.astype("float16")), "k"),
+    "dtypes_differ": (edited(k=lambda x: x.astype("int32")), "k"),
     "integers": (edited(**{n: lambda x: x.astype("int32") for n in "qkv"}), "q"),
     "heads_do_not_divide": (edited(q=lambda x: np.concatenate([x, x[:, :1]], 1)), "q"),
     "scales_do_not_fit": (edited(spec="sh(1,2,2)"), "scales"),
