@@ -280,16 +280,20 @@ class Bench:
             if not self.own(workload):
                 return
             own = self.call(workload, *self.arrays(workload, self.framework))
-            calls = {self.backend: own}
+            groups: dict[str, dict[str, Callable[[], Any]]] = {}
             absent = {entry["peer"] for entry in self.speed["missing_peers"]}
             for peer in self.peers:
                 if peer.takes(workload) and peer.name not in absent:
                     call = self._peer(peer, workload)
                     if call is not None:
-                        calls[peer.name] = call
-            once = {name: min(t) for name, t in interleaved(calls, 1).items()}
-            times = interleaved(calls, self._rounds(sum(once.values())), warm_up=0)
-        self._ratios(workload, times)
+                        groups.setdefault(peer.library, {})[peer.name] = call
+            # The threads of one library go on spinning when it is through, and would be in the
+            # way of another's next call: each library has a turn of its own with the backend.
+            for calls in groups.values():
+                calls = {self.backend: own, **calls}
+                once = {name: min(t) for name, t in interleaved(calls, 1).items()}
+                rounds = self._rounds(sum(once.values()))
+                self._ratios(workload, interleaved(calls, rounds, warm_up=0))
 
     def _peer(self, peer: Peer, workload: Workload) -> Callable[[], Any] | None:
         """Prepare a peer, or say what keeps it from being compared with."""
