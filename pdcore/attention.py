@@ -13,18 +13,16 @@ from .backend import Backend, Inputs, Request
 from .errors import UnsupportedError
 from .plan import Plan
 from .spec import AttentionSpec, as_spec
+from .tracing import Traced, fixed, settler
 
 if TYPE_CHECKING:
     from .explanation import Explanation
-    from .lowering import Signature
 
 __all__ = ["BoundAttention", "attention", "attention_vjp", "attention_weights", "bind", "explain"]
 
 Choice = str | Sequence[str] | None
 
 _NO_PARAMS: Mapping[str, Any] = {}
-#: Stands for a length that is not known while a call is traced.
-SYMBOLIC = 2
 _NO_DROPOUT = 0.0  # the very object that is the default, so that no value is compared
 
 
@@ -50,8 +48,8 @@ class BoundAttention:
         self._parameters = bool(self.spec.parameters())
         # Signature of a call -> what was found out about it.
         self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
-        self._traced = _Traced()
-        self._settle = _settler(self.spec, self._choice, device, self._traced)
+        self._traced = Traced()
+        self._settle = settler(self.spec, self._choice, device, self._traced)
 
     # What `_settle` closes over is made again, not copied or pickled.
     def __getstate__(self) -> tuple[AttentionSpec, Any, str | None]:
@@ -129,11 +127,11 @@ class BoundAttention:
         except (AttributeError, TypeError):
             key = None  # `validate` says what is wrong
         if found is None:
-            from .lowering import lower  # at the first call, which keeps the import light
+            from .lowering import lower_request  # at the first call, which keeps the import light
 
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
             chosen = selection.choose(request, self._choice)
-            plan = chosen.backend.fuse(lower(self.spec, signature(request)), request)
+            plan = chosen.backend.fuse(lower_request(request), request)
             found = (chosen.backend, plan, request.library, self._device or chosen.device)
             if key is not None:
                 if len(self._ready) >= 4096:
@@ -158,16 +156,13 @@ class BoundAttention:
         from .validation import finite_dropout, validate
 
         q, k, v = inputs.q, inputs.k, inputs.v
-        offset = inputs.offset
-        kind = "end" if isinstance(offset, str) else "int" if isinstance(offset, int) else \
-            "sequence" if offset.ndim else "array"  # fmt: skip
         given = tuple(None if x is None else x.ndim
                       for x in (inputs.mask, inputs.key_mask, inputs.bias))  # fmt: skip
         dropped = True if finite_dropout(inputs.dropout) else False  # noqa: SIM210 - a symbol
         sizes = (q.shape[-3], k.shape[-3], q.shape[-1], v.shape[-1])
         token = self._settle(
-            str(q.dtype), str(q.device), q.ndim, *map(_fixed, sizes), given, kind, lse, vjp,
-            weights, dropped, inputs.axis_name,
+            str(q.dtype), str(q.device), q.ndim, *map(fixed, sizes), given,
+            _offset_kind(inputs.offset), lse, vjp, weights, dropped, inputs.axis_name,
         )  # fmt: skip
         validate(self.spec, inputs, "torch")
         if self._parameters:
@@ -184,9 +179,6 @@ class BoundAttention:
         q = inputs.q
         library = library_of(q, "q")
         validate(self.spec, inputs, library)
-        offset = inputs.offset
-        kind = "end" if isinstance(offset, str) else "int" if not hasattr(offset, "shape") or \
-            isinstance(offset, np.integer) else "sequence" if offset.shape else "array"  # fmt: skip
         mask, key_mask, bias = (
             None if x is None else tuple(x.shape)
             for x in (inputs.mask, inputs.key_mask, inputs.bias)
@@ -194,64 +186,18 @@ class BoundAttention:
         return Request(
             self.spec, library, dtype_name(q), self._device or device_name(q, library),
             tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), mask, key_mask, bias,
-            kind, bool(lse), vjp, weights, finite_dropout(inputs.dropout), inputs.axis_name,
+            _offset_kind(inputs.offset), bool(lse), vjp, weights, finite_dropout(inputs.dropout),
+            inputs.axis_name,
         )  # fmt: skip
 
 
-class _Traced:
-    """What was found out about calls while they were traced, each an attribute by its name."""
-
-
-def _fixed(size: int) -> int:
-    """Make a symbolic size a number: what is traced then holds for this size only."""
-    return len(range(size))
-
-
-def _settler(
-    spec: AttentionSpec, choice: Any, device: str | None,
-    traced: _Traced,
-) -> Callable[..., str]:  # fmt: skip
-    """Make the function that chooses a backend while a call is traced.
-
-    The compiler of PyTorch runs it as it is, at the time of tracing, and takes what it gives for
-    a constant: that is what the mark says. It gives the name of its entry in `traced`.
-    """
-    names: dict[Request, str] = {}
-
-    def settle(
-        dtype: str, place: str, ndim: int, query_heads: int, key_heads: int, dim: int,
-        value_dim: int, given: tuple[int | None, ...], offset: str, lse: bool, vjp: bool,
-        weights: bool, dropped: bool, axis_name: str | None,
-    ) -> str:  # fmt: skip
-        from .lowering import lower
-
-        if device is not None and device != place:
-            raise UnsupportedError(
-                f"device {device!r}: a traced call cannot move arrays from {place}; move them "
-                "before, or leave device out"
-            )
-        lead = (SYMBOLIC,) * (ndim - 3)
-        mask, key_mask, bias = (None if n is None else (SYMBOLIC,) * n for n in given)
-        request = Request(
-            spec, "torch", dtype.removeprefix("torch."), place,
-            (*lead, query_heads, SYMBOLIC, dim), (*lead, key_heads, SYMBOLIC, dim),
-            (*lead, key_heads, SYMBOLIC, value_dim), mask, key_mask, bias, offset, lse, vjp,
-            weights, 0.5 if dropped else 0.0, axis_name,
-        )  # fmt: skip
-        chosen = selection.choose(request, choice)
-        if chosen.backend.info.library != "torch":
-            raise UnsupportedError(
-                f"backend {chosen.backend.info.name}: a traced call cannot hand PyTorch tensors "
-                f"to {chosen.backend.info.library}; call it outside the compiled function"
-            )
-        # The compiler keeps no objects that it is given, but it reads those of an object.
-        token = names.setdefault(request, f"call_{len(names)}")
-        plan = chosen.backend.fuse(lower(spec, signature(request)), request)
-        setattr(traced, token, (chosen.backend, plan))
-        return token
-
-    settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return settle
+def _offset_kind(offset: Any) -> str:
+    """Say what an offset is, see `Request`."""
+    if isinstance(offset, str):
+        return "end"
+    if not hasattr(offset, "shape") or isinstance(offset, np.integer):
+        return "int"
+    return "sequence" if len(offset.shape) else "array"
 
 
 def _kind(x: Any) -> Any:
@@ -266,13 +212,6 @@ def _kind(x: Any) -> Any:
     if isinstance(x, Mapping):
         return tuple((name, *_kind(value)) for name, value in x.items())
     return kind, x.shape, x.dtype, x.device
-
-
-def signature(request: Request) -> Signature:
-    """Give what a plan depends on."""
-    from .lowering import Signature
-
-    return Signature(request.q[-1], request.k[-3], request.dtype, request.mask is not None)
 
 
 def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
@@ -547,11 +486,11 @@ backend, device
         Prints as text; ``to_dict()`` gives the same as data.
     """
     from .explanation import explain_request
-    from .lowering import lower
+    from .lowering import lower_request
 
     bound = _bound(spec, backend, device)
     inputs = Inputs(
         q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS, dropout, axis_name
     )  # fmt: skip
     request = bound.request(inputs, lse=return_lse)
-    return explain_request(request, bound.choice, lower(bound.spec, signature(request)))
+    return explain_request(request, bound.choice, lower_request(request))

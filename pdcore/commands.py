@@ -12,7 +12,6 @@ from rich.table import Table
 
 from . import __version__, plugins
 from .attention import bind
-from .attention import signature as signature_of
 from .backend import FEATURES, Inputs, Request
 from .cli import Exit
 from .commands_bench import bench
@@ -23,7 +22,7 @@ from .errors import nearest
 from .explanation import explain_request
 from .files import FileError, check_writable, file_kind, read_arrays, replacing, write_arrays
 from .inventory import list_backends, list_words
-from .lowering import Signature, lower
+from .lowering import lower_request
 from .pieces import attend_in_pieces
 from .reporting import Failed, emit, note, progress, reported, stdout
 from .selection import choose
@@ -124,7 +123,7 @@ def attend(
     bound = bind(parsed, backend=names, device=device)
     try:
         request = bound.request(Inputs(**arrays), lse=lse)
-        plan = lower(parsed, signature_of(request))
+        plan = lower_request(request)
     except (TypeError, ValueError) as error:
         raise FileError(f"{source}: {error}") from error
     chosen = choose(request, bound.choice).backend.info.name
@@ -221,9 +220,8 @@ def explain(
     request = _request(
         parsed, shape, key_shape, value_dim, dtype, library, device, given, offset
     )._replace(lse=lse, vjp=vjp)
-    signature = Signature(request.q[-1], request.k[-3], dtype, request.mask is not None)
     try:
-        plan = lower(parsed, signature)
+        plan = lower_request(request)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     explanation = explain_request(request, _backends(backend), plan)

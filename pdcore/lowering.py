@@ -6,7 +6,7 @@ beside a planted wrong variant.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UnsupportedError
 from .kernels import Cosine, Exponential, FeatureMap, Gaussian, PointwiseKernel, default_scale
@@ -15,7 +15,10 @@ from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .spec import AttentionSpec
 from .transform import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
 
-__all__ = ["Signature", "lower"]
+if TYPE_CHECKING:
+    from .backend import Request
+
+__all__ = ["Signature", "lower", "lower_request"]
 
 
 class Signature(NamedTuple):
@@ -83,6 +86,12 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
         accumulate="float32" if signature.dtype in ("float16", "bfloat16") else signature.dtype,
         steps=tuple(steps),
     )
+
+
+def lower_request(request: Request) -> Plan:
+    """Lower the spec of a call, see `lower`."""
+    found = Signature(request.q[-1], request.k[-3], request.dtype, request.mask is not None)
+    return lower(request.spec, found)
 
 
 def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:

@@ -20,7 +20,7 @@ from pdcore.transform import first_real
 
 from . import namespace as xp
 from .flash import recorded
-from .prefix import fold_rows
+from .prefix import fold_rows, of_beta, twice
 
 __all__ = ["fold", "fold_given", "fold_prefix", "prefix_moments"]
 
@@ -137,7 +137,9 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
         dq = torch.zeros_like(q) if dq is None else dq
         dk = torch.zeros_like(k) if dk is None else dk
         if torch.is_grad_enabled():
-            grads = _twice(q, k, real, beta, ctx.plain, dq, dk)
+            grads = twice(
+                lambda q, k, beta: _plain(q, k, real, beta, *ctx.plain), q, k, beta, (dq, dk)
+            )
         else:
             s = _Sums(ctx.n if n is None else n, mean, inverse, centred, rest)
             grads = _pull_back(q, k, real, beta, ctx.plain, s, dq, dk)
@@ -174,23 +176,8 @@ def _pull_back(q: Tensor, k: Tensor, real: Tensor | None, beta: Any,
     more = torch.addcmul(d_mean / count - steep * s.rest, steep, s.centred)
     if real is not None:
         more = more * real[:, :, :, None]
-    d_beta = None
-    if isinstance(beta, Tensor):
-        d_beta = (-s.mean * moved).sum(0)
-        d_beta = d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)
-        d_beta = d_beta.to(beta.dtype)
+    d_beta = of_beta(-s.mean * moved, beta) if isinstance(beta, Tensor) else None
     return (dq * factor[:, :, None]).to(q_dtype), (dk + more).to(k.dtype), d_beta
-
-
-def _twice(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, plain: tuple[float, bool, bool],
-           dq: Tensor, dk: Tensor) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Give the gradient in calls that can be differentiated again."""
-    wanted = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
-    wanted = [x if x.requires_grad else x.detach().requires_grad_() for x in wanted]
-    q, k, *rest = wanted
-    results = _plain(q, k, real, rest[0] if rest else beta, *plain)
-    grads = torch.autograd.grad(results, wanted, (dq, dk), create_graph=True)
-    return grads[0], grads[1], grads[2] if rest else None
 
 
 def _plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool,

@@ -18,7 +18,7 @@ from pdcore.transform import first_real
 
 from . import namespace as xp
 
-__all__ = ["fold_rows"]
+__all__ = ["fold_rows", "of_beta", "twice"]
 
 #: Keys of a chunk, by the most features of all heads at a key: a chunk stays in the cache.
 CHUNKS = ((2048, 64), (8192, 32))
@@ -112,7 +112,11 @@ class _Rows(torch.autograd.Function):  # type: ignore[misc]
         q, k, real, given, mean, inverse = ctx.saved_tensors
         beta = given if ctx.beta is None else ctx.beta
         if torch.is_grad_enabled():
-            grads = _twice(q, k, real, beta, ctx.rest, d)
+            eps, closed, plain = ctx.rest
+            grads = twice(
+                lambda q, k, beta: plain(q, k, real, beta, 0, eps=eps, closed=closed)[:2],
+                q, k, beta, d,
+            )  # fmt: skip
         else:
             grads = _pull_back(q, k, real, beta, mean, inverse, *d)
         return (grads[0], grads[1], None, grads[2], None, None, None)
@@ -150,22 +154,21 @@ def _pull_back(
         torch.add(d_k[:, :, cut], grad, out=dk[:, :, cut])
         if moved is not None:
             moved -= (own * whole).sum(2, keepdim=True)
-    d_beta = None
-    if moved is not None:
-        d_beta = moved.sum(0)
-        d_beta = d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)
-    return dq, dk, d_beta
+    return dq, dk, None if moved is None else of_beta(moved, beta)
 
 
-def _twice(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, rest: tuple[float, bool, Plain],
-           d: Any) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Give the gradient in calls that can be differentiated again."""
-    eps, closed, plain = rest
+def of_beta(total: Tensor, beta: Tensor) -> Tensor:
+    """Bring a cotangent of beta, (B, H, 1, D), to the shape and dtype of beta."""
+    d_beta = total.sum(0)
+    return (d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)).to(beta.dtype)
+
+
+def twice(plain: Callable[[Tensor, Tensor, Any], Any], q: Tensor, k: Tensor, beta: Any,
+          d: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Give the gradient of ``plain(q, k, beta) -> (q', k')`` in differentiable calls."""
     wanted = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
     wanted = [x if x.requires_grad else x.detach().requires_grad_() for x in wanted]
-    folded, keys, _ = plain(
-        wanted[0], wanted[1], real, wanted[2] if len(wanted) > 2 else beta, 0, eps=eps,
-        closed=closed,
-    )  # fmt: skip
-    grads = torch.autograd.grad((folded, keys), wanted, d, create_graph=True, allow_unused=True)
-    return grads[0], grads[1], grads[2] if len(grads) > 2 else None
+    q, k, *rest = wanted
+    results = plain(q, k, rest[0] if rest else beta)
+    grads = torch.autograd.grad(results, wanted, d, create_graph=True, allow_unused=True)
+    return grads[0], grads[1], grads[2] if rest else None
