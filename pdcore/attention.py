@@ -35,7 +35,10 @@ class BoundAttention:
         What it computes.
     """
 
-    __slots__ = ("_choice", "_device", "_parameters", "_ready", "_settle", "_traced", "spec")
+    # `jax.jit` keeps weak references to what it compiles.
+    __slots__ = (
+        "__weakref__", "_choice", "_device", "_parameters", "_ready", "_settle", "_traced", "spec",
+    )  # fmt: skip
 
     def __init__(self, spec: str | AttentionSpec, backend: Choice = None,
                  device: str | None = None) -> None:  # fmt: skip

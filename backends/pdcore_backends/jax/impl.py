@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -11,23 +12,28 @@ import jax
 
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs, Request
-from pdcore.plan import Plan
+from pdcore.normalization import Batch
+from pdcore.operands import Operands
+from pdcore.plan import Plan, Scores
 
 from . import INFO
+from .namespace import NAMESPACE
+from .scores import scores
 
 __all__ = ["JaxBackend"]
 
 
-class _Namespace:
-    """jax.numpy, with an int64 that is as wide as JAX has integers at the moment."""
+@dataclass(frozen=True)
+class Blocked(Scores):
+    """A contraction by scores as this backend runs it.
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(jax.numpy, name)
+    Attributes
+    ----------
+    turns : bool
+        Whether key heads may take turns, see `.blocks.sizes`.
+    """
 
-    @property
-    def int64(self) -> Any:
-        # Without 64 bits, asking for int64 gives int32 and a warning at every use.
-        return jax.numpy.int64 if jax.config.jax_enable_x64 else jax.numpy.int32
+    turns: bool = False
 
 
 class JaxBackend(ArrayBackend):
@@ -38,7 +44,7 @@ class JaxBackend(ArrayBackend):
     @property
     def xp(self) -> Any:
         """jax.numpy, which is an array-API namespace itself."""
-        return _NAMESPACE
+        return NAMESPACE
 
     def refusals(self, request: Request) -> list[str]:
         """Say why the backend cannot run a call, see `Backend.refusals`."""
@@ -54,6 +60,22 @@ class JaxBackend(ArrayBackend):
             reasons.append(f"device {request.device}: {error}")
         return reasons
 
+    def fuse(self, plan: Plan, request: Request) -> Plan:
+        """Say how the backend runs a plan by scores, see `Backend.fuse`."""
+        c = plan.contraction
+        if not isinstance(c, Scores):
+            return plan
+        devices = len(jax.devices("cpu"))
+        turns = request.device.partition(":")[0] == "cpu" and devices == 1
+        how = "key heads in turn where they are large" if turns else "all heads at once"
+        step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
+        given = {f.name: getattr(c, f.name) for f in fields(c)}
+        return replace(plan, contraction=Blocked(**given, turns=turns), steps=(*plan.steps, step))
+
+    def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
+        """Contract by scores, see `.scores.scores`."""
+        return scores(c, o, turns=isinstance(c, Blocked) and c.turns)
+
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
         out, level = _attention(self, plan, *_static(inputs))
@@ -64,10 +86,11 @@ class JaxBackend(ArrayBackend):
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and give its pullback, see `Backend.attention_vjp`."""
         given = _static(inputs)
-        out, lse = _attention(self, plan, *given)
+        out, lse, pull = _with_pullback(self, plan, *given)
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            found: dict[str, Any] = _gradients(self, plan, *given, d_out, d_lse)
+            cotangents = d_out, jax.numpy.zeros_like(lse) if d_lse is None else d_lse
+            found: dict[str, Any] = _pulled(pull, cotangents)
             return found
 
         return out, lse, vjp
@@ -91,9 +114,6 @@ class JaxBackend(ArrayBackend):
         return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
 
 
-_NAMESPACE = _Namespace()
-
-
 #: A call is one program: single operations take JAX several times as long to compile, and for
 #: each shape anew.
 _program = partial(jax.jit, static_argnums=(0, 1, 2))
@@ -101,16 +121,36 @@ _program = partial(jax.jit, static_argnums=(0, 1, 2))
 
 @_program
 def _attention(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+    batch = plan.spec.normalization
+    if isinstance(batch, Batch) and batch.statistics == "running":
+        params = arrays["params"]
+        given = {name: jax.lax.stop_gradient(params[name]) for name in ("mean", "var")}
+        arrays = {**arrays, "params": {**params, **given}}
     with _in_full():
         return ArrayBackend.attention(backend, plan, _joined(arrays, offset), lse=True)
 
 
 @_program
-def _gradients(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any, d_out: Any, d_lse: Any
-               ) -> Any:  # fmt: skip
-    # Forward again: a program gives arrays back, not a pullback with what it has kept.
+def _with_pullback(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+    params = arrays["params"]
+    moving = {name: arrays[name] for name in ("q", "k", "v", "bias") if arrays[name] is not None}
+
+    def run(moving: dict[str, Any]) -> Any:
+        given = {name: moving.get(name, x) for name, x in arrays.items()}
+        given["params"] = {name: moving[name] for name in params}
+        return _attention(backend, plan, offset, given)
+
+    (out, lse), pull = jax.vjp(run, {**moving, **params})
+    # The pullback is a tree whose leaves are what it keeps, so a program can give it back.
+    return out, lse, pull
+
+
+def _pull(pull: Any, cotangents: Any) -> Any:
     with _in_full():
-        return ArrayBackend.attention_vjp(backend, plan, _joined(arrays, offset))[2](d_out, d_lse)
+        return pull(cotangents)[0]
+
+
+_pulled = jax.jit(_pull)
 
 
 @_program

@@ -1,0 +1,314 @@
+"""The blocks of a contraction by scores, cut so that XLA runs each of them well.
+
+Arrays stand in a dict by the names of `Operands`; leading axes are those of heads, or none inside
+a map over heads. Loops over equal blocks are `lax.map` and `lax.scan`; what is left over at an end
+is a block of its own, so no row and no key is ever padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pdcore.support import Support, Visibility
+
+from .namespace import NAMESPACE as xp
+
+__all__ = ["Arrays", "Call", "Sizes", "over_heads", "over_keys", "over_rows", "sizes"]
+
+Arrays = dict[str, Any]
+
+#: The axis of rows, and of keys; a mask or bias may have length 1 along either.
+_ROWS = {"q": -2, "out": -2, "level": -1, "bias": -2, "mask": -2}
+_KEYS = {"k": -2, "v": -2, "key_bias": -1, "key_mask": -1, "bias": -1, "mask": -1}
+#: The axes behind those of heads.
+_OWN = {"q": 3, "out": 3, "level": 2, "k": 2, "v": 2, "key_bias": 1, "key_mask": 1, "bias": 3,
+        "mask": 3, "offset": 3}  # fmt: skip
+_BROADCAST = ("bias", "mask")
+
+#: Scores that exist at a time, 8 MiB in float32: they stay in the caches of one or two cores.
+_BLOCK = 1 << 21
+_KEY_BLOCK = 4096
+_ROW_BLOCK = 1024
+#: A head with at most this many scores is too small to be worth a turn of its own.
+_SMALL = 1 << 15
+#: Causal rows run in bands, each with the keys that its last row sees: more of them save work,
+#: and take longer to compile.
+_BANDS = 8
+
+
+class Sizes(NamedTuple):
+    """How a contraction is cut.
+
+    Attributes
+    ----------
+    mapped : bool
+        Whether key heads take turns; otherwise they are an axis of every array.
+    rows, keys : int
+        The largest block.
+    """
+
+    mapped: bool
+    rows: int
+    keys: int
+
+
+def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool) -> Sizes:
+    """Choose blocks by shape.
+
+    XLA's matrix products on a CPU are fast where they are large, so heads take turns; many small
+    heads go as one batch. Where heads may lie on several devices they cannot take turns, nor
+    need they on a GPU.
+
+    Parameters
+    ----------
+    heads : int
+        The number of key heads of all sequences.
+    group, rows, keys : int
+        G, N and M.
+    turns : bool
+        Whether heads may take turns.
+    """
+    scores = heads * group * rows * keys
+    if group * rows * keys <= _SMALL and scores <= 8 * _BLOCK:
+        return Sizes(False, max(rows, 1), max(keys, 1))
+    mapped = turns and heads > 1
+    key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
+    at_once = group * (1 if mapped else heads)
+    fit = max(16, _BLOCK // (at_once * key_block))
+    return Sizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is static about a contraction.
+
+    Attributes
+    ----------
+    contraction : Scores
+        What to compute.
+    support : Support
+        Restrictions by position.
+    rows, keys : int
+        N and the number of keys.
+    scale : int
+        The length of the pooling window.
+    offset : int or None
+        The position of query 0; None where it is an array.
+    sizes : Sizes
+        How it is cut.
+    """
+
+    contraction: Any
+    support: Support
+    rows: int
+    keys: int
+    scale: int
+    offset: int | None
+    sizes: Sizes
+
+    def visibility(self, rows: int, keys: int, offset: Any) -> Visibility:
+        """Give the support by position alone, of a block whose first key is at position 0."""
+        return Visibility(self.support, xp, rows, keys * self.scale, self.scale, offset,
+                          None, None, None, None)  # fmt: skip
+
+
+def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
+    """Run `body` for one key head at a time.
+
+    An array without an axis of heads, or with several leading axes that are partly broadcast, is
+    read where it stands; a copy for every head could be as large as all scores.
+    """
+    lead = arrays["k"].shape[:-2]
+    count = 1
+    for size in lead:
+        count *= size
+    turns: Arrays = {}
+    shared: Arrays = {}
+    for name, x in arrays.items():
+        own = tuple(x.shape[: x.ndim - _axes(name)])
+        tail = tuple(x.shape[len(own) :])
+        if own == lead:
+            turns[name] = jnp.reshape(x, (count, *tail))
+        else:
+            shared[name] = (jnp.reshape(x, (-1, *tail)), own)
+
+    def turn(given: tuple[Any, Arrays]) -> Arrays:
+        index, cut = given
+        places: list[Any] = []
+        for size in reversed(lead):
+            places.insert(0, index % size)
+            index = index // size
+        for name, (x, own) in shared.items():
+            place: Any = 0
+            for size, at in zip(own, places[len(lead) - len(own) :], strict=True):
+                place = place * size + (at if size != 1 else 0)
+            cut = {**cut, name: lax.dynamic_index_in_dim(x, place, keepdims=False)}
+        return body(cut)
+
+    found = lax.map(turn, (jnp.arange(count), turns))
+    return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in found.items()}
+
+
+def _axes(name: str) -> int:
+    return _OWN.get(name.removeprefix("d_"), 3)
+
+
+def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays:
+    """Run ``body(arrays, visibility, whole)`` on blocks of rows with the keys that they can see.
+
+    `visibility` speaks of the block by position; `whole` says that it lets everything through.
+    """
+    parts = []
+    for start, stop, first, last in _bands(call):
+        seen = call.visibility(call.rows, call.keys, call.offset)
+        whole = not call.support.restricts or (
+            call.offset is not None and seen.whole(start, stop, first, last)
+        )
+        band = _cut(_cut(arrays, _ROWS, start, stop), _KEYS, first, last)
+        block = min(call.sizes.rows, stop - start)
+        count = (stop - start) // block
+        reach = None if whole else _reach(call, block, last - first)
+
+        def run(cut: Arrays, at: Any, rows: int, first: int = first, whole: bool = whole,
+                reach: int | None = reach) -> Arrays:  # fmt: skip
+            offset = call.offset if call.offset is not None else cut.pop("offset")
+            offset = offset + at - first * call.scale
+            keys = cut["k"].shape[-2]
+            if reach is not None and jnp.size(offset) == 1:
+                low = jnp.reshape(jnp.asarray(offset), ()) - int(call.support.left)
+                begin = jnp.clip(-(-low // call.scale), 0, keys - reach)
+                cut = _slide(cut, begin, reach)
+                offset, keys = offset - begin * call.scale, reach
+            found: Arrays = body(cut, call.visibility(rows, keys, offset), whole)
+            return found
+
+        if count == 1:
+            parts.append(run(dict(_cut(band, _ROWS, 0, block)), start, block))
+        else:
+            moving, still = _split(band, _ROWS, block, count)
+
+            def turn(given: tuple[Any, Arrays], run: Any = run, start: int = start,
+                     still: Arrays = still, block: int = block) -> Arrays:  # fmt: skip
+                index, cut = given
+                found: Arrays = run({**still, **cut}, start + index * block, block)
+                return found
+
+            found = lax.map(turn, (jnp.arange(count), moving))
+            parts.append({name: _joined(x, _ROWS[name.removeprefix("d_")])
+                          for name, x in found.items()})  # fmt: skip
+        if start + count * block < stop:
+            rest = _cut(band, _ROWS, count * block, stop - start)
+            parts.append(run(dict(rest), start + count * block, stop - start - count * block))
+    return {name: jnp.concat([part[name] for part in parts], axis=_ROWS[name.removeprefix("d_")])
+            if len(parts) > 1 else parts[0][name] for name in parts[0]}  # fmt: skip
+
+
+def over_keys(call: Call, body: Callable[..., Any], merge: Callable[[Any, Any], Any],
+              arrays: Arrays, visibility: Visibility) -> Any:  # fmt: skip
+    """Run ``body(arrays, visibility)`` on blocks of keys, and merge what it gives in order."""
+    keys, block = arrays["k"].shape[-2], call.sizes.keys
+    count = keys // block
+    if count < 2 and keys <= block:
+        return body(arrays, visibility)
+    moving, still = _split(_cut(arrays, _KEYS, 0, count * block), _KEYS, block, count)
+
+    def at(cut: Arrays, first: Any, size: int) -> Any:
+        seen = call.visibility(visibility.rows, size, visibility.offset - first * call.scale)
+        return body({**still, **cut}, seen)
+
+    # The first block is where the sums begin, so that they vary over devices as it does.
+    total = at({name: x[0] for name, x in moving.items()}, 0, block)
+    if count > 1:
+        rest = {name: x[1:] for name, x in moving.items()}
+
+        def step(total: Any, given: tuple[Any, Arrays]) -> tuple[Any, None]:
+            index, cut = given
+            return merge(total, at(cut, index * block, block)), None
+
+        total, _ = lax.scan(step, total, (jnp.arange(1, count), rest))
+    if count * block < keys:
+        tail = _cut(arrays, _KEYS, count * block, keys)
+        total = merge(total, at(tail, count * block, keys - count * block))
+    return total
+
+
+def _bands(call: Call) -> list[tuple[int, int, int, int]]:
+    """Cut rows into bands (start, stop) with the keys (first, last) that they can see."""
+    if not call.support.restricts or call.offset is None or not call.rows:
+        return [(0, call.rows, 0, call.keys)]
+    least = min(call.sizes.rows, 256)
+    size = max(least, -(-call.rows // _BANDS))
+    size = -(-size // least) * least
+    seen = call.visibility(call.rows, call.keys, call.offset)
+    found = []
+    for start in range(0, call.rows, size):
+        stop = min(start + size, call.rows)
+        first, last = seen.key_range(start, stop)
+        # Rows that see no key see one that is hidden: a maximum of nothing is an error.
+        first = min(first, call.keys - 1)
+        found.append((start, stop, first, max(last, first + 1)))
+    return found
+
+
+def _reach(call: Call, rows: int, keys: int) -> int | None:
+    """Bound how many keys a block of rows sees through a window; None if it may be all."""
+    support = call.support
+    if float("inf") in (support.left, support.ahead):
+        return None
+    span = rows + int(support.left) + int(support.ahead)
+    reach = span // call.scale + 2
+    return reach if reach < keys else None
+
+
+def _slide(arrays: Arrays, begin: Any, size: int) -> Arrays:
+    """Cut `size` keys from a traced one on."""
+    found = {}
+    for name, x in arrays.items():
+        axis = _KEYS.get(name.removeprefix("d_"))
+        if axis is None or _spread(name, x, axis):
+            found[name] = x
+        else:
+            found[name] = lax.dynamic_slice_in_dim(x, begin, size, axis % x.ndim)
+    return found
+
+
+def _cut(arrays: Arrays, axes: dict[str, int], start: int, stop: int) -> Arrays:
+    found = {}
+    for name, x in arrays.items():
+        axis = axes.get(name.removeprefix("d_"))
+        if axis is None or _spread(name, x, axis) or (start == 0 and stop == x.shape[axis]):
+            found[name] = x
+        else:
+            found[name] = lax.slice_in_dim(x, start, stop, axis=axis % x.ndim)
+    return found
+
+
+def _spread(name: str, x: Any, axis: int) -> bool:
+    """Say whether an array stands for all rows, or all keys."""
+    return name.removeprefix("d_") in _BROADCAST and x.shape[axis] == 1
+
+
+def _split(arrays: Arrays, axes: dict[str, int], block: int, count: int) -> tuple[Arrays, Arrays]:
+    """Put `count` blocks on an axis in front; give what has blocks, and what has none."""
+    moving, still = {}, {}
+    for name, x in _cut(arrays, axes, 0, block * count).items():
+        axis = axes.get(name.removeprefix("d_"))
+        if axis is None or _spread(name, x, axis):
+            still[name] = x
+            continue
+        at = axis % x.ndim
+        blocks = jnp.reshape(x, (*x.shape[:at], count, block, *x.shape[at + 1 :]))
+        moving[name] = jnp.moveaxis(blocks, at, 0)
+    return moving, still
+
+
+def _joined(x: Any, axis: int) -> Any:
+    """Undo `_split` for one result."""
+    at = axis % (x.ndim - 1)
+    x = jnp.moveaxis(x, 0, at)
+    return jnp.reshape(x, (*x.shape[:at], -1, *x.shape[at + 2 :]))

@@ -1,0 +1,24 @@
+"""jax.numpy as an array-API namespace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+__all__ = ["NAMESPACE"]
+
+
+class _Namespace:
+    """jax.numpy, with an int64 that is as wide as JAX has integers at the moment."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jax.numpy, name)
+
+    @property
+    def int64(self) -> Any:
+        # Without 64 bits, asking for int64 gives int32 and a warning at every use.
+        return jax.numpy.int64 if jax.config.jax_enable_x64 else jax.numpy.int32
+
+
+NAMESPACE = _Namespace()
