@@ -7,6 +7,7 @@ is a block of its own, so no row and no key is ever padded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from pdcore.support import Support, Visibility
 
 from .namespace import NAMESPACE as xp
 
-__all__ = ["Arrays", "Call", "Sizes", "over_heads", "over_keys", "over_rows", "sizes"]
+__all__ = ["Arrays", "Call", "Sizes", "flat", "over_heads", "over_keys", "over_rows", "sizes"]
 
 Arrays = dict[str, Any]
 
@@ -124,9 +125,7 @@ def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> 
     read where it stands; a copy for every head could be as large as all scores.
     """
     lead = arrays["k"].shape[:-2]
-    count = 1
-    for size in lead:
-        count *= size
+    count = math.prod(lead)
     turns: Arrays = {}
     shared: Arrays = {}
     for name, x in arrays.items():
@@ -152,6 +151,18 @@ def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> 
 
     found = lax.map(turn, (jnp.arange(count), turns))
     return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in found.items()}
+
+
+def flat(arrays: Arrays) -> Arrays:
+    """Give all arrays one leading axis; as they are if one is broadcast along some only."""
+    lead = arrays["k"].shape[:-2]
+    found = {}
+    for name, x in arrays.items():
+        own = x.shape[: x.ndim - _axes(name)]
+        if own != lead and math.prod(own) != 1:
+            return arrays
+        found[name] = jnp.reshape(x, (math.prod(own), *x.shape[len(own) :]))
+    return found
 
 
 def _axes(name: str) -> int:

@@ -9,6 +9,7 @@ and `jvp` need nothing more.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,12 +27,15 @@ from pdcore.plan import Scores
 from pdcore.score_contraction import divide, log_weight
 from pdcore.support import Visibility
 
-from .blocks import Arrays, Call, Sizes, over_heads, over_keys, over_rows, sizes
+from .blocks import Arrays, Call, Sizes, flat, over_heads, over_keys, over_rows, sizes
 from .namespace import NAMESPACE as xp
 
 __all__ = ["scores"]
 
 Result = TypeVar("Result")
+
+# A derivative is traced after the call, outside whatever precision surrounds that.
+_IN_FULL = lax.Precision.HIGHEST
 
 
 def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> tuple[Any, Any]:
@@ -59,9 +63,10 @@ def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> 
     keys = o.k.shape[-2]
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)
-    heads = 1
-    for size in lead:
-        heads *= size
+    heads = math.prod(lead)
+    if c.weight == "log" and c.expression is None:
+        # There are fewer queries than scores to scale.
+        o, c = o._replace(q=o.q * c.scale), replace(c, scale=1.0)
     arrays: Arrays = {"q": o.q, "k": o.k, "v": o.v}
     for name, x in (("key_bias", o.key_bias), ("bias", o.bias), ("key_mask", seen.key_mask)):
         if x is not None:
@@ -75,8 +80,12 @@ def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> 
         c, seen.support, rows, keys, seen.scale, seen.offset if seen.static else None,
         cut or sizes(heads, group, rows, keys, turns=turns),
     )  # fmt: skip
-    out, level = _contract(call, {**arrays, **{f"value {n}": x for n, x in values.items()}})
-    return out, level
+    arrays |= {f"value {name}": x for name, x in values.items()}
+    if turns and not call.sizes.mapped:
+        # XLA's products of many small matrices are several times as fast with one axis of heads.
+        arrays = flat(arrays)
+    out, level = _contract(call, arrays)
+    return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -317,20 +326,22 @@ def _feature_weights(c: Scores, o: Operands) -> tuple[Any, Any]:
 def _inner(q: Any, k: Any) -> Any:
     """Multiply rows (..., G, R, D) by keys (..., M, D): one product for all G heads."""
     if q.shape[-3] == 1:  # XLA has faster products without the axis
-        return _product("...rd,...md->...rm", q[..., 0, :, :], k)[..., None, :, :]
-    return _product("...grd,...md->...grm", q, k)
+        return _product(q[..., 0, :, :], k, -1)[..., None, :, :]
+    return jnp.einsum("...grd,...md->...grm", q, k, precision=_IN_FULL)
 
 
 def _times(p: Any, v: Any) -> Any:
     """Multiply weights (..., G, R, M) by values (..., M, D)."""
     if p.shape[-3] == 1:
-        return _product("...rm,...md->...rd", p[..., 0, :, :], v)[..., None, :, :]
-    return _product("...grm,...md->...grd", p, v)
+        return _product(p[..., 0, :, :], v, -2)[..., None, :, :]
+    return jnp.einsum("...grm,...md->...grd", p, v, precision=_IN_FULL)
 
 
-def _product(axes: str, a: Any, b: Any) -> Any:
-    # A derivative is traced after the call, outside whatever precision surrounds that.
-    return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)
+def _product(a: Any, b: Any, axis: int) -> Any:
+    """Contract the last axis of `a` with one of `b`; einsum may order them less well."""
+    lead = tuple(range(a.ndim - 2))
+    contracted = (a.ndim - 1,), (axis % b.ndim,)
+    return lax.dot_general(a, b, (contracted, (lead, lead)), precision=_IN_FULL)
 
 
 def _finite(peak: Any) -> Any:
