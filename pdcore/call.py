@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from . import heads, score_contraction
 from .arrays import device_of, dtype_name
 from .backend import Inputs
 from .kernels import PointwiseKernel
+from .normalization import Batch
 from .operands import Operands
 from .plan import Features, Group, Plan, Scores
 from .support import Visibility
 
-__all__ = ["Call", "Normaliser"]
+__all__ = ["Call", "Normaliser", "constants_held"]
 
 
 class Call:
@@ -153,6 +155,15 @@ class Call:
 def accumulation(x: Any, xp: Any) -> Any:
     """Give the dtype of sums: float32 for 16 bit, the array's own otherwise."""
     return xp.float32 if dtype_name(x) in ("float16", "bfloat16") else x.dtype
+
+
+def constants_held(plan: Plan, inputs: Inputs, stop: Callable[[Any], Any]) -> Inputs:
+    """Let `stop` cut the gradients of running statistics, which are constants of a call."""
+    normalization = plan.spec.normalization
+    if not isinstance(normalization, Batch) or normalization.statistics != "running":
+        return inputs
+    held = {name: stop(inputs.params[name]) for name in ("mean", "var")}
+    return inputs._replace(params={**inputs.params, **held})
 
 
 def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:

@@ -5,8 +5,8 @@ A plan is frozen and holds no arrays. Backends run plans; they never see the axe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .expression import Expression
 from .statistics import Statistics
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .transform import Pullback, Rows
 
 __all__ = ["Features", "Group", "Plan", "Scores", "Summary", "Transform"]
+
+Own = TypeVar("Own", bound="Scores")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class Scores:
     scale: float = 1.0
     expression: Expression | None = None
     signed: bool = False
+
+    def run_as(self, kind: type[Own], **more: Any) -> Own:
+        """Give the contraction as a backend's own kind of it, with what that kind adds."""
+        return kind(**{f.name: getattr(self, f.name) for f in fields(Scores)}, **more)
 
 
 @dataclass(frozen=True)

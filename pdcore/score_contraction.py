@@ -15,7 +15,7 @@ from .plan import Scores
 from .support import Visibility
 from .transform import sum_to
 
-__all__ = ["scores", "scores_vjp"]
+__all__ = ["divide", "finite", "log_weight", "relative_features", "scores", "scores_vjp"]
 
 
 def key_blocks(visibility: Visibility, start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -82,15 +82,16 @@ def _score_rows(c: Scores, o: Operands, start: int, stop: int, key_block: int,
             s = xp.matmul(q, xp.matrix_transpose(k))
             logits = log_weight(c, s, o, start, stop, first, last, xp=xp)
             higher = xp.maximum(peak, xp.max(logits, axis=-1, keepdims=True))
-            base = _finite(higher, xp)
+            base = finite(higher, xp)
             p = xp.exp(logits - base)
         else:
-            p, exponent = _feature_weights(c, q, k, xp)
+            rows, keys, exponent = relative_features(c, q, k, xp=xp)
+            p = xp.matmul(rows, xp.matrix_transpose(keys))
             seen = o.visibility.block(start, stop, first, last)
             if seen is not None:
                 p = xp.where(seen, p, xp.zeros_like(p))
             higher = xp.maximum(peak, exponent)
-            base = _finite(higher, xp)
+            base = finite(higher, xp)
             p = p * xp.exp(exponent - base)
         shrink = xp.exp(peak - base)
         total = total * shrink + xp.sum(p, axis=-1, keepdims=True)
@@ -101,19 +102,17 @@ def _score_rows(c: Scores, o: Operands, start: int, stop: int, key_block: int,
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return summed, xp.zeros_like(total[..., 0])
-    return divide(summed, total, _finite(peak, xp), xp=xp)
+    return divide(summed, total, finite(peak, xp), xp=xp)
 
 
-def _feature_weights(c: Scores, q: Any, k: Any, xp: Any) -> tuple[Any, Any]:
-    """Compute phi(q).phi(k) as (w, e), the weight being w exp(e)."""
+def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, Any]:
+    """Give phi(q), phi(k) and e: the weight is phi(q).phi(k) exp(e), and nothing overflows."""
     if c.weight == "features":
-        w = xp.matmul(q, xp.matrix_transpose(k))
-        return w, xp.zeros_like(w[..., :1])
+        return q, k, xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
     top = xp.max(k, axis=-2, keepdims=True)
     shifted = q + top
     exponent = xp.max(shifted, axis=-1, keepdims=True)
-    w = xp.matmul(xp.exp(shifted - exponent), xp.matrix_transpose(xp.exp(k - top)))
-    return w, exponent
+    return xp.exp(shifted - exponent), xp.exp(k - top), exponent
 
 
 def divide(summed: Any, total: Any, exponent: Any, *, xp: Any) -> tuple[Any, Any]:
@@ -125,7 +124,7 @@ def divide(summed: Any, total: Any, exponent: Any, *, xp: Any) -> tuple[Any, Any
     return out, level[..., 0]
 
 
-def _finite(peak: Any, xp: Any) -> Any:
+def finite(peak: Any, xp: Any) -> Any:
     """Replace -inf, the maximum of no visible key, by 0: exp(-inf - -inf) is NaN."""
     return xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
 
@@ -153,7 +152,7 @@ def weights(c: Scores, o: Operands, level: Any, *, xp: Any, query_block: int = 2
         s = xp.matmul(o.q[..., start:stop, :], xp.matrix_transpose(o.k[..., None, :, :]))
         row = level[..., start:stop, None]
         if c.weight == "log":
-            w = xp.exp(log_weight(c, s, o, start, stop, 0, keys, xp=xp) - _finite(row, xp))
+            w = xp.exp(log_weight(c, s, o, start, stop, 0, keys, xp=xp) - finite(row, xp))
         else:
             seen = o.visibility.block(start, stop, 0, keys)
             inverse = xp.where(row == -xp.inf, xp.zeros_like(row), xp.exp(-row))
@@ -215,7 +214,7 @@ def _weight_vjp(c: Scores, o: Operands, s: Any, dp: Any, row: tuple[Any, Any],
         ds = (dp - delta) * inverse
         return w * inverse, ds if seen is None else xp.where(seen, ds, zero)
     logits = log_weight(c, s, o, *at, xp=xp)
-    p = xp.exp(logits - _finite(level, xp))
+    p = xp.exp(logits - finite(level, xp))
     p = xp.where(level == -xp.inf, zero, p)
     # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
     none = p == 0

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from .errors import SpecError
 from .heads import windows
 
-__all__ = ["Support", "Visibility"]
+__all__ = ["Support", "Visibility", "all_of"]
+
+
+def all_of(parts: list[Any]) -> Any:
+    """Join bool arrays, which broadcast against each other, by and; None for none."""
+    return reduce(operator.and_, parts) if parts else None
 
 
 @dataclass(frozen=True)
@@ -242,12 +249,7 @@ class Visibility:
             parts.append(self.key_mask[..., None, None, first:last])
         if self.mask is not None:
             parts.append(self.by_mask(start, stop, first, last))
-        if not parts:
-            return None
-        seen = parts[0]
-        for part in parts[1:]:
-            seen = seen & part
-        return seen
+        return all_of(parts)
 
     def by_position(self, start: int, stop: int, first: int, last: int) -> Any:
         """Apply causal and window alone, (rows, keys) or (*B, 1, 1, rows, keys)."""

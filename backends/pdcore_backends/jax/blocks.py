@@ -175,48 +175,50 @@ def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays
     `visibility` speaks of the block by position; `whole` says that it lets everything through.
     """
     parts = []
-    for start, stop, first, last in _bands(call):
-        seen = call.visibility(call.rows, call.keys, call.offset)
-        whole = not call.support.restricts or (
-            call.offset is not None and seen.whole(start, stop, first, last)
-        )
-        band = _cut(_cut(arrays, _ROWS, start, stop), _KEYS, first, last)
-        block = min(call.sizes.rows, stop - start)
-        count = (stop - start) // block
-        reach = None if whole else _reach(call, block, last - first)
+    for band in _bands(call):
+        parts += _band(call, body, arrays, *band)
+    if len(parts) == 1:
+        return parts[0]
+    return {name: jnp.concat([part[name] for part in parts], axis=_ROWS[name])
+            for name in parts[0]}  # fmt: skip
 
-        def run(cut: Arrays, at: Any, rows: int, first: int = first, whole: bool = whole,
-                reach: int | None = reach) -> Arrays:  # fmt: skip
-            offset = call.offset if call.offset is not None else cut.pop("offset")
-            offset = offset + at - first * call.scale
-            keys = cut["k"].shape[-2]
-            if reach is not None and jnp.size(offset) == 1:
-                low = jnp.reshape(jnp.asarray(offset), ()) - int(call.support.left)
-                begin = jnp.clip(-(-low // call.scale), 0, keys - reach)
-                cut = _slide(cut, begin, reach)
-                offset, keys = offset - begin * call.scale, reach
-            found: Arrays = body(cut, call.visibility(rows, keys, offset), whole)
-            return found
 
-        if count == 1:
-            parts.append(run(dict(_cut(band, _ROWS, 0, block)), start, block))
-        else:
-            moving, still = _split(band, _ROWS, block, count)
+def _band(call: Call, body: Callable[..., Arrays], arrays: Arrays, start: int, stop: int,
+          first: int, last: int) -> list[Arrays]:  # fmt: skip
+    """Run the rows ``start:stop`` with the keys ``first:last``; give what has to be joined."""
+    whole = call.visibility(call.rows, call.keys, call.offset).whole(start, stop, first, last)
+    arrays = _cut(_cut(arrays, _ROWS, start, stop), _KEYS, first, last)
+    block = min(call.sizes.rows, stop - start)
+    count = (stop - start) // block
+    reach = None if whole else _reach(call, block, last - first)
 
-            def turn(given: tuple[Any, Arrays], run: Any = run, start: int = start,
-                     still: Arrays = still, block: int = block) -> Arrays:  # fmt: skip
-                index, cut = given
-                found: Arrays = run({**still, **cut}, start + index * block, block)
-                return found
+    def run(cut: Arrays, at: Any, rows: int) -> Arrays:
+        offset = call.offset if call.offset is not None else cut.pop("offset")
+        offset = offset + start + at - first * call.scale
+        keys = cut["k"].shape[-2]
+        if reach is not None and jnp.size(offset) == 1:
+            low = jnp.reshape(jnp.asarray(offset), ()) - int(call.support.left)
+            begin = jnp.clip(-(-low // call.scale), 0, keys - reach)
+            cut = _slide(cut, begin, reach)
+            offset, keys = offset - begin * call.scale, reach
+        return body(cut, call.visibility(rows, keys, offset), whole)
 
-            found = lax.map(turn, (jnp.arange(count), moving))
-            parts.append({name: _joined(x, _ROWS[name.removeprefix("d_")])
-                          for name, x in found.items()})  # fmt: skip
-        if start + count * block < stop:
-            rest = _cut(band, _ROWS, count * block, stop - start)
-            parts.append(run(dict(rest), start + count * block, stop - start - count * block))
-    return {name: jnp.concat([part[name] for part in parts], axis=_ROWS[name.removeprefix("d_")])
-            if len(parts) > 1 else parts[0][name] for name in parts[0]}  # fmt: skip
+    if count == 1:
+        parts = [run(_cut(arrays, _ROWS, 0, block), 0, block)]
+    else:
+        moving, still = _split(arrays, _ROWS, block, count)
+
+        def turn(given: tuple[Any, Arrays]) -> Arrays:
+            index, cut = given
+            return run({**still, **cut}, index * block, block)
+
+        found = lax.map(turn, (jnp.arange(count), moving))
+        parts = [{name: _joined(x, _ROWS[name]) for name, x in found.items()}]
+    done = count * block
+    if done < stop - start:
+        rest = _cut(arrays, _ROWS, done, stop - start)
+        parts.append(run(rest, done, stop - start - done))
+    return parts
 
 
 def over_keys(call: Call, body: Callable[..., Any], merge: Callable[[Any, Any], Any],
@@ -224,9 +226,9 @@ def over_keys(call: Call, body: Callable[..., Any], merge: Callable[[Any, Any], 
     """Run ``body(arrays, visibility)`` on blocks of keys, and merge what it gives in order."""
     keys, block = arrays["k"].shape[-2], call.sizes.keys
     count = keys // block
-    if count < 2 and keys <= block:
+    if keys <= block:
         return body(arrays, visibility)
-    moving, still = _split(_cut(arrays, _KEYS, 0, count * block), _KEYS, block, count)
+    moving, still = _split(arrays, _KEYS, block, count)
 
     def at(cut: Arrays, first: Any, size: int) -> Any:
         seen = call.visibility(visibility.rows, size, visibility.offset - first * call.scale)
@@ -276,43 +278,43 @@ def _reach(call: Call, rows: int, keys: int) -> int | None:
     return reach if reach < keys else None
 
 
+def _axis(axes: dict[str, int], name: str, x: Any) -> int | None:
+    """Give the axis of rows, or of keys; None where an array stands for all of them."""
+    name = name.removeprefix("d_")
+    axis = axes.get(name)
+    if axis is None or (name in _BROADCAST and x.shape[axis] == 1):
+        return None
+    return int(axis % x.ndim)
+
+
 def _slide(arrays: Arrays, begin: Any, size: int) -> Arrays:
     """Cut `size` keys from a traced one on."""
     found = {}
     for name, x in arrays.items():
-        axis = _KEYS.get(name.removeprefix("d_"))
-        if axis is None or _spread(name, x, axis):
-            found[name] = x
-        else:
-            found[name] = lax.dynamic_slice_in_dim(x, begin, size, axis % x.ndim)
+        axis = _axis(_KEYS, name, x)
+        found[name] = x if axis is None else lax.dynamic_slice_in_dim(x, begin, size, axis)
     return found
 
 
 def _cut(arrays: Arrays, axes: dict[str, int], start: int, stop: int) -> Arrays:
     found = {}
     for name, x in arrays.items():
-        axis = axes.get(name.removeprefix("d_"))
-        if axis is None or _spread(name, x, axis) or (start == 0 and stop == x.shape[axis]):
+        axis = _axis(axes, name, x)
+        if axis is None or (start == 0 and stop == x.shape[axis]):
             found[name] = x
         else:
-            found[name] = lax.slice_in_dim(x, start, stop, axis=axis % x.ndim)
+            found[name] = lax.slice_in_dim(x, start, stop, axis=axis)
     return found
-
-
-def _spread(name: str, x: Any, axis: int) -> bool:
-    """Say whether an array stands for all rows, or all keys."""
-    return name.removeprefix("d_") in _BROADCAST and x.shape[axis] == 1
 
 
 def _split(arrays: Arrays, axes: dict[str, int], block: int, count: int) -> tuple[Arrays, Arrays]:
     """Put `count` blocks on an axis in front; give what has blocks, and what has none."""
     moving, still = {}, {}
     for name, x in _cut(arrays, axes, 0, block * count).items():
-        axis = axes.get(name.removeprefix("d_"))
-        if axis is None or _spread(name, x, axis):
+        at = _axis(axes, name, x)
+        if at is None:
             still[name] = x
             continue
-        at = axis % x.ndim
         blocks = jnp.reshape(x, (*x.shape[:at], count, block, *x.shape[at + 1 :]))
         moving[name] = jnp.moveaxis(blocks, at, 0)
     return moving, still

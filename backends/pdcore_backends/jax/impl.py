@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs, Request
-from pdcore.normalization import Batch
+from pdcore.call import constants_held
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
 
@@ -65,12 +65,10 @@ class JaxBackend(ArrayBackend):
         c = plan.contraction
         if not isinstance(c, Scores):
             return plan
-        devices = len(jax.devices("cpu"))
-        turns = request.device.partition(":")[0] == "cpu" and devices == 1
+        turns = request.device.partition(":")[0] == "cpu" and len(jax.devices("cpu")) == 1
         how = "key heads in turn where they are large" if turns else "all heads at once"
         step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
-        given = {f.name: getattr(c, f.name) for f in fields(c)}
-        return replace(plan, contraction=Blocked(**given, turns=turns), steps=(*plan.steps, step))
+        return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `.scores.scores`."""
@@ -121,13 +119,9 @@ _program = partial(jax.jit, static_argnums=(0, 1, 2))
 
 @_program
 def _attention(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
-    batch = plan.spec.normalization
-    if isinstance(batch, Batch) and batch.statistics == "running":
-        params = arrays["params"]
-        given = {name: jax.lax.stop_gradient(params[name]) for name in ("mean", "var")}
-        arrays = {**arrays, "params": {**params, **given}}
+    inputs = constants_held(plan, _joined(arrays, offset), jax.lax.stop_gradient)
     with _in_full():
-        return ArrayBackend.attention(backend, plan, _joined(arrays, offset), lse=True)
+        return ArrayBackend.attention(backend, plan, inputs, lse=True)
 
 
 @_program

@@ -24,10 +24,10 @@ from pdcore import score_contraction
 from pdcore.feature_contraction import shifted_features
 from pdcore.operands import Operands
 from pdcore.plan import Scores
-from pdcore.score_contraction import divide, log_weight
-from pdcore.support import Visibility
+from pdcore.score_contraction import divide, finite, log_weight, relative_features
+from pdcore.support import Visibility, all_of
 
-from .blocks import Arrays, Call, Sizes, flat, over_heads, over_keys, over_rows, sizes
+from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes
 from .namespace import NAMESPACE as xp
 
 __all__ = ["scores"]
@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 _IN_FULL = lax.Precision.HIGHEST
 
 
-def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> tuple[Any, Any]:
+def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     """Contract by scores.
 
     Parameters
@@ -49,8 +49,6 @@ def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> 
         What it reads.
     turns : bool
         Whether heads may take turns, see `.blocks.sizes`.
-    cut : Sizes, optional
-        How to cut it, if not by shape.
 
     Returns
     -------
@@ -63,7 +61,6 @@ def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> 
     keys = o.k.shape[-2]
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)
-    heads = math.prod(lead)
     if c.weight == "log" and c.expression is None:
         # There are fewer queries than scores to scale.
         o, c = o._replace(q=o.q * c.scale), replace(c, scale=1.0)
@@ -75,12 +72,12 @@ def scores(c: Scores, o: Operands, *, turns: bool, cut: Sizes | None = None) -> 
         arrays["mask"] = seen.by_mask(0, rows, 0, keys)
     if not seen.static:
         arrays["offset"] = jnp.asarray(seen.offset)
-    values = {name: jnp.broadcast_to(x, (*lead, 1, 1, 1)) for name, x in o.values.items()}
+    for name, x in o.values.items():
+        arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, 1, 1, 1))
     call = Call(
         c, seen.support, rows, keys, seen.scale, seen.offset if seen.static else None,
-        cut or sizes(heads, group, rows, keys, turns=turns),
+        sizes(math.prod(lead), group, rows, keys, turns=turns),
     )  # fmt: skip
-    arrays |= {f"value {name}": x for name, x in values.items()}
     if turns and not call.sizes.mapped:
         # XLA's products of many small matrices are several times as fast with one axis of heads.
         arrays = flat(arrays)
@@ -112,17 +109,18 @@ def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
     def body(cut: Arrays, seen: Visibility) -> _Sums:
         o = _operands(cut, seen, whole)
         if c.weight == "log":
-            logits = _logits(c, o)
+            logits = _logits(c, _inner(o.q, o.k), o)
             peak = jnp.max(logits, axis=-1, keepdims=True)
             # Without the barrier exp is computed twice, for the sum and for the product.
-            p = lax.optimization_barrier(jnp.exp(logits - _finite(peak)))
+            p = lax.optimization_barrier(jnp.exp(logits - finite(peak, xp)))
         else:
-            p, peak = _feature_weights(c, o)
+            rows, keys, peak = relative_features(c, o.q, o.k[..., None, :, :], xp=xp)
+            p = _seen_only(_inner(rows, keys[..., 0, :, :]), o)
         return _Sums(_times(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
 
     def merge(a: _Sums, b: _Sums) -> _Sums:
         peak = jnp.maximum(a.peak, b.peak)
-        left, right = (jnp.exp(x.peak - _finite(peak)) for x in (a, b))
+        left, right = (jnp.exp(x.peak - finite(peak, xp)) for x in (a, b))
         return _Sums(
             a.values * left + b.values * right, a.total * left + b.total * right, peak
         )  # fmt: skip
@@ -131,7 +129,7 @@ def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return {"out": found.values, "level": jnp.zeros_like(found.total[..., 0])}
-    out, level = divide(found.values, found.total, _finite(found.peak), xp=xp)
+    out, level = divide(found.values, found.total, finite(found.peak, xp), xp=xp)
     return {"out": out, "level": level}
 
 
@@ -172,15 +170,7 @@ def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arr
 
 def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
     def block(cut: Arrays, visibility: Visibility, whole: bool) -> Arrays:
-        run = partial(_tangent, call, whole)
-        if isinstance(visibility.offset, int):  # not traced, so not an argument
-            return _kept(partial(run, visibility), cut)
-
-        def placed(offset: Any, cut: Arrays) -> Arrays:
-            return run(call.visibility(visibility.rows, visibility.length // call.scale, offset),
-                       cut)  # fmt: skip
-
-        return _kept(placed, visibility.offset, cut)
+        return _kept(lambda x: _tangent(call, x, visibility, whole), cut)
 
     def rows(given: Arrays) -> Arrays:
         return over_rows(call, block, given)
@@ -191,7 +181,7 @@ def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
     return over_heads(call, partial(_kept, rows), given)
 
 
-def _tangent(call: Call, whole: bool, visibility: Visibility, arrays: Arrays) -> Arrays:
+def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
     """Give the tangent of a block of rows."""
     c = call.contraction
     out, level = arrays["out"], arrays["level"][..., None]
@@ -208,13 +198,7 @@ def _tangent(call: Call, whole: bool, visibility: Visibility, arrays: Arrays) ->
         return a[0] + b[0], a[1] + b[1]
 
     def kept(cut: Arrays, seen: Visibility) -> tuple[Any, Any]:
-        if isinstance(seen.offset, int):
-            return _kept(lambda x: body(x, seen), cut)
-
-        def placed(offset: Any, x: Arrays) -> tuple[Any, Any]:
-            return body(x, call.visibility(seen.rows, seen.length // call.scale, offset))
-
-        return _kept(placed, seen.offset, cut)
+        return _kept(lambda x: body(x, seen), cut)
 
     several = arrays["k"].shape[-2] > call.sizes.keys
     moved, total = over_keys(call, kept if several else body, merge, arrays, visibility)
@@ -234,17 +218,12 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any) -> tuple[Any, A
     if "d_k" in cut:
         moves.append(_inner(cut["q"], cut["d_k"]))
     ds = sum(moves[1:], moves[0]) if moves else None
-    if c.weight == "features":
-        seen = o.visibility.block(0, 0, 0, 0)
-        inverse = jnp.where(level == -jnp.inf, 0.0, jnp.exp(-_finite(level)))
-        w = _inner(o.q, o.k)
-        if seen is not None:
-            w = jnp.where(seen, w, 0.0)
-            ds = None if ds is None else jnp.where(seen, ds, 0.0)
-        return w * inverse, None if ds is None else ds * inverse
     s = _inner(o.q, o.k)
-    logits = log_weight(c, s, o, 0, s.shape[-2], 0, s.shape[-1], xp=xp)
-    p = jnp.exp(logits - _finite(level))
+    if c.weight == "features":
+        inverse = jnp.where(level == -jnp.inf, 0.0, jnp.exp(-finite(level, xp)))
+        slope = None if ds is None else _seen_only(ds, o) * inverse
+        return _seen_only(s, o) * inverse, slope
+    p = jnp.exp(_logits(c, s, o) - finite(level, xp))
     p = jnp.where(level == -jnp.inf, 0.0, p)
     # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
     none = p == 0
@@ -288,12 +267,7 @@ class _Seen(NamedTuple):
             parts.append(self.key_mask[..., None, None, :])
         if self.mask is not None:
             parts.append(self.mask)
-        if not parts:
-            return None
-        seen = parts[0]
-        for part in parts[1:]:
-            seen = seen & part
-        return seen
+        return all_of(parts)
 
 
 def _operands(cut: Arrays, visibility: Visibility, whole: bool) -> Operands:
@@ -304,23 +278,13 @@ def _operands(cut: Arrays, visibility: Visibility, whole: bool) -> Operands:
                     seen)  # fmt: skip
 
 
-def _logits(c: Scores, o: Operands) -> Any:
-    s = _inner(o.q, o.k)
+def _logits(c: Scores, s: Any, o: Operands) -> Any:
     return log_weight(c, s, o, 0, s.shape[-2], 0, s.shape[-1], xp=xp)
 
 
-def _feature_weights(c: Scores, o: Operands) -> tuple[Any, Any]:
-    """Give weights and the exponent that they are relative to."""
-    if c.weight == "log_features":
-        top = jnp.max(o.k, axis=-2, keepdims=True)
-        shifted = o.q + top[..., None, :, :]
-        peak = jnp.max(shifted, axis=-1, keepdims=True)
-        w = _inner(jnp.exp(shifted - peak), jnp.exp(o.k - top))
-    else:
-        w = _inner(o.q, o.k)
-        peak = jnp.zeros_like(w[..., :1])
+def _seen_only(x: Any, o: Operands) -> Any:
     seen = o.visibility.block(0, 0, 0, 0)
-    return w if seen is None else jnp.where(seen, w, 0.0), peak
+    return x if seen is None else jnp.where(seen, x, 0.0)
 
 
 def _inner(q: Any, k: Any) -> Any:
@@ -342,8 +306,3 @@ def _product(a: Any, b: Any, axis: int) -> Any:
     lead = tuple(range(a.ndim - 2))
     contracted = (a.ndim - 1,), (axis % b.ndim,)
     return lax.dot_general(a, b, (contracted, (lead, lead)), precision=_IN_FULL)
-
-
-def _finite(peak: Any) -> Any:
-    """Replace -inf, the maximum of no visible key, by 0: exp(-inf - -inf) is NaN."""
-    return jnp.where(peak == -jnp.inf, 0.0, peak)

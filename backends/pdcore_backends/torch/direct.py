@@ -7,7 +7,7 @@ no log-sum-exp; whatever it declines runs by `pdcore.array_backend`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,12 +71,12 @@ def fused(plan: Plan, request: Request) -> Plan:
     )
     if why:
         step = f"kernel: blocks of our own, O(N + M) memory, for {why}"
-        blocked = Blocked(**_fields(c), plan=text)
+        blocked = c.run_as(Blocked, plan=text)
         return replace(plan, contraction=blocked, steps=(*plan.steps, step))
     short = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
     plain = not plan.transforms and len(plan.groups) == 1 and plan.groups[0].scale == 1
-    contraction = Fused(
-        **_fields(c),
+    contraction = c.run_as(
+        Fused,
         short=short, causal=spec.support.causal, runs=_runs(plan.groups), plan=text,
         plain=short and plain and request.key_mask is None and len(request.q) == 4
         and request.mask is None and request.bias is None and not spec.support.causal
@@ -93,10 +93,6 @@ def fused(plan: Plan, request: Request) -> Plan:
         steps.append("causal rows at another offset than 0 that see some keys only: blocks of "
                      "our own")  # fmt: skip
     return replace(plan, contraction=contraction, steps=tuple(steps))
-
-
-def _fields(c: Scores) -> dict[str, Any]:
-    return {f.name: getattr(c, f.name) for f in fields(c)}
 
 
 def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:

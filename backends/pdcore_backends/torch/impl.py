@@ -11,9 +11,9 @@ import torch
 from pdcore.array_backend import ArrayBackend
 from pdcore.arrays import remember
 from pdcore.backend import Inputs, Request
+from pdcore.call import constants_held
 from pdcore.errors import UnsupportedError
 from pdcore.kernels import FeatureMap
-from pdcore.normalization import Batch
 from pdcore.operands import Operands
 from pdcore.plan import Features, Plan, Scores
 
@@ -71,7 +71,7 @@ class TorchBackend(ArrayBackend):
             if packed and not recorded(q, k, v):
                 _check_precision(q)
                 return plain(c, inputs), None
-        inputs = _constants_held(plan, inputs)
+        inputs = constants_held(plan, inputs, torch.Tensor.detach)
         with _as_declared(inputs.q):
             if short:
                 out = direct(plan, inputs)
@@ -102,7 +102,7 @@ class TorchBackend(ArrayBackend):
 
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
-        inputs = _constants_held(plan, inputs)
+        inputs = constants_held(plan, inputs, torch.Tensor.detach)
         with _as_declared(inputs.q):
             return super().attention_weights(plan, inputs)
 
@@ -120,15 +120,6 @@ class TorchBackend(ArrayBackend):
         """Give the versions of PyTorch and of the CUDA that it was built for."""
         found = {"torch": str(torch.__version__)}
         return found if torch.version.cuda is None else {**found, "cuda": str(torch.version.cuda)}
-
-
-def _constants_held(plan: Plan, inputs: Inputs) -> Inputs:
-    """Detach running statistics, which are constants of a call."""
-    normalization = plan.spec.normalization
-    if not isinstance(normalization, Batch) or normalization.statistics != "running":
-        return inputs
-    held = {name: inputs.params[name].detach() for name in ("mean", "var")}
-    return inputs._replace(params={**inputs.params, **held})
 
 
 def _as_declared(x: Any) -> AbstractContextManager[Any]:
