@@ -19,16 +19,17 @@ from pdcore.support import Support, Visibility
 
 from .namespace import NAMESPACE as xp
 
-__all__ = ["Arrays", "Call", "Sizes", "flat", "over_heads", "over_keys", "over_rows", "sizes"]
+__all__ = ["Arrays", "Call", "Sizes", "flat", "over_heads", "over_keys", "over_rows", "sizes",
+           "ungrouped"]  # fmt: skip
 
 Arrays = dict[str, Any]
 
 #: The axis of rows, and of keys; a mask or bias may have length 1 along either.
 _ROWS = {"q": -2, "out": -2, "level": -1, "bias": -2, "mask": -2}
 _KEYS = {"k": -2, "v": -2, "key_bias": -1, "key_mask": -1, "bias": -1, "mask": -1}
-#: The axes behind those of heads.
-_OWN = {"q": 3, "out": 3, "level": 2, "k": 2, "v": 2, "key_bias": 1, "key_mask": 1, "bias": 3,
-        "mask": 3, "offset": 3}  # fmt: skip
+#: The axes behind those of heads, without one of groups; the first kind may have that too.
+_BY_GROUP = {"q": 2, "out": 2, "level": 1, "bias": 2, "mask": 2, "offset": 2}
+_OF_KEYS = {"k": 2, "v": 2, "key_bias": 1, "key_mask": 1}
 _BROADCAST = ("bias", "mask")
 
 #: Scores that exist at a time, 8 MiB in float32: they stay in the caches of one or two cores.
@@ -118,6 +119,12 @@ class Call:
                           None, None, None, None)  # fmt: skip
 
 
+def ungrouped(arrays: Arrays) -> Arrays:
+    """Leave out an axis of groups of length 1: XLA's products and fusions are faster without."""
+    return {name: x if name in _OF_KEYS else jnp.squeeze(x, -1 - _BY_GROUP.get(name, 2))
+            for name, x in arrays.items()}  # fmt: skip
+
+
 def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
     """Run `body` for one key head at a time.
 
@@ -129,7 +136,7 @@ def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> 
     turns: Arrays = {}
     shared: Arrays = {}
     for name, x in arrays.items():
-        own = tuple(x.shape[: x.ndim - _axes(name)])
+        own = tuple(x.shape[: x.ndim - _axes(name, arrays)])
         tail = tuple(x.shape[len(own) :])
         if own == lead:
             turns[name] = jnp.reshape(x, (count, *tail))
@@ -158,15 +165,20 @@ def flat(arrays: Arrays) -> Arrays:
     lead = arrays["k"].shape[:-2]
     found = {}
     for name, x in arrays.items():
-        own = x.shape[: x.ndim - _axes(name)]
+        own = x.shape[: x.ndim - _axes(name, arrays)]
         if own != lead and math.prod(own) != 1:
             return arrays
         found[name] = jnp.reshape(x, (math.prod(own), *x.shape[len(own) :]))
     return found
 
 
-def _axes(name: str) -> int:
-    return _OWN.get(name.removeprefix("d_"), 3)
+def _axes(name: str, arrays: Arrays) -> int:
+    """Count the axes of an array behind those of heads."""
+    name = name.removeprefix("d_")
+    if name in _OF_KEYS:
+        return _OF_KEYS[name]
+    groups = int(arrays["q"].ndim - arrays["k"].ndim)
+    return _BY_GROUP.get(name, 2) + groups
 
 
 def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays:

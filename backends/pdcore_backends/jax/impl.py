@@ -76,8 +76,8 @@ class JaxBackend(ArrayBackend):
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
-        out, level = _attention(self, plan, *_static(inputs))
-        return out, level if lse else None
+        found: tuple[Any, Any] = _attention(self, plan, *_static(inputs), lse=lse)
+        return found
 
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
@@ -117,11 +117,11 @@ class JaxBackend(ArrayBackend):
 _program = partial(jax.jit, static_argnums=(0, 1, 2))
 
 
-@_program
-def _attention(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+@partial(_program, static_argnames="lse")
+def _attention(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any, *, lse: bool) -> Any:
     inputs = constants_held(plan, _joined(arrays, offset), jax.lax.stop_gradient)
     with _in_full():
-        return ArrayBackend.attention(backend, plan, inputs, lse=True)
+        return ArrayBackend.attention(backend, plan, inputs, lse=lse)
 
 
 @_program
@@ -132,7 +132,7 @@ def _with_pullback(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) ->
     def run(moving: dict[str, Any]) -> Any:
         given = {name: moving.get(name, x) for name, x in arrays.items()}
         given["params"] = {name: moving[name] for name in params}
-        return _attention(backend, plan, offset, given)
+        return _attention(backend, plan, offset, given, lse=True)
 
     (out, lse), pull = jax.vjp(run, {**moving, **params})
     # The pullback is a tree whose leaves are what it keeps, so a program can give it back.

@@ -27,7 +27,7 @@ from pdcore.plan import Scores
 from pdcore.score_contraction import divide, finite, log_weight, relative_features
 from pdcore.support import Visibility, all_of
 
-from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes
+from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
 
 __all__ = ["scores"]
@@ -74,6 +74,8 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
         arrays["offset"] = jnp.asarray(seen.offset)
     for name, x in o.values.items():
         arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, 1, 1, 1))
+    if group == 1:
+        arrays = ungrouped(arrays)
     call = Call(
         c, seen.support, rows, keys, seen.scale, seen.offset if seen.static else None,
         sizes(math.prod(lead), group, rows, keys, turns=turns),
@@ -112,15 +114,16 @@ def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
             logits = _logits(c, _inner(o.q, o.k), o)
             peak = jnp.max(logits, axis=-1, keepdims=True)
             # Without the barrier exp is computed twice, for the sum and for the product.
-            p = lax.optimization_barrier(jnp.exp(logits - finite(peak, xp)))
+            p = lax.optimization_barrier(jnp.exp(logits - _base(peak)))
         else:
-            rows, keys, peak = relative_features(c, o.q, o.k[..., None, :, :], xp=xp)
-            p = _seen_only(_inner(rows, keys[..., 0, :, :]), o)
+            k = o.k if o.q.ndim == o.k.ndim else o.k[..., None, :, :]
+            rows, keys, peak = relative_features(c, o.q, k, xp=xp)
+            p = _seen_only(_inner(rows, jnp.reshape(keys, o.k.shape)), o)
         return _Sums(_times(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
 
     def merge(a: _Sums, b: _Sums) -> _Sums:
         peak = jnp.maximum(a.peak, b.peak)
-        left, right = (jnp.exp(x.peak - finite(peak, xp)) for x in (a, b))
+        left, right = (jnp.exp(x.peak - _base(peak)) for x in (a, b))
         return _Sums(
             a.values * left + b.values * right, a.total * left + b.total * right, peak
         )  # fmt: skip
@@ -129,8 +132,21 @@ def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return {"out": found.values, "level": jnp.zeros_like(found.total[..., 0])}
+    if c.weight == "log":
+        # The total is 0 where no key is seen, otherwise at least 1.
+        total = jnp.maximum(found.total, jnp.finfo(found.total.dtype).tiny)
+        level = jnp.log(found.total) + _base(found.peak)
+        return {"out": found.values / total, "level": level[..., 0]}
     out, level = divide(found.values, found.total, finite(found.peak, xp), xp=xp)
     return {"out": out, "level": level}
+
+
+def _base(peak: Any) -> Any:
+    """Make the maximum of no visible key finite: exp(-inf - -inf) is NaN.
+
+    `finite` does so by a selection, which keeps XLA from computing small heads in one fusion.
+    """
+    return jnp.maximum(peak, jnp.finfo(peak.dtype).min)
 
 
 @partial(_contract.defjvp, symbolic_zeros=True)
@@ -182,17 +198,26 @@ def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
 
 
 def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
-    """Give the tangent of a block of rows."""
+    """Give the tangent of a block of rows.
+
+    Weights and what is multiplied by them have keys as the outer axis, ahead of those of rows.
+    Derivatives by keys and values are products over the rows, which are several times as fast on
+    a CPU where rows lie inside; XLA would put them elsewhere, but for the barriers.
+    """
     c = call.contraction
-    out, level = arrays["out"], arrays["level"][..., None]
+    rows = 1 + arrays["q"].ndim - arrays["k"].ndim
+    level = _across(arrays["level"][..., None], rows)
 
     def body(cut: Arrays, seen: Visibility) -> tuple[Any, Any]:
-        p, slope = _linearised(c, cut, _operands(cut, seen, whole), level)
-        moved = jnp.zeros_like(out) if slope is None else _times(slope, cut["v"])
+        p, slope = _linearised(c, cut, _operands(cut, seen, whole, across=True), level, rows)
+        moved = []
+        if slope is not None:
+            moved.append(_product(cut["v"], slope, -2, -1 - rows))
         if "d_v" in cut:
-            moved = moved + _times(p, cut["d_v"])
-        total = jnp.zeros_like(level) if slope is None else jnp.sum(slope, -1, keepdims=True)
-        return moved, total
+            moved.append(_product(cut["d_v"], p, -2, -1 - rows))
+        total = jnp.zeros_like(level) if slope is None else \
+            jnp.sum(slope, axis=-1 - rows, keepdims=True)  # fmt: skip
+        return sum(moved[1:], moved[0]), total
 
     def merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
         return a[0] + b[0], a[1] + b[1]
@@ -202,49 +227,54 @@ def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
 
     several = arrays["k"].shape[-2] > call.sizes.keys
     moved, total = over_keys(call, kept if several else body, merge, arrays, visibility)
+    moved, total = (jnp.moveaxis(x, -1 - rows, -1) for x in (moved, total))
     if c.signed:
         return {"out": moved, "level": jnp.zeros_like(total[..., 0])}
-    return {"out": moved - out * total, "level": total[..., 0]}
+    return {"out": moved - arrays["out"] * total, "level": total[..., 0]}
 
 
-def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any) -> tuple[Any, Any]:
+def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> tuple[Any, Any]:
     """Give the normalised weights of a block, and weights times the tangent of log weight.
 
-    The second is None where nothing that the weights depend on moves.
+    The second is None where nothing that the weights depend on moves. Both are (M, [G,] R), see
+    `_tangent`.
     """
-    moves = []
+    ds = []
     if "d_q" in cut:
-        moves.append(_inner(cut["d_q"], cut["k"]))
+        turned = lax.optimization_barrier(jnp.swapaxes(o.k, -1, -2))
+        ds.append(_product(turned, _turned(cut["d_q"], rows), -2, -1 - rows))
+    q = _turned(o.q, rows)
     if "d_k" in cut:
-        moves.append(_inner(cut["q"], cut["d_k"]))
-    ds = sum(moves[1:], moves[0]) if moves else None
-    s = _inner(o.q, o.k)
+        ds.append(_product(cut["d_k"], q, -1, -1 - rows))
+    s = _product(o.k, q, -1, -1 - rows)
+    # exp(l - inf) is 0 in rows that see no key.
+    level = jnp.where(level == -jnp.inf, jnp.inf, level)
     if c.weight == "features":
-        inverse = jnp.where(level == -jnp.inf, 0.0, jnp.exp(-finite(level, xp)))
-        slope = None if ds is None else _seen_only(ds, o) * inverse
-        return _seen_only(s, o) * inverse, slope
-    p = jnp.exp(_logits(c, s, o) - finite(level, xp))
-    p = jnp.where(level == -jnp.inf, 0.0, p)
-    # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
-    none = p == 0
+        inverse = jnp.exp(-level)
+        slopes = [_seen_only(x, o) * inverse for x in ds]
+        p = _seen_only(s, o) * inverse
+        return p, sum(slopes[1:], slopes[0]) if slopes else None
+    p = jnp.exp(_logits(c, s, o) - level)
     slopes = []
-    if ds is not None:
-        slopes.append(_slope(c, "s", s, o, p, none) * ds)
+    if ds:
+        slopes.append(_slope(c, "s", s, o, p) * sum(ds[1:], ds[0]))
     for name in o.values:
         if f"d_value {name}" in cut:
-            slopes.append(_slope(c, name, s, o, p, none) * cut[f"d_value {name}"])
+            slopes.append(_slope(c, name, s, o, p) * cut[f"d_value {name}"])
     if "d_key_bias" in cut:
-        slopes.append(p * cut["d_key_bias"][..., None, None, :])
+        slopes.append(p * _across(_by_rows(cut["d_key_bias"], rows), rows))
     if "d_bias" in cut:
-        slopes.append(p * cut["d_bias"])
+        slopes.append(p * _across(cut["d_bias"], rows))
     return p, sum(slopes[1:], slopes[0]) if slopes else None
 
 
-def _slope(c: Scores, name: str, s: Any, o: Operands, p: Any, none: Any) -> Any:
+def _slope(c: Scores, name: str, s: Any, o: Operands, p: Any) -> Any:
     """Give the derivative of the weight by `name`, relative to the row's sum."""
     if c.expression is None:
-        return c.scale * p
-    # Where the weight is 0 the derivative of its log may be infinite, and so may that one's.
+        return p if c.scale == 1.0 else c.scale * p
+    # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts. Where the
+    # weight is 0 that of its log may be infinite, and so may that one's.
+    none = p == 0
     safe = jnp.where(none, 1.0, s)
     slope = c.expression.derivative(name)({"s": safe, **o.values}, xp)
     return jnp.where(none, 0.0, p * slope)
@@ -256,6 +286,8 @@ class _Seen(NamedTuple):
     position: Visibility | None
     key_mask: Any
     mask: Any
+    rows: int
+    across: bool
 
     def block(self, start: int, stop: int, first: int, last: int) -> Any:
         """Say which queries see which keys; the arguments are those of `Visibility.block`."""
@@ -264,18 +296,50 @@ class _Seen(NamedTuple):
             v = self.position
             parts.append(v.by_position(0, v.rows, 0, v.keys))
         if self.key_mask is not None:
-            parts.append(self.key_mask[..., None, None, :])
+            parts.append(self.key_mask)
         if self.mask is not None:
             parts.append(self.mask)
-        return all_of(parts)
+        seen = all_of(parts)
+        return _across(seen, self.rows) if self.across and seen is not None else seen
 
 
-def _operands(cut: Arrays, visibility: Visibility, whole: bool) -> Operands:
-    seen: Any = _Seen(None if whole else visibility, cut.get("key_mask"), cut.get("mask"))
+def _operands(cut: Arrays, visibility: Visibility, whole: bool, *,
+              across: bool = False) -> Operands:  # fmt: skip
+    """Give what a block reads; the biases of keys are a part of `bias`.
+
+    With `across` what lies along rows and keys has the keys outermost.
+    """
     prefix = "value "
     values = {n.removeprefix(prefix): x for n, x in cut.items() if n.startswith(prefix)}
-    return Operands(cut["q"], cut["k"], cut["v"], cut.get("key_bias"), cut.get("bias"), values,
-                    seen)  # fmt: skip
+    rows = 1 + cut["q"].ndim - cut["k"].ndim
+    key_bias, key_mask = (
+        None if (x := cut.get(name)) is None else _by_rows(x, rows)
+        for name in ("key_bias", "key_mask")
+    )
+    bias = cut.get("bias")
+    if key_bias is not None:
+        bias = key_bias if bias is None else key_bias + bias
+    seen: Any = _Seen(None if whole else visibility, key_mask, cut.get("mask"), rows, across)
+    if across and bias is not None:
+        bias = _across(bias, rows)
+    return Operands(cut["q"], cut["k"], cut["v"], None, bias, values, seen)
+
+
+def _by_rows(x: Any, rows: int) -> Any:
+    """Lay an array (..., M) of keys along the axes of rows, of which there may be one of groups."""
+    return jnp.expand_dims(x, tuple(range(-1 - rows, -1)))
+
+
+def _across(x: Any, rows: int) -> Any:
+    """Put the keys ahead of the axes of rows."""
+    if x.ndim <= rows:  # it is the same for all groups
+        x = x[None]
+    return jnp.moveaxis(x, -1, -1 - rows)
+
+
+def _turned(q: Any, rows: int) -> Any:
+    """Put the components of queries ahead of the axes of rows, in memory too."""
+    return lax.optimization_barrier(jnp.moveaxis(q, -1, -1 - rows))
 
 
 def _logits(c: Scores, s: Any, o: Operands) -> Any:
@@ -288,21 +352,21 @@ def _seen_only(x: Any, o: Operands) -> Any:
 
 
 def _inner(q: Any, k: Any) -> Any:
-    """Multiply rows (..., G, R, D) by keys (..., M, D): one product for all G heads."""
-    if q.shape[-3] == 1:  # XLA has faster products without the axis
-        return _product(q[..., 0, :, :], k, -1)[..., None, :, :]
+    """Multiply rows ([G,] R, D) by keys (M, D): one product for all G heads of a key head."""
+    if q.ndim == k.ndim:
+        return _product(q, k, -1, -1)
     return jnp.einsum("...grd,...md->...grm", q, k, precision=_IN_FULL)
 
 
 def _times(p: Any, v: Any) -> Any:
-    """Multiply weights (..., G, R, M) by values (..., M, D)."""
-    if p.shape[-3] == 1:
-        return _product(p[..., 0, :, :], v, -2)[..., None, :, :]
+    """Multiply weights ([G,] R, M) by values (M, D)."""
+    if p.ndim == v.ndim:
+        return _product(p, v, -1, -2)
     return jnp.einsum("...grm,...md->...grd", p, v, precision=_IN_FULL)
 
 
-def _product(a: Any, b: Any, axis: int) -> Any:
-    """Contract the last axis of `a` with one of `b`; einsum may order them less well."""
+def _product(a: Any, b: Any, axis: int, other: int) -> Any:
+    """Contract an axis of a matrix `a` with one of `b`; einsum may order them less well."""
     lead = tuple(range(a.ndim - 2))
-    contracted = (a.ndim - 1,), (axis % b.ndim,)
+    contracted = (axis % a.ndim,), (other % b.ndim,)
     return lax.dot_general(a, b, (contracted, (lead, lead)), precision=_IN_FULL)
