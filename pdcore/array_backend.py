@@ -98,7 +98,7 @@ class ArrayBackend(Backend):
             # Merges of single keys lose digits in proportion to |mean| / sd; relative to the
             # first real key, which every row with keys has seen, the mean is never far.
             origin = first_real(keys, None if mask is None else mask[..., 0], xp=xp)
-            final = stats.finalize(prefix_states(stats, keys - origin, mask, xp=xp), xp=xp)
+            final = stats.finalize(self.prefix_states(stats, keys - origin, mask), xp=xp)
             return {**final, "mean": final["mean"] + origin}
         previous: Mapping[str, Any] | None = None
         for _ in range(stats.rounds):
@@ -109,6 +109,10 @@ class ArrayBackend(Backend):
             previous = stats.finalize(state, xp=xp)
         assert previous is not None
         return previous
+
+    def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute the state of every prefix, see `pdcore.statistics.prefix_states`."""
+        return prefix_states(stats, keys, mask, xp=self.xp)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `pdcore.score_contraction.scores`."""

@@ -15,9 +15,11 @@ from pdcore.backend import Inputs, Request
 from pdcore.call import constants_held
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
+from pdcore.statistics import Moments, Statistics
 
 from . import INFO
 from .namespace import NAMESPACE
+from .prefix import prefix_moments
 from .scores import scores
 
 __all__ = ["JaxBackend"]
@@ -69,6 +71,12 @@ class JaxBackend(ArrayBackend):
         how = "key heads in turn where they are large" if turns else "all heads at once"
         step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
         return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
+
+    def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute the state of every prefix, see `ArrayBackend.prefix_states`."""
+        if type(stats) is Moments:
+            return prefix_moments(stats, keys, mask)
+        return super().prefix_states(stats, keys, mask)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `.scores.scores`."""
