@@ -143,9 +143,13 @@ class ArrayBackend(Backend):
 
     # Running a plan.
 
+    def call(self, plan: Plan, inputs: Inputs) -> Call:
+        """Take the arrays of a call, see `pdcore.call.Call`."""
+        return Call(self, plan, inputs)
+
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
-        call = Call(self, plan, inputs)
+        call = self.call(plan, inputs)
         runs = [self._run(call, group) for group in plan.groups]
         out = call.join([run.out for run in runs], call.dtype)
         return out, call.join([run.lse for run in runs], call.accumulate) if lse else None
@@ -154,7 +158,7 @@ class ArrayBackend(Backend):
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and give its pullback, see `Backend.attention_vjp`."""
-        call = Call(self, plan, inputs)
+        call = self.call(plan, inputs)
         runs = [self._run(call, group, vjp=True) for group in plan.groups]
         out = call.join([run.out for run in runs], call.dtype)
         lse = call.join([run.lse for run in runs], call.accumulate)
@@ -166,7 +170,7 @@ class ArrayBackend(Backend):
 
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
-        call = Call(self, plan, inputs)
+        call = self.call(plan, inputs)
         return call.join([self._run(call, g).weights() for g in plan.groups], call.dtype)
 
     def _run(self, call: Call, group: Group, *, vjp: bool = False) -> _GroupRun:

@@ -132,8 +132,7 @@ class Fold:
         given = params if self.batch.statistics == "running" else state
         mean, beta = given["mean"], self.batch.weight(params)
         inverse = 1.0 / (given["var"] + self.batch.eps)
-        shift = first_real(rows.k, rows.key_mask, xp=xp) if self.batch.statistics == "prefix" \
-            else mean  # fmt: skip
+        shift = self.first(rows, xp=xp) if self.batch.statistics == "prefix" else mean
         centre, centred = beta * mean, rows.k - shift
         root: Any = xp.sqrt(inverse) if self.split else None
         folded = (rows.q - centre) * (root if self.split else inverse)
@@ -178,6 +177,10 @@ class Fold:
 
         return rows._replace(q=seen, k=k, row_constant=constant), pullback
 
+    def first(self, rows: Rows, *, xp: Any) -> Any:
+        """Give the first real key of each head, see `first_real`."""
+        return first_real(rows.k, rows.key_mask, xp=xp)
+
 
 @dataclass(frozen=True)
 class GaussianRows:
@@ -196,7 +199,7 @@ class GaussianRows:
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
-        shift = central(rows.k, rows.key_mask, xp=xp)
+        shift = self.centre(rows, xp=xp)
         q, k = rows.q - shift, rows.k - shift
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
@@ -211,6 +214,10 @@ class GaussianRows:
             row_constant=-self.gamma * xp.sum(q * q, axis=-1),
             key_mask=rows.key_mask,
         ), pullback  # fmt: skip
+
+    def centre(self, rows: Rows, *, xp: Any) -> Any:
+        """Give a point amid the keys of each head, see `central`."""
+        return central(rows.k, rows.key_mask, xp=xp)
 
 
 @dataclass(frozen=True)

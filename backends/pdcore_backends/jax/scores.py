@@ -30,7 +30,7 @@ from pdcore.support import Visibility, all_of
 from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
 
-__all__ = ["scores"]
+__all__ = ["checkpointed", "contract", "contract_tangents", "nonzero", "prepared", "scores"]
 
 Result = TypeVar("Result")
 
@@ -56,11 +56,17 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     L : array (*B, H, G, N)
         As `pdcore.score_contraction.scores`.
     """
+    if not (o.q.size and o.k.size and o.v.shape[-1]):
+        return score_contraction.scores(c, o, xp=xp)
+    out, level = contract(*prepared(c, o, turns=turns))
+    return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
+
+
+def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
+    """Part what is static about a contraction, which is not empty, from its arrays."""
     seen = o.visibility
     *lead, group, rows, _ = o.q.shape
     keys = o.k.shape[-2]
-    if not (o.q.size and o.k.size and o.v.shape[-1]):
-        return score_contraction.scores(c, o, xp=xp)
     if c.weight == "log" and c.expression is None:
         # There are fewer queries than scores to scale.
         o, c = o._replace(q=o.q * c.scale), replace(c, scale=1.0)
@@ -83,12 +89,13 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     if turns and not call.sizes.mapped:
         # XLA's products of many small matrices are several times as fast with one axis of heads.
         arrays = flat(arrays)
-    out, level = _contract(call, arrays)
-    return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
+    return call, arrays
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _contract(call: Call, arrays: Arrays) -> tuple[Any, Any]:
+def contract(call: Call, arrays: Arrays) -> tuple[Any, Any]:
+    """Give (out, L) of what `prepared` gave, in the shapes of its arrays."""
+
     def rows(given: Arrays) -> Arrays:
         return over_rows(call, partial(_forward, call), given)
 
@@ -149,21 +156,32 @@ def _base(peak: Any) -> Any:
     return jnp.maximum(peak, jnp.finfo(peak.dtype).min)
 
 
-@partial(_contract.defjvp, symbolic_zeros=True)
+@partial(contract.defjvp, symbolic_zeros=True)
 def _contract_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
-    out, level = _contract(call, arrays)
-    moved = {
-        f"d_{name}": t for name, t in tangents[0].items()
-        if not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0
-    }  # fmt: skip
-    call, given, moved = _plain(call, {**arrays, "out": out, "level": level}, moved)
+    out, level = contract(call, arrays)
+    given = {**arrays, "out": out, "level": level}
     # The outermost blocks are checkpointed so that no residual but these arrays is kept.
-    found = _kept(partial(_tangents, call), given, moved)
+    found = checkpointed(partial(contract_tangents, call), given, nonzero(tangents[0]))
     return (out, level), (found["out"], found["level"])
 
 
-def _kept(function: Callable[..., Result], *arguments: Any) -> Result:
+def nonzero(tangents: Arrays) -> Arrays:
+    """Keep the tangents that are not known to be zero, by the names ``d_q`` and so on."""
+    return {f"d_{name}": t for name, t in tangents.items()
+            if not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0}  # fmt: skip
+
+
+def contract_tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
+    """Give the tangents of ``out`` and ``level``, which `arrays` holds too.
+
+    They are sums over keys: what disjoint sets of keys give adds up, where ``out`` and ``level``
+    are those of all of them.
+    """
+    return _tangents(*_plain(call, arrays, moved))
+
+
+def checkpointed(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function of which only the arguments are kept for a derivative."""
     found: Result = jax.checkpoint(function, prevent_cse=False)(*arguments)
     return found
@@ -186,7 +204,7 @@ def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arr
 
 def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
     def block(cut: Arrays, visibility: Visibility, whole: bool) -> Arrays:
-        return _kept(lambda x: _tangent(call, x, visibility, whole), cut)
+        return checkpointed(lambda x: _tangent(call, x, visibility, whole), cut)
 
     def rows(given: Arrays) -> Arrays:
         return over_rows(call, block, given)
@@ -194,7 +212,7 @@ def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
     given = {**arrays, **moved}
     if not call.sizes.mapped:
         return rows(given)
-    return over_heads(call, partial(_kept, rows), given)
+    return over_heads(call, partial(checkpointed, rows), given)
 
 
 def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
@@ -223,7 +241,7 @@ def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
         return a[0] + b[0], a[1] + b[1]
 
     def kept(cut: Arrays, seen: Visibility) -> tuple[Any, Any]:
-        return _kept(lambda x: body(x, seen), cut)
+        return checkpointed(lambda x: body(x, seen), cut)
 
     several = arrays["k"].shape[-2] > call.sizes.keys
     moved, total = over_keys(call, kept if several else body, merge, arrays, visibility)
