@@ -367,7 +367,8 @@ def attention(
     dropout : float
         Dropout of the weights in training; most backends refuse it.
     axis_name : str, optional
-        The mapped axis over which the sequence is sharded; most backends refuse it.
+        The mapped axis along which the sequence is cut, inside ``jax.shard_map``; the arrays are
+        those of one shard. Most backends refuse it.
     backend : str or sequence of str, optional
         A backend by name, which runs or raises; or several, tried in order.
     device : str, optional

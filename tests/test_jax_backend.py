@@ -119,14 +119,14 @@ def test_gradients_keep_no_scores(spec: str) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 16, 37])
 def test_prefix_moments_of_chunks(wide: None, length: int) -> None:
-    from pdcore.statistics import Moments, prefix_states
-    from pdcore_backends.jax.prefix import prefix_moments
+    from pdcore import statistics
+    from pdcore_backends.jax.prefix import prefix_states
 
     rng = np.random.default_rng(length)
     keys = jax.numpy.asarray(rng.standard_normal((2, 3, length, 5)))
     for mask in (None, jax.numpy.asarray(rng.random((2, 1, length, 1)) > 0.3)):
-        want = prefix_states(Moments(), keys, mask, xp=jax.numpy)
-        got = prefix_moments(Moments(), keys, mask)
+        want = statistics.prefix_states(statistics.Moments(), keys, mask, xp=jax.numpy)
+        got = prefix_states(statistics.Moments(), keys, mask)
         for name, x in want.items():
             assert got[name].dtype == x.dtype
             np.testing.assert_allclose(got[name], x, atol=1e-14 * (1 + length), err_msg=name)

@@ -8,7 +8,7 @@ from pluggy import HookimplMarker
 
 from pdcore.backend import FEATURES, BackendInfo
 
-_NOT_YET = {"dropout", "axis_name", "deterministic", "batch_invariant"}
+_NOT_YET = {"dropout", "deterministic", "batch_invariant"}
 
 INFO = BackendInfo(
     name="jax",

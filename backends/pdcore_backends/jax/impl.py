@@ -13,13 +13,14 @@ import jax
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs, Request
 from pdcore.call import constants_held
+from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
-from pdcore.statistics import Moments, Statistics
+from pdcore.statistics import Statistics
 
 from . import INFO
 from .namespace import NAMESPACE
-from .prefix import prefix_moments
+from .prefix import prefix_states
 from .scores import scores
 
 __all__ = ["JaxBackend"]
@@ -56,6 +57,8 @@ class JaxBackend(ArrayBackend):
                 "float64 inputs: JAX has 64 bits only under "
                 "jax.config.update('jax_enable_x64', True)"
             )
+        if request.axis_name is not None:
+            reasons += _sharded().refusals(request)
         try:
             _device(request.device)
         except RuntimeError as error:
@@ -64,19 +67,21 @@ class JaxBackend(ArrayBackend):
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Say how the backend runs a plan by scores, see `Backend.fuse`."""
+        if request.axis_name is not None:
+            plan = _sharded().described(plan, request.axis_name)
         c = plan.contraction
         if not isinstance(c, Scores):
             return plan
-        turns = request.device.partition(":")[0] == "cpu" and len(jax.devices("cpu")) == 1
+        # The arrays of a shard lie on one device.
+        alone = request.axis_name is not None or len(jax.devices("cpu")) == 1
+        turns = alone and request.device.partition(":")[0] == "cpu"
         how = "key heads in turn where they are large" if turns else "all heads at once"
         step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
         return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
-        """Compute the state of every prefix, see `ArrayBackend.prefix_states`."""
-        if type(stats) is Moments:
-            return prefix_moments(stats, keys, mask)
-        return super().prefix_states(stats, keys, mask)
+        """Compute the state of every prefix, see `.prefix.prefix_states`."""
+        return prefix_states(stats, keys, mask)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, see `.scores.scores`."""
@@ -84,7 +89,11 @@ class JaxBackend(ArrayBackend):
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
-        found: tuple[Any, Any] = _attention(self, plan, *_static(inputs), lse=lse)
+        found: tuple[Any, Any]
+        if inputs.axis_name is not None:
+            found = _sharded().attention(plan, inputs, lse=lse)
+        else:
+            found = _attention(self, plan, *_static(inputs), lse=lse)
         return found
 
     def attention_vjp(
@@ -118,6 +127,12 @@ class JaxBackend(ArrayBackend):
         """Give the versions of JAX and of its compiler."""
         compiler = importlib.import_module("jaxlib").__version__
         return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
+
+
+def _sharded() -> Any:
+    from . import sharded  # it builds on this module
+
+    return sharded
 
 
 #: A call is one program: single operations take JAX several times as long to compile, and for
@@ -163,6 +178,10 @@ def _weights(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
 
 def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     """Part an offset that is known in Python, which decides what a program skips, from arrays."""
+    if inputs.axis_name is not None:
+        raise UnsupportedError(
+            f"axis_name: got {inputs.axis_name!r}, expected None: only attention runs in shards"
+        )
     arrays = {name: x for name, x in inputs._asdict().items() if name in _ARRAYS}
     if not isinstance(inputs.offset, int | str):
         return None, {**arrays, "offset": inputs.offset}

@@ -15,55 +15,46 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.statistics import Moments
+from pdcore import statistics
+from pdcore.statistics import Moments, Statistics
 
 from .namespace import NAMESPACE as xp
 
-__all__ = ["prefix_moments"]
+__all__ = ["prefix_states"]
 
 CHUNK = 16
 
 State = Mapping[str, Any]
 
 
-def prefix_moments(stats: Moments, keys: Any, mask: Any) -> State:
-    """Compute the moments of every prefix of the keys, the empty one included.
+def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
+    """Compute the state of every prefix of the keys, the empty one included.
 
-    The program does not grow with the number of keys.
-
-    Parameters
-    ----------
-    stats : Moments
-        How two states are merged.
-    keys : array (*B, H, M, D)
-        Keys; where `mask` is False they are finite.
-    mask : bool array broadcastable to (*B, H, M, 1), or None
-        True for a real key.
-
-    Returns
-    -------
-    mapping
-        As `pdcore.statistics.prefix_states` gives it, (*B, H, M + 1, D) or (*B, H, M + 1, 1).
+    For moments the program does not grow with the number of keys. Parameters and result are those
+    of `pdcore.statistics.prefix_states`.
     """
     *lead, length, _ = keys.shape
+    if type(stats) is not Moments or not length:
+        return statistics.prefix_states(stats, keys, mask, xp=xp)
     real = jnp.ones((*lead, length, 1), keys.dtype) if mask is None else \
         jnp.broadcast_to(mask, (*lead, length, 1)).astype(keys.dtype)  # fmt: skip
     more = -length % CHUNK
     chunks = tuple(_chunks(x, more) for x in (keys, real))
-    # Zeros made from the keys vary over devices as they do.
-    zero = jnp.sum(jnp.zeros_like(keys), axis=-2, keepdims=True)
-    empty = {"n": jnp.sum(zero, axis=-1, keepdims=True), "mean": zero, "m2": zero}
 
     @jax.checkpoint
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
         found = stats.merge(before, _within(*chunk), xp=xp)
         return {name: x[..., -1:, :] for name, x in found.items()}, found
 
-    _, found = lax.scan(step, empty, chunks)
+    # The first chunk is where the scan begins, so that what it carries varies over devices.
+    first = _within(*(x[0] for x in chunks))
+    last = {name: x[..., -1:, :] for name, x in first.items()}
+    _, rest = lax.scan(step, last, tuple(x[1:] for x in chunks))
+    empty = stats.zero(last, xp=xp)
     states = {}
-    for name, x in found.items():
-        rows = jnp.moveaxis(x, 0, -3)
-        rows = jnp.reshape(rows, (*lead, length + more, x.shape[-1]))
+    for name, x in rest.items():
+        rows = jnp.concat([first[name][None], x])
+        rows = jnp.reshape(jnp.moveaxis(rows, 0, -3), (*lead, length + more, x.shape[-1]))
         states[name] = jnp.concat([empty[name], rows[..., :length, :]], axis=-2)
     return states
 

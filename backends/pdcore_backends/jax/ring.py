@@ -1,0 +1,209 @@
+"""The contraction by scores over shards: keys travel round a ring, results merge by L.
+
+The result of every pair of shards is one of `.scores.contract`, at an offset that is the distance
+of the shards; pairs that cannot see each other cost nothing but the transport. As in `.scores`,
+the derivative is a tangent that recomputes the weights from out and L of the whole, so it is a
+sum over the pairs, and nothing is kept for it but the shard's own arrays. The block of keys of a
+step is then fetched from where it is at home: one that came round the ring would have to be kept
+for every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pdcore.score_contraction import divide, finite
+from pdcore.support import Support
+
+from .blocks import Arrays, Call
+from .namespace import NAMESPACE as xp
+from .scores import checkpointed, contract, contract_tangents, nonzero
+from .shards import Shards
+
+__all__ = ["Ring", "around", "merged"]
+
+Pair = tuple[Any, Any]
+More = Callable[[Pair, Call, Arrays], Pair]
+
+_TRAVEL = frozenset({"k", "v", "key_bias", "key_mask"})
+#: What queries of a shard see of the keys of another.
+_NOTHING, _ALL, _SOME = range(3)
+
+
+def merged(signed: bool, a: Pair, b: Pair) -> Pair:
+    """Merge (out, L) over disjoint sets of keys."""
+    if signed:
+        return a[0] + b[0], a[1]
+    base = finite(lax.stop_gradient(jnp.maximum(a[1], b[1])), xp)[..., None]
+    left, right = (jnp.exp(level[..., None] - base) for _, level in (a, b))
+    return divide(a[0] * left + b[0] * right, left + right, base, xp=xp)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A contraction by scores of all shards.
+
+    Attributes
+    ----------
+    call : Call
+        The contraction with the shard's own keys; its offset is that of the whole sequence.
+    shards : Shards
+    """
+
+    call: Call
+    shards: Shards
+
+    @cached_property
+    def kinds(self) -> Any:
+        """What the queries of shard r see of the keys of shard s, (P, P)."""
+        call, count = self.call, self.shards.count
+        if not call.support.restricts:
+            return np.full((count, count), _ALL)
+        found = np.full((count, count), _SOME)
+        if call.offset is None:
+            return found
+        for r in range(count):
+            for s in range(count):
+                offset = call.offset + r * call.rows - s * call.keys * call.scale
+                seen = call.visibility(call.rows, call.keys, offset)
+                first, last = seen.key_range(0, call.rows)
+                if first >= last:
+                    found[r, s] = _NOTHING
+                elif seen.whole(0, call.rows, 0, call.keys):
+                    found[r, s] = _ALL
+        return found
+
+    @cached_property
+    def ways(self) -> tuple[int, int]:
+        """How many steps keys travel to later shards, and how many to earlier ones."""
+        r, s = np.nonzero(self.kinds != _NOTHING)
+        up, down = int(max(0, *(r - s), 0)), int(max(0, *(s - r), 0))
+        # Once round reaches everybody.
+        return (self.shards.count - 1, 0) if up + down >= self.shards.count - 1 else (up, down)
+
+    @cached_property
+    def shifts(self) -> tuple[int, ...]:
+        """The distances that keys travel, in order."""
+        up, down = self.ways
+        return (*range(1, up + 1), *range(-1, -down - 1, -1))
+
+    def own(self, arrays: Arrays) -> tuple[Call, Arrays]:
+        """Give the contraction with the shard's own keys."""
+        call = self.call
+        if not call.support.restricts or call.offset is None or call.rows != self.length:
+            alike = np.all(np.diagonal(self.kinds) == _ALL)
+            return self.seeing(_ALL if alike else _SOME, 0, arrays)
+        return call, arrays
+
+    @property
+    def length(self) -> int:
+        """M."""
+        return self.call.keys * self.call.scale
+
+    def seeing(self, kind: int, by: Any, arrays: Arrays) -> tuple[Call, Arrays]:
+        """Give the contraction with keys from `by` places before."""
+        call = self.call
+        given = {name: x for name, x in arrays.items() if name != "offset"}
+        if kind == _ALL:
+            return replace(call, support=Support(), offset=0), given
+        rank = self.shards.rank
+        source = (rank - by) % self.shards.count
+        apart = jnp.asarray(rank * call.rows - source * self.length, xp.int64)
+        base: Any = arrays["offset"] if call.offset is None else call.offset
+        given["offset"] = apart + base
+        return replace(call, offset=None), given
+
+    def add(self, total: Pair, by: Any, arrays: Arrays, more: More) -> Pair:
+        """Add to a total what keys from `by` places before give, if they are seen at all."""
+        present = sorted({int(kind) for shift in self.shifts for kind in self._along(shift)})
+
+        def run(kind: int) -> Pair:
+            return total if kind == _NOTHING else more(total, *self.seeing(kind, by, arrays))
+
+        if len(present) == 1:
+            return run(present[0])
+        rank = self.shards.rank
+        branches = jnp.asarray(np.searchsorted(present, self.kinds))
+        index = branches[rank, (rank - by) % self.shards.count]
+        found: Pair = lax.switch(index, [partial(run, kind) for kind in present])
+        return found
+
+    def _along(self, shift: int) -> Any:
+        ranks = np.arange(self.shards.count)
+        return self.kinds[ranks, (ranks - shift) % self.shards.count]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def around(ring: Ring, arrays: Arrays) -> Pair:
+    """Contract with the keys of all shards; see `.scores.contract`."""
+    signed = ring.call.contraction.signed
+
+    def more(total: Pair, call: Call, given: Arrays) -> Pair:
+        return merged(signed, total, contract(call, given))
+
+    total: Pair = contract(*ring.own(arrays))
+    for steps, sign in zip(ring.ways, (1, -1), strict=True):
+        if steps:
+            total = _travelled(ring, total, arrays, more, steps, sign)
+    return total
+
+
+def _travelled(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int, sign: int) -> Pair:
+    """Send keys on from shard to shard, and add what each gives."""
+
+    def step(carry: tuple[Pair, Arrays], index: Any) -> tuple[tuple[Pair, Arrays], None]:
+        total, block = carry
+        block = ring.shards.sent(block, sign)
+        return (ring.add(total, sign * index, {**arrays, **block}, more), block), None
+
+    start = total, {name: x for name, x in arrays.items() if name in _TRAVEL}
+    (total, _), _ = lax.scan(step, start, jnp.arange(1, steps + 1))
+    return total
+
+
+@partial(around.defjvp, symbolic_zeros=True)
+def _around_jvp(ring: Ring, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
+    [arrays] = primals
+    out, level = around(ring, arrays)
+    given = {**arrays, "out": out, "level": level}
+    return (out, level), checkpointed(partial(_tangents, ring), given, nonzero(tangents[0]))
+
+
+def _tangents(ring: Ring, arrays: Arrays, moved: Arrays) -> Pair:
+    def found(call: Call, given: Arrays) -> Pair:
+        parts = {n: x for n, x in given.items() if not n.startswith("d_")}
+        moves = {n: x for n, x in given.items() if n.startswith("d_")}
+        tangent = contract_tangents(call, parts, moves)
+        return tangent["out"], tangent["level"]
+
+    def more(total: Pair, call: Call, given: Arrays) -> Pair:
+        out, level = found(call, given)
+        return total[0] + out, total[1] + level
+
+    def step(total: Pair, index: Any) -> tuple[Pair, None]:
+        def run(total: Pair, given: Arrays) -> Pair:
+            block = _fetched(ring, index, given)
+            return ring.add(total, jnp.asarray(ring.shifts)[index], block, more)
+
+        return checkpointed(run, total, both), None
+
+    both = {**arrays, **moved}
+    total = found(*ring.own(both))
+    if ring.shifts:
+        total, _ = lax.scan(step, total, jnp.arange(len(ring.shifts)))
+    return total
+
+
+def _fetched(ring: Ring, index: Any, arrays: Arrays) -> Arrays:
+    """Bring the keys of a step from the shard that holds them."""
+    home = {name: x for name, x in arrays.items() if name.removeprefix("d_") in _TRAVEL}
+    ways = [partial(ring.shards.sent, home, shift) for shift in ring.shifts]
+    return {**arrays, **(ways[0]() if len(ways) == 1 else lax.switch(index, ways))}

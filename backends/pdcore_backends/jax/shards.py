@@ -1,0 +1,192 @@
+"""A sequence cut along a mesh axis: what its shards exchange, and a call as one of them sees it.
+
+Shard r of P holds the queries r N .. (r + 1) N - 1 and the keys r M .. (r + 1) M - 1 of a
+sequence, where N and M are the lengths of the arrays that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from pdcore.backend import Inputs
+from pdcore.call import Call
+from pdcore.plan import Group, Plan, Summary
+from pdcore.statistics import Moments, Statistics, reduce_axis
+from pdcore.support import Visibility
+from pdcore.transform import first_real
+
+from .namespace import NAMESPACE as xp
+from .prefix import prefix_states
+
+__all__ = ["ShardCall", "Shards"]
+
+State = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a sequence.
+
+    Attributes
+    ----------
+    axis : str
+        The mapped axis.
+    count : int
+        P.
+    """
+
+    axis: str
+    count: int
+
+    @classmethod
+    def along(cls, axis: str) -> Shards:
+        """Find the shards along an axis.
+
+        Raises
+        ------
+        ValueError
+            Where no such axis is mapped.
+        """
+        try:
+            return cls(axis, lax.axis_size(axis))
+        except NameError:
+            raise ValueError(
+                f"axis_name: got {axis!r}, expected the name of a mapped axis; call it inside "
+                f"jax.shard_map over a mesh that has an axis {axis!r}, along which the sequence is "
+                "cut"
+            ) from None
+
+    @property
+    def rank(self) -> Any:
+        """The place r of the shard that asks."""
+        return lax.axis_index(self.axis)
+
+    def sent(self, x: Any, by: int) -> Any:
+        """Give what the shard `by` places before holds, in a tree of arrays."""
+        ranks = range(self.count)
+        return lax.ppermute(x, self.axis, [(r, (r + by) % self.count) for r in ranks])
+
+    def added(self, x: Any) -> Any:
+        """Add up over the shards."""
+        return lax.psum(x, self.axis)
+
+    def highest(self, x: Any) -> Any:
+        """Take the maximum over the shards, without a gradient."""
+        return lax.pmax(lax.stop_gradient(x), self.axis)
+
+    def gathered(self, x: Any) -> Any:
+        """Put what all shards hold on an axis in front; for small arrays."""
+        return lax.all_gather(x, self.axis)
+
+    def earlier(self, like: Any) -> Any:
+        """Say which entries of a gathered array come from earlier shards."""
+        before = jnp.arange(self.count) < self.rank
+        return jnp.reshape(before, (self.count, *(1,) * (like.ndim - 1)))
+
+    def first(self, x: Any, has: Any) -> Any:
+        """Give `x` of the first shard where `has` is true; zeros where none has."""
+        place = jnp.where(has, self.rank, self.count)
+        least = lax.pmin(place, self.axis)
+        return self.added(jnp.where(has & (place == least), x, 0))
+
+    # Statistics
+
+    def statistics(self, summary: Summary, keys: Any, mask: Any) -> State:
+        """Finalise the state of the keys of all shards, see `ArrayBackend.statistics`."""
+        stats = summary.statistics
+        if summary.scope == "prefix":
+            return self._prefixes(stats, keys, mask)
+        previous: State | None = None
+        for _ in range(stats.rounds):
+            state = stats.of(keys, mask, xp=xp, previous=previous)
+            if summary.scope == "batch":
+                for axis in range(keys.ndim - 3):
+                    state = reduce_axis(stats, state, axis, xp=xp)
+            previous = stats.finalize(self._merged(stats, state), xp=xp)
+        assert previous is not None
+        return previous
+
+    def _merged(self, stats: Statistics, state: State) -> State:
+        if not isinstance(stats, Moments):
+            return self._reduced(stats, {name: self.gathered(x) for name, x in state.items()})
+        n = self.added(state["n"])
+        share = state["n"] / jnp.where(n > 0, n, 1)
+        mean = self.added(share * state["mean"])
+        # Once more, relative to it: the first sum is rounded in proportion to |mean|.
+        mean = mean + self.added(share * (state["mean"] - mean))
+        apart = state["mean"] - mean
+        return {"n": n, "mean": mean, "m2": self.added(state["m2"] + state["n"] * apart * apart)}
+
+    def _prefixes(self, stats: Statistics, keys: Any, mask: Any) -> State:
+        """Give the state of every prefix that ends in this shard; see `prefix_states`."""
+        real = None if mask is None else mask[..., 0]
+        origin = self.first_key(keys, real)
+        local = prefix_states(stats, keys - origin, mask)
+        totals = {name: self.gathered(x[..., -1:, :]) for name, x in local.items()}
+        none = stats.zero(totals, xp=xp)
+        before = self._reduced(stats, {name: jnp.where(self.earlier(x), x, none[name])
+                                       for name, x in totals.items()})  # fmt: skip
+        final = stats.finalize(stats.merge(before, local, xp=xp), xp=xp)
+        return {**final, "mean": final["mean"] + origin}
+
+    def _reduced(self, stats: Statistics, gathered: State) -> State:
+        return {name: x[0] for name, x in reduce_axis(stats, gathered, 0, xp=xp).items()}
+
+    def first_key(self, keys: Any, real: Any) -> Any:
+        """Give the first real key (*B, H, 1, D) of all shards, mask (*B, 1, M) or None."""
+        own = first_real(keys, real, xp=xp)
+        has: Any = keys.shape[-2] > 0
+        return self.first(own, has if real is None else jnp.any(real, axis=-1)[..., None, None])
+
+
+class ShardCall(Call):
+    """The arrays of a call as one shard has them; its offset is that of the whole sequence."""
+
+    def __init__(self, backend: Any, plan: Plan, inputs: Inputs, shards: Shards) -> None:
+        self.shards = shards
+        super().__init__(backend, plan, inputs)
+
+    def _offset(self) -> Any:
+        if not isinstance(self.inputs.offset, str):
+            return super()._offset()
+        rows, length = self.q.shape[-2], self.k.shape[-2]
+        shards, real = self.shards, self.inputs.key_mask
+        if real is None:
+            return shards.count * (length - rows)
+        index = shards.rank * length + jnp.arange(1, length + 1)
+        end = shards.highest(jnp.max(jnp.where(real, index, 0), axis=-1, initial=0))
+        return jnp.asarray(end - shards.count * rows, xp.int64)[..., None, None, None, None]
+
+    def visibility(self, group: Group) -> tuple[Visibility, Any]:
+        """Give the support of a group, see `Call.visibility`."""
+        seen, weights = super().visibility(group)
+        given = {f.name: getattr(seen, f.name) for f in fields(seen)}
+        return _ShardVisibility(**given, shards=self.shards), weights
+
+
+@dataclass(frozen=True)
+class _ShardVisibility(Visibility):
+    """What a shard's queries see of its own keys; `counts` speaks of the keys of all shards.
+
+    Attributes
+    ----------
+    shards : Shards
+    """
+
+    shards: Shards
+
+    def counts(self, bias: Any = None) -> Any:
+        """Count the visible keys of all shards, see `Visibility.counts`."""
+        shards, real = self.shards, self.key_mask
+        if real is not None:
+            real = jnp.moveaxis(shards.gathered(real), 0, -2)
+            real = jnp.reshape(real, (*real.shape[:-2], -1))
+        return Visibility(
+            self.support, xp, self.rows, self.length * shards.count, self.scale,
+            self.offset + shards.rank * self.rows, real, None, None, None,
+        ).counts()  # fmt: skip
