@@ -36,6 +36,8 @@ _BROADCAST = ("bias", "mask")
 _BLOCK = 1 << 21
 _KEY_BLOCK = 4096
 _ROW_BLOCK = 1024
+#: Weights that a derivative may keep, 16 MiB in float32: it need not compute them again.
+_KEPT = 1 << 22
 #: A head with at most this many scores is too small to be worth a turn of its own.
 _SMALL = 1 << 15
 #: Causal rows run in bands, each with the keys that its last row sees: more of them save work,
@@ -52,11 +54,14 @@ class Sizes(NamedTuple):
         Whether key heads take turns; otherwise they are an axis of every array.
     rows, keys : int
         The largest block.
+    kept : bool
+        Whether a derivative may keep all weights, which are one block.
     """
 
     mapped: bool
     rows: int
     keys: int
+    kept: bool = False
 
 
 def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool) -> Sizes:
@@ -77,7 +82,7 @@ def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool) -> Sizes
     """
     scores = heads * group * rows * keys
     if group * rows * keys <= _SMALL and scores <= 8 * _BLOCK:
-        return Sizes(False, max(rows, 1), max(keys, 1))
+        return Sizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
     mapped = turns and heads > 1
     key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
     at_once = group * (1 if mapped else heads)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -19,6 +18,7 @@ from pdcore import statistics
 from pdcore.statistics import Moments, Statistics
 
 from .namespace import NAMESPACE as xp
+from .scores import checkpointed
 
 __all__ = ["prefix_states"]
 
@@ -41,9 +41,8 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     more = -length % CHUNK
     chunks = tuple(_chunks(x, more) for x in (keys, real))
 
-    @jax.checkpoint
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
-        found = stats.merge(before, _within(*chunk), xp=xp)
+        found = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
         return {name: x[..., -1:, :] for name, x in found.items()}, found
 
     # The first chunk is where the scan begins, so that what it carries varies over devices.

@@ -2,7 +2,8 @@
 
 The derivative is written as a tangent, d_out = sum_j p_j (dl_j v_j + dv_j) - out sum_j p_j dl_j
 with p_j = exp(l_j - L), which recomputes p by blocks. JAX transposes it for reverse mode;
-`jax.checkpoint` on every block keeps the memory of that at O(N + M). Because p is computed from
+`jax.checkpoint` on every block keeps the memory of that at O(N + M); small heads, of which all
+weights are a block, keep them instead of computing them again. Because p is computed from
 the primal inputs and from L, which has a tangent of its own, derivatives of derivatives, `vmap`
 and `jvp` need nothing more.
 """
@@ -58,7 +59,10 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     """
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)
-    out, level = contract(*prepared(c, o, turns=turns))
+    call, arrays = prepared(c, o, turns=turns)
+    plain = c.weight == "log" and c.expression is None
+    contracted = _contract_kept if plain and call.sizes.kept else contract
+    out, level = contracted(call, arrays)
     return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
 
 
@@ -103,6 +107,22 @@ def contract(call: Call, arrays: Arrays) -> tuple[Any, Any]:
     return found["out"], found["level"]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _contract_kept(call: Call, arrays: Arrays) -> tuple[Any, Any]:
+    """Contract heads that are so small that a derivative may keep all weights."""
+    found: tuple[Any, Any] = contract(call, arrays)
+    return found
+
+
+@_contract_kept.defjvp
+def _contract_kept_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
+    def run(arrays: Arrays) -> tuple[Any, Any]:
+        found = over_rows(call, partial(_forward, call, derived=True), arrays)
+        return found["out"], found["level"]
+
+    return jax.jvp(run, primals, tangents)
+
+
 class _Sums(NamedTuple):
     """Sums over keys relative to exp(peak)."""
 
@@ -111,15 +131,16 @@ class _Sums(NamedTuple):
     peak: Any
 
 
-def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
-    """Contract a block of rows with all keys that it can see."""
+def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *,
+             derived: bool = False) -> Arrays:  # fmt: skip
+    """Contract a block of rows with all keys that it can see; `derived`, where JAX derives it."""
     c = call.contraction
 
     def body(cut: Arrays, seen: Visibility) -> _Sums:
         o = _operands(cut, seen, whole)
         if c.weight == "log":
             logits = _logits(c, _inner(o.q, o.k), o)
-            peak = jnp.max(logits, axis=-1, keepdims=True)
+            peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
             # Without the barrier exp is computed twice, for the sum and for the product.
             p = lax.optimization_barrier(jnp.exp(logits - _base(peak)))
         else:
@@ -139,7 +160,7 @@ def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return {"out": found.values, "level": jnp.zeros_like(found.total[..., 0])}
-    if c.weight == "log":
+    if c.weight == "log" and not derived:
         # The total is 0 where no key is seen, otherwise at least 1.
         total = jnp.maximum(found.total, jnp.finfo(found.total.dtype).tiny)
         level = jnp.log(found.total) + _base(found.peak)
@@ -259,8 +280,7 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
     """
     ds = []
     if "d_q" in cut:
-        turned = lax.optimization_barrier(jnp.swapaxes(o.k, -1, -2))
-        ds.append(_product(turned, _turned(cut["d_q"], rows), -2, -1 - rows))
+        ds.append(_product(_turned(o.k, 1), _turned(cut["d_q"], rows), -2, -1 - rows))
     q = _turned(o.q, rows)
     if "d_k" in cut:
         ds.append(_product(cut["d_k"], q, -1, -1 - rows))
@@ -355,9 +375,14 @@ def _across(x: Any, rows: int) -> Any:
     return jnp.moveaxis(x, -1, -1 - rows)
 
 
-def _turned(q: Any, rows: int) -> Any:
-    """Put the components of queries ahead of the axes of rows, in memory too."""
-    return lax.optimization_barrier(jnp.moveaxis(q, -1, -1 - rows))
+def _turned(x: Any, rows: int) -> Any:
+    """Put the features ahead of the axes of rows, in memory too where there is one head.
+
+    Batched products of arrays that were turned in memory end XLA's CPU compiler (jaxlib 0.10.2)
+    inside a conditional: "Check failed: IsMonotonicWithDim0Major".
+    """
+    turned = jnp.moveaxis(x, -1, -1 - rows)
+    return turned if x.ndim > 1 + rows else lax.optimization_barrier(turned)
 
 
 def _logits(c: Scores, s: Any, o: Operands) -> Any:
