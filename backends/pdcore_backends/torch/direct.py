@@ -6,135 +6,25 @@ no log-sum-exp; whatever it declines runs by `pdcore.array_backend`.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pdcore.backend import Inputs, Request
+from pdcore.backend import Inputs
 from pdcore.call import cut_heads
 from pdcore.heads import pool, pooling_weights
-from pdcore.kernels import Cosine, Exponential, Gaussian
-from pdcore.normalization import Batch, Identity
 from pdcore.operands import Operands
-from pdcore.plan import Group, Plan, Scores
+from pdcore.plan import Group, Plan
 from pdcore.transform import Fold, GaussianRows, Rows
 
 from . import namespace as xp
-from .blocked import Blocked
-from .flash import attend, attend_with_lse, recorded
+from .choice import Fused
+from .flash import attend, attend_with_lse, biased, recorded
 from .fold import fold, fold_given, fold_prefix
-from .operators import described
 
-__all__ = ["Fused", "direct", "fused", "fused_scores", "plain"]
-
-
-@dataclass(frozen=True)
-class Fused(Scores):
-    """A contraction by scores that `scaled_dot_product_attention` computes.
-
-    Attributes
-    ----------
-    short : bool
-        Whether the whole call may go by `direct`.
-    plain : bool
-        Whether `plain` computes it.
-    grouped : bool
-        Whether query heads share key heads.
-    causal : bool
-        Whether keys after a row's own position are hidden.
-    runs : tuple of (int, int, int)
-        Which heads of which group follow one another in the result: group, start, stop.
-    plan : str
-        See `.operators.described`.
-    """
-
-    short: bool = False
-    plain: bool = False
-    grouped: bool = False
-    causal: bool = False
-    runs: tuple[tuple[int, int, int], ...] = ()
-    plan: str = ""
-
-
-def fused(plan: Plan, request: Request) -> Plan:
-    """Choose the kernel of a plan by scores, and say so in its steps."""
-    c, spec, kind = plan.contraction, plan.spec, request.device.partition(":")[0]
-    if not isinstance(c, Scores):
-        return plan
-    why = _unfit(plan, c, request, kind)
-    text = described(
-        str(spec), request.q[-1], request.k[-3], request.dtype, request.mask is not None
-    )
-    if why:
-        step = f"kernel: blocks of our own, O(N + M) memory, for {why}"
-        blocked = c.run_as(Blocked, plan=text)
-        return replace(plan, contraction=blocked, steps=(*plan.steps, step))
-    short = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
-    plain = not plan.transforms and len(plan.groups) == 1 and plan.groups[0].scale == 1
-    contraction = c.run_as(
-        Fused,
-        short=short, causal=spec.support.causal, runs=_runs(plan.groups), plan=text,
-        plain=short and plain and request.key_mask is None and len(request.q) == 4
-        and request.mask is None and request.bias is None and not spec.support.causal
-        and request.q[-1] == request.v[-1] and kind == "cpu" and all(request.q + request.k),
-        grouped=request.q[-3] != request.k[-3],
-    )  # fmt: skip
-    name = "scaled_dot_product_attention" + (" (flash)" if kind == "cpu" else
-                                             " (cuDNN, flash or memory-efficient)")  # fmt: skip
-    steps = [*plan.steps, f"kernel: {name}"]
-    if request.mask is not None or request.bias is not None:
-        steps.append(f"the mask or bias goes there as {request.dtype}; one that requires a "
-                     "gradient goes by blocks of our own")  # fmt: skip
-    if spec.support.causal:
-        steps.append("causal rows at another offset than 0 that see some keys only: blocks of "
-                     "our own")  # fmt: skip
-    return replace(plan, contraction=contraction, steps=tuple(steps))
-
-
-def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:
-    """Say how the heads of groups, each in order, are put in the order of all heads."""
-    place = {head: (g, i) for g, group in enumerate(groups) for i, head in enumerate(group.heads)}
-    found: list[tuple[int, int, int]] = []
-    for head in sorted(place):
-        group, index = place[head]
-        if found and found[-1][0] == group and found[-1][2] == index:
-            found[-1] = (group, found[-1][1], index + 1)
-        else:
-            found.append((group, index, index + 1))
-    return tuple(found)
-
-
-def _unfit(plan: Plan, c: Scores, request: Request, kind: str) -> str:
-    """Say what no fused kernel computes, nothing if one computes the plan."""
-    spec, support = plan.spec, plan.spec.support
-    if c.weight != "log" or c.expression is not None:
-        return "weights that are no exp of an inner product"
-    if not isinstance(spec.kernel, (Exponential, Gaussian, Cosine)) or not isinstance(
-        spec.normalization, (Identity, Batch)
-    ):
-        return "a kernel or normalization of a plugin"
-    if request.dropout:
-        return "dropout"
-    if support.left != math.inf or (support.right != math.inf and not support.causal):
-        return "a window"
-    scaled = any(group.scale > 1 for group in plan.groups)
-    if scaled and support.causal:
-        return "pooled keys under causal"
-    if scaled and spec.prefix:
-        return "prefix statistics of pooled keys"
-    if scaled and request.mask is not None:
-        return "a mask over pooled keys"
-    positions = support.causal or spec.prefix
-    if positions and (request.offset in ("array", "sequence")
-                      or (request.offset == "end" and request.key_mask is not None)):  # fmt: skip
-        return "positions that are arrays"
-    if request.dtype == "float64" and kind != "cpu":
-        return "float64 on this device"
-    return ""
+__all__ = ["direct", "fused_scores", "plain"]
 
 
 def plain(c: Fused, inputs: Inputs) -> Tensor:
@@ -246,21 +136,8 @@ def _transformed(plan: Plan, q: Tensor, k: Tensor, real: Any, params: dict[str, 
     folded, keys = rows.q, rows.k
     if isinstance(plan.transforms[-1], GaussianRows):
         c: Any = plan.contraction
-        folded, keys = _biased(folded, keys, rows.key_bias / c.scale, q.dtype)
+        folded, keys = biased(folded, keys, rows.key_bias / c.scale, q.dtype)
     return folded.to(q.dtype).unflatten(2, q.shape[2:4]), keys.to(q.dtype), None
-
-
-def _biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Carry a bias of the keys in features of its own; in 16 bit in two, high and low."""
-    parts, unit = [bias], 1.0
-    if dtype in (torch.float16, torch.bfloat16):
-        # The range of float16 ends at 65,504, and -inf - -inf would be NaN.
-        unit = 256.0 if dtype == torch.float16 else 1.0
-        bias = (bias / unit).clamp_min(torch.finfo(dtype).min)
-        high = bias.to(dtype).to(bias.dtype)
-        parts = [high, bias - high]
-    units = q.new_full((), unit).expand(*q.shape[:-1], len(parts))
-    return torch.cat([q, units], -1), torch.cat([k, torch.stack(parts, -1)], -1)
 
 
 def pooled(k: Tensor, v: Tensor, real: Any, scale: int, kind: str) -> tuple[Tensor, Tensor, Any]:

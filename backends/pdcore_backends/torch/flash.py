@@ -15,7 +15,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from . import namespace as xp
 
-__all__ = ["attend", "attend_with_lse", "recorded", "transformed"]
+__all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed", "widened"]
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -89,15 +89,29 @@ def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     return (out if out.shape[-1] == width else out[..., :width]), lse
 
 
+def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Carry a bias of the keys in features of its own; in 16 bit in two, high and low."""
+    parts, unit = [bias], 1.0
+    if dtype in (torch.float16, torch.bfloat16):
+        # The range of float16 ends at 65,504, and -inf - -inf would be NaN.
+        unit = 256.0 if dtype == torch.float16 else 1.0
+        bias = (bias / unit).clamp_min(torch.finfo(dtype).min)
+        high = bias.to(dtype).to(bias.dtype)
+        parts = [high, bias - high]
+    units = q.new_full((), unit).expand(*q.shape[:-1], len(parts))
+    return torch.cat([q, units], -1), torch.cat([k, torch.stack(parts, -1)], -1)
+
+
 def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append zeros where the numbers of features differ, which changes no product."""
     width = max(q.shape[-1], v.shape[-1])
     if q.device.type == "cuda":
         width += -width % 8  # the alignment that the memory-efficient kernel asks for
-    return _wide(q, width), _wide(k, width), _wide(v, width)
+    return widened(q, width), widened(k, width), widened(v, width)
 
 
-def _wide(x: Tensor, width: int) -> Tensor:
+def widened(x: Tensor, width: int) -> Tensor:
+    """Append zeros to the features, which lie beside each other then."""
     x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
 

@@ -19,9 +19,11 @@ from pdcore.plan import Features, Plan, Scores
 
 from . import INFO, namespace
 from .blocked import blocked_scores, dropout
-from .direct import Fused, direct, fused, fused_scores, plain
+from .choice import Fused, chosen
+from .direct import direct, fused_scores, plain
 from .features import features, own_features
 from .flash import recorded, transformed
+from .flex import Flexed, flex_scores
 from .operators import BLOCKS
 
 __all__ = ["TorchBackend"]
@@ -58,7 +60,7 @@ class TorchBackend(ArrayBackend):
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel that runs a plan, see `Backend.fuse`."""
-        return own_features(fused(plan, request))
+        return own_features(chosen(plan, request))
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
@@ -83,6 +85,10 @@ class TorchBackend(ArrayBackend):
         """Contract by scores, by a fused kernel where one computes it."""
         if isinstance(c, Fused) and not transformed():
             found = fused_scores(c, o)
+            if found is not None:
+                return found
+        if isinstance(c, Flexed):
+            found = flex_scores(c, o)
             if found is not None:
                 return found
         return blocked_scores(c, o)

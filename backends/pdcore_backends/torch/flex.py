@@ -1,0 +1,321 @@
+"""The contraction by scores by FlexAttention: score maps, windows and masks in one compiled kernel.
+
+The support by positions is a mask of blocks, found from their ranges without an (N, M) array and
+kept for the lengths it was made for. All else that depends on a query and a key, the map of the
+scores included, is a score map: that holds in blocks which are seen as a whole, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdcore.expression import Expression
+from pdcore.operands import Operands
+from pdcore.plan import Scores
+from pdcore.score_contraction import scores_vjp
+from pdcore.support import Support, Visibility
+
+from . import namespace as xp
+from .flash import biased, recorded, transformed, widened
+from .inner import Inner
+from .operators import BLOCKS
+
+__all__ = ["Flexed", "block_mask", "flex_scores"]
+
+#: Queries and keys of a block.
+BLOCK = 128
+#: Features that the products of its kernels ask for; zeros make up for what is missing.
+LEAST = 16
+
+
+@dataclass(frozen=True)
+class Flexed(Scores):
+    """A contraction by scores that FlexAttention computes.
+
+    Attributes
+    ----------
+    plan : str
+        See `.operators.described`.
+    dtype : str
+        Of the queries, keys and values that its kernel reads.
+    """
+
+    plan: str = ""
+    dtype: str = "float32"
+
+
+class _Kind(NamedTuple):
+    """What a kernel is compiled for, beside what its arguments are.
+
+    Attributes
+    ----------
+    expression, scale
+        As in `Scores`.
+    names : tuple of str
+        The scalars per head of the expression.
+    group : int
+        Query heads of a key head.
+    support : Support or None
+        Where it is a part of the score map, because positions are arrays.
+    pooled : int
+        Keys of a pooling window.
+    signature : tuple
+        Dtypes, heads and features, so that another never compiles this one again.
+    """
+
+    expression: Expression | None
+    scale: float
+    names: tuple[str, ...]
+    group: int
+    support: Support | None
+    pooled: int
+    signature: tuple[Any, ...]
+
+
+class _Extra(NamedTuple):
+    """What a score map reads: (H,) each, (B, M), (B, Hq, N, M) twice, and positions (B,)."""
+
+    values: tuple[Tensor, ...]
+    key_mask: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    at: Tensor | None
+
+
+def flex_scores(c: Flexed, o: Operands) -> tuple[Tensor, Tensor] | None:
+    """Contract by scores, see `pdcore.score_contraction.scores`.
+
+    Returns
+    -------
+    (out, L) or None
+        None where `Flexed` says that our blocks run a call, and where nothing is to be computed.
+    """
+    if torch.compiler.is_compiling() or transformed() or o.keep is not None:
+        return None
+    if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
+        return None
+    if recorded(o.bias, *o.values.values()) or (
+        o.key_bias is not None and c.expression is not None
+    ):
+        return None
+    if not recorded(o.q, o.k, o.v, o.key_bias):
+        return _run(c, o)
+    fixed = o._replace(q=None, k=None, v=None, key_bias=None)
+    found: tuple[Tensor, Tensor] = _Flex.apply(c, fixed, o.q, o.k, o.v, o.key_bias)
+    return found
+
+
+class _Flex(torch.autograd.Function):  # type: ignore[misc]
+    """FlexAttention with its own gradient, and a second derivative by our blocks."""
+
+    @staticmethod
+    def forward(ctx: Any, c: Flexed, fixed: Operands, *arrays: Any) -> tuple[Tensor, Tensor]:
+        ctx.c, ctx.fixed = c, fixed
+        ctx.inner = Inner(_Flex.computed(c, fixed), *arrays)
+        out, level = ctx.inner.results
+        ctx.inner.results = ()
+        ctx.save_for_backward(*arrays, out, level)
+        return out, level
+
+    @staticmethod
+    def computed(c: Flexed, fixed: Operands) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Give the contraction as a function of the arrays that have a gradient."""
+        return lambda *arrays: _run(c, _filled(fixed, *arrays))
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        *arrays, out, level = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            o = _filled(ctx.fixed, *arrays)
+            grads = scores_vjp(ctx.c, o, out, level, *d, xp=xp, query_block=BLOCKS[0],
+                               key_block=BLOCKS[1])  # fmt: skip
+            return (None, None, *(grads.get(name) for name in ("q", "k", "v", "key_bias")))
+        # Its record is good for one gradient; whoever asks for another pays for it.
+        inner = ctx.inner or Inner(_Flex.computed(ctx.c, ctx.fixed), *arrays)
+        ctx.inner = None
+        return (None, None, *inner.pull_back(*d))
+
+
+def _filled(fixed: Operands, q: Any, k: Any, v: Any, key_bias: Any) -> Operands:
+    return fixed._replace(q=q, k=k, v=v, key_bias=key_bias)
+
+
+def _run(c: Flexed, o: Operands) -> tuple[Tensor, Tensor]:
+    seen, shape, wide = o.visibility, o.q.shape, o.q.dtype
+    group, width, dtype = shape[-3], o.v.shape[-1], getattr(torch, c.dtype)
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
+    if o.key_bias is not None:
+        bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
+        q, k = biased(q, k, bias, dtype)
+    q, k, v = (widened(x, max(x.shape[-1], LEAST)).to(dtype) for x in (q, k, v))
+    placed = seen.support.restricts and seen.static
+    blocks = None
+    if placed:
+        blocks = block_mask(seen.support, seen.rows, seen.length, seen.scale, seen.offset,
+                            str(q.device))  # fmt: skip
+    extra = _extra(o, q.shape[0])
+    kind = _Kind(
+        c.expression, c.scale, tuple(o.values), group,
+        seen.support if extra.at is not None else None, seen.scale,
+        (c.dtype, *q.shape[1::2], k.shape[1], v.shape[3], str(q.device), torch.is_grad_enabled(),
+         *(x is None for x in (*extra[1:], blocks))),
+    )  # fmt: skip
+    out, level = _program(kind)(q, k, v, extra, blocks)
+    level = level.to(wide)
+    none = (level == -torch.inf)[..., None]
+    out = torch.where(none, 0.0, out[..., :width].to(wide))
+    return out.reshape(*shape[:-1], width), level.reshape(shape[:-1])
+
+
+def _extra(o: Operands, count: int) -> _Extra:
+    """Give what the score map reads, lengthened without copies to whole axes."""
+    seen = o.visibility
+    heads = (count, o.q.shape[-4] * o.q.shape[-3])
+
+    def whole(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.expand(*o.q.shape[:-2], *x.shape[-2:]).reshape(*heads, *x.shape[-2:])
+        return x.expand(*heads, seen.rows, seen.keys)
+
+    at = None
+    if seen.support.restricts and not seen.static:
+        lead = o.q.shape[:-4]
+        at = seen.offset.reshape(seen.offset.shape[:-4]).expand(lead).reshape(-1)
+    return _Extra(
+        tuple(x.reshape(-1).detach() for x in o.values.values()),
+        None if seen.key_mask is None else seen.key_mask.reshape(-1, seen.keys),
+        None if seen.mask is None else whole(seen.by_mask(0, seen.rows, 0, seen.keys)),
+        whole(o.bias), at,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=128)
+def _program(kind: _Kind) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Compile FlexAttention with one score map."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    scale = kind.scale if kind.expression is None else 1.0
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, extra: _Extra, blocks: Any) -> Any:
+        def score_mod(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+            return _score(kind, extra, s, b, h, i, j)
+
+        out, more = flex_attention(
+            q, k, v, score_mod, blocks, scale=scale, enable_gqa=kind.group > 1,
+            return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
+        return out, more.lse
+
+    # The compiler counts what it compiles anew by the code, which all closures share.
+    own = FunctionType(attend.__code__.replace(), attend.__globals__, attend.__name__,
+                       attend.__defaults__, attend.__closure__)  # fmt: skip
+    return compiled(own)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function whole: it never runs in parts, or as it is."""
+    found: Callable[..., Any] = torch.compile(function, fullgraph=True)
+    return found
+
+
+def _score(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    """Give log kappa of query i and key j, -inf where it is not visible."""
+    logit = s
+    if kind.expression is not None:
+        scalars = (x[h // kind.group] for x in extra.values)
+        logit = kind.expression({"s": s, **dict(zip(kind.names, scalars, strict=True))}, xp)
+        if isinstance(logit, float):  # a kernel that does not depend on s
+            logit = torch.full_like(s, logit)
+    if extra.bias is not None:
+        logit = logit + extra.bias[b, h, i, j]
+    if extra.key_mask is not None:
+        logit = torch.where(extra.key_mask[b, j], logit, -torch.inf)
+    if extra.mask is not None:
+        logit = torch.where(extra.mask[b, h, i, j], logit, -torch.inf)
+    if extra.at is not None and kind.support is not None:
+        seen = _position(kind.support, kind.pooled, extra.at[b], i, j)
+        logit = torch.where(seen, logit, -torch.inf)
+    return logit
+
+
+def _position(support: Support, pooled: int, at: Any, i: Any, j: Any) -> Any:
+    """Say whether query i sees key j by position, see `Visibility.by_position`."""
+    seen = None
+    if support.ahead != math.inf:
+        seen = (j + 1) * pooled - 1 <= i + at + int(support.ahead)
+    if support.left != math.inf:
+        near = j * pooled >= i + at - int(support.left)
+        seen = near if seen is None else seen & near
+    return seen
+
+
+@lru_cache(maxsize=16)
+def block_mask(
+    support: Support, rows: int, length: int, scale: int, offset: int, device: str
+) -> Any:
+    """Make FlexAttention's mask of the blocks that positions let some query see.
+
+    Parameters
+    ----------
+    support, rows, length, scale, offset, device
+        As in `Visibility`, positions known as ints.
+
+    Returns
+    -------
+    BlockMask
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    seen = Visibility(support, xp, rows, length, scale, offset, None, None, None, device)
+    parts, wholes = [], []
+    for start in range(0, rows, BLOCK):
+        part, whole = _blocks(seen, start, min(start + BLOCK, rows))
+        parts.append(part)
+        wholes.append(whole)
+    # Not of inference mode: gradients of later calls save them.
+    with torch.inference_mode(False), torch.no_grad():
+        at = torch.tensor(offset, dtype=torch.int32, device=device)
+
+        def mask_mod(b: Any, h: Any, i: Any, j: Any) -> Any:
+            return _position(support, scale, at, i, j)
+
+        columns = -(-seen.keys // BLOCK)
+        return BlockMask.from_kv_blocks(
+            *_listed(parts, columns, device), *_listed(wholes, columns, device),
+            BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(rows, seen.keys),
+        )  # fmt: skip
+
+
+def _blocks(seen: Visibility, start: int, stop: int) -> tuple[list[int], list[int]]:
+    """List the blocks of keys that queries ``start:stop`` see in part, and as a whole."""
+    first, last = seen.key_range(start, stop)
+    low, high = first // BLOCK, -(-last // BLOCK) if last > first else first // BLOCK
+    a, b = low, high if stop - start == BLOCK else low
+
+    def whole(block: int) -> bool:
+        end = (block + 1) * BLOCK
+        return end <= seen.keys and seen.whole(start, stop, block * BLOCK, end)
+
+    while a < b and not whole(a):
+        a += 1
+    while a < b and not whole(b - 1):
+        b -= 1
+    return [*range(low, a), *range(b, high)], list(range(a, b))
+
+
+def _listed(blocks: list[list[int]], columns: int, device: str) -> tuple[Tensor, Tensor]:
+    """Give the number of blocks of each row of blocks, (1, 1, R), and the blocks, (1, 1, R, C)."""
+    count = torch.tensor([len(row) for row in blocks], dtype=torch.int32)
+    index = torch.zeros(len(blocks), columns, dtype=torch.int32)
+    for row, found in zip(index, blocks, strict=True):
+        row[: len(found)] = torch.tensor(found, dtype=torch.int32)
+    return count[None, None].to(device), index[None, None].to(device)
