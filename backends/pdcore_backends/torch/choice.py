@@ -44,6 +44,8 @@ class Fused(Scores):
         Which heads of which group follow one another in the result: group, start, stop.
     plan : str
         See `.operators.described`.
+    dtype : str
+        Of the queries, keys and values that its kernel reads where `.direct` does not run it.
     """
 
     short: bool = False
@@ -52,6 +54,7 @@ class Fused(Scores):
     causal: bool = False
     runs: tuple[tuple[int, int, int], ...] = ()
     plan: str = ""
+    dtype: str = "float32"
 
 
 def chosen(plan: Plan, request: Request) -> Plan:
@@ -80,6 +83,7 @@ def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
     contraction = c.run_as(
         Fused,
         short=short, causal=spec.support.causal, runs=_runs(plan.groups), plan=text,
+        dtype=plan.accumulate if kind == "cpu" else _read(plan, request),
         plain=short and plain and request.key_mask is None and len(request.q) == 4
         and request.mask is None and request.bias is None and not spec.support.causal
         and request.q[-1] == request.v[-1] and kind == "cpu" and all(request.q + request.k),
@@ -98,12 +102,7 @@ def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
 
 
 def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Plan:
-    dtype, normalization = request.dtype, plan.spec.normalization
-    known = isinstance(normalization, Identity) or (
-        isinstance(normalization, Batch) and normalization.statistics != "prefix"
-    )
-    if not known:  # what it gives may leave the range of 16 bit
-        dtype = plan.accumulate
+    dtype = _read(plan, request)
     steps = [*plan.steps, f"kernel: FlexAttention, compiled, in {dtype}, for {why}"]
     if plan.spec.support.restricts:
         skipped = "no block is skipped, as positions are arrays" if \
@@ -112,6 +111,16 @@ def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Pla
     steps.append("traced calls, torch.func, gradients of gradients, and a bias or parameter that "
                  "requires a gradient: blocks of our own")  # fmt: skip
     return replace(plan, contraction=c.run_as(Flexed, plan=text, dtype=dtype), steps=tuple(steps))
+
+
+def _read(plan: Plan, request: Request) -> str:
+    """Give the dtype in which a kernel of CUDA reads transformed queries and keys."""
+    normalization = plan.spec.normalization
+    known = isinstance(normalization, Identity) or (
+        isinstance(normalization, Batch) and normalization.statistics != "prefix"
+    )
+    # What others give may leave the range of 16 bit, and pullbacks compute the weights again.
+    return request.dtype if known and not (request.vjp or request.weights) else plan.accumulate
 
 
 def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:

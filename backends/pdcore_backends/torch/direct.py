@@ -190,7 +190,7 @@ def _shaped(x: Tensor, group: Group) -> Tensor:
 
 
 def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
-    """Contract by scores on the CPU with the log-sum-exp, for the generic way.
+    """Contract by scores with the log-sum-exp, for the generic way.
 
     Returns
     -------
@@ -199,7 +199,7 @@ def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
         from being known to see a key or not.
     """
     seen = o.visibility
-    if o.q.device.type != "cpu" or torch.compiler.is_compiling() or not all(o.q.shape):
+    if torch.compiler.is_compiling() or not all(o.q.shape):
         return None
     if not all(o.k.shape) or not o.v.shape[-1] or seen.mask is not None or o.bias is not None:
         return None
@@ -208,12 +208,12 @@ def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
         if not (seen.static and seen.offset >= seen.keys - 1):
             return None
         causal = False
-    shape = o.q.shape
+    shape, wide, dtype = o.q.shape, o.q.dtype, getattr(torch, c.dtype)
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
     if o.key_bias is not None:
         bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
-        q = torch.cat([q, q.new_ones(()).expand(*q.shape[:-1], 1)], -1)
-        k = torch.cat([k, bias[..., None]], -1)
+        q, k = biased(q, k, bias, dtype)
+    q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
     if seen.key_mask is None:
         out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal)
     else:
@@ -226,4 +226,5 @@ def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
         else:
             any_key = real.any(-1, keepdim=True)
         level = torch.where(any_key, level, -torch.inf)
-    return out.reshape(*shape[:-1], v.shape[-1]), level.reshape(shape[:-1])
+    out = out if out.dtype == wide else out.to(wide)
+    return out.reshape(*shape[:-1], v.shape[-1]), level.reshape(shape[:-1]).to(wide)

@@ -10,21 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from . import namespace as xp
+from .inner import Inner
+from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
 
-__all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed", "widened"]
+__all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed"]
 
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_FUSED = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-]
 #: Query rows whose weights exist at a time where gradients are computed without a fused kernel.
 ROWS = 256
 
@@ -68,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale
         else:
             out = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
     elif torch.compiler.is_compiling() or not recorded(q, k, v):
-        out = _on_device(q, k, v, mask, scale, causal)
+        out = on_device(q, k, v, mask, scale, causal)
     else:
         out = _OnDevice.apply(q, k, v, mask, scale, causal)
     return out if out.shape[-1] == width else out[..., :width]
@@ -76,13 +72,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale
 
 def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float,
                     causal: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute the same on the CPU, and the log-sum-exp (B, Hq, N) of every row.
+    """Compute the same, and the log-sum-exp (B, Hq, N) of every row.
 
     The log-sum-exp of a row that sees no key is meaningless.
     """
     width = v.shape[-1]
     q, k, v = _one_width(q, k, v)
-    if recorded(q, k, v):
+    if q.device.type != "cpu":
+        if recorded(q, k, v):
+            out, lse = _WithLse.apply(q, k, v, mask, scale, causal)
+        else:
+            out, lse, _ = lse_forward(q, k, v, mask, scale, causal)
+    elif recorded(q, k, v):
         out, lse = _OnCpu.apply(q, k, v, mask, scale, causal)
     else:
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
@@ -110,12 +111,6 @@ def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return widened(q, width), widened(k, width), widened(v, width)
 
 
-def widened(x: Tensor, width: int) -> Tensor:
-    """Append zeros to the features, which lie beside each other then."""
-    x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
     """The fused kernel of the CPU; PyTorch's own rule for it has no second derivative."""
 
@@ -134,9 +129,13 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
         q, k, v, mask, out, lse = ctx.saved_tensors
         if d_out is None and d_lse is None:
             return (None,) * 6
-        if d_lse is None and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            dims = q.shape[-1]
+            if d_lse is not None:
+                q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, 1)
             grads = _backward(d_out, q, k, v, out, lse, 0.0, ctx.causal,
                               attn_mask=mask, scale=ctx.scale)  # fmt: skip
+            grads = tuple(x[..., :dims] for x in grads)
         else:
             grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
         return (*grads, None, None, None)
@@ -179,55 +178,65 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-               causal: bool) -> Tensor:  # fmt: skip
-    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
-    if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
-        # Of the fused kernels only those of 16 bit without a mask share key heads.
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        grouped = False
-    if mask is not None and causal:  # the two exclude one another in this function
-        rows, keys = q.shape[2], k.shape[2]
-        seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()
-        mask = torch.where(seen, mask, torch.full_like(mask, -torch.inf))
-        causal = False
-    if q.device.type == "cpu":
-        return scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-    with sdpa_kernel(_FUSED):
-        return scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-
-
 class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
     """A fused kernel of CUDA with PyTorch's own gradient, and a second derivative besides."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
                 causal: bool) -> Tensor:  # fmt: skip
-        with torch.enable_grad():
-            q_, k_, v_ = (x.detach().requires_grad_() for x in (q, k, v))
-            ctx.inner = (q_, k_, v_)
-            ctx.out = _on_device(q_, k_, v_, mask, scale, causal)
-        ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.causal = scale, causal
-        out: Tensor = ctx.out.detach()
+        ctx.inner = _OnDevice.inner(q, k, v, mask, scale, causal)
+        [out] = ctx.inner.results
+        ctx.inner.results = ()
+        ctx.save_for_backward(q, k, v, mask)
         return out
+
+    @staticmethod
+    def inner(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+              causal: bool) -> Inner:  # fmt: skip
+        """Run the kernel, recorded."""
+        return Inner(lambda q, k, v: (on_device(q, k, v, mask, scale, causal),), q, k, v)
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         [d_out] = d
-        if not torch.is_grad_enabled():
-            grads = torch.autograd.grad(ctx.out, ctx.inner, d_out, retain_graph=True)
-            return (*grads, None, None, None)
         q, k, v, mask = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            # Its record is good for one gradient; whoever asks for another pays for it.
+            inner = ctx.inner or _OnDevice.inner(q, k, v, mask, ctx.scale, ctx.causal)
+            ctx.inner = None
+            return (*inner.pull_back(d_out), None, None, None)
         out, lse = _plain(q, k, v, mask, ctx.scale, ctx.causal)
         return (
             *_gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, None),
             None, None, None,
         )  # fmt: skip
+
+
+class _WithLse(torch.autograd.Function):  # type: ignore[misc]
+    """A fused kernel with its log-sum-exp and both gradients; PyTorch has none of the latter's."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+                causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse, state = lse_forward(q, k, v, mask, scale, causal)
+        ctx.scale, ctx.causal, ctx.sizes = scale, causal, state.sizes
+        ctx.save_for_backward(q, k, v, mask, out, lse, *state.tensors)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *d: Any) -> Any:
+        d_out, d_lse = d
+        q, k, v, mask, out, lse, *more = ctx.saved_tensors
+        if d_out is None and d_lse is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():
+            grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
+        else:
+            state = State(tuple(more), ctx.sizes)
+            grads = lse_backward(q, k, v, mask, ctx.scale, ctx.causal, out, state, d_out, d_lse)
+        return (*grads, None, None, None)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,

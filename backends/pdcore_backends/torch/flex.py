@@ -24,8 +24,9 @@ from pdcore.score_contraction import scores_vjp
 from pdcore.support import Support, Visibility
 
 from . import namespace as xp
-from .flash import biased, recorded, transformed, widened
+from .flash import biased, recorded, transformed
 from .inner import Inner
+from .kernels import widened
 from .operators import BLOCKS
 
 __all__ = ["Flexed", "block_mask", "flex_scores"]

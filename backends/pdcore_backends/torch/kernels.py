@@ -1,0 +1,176 @@
+"""PyTorch's fused attention kernels on CUDA, called by name where that is needed.
+
+Shapes: q (B, Hq, N, D), k and v (B, Hkv, M, D). None of it builds an (N, M) array, beside a mask.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+__all__ = ["State", "lse_backward", "lse_forward", "on_device", "widened", "with_lse"]
+
+_aten = torch.ops.aten
+#: A row of a mask begins at a multiple of so many bytes.
+ALIGNMENT = 16
+#: Features of the flash kernels, at most, and what their number is a multiple of.
+FLASH_MOST, STEP = 256, 8
+
+
+@lru_cache(maxsize=16)
+def _order(index: int | None, masked: bool) -> tuple[SDPBackend, ...]:
+    """Give the fused kernels in the order in which they are tried."""
+    if masked:  # flash takes no mask, and cuDNN leaves open what a row without keys is
+        return (SDPBackend.EFFICIENT_ATTENTION,)
+    flash = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    if torch.cuda.get_device_capability(index) >= (9, 0):
+        # The flash kernels are written for the tensor cores of 8.0.
+        return (SDPBackend.CUDNN_ATTENTION, *flash)
+    return (*flash, SDPBackend.CUDNN_ATTENTION)
+
+
+def on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+              causal: bool) -> Tensor:  # fmt: skip
+    """Compute softmax(scale q.k + mask) v by the first fused kernel that takes the call."""
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
+    if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
+        # Of the fused kernels only those of 16 bit without a mask share key heads.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped = False
+    if mask is not None and causal:  # the two exclude one another in this function
+        rows, keys = q.shape[2], k.shape[2]
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()
+        mask = torch.where(seen, mask, torch.full_like(mask, -torch.inf))
+        causal = False
+    if q.device.type == "cpu":
+        return scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    with sdpa_kernel(list(_order(q.device.index, mask is not None)), set_priority=True):
+        return scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+
+class State(NamedTuple):
+    """What a kernel hands its own gradient, beside results and arguments.
+
+    Attributes
+    ----------
+    tensors : tuple of Tensor or None
+        The log-sum-exp as the kernel lays it out, and its own.
+    sizes : tuple of int
+        The longest sequences; none for the memory-efficient kernel.
+    """
+
+    tensors: tuple[Any, ...]
+    sizes: tuple[Any, ...]
+
+
+def lse_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+                causal: bool) -> tuple[Tensor, Tensor, State]:  # fmt: skip
+    """Compute attention and its log-sum-exp (B, Hq, N): flash in 16 bit, else memory-efficient."""
+    if mask is None and q.dtype != torch.float32 and q.shape[-1] + STEP <= FLASH_MOST:
+        out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, False, scale=scale
+        )
+        return out, lse, State((lse, *more[:2], seed, offset), tuple(more[2:]))
+    k, v = (_spread(x, q) for x in (k, v))
+    out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
+        q, k, v, _aligned(mask, q, k), True, 0.0, causal, scale=scale
+    )
+    if mask is not None:
+        # What a row without keys has is the kernel's own; so it is 0, with a gradient of 0.
+        none = lse.isinf()
+        lse = torch.where(none, torch.inf, lse)
+        out = torch.where(none[..., : q.shape[2], None], 0.0, out)
+    return out, lse[..., : q.shape[2]], State((lse, seed, offset), ())
+
+
+def lse_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, out: Tensor,
+    state: State, d_out: Tensor | None, d_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Pull cotangents of both results of `lse_forward` back."""
+    width, heads = q.shape[-1], k.shape[1]
+    if d_lse is not None:
+        q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, STEP)
+    if state.sizes:
+        lse, first, second, seed, offset = state.tensors
+        grads = _aten._scaled_dot_product_flash_attention_backward(
+            d_out, q, k, v, out, lse, first, second, *state.sizes, 0.0, causal, seed, offset,
+            scale=scale,
+        )  # fmt: skip
+    else:
+        lse, seed, offset = state.tensors
+        k, v = (_spread(x, q) for x in (k, v))
+        bias = _aligned(mask, q, k)
+        grads = _aten._scaled_dot_product_efficient_attention_backward(
+            d_out, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False], causal,
+            scale=scale,
+        )  # fmt: skip
+    dq, dk, dv = (x[..., :width] for x in grads[:3])
+    if dk.shape[1] != heads:
+        dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor | None, d_lse: Tensor,
+             step: int) -> tuple[Tensor, ...]:  # fmt: skip
+    """Make the log-sum-exp's cotangent a feature, for a kernel's gradient that knows out's only.
+
+    The gradient of the scores is p (d_out.v - d_out.out + d_lse). In a feature more, v is 0, out
+    -1, and d_out is d_lse: the first product stays, and the second becomes d_out.out - d_lse.
+
+    Parameters
+    ----------
+    q, k, v, out, d_out : Tensor
+        Of one number of features.
+    d_lse : Tensor (B, Hq, N)
+    step : int
+        The number of features becomes a multiple of it.
+
+    Returns
+    -------
+    q, k, v, out, d_out : Tensor
+        With features appended, which are none of the gradients' business.
+    """
+    dim = q.shape[-1]
+    width = dim + 1
+    width += -width % step
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    rest = (0, width - dim - 1)
+    column = d_lse[..., None].to(d_out.dtype)
+    return (
+        *(widened(x, width) for x in (q, k, v)),
+        torch.cat([out, pad(torch.full_like(column, -1.0), rest)], -1),
+        torch.cat([d_out, pad(column, rest)], -1),
+    )
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """Append zeros to the features, which lie beside each other then."""
+    x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _spread(x: Tensor, q: Tensor) -> Tensor:
+    """Repeat key heads for each of their query heads."""
+    group = q.shape[1] // x.shape[1]
+    return x.repeat_interleave(group, 1) if group > 1 else x
+
+
+def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Lay the rows of a mask out as the memory-efficient kernel reads them, (B, Hq, N, M)."""
+    if mask is None:
+        return None
+    keys = k.shape[2]
+    short = -keys % (ALIGNMENT // mask.element_size())
+    whole = mask.expand(*mask.shape[:-1], keys)
+    laid = pad(whole, (0, short))[..., :keys]
+    return laid.expand(q.shape[0], q.shape[1], q.shape[2], keys)
