@@ -34,7 +34,9 @@ if RUNNING not in PYTHONS:
 FRAMEWORKS_PYTHON = "3.11"
 # On the second, constraints/jax.txt has a newer JAX.
 JAX_PYTHONS = [FRAMEWORKS_PYTHON, "3.12"]
-NUMPY_ONLY = "not torch and not transformers and not jax and not example and not browser"
+NUMPY_ONLY = (
+    "not torch and not triton and not transformers and not jax and not example and not browser"
+)
 
 # What the conformance matrix installs for each backend: an extra, and the pins to go with it.
 MATRIX = {"numpy": "tests", "strict": "tests", "torch": "torch", "jax": "jax", "cupy": "cupy"}
@@ -61,9 +63,11 @@ def install_for_tests(
     session.install("--no-deps", str(root / "tests" / "example_plugin"))
 
 
-def run_tests(session: nox.Session, *arguments: str) -> None:
+def run_tests(
+    session: nox.Session, *arguments: str, env: dict[str, str | None] | None = None
+) -> None:
     """Run pytest on two cores; a module's tests stay together, with what they share."""
-    session.run("pytest", "-n", "2", "--dist", "loadfile", *arguments, *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *arguments, *session.posargs, env=env)
 
 
 @nox.session
@@ -97,6 +101,17 @@ def tests_torch(session: nox.Session) -> None:
     install_for_tests(session, "-e", ".[cli,conformance,torch]", pins="torch")
     session.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
     run_tests(session, "-m", "torch")
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_triton(session: nox.Session) -> None:
+    """Run the tests of the Triton kernels, by Triton's interpreter (CPU)."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    install_for_tests(session, "-e", ".[cli,conformance,torch]", "triton", pins="triton")
+    session.run("python", "-c", "import triton; print('Triton', triton.__version__)")
+    # Read at its import, so before that of any test.
+    run_tests(session, "-m", "triton", env={"TRITON_INTERPRET": "1"})
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

@@ -185,7 +185,7 @@ def test_what_was_found_is_kept_before_each_step(small: None) -> None:
 
 def test_targets_are_those_of_a_named_backend() -> None:
     assert speed_grid.targets("numpy", "cpu") is not None
-    assert speed_grid.targets("torch", "cuda:0") is None
+    assert speed_grid.targets("jax", "cuda:0") is None
     torch = speed_grid.targets("torch", "cpu")
     assert torch is not None
     timed = set(speed_grid.workloads("torch", "cpu", "full"))
@@ -195,6 +195,40 @@ def test_targets_are_those_of_a_named_backend() -> None:
     assert peers.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
     assert speed_grid.lengths("linear", 8) == [8, 32]
     assert speed_grid.lengths("softmax", 8) == [2, 8]
+
+
+@pytest.mark.parametrize("grid", ["quick", "full"])
+def test_what_cuda_is_promised_is_timed_against_every_fused_kernel(grid: str) -> None:
+    found = speed_grid.targets("torch", "cuda:0")
+    assert found is not None
+    timed = speed_grid.workloads("torch", "cuda:0", grid)
+    judged = {w: found.fastest[w] for w in timed if w in found.fastest}
+    assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
+        (spec, dim, direction)
+        for spec in ("bn", peers.half_pooled(16))
+        for dim in (64, 128)
+        for direction in speed_grid.BOTH
+    }
+    for workload, least in judged.items():
+        assert least == (1 / 1.05 if workload.spec == "bn" else 1 / 0.80)
+        for kernel in ("flash", "efficient", "cudnn"):
+            peer = PEERS[f"torch SDPA of softmax, {kernel}"]
+            assert peer.takes(workload)
+            assert peer.own(workload) in timed
+    literal = PEERS["literal Attention-BN, torch SDPA"]
+    assert all(literal.takes(w) for w in judged if w.spec == "bn")
+
+
+def test_the_fastest_kernel_is_what_a_promise_is_held_against() -> None:
+    bench_ = bench()
+    workload = Workload("bn", (2, 16, 4096, 64), "bfloat16")
+    bench_.targets = speed_grid.targets("torch", "cuda")
+    names = [f"torch SDPA of softmax{kernel}" for kernel in ("", ", flash", ", cudnn")]
+    slower = {name: [time] * 3 for name, time in zip(names, (1.0, 0.98, 0.9), strict=True)}
+    bench_._ratios(workload, {bench_.backend: [1.0] * 3, **slower})
+    found = {r["peer"]: r for r in bench_.speed["ratios"]}
+    assert [found[name]["at_least"] for name in names] == [None, None, 1 / 1.05]
+    assert found[names[2]]["met"] is False
 
 
 @pytest.mark.parametrize("way", WAYS)

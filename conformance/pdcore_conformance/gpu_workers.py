@@ -211,6 +211,8 @@ def variables(device: str, *, threads: int | None = None) -> dict[str, str]:
     if threads is not None:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             found[name] = str(threads)
+        # Likewise of PyTorch's compiler, which would start one for every core.
+        found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if device.partition(":")[0] != "cuda":
         return found
     # Processes share the GPU: none may take all of its memory beforehand.

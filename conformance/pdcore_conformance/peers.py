@@ -296,6 +296,11 @@ def _threads() -> int:
 
 
 _SDPA = ("softmax", "causal")
+#: Of PyTorch's fused kernels on CUDA: how a peer and PyTorch call them.
+_KERNELS = (
+    ("flash", "FLASH_ATTENTION"), ("efficient", "EFFICIENT_ATTENTION"),
+    ("cudnn", "CUDNN_ATTENTION"),
+)  # fmt: skip
 _TORCH = "pip install 'pdcore[torch]'"
 _JAX = "pip install 'pdcore[jax]'"
 _BOTH = ("cpu", "cuda")
@@ -312,10 +317,12 @@ PEERS: Mapping[str, Peer] = {
         Peer("torch SDPA", "torch", _SDPA, _sdpa(None), _BOTH, (), _TORCH, True),
         *(
             Peer(f"torch SDPA, {label}", "torch", _SDPA, _sdpa(kernel), ("cuda",), (), _TORCH, True)
-            for label, kernel in (
-                ("flash", "FLASH_ATTENTION"), ("efficient", "EFFICIENT_ATTENTION"),
-                ("cudnn", "CUDNN_ATTENTION"), ("math", "MATH"),
-            )
+            for label, kernel in (*_KERNELS, ("math", "MATH"))
+        ),
+        *(
+            Peer(f"torch SDPA of softmax, {label}", "torch", ("bn", half_pooled(16)),
+                 _sdpa(kernel), ("cuda",), (), _TORCH, True, "softmax")
+            for label, kernel in _KERNELS
         ),
         Peer("torch SDPA of softmax", "torch", ("bn", half_pooled(8), half_pooled(16)),
              _sdpa(None), _BOTH, (), _TORCH, True, "softmax"),

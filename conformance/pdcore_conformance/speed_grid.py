@@ -66,6 +66,13 @@ _CUDA: Mapping[str, tuple[Workload, ...]] = {
         for direction in BOTH
     ),
 }
+#: What PyTorch is timed on besides, before the rest: it is promised for both widths.
+_TORCH_CUDA = tuple(
+    Workload(spec, (2, 16, 4096, dim), "bfloat16", direction)
+    for dim in (64, 128)
+    for spec in ("softmax", "bn", half_pooled(16))
+    for direction in BOTH
+)
 
 
 class Targets(NamedTuple):
@@ -77,6 +84,9 @@ class Targets(NamedTuple):
         Times as fast as the fastest peer of its library, at least.
     against : mapping of (spec, shape, direction, peer) to number
         Times as fast as a peer, at least.
+    fastest : mapping of workload to number
+        Times as fast as the fastest of the kernels that SDPA has for softmax, at least; on either
+        grid, as its shapes are the same.
     specs : mapping of str to number
         Times as fast as softmax, at least.
     linear : number or None
@@ -91,6 +101,7 @@ class Targets(NamedTuple):
 
     ratios: Mapping[tuple[str, Shape], float] = {}
     against: Mapping[tuple[str, Shape, str, str], float] = {}
+    fastest: Mapping[Workload, float] = {}
     specs: Mapping[str, float] = {}
     linear: float | None = None
     memory_mib: float | None = None
@@ -128,6 +139,13 @@ _TARGETS: Mapping[str, Targets] = {
         },
         attention_us=20.0, bound_us=8.0,
     ),
+    "torch:cuda": Targets(
+        fastest={
+            w: 1 / (1.05 if w.spec == "bn" else 0.80)
+            for w in (*_TORCH_CUDA, *_CUDA["full"])
+            if w.spec in ("bn", half_pooled(16)) and w.dtype == "bfloat16" and w.shape[2] >= 4096
+        },
+    ),
 }  # fmt: skip
 
 #: Growth of time from N to 4 N, wherever it is measured at full length.
@@ -141,9 +159,12 @@ def targets(backend: str, device: str) -> Targets | None:
 
 def workloads(backend: str, device: str, grid: str) -> tuple[Workload, ...]:
     """Give what is timed against peers."""
-    own = _OWN.get(f"{backend}:{device.partition(':')[0]}")
+    target = f"{backend}:{device.partition(':')[0]}"
+    own = _OWN.get(target)
     if own is not None and grid == "full":
         return own
+    if target == "torch:cuda":
+        return tuple(dict.fromkeys((*_TORCH_CUDA, *_CUDA[grid])))
     return (_CUDA if device.startswith("cuda") else _CPU)[grid]
 
 

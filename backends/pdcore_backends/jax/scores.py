@@ -114,7 +114,7 @@ def _contract_kept(call: Call, arrays: Arrays) -> tuple[Any, Any]:
     return found
 
 
-@_contract_kept.defjvp
+@partial(_contract_kept.defjvp, symbolic_zeros=False)
 def _contract_kept_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     def run(arrays: Arrays) -> tuple[Any, Any]:
         found = over_rows(call, partial(_forward, call, derived=True), arrays)

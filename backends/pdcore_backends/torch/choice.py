@@ -12,6 +12,7 @@ from pdcore.backend import Request
 from pdcore.kernels import Cosine, Exponential, Gaussian
 from pdcore.normalization import Batch, Identity
 from pdcore.plan import Group, Plan, Scores
+from pdcore.transform import Fold
 
 from . import device
 from .blocked import Blocked
@@ -92,6 +93,10 @@ def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
     name = "scaled_dot_product_attention" + (" (flash)" if kind == "cpu" else
                                              " (cuDNN, flash or memory-efficient)")  # fmt: skip
     steps = [*plan.steps, f"kernel: {name}"]
+    if kind == "cuda" and short and _folds(plan):
+        why = device.unfolded(request.device, request.dtype, request.k[-1])
+        steps.append("statistics and fold: two Triton kernels" if not why else
+                     f"statistics and fold: PyTorch's operations, not Triton: {why}")  # fmt: skip
     if request.mask is not None or request.bias is not None:
         steps.append(f"the mask or bias goes there as {request.dtype}; one that requires a "
                      "gradient goes by blocks of our own")  # fmt: skip
@@ -111,6 +116,12 @@ def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Pla
     steps.append("traced calls, torch.func, gradients of gradients, and a bias or parameter that "
                  "requires a gradient: blocks of our own")  # fmt: skip
     return replace(plan, contraction=c.run_as(Flexed, plan=text, dtype=dtype), steps=tuple(steps))
+
+
+def _folds(plan: Plan) -> bool:
+    """Whether all that happens to queries and keys is a fold of statistics of a sequence."""
+    first = plan.transforms[0] if len(plan.transforms) == 1 else None
+    return isinstance(first, Fold) and first.batch.statistics == "sequence"
 
 
 def _read(plan: Plan, request: Request) -> str:

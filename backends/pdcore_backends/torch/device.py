@@ -8,7 +8,10 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ["kind", "without_flex", "without_triton"]
+__all__ = ["kind", "unfolded", "without_flex", "without_triton"]
+
+#: Features of a row that a tile of Triton holds in registers, at most.
+MOST = 256
 
 
 def kind(device: str) -> str:
@@ -41,3 +44,12 @@ def without_flex(device: str) -> str:
     if find_spec(name) is None or not hasattr(import_module(name), "AuxRequest"):
         return f"PyTorch {torch.__version__} gives no log-sum-exp by return_aux"
     return ""
+
+
+def unfolded(device: str, dtype: str, dim: int) -> str:
+    """Say why no Triton kernel folds statistics of keys; nothing if one does."""
+    if why := without_triton(device):
+        return why
+    if dtype == "float64":
+        return "it computes in float32"
+    return f"more than {MOST} features" if dim > MOST else ""

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from pdcore.statistics import Moments
 from pdcore.transform import first_real
 
+from . import device
 from . import namespace as xp
 from .flash import recorded
 from .prefix import fold_rows, of_beta, twice
@@ -68,10 +69,21 @@ def fold(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, *, eps: float, sp
     """
     if torch.compiler.is_compiling():
         return _plain(q, k, real, beta, eps, split, over_batch)
-    if recorded(q, k, beta if isinstance(beta, Tensor) else None):
+    kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
+    if not over_batch and by_triton(k):
+        from . import triton_fold
+
+        return triton_fold.fold(q, k, real, beta, eps, split, _plain, kept)
+    if kept:
         found: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, over_batch)
         return found
     return _apply(q, _sums(k, real, eps, over_batch), beta, split)
+
+
+def by_triton(k: Tensor) -> bool:
+    """Whether the statistics of these keys, and their fold, are a matter of `.triton_fold`."""
+    name = str(k.dtype).removeprefix("torch.")
+    return k.is_cuda and not device.unfolded(str(k.device), name, k.shape[-1])
 
 
 def _ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
