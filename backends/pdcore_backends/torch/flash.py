@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import namespace as xp
-from .inner import Inner
+from .inner import Inner, begun
 from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
 
 __all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed"]
@@ -185,17 +185,14 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
                 causal: bool) -> Tensor:  # fmt: skip
         ctx.scale, ctx.causal = scale, causal
-        ctx.inner = _OnDevice.inner(q, k, v, mask, scale, causal)
-        [out] = ctx.inner.results
-        ctx.inner.results = ()
+        ctx.inner, [out] = begun(_OnDevice.computed(mask, scale, causal), q, k, v)
         ctx.save_for_backward(q, k, v, mask)
         return out
 
     @staticmethod
-    def inner(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-              causal: bool) -> Inner:  # fmt: skip
-        """Run the kernel, recorded."""
-        return Inner(lambda q, k, v: (on_device(q, k, v, mask, scale, causal),), q, k, v)
+    def computed(mask: Tensor | None, scale: float, causal: bool) -> Any:
+        """Give the kernel as a function of what has a gradient."""
+        return lambda q, k, v: (on_device(q, k, v, mask, scale, causal),)
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
@@ -203,7 +200,7 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
         q, k, v, mask = ctx.saved_tensors
         if not torch.is_grad_enabled():
             # Its record is good for one gradient; whoever asks for another pays for it.
-            inner = ctx.inner or _OnDevice.inner(q, k, v, mask, ctx.scale, ctx.causal)
+            inner = ctx.inner or Inner(_OnDevice.computed(mask, ctx.scale, ctx.causal), q, k, v)
             ctx.inner = None
             return (*inner.pull_back(d_out), None, None, None)
         out, lse = _plain(q, k, v, mask, ctx.scale, ctx.causal)

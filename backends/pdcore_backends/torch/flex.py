@@ -25,7 +25,7 @@ from pdcore.support import Support, Visibility
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed
-from .inner import Inner
+from .inner import Inner, begun
 from .kernels import widened
 from .operators import BLOCKS
 
@@ -120,9 +120,7 @@ class _Flex(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, c: Flexed, fixed: Operands, *arrays: Any) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed = c, fixed
-        ctx.inner = Inner(_Flex.computed(c, fixed), *arrays)
-        out, level = ctx.inner.results
-        ctx.inner.results = ()
+        ctx.inner, (out, level) = begun(_Flex.computed(c, fixed), *arrays)
         ctx.save_for_backward(*arrays, out, level)
         return out, level
 

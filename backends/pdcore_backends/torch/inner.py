@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["Inner"]
+__all__ = ["Inner", "begun"]
+
+#: Gives a tuple of Tensor.
+Compute = Callable[..., tuple[Tensor, ...]]
 
 
 class Inner:
     """The record of one computation, from which gradients are taken once.
-
-    It holds no tensor: its ends are edges, and what it saves goes through the hooks for saved
-    tensors. So checkpointing drops it, and keeps nothing alive outside of what it computes again.
 
     Parameters
     ----------
@@ -28,32 +27,34 @@ class Inner:
     Attributes
     ----------
     results : tuple of Tensor
-        Without the record. Taken out by whoever keeps the object.
+        What it gives, recorded.
     """
 
-    def __init__(self, compute: Callable[..., tuple[Tensor, ...]], *arrays: Tensor | None) -> None:
+    def __init__(self, compute: Compute, *arrays: Tensor | None) -> None:
         with torch.enable_grad():
-            anchor = torch.zeros((), requires_grad=True)
-            roots = [None if x is None else _Root.apply(anchor, x) for x in arrays]
-            found = compute(*roots)
-        self._given = [x is not None for x in roots]
-        self._roots = [get_gradient_edge(x) for x in roots if x is not None]
-        self._ends = [get_gradient_edge(x) for x in found]
-        self.results = tuple(x.detach() for x in found)
+            self._arrays = [None if x is None else x.detach().requires_grad_() for x in arrays]
+            self.results = compute(*self._arrays)
 
     def pull_back(self, *cotangents: Tensor) -> Sequence[Any]:
         """Give the gradients with respect to all arguments, None for None."""
-        grads = iter(torch.autograd.grad(self._ends, self._roots, cotangents, allow_unused=True))
-        return [next(grads) if given else None for given in self._given]
+        roots = [x for x in self._arrays if x is not None]
+        grads = iter(torch.autograd.grad(self.results, roots, cotangents, allow_unused=True))
+        return [None if x is None else next(grads) for x in self._arrays]
 
 
-class _Root(torch.autograd.Function):  # type: ignore[misc]
-    """Gives a tensor a record to begin with, which does not hold the tensor as a leaf would."""
+def begun(compute: Compute, *arrays: Tensor | None) -> tuple[Inner | None, tuple[Tensor, ...]]:
+    """Compute in the forward of a Function, recorded where the record may stay until its backward.
 
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        return x.detach()
+    Where hooks take what is saved for gradients, as checkpointing does, a record would keep it all
+    the same; so there is none, and the backward computes again what it needs.
 
-    @staticmethod
-    def backward(ctx: Any, *d: Any) -> Any:
-        return None, None
+    Returns
+    -------
+    record : Inner or None
+    results : tuple of Tensor
+        Without the record.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None, compute(*arrays)
+    record = Inner(compute, *arrays)
+    return record, tuple(x.detach() for x in record.results)
