@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.attention.flex_attention as framework  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import pdcore  # noqa: E402
 from pdcore import plugins  # noqa: E402
@@ -237,13 +238,16 @@ def test_a_second_backward_computes_the_record_again(cuda: list[str]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bias", "traced", "func"])
+@pytest.mark.parametrize("kind", ["bias", "traced", "func", "mode"])
 def test_what_flex_attention_does_not_differentiate_goes_by_blocks(
     cuda: list[str], kind: str
 ) -> None:
     q, k, v = (draw(1, 1, 9, 16, seed=i) for i in range(3))
     if kind == "func":
         torch.func.vmap(lambda q: pdcore.attention(q, k, v, "sparse(3,2)"))(q[None])
+    elif kind == "mode":
+        with FlopCounterMode(display=False):
+            pdcore.attention(q, k, v, "sparse(3,2)")
     elif kind == "bias":
         bias = draw(9, 9, seed=3).requires_grad_()
         pdcore.attention(q, k, v, "sparse(3,2)", bias=bias).sum().backward()
@@ -337,7 +341,7 @@ def test_the_suite_holds_for_what_cuda_runs(cuda: list[str], module: str) -> Non
     assert not wrong, "\n".join(wrong[:20])
     assert code == 0
     assert run["counts"]["passed"] > 20
-    assert len(cuda) > 2
+    assert cuda
 
 
 # --- fused kernels --------------------------------------------------------------------------------

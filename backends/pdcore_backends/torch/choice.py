@@ -113,8 +113,8 @@ def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Pla
         skipped = "no block is skipped, as positions are arrays" if \
             _arrays(request) else "blocks that no query sees are skipped"  # fmt: skip
         steps.append(f"blocks of {FLEX_LEAST} by {FLEX_LEAST}: {skipped}")
-    steps.append("traced calls, torch.func, gradients of gradients, and a bias or parameter that "
-                 "requires a gradient: blocks of our own")  # fmt: skip
+    steps.append("traced calls, torch.func, dispatch modes, gradients of gradients, and a bias or "
+                 "parameter that requires a gradient: blocks of our own")  # fmt: skip
     return replace(plan, contraction=c.run_as(Flexed, plan=text, dtype=dtype), steps=tuple(steps))
 
 

@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._python_dispatch
 from torch import Tensor
 
 from pdcore.expression import Expression
@@ -103,8 +104,10 @@ def flex_scores(c: Flexed, o: Operands) -> tuple[Tensor, Tensor] | None:
         return None
     if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
         return None
-    if recorded(o.bias, *o.values.values()) or (
-        o.key_bias is not None and c.expression is not None
+    if (
+        _watched()
+        or recorded(o.bias, *o.values.values())
+        or (o.key_bias is not None and c.expression is not None)
     ):
         return None
     if not recorded(o.q, o.k, o.v, o.key_bias):
@@ -112,6 +115,13 @@ def flex_scores(c: Flexed, o: Operands) -> tuple[Tensor, Tensor] | None:
     fixed = o._replace(q=None, k=None, v=None, key_bias=None)
     found: tuple[Tensor, Tensor] = _Flex.apply(c, fixed, o.q, o.k, o.v, o.key_bias)
     return found
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode keeps PyTorch from compiling: FlexAttention would run uncompiled."""
+    modes = torch.utils._python_dispatch
+    asked = getattr(modes, "is_in_any_mode_without_ignore_compile_internals", None)
+    return bool(torch._C._len_torch_dispatch_stack() if asked is None else asked())
 
 
 class _Flex(torch.autograd.Function):  # type: ignore[misc]

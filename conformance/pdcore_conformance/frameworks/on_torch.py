@@ -126,10 +126,17 @@ class TorchFramework(Framework):
                       aten.new_empty, aten.new_empty_strided}  # fmt: skip
 
         class Poison(TorchDispatchMode):  # type: ignore[misc]
+            # What a backend compiles stays compiled: under another mode it would not be.
+            supports_higher_order_operators = True
+
+            @classmethod
+            def ignore_compile_internals(cls) -> bool:
+                return True
+
             def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
                                    kwargs: Any = None) -> Any:  # fmt: skip
                 result = function(*args, **(kwargs or {}))
-                poisoned = function.overloadpacket in allocators
+                poisoned = getattr(function, "overloadpacket", None) in allocators
                 return _poison(result, torch) if poisoned else result
 
         with Poison():
