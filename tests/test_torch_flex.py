@@ -104,6 +104,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("causal+sh(1,2)", {}, FLEX + "float32, for pooled keys under causal"),
         ("bn(statistics=prefix)+sparse(9,9)", {"dtype": "float16"}, FLEX + "float32, for a window"),
         ("bn", {}, "two Triton kernels"),
+        ("bn", {"dtype": "bfloat16", "lse": True}, "here flash, in bfloat16"),
+        ("softmax", {"lse": True}, "here memory-efficient, in float32"),
         ("bn", {"dtype": "float64"}, "not FlexAttention: its kernels have no float64"),
         ("softmax", {"dropout": 0.1}, "dropout; not FlexAttention: it drops no weights"),
         ("sparse(2,2)+linear", {}, "not FlexAttention: weights that are no exp of scores"),
@@ -381,6 +383,20 @@ def test_kernels_of_cuda_are_called_as_they_are_declared(
         for d_out, d_lse in ((out, None), (out, lse), (None, lse)):
             grads = kernels.lse_backward(q, k, v, mask, 0.1, False, out, state, d_out, d_lse)
             assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(("capability", "first"), [((8, 0), "FLASH"), ((9, 0), "CUDNN")])
+def test_the_order_of_the_fused_kernels(
+    capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._order.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    orders = [[kernel.name for kernel in kernels._order(0, masked)] for masked in (False, True)]
+    kernels._order.cache_clear()
+    assert orders[0][0] == f"{first}_ATTENTION"
+    assert len(set(orders[0])) == 3
+    assert "MATH" not in orders[0]
+    assert orders[1] == ["EFFICIENT_ATTENTION"]
 
 
 def test_a_mask_is_laid_out_in_aligned_rows() -> None:

@@ -93,6 +93,10 @@ def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
     name = "scaled_dot_product_attention" + (" (flash)" if kind == "cpu" else
                                              " (cuDNN, flash or memory-efficient)")  # fmt: skip
     steps = [*plan.steps, f"kernel: {name}"]
+    if kind == "cuda" and not short:
+        flash = contraction.dtype != "float32" and request.key_mask is None
+        steps.append(f"here {'flash' if flash else 'memory-efficient'}, in {contraction.dtype}, as "
+                     "the log-sum-exp is asked for or needed")  # fmt: skip
     if kind == "cuda" and short and _folds(plan):
         why = device.unfolded(request.device, request.dtype, request.k[-1])
         steps.append("statistics and fold: two Triton kernels" if not why else

@@ -22,16 +22,20 @@ ALIGNMENT = 16
 FLASH_MOST, STEP = 256, 8
 
 
+# Flash takes no mask, and cuDNN leaves open what a row without keys is.
+_MASKED = [SDPBackend.EFFICIENT_ATTENTION]
+_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_MASKED]
+
+
 @lru_cache(maxsize=16)
 def _order(index: int | None, masked: bool) -> tuple[SDPBackend, ...]:
     """Give the fused kernels in the order in which they are tried."""
-    if masked:  # flash takes no mask, and cuDNN leaves open what a row without keys is
-        return (SDPBackend.EFFICIENT_ATTENTION,)
-    flash = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-    if torch.cuda.get_device_capability(index) >= (9, 0):
-        # The flash kernels are written for the tensor cores of 8.0.
-        return (SDPBackend.CUDNN_ATTENTION, *flash)
-    return (*flash, SDPBackend.CUDNN_ATTENTION)
+    if masked:
+        return tuple(_MASKED)
+    cudnn, *flash = _FUSED
+    # The flash kernels are written for the tensor cores of 8.0.
+    newer = torch.cuda.get_device_capability(index) >= (9, 0)
+    return (cudnn, *flash) if newer else (*flash, cudnn)
 
 
 def on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
@@ -51,7 +55,12 @@ def on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         return scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
-    with sdpa_kernel(list(_order(q.device.index, mask is not None)), set_priority=True):
+    masked = mask is not None
+    if torch.compiler.is_compiling():  # a trace asks no device; PyTorch's own order then
+        allowed = sdpa_kernel(_MASKED if masked else _FUSED)
+    else:
+        allowed = sdpa_kernel(list(_order(q.device.index, masked)), set_priority=True)
+    with allowed:
         return scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )

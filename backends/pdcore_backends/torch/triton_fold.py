@@ -26,7 +26,7 @@ TILE, STEPS = 8192, 8
 Plain = Callable[..., tuple[Tensor, Tensor]]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _merged(n, mean, m2, n_more, mean_more, m2_more):  # type: ignore[no-untyped-def]
     """Merge two states by Chan's update."""
     both = n + n_more
@@ -333,7 +333,8 @@ def _backward(
 
 
 def _rows(dim: int) -> int:
-    return max(16, TILE // triton.next_power_of_2(dim))
+    width: int = triton.next_power_of_2(dim)
+    return max(16, TILE // width)
 
 
 def _bytes(real: Tensor | None) -> Tensor | None:
