@@ -110,7 +110,8 @@ test_gradient_of_supports, test_autodiff_of_supports = both(
       for text in ("causal", "causal+linear")),
     *(SMALL.but(spec=text, mask="random") for text in ("softmax", "linear", "bn")),
     *(Call(spec=text, lead=(1,), rows=130, keys=260, dim=16)
-      for text in ("softmax", "causal", "causal+linear", "bn", "sparse(20,3)")),
+      for text in ("softmax", "causal", "causal+linear", "bn", "sparse(20,3)",
+                   "softmax(softcap=2)", "polynomial")),
     full(Call(spec="causal", lead=(1,), rows=2000, keys=2000, heads=1, key_heads=1)),
 )  # fmt: skip
 

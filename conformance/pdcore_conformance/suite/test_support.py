@@ -48,6 +48,18 @@ test_window_reaches_left_and_right = judged(
     full(SMALL.but(spec="sparse(100,3)", rows=700, keys=700)),
 )  # fmt: skip
 
+LONG = SMALL.but(rows=140, keys=150, heads=4, dim=16)
+
+test_kernels_that_work_in_blocks_keep_it_all = judged(
+    "From 128 queries and keys on, some frameworks have other kernels for score maps and windows.",
+    *(LONG.but(spec=text, key_mask=how) for how in ("", "holes")
+      for text in ("softmax(softcap=2)", "polynomial", "gaussian(gamma=0.3)+sparse(20,7)",
+                   "bn+sparse(20,7)")),
+    LONG.but(spec="causal+sh(1,2)", dtype="bfloat16"),
+    *(LONG.but(spec="sparse(20,7)", offset=offset) for offset in (-30, "sequence")),
+    LONG.but(spec="sparse(20,7)", mask="heads", bias="inf"),
+)  # fmt: skip
+
 test_mask_is_true_where_a_query_may_attend = judged(
     "True allows. The masks of some frameworks mean the opposite.",
     *(SMALL.but(spec=text, mask=how) for how in ("random", "keys", "heads")
