@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,45 +20,13 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from pdcore import AttentionSpec, Batch, UnsupportedError, bind
+from pdcore import AttentionSpec, UnsupportedError
 from pdcore.backend import Inputs
 from pdcore.validation import finite_dropout, parameter_shape
 
+from .bound import Bound, Choice, learned
+
 __all__ = ["Conversion", "PDMultiheadAttention", "convert"]
-
-Choice = str | Sequence[str] | None
-
-
-class _Bound:
-    """A spec bound to a backend once, as it is and with ``causal`` added.
-
-    Copies and pickles hold the spec and the choice of backend; what was found out about earlier
-    calls is found out again.
-    """
-
-    __slots__ = ("attention", "causal", "leak", "spec", "unbiased")
-
-    def __init__(self, spec: str | AttentionSpec, backend: Any) -> None:
-        self.attention = bind(spec, backend=backend)
-        self.spec = self.attention.spec
-        self.causal = self.attention
-        #: Why the spec must not be causal, "" if it may be.
-        self.leak = ""
-        try:
-            support = replace(self.spec.support, causal=True)
-            # Bound here, because nothing may be looked up while a call is traced.
-            self.causal = bind(replace(self.spec, support=support), backend=self.attention.choice)
-        except UnsupportedError as error:
-            self.leak = str(error)
-        #: Why a float mask cannot be added to log kappa, "" if it can be.
-        self.unbiased = ""
-        if not self.spec.kernel.has_log:
-            self.unbiased = f"{self.spec} has no log kappa to add them to"
-        elif self.spec.heads.largest > 1:
-            self.unbiased = f"{self.spec} pools keys, and a pooled key has no single bias"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Bound, (self.spec, self.attention.choice)
 
 
 class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
@@ -108,7 +76,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         vdim: int | None = None, batch_first: bool = False, device: Any = None,
         dtype: Any = None, *, spec: str | AttentionSpec = "softmax", backend: Choice = None,
     ) -> None:  # fmt: skip
-        bound = _Bound(spec, backend)
+        bound = Bound(spec, backend)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise UnsupportedError(f"{name}: got {value!r}, expected False; {_APPENDED}")
@@ -333,25 +301,9 @@ def _misfit(spec: AttentionSpec, layer: Any) -> str:
     return ""
 
 
-def _parameters(spec: AttentionSpec) -> dict[str, float]:
-    """Give the parameters that a layer learns, each with the value that it starts at."""
-    found = {}
-    for p in spec.parameters():
-        start = p.default
-        if p.name == "beta" and isinstance(spec.normalization, Batch):
-            start = 1.0  # what the spec has without `beta=param`
-        if start is None or not p.differentiable:
-            raise UnsupportedError(
-                f"spec: {spec} takes {p.name!r} from each call, and this layer does not keep it; "
-                "use other statistics or pdcore.attention"
-            )
-        found[p.name] = start
-    return found
-
-
-def _adopt(layer: Any, bound: _Bound) -> list[str]:
+def _adopt(layer: Any, bound: Bound) -> list[str]:
     """Give a layer its spec, and return the names of the parameters that are new."""
-    starts = _parameters(bound.spec)
+    starts = learned(bound.spec)
     for name in getattr(layer, "_learned", ()):
         if name not in starts:
             delattr(layer, "spec_" + name)
@@ -488,8 +440,8 @@ def convert(
     converted to softmax+bn
       self_attn
     """
-    bound = _Bound(spec, backend)
-    _parameters(bound.spec)
+    bound = Bound(spec, backend)
+    learned(bound.spec)
     layers: dict[Any, list[str]] = {}
     cross = set()
     for name, module in model.named_modules(remove_duplicate=False):
