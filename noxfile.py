@@ -35,7 +35,8 @@ FRAMEWORKS_PYTHON = "3.11"
 # On the second, constraints/jax.txt has a newer JAX.
 JAX_PYTHONS = [FRAMEWORKS_PYTHON, "3.12"]
 NUMPY_ONLY = (
-    "not torch and not triton and not transformers and not jax and not example and not browser"
+    "not torch and not triton and not transformers and not jax and not jax_adapters "
+    "and not example and not browser"
 )
 
 # What the conformance matrix installs for each backend: an extra, and the pins to go with it.
@@ -86,6 +87,13 @@ def example_training(session: nox.Session) -> None:
     session.run("python", "examples/classify_time_series.py", *session.posargs)
 
 
+@nox.session(python=FRAMEWORKS_PYTHON)
+def example_digits(session: nox.Session) -> None:
+    """Train a Flax transformer on handwritten digits; `-- --spec bn` with another attention."""
+    session.install(*pinned("jax_adapters"), ".[cli,flax,svr]")
+    session.run("python", "examples/classify_digits.py", *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, on NumPy and array-api-strict."""
@@ -131,6 +139,14 @@ def tests_jax(session: nox.Session) -> None:
     session.run("python", "-c", "import jax; print('JAX', jax.__version__)")
     own = ["tests/test_jax_backend.py", "tests/test_jax_sharding.py"]
     run_tests(session, "-m", "jax", *([] if session.python == FRAMEWORKS_PYTHON else own))
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_jax_adapters(session: nox.Session) -> None:
+    """Run the tests that need Flax and Equinox (CPU)."""
+    install_for_tests(session, "-e", ".[cli,conformance,flax,equinox,svr]", pins="jax_adapters")
+    session.run("python", "-c", "import flax, equinox; print(flax.__version__)")
+    run_tests(session, "-m", "jax_adapters")
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

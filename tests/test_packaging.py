@@ -17,6 +17,8 @@ DISTRIBUTION = metadata.distribution("pdcore")
 LATE = {
     "click",
     "cupy",
+    "equinox",
+    "flax",
     "hypothesis",
     "jax",
     "matplotlib",
@@ -95,7 +97,7 @@ def test_console_script():
 
 def test_extras_and_requirements():
     extras = set(DISTRIBUTION.metadata.get_all("Provides-Extra"))
-    assert extras >= {"torch", "jax", "cupy", "cli", "conformance", "svr", "dev"}
+    assert extras >= {"torch", "jax", "flax", "equinox", "cupy", "cli", "conformance", "svr", "dev"}
     required = {
         requirement.partition(">")[0].strip()
         for requirement in DISTRIBUTION.requires

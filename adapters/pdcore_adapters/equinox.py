@@ -1,0 +1,279 @@
+"""`PDMultiheadAttention`, an `equinox.nn.MultiheadAttention` with the attention of a spec.
+
+>>> layer = PDMultiheadAttention(4, 16, spec="bn+sh(1,1,2,2)", key=jax.random.key(0))
+>>> x = jax.numpy.ones((10, 16))
+>>> layer(x, x, x).shape
+(10, 16)
+
+Notation: H heads, N queries, M keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import equinox
+import jax
+from equinox.nn import MultiheadAttention
+from jax import numpy as jnp
+
+from pdcore import AttentionSpec, UnsupportedError
+from pdcore.validation import parameter_shape
+
+from .bound import Bound, Choice, learned
+
+__all__ = ["PDMultiheadAttention", "convert"]
+
+
+class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
+    """Multi-head attention whose heads compute the attention of a spec.
+
+    Arguments, call and leaves are those of `equinox.nn.MultiheadAttention`, so leaves that were
+    serialised by one load into the other; with ``spec="softmax"`` the numbers are the same too.
+    What it cannot honour it refuses.
+
+    Parameters
+    ----------
+    num_heads, query_size, key_size, value_size, output_size, qk_size, vo_size
+        As in `equinox.nn.MultiheadAttention`.
+    use_query_bias, use_key_bias, use_value_bias, use_output_bias, inference, dtype, key
+        As in `equinox.nn.MultiheadAttention`.
+    dropout_p : float
+        Above 0 it is kept, as a leaf, and a call in training is refused.
+    spec : str or AttentionSpec
+        The attention of every head. A scale for each of the `num_heads` heads, if it has scales.
+        ``bn(beta=param)`` adds a last leaf, ``spec_params["beta"]`` (num_heads,), which starts at
+        1; no other spec changes the leaves.
+    backend : str or sequence of str, optional
+        As in `pdcore.bind`, settled now.
+
+    Raises
+    ------
+    SpecError, ValueError
+        For a spec that is wrong or does not have `num_heads` scales.
+    UnsupportedError
+        For specs whose parameters the layer does not keep: running statistics.
+
+    Notes
+    -----
+    A query that sees no key gets zeros from the attention; there it gets the mean of the values.
+    ``bn(statistics=batch)`` takes the statistics of one sequence under `jax.vmap`.
+    """
+
+    spec_params: dict[str, Any]
+    _bound: Bound = equinox.field(static=True)
+
+    def __init__(
+        self, num_heads: int, query_size: int, key_size: int | None = None,
+        value_size: int | None = None, output_size: int | None = None, qk_size: int | None = None,
+        vo_size: int | None = None, use_query_bias: bool = False, use_key_bias: bool = False,
+        use_value_bias: bool = False, use_output_bias: bool = False, dropout_p: float = 0.0,
+        inference: bool = False, dtype: Any = None, *, key: Any,
+        spec: str | AttentionSpec = "softmax", backend: Choice = None,
+    ) -> None:  # fmt: skip
+        bound = Bound(spec, backend)
+        super().__init__(
+            num_heads, query_size, key_size, value_size, output_size, qk_size, vo_size,
+            use_query_bias, use_key_bias, use_value_bias, use_output_bias, dropout_p, inference,
+            dtype, key=key,
+        )  # fmt: skip
+        _adopt(self, bound)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The attention of the heads."""
+        return self._bound.spec
+
+    def __call__(
+        self, query: Any, key_: Any, value: Any, mask: Any = None, *, key: Any = None,
+        inference: bool | None = None, deterministic: bool | None = None,
+        process_heads: Callable[..., Any] | None = None, key_mask: Any = None, offset: Any = None,
+    ) -> Any:  # fmt: skip
+        """Attend from `query` to `key_` and `value`.
+
+        Parameters
+        ----------
+        query : array (N, query_size)
+        key_ : array (M, key_size)
+        value : array (M, value_size)
+        mask : bool array (N, M) or (num_heads, N, M), optional
+            True where a query may attend. It changes no statistic.
+        key : PRNG key, optional
+            Not read: there is no dropout.
+        inference : bool, optional
+            As in `equinox.nn.Dropout`.
+        deterministic : bool, optional
+            The old name of `inference`.
+        process_heads : callable, optional
+            As in `equinox.nn.MultiheadAttention`: changes the heads (N or M, num_heads, size), not
+            their shapes.
+        key_mask : bool array (M,), optional
+            True for a real key. Padding is no part of attention, statistics and pooling.
+        offset : int or integer array (), optional
+            The position of the first query among the keys, 0 where there are as many queries as
+            keys; needed by specs that go by position where there are not.
+
+        Returns
+        -------
+        array (N, output_size)
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a wrong argument.
+        UnsupportedError
+            For dropout in training, and for a mask where statistics of the whole sequence could
+            see a future that it hides: unless the spec has ``allow_leak=true``.
+        """
+        if deterministic is not None:
+            inference = deterministic
+            warnings.warn(
+                "PDMultiheadAttention()(deterministic=...) is deprecated in favour of "
+                "PDMultiheadAttention()(inference=...)",
+                stacklevel=2,
+            )
+        self._refuse_dropout(self.dropout.inference if inference is None else inference)
+        for name, x in (("query", query), ("key_", key_), ("value", value)):
+            if jnp.ndim(x) != 2:
+                raise ValueError(f"{name}: got shape {jnp.shape(x)}, expected (length, size); use "
+                                 "jax.vmap over a batch")  # fmt: skip
+        if key_.shape[0] != value.shape[0]:
+            raise ValueError(f"value: got {value.shape[0]} elements, expected {key_.shape[0]} like "
+                             "key_")  # fmt: skip
+        self._check_mask(mask, (query.shape[0], key_.shape[0]))
+        heads = (
+            self._project(self.query_proj, query),
+            self._project(self.key_proj, key_),
+            self._project(self.value_proj, value),
+        )
+        if process_heads is not None:
+            shapes = [x.shape for x in heads]
+            heads = process_heads(*heads)
+            if [x.shape for x in heads] != shapes:
+                raise ValueError(f"process_heads: got shapes {[x.shape for x in heads]}, expected "
+                                 f"{shapes}: it must not change them")  # fmt: skip
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in heads)
+        out = self._bound.attention(
+            q, k, v, mask=mask, key_mask=key_mask, offset=self._offset(offset, q, k),
+            params=self.spec_params,
+        )  # fmt: skip
+        out = jnp.swapaxes(out, 0, 1).reshape(query.shape[0], -1)
+        return jax.vmap(self.output_proj)(out)
+
+    def _refuse_dropout(self, inference: Any) -> None:
+        p = self.dropout.p
+        if not inference and not (isinstance(p, int | float) and p == 0):
+            raise UnsupportedError(
+                f"dropout_p: got {p} in training, expected 0: attention on JAX has no dropout of "
+                "its weights; use equinox.nn.Dropout after the layer, or inference=True"
+            )
+
+    def _check_mask(self, mask: Any, lengths: tuple[int, int]) -> None:
+        if mask is None:
+            return
+        expected = (lengths, (self.num_heads, *lengths))
+        if tuple(mask.shape) not in expected:
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected "
+                             f"{' or '.join(map(str, expected))}")  # fmt: skip
+        spec = self.spec
+        if spec.normalization.leaks:
+            raise UnsupportedError(
+                f"mask: {spec} takes statistics over all keys, and a mask may hide the future; "
+                "give padding as key_mask, make a causal layer of causal+bn(statistics=prefix), "
+                "or permit it with bn(allow_leak=true)"
+            )
+
+    def _offset(self, offset: Any, q: Any, k: Any) -> Any:
+        if offset is not None:
+            return offset
+        spec, n, m = self.spec, q.shape[-2], k.shape[-2]
+        if n != m and (spec.support.restricts or spec.prefix):
+            raise ValueError(
+                f"offset: missing for {n} queries and {m} keys, and {spec} goes by position; "
+                "expected the position of the first query among the keys"
+            )
+        return 0
+
+
+def _adopt(layer: Any, bound: Bound, name: str = "the layer") -> None:
+    """Give a new layer its spec."""
+    spec, starts = bound.spec, learned(bound.spec)
+    scales = spec.heads.scales
+    if scales and len(scales) != layer.num_heads:
+        raise ValueError(f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
+                         f"{layer.num_heads} heads of {name}")  # fmt: skip
+    sizes = {p.name: parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size)
+             for p in spec.parameters()}  # fmt: skip
+    dtype = layer.query_proj.weight.dtype
+    params = {name: jnp.full(sizes[name], start, dtype) for name, start in starts.items()}
+    object.__setattr__(layer, "spec_params", params)
+    object.__setattr__(layer, "_bound", bound)
+
+
+def convert(
+    model: Any, spec: str | AttentionSpec, *, backend: Choice = None,
+    select: Callable[[str, MultiheadAttention], bool] | None = None,
+) -> Any:  # fmt: skip
+    """Give a model whose `equinox.nn.MultiheadAttention` layers are `PDMultiheadAttention`.
+
+    The arrays are those of `model`, which stays as it is.
+
+    Parameters
+    ----------
+    model : pytree
+        A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
+    spec, backend
+        As in `PDMultiheadAttention`.
+    select : callable, optional
+        ``select(name, layer)`` says which layers to convert, by names such as ``.blocks[0].attn``;
+        by default all.
+
+    Returns
+    -------
+    pytree
+
+    Raises
+    ------
+    SpecError, UnsupportedError, ValueError
+        For a wrong spec, or one that does not fit the heads of a layer; where there is no layer to
+        convert; and for a selected layer that is of another subclass, whose meaning is its own.
+
+    Examples
+    --------
+    >>> plain = equinox.nn.MultiheadAttention(4, 16, key=jax.random.key(0))
+    >>> str(convert(plain, "bn").spec)
+    'softmax+bn'
+    """
+    bound = Bound(spec, backend)
+    converted = 0
+
+    def become(path: Any, layer: Any) -> Any:
+        nonlocal converted
+        name = jax.tree_util.keystr(path)
+        if not _is_layer(layer) or not (select is None or select(name, layer)):
+            return layer
+        name = name or "the model itself"
+        if type(layer) not in (MultiheadAttention, PDMultiheadAttention):
+            raise UnsupportedError(
+                f"{name}: it is a {type(layer).__module__}.{type(layer).__qualname__}, whose "
+                "meaning is its own; leave it out by select="
+            )
+        converted += 1
+        new = object.__new__(PDMultiheadAttention)
+        for f in fields(MultiheadAttention):
+            object.__setattr__(new, f.name, getattr(layer, f.name))
+        _adopt(new, bound, name)
+        return new
+
+    result = jax.tree_util.tree_map_with_path(become, model, is_leaf=_is_layer)
+    if not converted:
+        raise ValueError("model: nothing to convert: no equinox.nn.MultiheadAttention in it"
+                         f"{'' if select is None else ' was selected'}")  # fmt: skip
+    return result
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, MultiheadAttention)
