@@ -10,45 +10,51 @@ archive. Needs the extras ``torch`` and ``cli``.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from comparison import (
+    CODES,
+    check_heads,
+    check_ranges,
+    command_line,
+    distinct,
+    finite,
+    make_folder,
+    naming,
+    read_seeds,
+    read_spec,
+    show,
+    summarize,
+    tell,
+    write,
+)
 from time_series import Pair, find_pair, packaged, pair, read_ts
 
 import pdcore
 from pdcore.cli import Exit
-from pdcore.files import FileError, OutputError, replacing
-from pdcore.reporting import Failed, emit, note, progress, reported, stdout
+from pdcore.files import FileError, OutputError
+from pdcore.reporting import Failed, emit, note, progress, reported
 
 if TYPE_CHECKING:
     from series_model import Settings
     from series_training import Run
 
-__all__ = ["app", "main", "summarize"]
+__all__ = ["app", "main"]
 
-_CODES = (
-    "Exit codes: 0 done; 2 usage: an option or a spec does not make sense; 3 a file cannot be "
-    "read, is damaged, or does not fit; 4 pdcore does not support the spec; 6 a file exists "
-    "already or cannot be written; 7 the loss is not finite; 9 a package is not installed; "
-    "128 + n after signal n."
+_MEANING = (
+    "Accuracy: mean ± standard deviation over the seeds, and each. The epoch is the one with the "
+    "smallest validation loss; the model was then fitted on all training series for so many epochs."
 )
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = command_line()
 
 
-@app.command(epilog=_CODES)
+@app.command(epilog=CODES)
 @reported
 def main(
     spec: Annotated[
@@ -134,18 +140,15 @@ def main(
         ) from error
     if resume and force:
         raise typer.BadParameter("excludes --force", param_hint="--resume")
-    for name, number, good, expected in (
+    check_ranges(
         ("--validation", validation, 0.0 < validation < 1.0, "a share above 0 and below 1"),
         ("--dropout", dropout, 0.0 <= dropout < 1.0, "a share from 0, below 1"),
         ("--noise", noise, 0.0 <= noise < math.inf, "a number from 0"),
         ("--rate", rate, 0.0 < rate < math.inf, "a number above 0"),
-    ):
-        if not good:
-            raise typer.BadParameter(f"got {number}, expected {expected}", param_hint=name)
-    if width % heads:
-        raise typer.BadParameter(f"{heads} heads do not divide width {width}", param_hint="--heads")
-    specs = _distinct("--spec", [_spec(text) for text in spec or ["softmax"]])
-    numbers = _distinct("--seeds", _seeds(seeds))
+    )
+    check_heads(width, heads)
+    specs = distinct("--spec", [read_spec(text) for text in spec or ["softmax"]])
+    numbers = distinct("--seeds", read_seeds(seeds))
     series = _load(data, train, test)
     torch.set_num_threads(threads)
     chosen = [
@@ -168,36 +171,15 @@ def main(
                      "python": platform.python_version()},
         "threads": threads, "summary": summarize(runs), "runs": runs,
     }  # fmt: skip
-    result["files"] = _write(result, out)
+    about = result["series"]
+    counted = f"{series.name}: {about['train']} training and {about['test']} test series"
+    result["files"] = write(result, out, f"{counted}, {about['classes']} classes")
     if as_json:
         emit(result)
-    else:
-        _show(result)
-
-
-def _spec(text: str) -> str:
-    try:
-        return str(pdcore.parse(text))
-    except pdcore.SpecError as error:
-        raise typer.BadParameter(str(error), param_hint="--spec") from error
-    except pdcore.UnsupportedError as error:
-        raise pdcore.UnsupportedError(f"--spec {text}: {error}") from error
-
-
-def _seeds(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdecimal() and int(word) < 2**32 for word in words):
-        raise typer.BadParameter(
-            f"got {text!r}, expected whole numbers such as 0,1,2", param_hint="--seeds"
-        )
-    return [int(word) for word in words]
-
-
-def _distinct(option: str, values: Sequence[Any]) -> Sequence[Any]:
-    for value in values:
-        if values.count(value) > 1:
-            raise typer.BadParameter(f"{value} is there twice", param_hint=option)
-    return values
+        return
+    channels = f"{about['channels']} channels, at most {about['length']} steps"
+    title = f"{counted}, {channels}, {about['classes']} classes"
+    show(result, title, [_MEANING, series.source])
 
 
 def _load(data: Path | None, train: Path | None, test: Path | None) -> Pair:
@@ -236,14 +218,8 @@ def _try(settings: Settings, series: Pair) -> None:
     """Take one step and throw it away, so that a spec that cannot run says so before any work."""
     from series_training import try_step
 
-    try:
+    with naming(settings.spec):
         try_step(settings, series)
-    except pdcore.UnsupportedError as error:
-        raise pdcore.UnsupportedError(f"--spec {settings.spec}: {error}") from error
-    except pdcore.NoBackendError as error:
-        raise pdcore.NoBackendError(f"--spec {settings.spec}: {error}", error.reasons) from error
-    except ValueError as error:
-        raise typer.BadParameter(f"{settings.spec}: {error}", param_hint="--spec") from error
 
 
 def _train(
@@ -252,10 +228,7 @@ def _train(
     """Do every run, each with a checkpoint of its own, which keeps the trained model too."""
     from series_training import Run
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--out: {out}: cannot write there: {error.strerror}") from error
+    make_folder(out)
     checkpoints = [out / f"{s.spec}-seed{s.seed}.pt" for s in chosen]
     there = [path for path in checkpoints if path.exists()]
     if there and not (resume or force):
@@ -279,20 +252,16 @@ def _train(
             _resumed(run, path)
         title = f"{settings.spec}, seed {settings.seed}"
         try:
-            with progress(title) as done:
+            with progress(title) as done, finite(title):
                 found = run.finish(path, done)
-        except FloatingPointError as error:
-            raise Failed(Exit.NUMERICS, f"{title}: {error}; try a smaller --rate") from error
+        except Failed:
+            raise
         except BaseException:  # a signal too
             if path.exists():
                 note(f"--resume goes on from {path}")
             raise
         results.append(found)
-        note(
-            f"{title}: epoch {found['epoch']} of {found['epochs']} chosen, validation "
-            f"{found['validation_accuracy']:.1%}, test {found['test_accuracy']:.1%}, "
-            f"{found['seconds']:.0f} s"
-        )
+        tell(title, found)
     return results
 
 
@@ -301,67 +270,6 @@ def _resumed(run: Run, path: Path) -> None:
         run.load(path)
     except FileError as error:
         raise FileError(f"--resume: {error}") from error
-
-
-def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give mean and standard deviation of the test accuracy by spec, in the order of the runs.
-
-    The deviation is that of a sample, over the seeds; None for a single seed.
-    """
-    found = []
-    for spec in dict.fromkeys(run["spec"] for run in runs):
-        own = [run for run in runs if run["spec"] == spec]
-        accuracies = [run["test_accuracy"] for run in own]
-        found.append({
-            "spec": spec, "seeds": [run["seed"] for run in own],
-            "test_accuracy": statistics.fmean(accuracies),
-            "deviation": statistics.stdev(accuracies) if len(own) > 1 else None,
-            "validation_accuracy": statistics.fmean(run["validation_accuracy"] for run in own),
-            "epochs": [run["epoch"] for run in own],
-            "seconds": sum(run["seconds"] for run in own),
-        })  # fmt: skip
-    return found
-
-
-def _write(result: dict[str, Any], out: Path) -> list[str]:
-    from training_picture import write_png
-
-    picture, written = out / "training.png", out / "results.json"
-    write_png(picture, result)
-    with replacing(written, force=True) as stream:
-        stream.write((json.dumps(result, indent=2) + "\n").encode())
-    return [str(picture), str(written)]
-
-
-def _show(result: dict[str, Any]) -> None:
-    about = result["series"]
-    table = Table(
-        title=f"{escape(about['name'])}: {about['train']} training and {about['test']} test "
-        f"series, {about['channels']} channels, at most {about['length']} steps, "
-        f"{about['classes']} classes",
-        title_justify="left",
-    )
-    table.add_column("attention", overflow="fold")
-    seeds = ", ".join(map(str, result["summary"][0]["seeds"]))
-    for name in ("test %", f"seeds {seeds}", "validation %", "s"):
-        table.add_column(name, justify="right")
-    for row in result["summary"]:
-        deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
-        each = [r["test_accuracy"] for r in result["runs"] if r["spec"] == row["spec"]]
-        table.add_row(
-            escape(row["spec"]), f"{100 * row['test_accuracy']:.1f}{deviation}",
-            ", ".join(f"{100 * a:.1f}" for a in each),
-            f"{100 * row['validation_accuracy']:.1f}", f"{row['seconds']:.0f}",
-        )  # fmt: skip
-    stdout().print(table)
-    stdout().print(
-        "Accuracy: mean ± standard deviation over the seeds, and each. The epoch is the one with "
-        "the smallest validation loss; the model was then fitted on all training series for so "
-        "many epochs."
-    )
-    stdout().print(escape(about["source"]))
-    for path in result["files"]:
-        stdout().print(f"wrote {escape(path)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

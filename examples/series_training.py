@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparison import stratified_split
 from series_model import Classifier, Settings
-from time_series import Pair, Series, stratified_split
+from time_series import Pair, Series
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""Labelled time series: UEA ``.ts`` files, the packaged utterances, and a stratified split."""
+"""Labelled time series: UEA ``.ts`` files, and the packaged utterances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from pdcore.datasets import ATTRIBUTION, japanese_vowels
 from pdcore.files import FileError
 
-__all__ = ["Pair", "Series", "find_pair", "packaged", "pair", "read_ts", "stratified_split"]
+__all__ = ["Pair", "Series", "find_pair", "packaged", "pair", "read_ts"]
 
 Array = np.ndarray[Any, Any]
 
@@ -272,31 +272,3 @@ def _order(label: str) -> tuple[float, str]:
         return float(label), label
     except ValueError:
         return float("inf"), label
-
-
-def stratified_split(targets: Array, share: float, seed: int) -> tuple[Array, Array]:
-    """Split into a part to fit and a part to validate, class by class.
-
-    Parameters
-    ----------
-    targets : int array (count,)
-        The class of each series.
-    share : float
-        Of each class, this share validates, rounded, and one series at least. A class with a
-        single series is only fitted.
-    seed : int
-        The same seed gives the same split, whatever is trained on it.
-
-    Returns
-    -------
-    fit, validation : int array
-        Sorted indices into `targets`.
-    """
-    generator = np.random.default_rng(seed)
-    fit, validation = [], []
-    for target in np.unique(targets):
-        members = generator.permutation(np.flatnonzero(targets == target))
-        held = min(max(1, round(share * len(members))), len(members) - 1)
-        validation += members[:held].tolist()
-        fit += members[held:].tolist()
-    return np.sort(np.array(fit, dtype=np.int64)), np.sort(np.array(validation, dtype=np.int64))

@@ -18,7 +18,7 @@ __all__ = ["write_png"]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 
 
-def write_png(path: Path, result: Mapping[str, Any]) -> Path:
+def write_png(path: Path, result: Mapping[str, Any], title: str) -> Path:
     """Draw the validation loss of every run, a panel for each spec, and the test accuracies.
 
     Parameters
@@ -27,6 +27,8 @@ def write_png(path: Path, result: Mapping[str, Any]) -> Path:
         Where to write; replaced if it is there.
     result : mapping
         What ``results.json`` holds.
+    title : str
+        What was learned from.
 
     Returns
     -------
@@ -49,12 +51,7 @@ def write_png(path: Path, result: Mapping[str, Any]) -> Path:
     left.suptitle("A line for each seed; the dot is the epoch chosen", fontsize=10)
     _accuracies(right.subplots(), result, specs)
     right.suptitle("Dots: seeds. Bar: mean ± standard deviation", fontsize=10)
-    about = result["series"]
-    figure.suptitle(
-        f"{about['name']}: {about['train']} training and {about['test']} test series, "
-        f"{about['classes']} classes",
-        fontsize=11,
-    )
+    figure.suptitle(title, fontsize=11)
     with replacing(path, force=True) as stream:
         figure.savefig(stream, format="png", dpi=130)
     return path

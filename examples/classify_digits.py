@@ -1,0 +1,167 @@
+"""Train a small transformer on handwritten digits, with any attention that a spec describes.
+
+    python examples/classify_digits.py
+    python examples/classify_digits.py --spec softmax --spec bn --spec "sh(1,1,2,2)"
+
+The images come with scikit-learn. The model is Flax's (NNX), trained with Optax. Needs the extras
+``flax``, ``svr`` and ``cli``.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from comparison import (
+    CODES,
+    check_heads,
+    check_ranges,
+    command_line,
+    distinct,
+    finite,
+    make_folder,
+    naming,
+    read_seeds,
+    read_spec,
+    show,
+    stratified_split,
+    summarize,
+    tell,
+    write,
+)
+
+import pdcore
+from pdcore.cli import Exit
+from pdcore.files import OutputError
+from pdcore.reporting import Failed, emit, progress, reported
+
+if TYPE_CHECKING:
+    from digits_training import Digits, Settings
+
+__all__ = ["app", "main"]
+
+_MEANING = (
+    "Accuracy: mean ± standard deviation over the seeds, and each. The weights are those of the "
+    "epoch with the smallest validation loss."
+)
+
+app = command_line()
+
+
+@app.command(epilog=CODES)
+@reported
+def main(
+    spec: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--spec",
+            "-s",
+            metavar="SPEC",
+            help="An attention, such as 'bn+sh(1,1,2,2)'; may be repeated, to compare "
+            "several on the same seeds and splits. softmax by default.",
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="LIST", help="Whole numbers, by commas.")] = "0,1,2",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Where results.json and training.png go."),
+    ] = Path("pdcore-digits"),
+    force: Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 30,
+    patience: Annotated[
+        int, typer.Option(min=1, help="Stop after so many epochs without a better validation loss.")
+    ] = 6,
+    validation: Annotated[
+        float, typer.Option(help="Share of each class of the training part that chooses the epoch.")
+    ] = 0.2,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
+    width: Annotated[int, typer.Option(min=1, help="Features of a token.")] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of attention.")] = 2,
+    heads: Annotated[int, typer.Option(min=1, help="Heads of a layer; must divide --width.")] = 4,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
+    ] = False,
+) -> None:
+    """Train a small transformer to read digits; print its accuracy.
+
+    For each spec and seed, a stratified part of the training images chooses
+    the epoch, by its loss. The weights of that epoch meet the test images
+    once. Nothing is chosen by the test images.
+    """  # fmt: skip
+    try:
+        import flax
+        import jax
+        import training_picture  # noqa: F401 - before any work: matplotlib may be missing
+        from digits_training import SOURCE, Settings, load
+    except ModuleNotFoundError as error:
+        if error.name not in ("flax", "jax", "optax", "sklearn"):
+            raise
+        raise Failed(
+            Exit.MISSING, f"{error.name} is not installed: pip install 'pdcore[flax,svr,cli]'"
+        ) from error
+    check_ranges(
+        ("--validation", validation, 0.0 < validation < 1.0, "a share above 0 and below 1"),
+        ("--rate", rate, 0.0 < rate < math.inf, "a number above 0"),
+    )
+    check_heads(width, heads)
+    specs = distinct("--spec", [read_spec(text) for text in spec or ["softmax"]])
+    numbers = distinct("--seeds", read_seeds(seeds))
+    digits = load()
+    fitted = len(stratified_split(digits.train_targets, validation, numbers[0])[0])
+    if batch > fitted:
+        raise typer.BadParameter(
+            f"got {batch}, expected at most the {fitted} images that are fitted",
+            param_hint="--batch",
+        )
+    chosen = [
+        Settings(
+            spec=s, seed=n, epochs=epochs, patience=patience, validation=validation, batch=batch,
+            rate=rate, width=width, layers=layers, heads=heads,
+        )
+        for s in specs for n in numbers
+    ]  # fmt: skip
+    runs = _train(chosen, len(numbers), digits, out, force=force)
+    result: dict[str, Any] = {
+        "images": {"source": SOURCE, "train": len(digits.train), "test": len(digits.test)},
+        "versions": {"pdcore": pdcore.__version__, "jax": jax.__version__,
+                     "flax": flax.__version__, "python": platform.python_version()},
+        "summary": summarize(runs), "runs": runs,
+    }  # fmt: skip
+    title = f"Digits: {len(digits.train)} training and {len(digits.test)} test images, 10 classes"
+    result["files"] = write(result, out, title)
+    if as_json:
+        emit(result)
+    else:
+        show(result, title, [_MEANING, SOURCE])
+
+
+def _train(
+    chosen: Sequence[Settings], seeds: int, digits: Digits, out: Path, *, force: bool
+) -> list[dict[str, Any]]:
+    """Do every run, after a look at whether each spec can run and the results have a place."""
+    from digits_training import fit, try_spec
+
+    for settings in chosen[::seeds]:
+        with naming(settings.spec):
+            try_spec(settings)
+    make_folder(out)
+    there = out / "results.json"
+    if there.exists() and not force:
+        raise OutputError(f"--out: {there} exists; --force writes over it")
+    results = []
+    for settings in chosen:
+        title = f"{settings.spec}, seed {settings.seed}"
+        with progress(title) as done, finite(title):
+            _, found = fit(settings, digits, done)
+        results.append(found)
+        tell(title, found)
+    return results
+
+
+if __name__ == "__main__":
+    app(prog_name="classify_digits.py")

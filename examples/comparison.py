@@ -1,0 +1,217 @@
+"""Specs compared on the same seeds: options of a command, splits, the summary, table and files."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+import pdcore
+from pdcore.cli import Exit
+from pdcore.files import OutputError, replacing
+from pdcore.reporting import Failed, note, stdout
+
+__all__ = [
+    "CODES",
+    "check_heads",
+    "check_ranges",
+    "command_line",
+    "distinct",
+    "finite",
+    "make_folder",
+    "naming",
+    "read_seeds",
+    "read_spec",
+    "show",
+    "stratified_split",
+    "summarize",
+    "tell",
+    "write",
+]
+
+Array = np.ndarray[Any, Any]
+
+CODES = (
+    "Exit codes: 0 done; 2 usage: an option or a spec does not make sense; 3 a file cannot be "
+    "read, is damaged, or does not fit; 4 pdcore does not support the spec; 6 a file exists "
+    "already or cannot be written; 7 the loss is not finite; 9 a package is not installed; "
+    "128 + n after signal n."
+)
+
+
+def command_line() -> typer.Typer:
+    """Give an application with the habits of the command `pdcore`."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+def check_ranges(*options: tuple[str, float, bool, str]) -> None:
+    """Refuse options, each with its number, whether that is good, and what is expected."""
+    for name, number, good, expected in options:
+        if not good:
+            raise typer.BadParameter(f"got {number}, expected {expected}", param_hint=name)
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Refuse heads that do not share the features of a layer."""
+    if width % heads:
+        raise typer.BadParameter(f"{heads} heads do not divide width {width}", param_hint="--heads")
+
+
+def read_spec(text: str) -> str:
+    """Give the canonical form of a spec of the command line."""
+    try:
+        return str(pdcore.parse(text))
+    except pdcore.SpecError as error:
+        raise typer.BadParameter(str(error), param_hint="--spec") from error
+    except pdcore.UnsupportedError as error:
+        raise pdcore.UnsupportedError(f"--spec {text}: {error}") from error
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read whole numbers, separated by commas."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) < 2**32 for word in words):
+        raise typer.BadParameter(
+            f"got {text!r}, expected whole numbers such as 0,1,2", param_hint="--seeds"
+        )
+    return [int(word) for word in words]
+
+
+def distinct(option: str, values: Sequence[Any]) -> Sequence[Any]:
+    """Give the values of an option, which may have none twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise typer.BadParameter(f"{value} is there twice", param_hint=option)
+    return values
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--out: {out}: cannot write there: {error.strerror}") from error
+
+
+@contextmanager
+def finite(title: str) -> Iterator[None]:
+    """End the command where a run's loss is no longer finite."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise Failed(Exit.NUMERICS, f"{title}: {error}; try a smaller --rate") from error
+
+
+def tell(title: str, found: dict[str, Any]) -> None:
+    """Say how a run went."""
+    note(
+        f"{title}: epoch {found['epoch']} of {found['epochs']} chosen, validation "
+        f"{found['validation_accuracy']:.1%}, test {found['test_accuracy']:.1%}, "
+        f"{found['seconds']:.0f} s"
+    )
+
+
+@contextmanager
+def naming(spec: str) -> Iterator[None]:
+    """Name the option in the errors of a spec that does not fit."""
+    try:
+        yield
+    except pdcore.UnsupportedError as error:
+        raise pdcore.UnsupportedError(f"--spec {spec}: {error}") from error
+    except pdcore.NoBackendError as error:
+        raise pdcore.NoBackendError(f"--spec {spec}: {error}", error.reasons) from error
+    except ValueError as error:
+        raise typer.BadParameter(f"{spec}: {error}", param_hint="--spec") from error
+
+
+def stratified_split(targets: Array, share: float, seed: int) -> tuple[Array, Array]:
+    """Split into a part to fit and a part to validate, class by class.
+
+    Parameters
+    ----------
+    targets : int array (count,)
+        The class of each series.
+    share : float
+        Of each class, this share validates, rounded, and one series at least. A class with a
+        single series is only fitted.
+    seed : int
+        The same seed gives the same split, whatever is trained on it.
+
+    Returns
+    -------
+    fit, validation : int array
+        Sorted indices into `targets`.
+    """
+    generator = np.random.default_rng(seed)
+    fit, validation = [], []
+    for target in np.unique(targets):
+        members = generator.permutation(np.flatnonzero(targets == target))
+        held = min(max(1, round(share * len(members))), len(members) - 1)
+        validation += members[:held].tolist()
+        fit += members[held:].tolist()
+    return np.sort(np.array(fit, dtype=np.int64)), np.sort(np.array(validation, dtype=np.int64))
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give mean and standard deviation of the test accuracy by spec, in the order of the runs.
+
+    The deviation is that of a sample, over the seeds; None for a single seed.
+    """
+    found = []
+    for spec in dict.fromkeys(run["spec"] for run in runs):
+        own = [run for run in runs if run["spec"] == spec]
+        accuracies = [run["test_accuracy"] for run in own]
+        found.append({
+            "spec": spec, "seeds": [run["seed"] for run in own],
+            "test_accuracy": statistics.fmean(accuracies),
+            "deviation": statistics.stdev(accuracies) if len(own) > 1 else None,
+            "validation_accuracy": statistics.fmean(run["validation_accuracy"] for run in own),
+            "epochs": [run["epoch"] for run in own],
+            "seconds": sum(run["seconds"] for run in own),
+        })  # fmt: skip
+    return found
+
+
+def write(result: dict[str, Any], out: Path, title: str) -> list[str]:
+    """Write ``training.png`` and ``results.json``, and give their names."""
+    from training_picture import write_png
+
+    picture, written = out / "training.png", out / "results.json"
+    write_png(picture, result, title)
+    with replacing(written, force=True) as stream:
+        stream.write((json.dumps(result, indent=2) + "\n").encode())
+    return [str(picture), str(written)]
+
+
+def show(result: dict[str, Any], title: str, notes: Sequence[str]) -> None:
+    """Print the table of the accuracies, what to know about it, and the files written."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("attention", overflow="fold")
+    seeds = ", ".join(map(str, result["summary"][0]["seeds"]))
+    for name in ("test %", f"seeds {seeds}", "validation %", "s"):
+        table.add_column(name, justify="right")
+    for row in result["summary"]:
+        deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
+        each = [r["test_accuracy"] for r in result["runs"] if r["spec"] == row["spec"]]
+        table.add_row(
+            escape(row["spec"]), f"{100 * row['test_accuracy']:.1f}{deviation}",
+            ", ".join(f"{100 * a:.1f}" for a in each),
+            f"{100 * row['validation_accuracy']:.1f}", f"{row['seconds']:.0f}",
+        )  # fmt: skip
+    stdout().print(table)
+    for line in notes:
+        stdout().print(escape(line))
+    for path in result["files"]:
+        stdout().print(f"wrote {escape(path)}", soft_wrap=True)
