@@ -145,6 +145,76 @@ def test_given_statistics_are_constants() -> None:
     assert all((g == 0).all() for g in grad(params).values())
 
 
+class Cudnn:
+    """What was asked of cuDNN, and why it was not."""
+
+    def __init__(self) -> None:
+        self.causal: list[bool] = []
+        self.reasons: list[str] = []
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
+    """Choose as on a GPU, and let XLA compute what cuDNN would get."""
+    from pdcore_backends.jax import cudnn, impl
+
+    asked = Cudnn()
+
+    def attend(*arrays: Any, **options: Any) -> Any:
+        asked.causal.append(options["is_causal"])
+        return jax.nn.dot_product_attention(*arrays, implementation="xla", **options)
+
+    def unfit(*arguments: Any) -> str:
+        asked.reasons.append(cudnn.unfit(*arguments))
+        return asked.reasons[-1]
+
+    jax.clear_caches()
+    monkeypatch.setattr(cudnn, "_missing", lambda device: "")
+    monkeypatch.setattr(cudnn, "_attend", attend)
+    monkeypatch.setattr(impl, "unfit", unfit)
+    yield asked
+    jax.clear_caches()
+
+
+def halves() -> tuple[Any, ...]:
+    rng = np.random.default_rng(3)
+    shapes = (2, 4, 24, 8), (2, 2, 24, 8), (2, 2, 24, 8)
+    return tuple(jax.numpy.asarray(rng.standard_normal(s), jax.numpy.bfloat16) for s in shapes)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn", "causal", "sh(1,2)", "cosine(2.0)"])
+def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
+    from pdcore_conformance.budget import expect, judge
+
+    x = halves()
+    out = pdcore.bind(spec)(*x)
+    assert set(cudnn.causal) == {spec == "causal"}
+    wanted = expect(*map(np.asarray, x), spec)
+    assert judge({"out": np.asarray(out)}, wanted)["out"].ok
+    grads = jax.grad(lambda *a: pdcore.bind(spec)(*a).sum(), argnums=(0, 1, 2))(*x)
+    assert all(jax.numpy.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "why"),
+    [
+        ("softmax", {"key_mask": np.ones((2, 24), bool)}, "key_mask may leave a row"),
+        ("softmax", {"return_lse": True}, "the log-sum-exp is needed"),
+        ("sparse(3,3)", {}, "a window"), ("gaussian(0.3)", {}, "no exp of an inner product"),
+        ("bn(statistics=prefix)+causal", {}, "16 bit may not hold"),
+        ("softmax+h(count)", {}, "the log-sum-exp is needed"),
+        ("causal+sh(1,2)", {}, "pooled keys under causal"), ("causal", {"offset": 3}, None),
+    ],
+)  # fmt: skip
+def test_what_cudnn_does_not_get(cudnn: Cudnn, spec: str, more: Any, why: str | None) -> None:
+    given = {n: jax.numpy.asarray(x) if n == "key_mask" else x for n, x in more.items()}
+    found = pdcore.bind(spec)(*halves(), **given)
+    assert cudnn.causal == []
+    assert (why or "") in cudnn.reasons[-1]
+    assert bool(cudnn.reasons[-1]) == (why is not None)
+    assert all(not jax.numpy.isnan(x).any() for x in jax.tree.leaves(found))
+
+
 def test_explain_names_the_kernel() -> None:
     x = jax.numpy.ones((1, 2, 4, 3))
     assert "blocks of rows and keys" in str(pdcore.explain(x, x, x, "softmax"))

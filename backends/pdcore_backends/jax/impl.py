@@ -19,6 +19,7 @@ from pdcore.plan import Plan, Scores
 from pdcore.statistics import Statistics
 
 from . import INFO
+from .cudnn import ByCudnn, cudnn_scores, unfit
 from .namespace import NAMESPACE
 from .prefix import prefix_states
 from .scores import scores
@@ -72,11 +73,17 @@ class JaxBackend(ArrayBackend):
         c = plan.contraction
         if not isinstance(c, Scores):
             return plan
+        why = unfit(plan, c, request)
+        if not why:
+            return _by_cudnn(plan, c, request)
         # The arrays of a shard lie on one device.
         alone = request.axis_name is not None or len(jax.devices("cpu")) == 1
-        turns = alone and request.device.partition(":")[0] == "cpu"
+        kind = request.device.partition(":")[0]
+        turns = alone and kind == "cpu"
         how = "key heads in turn where they are large" if turns else "all heads at once"
         step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
+        if kind == "cuda":
+            step += f"; not cuDNN: {why}"
         return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
@@ -84,7 +91,11 @@ class JaxBackend(ArrayBackend):
         return prefix_states(stats, keys, mask)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
-        """Contract by scores, see `.scores.scores`."""
+        """Contract by scores, by cuDNN where the plan says so; see `.scores.scores`."""
+        if isinstance(c, ByCudnn):
+            found = cudnn_scores(c, o)
+            if found is not None:
+                return found
         return scores(c, o, turns=isinstance(c, Blocked) and c.turns)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
@@ -127,6 +138,18 @@ class JaxBackend(ArrayBackend):
         """Give the versions of JAX and of its compiler."""
         compiler = importlib.import_module("jaxlib").__version__
         return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
+
+
+def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
+    causal = plan.spec.support.causal
+    step = (f"kernel: cuDNN, which reads {request.dtype}; it has no forward-mode derivatives and "
+            "no gradients of gradients: ask for the log-sum-exp, which goes by blocks, to have "
+            "them")  # fmt: skip
+    steps = [*plan.steps, step]
+    if causal:
+        steps.append("causal rows at another offset than 0: blocks of rows and keys")
+    contraction = c.run_as(ByCudnn, dtype=request.dtype, causal=causal)
+    return replace(plan, contraction=contraction, steps=tuple(steps))
 
 
 def _sharded() -> Any:
