@@ -71,9 +71,6 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
     seen = o.visibility
     *lead, group, rows, _ = o.q.shape
     keys = o.k.shape[-2]
-    if c.weight == "log" and c.expression is None:
-        # There are fewer queries than scores to scale.
-        o, c = o._replace(q=o.q * c.scale), replace(c, scale=1.0)
     arrays: Arrays = {"q": o.q, "k": o.k, "v": o.v}
     for name, x in (("key_bias", o.key_bias), ("bias", o.bias), ("key_mask", seen.key_mask)):
         if x is not None:
@@ -134,7 +131,7 @@ class _Sums(NamedTuple):
 def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *,
              derived: bool = False) -> Arrays:  # fmt: skip
     """Contract a block of rows with all keys that it can see; `derived`, where JAX derives it."""
-    c = call.contraction
+    c, arrays = _scaled(call.contraction, arrays)
 
     def body(cut: Arrays, seen: Visibility) -> _Sums:
         o = _operands(cut, seen, whole)
@@ -243,7 +240,7 @@ def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
     Derivatives by keys and values are products over the rows, which are several times as fast on
     a CPU where rows lie inside; XLA would put them elsewhere, but for the barriers.
     """
-    c = call.contraction
+    c, arrays = _scaled(call.contraction, arrays)
     rows = 1 + arrays["q"].ndim - arrays["k"].ndim
     level = _across(arrays["level"][..., None], rows)
 
@@ -270,6 +267,14 @@ def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
     if c.signed:
         return {"out": moved, "level": jnp.zeros_like(total[..., 0])}
     return {"out": moved - arrays["out"] * total, "level": total[..., 0]}
+
+
+def _scaled(c: Scores, arrays: Arrays) -> tuple[Scores, Arrays]:
+    """Scale the queries of a block in place of its scores, of which there are more."""
+    if c.weight != "log" or c.expression is not None:
+        return c, arrays
+    scaled: Arrays = {n: arrays[n] * c.scale for n in ("q", "d_q") if n in arrays}
+    return replace(c, scale=1.0), {**arrays, **scaled}
 
 
 def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> tuple[Any, Any]:
@@ -309,7 +314,7 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
 def _slope(c: Scores, name: str, s: Any, o: Operands, p: Any) -> Any:
     """Give the derivative of the weight by `name`, relative to the row's sum."""
     if c.expression is None:
-        return p if c.scale == 1.0 else c.scale * p
+        return p
     # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts. Where the
     # weight is 0 that of its log may be infinite, and so may that one's.
     none = p == 0
