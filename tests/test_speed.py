@@ -185,16 +185,34 @@ def test_what_was_found_is_kept_before_each_step(small: None) -> None:
 
 def test_targets_are_those_of_a_named_backend() -> None:
     assert speed_grid.targets("numpy", "cpu") is not None
-    assert speed_grid.targets("jax", "cuda:0") is None
-    torch = speed_grid.targets("torch", "cpu")
-    assert torch is not None
-    timed = set(speed_grid.workloads("torch", "cpu", "full"))
-    for spec, shape, direction, peer in torch.against:
-        assert Workload(spec, shape, direction=direction) in timed
-        assert PEERS[peer].takes(Workload(spec, shape, direction=direction))
+    assert speed_grid.targets("strict", "cpu") is None
+    for backend in ("torch", "jax"):
+        found = speed_grid.targets(backend, "cpu")
+        assert found is not None
+        timed = set(speed_grid.workloads(backend, "cpu", "full"))
+        for spec, shape, direction, peer in found.against:
+            assert Workload(spec, shape, direction=direction) in timed
+            assert PEERS[peer].takes(Workload(spec, shape, direction=direction))
     assert peers.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
     assert speed_grid.lengths("linear", 8) == [8, 32]
     assert speed_grid.lengths("softmax", 8) == [2, 8]
+
+
+@pytest.mark.parametrize("grid", ["quick", "full"])
+def test_what_jax_is_promised_on_cuda_is_timed_against_cudnn(grid: str) -> None:
+    found = speed_grid.targets("jax", "cuda")
+    assert found is not None
+    timed = speed_grid.workloads("jax", "cuda", grid)
+    judged = [w for w in timed if w in found.fastest]
+    assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
+        (spec, dim, direction)
+        for spec in ("softmax", "bn") for dim in (64, 128) for direction in speed_grid.BOTH
+    }  # fmt: skip
+    for workload in judged:
+        of = "" if workload.spec == "softmax" else " of softmax"
+        peer = PEERS[f"jax.nn.dot_product_attention{of}, cudnn"]
+        assert peer.takes(workload)
+        assert peer.name.startswith(speed.FUSED)
 
 
 @pytest.mark.parametrize("grid", ["quick", "full"])

@@ -338,6 +338,14 @@ PEERS: Mapping[str, Peer] = {
         Peer("jax.nn.dot_product_attention", "jax", _SDPA, _jax("xla"), _BOTH, (), _JAX, True),
         Peer("jax.nn.dot_product_attention, cudnn", "jax", _SDPA, _jax("cudnn"), ("cuda",), (),
              _JAX, True),
+        *(
+            Peer(f"jax.nn.dot_product_attention of softmax{label}", "jax",
+                 ("bn", half_pooled(8), half_pooled(16)), _jax(name), devices, (), _JAX, True,
+                 "softmax")
+            for label, name, devices in (("", "xla", _BOTH), (", cudnn", "cudnn", ("cuda",)))
+        ),
+        Peer("jax.nn.dot_product_attention of causal softmax", "jax",
+             ("causal+bn(statistics=prefix)",), _jax("xla"), _BOTH, (), _JAX, True, "causal"),
         Peer("literal Attention-BN, jax.nn", "jax", ("bn",), _literal_jax, _BOTH, (), _JAX, True),
         Peer("onnxruntime Attention", "numpy", _SDPA, _onnx, ("cpu",), ("onnx", "onnxruntime"),
              "pip install onnx onnxruntime"),

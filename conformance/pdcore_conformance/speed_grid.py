@@ -24,6 +24,7 @@ Target = tuple[float | None, float | None]
 BOTH = ("forward", "forward+backward")
 
 
+_SHAPES = (1, 8, 4096, 64), (1, 8, 1024, 64), (8, 8, 512, 64), (32, 8, 128, 64)
 _CPU: Mapping[str, tuple[Workload, ...]] = {
     "quick": (
         Workload("softmax", (1, 8, 1024, 64)),
@@ -32,20 +33,23 @@ _CPU: Mapping[str, tuple[Workload, ...]] = {
         Workload("bn", (1, 8, 1024, 64)),
     ),
     "full": (
-        *(Workload("softmax", shape) for shape in (
-            (1, 8, 4096, 64), (1, 8, 1024, 64), (8, 8, 512, 64), (32, 8, 128, 64))),
+        *(Workload("softmax", shape) for shape in _SHAPES),
         *(Workload(spec, (1, 8, 4096, 64), direction=BOTH[1]) for spec in ("softmax", "bn")),
         Workload("causal", (1, 8, 4096, 64)),
         Workload("bn", (1, 8, 4096, 64)),
     ),
 }  # fmt: skip
+_SOFTMAX_LIKE = tuple(
+    Workload(spec, shape, direction=direction)
+    for shape in _SHAPES
+    for spec in ("softmax", "bn", half_pooled(8), "causal", "causal+bn(statistics=prefix)")
+    for direction in BOTH
+)
 #: What a backend is timed on beside that, or in place of it, at full length.
 _OWN: Mapping[str, tuple[Workload, ...]] = {
+    "jax:cpu": _SOFTMAX_LIKE,
     "torch:cpu": (
-        *(Workload(spec, shape, direction=direction)
-          for shape in ((1, 8, 4096, 64), (1, 8, 1024, 64), (8, 8, 512, 64), (32, 8, 128, 64))
-          for spec in ("softmax", "bn", half_pooled(8), "causal", "causal+bn(statistics=prefix)")
-          for direction in BOTH),
+        *_SOFTMAX_LIKE,
         *(Workload(spec, (1, 8, 4096, 64), direction=direction)
           for spec in ("linear", "causal+linear") for direction in BOTH),
     ),
@@ -66,8 +70,9 @@ _CUDA: Mapping[str, tuple[Workload, ...]] = {
         for direction in BOTH
     ),
 }
-#: What PyTorch is timed on besides, before the rest: it is promised for both widths.
-_TORCH_CUDA = tuple(
+#: What frameworks with fused kernels are timed on besides, before the rest: they are promised for
+#: both widths.
+_FUSED_CUDA = tuple(
     Workload(spec, (2, 16, 4096, dim), "bfloat16", direction)
     for dim in (64, 128)
     for spec in ("softmax", "bn", half_pooled(16))
@@ -110,6 +115,12 @@ class Targets(NamedTuple):
     import_ratio: float | None = None
 
 
+#: Times as fast as jax.nn on the CPU; what is not here, at least as fast.
+_JAX_LEAST: Mapping[tuple[str, Shape, str], float] = {
+    **{("softmax", shape, BOTH[0]): least
+       for shape, least in zip(_SHAPES, (5.0, 4.0, 3.0, 2.0), strict=True)},
+    ("softmax", _SHAPES[0], BOTH[1]): 3.0,
+}  # fmt: skip
 _TARGETS: Mapping[str, Targets] = {
     "numpy:cpu": Targets(
         ratios={
@@ -139,10 +150,24 @@ _TARGETS: Mapping[str, Targets] = {
         },
         attention_us=20.0, bound_us=8.0,
     ),
+    "jax:cpu": Targets(
+        against={
+            (w.spec, w.shape, w.direction, "jax.nn.dot_product_attention"): _JAX_LEAST.get(
+                (w.spec, w.shape, w.direction), 1.0)
+            for w in _SOFTMAX_LIKE if w.spec in ("softmax", "causal")
+        },
+        specs={"bn": 1 / 1.10, half_pooled(8): 1 / 0.82}, memory_mib=96.0,
+    ),
+    "jax:cuda": Targets(
+        fastest={
+            w: 1 / 1.05 for w in (*_FUSED_CUDA, *_CUDA["full"])
+            if w.spec in ("softmax", "bn") and w.dtype == "bfloat16" and w.shape[2] >= 4096
+        },
+    ),
     "torch:cuda": Targets(
         fastest={
             w: 1 / (1.05 if w.spec == "bn" else 0.80)
-            for w in (*_TORCH_CUDA, *_CUDA["full"])
+            for w in (*_FUSED_CUDA, *_CUDA["full"])
             if w.spec in ("bn", half_pooled(16)) and w.dtype == "bfloat16" and w.shape[2] >= 4096
         },
     ),
@@ -163,8 +188,8 @@ def workloads(backend: str, device: str, grid: str) -> tuple[Workload, ...]:
     own = _OWN.get(target)
     if own is not None and grid == "full":
         return own
-    if target == "torch:cuda":
-        return tuple(dict.fromkeys((*_TORCH_CUDA, *_CUDA[grid])))
+    if target in ("torch:cuda", "jax:cuda"):
+        return tuple(dict.fromkeys((*_FUSED_CUDA, *_CUDA[grid])))
     return (_CUDA if device.startswith("cuda") else _CPU)[grid]
 
 
