@@ -295,8 +295,18 @@ def docs_examples(session: nox.Session) -> None:
     session.run("pytest", "--doctest-modules", "pdcore", *backends)
 
 
-@nox.session
-def bench(session: nox.Session) -> None:
-    """Measure the NumPy backend (`pdcore bench numpy --grid full`)."""
-    session.install(*pinned("tests"), ".[cli,conformance]")
-    session.run("pdcore", "bench", "numpy", "--grid", "full", *session.posargs)
+@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.parametrize("what", ["numpy", "peers"], ids=["numpy", "peers"])
+def bench(session: nox.Session, what: str) -> None:
+    """Measure the NumPy backend (`pdcore bench numpy --grid full`), or JAX beside PyTorch.
+
+    `nox -s "bench(peers)"` alternates processes of the JAX backend and of PyTorch's fused kernel.
+    """
+    if what == "numpy":
+        session.install(*pinned("tests"), ".[cli,conformance]")
+        session.run("pdcore", "bench", "numpy", "--grid", "full", *session.posargs)
+        return
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    session.install(*pinned("jax"), ".[cli,conformance,jax]")
+    session.run("python", "-m", "pdcore_conformance.apart", *session.posargs)
