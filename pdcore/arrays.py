@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["compiling", "device_name", "device_of", "dtype_name", "library_of", "remember"]
+__all__ = [
+    "compiling", "device_name", "device_of", "dtype_name", "held", "library_of", "remember",
+]  # fmt: skip
 
 _MODULES = sys.modules
 # Import names of array libraries whose array types live in another top-level module.
@@ -77,6 +79,16 @@ def dtype_name(x: Any) -> str:
         name = str(dtype).rpartition(".")[2]
         _DTYPES[key] = name
     return name
+
+
+def held(x: Any, xp: Any) -> Any:
+    """Keep a framework's own differentiation out of a value that cancels in every result.
+
+    What its gradient adds is 0 in exact arithmetic, and may be NaN in a program: where a compiler
+    computes an array twice, rounded in two ways, no entry equals the maximum.
+    """
+    stop = getattr(xp, "stop_gradient", None)
+    return x if stop is None else stop(x)
 
 
 def device_of(x: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .arrays import device_of
+from .arrays import device_of, held
 from .operands import Operands, blocks
 from .plan import Features
 
@@ -173,7 +173,7 @@ def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
         k = xp.where(real, k, xp.full_like(k, -xp.inf))
     top = _highest(k, xp)
     q = o.q + top[..., None, :, :]
-    shift = xp.max(q, axis=-1, keepdims=True)
+    shift = held(xp.max(q, axis=-1, keepdims=True), xp)
     plain = o._replace(q=xp.exp(q - shift), k=xp.exp(k - top))
     return plain, shift[..., 0]
 
@@ -181,7 +181,7 @@ def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
 def _highest(k: Any, xp: Any) -> Any:
     if not k.shape[-2]:
         return xp.sum(k, axis=-2, keepdims=True)
-    top = xp.max(k, axis=-2, keepdims=True)
+    top = held(xp.max(k, axis=-2, keepdims=True), xp)
     return xp.where(top == -xp.inf, xp.zeros_like(top), top)
 
 
@@ -238,7 +238,7 @@ def prefix_contract(
             running = at.state(tops)
             top = xp.maximum(running, _highest(keys, xp))
             x = x + top
-            exponent = xp.max(x, axis=-1, keepdims=True)
+            exponent = held(xp.max(x, axis=-1, keepdims=True), xp)
             x, keys = xp.exp(x - exponent), xp.exp(keys - top)
             state = state * xp.matrix_transpose(xp.exp(running - top))
         else:
@@ -275,7 +275,7 @@ def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
         states.append(state)
         tops.append(finite)
         block = k[..., chunk, :, :]
-        higher = xp.maximum(top, xp.max(block, axis=-2, keepdims=True))
+        higher = held(xp.maximum(top, xp.max(block, axis=-2, keepdims=True)), xp)
         base = xp.where(higher == -xp.inf, xp.zeros_like(higher), higher)
         state = state * xp.matrix_transpose(xp.exp(top - base))
         state = state + xp.matmul(xp.matrix_transpose(xp.exp(block - base)), v[..., chunk, :, :])

@@ -210,11 +210,14 @@ def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arr
     c = call.contraction
     if c.weight != "log_features":
         return call, arrays, moved
-    o = _operands(arrays, call.visibility(call.rows, call.keys, 0), whole=True)
+    q, k = arrays["q"], arrays["k"]
+    grouped = q if q.ndim > k.ndim else q[..., None, :, :]
+    seen: Any = _Seen(None, arrays.get("key_mask"), None)
     # phi = exp(log phi - shift); what follows does not depend on the shifts.
-    plain, shift = shifted_features(o, xp=xp)
+    plain, shift = shifted_features(Operands(grouped, k, k, None, None, {}, seen), xp=xp)
     features = Scores(weight="features", signed=c.signed)
-    found = {**arrays, "q": plain.q, "k": plain.k, "level": arrays["level"] - shift}
+    level = arrays["level"] - jnp.reshape(shift, q.shape[:-1])
+    found = {**arrays, "q": jnp.reshape(plain.q, q.shape), "k": plain.k, "level": level}
     moves = {name: found[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
              for name, t in moved.items()}  # fmt: skip
     return replace(call, contraction=features), found, moves
@@ -329,8 +332,8 @@ class _Seen(NamedTuple):
     position: Visibility | None
     key_mask: Any
     mask: Any
-    rows: int
-    across: bool
+    rows: int = 1
+    across: bool = False
 
     def block(self, start: int, stop: int, first: int, last: int) -> Any:
         """Say which queries see which keys; the arguments are those of `Visibility.block`."""
