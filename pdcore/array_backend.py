@@ -97,7 +97,7 @@ class ArrayBackend(Backend):
         if summary.scope == "prefix":
             # Merges of single keys lose digits in proportion to |mean| / sd; relative to the
             # first real key, which every row with keys has seen, the mean is never far.
-            origin = first_real(keys, None if mask is None else mask[..., 0], xp=xp)
+            origin = self.first_key(keys, None if mask is None else mask[..., 0])
             final = stats.finalize(self.prefix_states(stats, keys - origin, mask), xp=xp)
             return {**final, "mean": final["mean"] + origin}
         previous: Mapping[str, Any] | None = None
@@ -106,9 +106,17 @@ class ArrayBackend(Backend):
             if summary.scope == "batch":
                 for axis in range(keys.ndim - 3):
                     state = reduce_axis(stats, state, axis, xp=xp)
-            previous = stats.finalize(state, xp=xp)
+            previous = stats.finalize(self.merged(stats, state), xp=xp)
         assert previous is not None
         return previous
+
+    def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Merge the state of these keys with those of a sequence's other keys; here, of none."""
+        return state
+
+    def first_key(self, keys: Any, real: Any) -> Any:
+        """Give the first real key of each head, see `pdcore.transform.first_real`."""
+        return first_real(keys, real, xp=self.xp)
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
         """Compute the state of every prefix, see `pdcore.statistics.prefix_states`."""

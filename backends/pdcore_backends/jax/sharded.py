@@ -20,10 +20,10 @@ from pdcore.backend import Inputs, Request
 from pdcore.errors import UnsupportedError
 from pdcore.kernels import FeatureMap
 from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores, Summary, Transform
+from pdcore.plan import Features, Plan, Scores, Transform
 from pdcore.score_contraction import divide, finite
 from pdcore.spec import AttentionSpec
-from pdcore.statistics import KeySet
+from pdcore.statistics import KeySet, Statistics
 from pdcore.transform import Fold, GaussianRows, Rows
 
 from .impl import Blocked, JaxBackend
@@ -160,9 +160,17 @@ class ShardedBackend(JaxBackend):
         """Take the arrays of a shard."""
         return ShardCall(self, plan, inputs, self.shards)
 
-    def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
-        """Summarise the keys of all shards."""
-        return self.shards.statistics(summary, keys, mask)
+    def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Merge the states of all shards."""
+        return self.shards.merged(stats, state)
+
+    def first_key(self, keys: Any, real: Any) -> Any:
+        """Give the first real key of all shards."""
+        return self.shards.first_key(keys, real)
+
+    def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Give the state of every prefix that ends in this shard."""
+        return self.shards.prefix_states(stats, keys, mask)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores with the keys of all shards."""

@@ -15,7 +15,7 @@ from jax import lax
 
 from pdcore.backend import Inputs
 from pdcore.call import Call
-from pdcore.plan import Group, Plan, Summary
+from pdcore.plan import Group, Plan
 from pdcore.statistics import Moments, Statistics, reduce_axis
 from pdcore.support import Visibility
 from pdcore.transform import first_real
@@ -96,22 +96,8 @@ class Shards:
 
     # Statistics
 
-    def statistics(self, summary: Summary, keys: Any, mask: Any) -> State:
-        """Finalise the state of the keys of all shards, see `ArrayBackend.statistics`."""
-        stats = summary.statistics
-        if summary.scope == "prefix":
-            return self._prefixes(stats, keys, mask)
-        previous: State | None = None
-        for _ in range(stats.rounds):
-            state = stats.of(keys, mask, xp=xp, previous=previous)
-            if summary.scope == "batch":
-                for axis in range(keys.ndim - 3):
-                    state = reduce_axis(stats, state, axis, xp=xp)
-            previous = stats.finalize(self._merged(stats, state), xp=xp)
-        assert previous is not None
-        return previous
-
-    def _merged(self, stats: Statistics, state: State) -> State:
+    def merged(self, stats: Statistics, state: State) -> State:
+        """Merge the states of all shards."""
         if not isinstance(stats, Moments):
             return self._reduced(stats, {name: self.gathered(x) for name, x in state.items()})
         n = self.added(state["n"])
@@ -122,17 +108,14 @@ class Shards:
         apart = state["mean"] - mean
         return {"n": n, "mean": mean, "m2": self.added(state["m2"] + state["n"] * apart * apart)}
 
-    def _prefixes(self, stats: Statistics, keys: Any, mask: Any) -> State:
-        """Give the state of every prefix that ends in this shard; see `prefix_states`."""
-        real = None if mask is None else mask[..., 0]
-        origin = self.first_key(keys, real)
-        local = prefix_states(stats, keys - origin, mask)
+    def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> State:
+        """Give the state of every prefix that ends in this shard; see `.prefix.prefix_states`."""
+        local = prefix_states(stats, keys, mask)
         totals = {name: self.gathered(x[..., -1:, :]) for name, x in local.items()}
         none = stats.zero(totals, xp=xp)
         before = self._reduced(stats, {name: jnp.where(self.earlier(x), x, none[name])
                                        for name, x in totals.items()})  # fmt: skip
-        final = stats.finalize(stats.merge(before, local, xp=xp), xp=xp)
-        return {**final, "mean": final["mean"] + origin}
+        return stats.merge(before, local, xp=xp)
 
     def _reduced(self, stats: Statistics, gathered: State) -> State:
         return {name: x[0] for name, x in reduce_axis(stats, gathered, 0, xp=xp).items()}
