@@ -8,7 +8,6 @@ query and key, a wanted log-sum-exp, whose gradient it does not have.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +20,8 @@ from pdcore.kernels import Gaussian
 from pdcore.normalization import Batch, Identity
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
+
+from .device import find
 
 __all__ = ["ByCudnn", "cudnn_scores", "unfit"]
 
@@ -78,19 +79,16 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
 
 @lru_cache(maxsize=64)
 def _missing(device: str) -> str:
-    kind, _, index = device.partition(":")
+    kind = device.partition(":")[0]
     if kind != "cuda":
         return f"{kind} is no CUDA device"
-    found = jax.devices(kind)[int(index or 0)]
-    capability = str(getattr(found, "compute_capability", "0.0"))
+    capability = str(getattr(find(device), "compute_capability", "0.0"))
     if int(capability.partition(".")[0]) < 8:
         return f"compute capability {capability} is below 8.0"
     return ""
 
 
-def cudnn_scores(
-    c: ByCudnn, o: Operands, attend: Callable[..., Any] | None = None
-) -> tuple[Any, Any] | None:
+def cudnn_scores(c: ByCudnn, o: Operands) -> tuple[Any, Any] | None:
     """Contract by scores, see `pdcore.score_contraction.scores`.
 
     Parameters
@@ -99,8 +97,6 @@ def cudnn_scores(
         The contraction.
     o : Operands
         What it reads.
-    attend : callable, optional
-        In place of cuDNN; with the arguments of `jax.nn.dot_product_attention`.
 
     Returns
     -------
@@ -117,7 +113,7 @@ def cudnn_scores(
         x = jnp.reshape(x, (-1, count, *x.shape[-2:]))
         return jnp.swapaxes(x, 1, 2).astype(dtype)
 
-    found = (attend or _attend)(
+    found = _attend(
         laid(o.q, heads * group), laid(o.k, heads), laid(o.v, heads), scale=c.scale,
         is_causal=c.causal,
     )  # fmt: skip

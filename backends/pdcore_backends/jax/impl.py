@@ -20,6 +20,7 @@ from pdcore.statistics import Statistics
 
 from . import INFO
 from .cudnn import ByCudnn, cudnn_scores, unfit
+from .device import find
 from .namespace import NAMESPACE
 from .prefix import prefix_states
 from .scores import scores
@@ -61,7 +62,7 @@ class JaxBackend(ArrayBackend):
         if request.axis_name is not None:
             reasons += _sharded().refusals(request)
         try:
-            _device(request.device)
+            find(request.device)
         except RuntimeError as error:
             reasons.append(f"device {request.device}: {error}")
         return reasons
@@ -128,7 +129,7 @@ class JaxBackend(ArrayBackend):
     def exchange(self, array: Any, device: str | None = None) -> Any:
         """Take an array of another library by DLPack, and move it where it was asked to be."""
         x = array if isinstance(array, jax.Array) else jax.numpy.from_dlpack(array)
-        return x if device is None else jax.device_put(x, _device(device))
+        return x if device is None else jax.device_put(x, find(device))
 
     def synchronize(self) -> None:
         """Wait for all arrays that exist."""
@@ -224,20 +225,3 @@ def _in_full() -> Any:
     It is recorded with each product, so the gradients of the call have it as well.
     """
     return jax.default_matmul_precision("highest")
-
-
-def _device(name: str) -> Any:
-    """Find a device by its name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-
-    Raises
-    ------
-    RuntimeError
-        When JAX has no such device.
-    """
-    kind, _, index = name.partition(":")
-    devices = {d.id: d for d in jax.devices(kind)}
-    if not index:
-        return next(iter(devices.values()))
-    if int(index) not in devices:
-        raise RuntimeError(f"JAX has devices {sorted(devices)} of {kind}")
-    return devices[int(index)]
