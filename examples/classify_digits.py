@@ -18,6 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from comparison import (
     CODES,
+    AsJson,
+    Epochs,
+    Heads,
+    Layers,
+    Patience,
+    Rate,
+    Seeds,
+    Specs,
+    Validation,
     check_heads,
     check_ranges,
     command_line,
@@ -55,37 +64,22 @@ app = command_line()
 @app.command(epilog=CODES)
 @reported
 def main(
-    spec: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--spec",
-            "-s",
-            metavar="SPEC",
-            help="An attention, such as 'bn+sh(1,1,2,2)'; may be repeated, to compare "
-            "several on the same seeds and splits. softmax by default.",
-        ),
-    ] = None,
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="Whole numbers, by commas.")] = "0,1,2",
+    spec: Specs = None,
+    seeds: Seeds = "0,1,2",
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="DIR", help="Where results.json and training.png go."),
     ] = Path("pdcore-digits"),
     force: Annotated[bool, typer.Option("--force", "-f", help="Write over what is there.")] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 30,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Stop after so many epochs without a better validation loss.")
-    ] = 6,
-    validation: Annotated[
-        float, typer.Option(help="Share of each class of the training part that chooses the epoch.")
-    ] = 0.2,
+    epochs: Epochs = 30,
+    patience: Patience = 6,
+    validation: Validation = 0.2,
     batch: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 4e-3,
+    rate: Rate = 4e-3,
     width: Annotated[int, typer.Option(min=1, help="Features of a token.")] = 64,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of attention.")] = 2,
-    heads: Annotated[int, typer.Option(min=1, help="Heads of a layer; must divide --width.")] = 4,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    layers: Layers = 2,
+    heads: Heads = 4,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small transformer to read digits; print its accuracy.
 

@@ -19,6 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from comparison import (
     CODES,
+    AsJson,
+    Epochs,
+    Heads,
+    Layers,
+    Patience,
+    Rate,
+    Seeds,
+    Specs,
+    Validation,
     check_heads,
     check_ranges,
     command_line,
@@ -57,17 +66,8 @@ app = command_line()
 @app.command(epilog=CODES)
 @reported
 def main(
-    spec: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--spec",
-            "-s",
-            metavar="SPEC",
-            help="An attention, such as 'bn+sh(1,1,2,2)'; may be repeated, to compare "
-            "several on the same seeds and splits. softmax by default.",
-        ),
-    ] = None,
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="Whole numbers, by commas.")] = "0,1,2",
+    spec: Specs = None,
+    seeds: Seeds = "0,1,2",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -97,29 +97,23 @@ def main(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Start again, over what is in --out.")
     ] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 150,
-    patience: Annotated[
-        int, typer.Option(min=1, help="Stop after so many epochs without a better validation loss.")
-    ] = 30,
-    validation: Annotated[
-        float, typer.Option(help="Share of each class of the training part that chooses the epoch.")
-    ] = 0.2,
+    epochs: Epochs = 150,
+    patience: Patience = 30,
+    validation: Validation = 0.2,
     batch: Annotated[int, typer.Option(min=1, help="Series of one step.")] = 32,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    rate: Rate = 1e-3,
     dropout: Annotated[float, typer.Option(help="Of features, outside attention.")] = 0.1,
     noise: Annotated[
         float, typer.Option(help="Added in training, in standard deviations of a channel.")
     ] = 0.3,
     width: Annotated[int, typer.Option(min=1, help="Features of a step.")] = 64,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of attention.")] = 2,
-    heads: Annotated[int, typer.Option(min=1, help="Heads of a layer; must divide --width.")] = 4,
+    layers: Layers = 2,
+    heads: Heads = 4,
     threads: Annotated[
         int,
         typer.Option(min=1, help="Of PyTorch; one is enough for a model of this size."),
     ] = 1,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small transformer to classify time series; print its accuracy.
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -21,6 +21,15 @@ from pdcore.reporting import Failed, note, stdout
 
 __all__ = [
     "CODES",
+    "AsJson",
+    "Epochs",
+    "Heads",
+    "Layers",
+    "Patience",
+    "Rate",
+    "Seeds",
+    "Specs",
+    "Validation",
     "check_heads",
     "check_ranges",
     "command_line",
@@ -45,6 +54,33 @@ CODES = (
     "already or cannot be written; 7 the loss is not finite; 9 a package is not installed; "
     "128 + n after signal n."
 )
+
+
+#: Options that both commands have.
+Specs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--spec",
+        "-s",
+        metavar="SPEC",
+        help="An attention, such as 'bn+sh(1,1,2,2)'; may be repeated, to compare "
+        "several on the same seeds and splits. softmax by default.",
+    ),
+]
+Seeds = Annotated[str, typer.Option(metavar="LIST", help="Whole numbers, by commas.")]
+Epochs = Annotated[int, typer.Option(min=1, help="At most.")]
+Patience = Annotated[
+    int, typer.Option(min=1, help="Stop after so many epochs without a better validation loss.")
+]
+Validation = Annotated[
+    float, typer.Option(help="Share of each class of the training part that chooses the epoch.")
+]
+Rate = Annotated[float, typer.Option(help="Learning rate.")]
+Layers = Annotated[int, typer.Option(min=1, help="Layers of attention.")]
+Heads = Annotated[int, typer.Option(min=1, help="Heads of a layer; must divide --width.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
+]
 
 
 def command_line() -> typer.Typer:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from example_modules import example
 from typer.testing import CliRunner
 
 from pdcore.cli import Exit
@@ -20,19 +19,6 @@ from pdcore.files import FileError
 torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.torch
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-def example(name: str) -> Any:
-    """Load a module of examples/, which is no package, under its own name."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # In this order: each finds those before it.
 comparison = example("comparison")
