@@ -117,6 +117,17 @@ def test_gradients_keep_no_scores(spec: str) -> None:
     assert needed < 4 * 4096 * 4096 * 4 / 2  # half of what all scores take
 
 
+@pytest.mark.parametrize("spec", ["causal", "sparse(inf,8)", "causal+bn(statistics=prefix)"])
+def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
+    layer = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
+
+    def lines(length: int) -> int:
+        x = [jax.ShapeDtypeStruct((1, 4, length, 16), np.float32)] * 3
+        return int(jax.jit(layer).lower(*x).as_text().count("\n"))
+
+    assert lines(16384) == lines(8192) < 1.2 * lines(4096)
+
+
 @pytest.mark.parametrize("length", [0, 1, 16, 37])
 def test_prefix_moments_of_chunks(wide: None, length: int) -> None:
     from pdcore import statistics

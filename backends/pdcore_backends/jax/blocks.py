@@ -40,9 +40,12 @@ _ROW_BLOCK = 1024
 _KEPT = 1 << 22
 #: A head with at most this many scores is too small to be worth a turn of its own.
 _SMALL = 1 << 15
-#: Causal rows run in bands, each with the keys that its last row sees: more of them save work,
-#: and take longer to compile.
-_BANDS = 8
+#: Causal rows run in at most so many bands, each with the keys that its last row sees, and each a
+#: program of its own to compile. With more keys than this, one program for all rows skips the
+#: blocks of keys that no row sees.
+_BANDS = 4
+_BANDED_KEYS = 4096
+_SKIPPED_KEYS = 1024
 
 
 class Sizes(NamedTuple):
@@ -64,7 +67,8 @@ class Sizes(NamedTuple):
     kept: bool = False
 
 
-def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool) -> Sizes:
+def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool,
+          restricts: bool = False) -> Sizes:  # fmt: skip
     """Choose blocks by shape.
 
     XLA's matrix products on a CPU are fast where they are large, so heads take turns; many small
@@ -79,12 +83,16 @@ def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool) -> Sizes
         G, N and M.
     turns : bool
         Whether heads may take turns.
+    restricts : bool
+        Whether rows do not see all keys by their positions.
     """
     scores = heads * group * rows * keys
     if group * rows * keys <= _SMALL and scores <= 8 * _BLOCK:
         return Sizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
     mapped = turns and heads > 1
     key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
+    if restricts and keys > _BANDED_KEYS:
+        key_block = _SKIPPED_KEYS
     at_once = group * (1 if mapped else heads)
     fit = max(16, _BLOCK // (at_once * key_block))
     return Sizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
@@ -258,7 +266,14 @@ def over_keys(call: Call, body: Callable[..., Any], merge: Callable[[Any, Any], 
 
         def step(total: Any, given: tuple[Any, Arrays]) -> tuple[Any, None]:
             index, cut = given
-            return merge(total, at(cut, index * block, block)), None
+
+            def more(total: Any) -> Any:
+                return merge(total, at(cut, index * block, block))
+
+            if not call.support.restricts:
+                return more(total), None
+            seen = _any_seen(call, visibility, index * block, block)
+            return lax.cond(seen, more, lambda total: total, total), None
 
         total, _ = lax.scan(step, total, (jnp.arange(1, count), rest))
     if count * block < keys:
@@ -267,9 +282,23 @@ def over_keys(call: Call, body: Callable[..., Any], merge: Callable[[Any, Any], 
     return total
 
 
+def _any_seen(call: Call, visibility: Visibility, first: Any, keys: int) -> Any:
+    """Whether a row may see one of the keys from `first` on, by position."""
+    support, offset = call.support, jnp.asarray(visibility.offset)
+    begin, end = first * call.scale, (first + keys) * call.scale - 1
+    seen = jnp.asarray(True)
+    if support.ahead != math.inf:
+        last = jnp.max(offset) + visibility.rows - 1 + int(support.ahead)
+        seen &= begin + call.scale - 1 <= last
+    if support.left != math.inf:
+        seen &= end >= jnp.min(offset) - int(support.left)
+    return seen
+
+
 def _bands(call: Call) -> list[tuple[int, int, int, int]]:
     """Cut rows into bands (start, stop) with the keys (first, last) that they can see."""
-    if not call.support.restricts or call.offset is None or not call.rows:
+    several = call.keys > call.sizes.keys  # which `over_keys` skips
+    if not call.support.restricts or call.offset is None or not call.rows or several:
         return [(0, call.rows, 0, call.keys)]
     least = min(call.sizes.rows, 256)
     size = max(least, -(-call.rows // _BANDS))

@@ -85,7 +85,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
         arrays = ungrouped(arrays)
     call = Call(
         c, seen.support, rows, keys, seen.scale, seen.offset if seen.static else None,
-        sizes(math.prod(lead), group, rows, keys, turns=turns),
+        sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=seen.support.restricts),
     )  # fmt: skip
     if turns and not call.sizes.mapped:
         # XLA's products of many small matrices are several times as fast with one axis of heads.
