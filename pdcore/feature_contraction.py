@@ -14,14 +14,15 @@ from .arrays import device_of, held
 from .operands import Operands, blocks
 from .plan import Features
 
-__all__ = ["features", "features_vjp"]
+__all__ = ["chunks", "features", "features_vjp", "highest", "prefix_contract"]
 
 CHUNK = 64  # rows and keys of a chunk: the (rows, keys) block costs as much as the state
 
 
 def features(
-    c: Features, o: Operands, *, xp: Any, size: int = CHUNK, tiled: bool = False
-) -> tuple[Any, Any]:
+    c: Features, o: Operands, *, xp: Any, size: int = CHUNK, tiled: bool = False,
+    contract: Callable[..., tuple[Any, Any]] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """Contract by features.
 
     Parameters
@@ -37,6 +38,8 @@ def features(
     tiled : bool
         Whether to cut large matrix products into chunks too, for a library that runs many small
         ones better.
+    contract : callable, optional
+        What is to run in the place of `prefix_contract`.
 
     Returns
     -------
@@ -53,7 +56,7 @@ def features(
             real = o.visibility.key_mask[..., None, :, None]
             k = xp.where(real, k, xp.full_like(k, -xp.inf if c.log else 0.0))
         counts = o.visibility.prefix_counts(0, o.q.shape[-2])
-        summed, exponent = prefix_contract(
+        summed, exponent = (contract or prefix_contract)(
             o.q, counts, k, values, xp=xp, log=c.log, first=o.visibility.first_prefix, size=size
         )
         weighted, total = summed[..., :-1], summed[..., -1:]
@@ -171,14 +174,15 @@ def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
     if o.visibility.key_mask is not None:
         real = o.visibility.key_mask[..., None]
         k = xp.where(real, k, xp.full_like(k, -xp.inf))
-    top = _highest(k, xp)
+    top = highest(k, xp)
     q = o.q + top[..., None, :, :]
     shift = held(xp.max(q, axis=-1, keepdims=True), xp)
     plain = o._replace(q=xp.exp(q - shift), k=xp.exp(k - top))
     return plain, shift[..., 0]
 
 
-def _highest(k: Any, xp: Any) -> Any:
+def highest(k: Any, xp: Any) -> Any:
+    """Give the largest log feature of the keys (..., M, F), 0 where it is -inf: (..., 1, F)."""
     if not k.shape[-2]:
         return xp.sum(k, axis=-2, keepdims=True)
     top = held(xp.max(k, axis=-2, keepdims=True), xp)
@@ -223,7 +227,7 @@ def prefix_contract(
     exponent : array (*B, H, G, R, 1)
         The sum is ``summed * exp(exponent)``.
     """
-    k, v = _chunks(k, size, -xp.inf if log else 0.0, step, xp), _chunks(v, size, 0.0, step, xp)
+    k, v = chunks(k, size, -xp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v, log, xp)
     if not a.shape[-2]:
         summed = xp.matmul(a, states[..., 0, :, :])
@@ -236,7 +240,7 @@ def prefix_contract(
         state = at.state(states)
         if log:
             running = at.state(tops)
-            top = xp.maximum(running, _highest(keys, xp))
+            top = xp.maximum(running, highest(keys, xp))
             x = x + top
             exponent = held(xp.max(x, axis=-1, keepdims=True), xp)
             x, keys = xp.exp(x - exponent), xp.exp(keys - top)
@@ -250,7 +254,7 @@ def prefix_contract(
     return xp.concat(outs, axis=-2), xp.concat(exponents, axis=-2)
 
 
-def _chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
+def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
     """Cut rows into chunks (..., C, size, F), with `step` + 1 empty ones behind."""
     *lead, length, dim = x.shape
     count = -(-length // size) + step + 1

@@ -117,7 +117,33 @@ def test_gradients_keep_no_scores(spec: str) -> None:
     assert needed < 4 * 4096 * 4096 * 4 / 2  # half of what all scores take
 
 
-@pytest.mark.parametrize("spec", ["causal", "sparse(inf,8)", "causal+bn(statistics=prefix)"])
+@pytest.mark.parametrize("given", [*GIVEN[:2], "offset", "end"])
+@pytest.mark.parametrize(
+    "spec", ["causal+linear", "causal+random_features(8,0)", "causal+linear+h(count)+sh(1,3)"]
+)
+def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) -> None:
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((2, h, n, 4)) for h, n in ((4, 150), (2, 201), (2, 201)))
+    real = np.arange(201) < np.array([[201], [90]])
+    more: dict[str, Any] = {
+        "nothing": {}, "key_mask": {"key_mask": rng.random((2, 201)) > 0.3},
+        "offset": {"offset": np.array([3, -70])}, "end": {"offset": "end", "key_mask": real},
+    }[given]  # fmt: skip
+    out, lse, pull = pdcore.attention_vjp(q, k, v, spec, **more)
+    d_out = rng.standard_normal(out.shape)
+    d_lse = np.where(np.isinf(lse), 0.0, rng.standard_normal(lse.shape))
+    there = {n: x if isinstance(x, str) else jax.numpy.asarray(x) for n, x in more.items()}
+    got, level, back = pdcore.attention_vjp(*map(jax.numpy.asarray, (q, k, v)), spec, **there)
+    np.testing.assert_allclose(got, out, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(level, lse, rtol=1e-12, atol=1e-12)
+    found = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
+    for name, d in pull(d_out, d_lse).items():
+        np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
+
+
+@pytest.mark.parametrize("spec", [
+    "causal", "sparse(inf,8)", "causal+bn(statistics=prefix)", "causal+random_features(16,0)",
+])  # fmt: skip
 def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
     layer = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
 

@@ -10,17 +10,19 @@ from typing import Any
 
 import jax
 
+from pdcore import feature_contraction
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs, Request
 from pdcore.call import constants_held
 from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
-from pdcore.plan import Plan, Scores
+from pdcore.plan import Features, Plan, Scores
 from pdcore.statistics import Statistics
 
 from . import INFO
 from .cudnn import ByCudnn, cudnn_scores, unfit
 from .device import find
+from .features import prefix_contract
 from .namespace import NAMESPACE
 from .prefix import prefix_states
 from .scores import scores
@@ -98,6 +100,10 @@ class JaxBackend(ArrayBackend):
             if found is not None:
                 return found
         return scores(c, o, turns=isinstance(c, Blocked) and c.turns)
+
+    def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
+        """Contract by features, under causal by loops of XLA's; see `.features`."""
+        return feature_contraction.features(c, o, xp=self.xp, contract=prefix_contract)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""

@@ -193,7 +193,7 @@ class ShardedBackend(JaxBackend):
             high = self.shards.highest(top)
             sums = self.shards.added(sums * jnp.exp(top - high))
             return _by_sums(c, o.q, sums, high)
-        own = feature_contraction.features(c, o, xp=xp)
+        own = super().features(c, o)
         return merged(c.signed, _by_sums(c, o.q, *self._before(sums, top)), own)
 
     def _before(self, sums: Any, top: Any) -> tuple[Any, Any]:

@@ -1,0 +1,143 @@
+"""Causal sums of feature maps, chunk by chunk, by programs that do not grow with the sequence.
+
+The scheme is that of `pdcore.feature_contraction.prefix_contract`, whose loops run here as
+`lax.scan` and `lax.map`. Every turn is checkpointed: a derivative keeps the state before each chunk
+and what it was given, O(N + M).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pdcore import feature_contraction
+from pdcore.arrays import held
+from pdcore.feature_contraction import chunks, highest
+from pdcore.score_contraction import finite
+
+from .namespace import NAMESPACE as xp
+from .scores import checkpointed
+
+__all__ = ["prefix_contract"]
+
+
+def prefix_contract(
+    a: Any, counts: Any, k: Any, v: Any, *, xp: Any, first: Callable[[int], int | None],
+    log: bool = False, step: int = 1, size: int = feature_contraction.CHUNK,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Compute sum_{j < c_i} (a_i . k_j) v_j, see `feature_contraction.prefix_contract`."""
+    rows = a.shape[-2]
+    if not rows or not k.shape[-2]:
+        return feature_contraction.prefix_contract(
+            a, counts, k, v, xp=xp, first=first, log=log, step=step, size=size
+        )
+    k, v = chunks(k, size, -jnp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
+    states, tops = _running(k, v) if log else (_sums(k, v), None)
+    index, width = _places(counts, first, rows, step, size)
+    more = -rows % size
+    given = {
+        "a": _blocks(a, more, size),
+        # The rows of the padding see what the last row sees; they are cut off.
+        "seen": _blocks(counts, more, size, mode="edge") - _in_front(index)[..., None, None] * size,
+        "k": _windows(k, index, width), "v": _windows(v, index, width),
+        "state": _windows(states, index, 1)[..., 0, :, :],
+    }  # fmt: skip
+    if tops is not None:
+        given["top"] = _windows(tops, index, 1)[..., 0, :, :]
+    summed, exponent = (_joined(x, rows) for x in lax.map(_turn, given))
+    return summed, exponent
+
+
+def _turn(given: dict[str, Any]) -> tuple[Any, Any]:
+    """Contract a block of rows with the state before its window of keys, and with the window."""
+    return checkpointed(_block, given)
+
+
+def _block(given: dict[str, Any]) -> tuple[Any, Any]:
+    a, state = given["a"], given["state"]
+    k, v = (jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in (given["k"], given["v"]))
+    exponent = jnp.zeros_like(a[..., :1])
+    if "top" in given:
+        running = given["top"]
+        top = jnp.maximum(running, highest(k, xp))
+        a = a + top
+        exponent = held(jnp.max(a, axis=-1, keepdims=True), xp)
+        a, k = jnp.exp(a - exponent), jnp.exp(k - top)
+        state = state * jnp.swapaxes(jnp.exp(running - top), -1, -2)
+    w = jnp.matmul(a, jnp.swapaxes(k, -1, -2))
+    w = jnp.where(jnp.arange(k.shape[-2]) < given["seen"], w, 0.0)
+    summed = jnp.matmul(a, state) + jnp.matmul(w, v)
+    return summed, jnp.broadcast_to(exponent, (*summed.shape[:-1], 1))
+
+
+def _sums(k: Any, v: Any) -> Any:
+    """Sum k_j v_j over the chunks before each chunk."""
+    sums = jnp.matmul(jnp.swapaxes(k, -1, -2), v)
+    before = jnp.cumsum(sums[..., :-1, :, :], axis=-3)
+    return jnp.concat([jnp.zeros_like(sums[..., :1, :, :]), before], axis=-3)
+
+
+def _running(k: Any, v: Any) -> tuple[Any, Any]:
+    """Do the same for log features, relative to the running maximum, which is given too."""
+
+    def after(before: tuple[Any, Any] | None, block: Any, values: Any) -> tuple[Any, Any]:
+        higher = jnp.max(block, axis=-2, keepdims=True)
+        if before is not None:
+            higher = jnp.maximum(before[1], higher)
+        higher = held(higher, xp)
+        base = finite(higher, xp)
+        state = jnp.matmul(jnp.swapaxes(jnp.exp(block - base), -1, -2), values)
+        if before is not None:
+            state = state + before[0] * jnp.swapaxes(jnp.exp(before[1] - base), -1, -2)
+        return state, higher
+
+    def step(before: tuple[Any, Any], chunk: tuple[Any, Any]) -> tuple[Any, Any]:
+        return checkpointed(after, before, *chunk), before
+
+    k, v = (jnp.moveaxis(x, -3, 0) for x in (k, v))
+    # The first chunk is where the scan begins, so that what it carries varies over devices.
+    _, found = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
+    states, tops = (jnp.concat([jnp.zeros_like(x[:1]), x]) for x in found)
+    return jnp.moveaxis(states, 0, -3), jnp.moveaxis(finite(tops, xp), 0, -3)
+
+
+def _places(counts: Any, first: Callable[[int], int | None], rows: int, step: int,
+            size: int) -> tuple[Any, int]:  # fmt: skip
+    """Give the chunk in which the window of each block of rows begins, and its length in chunks."""
+    known = [(first(start), first(min(start + size, rows) - 1)) for start in range(0, rows, size)]
+    if known[0][0] is None:
+        return counts[..., ::size, 0] // size, step + 1
+    begin = np.array([low // size for low, _ in known])  # type: ignore[operator]
+    end = np.array([-(-high // size) for _, high in known])  # type: ignore[operator]
+    return begin, max(1, int(np.max(end - begin)))
+
+
+def _blocks(x: Any, more: int, size: int, **how: Any) -> Any:
+    """Cut rows (..., R, F), `more` of them padding, into blocks in front."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)], **how)
+    return jnp.moveaxis(jnp.reshape(x, (*x.shape[:-2], -1, size, x.shape[-1])), -3, 0)
+
+
+def _in_front(index: Any) -> Any:
+    return jnp.moveaxis(jnp.asarray(index), -1, 0)
+
+
+def _windows(x: Any, index: Any, width: int) -> Any:
+    """Give, for each block of rows, `width` chunks (..., C, F) from its place on: blocks first."""
+    places = index[..., None] + np.arange(width)
+    if isinstance(index, np.ndarray) or index.ndim == 1:
+        return jnp.moveaxis(jnp.take(x, places, axis=-3), -4, 0)
+    flat = jnp.reshape(places, (*places.shape[:-2], -1, 1, 1))
+    found = jnp.take_along_axis(x, flat, axis=-3)
+    shape = (*found.shape[:-3], index.shape[-1], width, *found.shape[-2:])
+    return jnp.moveaxis(jnp.reshape(found, shape), -4, 0)
+
+
+def _joined(x: Any, rows: int) -> Any:
+    """Undo `_blocks`."""
+    x = jnp.moveaxis(x, 0, -3)
+    return jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))[..., :rows, :]
