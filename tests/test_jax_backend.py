@@ -141,6 +141,17 @@ def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) 
         np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
+@pytest.mark.parametrize("length", [9, 12, 13])
+def test_a_pooled_key_is_rounded_once(wide: None, length: int) -> None:
+    # Less itself it is 0, where a variance of 0 would make any rest of it 1e5 times as large.
+    rng = np.random.default_rng(4)
+    x = [rng.standard_normal((2, 2, length, 8)) for _ in range(3)]
+    spec = "causal+bn(statistics=prefix)+sh(1,3)"
+    _, want = pdcore.attention(*x, spec, return_lse=True)
+    _, got = pdcore.attention(*map(jax.numpy.asarray, x), spec, return_lse=True)
+    np.testing.assert_allclose(got, want, rtol=1e-13, atol=5e-13)
+
+
 @pytest.mark.parametrize("spec", [
     "causal", "sparse(inf,8)", "causal+bn(statistics=prefix)", "causal+random_features(16,0)",
 ])  # fmt: skip
@@ -152,6 +163,11 @@ def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
         return int(jax.jit(layer).lower(*x).as_text().count("\n"))
 
     assert lines(16384) == lines(8192) < 1.2 * lines(4096)
+
+
+def test_prefix_statistics_of_no_sequences() -> None:
+    x = jax.numpy.zeros((0, 2, 5, 4))
+    assert pdcore.attention(x, x, x, "causal+bn(statistics=prefix)").shape == x.shape
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 37])

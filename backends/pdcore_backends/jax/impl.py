@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from pdcore import feature_contraction
+from pdcore import feature_contraction, heads
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs, Request
 from pdcore.call import constants_held
@@ -88,6 +88,17 @@ class JaxBackend(ArrayBackend):
         if kind == "cuda":
             step += f"; not cuDNN: {why}"
         return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
+
+    def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Pool keys or values, see `pdcore.heads.pool`."""
+        pooled, pullback = super().pool(kind, x, weights)
+        if kind == "mean":
+            # The last step must not be a product. XLA repeats it wherever pooled keys are read, and
+            # rounds it or not: the first key less itself would not be 0, and a variance of 0 makes
+            # that large.
+            cut = heads.windows(x, weights.shape[-1], xp=self.xp)
+            pooled = jax.numpy.sum(cut * weights[..., None], axis=-2)
+        return pooled, pullback
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
         """Compute the state of every prefix, see `.prefix.prefix_states`."""

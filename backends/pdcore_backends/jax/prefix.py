@@ -34,7 +34,7 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     of `pdcore.statistics.prefix_states`.
     """
     *lead, length, _ = keys.shape
-    if type(stats) is not Moments or not length:
+    if type(stats) is not Moments or not keys.size:
         return statistics.prefix_states(stats, keys, mask, xp=xp)
     real = jnp.ones((*lead, length, 1), keys.dtype) if mask is None else \
         jnp.broadcast_to(mask, (*lead, length, 1)).astype(keys.dtype)  # fmt: skip
