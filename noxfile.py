@@ -137,7 +137,7 @@ def tests_jax(session: nox.Session) -> None:
     """Run the tests that need JAX (CPU); with a newer JAX, those of the backend's own code."""
     install_for_tests(session, "-e", ".[cli,conformance,jax]", pins="jax")
     session.run("python", "-c", "import jax; print('JAX', jax.__version__)")
-    own = ["tests/test_jax_backend.py", "tests/test_jax_sharding.py"]
+    own = [f"tests/test_jax_{name}.py" for name in ("backend", "blocks", "sharding")]
     run_tests(session, "-m", "jax", *([] if session.python == FRAMEWORKS_PYTHON else own))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # In CI every run draws the same examples. Elsewhere each run draws others, and the failures are
@@ -16,3 +19,13 @@ settings.register_profile(
 os.environ.setdefault("PDCORE_PLUGINS", "")
 
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def wide() -> Iterator[None]:
+    """Let JAX have float64."""
+    jax: Any = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)

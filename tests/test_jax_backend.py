@@ -1,4 +1,4 @@
-"""The JAX backend's own code: blocks, derivatives, memory."""
+"""The JAX backend's own code: memory, programs, roundings, cuDNN."""
 
 from __future__ import annotations
 
@@ -13,101 +13,6 @@ import pdcore
 pytestmark = pytest.mark.jax
 jax: Any = pytest.importorskip("jax")
 
-SPECS = [
-    "softmax", "causal", "sparse(5,3)", "causal+sparse(20,0)", "bn", "gaussian(0.3)",
-    "polynomial(2,1.0)+h(count)", "exponential(softcap=5.0)", "sh(1,2)", "causal+sh(1,2)",
-    "random_features(32,0)+sparse(9,9)", "linear+sparse(4,4)",
-]  # fmt: skip
-GIVEN = ["nothing", "key_mask", "mask", "offset", "bias"]
-CUTS = [(True, 16, 32), (False, 16, 32), (True, 32, 1000)]
-
-
-@pytest.fixture
-def wide() -> Iterator[None]:
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
-@pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Force blocks of a size on what is compiled from now on."""
-    from pdcore_backends.jax import blocks, scores
-
-    def force(mapped: bool, rows: int, keys: int) -> None:
-        jax.clear_caches()
-        sizes = blocks.Sizes(mapped, rows, keys)
-        monkeypatch.setattr(scores, "sizes", lambda *a, **k: sizes)
-
-    yield force
-    jax.clear_caches()
-
-
-def arrays(given: str, group: int = 2) -> tuple[list[Any], dict[str, Any]]:
-    """Make arrays of lengths that no block divides, of two key heads."""
-    rng = np.random.default_rng(0)
-    shapes = (2, 2 * group, 77, 8), (2, 2, 93, 8), (2, 2, 93, 5)
-    q, k, v = (rng.standard_normal(s) for s in shapes)
-    if given == "key_mask":
-        return [q, k, v], {"key_mask": rng.random((2, 93)) > 0.3}
-    if given == "mask":
-        return [q, k, v], {"mask": rng.random((2, 1, 77, 93)) > 0.3}
-    if given == "offset":
-        return [q, k, v], {"offset": np.array([3, -2])}
-    if given == "bias":
-        return [q, k, v], {"bias": rng.standard_normal((2 * group, 1, 93))}
-    return [q, k, v], {}
-
-
-@pytest.mark.parametrize("sizes", CUTS, ids=str)
-@pytest.mark.parametrize("spec", SPECS)
-def test_every_cut_gives_the_same(wide: None, cut: Any, spec: str, sizes: Any) -> None:
-    cut(*sizes)
-    rng = np.random.default_rng(1)
-    given = GIVEN[(SPECS.index(spec) + CUTS.index(sizes)) % 4]
-    # A key head of one query head has its own way.
-    x, more = arrays(given, group=2 if sizes == CUTS[0] else 1)
-    out, lse, pull = pdcore.attention_vjp(*x, spec, **more)
-    d_out = rng.standard_normal(out.shape)
-    d_lse = np.where(np.isinf(lse), 0.0, rng.standard_normal(lse.shape))
-    want = pull(d_out, d_lse)
-    there = {name: jax.numpy.asarray(a) for name, a in more.items()}
-    got, level, back = pdcore.attention_vjp(*map(jax.numpy.asarray, x), spec, **there)
-    np.testing.assert_allclose(got, out, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(level, lse, rtol=1e-12, atol=1e-12)
-    found = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
-    for name, d in want.items():
-        np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
-
-
-@pytest.mark.parametrize("spec", ["softmax", "causal"])
-def test_a_bias_gets_its_gradient(wide: None, cut: Any, spec: str) -> None:
-    cut(True, 16, 32)
-    x, more = arrays("bias")
-    out, _, pull = pdcore.attention_vjp(*x, spec, **more)
-    want = pull(np.ones_like(out))["bias"]
-    there = jax.numpy.asarray(more["bias"])
-    got, _, back = pdcore.attention_vjp(*map(jax.numpy.asarray, x), spec, bias=there)
-    np.testing.assert_allclose(back(jax.numpy.ones_like(got))["bias"], want, atol=1e-11)
-
-
-def test_derivatives_of_derivatives(wide: None, cut: Any) -> None:
-    cut(True, 8, 8)
-    rng = np.random.default_rng(2)
-    x = [jax.numpy.asarray(rng.standard_normal((1, 2, 20, 3))) for _ in range(3)]
-    t = [jax.numpy.asarray(rng.standard_normal((1, 2, 20, 3))) for _ in range(3)]
-    layer = pdcore.bind("causal")
-
-    def slope(s: Any) -> Any:
-        moved = [a + s * b for a, b in zip(x, t, strict=True)]
-        return jax.grad(lambda *a: (layer(*a) ** 2).sum(), argnums=(0, 1, 2))(*moved)
-
-    step = 1e-5
-    _, got = jax.jvp(slope, (0.0,), (1.0,))
-    for g, high, low in zip(got, slope(step), slope(-step), strict=True):
-        np.testing.assert_allclose(g, (high - low) / (2 * step), rtol=1e-6, atol=1e-7)
-
 
 @pytest.mark.parametrize("spec", ["softmax", "causal", "causal+sparse(64,0)"])
 def test_gradients_keep_no_scores(spec: str) -> None:
@@ -115,30 +20,6 @@ def test_gradients_keep_no_scores(spec: str) -> None:
     grad = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
     needed = jax.jit(grad).lower(*x).compile().memory_analysis().temp_size_in_bytes
     assert needed < 4 * 4096 * 4096 * 4 / 2  # half of what all scores take
-
-
-@pytest.mark.parametrize("given", [*GIVEN[:2], "offset", "end"])
-@pytest.mark.parametrize(
-    "spec", ["causal+linear", "causal+random_features(8,0)", "causal+linear+h(count)+sh(1,3)"]
-)
-def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) -> None:
-    rng = np.random.default_rng(3)
-    q, k, v = (rng.standard_normal((2, h, n, 4)) for h, n in ((4, 150), (2, 201), (2, 201)))
-    real = np.arange(201) < np.array([[201], [90]])
-    more: dict[str, Any] = {
-        "nothing": {}, "key_mask": {"key_mask": rng.random((2, 201)) > 0.3},
-        "offset": {"offset": np.array([3, -70])}, "end": {"offset": "end", "key_mask": real},
-    }[given]  # fmt: skip
-    out, lse, pull = pdcore.attention_vjp(q, k, v, spec, **more)
-    d_out = rng.standard_normal(out.shape)
-    d_lse = np.where(np.isinf(lse), 0.0, rng.standard_normal(lse.shape))
-    there = {n: x if isinstance(x, str) else jax.numpy.asarray(x) for n, x in more.items()}
-    got, level, back = pdcore.attention_vjp(*map(jax.numpy.asarray, (q, k, v)), spec, **there)
-    np.testing.assert_allclose(got, out, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(level, lse, rtol=1e-12, atol=1e-12)
-    found = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
-    for name, d in pull(d_out, d_lse).items():
-        np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
 @pytest.mark.parametrize("length", [9, 12, 13])
