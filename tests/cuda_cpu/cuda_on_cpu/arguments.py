@@ -74,8 +74,8 @@ def _number(value: Any, what: str, parameter: Parameter) -> np.generic:
     made = np.int64(value) if isinstance(value, int) else np.float64(value)
     if parameter.kind not in (b"i", b"u", b"f") or parameter.bytes != 8:
         raise TypeError(
-            f"{what}: a Python {type(value).__name__} is passed as 8 bytes, the kernel's parameter is "
-            f"{parameter}; pass a NumPy number of its type"
+            f"{what}: a Python {type(value).__name__} is passed as 8 bytes, the kernel's parameter "
+            f"is {parameter}; pass a NumPy number of its type"
         )
     return made
 
@@ -87,7 +87,8 @@ def _scalar(value: Any, what: str, parameter: Parameter) -> Any:
     kind = {"V": "c"}.get(number.dtype.kind, number.dtype.kind)
     if number.nbytes != parameter.bytes or (kind != wanted and wanted != "c"):
         raise TypeError(
-            f"{what}: got {number.dtype} of {number.nbytes} bytes, the kernel's parameter is {parameter}"
+            f"{what}: got {number.dtype} of {number.nbytes} bytes, the kernel's parameter is "
+            f"{parameter}"
         )
     if parameter.kind == b"p" and int(number):
         raise TypeError(
@@ -110,7 +111,8 @@ def _check_array(array: np.ndarray, what: str, parameter: Parameter) -> None:
     same_kind = kind != "f" or array.dtype.kind == "f"
     if array.itemsize != size or not same_kind:
         raise TypeError(
-            f"{what}: got an array of {array.dtype}, the kernel points to {_KINDS[kind]} of {size} bytes"
+            f"{what}: got an array of {array.dtype}, the kernel points to {_KINDS[kind]} of {size} "
+            "bytes"
         )
 
 

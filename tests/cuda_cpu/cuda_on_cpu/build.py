@@ -154,7 +154,7 @@ def load(library: Path, sanitize: str) -> ctypes.CDLL:
     """Load a build; one with a sanitizer needs the sanitizer's library first."""
     if sanitize and sanitizer_library(sanitize) not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError(
-            f"sanitize={sanitize!r}: this process has not loaded the sanitizer's library; start one "
-            f"with the variables of cuda_on_cpu.environment({sanitize!r})"
+            f"sanitize={sanitize!r}: this process has not loaded the sanitizer's library; start "
+            f"one with the variables of cuda_on_cpu.environment({sanitize!r})"
         )
     return ctypes.CDLL(str(library))

@@ -171,8 +171,8 @@ class Kernel:
     def _shared(self, size: int) -> int:
         if not 0 <= size <= self._max_dynamic:
             raise ValueError(
-                f"{self.name}: shared_mem={size}, allowed are {self._max_dynamic}; set the kernel's "
-                "max_dynamic_shared_size_bytes"
+                f"{self.name}: shared_mem={size}, allowed are {self._max_dynamic}; set the "
+                "kernel's max_dynamic_shared_size_bytes"
             )
         return int(size)
 

@@ -1,4 +1,4 @@
-"""The few places where CUDA's language is not C++: declarations of shared memory, kernels' names."""
+"""Where CUDA's language is not C++: declarations of shared memory, and kernels' names."""
 
 from __future__ import annotations
 

@@ -148,6 +148,9 @@ CUDA_ON_CPU_STORE(__stwb)
 
 namespace cuda_on_cpu {
 
+template <class T, class... Others>
+constexpr bool is_either = (std::is_same_v<T, Others> || ...);
+
 template <int matrices>
 inline void ldmatrix(unsigned (&result)[matrices], const void* row, bool transposed, int line) {
   uint16_t values[8] = {};

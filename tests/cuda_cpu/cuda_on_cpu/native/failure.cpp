@@ -22,6 +22,7 @@ constexpr size_t signal_stack_bytes = 64 << 10;
 
 void record_list(const char* format, va_list values) {
   if (has_failed) return;
+  const Unwatched unwatched;
   has_failed = true;
   char where[120] = "", what[900];
   if (self)

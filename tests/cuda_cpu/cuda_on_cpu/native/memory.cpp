@@ -46,13 +46,13 @@ Buffer allocate(size_t bytes, size_t alignment, const char* name) {
   Buffer buffer{};
   snprintf(buffer.name, sizeof buffer.name, "%s", name);
   buffer.bytes = bytes;
-#if defined(CUDA_ON_CPU_ADDRESS) || defined(CUDA_ON_CPU_THREAD)
-  const Unwatched unwatched;
+#ifdef CUDA_ON_CPU_ADDRESS
   void* address = nullptr;
   if (posix_memalign(&address, alignment < 16 ? 16 : alignment, bytes ? bytes : 1)) abort();
   buffer.begin = buffer.map = static_cast<char*>(address);
   buffer.map_bytes = bytes;
 #else
+  const Unwatched unwatched;
   const size_t middle = round_up(bytes ? bytes : 1, alignment < page ? page : alignment);
   buffer.map_bytes = middle + 2 * guard;
   buffer.map = map_memory(buffer.map_bytes, PROT_NONE);
@@ -66,17 +66,17 @@ Buffer allocate(size_t bytes, size_t alignment, const char* name) {
 }
 
 void release_memory(Buffer& buffer) {
-#if defined(CUDA_ON_CPU_ADDRESS) || defined(CUDA_ON_CPU_THREAD)
-  const Unwatched unwatched;
+#ifdef CUDA_ON_CPU_ADDRESS
   free(buffer.map);
 #else
+  const Unwatched unwatched;
   munmap(buffer.map, buffer.map_bytes);
 #endif
   buffer = Buffer{};
 }
 
 long written_outside([[maybe_unused]] const Buffer& buffer) {
-#if !defined(CUDA_ON_CPU_ADDRESS) && !defined(CUDA_ON_CPU_THREAD)
+#ifndef CUDA_ON_CPU_ADDRESS
   const char *first = buffer.map + guard, *last = buffer.map + buffer.map_bytes - guard;
   for (const char* at = buffer.begin + buffer.bytes; at < last; at++)
     if (static_cast<unsigned char>(*at) != poison) return at - buffer.begin;

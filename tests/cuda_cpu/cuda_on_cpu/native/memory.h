@@ -27,6 +27,10 @@ long written_outside(const Buffer& buffer);
 char* allocate_stacks(size_t count);
 void release_stacks(char* stacks, size_t count);
 
+#ifdef CUDA_ON_CPU_THREAD
+constexpr size_t stack_bytes = 64 << 10;  // made anew for each block, with all that is noted of it
+#else
 constexpr size_t stack_bytes = 256 << 10;
+#endif
 
 }  // namespace cuda_on_cpu
