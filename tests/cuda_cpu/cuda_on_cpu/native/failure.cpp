@@ -90,7 +90,7 @@ bool failed() { return has_failed; }
 const char* failure() { return has_failed ? message : nullptr; }
 void clear_failure() { has_failed = false; }
 
-#if defined(CUDA_ON_CPU_ADDRESS) || defined(CUDA_ON_CPU_THREAD)
+#ifdef CUDA_ON_CPU_ADDRESS
 void catch_faults() {}  // the sanitizer's report is the better one
 void restore_faults() {}
 #else

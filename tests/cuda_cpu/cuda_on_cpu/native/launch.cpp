@@ -118,6 +118,7 @@ const char* run(Launch* launch) {
     if (failed()) break;
   }
   restore_faults();
+  join_fibers();
   release_shared();
   copy_out(*launch);
   return failure();

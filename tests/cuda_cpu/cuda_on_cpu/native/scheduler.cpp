@@ -65,8 +65,13 @@ void switch_to(Thread& thread) {
   self = nullptr;
 }
 
+// ThreadSanitizer's: all that threads did happened before the end of the launch, and the blocks of a
+// launch are as if they ran at once.
+char joined;
+
 void switch_back([[maybe_unused]] bool for_good) {
   Thread& me = *self;
+  release(&joined);
 #ifdef CUDA_ON_CPU_ADDRESS
   __sanitizer_start_switch_fiber(for_good ? nullptr : &me.fake_stack, scheduler.stack_bottom,
                                  scheduler.stack_size);
@@ -189,6 +194,8 @@ void end_fibers() {
   for (Thread& thread : block.threads) __tsan_destroy_fiber(thread.fiber);
 #endif
 }
+
+void join_fibers() { acquire(&joined); }
 
 void yield() { switch_back(false); }
 

@@ -8,6 +8,7 @@ void enter_scheduler(Schedule schedule, unsigned seed);
 void make_fibers(void (*body)(void** arguments), void** arguments, char* stacks);
 void run_fibers();
 void end_fibers();
+void join_fibers();  // of all blocks of a launch
 unsigned long random_below(unsigned long bound);
 
 bool failed();
