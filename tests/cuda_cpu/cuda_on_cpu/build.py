@@ -19,7 +19,7 @@ from .source import translate
 __all__ = ["CompileError", "build", "load"]
 
 NATIVE = Path(__file__).parent / "native"
-_COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-g1")
+_COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fstack-clash-protection", "-g1")
 _KERNEL_FLAGS = {
     # Variables without a value hold a pattern that no right result is made of.
     "": ("-O2", "-ftrivial-auto-var-init=pattern"),

@@ -122,11 +122,12 @@ def _in_a_child(run: Callable[[], None]) -> None:
     """Run what AddressSanitizer may end the process of."""
     child = os.fork()
     if not child:
+        done = False
         try:
             run()
-        except BaseException:
-            os._exit(2)
-        os._exit(0)
+            done = True
+        finally:
+            os._exit(0 if done else 2)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status not in (0, 1):
         raise RuntimeError(f"a run under AddressSanitizer ended with status {status}")
@@ -165,7 +166,7 @@ def observe(sanitize: str = "", names: Iterable[str] = tuple(DEFECTS)) -> Caught
     if not sanitize:
         return _here(names, "")
     variables = environment(sanitize)
-    # A report does not end the process, nor stand for others: one defect's memory is the next one's.
+    # A report does not end the process, nor stand for another one at the same address.
     variables["UBSAN_OPTIONS"] = "halt_on_error=0"
     variables["TSAN_OPTIONS"] = "exitcode=0:suppress_equal_addresses=0"
     command = [sys.executable, "-m", __name__, sanitize, *names]
