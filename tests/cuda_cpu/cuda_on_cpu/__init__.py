@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import CompileError
+from .compiler import CompileError
 from .module import EmulationError, Kernel, RawModule, empty
 from .settings import SCHEDULES, Settings, environment, using
 

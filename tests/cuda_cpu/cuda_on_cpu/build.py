@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
-import platform
 import re
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .settings import Settings, sanitizer_library
+from . import compiler
+from .settings import Settings
 from .source import translate
 
-__all__ = ["CompileError", "build", "load"]
+__all__ = ["build", "load"]
 
 NATIVE = Path(__file__).parent / "native"
 _COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fstack-clash-protection", "-g1")
@@ -39,35 +37,12 @@ _NOTHING_HERE = re.compile(
 )
 
 
-class CompileError(Exception):
-    """The source is not C++ that the compiler takes; the message is the compiler's."""
-
-
 def cache_folder() -> Path:
     """Return where builds are kept: CUDA_ON_CPU_CACHE, or the user's cache."""
     if given := os.environ.get("CUDA_ON_CPU_CACHE"):
         return Path(given)
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "cuda_on_cpu"
-
-
-@functools.cache
-def _compiler() -> str:
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        raise RuntimeError(f"cuda_on_cpu runs on Linux x86_64, not {platform.platform()}")
-    try:
-        return subprocess.run(
-            ["g++", "--version"], capture_output=True, text=True, check=True
-        ).stdout
-    except FileNotFoundError:
-        raise RuntimeError("cuda_on_cpu needs g++ 12 or newer; install it") from None
-
-
-def _compile(arguments: Sequence[str]) -> str:
-    done = subprocess.run(["g++", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(done.stderr)
-    return done.stdout
 
 
 def _hash(*parts: str) -> str:
@@ -89,14 +64,14 @@ def _kept(name: str, arguments: Sequence[str], code: str = "") -> Path:
         if code:
             Path(folder, "kernel.cpp").write_text(code, "utf-8")
             arguments = [str(Path(folder, "kernel.cpp")), *arguments]
-        _compile([*arguments, "-o", str(made)])
+        compiler.run([*arguments, "-o", str(made)])
         made.replace(target)  # two processes may build the same: each finds a whole file
     return target
 
 
 def _runtime(sanitize: str) -> Path:
     flags = [*_COMMON, "-O2", *_RUNTIME_FLAGS[sanitize]]
-    key = _hash(_compiler(), _native_text(), *flags)
+    key = _hash(compiler.version(), _native_text(), *flags)
     sources = [str(path) for path in sorted(NATIVE.glob("*.cpp"))]
     # One object of all, so that a kernel's build links a single file.
     unity = "".join(f'#include "{source}"\n' for source in sources)
@@ -130,29 +105,18 @@ def build(code: str, names: Sequence[str], options: Sequence[str], use: Settings
     flags = [*_COMMON, *_KERNEL_FLAGS[use.sanitize], arch, *_options(options)]
     flags += ["-include", str(NATIVE / "device.h"), "-w"]
     whole = f'#line 1 "kernel.cu"\n{translate(code)}{_kernels(names)}\n'
-    included = _included(whole, flags) if re.search(r"^\s*#\s*include\b", code, re.M) else ""
-    key = _hash(_compiler(), _native_text(), included, whole, *flags)
+    included = ""
+    if re.search(r"^\s*#\s*include\b", code, re.MULTILINE):
+        # With its headers in it, which the key has to know too.
+        included = compiler.run([*flags, "-E", "-x", "c++", "-"], whole)
+    key = _hash(compiler.version(), _native_text(), included, whole, *flags)
     runtime = str(_runtime(use.sanitize))
     return _kept(f"kernel-{key}.so", [*flags, "-shared", runtime], whole)
 
 
-def _included(code: str, flags: Sequence[str]) -> str:
-    """Return the code with its headers in it, which the cache has to know too."""
-    done = subprocess.run(
-        ["g++", *flags, "-E", "-x", "c++", "-"],
-        input=code,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise CompileError(done.stderr)
-    return done.stdout
-
-
 def load(library: Path, sanitize: str) -> ctypes.CDLL:
     """Load a build; one with a sanitizer needs the sanitizer's library first."""
-    if sanitize and sanitizer_library(sanitize) not in os.environ.get("LD_PRELOAD", ""):
+    if sanitize and compiler.sanitizer_library(sanitize) not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError(
             f"sanitize={sanitize!r}: this process has not loaded the sanitizer's library; start "
             f"one with the variables of cuda_on_cpu.environment({sanitize!r})"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
+
+from .compiler import sanitizer_library
 
 __all__ = ["SCHEDULES", "SANITIZERS", "Settings", "environment", "settings", "using"]
 
@@ -85,17 +86,6 @@ def using(**changes: Any) -> Iterator[Settings]:
         yield settings()
     finally:
         _CURRENT.reset(token)
-
-
-def sanitizer_library(sanitize: str) -> str:
-    """Return the compiler's library of a sanitizer."""
-    name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
-    found = subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if "/" not in found:
-        raise RuntimeError(f"g++ has no {name}; install it (Debian: libgcc-*-dev)")
-    return os.path.realpath(found)
 
 
 def environment(sanitize: str) -> dict[str, str]:

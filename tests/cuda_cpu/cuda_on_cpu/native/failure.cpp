@@ -1,4 +1,5 @@
 // What went wrong: said once, with the block and thread; and faults of memory, as such a message.
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -15,6 +16,7 @@ namespace {
 bool has_failed;
 char message[1200];
 struct sigaction before[2];
+pthread_t runner;  // of the process's threads, the one that runs kernels
 const int faults[2] = {SIGSEGV, SIGBUS};
 stack_t stack_before;
 char* signal_stack;
@@ -45,7 +47,7 @@ const Buffer* around(const char* address, const Buffer* found, const Buffer& buf
 }
 
 void on_fault(int number, siginfo_t* info, void* context) {
-  if (!self) {  // not a kernel's: it happens again, to who was there before
+  if (!self || !pthread_equal(pthread_self(), runner)) {  // not a kernel's: it happens again, to who was there before
     sigaction(number, &before[number == SIGBUS], nullptr);
     return;
   }
@@ -95,6 +97,7 @@ void catch_faults() {}  // the sanitizer's report is the better one
 void restore_faults() {}
 #else
 void catch_faults() {
+  runner = pthread_self();
   if (!signal_stack) signal_stack = static_cast<char*>(malloc(signal_stack_bytes));
   stack_t stack{};
   stack.ss_sp = signal_stack;

@@ -32,7 +32,7 @@ __global__ void missing_syncwarp(const float* x, float* y) {
   const int t = threadIdx.x;
   tile[t] = x[t];
   if (!planted) __syncwarp();
-  y[t] = tile[t ^ 1];
+  y[t] = tile[t % 32 ? t - 1 : t];
 }
 
 template <bool planted>
