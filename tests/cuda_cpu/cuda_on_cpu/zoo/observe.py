@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -102,12 +103,13 @@ def _attempt(defects: Sequence[Defect], planted: bool) -> None:
 
 def _reports(defects: Sequence[Defect], planted: bool, sanitize: str) -> set[str]:
     """Return what is reported on the standard error, by the sanitizer's library."""
+    status = 0
     with tempfile.TemporaryFile() as said:
         kept = os.dup(2)
         os.dup2(said.fileno(), 2)
         try:
             if sanitize == "address":
-                _in_a_child(lambda: _attempt(defects, planted))
+                status = _in_a_child(lambda: _attempt(defects, planted))
             else:
                 _attempt(defects, planted)
         finally:
@@ -115,22 +117,26 @@ def _reports(defects: Sequence[Defect], planted: bool, sanitize: str) -> set[str
             os.close(kept)
         said.seek(0)
         text = said.read().decode(errors="replace")
+    if status not in (0, 1):  # 1 is AddressSanitizer's
+        names = ", ".join(defect.name for defect in defects)
+        raise RuntimeError(f"{names} ended with status {status}:\n{text}")
     return {name for name, report in _REPORTS[sanitize].items() if report in text}
 
 
-def _in_a_child(run: Callable[[], None]) -> None:
-    """Run what AddressSanitizer may end the process of."""
+def _in_a_child(run: Callable[[], None]) -> int:
+    """Run what AddressSanitizer may end the process of; return how it ended."""
     child = os.fork()
     if not child:
         done = False
         try:
             run()
             done = True
+        except Exception:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(0 if done else 2)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status not in (0, 1):
-        raise RuntimeError(f"a run under AddressSanitizer ended with status {status}")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _sanitized(defects: Sequence[Defect], sanitize: str) -> Caught:
