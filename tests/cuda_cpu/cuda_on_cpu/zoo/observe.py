@@ -143,6 +143,8 @@ def _sanitized(defects: Sequence[Defect], sanitize: str) -> Caught:
     """Return what catches the defects; of a launch that is refused, nothing runs."""
     run = [defect for defect in defects if defect.launch is None]
     found = {defect.name: {"planted": [], "correct": []} for defect in defects}
+    for source in {defect.source for defect in run}:
+        _module(source).compile()  # here, for all children
     for defect in run:
         found[defect.name]["planted"] = sorted(_reports([defect], True, sanitize))
     if _reports(run, False, sanitize):
