@@ -62,12 +62,14 @@ class Settings:
 
 
 def _from_environment() -> Settings:
-    read = {
-        name: os.environ[key]
-        for name in ("schedule", "seed", "compute_capability", "sanitize")
-        if (key := f"CUDA_ON_CPU_{name.upper()}") in os.environ
-    }
-    return Settings(**{name: int(v) if name == "seed" else v for name, v in read.items()})
+    default = Settings()
+
+    def read(name: str) -> str:
+        return os.environ.get(f"CUDA_ON_CPU_{name.upper()}", str(getattr(default, name)))
+
+    return Settings(
+        read("schedule"), int(read("seed")), read("compute_capability"), read("sanitize")
+    )
 
 
 _CURRENT: ContextVar[Settings | None] = ContextVar("cuda_on_cpu_settings", default=None)

@@ -142,7 +142,7 @@ def _in_a_child(run: Callable[[], None]) -> int:
 def _sanitized(defects: Sequence[Defect], sanitize: str) -> Caught:
     """Return what catches the defects; of a launch that is refused, nothing runs."""
     run = [defect for defect in defects if defect.launch is None]
-    found = {defect.name: {"planted": [], "correct": []} for defect in defects}
+    found: Caught = {defect.name: {"planted": [], "correct": []} for defect in defects}
     for source in {defect.source for defect in run}:
         _module(source).compile()  # here, for all children
     for defect in run:
@@ -181,7 +181,8 @@ def observe(sanitize: str = "", names: Iterable[str] = tuple(DEFECTS)) -> Caught
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    found: Caught = json.loads(done.stdout)
+    return found
 
 
 if __name__ == "__main__":
