@@ -36,7 +36,7 @@ FRAMEWORKS_PYTHON = "3.11"
 JAX_PYTHONS = [FRAMEWORKS_PYTHON, "3.12"]
 NUMPY_ONLY = (
     "not torch and not triton and not transformers and not jax and not jax_adapters "
-    "and not example and not browser"
+    "and not cuda and not example and not browser"
 )
 
 # What the conformance matrix installs for each backend: an extra, and the pins to go with it.
@@ -147,6 +147,16 @@ def tests_jax_adapters(session: nox.Session) -> None:
     install_for_tests(session, "-e", ".[cli,conformance,flax,equinox,svr]", pins="jax_adapters")
     session.run("python", "-c", "import flax, equinox; print(flax.__version__)")
     run_tests(session, "-m", "jax_adapters")
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_cuda(session: nox.Session) -> None:
+    """Run the CUDA kernels on the CPU, by the emulator; compile them where no GPU is needed."""
+    install_for_tests(session, "-e", ".[cli,conformance,cupy]", "nvidia-cuda-nvrtc", pins="cupy")
+    session.install("--no-deps", "./tests/cuda_cpu")
+    session.run("g++", "--version", external=True)
+    # Builds are kept in the environment, not in the user's cache.
+    run_tests(session, "-m", "cuda", env={"CUDA_ON_CPU_CACHE": session.create_tmp()})
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

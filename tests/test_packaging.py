@@ -90,6 +90,11 @@ def test_entry_points():
         importlib.import_module(value)
 
 
+def test_cuda_headers_are_in_the_package():
+    header = resources.files("pdcore_backends").joinpath("cupy", "kernels", "ptx.cuh")
+    assert "mma_m16n8k16" in header.read_text("utf-8")
+
+
 def test_console_script():
     [script] = [entry for entry in DISTRIBUTION.entry_points if entry.group == "console_scripts"]
     assert (script.name, script.value) == ("pdcore", "pdcore.cli:main")

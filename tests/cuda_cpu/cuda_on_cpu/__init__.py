@@ -1,0 +1,19 @@
+"""CUDA C++ kernels on the CPU: one fibre per CUDA thread, behind the call of `cupy.RawModule`."""
+
+from __future__ import annotations
+
+from .compiler import CompileError
+from .module import EmulationError, Kernel, RawModule, empty
+from .settings import SCHEDULES, Settings, environment, using
+
+__all__ = [
+    "RawModule",
+    "Kernel",
+    "empty",
+    "EmulationError",
+    "CompileError",
+    "SCHEDULES",
+    "Settings",
+    "using",
+    "environment",
+]

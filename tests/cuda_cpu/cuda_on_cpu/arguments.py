@@ -1,0 +1,166 @@
+"""A launch's arguments, by CuPy's rules, checked against the kernel's signature.
+
+CUDA copies as many bytes as the kernel's parameter has from wherever the argument is: an argument
+of another width or kind is not converted but read wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Parameter", "Pointer", "Region", "Values", "take"]
+
+_KINDS = {"i": "int", "u": "unsigned int", "f": "float", "b": "bool", "c": "class"}
+
+
+class Parameter(ctypes.Structure):
+    """A parameter of a kernel, as in native/runtime.h."""
+
+    _fields_ = [
+        ("bytes", ctypes.c_int),
+        ("kind", ctypes.c_char),
+        ("pointee_bytes", ctypes.c_int),
+        ("pointee_kind", ctypes.c_char),
+        ("pointee_const", ctypes.c_int),
+    ]
+
+    def __str__(self) -> str:
+        if self.kind == b"p":
+            return "a pointer"
+        return f"{_KINDS[self.kind.decode()]} of {self.bytes} bytes"
+
+
+class Region(ctypes.Structure):
+    """Memory of the caller, as in native/runtime.h."""
+
+    _fields_ = [
+        ("host", ctypes.c_void_p),
+        ("bytes", ctypes.c_size_t),
+        ("argument", ctypes.c_int),
+        ("written", ctypes.c_int),
+    ]
+
+
+class Pointer(ctypes.Structure):
+    """An argument that points into a region, as in native/runtime.h."""
+
+    _fields_ = [
+        ("argument", ctypes.c_int),
+        ("region", ctypes.c_int),
+        ("offset", ctypes.c_size_t),
+    ]
+
+
+@dataclass
+class Values:
+    """Arguments as a launch takes them."""
+
+    slots: list[Any] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+    pointers: list[Pointer] = field(default_factory=list)
+
+
+def _number(value: Any, what: str, parameter: Parameter) -> np.generic:
+    """Return the NumPy number that CuPy makes of `value`."""
+    if isinstance(value, np.generic):
+        return value
+    if type(value) not in (int, float):
+        raise TypeError(f"{what}: got {type(value).__name__}, expected an array or a NumPy number")
+    made = np.int64(value) if isinstance(value, int) else np.float64(value)
+    if parameter.kind not in (b"i", b"u", b"f") or parameter.bytes != 8:
+        raise TypeError(
+            f"{what}: a Python {type(value).__name__} is passed as 8 bytes, the kernel's parameter "
+            f"is {parameter}; pass a NumPy number of its type"
+        )
+    return made
+
+
+def _scalar(value: Any, what: str, parameter: Parameter) -> Any:
+    number = _number(value, what, parameter)
+    # A pointer may be passed as an address: 0 is the null pointer.
+    wanted = "u" if parameter.kind == b"p" else parameter.kind.decode()
+    kind = {"V": "c"}.get(number.dtype.kind, number.dtype.kind)
+    if number.nbytes != parameter.bytes or (kind != wanted and wanted != "c"):
+        raise TypeError(
+            f"{what}: got {number.dtype} of {number.nbytes} bytes, the kernel's parameter is "
+            f"{parameter}"
+        )
+    if parameter.kind == b"p" and int(number):
+        raise TypeError(
+            f"{what}: got an address; pass the array itself, or numpy.uint64(0) for null"
+        )
+    return (ctypes.c_char * number.nbytes).from_buffer_copy(number.tobytes())
+
+
+def _check_array(array: np.ndarray, what: str, parameter: Parameter) -> None:
+    if parameter.kind != b"p":
+        raise TypeError(f"{what}: got an array, the kernel's parameter is {parameter}")
+    if array.dtype.hasobject:
+        raise TypeError(f"{what}: got an array of Python objects")
+    if not (array.flags.writeable or parameter.pointee_const):
+        raise ValueError(f"{what}: the array is read-only, the kernel's pointer is not const")
+    kind, size = parameter.pointee_kind.decode(), parameter.pointee_bytes
+    if kind in " cp" or size == 1:
+        return  # void, a vector or a class, or bytes: they read any array
+    # Kinds of 16-bit floats are "e" and, by ml_dtypes, "V"; CUDA's headers have them as classes.
+    same_kind = kind != "f" or array.dtype.kind == "f"
+    if array.itemsize != size or not same_kind:
+        raise TypeError(
+            f"{what}: got an array of {array.dtype}, the kernel points to {_KINDS[kind]} of {size} "
+            "bytes"
+        )
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _regions(arrays: dict[int, np.ndarray], parameters: Sequence[Parameter]) -> list[Region]:
+    """Return the memory that the arrays lie in: what overlaps is one region."""
+    found: list[Region] = []
+    ends = {i: np.lib.array_utils.byte_bounds(_owner(array)) for i, array in arrays.items()}
+    for i in sorted(ends, key=lambda i: ends[i]):
+        low, high = ends[i]
+        written = not parameters[i].pointee_const
+        if found and low < (found[-1].host or 0) + found[-1].bytes:
+            last = found[-1]
+            last.bytes = max(high, last.host + last.bytes) - last.host
+            last.argument = min(i, last.argument)
+            last.written |= written
+        else:
+            found.append(Region(low, high - low, i, written))
+    return found
+
+
+def take(name: str, values: Sequence[Any], parameters: Sequence[Parameter]) -> Values:
+    """Check the arguments of kernel `name`, and lay them out."""
+    if len(values) != len(parameters):
+        raise TypeError(f"{name}: got {len(values)} arguments, the kernel has {len(parameters)}")
+    taken = Values()
+    arrays: dict[int, np.ndarray] = {}
+    for i, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
+        what = f"{name}: argument {i}"
+        if isinstance(value, np.ndarray):
+            _check_array(value, what, parameter)
+            arrays[i] = value
+            taken.slots.append(ctypes.c_void_p(None))
+        else:
+            taken.slots.append(_scalar(value, what, parameter))
+    taken.regions = _regions(arrays, parameters)
+    for i, array in arrays.items():
+        address = array.ctypes.data
+        for number, region in enumerate(taken.regions):
+            # An array without elements may lie anywhere.
+            if region.host <= address <= region.host + region.bytes and (
+                array.size == 0 or address < region.host + region.bytes
+            ):
+                taken.pointers.append(Pointer(i, number, address - region.host))
+                break
+    return taken

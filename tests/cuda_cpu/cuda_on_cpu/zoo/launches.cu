@@ -1,0 +1,7 @@
+// A kernel that is right, for launches that are not.
+
+extern "C" __global__ void scale(const float* x, float* y, int n, float factor) {
+  extern __shared__ float unused[];
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+    y[i] = factor * x[i];
+}
