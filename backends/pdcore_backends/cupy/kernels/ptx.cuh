@@ -1,7 +1,7 @@
 // Small wrappers of PTX instructions: the only inline PTX of the project. No CUDA headers are needed.
 //
 // Where CUDA_ON_CPU is defined, the emulator of the tests stands for the hardware; it declares what
-// is called here. A test compares the two on a GPU.
+// is called here. The two have not been compared on a GPU yet.
 //
 // sm_75 has the conversions and ldmatrix; mma of 16 x 8 x 16 and cp.async need sm_80.
 #pragma once
