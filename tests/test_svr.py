@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from regressions import explicit, next_frames, pooled
 from scipy import sparse
 from sklearn.svm import SVR
 
-from pdcore.svr import fit
+from pdcore.svr import fit, interpret
 from pdcore.svr.active_set import Dual, polish
 
 pytestmark = pytest.mark.svr
@@ -396,24 +397,19 @@ def test_jobs_give_the_same() -> None:
     assert np.array_equal(one.intercept, two.intercept)
 
 
-def test_progress_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import contextmanager
-
-    from pdcore import reporting
-
-    shares: list[float] = []
-
-    @contextmanager
-    def bar(title: str) -> Any:
-        assert "3 regressions by clarabel" in title
-        yield shares.append
-
-    monkeypatch.setattr(reporting, "progress", bar)
+def test_progress_only_when_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys, targets = next_frames(2, 3)
     fit(keys, targets, C=1e4, epsilon=0.1)
-    assert not shares
+    assert capsys.readouterr() == ("", "")
     fit(keys, targets, C=1e4, epsilon=0.1, progress=True)
-    assert shares == pytest.approx([1 / 3, 2 / 3, 1.0])
+    out, err = capsys.readouterr()
+    assert not out
+    assert "3 regressions by clarabel" in err
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(ModuleNotFoundError, match=r"progress: rich.*pip install 'pdcore\[cli\]'"):
+        fit(keys, targets, C=1e4, epsilon=0.1, progress=True)
 
 
 def test_an_expansion_is_its_own() -> None:
@@ -432,3 +428,43 @@ def test_an_expansion_is_its_own() -> None:
     low_precision = expansion.attention(expansion.keys.astype(np.float32))
     assert low_precision.dtype == np.float32
     assert relative(low_precision, before) < 1e-3
+
+
+# --- a trained layer read as a regression ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "linear+h(one)"])
+def test_the_values_of_a_layer_are_multipliers(spec: str) -> None:
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((4, 8, 3))
+    k, v = rng.standard_normal((2, 12, 3)), rng.standard_normal((2, 12, 2))
+    found = interpret(q, k, v, spec, epsilon=0.05)
+    for head, own in enumerate(found.expansion.heads):
+        scale = 12 // len(own.kernel.points)
+        # v h(k), by the formula; a pooled key has the mean of the values.
+        h = np.exp(own.kernel.log_h)[:, None]
+        wanted = pooled(v[head], scale) * h
+        assert relative(found.coefficients[head, ::scale], wanted) < 1e-12
+        # With these multipliers and b = 0 the expansion is the layer.
+        rows = own.kernel.rows(q[2 * head])
+        layer = pdcore.attention(q, k, v, spec)[2 * head]
+        assert relative(rows @ found.coefficients[head, ::scale], layer) < 1e-12
+    assert np.array_equal(found.C, np.max(np.abs(found.coefficients), axis=(1, 2)))
+    assert found.C.max() == found.expansion.C
+    assert np.array_equal(found.support, found.share > 0)
+
+
+def test_epsilon_decides_which_tokens_are_needed() -> None:
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((1, 20, 3)), rng.standard_normal((1, 20, 2))
+    counts = []
+    for epsilon in (0.0, 0.05, 0.3, 10.0):
+        found = interpret(k, k, v, epsilon=epsilon, C=1e6)
+        counts.append(int(found.support.sum()))
+        # C is large, so the tube is kept at the keys, which are the queries here.
+        assert found.error[0] <= epsilon + 1e-6
+        assert found.needed[0] == np.max(np.abs(found.expansion.coefficients))
+    assert counts[0] == 20
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+    assert "0 of 20 tokens are support vectors" in str(found)

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import library_of
+from ..arrays import device_of, library_of
 from ..attention import attention
-from ..kernels import like
 from ..spec import AttentionSpec
 from .checks import float64
 from .head_kernel import HeadKernel
@@ -151,14 +150,16 @@ class SupportVectorExpansion:
 
         library_of(q, "q")
         x, xp = self._queries(q), array_namespace(q)
+
+        def like(part: Any) -> Any:
+            return xp.asarray(part, dtype=q.dtype, device=device_of(q))
+
         H = len(self.heads)
-        keys, values = (a.reshape(H, -1, a.shape[-1]) for a in (self.keys, self.values))
+        keys, values = (like(a.reshape(H, -1, a.shape[-1])) for a in (self.keys, self.values))
+        params = {name: like(p) for name, p in self.params.items()}
         b = np.repeat(self.intercept.reshape(H, 1, -1), x.shape[0] // H, axis=0)
-        out = attention(
-            x, like(keys, x, xp), like(values, x, xp), self.spec, backend=backend, device=device,
-            offset=offset, params={n: like(p, x, xp) for n, p in self.params.items()},
-        )  # fmt: skip
-        out = out + like(b, x, xp)
+        out = attention(x, keys, values, self.spec, offset=offset, params=params,
+                        backend=backend, device=device) + like(b)  # fmt: skip
         return out if self.keys.ndim == 3 else out[0, ...]
 
     def certificate(self, *, gap: float = 1e-8, residual: float = 1e-6) -> Certificate:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ def fit(
     jobs : int
         Processes that solve outputs side by side; -1 for one on each core.
     progress : bool
-        Show a bar on a terminal, which needs the extra ``cli``.
+        Show a bar on stderr, which needs rich, of the extra ``cli``.
 
     Returns
     -------
@@ -98,11 +97,8 @@ def fit(
         (kernel.gram, part[:, d])
         for kernel, part in zip(kernels, pooled, strict=True) for d in range(part.shape[1])
     ]  # fmt: skip
-    found = []
-    with _bar(progress, f"{len(tasks)} regressions by {solver}") as done:
-        for solved in solve_all(tasks, C, epsilon, solver, jobs):
-            found.append(solved)
-            done(len(found) / len(tasks))
+    solutions = solve_all(tasks, C, epsilon, solver, jobs)
+    found = list(_shown(solutions, len(tasks), solver) if progress else solutions)
     _warn(tasks, found, y.shape[-1])
     heads = []
     for head, (kernel, part) in enumerate(zip(kernels, pooled, strict=True)):
@@ -132,13 +128,14 @@ def _warn(tasks: Sequence[tuple[Array, Array]], found: Sequence[Solved], outputs
         )
 
 
-def _bar(wanted: bool, title: str) -> Any:
-    if not wanted:
-        return nullcontext(lambda share: None)
+def _shown(solutions: Iterable[Solved], count: int, solver: str) -> Iterable[Solved]:
+    """Show a bar on stderr while the solutions come."""
     try:
-        from ..reporting import progress
+        from rich.console import Console
+        from rich.progress import track
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"progress: {error.name} is not installed: pip install 'pdcore[cli]'", name=error.name
         ) from error
-    return progress(title)
+    title = f"{count} regressions by {solver}"
+    return track(solutions, description=title, total=count, console=Console(stderr=True))
