@@ -94,6 +94,22 @@ def example_digits(session: nox.Session) -> None:
     session.run("python", "examples/classify_digits.py", *session.posargs)
 
 
+@nox.session(python=FRAMEWORKS_PYTHON)
+def example_interpretation(session: nox.Session) -> None:
+    """Read a trained attention layer as a regression; `-- --spec bn` with another attention."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    session.install(*pinned("torch", "svr"), ".[cli,torch,svr]")
+    session.run("python", "examples/interpret_attention.py", *session.posargs)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def example_regressors(session: nox.Session) -> None:
+    """Compare support vector regressions whose kernels are attentions, on diabetes data."""
+    session.install(*pinned("svr"), ".[cli,svr]")
+    session.run("python", "examples/compare_regressors.py", *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, on NumPy and array-api-strict."""

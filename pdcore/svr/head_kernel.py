@@ -159,10 +159,10 @@ def _head_kernel(
 ) -> HeadKernel:
     scale = spec.heads.scales[head] if spec.heads.scales else 1
     own = replace(spec, heads=HeadScaling())
-    x, values = points[None], np.zeros((1, len(points), 1))
-    weights = reference_weights(x, x, values, own, params=params)[0]
-    _, lse = reference_attention(x, x, values, own, params=params, return_lse=True)
-    log_h = lse[0]
+    # The attention over unit vectors is the weights; log h comes with it.
+    x, units = points[None], np.eye(len(points))[None]
+    out, lse = reference_attention(x, x, units, own, params=params, return_lse=True)
+    weights, log_h = out[0], lse[0]
     finite = np.isfinite(log_h)
     if not np.all(finite | np.isneginf(log_h)) or np.any(np.abs(log_h[finite]) > LARGEST_LOG):
         raise ValueError(
