@@ -35,7 +35,7 @@ FRAMEWORKS_PYTHON = "3.11"
 # On the second, constraints/jax.txt has a newer JAX.
 JAX_PYTHONS = [FRAMEWORKS_PYTHON, "3.12"]
 NUMPY_ONLY = (
-    "not torch and not triton and not transformers and not jax and not jax_adapters "
+    "not torch and not triton and not transformers and not jax and not jax_adapters and not svr "
     "and not cuda and not example and not browser"
 )
 
@@ -56,10 +56,10 @@ def pinned(*names: str) -> list[str]:
 
 
 def install_for_tests(
-    session: nox.Session, *project: str, root: Path = ROOT, pins: str = "tests"
+    session: nox.Session, *project: str, root: Path = ROOT, pins: tuple[str, ...] = ("tests",)
 ) -> None:
     """Install `project`, the test tools and the third-party distribution of the tests."""
-    session.install(*pinned(pins), *project, "array-api-strict", "pytest-xdist")
+    session.install(*pinned(*pins), *project, "array-api-strict", "pytest-xdist")
     # Without dependencies: its pdcore is the one just installed, not one from an index.
     session.install("--no-deps", str(root / "tests" / "example_plugin"))
 
@@ -94,6 +94,22 @@ def example_digits(session: nox.Session) -> None:
     session.run("python", "examples/classify_digits.py", *session.posargs)
 
 
+@nox.session(python=FRAMEWORKS_PYTHON)
+def example_interpretation(session: nox.Session) -> None:
+    """Read a trained attention layer as a regression; `-- --spec bn` with another attention."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    session.install(*pinned("torch", "svr"), ".[cli,torch,svr]")
+    session.run("python", "examples/interpret_attention.py", *session.posargs)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def example_regressors(session: nox.Session) -> None:
+    """Compare support vector regressions whose kernels are attentions, on diabetes data."""
+    session.install(*pinned("svr"), ".[cli,svr]")
+    session.run("python", "examples/compare_regressors.py", *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the tests, on NumPy and array-api-strict."""
@@ -106,7 +122,7 @@ def tests_torch(session: nox.Session) -> None:
     """Run the tests that need PyTorch (CPU)."""
     # By itself and first: in an environment that has it, nothing later asks for another build.
     session.install(*pinned("torch"), "torch")
-    install_for_tests(session, "-e", ".[cli,conformance,torch]", pins="torch")
+    install_for_tests(session, "-e", ".[cli,conformance,torch,svr]", pins=("torch", "svr"))
     session.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
     run_tests(session, "-m", "torch")
 
@@ -116,7 +132,7 @@ def tests_triton(session: nox.Session) -> None:
     """Run the tests of the Triton kernels, by Triton's interpreter (CPU)."""
     # By itself and first: in an environment that has it, nothing later asks for another build.
     session.install(*pinned("torch"), "torch")
-    install_for_tests(session, "-e", ".[cli,conformance,torch]", "triton", pins="triton")
+    install_for_tests(session, "-e", ".[cli,conformance,torch]", "triton", pins=("triton",))
     session.run("python", "-c", "import triton; print('Triton', triton.__version__)")
     # Read at its import, so before that of any test.
     run_tests(session, "-m", "triton", env={"TRITON_INTERPRET": "1"})
@@ -127,7 +143,7 @@ def tests_transformers(session: nox.Session) -> None:
     """Run the tests that need Hugging Face transformers (CPU, nothing downloaded)."""
     # By itself and first: in an environment that has it, nothing later asks for another build.
     session.install(*pinned("torch"), "torch")
-    install_for_tests(session, "-e", ".[cli,conformance,transformers]", pins="transformers")
+    install_for_tests(session, "-e", ".[cli,conformance,transformers]", pins=("transformers",))
     session.run("python", "-c", "import transformers; print(transformers.__version__)")
     run_tests(session, "-m", "transformers")
 
@@ -135,7 +151,7 @@ def tests_transformers(session: nox.Session) -> None:
 @nox.session(python=JAX_PYTHONS)
 def tests_jax(session: nox.Session) -> None:
     """Run the tests that need JAX (CPU); with a newer JAX, those of the backend's own code."""
-    install_for_tests(session, "-e", ".[cli,conformance,jax]", pins="jax")
+    install_for_tests(session, "-e", ".[cli,conformance,jax,svr]", pins=("jax", "svr"))
     session.run("python", "-c", "import jax; print('JAX', jax.__version__)")
     own = [f"tests/test_jax_{name}.py" for name in ("backend", "blocks", "sharding")]
     run_tests(session, "-m", "jax", *([] if session.python == FRAMEWORKS_PYTHON else own))
@@ -144,7 +160,7 @@ def tests_jax(session: nox.Session) -> None:
 @nox.session(python=FRAMEWORKS_PYTHON)
 def tests_jax_adapters(session: nox.Session) -> None:
     """Run the tests that need Flax and Equinox (CPU)."""
-    install_for_tests(session, "-e", ".[cli,conformance,flax,equinox,svr]", pins="jax_adapters")
+    install_for_tests(session, "-e", ".[cli,conformance,flax,equinox,svr]", pins=("jax_adapters",))
     session.run("python", "-c", "import flax, equinox; print(flax.__version__)")
     run_tests(session, "-m", "jax_adapters")
 
@@ -152,11 +168,21 @@ def tests_jax_adapters(session: nox.Session) -> None:
 @nox.session(python=FRAMEWORKS_PYTHON)
 def tests_cuda(session: nox.Session) -> None:
     """Run the CUDA kernels on the CPU, by the emulator; compile them where no GPU is needed."""
-    install_for_tests(session, "-e", ".[cli,conformance,cupy]", "nvidia-cuda-nvrtc", pins="cupy")
+    install_for_tests(session, "-e", ".[cli,conformance,cupy]", "nvidia-cuda-nvrtc", pins=("cupy",))
     session.install("--no-deps", "./tests/cuda_cpu")
     session.run("g++", "--version", external=True)
     # Builds are kept in the environment, not in the user's cache.
     run_tests(session, "-m", "cuda", env={"CUDA_ON_CPU_CACHE": session.create_tmp()})
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_svr(session: nox.Session) -> None:
+    """Run the tests of the regression, `pdcore.svr`, and of its scikit-learn estimator."""
+    install_for_tests(session, "-e", ".[cli,conformance,svr]", pins=("svr",))
+    session.run("python", "-c", "import sklearn; print('scikit-learn', sklearn.__version__)")
+    run_tests(session, "-m", "svr")
+    modules = ["pdcore/svr", "adapters/pdcore_adapters/sklearn.py"]
+    session.run("pytest", "--doctest-modules", *modules)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)
@@ -311,7 +337,7 @@ def docs_examples(session: nox.Session) -> None:
     session.run("pytest", "tests/test_docs_examples.py", "-m", NUMPY_ONLY, *session.posargs)
     # The backends whose library is here; the others' modules cannot be imported.
     backends = [f"backends/pdcore_backends/{name}" for name in ("numpy", "strict")]
-    session.run("pytest", "--doctest-modules", "pdcore", *backends)
+    session.run("pytest", "--doctest-modules", "pdcore", "--ignore=pdcore/svr", *backends)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

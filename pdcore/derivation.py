@@ -22,7 +22,7 @@ from .kernels import (
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
 
-__all__ = ["derive"]
+__all__ = ["derive", "positive_semidefinite"]
 
 
 def derive(spec: AttentionSpec) -> str:
@@ -150,7 +150,7 @@ class _Derivation:
         if isinstance(spec.kernel, RandomFeatures):
             yield (rf"\quad \tau = {self.tau}, \quad \Omega_{{fd}} \sim N(0, 1) "
                    rf"\text{{ drawn once from seed {spec.kernel.seed}}}")  # fmt: skip
-        if not _positive_semidefinite(spec):
+        if not positive_semidefinite(spec):
             yield (r"\quad \text{(} \Phi \text{ exists only where } \kappa \text{ is positive "
                    r"semidefinite; elsewhere the last lines are a definition)}")  # fmt: skip
         normaliser = {
@@ -300,7 +300,7 @@ def _removed(pooled: bool) -> str:
             else r" \quad \text{(less those that a mask of the call denies)}")  # fmt: skip
 
 
-def _positive_semidefinite(spec: AttentionSpec) -> bool:
+def positive_semidefinite(spec: AttentionSpec) -> bool:
     """Whether kappa is known to be a kernel of a feature space; every feature map is."""
     kernel = spec.kernel
     return isinstance(kernel, (FeatureMap, Gaussian, Cosine, Polynomial)) or spec.plain_exponential

@@ -1,8 +1,9 @@
 """Every Python example of the README and of docs/ runs, and every public name is in one.
 
 The fenced blocks marked ``python`` of one page are one program, run from top to bottom in an empty
-folder. A block marked ``python torch``, ``python transformers``, ``python jax`` or
-``python jax_adapters`` runs in the tests of that framework, with the plain blocks of its page.
+folder. A block marked ``python torch``, ``python transformers``, ``python jax``,
+``python jax_adapters`` or ``python svr`` runs in the tests of that framework, with the plain blocks
+of its page.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pdcore
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-FRAMEWORKS = ("torch", "transformers", "jax", "jax_adapters")
+FRAMEWORKS = ("torch", "transformers", "jax", "jax_adapters", "svr")
 # At the start of a line: an indented block could not keep its line numbers, and is refused below.
 FENCE = re.compile(r"^```python *(?P<needs>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -15,6 +15,7 @@ DISTRIBUTION = metadata.distribution("pdcore")
 
 # Needed at first use only. Of array_api_compat, the namespaces of single libraries.
 LATE = {
+    "clarabel",
     "click",
     "cupy",
     "equinox",
@@ -24,6 +25,7 @@ LATE = {
     "matplotlib",
     "ml_dtypes",
     "pytest",
+    "qpsolvers",
     "rich",
     "safetensors",
     "scipy",

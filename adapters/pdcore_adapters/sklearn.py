@@ -1,0 +1,140 @@
+"""`SVRAttentionRegressor`, the regression behind an attention as a scikit-learn estimator.
+
+>>> from sklearn.datasets import load_diabetes
+>>> from sklearn.preprocessing import scale
+>>> X, y = load_diabetes(return_X_y=True)
+>>> model = SVRAttentionRegressor("gaussian(gamma=0.05)").fit(scale(X), scale(y))
+>>> model.predict(scale(X)).shape
+(442,)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from pdcore import AttentionSpec, UnsupportedError
+from pdcore.spec import as_spec
+from pdcore.svr import fit
+from pdcore.svr.head_kernel import head_kernels, refuse
+
+from .bound import Choice
+
+__all__ = ["SVRAttentionRegressor"]
+
+Array = np.ndarray[Any, Any]
+
+
+class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """Support vector regression whose prediction is an attention over the training samples.
+
+    It is `sklearn.svm.SVR` with the kernel K(x, y) = kappa(T(x), T(y)) / (h(x) h(y)) of a spec:
+    the samples are the keys, and what `predict` is given are the queries.
+
+    Parameters
+    ----------
+    spec : str or AttentionSpec
+        The kernel, h and normalization, such as ``"gaussian(gamma=0.1)+h(one)"``; by default
+        ``"bn"``, which standardizes the features. Samples have no order, so scales, windows and
+        causal are refused.
+    C : float or "scale"
+        As in `pdcore.svr.fit`. ``"scale"`` is 1 over the mean of K(x, x) over the samples, which
+        suits any h; targets are best standardized then.
+    epsilon : float
+        Errors up to it cost nothing.
+    solver : {"clarabel", "sklearn"}
+        As in `pdcore.svr.fit`.
+    backend : str or sequence of str, optional
+        As in `pdcore.attention`, for `predict`.
+    n_jobs : int, optional
+        Processes that solve several outputs side by side; None is 1.
+
+    Attributes
+    ----------
+    dual_coef_ : array (n_outputs, n_support)
+        a - a* of the support vectors; of several outputs, those of any.
+    support_ : int array (n_support,)
+        The samples that are support vectors of at least one output.
+    support_vectors_ : array (n_support, n_features)
+    intercept_ : array (n_outputs,)
+    C_ : float
+        The box that was used.
+    expansion_ : pdcore.svr.SupportVectorExpansion
+        With the certificate.
+    n_features_in_ : int
+
+    Raises
+    ------
+    ValueError
+        For arguments that do not make sense.
+    UnsupportedError
+        For a spec that is refused.
+    """
+
+    def __init__(
+        self, spec: str | AttentionSpec = "bn", *, C: float | str = "scale",
+        epsilon: float = 0.1, solver: str = "clarabel", backend: Choice = None,
+        n_jobs: int | None = None,
+    ) -> None:  # fmt: skip
+        self.spec = spec
+        self.C = C
+        self.epsilon = epsilon
+        self.solver = solver
+        self.backend = backend
+        self.n_jobs = n_jobs
+
+    def fit(self, X: Any, y: Any) -> SVRAttentionRegressor:
+        """Fit; X (n_samples, n_features), y (n_samples,) or (n_samples, n_outputs)."""
+        spec = as_spec(self.spec)
+        _check_spec(spec)
+        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        targets = np.asarray(y, dtype=np.float64).reshape(len(X), -1)
+        self.C_ = _box(self.C, spec, X)
+        self.expansion_ = fit(
+            X, targets, spec, C=self.C_, epsilon=self.epsilon, solver=self.solver,
+            jobs=1 if self.n_jobs is None else self.n_jobs,
+        )  # fmt: skip
+        self.support_ = np.flatnonzero(np.any(self.expansion_.support, axis=1))
+        self.support_vectors_ = X[self.support_]
+        self.dual_coef_ = self.expansion_.coefficients[self.support_].T
+        self.intercept_ = self.expansion_.intercept
+        self._single = np.ndim(y) == 1
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Predict by attention; X (n_samples, n_features).
+
+        Returns
+        -------
+        array (n_samples,) or (n_samples, n_outputs)
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        found = np.asarray(self.expansion_.attention(X, backend=self.backend))
+        return found[:, 0] if self._single else found
+
+
+def _check_spec(spec: AttentionSpec) -> None:
+    refuse(spec)
+    if spec.heads.scales or spec.support.restricts:
+        raise UnsupportedError(
+            f"spec: {spec} goes by the position of keys, and samples have none; leave scales and "
+            "windows out"
+        )
+    for p in spec.parameters():
+        raise UnsupportedError(
+            f"spec: {spec} takes {p.name!r} from each call, which an estimator does not have; use "
+            "pdcore.svr.fit"
+        )
+
+
+def _box(C: float | str, spec: AttentionSpec, X: Array) -> float:
+    if not isinstance(C, str):
+        return C
+    if C != "scale":
+        raise ValueError(f"C: got {C!r}, expected a number above 0 or 'scale'")
+    [kernel] = head_kernels(spec, X[None], {})
+    return 1.0 / (float(np.mean(np.diag(kernel.gram))) or 1.0)

@@ -1,0 +1,99 @@
+"""The picture of a layer that is read as a regression."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Not pyplot, which keeps global state and may look for a display.
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pdcore.files import replacing
+from pdcore.svr import Interpretation
+
+__all__ = ["write_png"]
+
+BLUE, ORANGE = "#0072b2", "#d55e00"
+
+
+def write_png(path: Path, found: Interpretation, result: Mapping[str, Any]) -> Path:
+    """Draw each head: its multipliers, its support vectors, and their number by epsilon.
+
+    Parameters
+    ----------
+    path : Path
+        Where to write; replaced if it is there.
+    found : Interpretation
+        At the epsilon that is drawn.
+    result : mapping
+        What ``interpretation.json`` holds.
+
+    Returns
+    -------
+    Path
+        `path`.
+    """
+    heads, frames = found.support.shape
+    figure = Figure(figsize=(2.8 * heads + 1.6, 8.4), layout="constrained")
+    axes = figure.subplots(3, heads, squeeze=False, height_ratios=(3, 2, 2), sharey="row")
+    for head in range(heads):
+        _multipliers(axes[0, head], found, head)
+        _support(axes[1, head], found, head)
+        axes[1, head].sharex(axes[0, head])
+        _counts(axes[2, head], result, head, frames)
+    axes[0, 0].set_ylabel("output feature", fontsize=9)
+    axes[1, 0].set_ylabel("share of the outputs\nthat need the frame", fontsize=9)
+    axes[2, 0].set_ylabel("support frames", fontsize=9)
+    bar = figure.colorbar(axes[0, 0].images[0], ax=axes[0, :], shrink=0.9, aspect=16, pad=0.01)
+    bar.set_label("(α - α*) / C of the head", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    figure.suptitle(
+        f"{result['spec']}, layer {result['layer']}: one utterance, speaker {result['speaker']}, "
+        f"{frames} frames; ε = {result['share']:g} standard deviations of the outputs",
+        fontsize=11,
+    )
+    with replacing(path, force=True) as stream:
+        figure.savefig(stream, format="png", dpi=110)
+    return path
+
+
+def _multipliers(axes: Any, found: Interpretation, head: int) -> None:
+    shown = found.coefficients[head].T / (found.C[head] or 1.0)
+    axes.imshow(shown, cmap="RdBu_r", vmin=-1.0, vmax=1.0, aspect="auto", origin="lower")
+    axes.set_title(f"head {head + 1}: the values need\nC = {found.C[head]:.3g}", fontsize=9)
+    axes.tick_params(labelsize=8, labelbottom=False)
+
+
+def _support(axes: Any, found: Interpretation, head: int) -> None:
+    support, share = found.support[head], found.share[head]
+    axes.bar(np.arange(len(share)), share, width=0.8, color=BLUE)
+    none = np.flatnonzero(~support)
+    axes.plot(none, np.full(len(none), 0.03), "x", color=ORANGE, markersize=4, clip_on=False)
+    axes.set_ylim(0.0, 1.0)
+    axes.set_title(f"{support.sum()} of {len(support)} frames are support\nvectors, error "
+                   f"{found.error[head]:.2g} at the queries", fontsize=9)  # fmt: skip
+    axes.set_xlabel("key frame (×: not needed)", fontsize=9)
+    _plain(axes)
+
+
+def _counts(axes: Any, result: Mapping[str, Any], head: int, frames: int) -> None:
+    shares = [float(share) for share in result["counts"]]
+    counts = [own[head] for own in result["counts"].values()]
+    axes.plot(shares, counts, "o-", color=BLUE, markersize=4, linewidth=1.2)
+    axes.axvline(result["share"], color=ORANGE, linewidth=1.0)
+    axes.set_xscale("log")
+    axes.set_ylim(0, frames + 1)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("ε, standard deviations", fontsize=9)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(axis="y", color="#e3e5e8", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)

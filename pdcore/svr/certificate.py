@@ -1,0 +1,199 @@
+"""The certificate of a solution: objectives, duality gap, residuals of its conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .expansion import HeadFit, SupportVectorExpansion
+
+__all__ = ["Certificate", "certificate"]
+
+Array = np.ndarray[Any, Any]
+
+_COLUMNS = (
+    ("primal", "primal"),
+    ("dual", "dual"),
+    ("gap", "gap"),
+    ("stationarity", "stationarity"),
+    ("complementarity", "slackness"),
+    ("box", "box"),
+    ("balance", "sum"),
+    ("inside", "inside %"),
+    ("support", "support %"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """How far a solution is from optimal, each array (H, Dv); prints as a table.
+
+    With r = y - f at the points, r in units of the largest distance of a target from their mean:
+
+    Attributes
+    ----------
+    primal : array
+        1/2 |w|^2 + C sum max(0, |r| - epsilon).
+    dual : array
+        -1/2 beta.K beta + y.beta - epsilon |beta|_1, beta = a - a*.
+    gap : array
+        primal - dual, over the larger of the two in size; 0 where both are rounding, at most
+        4 eps C sum |y| with eps that of float64.
+    stationarity : array
+        The largest violation by r of what its multiplier demands: |r| <= epsilon at 0, r = epsilon
+        or -epsilon inside the box, |r| >= epsilon on the side of a multiplier at C.
+    complementarity : array
+        The largest of a (epsilon + xi - r), a* (epsilon + xi* + r), (C - a) xi and (C - a*) xi*,
+        over C.
+    box : array
+        The most by which a multiplier leaves 0 to C, over C.
+    balance : array
+        |sum beta| over sum |beta|.
+    inside, support : array
+        The shares of the multipliers of the points, larger of each pair, that are strictly between
+        0 and C, and above 0.
+    condition : array (H,)
+        The condition number of each Gram matrix; inf where rounding hides it.
+    gap_tolerance, residual_tolerance : float
+        What `ok` compares with.
+    """
+
+    primal: Array
+    dual: Array
+    gap: Array
+    stationarity: Array
+    complementarity: Array
+    box: Array
+    balance: Array
+    inside: Array
+    support: Array
+    condition: Array
+    gap_tolerance: float
+    residual_tolerance: float
+
+    @property
+    def residual(self) -> float:
+        """The largest residual of the optimality conditions."""
+        parts = (self.stationarity, self.complementarity, self.box, self.balance)
+        return max(float(np.max(x)) for x in parts)
+
+    @property
+    def ok(self) -> bool:
+        """Whether gap and residuals are within the tolerances; NaN is not."""
+        gap = float(np.max(np.abs(self.gap)))
+        return gap <= self.gap_tolerance and self.residual <= self.residual_tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the same as data, arrays as lists."""
+        found = {name: getattr(self, name).tolist() for name, _ in _COLUMNS}
+        return found | {
+            "condition": self.condition.tolist(), "residual": self.residual, "ok": self.ok,
+            "gap_tolerance": self.gap_tolerance, "residual_tolerance": self.residual_tolerance,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        header, rows = self._table()
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))
+                 for row in (header, *rows)]  # fmt: skip
+        return "\n".join([*lines, self._verdict()])
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        header, rows = self._table()
+        table = Table(caption=self._verdict(), caption_justify="left")
+        for name in header:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        header = ["head", "output", *(title for _, title in _COLUMNS), "condition"]
+        rows = []
+        for head, output in np.ndindex(self.primal.shape):
+            cells = [getattr(self, name)[head, output] for name, _ in _COLUMNS]
+            numbers = [f"{x:.6g}" for x in cells[:2]] + [f"{x:.1e}" for x in cells[2:7]]
+            shares = [f"{100 * x:.0f}" for x in cells[7:]]
+            condition = self.condition[head]
+            shown = f"{condition:.1e}" if np.isfinite(condition) else "unresolved"
+            rows.append([str(head), str(output), *numbers, *shares, shown])
+        return header, rows
+
+    def _verdict(self) -> str:
+        return (
+            f"{'ok' if self.ok else 'NOT ok'}: gap {np.max(np.abs(self.gap)):.1e} "
+            f"(tolerance {self.gap_tolerance:.0e}), residuals {self.residual:.1e} "
+            f"(tolerance {self.residual_tolerance:.0e})"
+        )
+
+
+def certificate(
+    expansion: SupportVectorExpansion, *, gap: float = 1e-8, residual: float = 1e-6
+) -> Certificate:
+    """Say how far a solution is from optimal, from its multipliers and b alone.
+
+    Parameters
+    ----------
+    expansion : SupportVectorExpansion
+    gap : float
+        The tolerance of the relative duality gap.
+    residual : float
+        The tolerance of the other residuals.
+
+    Returns
+    -------
+    Certificate
+    """
+    C, epsilon = expansion.C, expansion.epsilon
+    heads = [_head(head, C, epsilon) for head in expansion.heads]
+    stacked = {name: np.stack([head[name] for head in heads]) for name in heads[0]}
+    condition = np.array([head.kernel.condition for head in expansion.heads])
+    return Certificate(
+        **stacked, condition=condition, gap_tolerance=gap, residual_tolerance=residual
+    )
+
+
+def _head(head: HeadFit, C: float, epsilon: float) -> dict[str, Array]:
+    """Certify the outputs of one head; each array (Dv,)."""
+    up, low, y = head.upper, head.lower, head.targets
+    beta = up - low
+    inner = head.kernel.gram @ beta
+    r = y - inner - head.intercept
+    slack_up, slack_low = np.maximum(0.0, r - epsilon), np.maximum(0.0, -r - epsilon)
+    norm = np.sum(beta * inner, axis=0)
+    primal = 0.5 * norm + C * np.sum(slack_up + slack_low, axis=0)
+    dual = -0.5 * norm + np.sum(y * beta - epsilon * (up + low), axis=0)
+    unit = np.max(np.abs(y - np.mean(y, axis=0)), axis=0)
+    unit = np.where(unit > 0, unit, 1.0)
+    size, total = np.maximum(up, low), np.sum(up + low, axis=0)
+    products = [
+        up * (epsilon + slack_up - r), low * (epsilon + slack_low + r),
+        (C - up) * slack_up, (C - low) * slack_low,
+    ]  # fmt: skip
+    larger = np.maximum(np.abs(primal), np.abs(dual))
+    rounding = larger <= 4.0 * np.finfo(np.float64).eps * C * np.sum(np.abs(y), axis=0)
+    return {
+        "primal": primal,
+        "dual": dual,
+        "gap": np.where(rounding, 0.0, primal - dual) / np.where(rounding, 1.0, larger),
+        "stationarity": _violation(beta, r, C, epsilon) / unit,
+        "complementarity": np.max(np.abs(products), axis=(0, 1)) / (C * unit),
+        "box": np.max(np.maximum(0.0, [-up, -low, up - C, low - C]), axis=(0, 1)) / C,
+        "balance": np.abs(np.sum(beta, axis=0)) / np.where(total > 0, total, 1.0),
+        "inside": np.mean((size > 0) & (size < C), axis=0),
+        "support": np.mean(size > 0, axis=0),
+    }
+
+
+def _violation(beta: Array, r: Array, C: float, epsilon: float) -> Array:
+    """Measure by how much r disagrees with its multiplier, the largest of each output."""
+    outside = np.maximum(0.0, np.abs(r) - epsilon)
+    along = np.sign(beta) * r
+    found = np.where(beta == 0, outside, np.abs(along - epsilon))
+    found = np.where(np.abs(beta) >= C, np.maximum(0.0, epsilon - along), found)
+    return np.asarray(np.max(found, axis=0))

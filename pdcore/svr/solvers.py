@@ -1,0 +1,134 @@
+"""Solvers of the dual, and what each output passes through on its way to one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import nearest
+from .active_set import Array, Dual, Solved, polish
+
+__all__ = ["SOLVERS", "check_solver", "solve", "solve_all"]
+
+#: Newton steps and pairs of multipliers, at most.
+CLARABEL_STEPS, LIBSVM_STEPS = 200, 10_000_000
+
+
+def solve(gram: Array, targets: Array, C: float, epsilon: float, solver: str) -> Solved:
+    """Solve the dual of one output.
+
+    The solver meets a Gram matrix of mean diagonal 1 and targets from -1 to 1; its active set is
+    then made exact in float64.
+
+    Parameters
+    ----------
+    gram : array (W, W)
+        K, positive semidefinite.
+    targets : array (W,)
+    C, epsilon : float
+        The box, and the half width of the tube.
+    solver : {"clarabel", "sklearn"}
+
+    Raises
+    ------
+    RuntimeError
+        When the solver gives no multipliers.
+    """
+    unit = float(np.mean(np.diag(gram))) or 1.0
+    low, high = float(np.min(targets)), float(np.max(targets))
+    centre, width = 0.5 * (low + high), 0.5 * (high - low)
+    if width <= epsilon:  # the tube holds all targets
+        return Solved(np.zeros(len(targets)), centre, 0.0)
+    dual = Dual(gram / unit, (targets - centre) / width, C * unit / width, epsilon / width)
+    with warnings.catch_warnings():
+        # Of stopping early, which the residual judges.
+        warnings.simplefilter("ignore")
+        start = SOLVERS[solver](dual)
+    found = polish(dual, start)
+    beta = found.coefficients
+    # Not C * unit / width * width / unit, which is C but for the last digit.
+    box = np.sign(beta) * C
+    scaled = np.where(np.abs(beta) == dual.C, box, np.clip(beta * (width / unit), -C, C))
+    return Solved(scaled, centre + width * found.intercept, width * found.residual)
+
+
+def solve_all(
+    tasks: Sequence[tuple[Array, Array]], C: float, epsilon: float, solver: str, jobs: int
+) -> Iterator[Solved]:
+    """Solve several outputs, (gram, targets) each, `jobs` processes at a time."""
+    if jobs == 1:
+        for gram, targets in tasks:
+            yield solve(gram, targets, C, epsilon, solver)
+        return
+    joblib = _imported("joblib")
+    run = joblib.Parallel(n_jobs=jobs, return_as="generator")
+    yield from run(joblib.delayed(solve)(gram, y, C, epsilon, solver) for gram, y in tasks)
+
+
+def check_solver(solver: str) -> None:
+    """Refuse a solver that is unknown or not installed."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: got {solver!r}; {nearest(str(solver), SOLVERS)}")
+    for name in _NEEDS[solver]:
+        _imported(name)
+
+
+def _clarabel(dual: Dual) -> Array:
+    """Solve by an interior point method, in (beta, t) with |beta| <= t."""
+    sparse = _imported("scipy.sparse")
+    qpsolvers = _imported("qpsolvers")
+    count = len(dual.targets)
+    one, zero = sparse.identity(count, format="csc"), sparse.csc_matrix((count, count))
+    problem = qpsolvers.Problem(
+        P=sparse.block_diag([sparse.csc_matrix(dual.gram), zero], format="csc"),
+        q=np.append(-dual.targets, np.full(count, dual.epsilon)),
+        G=sparse.bmat([[one, -one], [-one, -one]], format="csc"),
+        h=np.zeros(2 * count),
+        A=sparse.csc_matrix(np.append(np.ones(count), np.zeros(count))[None]),
+        b=np.zeros(1),
+        lb=np.append(np.full(count, -dual.C), np.zeros(count)),
+        ub=np.full(2 * count, dual.C),
+    )
+    # Tighter than the results need: from a looser end the active set may not be found.
+    found = qpsolvers.solve_problem(
+        problem, solver="clarabel", max_iter=CLARABEL_STEPS, tol_gap_abs=1e-12, tol_gap_rel=1e-12,
+        tol_feas=1e-12,
+    )  # fmt: skip
+    if found.x is None or not np.all(np.isfinite(found.x)):
+        raise RuntimeError(
+            f"solver: clarabel ends with {found.extras.get('status')} and gives no multipliers; "
+            "try solver='sklearn', a smaller C or a larger epsilon"
+        )
+    return np.asarray(found.x[:count], dtype=np.float64)
+
+
+def _sklearn(dual: Dual) -> Array:
+    """Solve by libsvm, whose Gram matrix is float32."""
+    svm = _imported("sklearn.svm")
+    model = svm.SVR(
+        kernel="precomputed", C=dual.C, epsilon=dual.epsilon, tol=1e-6, cache_size=500.0,
+        max_iter=LIBSVM_STEPS,
+    ).fit(dual.gram, dual.targets)  # fmt: skip
+    beta = np.zeros(len(dual.targets))
+    beta[model.support_] = model.dual_coef_[0]
+    return beta
+
+
+SOLVERS: dict[str, Callable[[Dual], Array]] = {"clarabel": _clarabel, "sklearn": _sklearn}
+_NEEDS = {"clarabel": ("scipy.sparse", "qpsolvers", "clarabel"), "sklearn": ("sklearn.svm",)}
+
+
+def _imported(name: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        package = {"sklearn": "scikit-learn"}.get(package, package)
+        raise ModuleNotFoundError(
+            f"pdcore.svr: {package} is not installed: pip install 'pdcore[svr]'", name=error.name
+        ) from error

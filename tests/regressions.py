@@ -1,0 +1,62 @@
+"""Regressions on real data for the tests, and their kernel matrices by formulas of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pdcore.datasets import japanese_vowels
+
+__all__ = ["explicit", "next_frames", "pooled", "vowels"]
+
+Array = np.ndarray[Any, Any]
+
+
+def vowels(count: int) -> list[Array]:
+    """Give utterances of recorded vowels, standardised by the training part, (frames, 12)."""
+    found = japanese_vowels()
+    train = found.frames[found.train][found.real[found.train]].astype(np.float64)
+    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    return [(found.frames[i, : found.lengths[i]] - mean) / deviation for i in range(count)]
+
+
+def next_frames(count: int, outputs: int) -> tuple[Array, Array]:
+    """Give frames, and the first channels of the frames after them: (M, 12), (M, outputs)."""
+    series = vowels(count)
+    keys = np.concatenate([x[:-1] for x in series])
+    return keys, np.concatenate([x[1:, :outputs] for x in series])
+
+
+def pooled(x: Array, scale: int) -> Array:
+    """Take means over consecutive windows, the last may be short."""
+    return np.stack([x[a : a + scale].mean(axis=0) for a in range(0, len(x), scale)])
+
+
+def explicit(kernel: str, x: Array, keys: Array, *, bn: bool = False, h: str = "sum") -> Array:
+    """Evaluate kappa(T(x), T(k)) / (h(x) h(k)), (N, M), kernels with their default arguments."""
+    if bn:
+        mean, deviation = keys.mean(axis=0), np.sqrt(keys.var(axis=0) + 1e-5)
+        x, keys = (x - mean) / deviation, (keys - mean) / deviation
+
+    def kappa(a: Array, b: Array) -> Array:
+        inner = a @ b.T
+        if kernel == "softmax":
+            return np.exp(inner / np.sqrt(a.shape[1]))
+        if kernel == "gaussian(gamma=0.05)":
+            return np.exp(-0.05 * ((a[:, None] - b[None]) ** 2).sum(axis=-1))
+        if kernel == "cosine":
+            lengths = np.linalg.norm(a, axis=1)[:, None] * np.linalg.norm(b, axis=1)
+            return np.exp(inner / lengths)
+        if kernel == "polynomial":
+            return (inner / np.sqrt(a.shape[1]) + 1.0) ** 2
+        assert kernel == "linear"
+        phi = [np.where(z < 0, np.exp(np.minimum(z, 0.0)), z + 1.0) for z in (a, b)]
+        return phi[0] @ phi[1].T
+
+    def total(a: Array) -> Array:
+        if h == "sum":
+            return kappa(a, keys).sum(axis=1)
+        return np.full(len(a), {"one": 1.0, "count": float(len(keys))}[h])
+
+    return kappa(x, keys) / np.outer(total(x), total(keys))

@@ -1,0 +1,97 @@
+"""What pdcore.svr refuses before any solver is needed, and what it says without one."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pdcore
+from pdcore import UnsupportedError
+from pdcore.svr import fit, interpret
+
+KEYS, TARGETS = np.ones((4, 3)), np.ones((4, 2))
+
+
+@dataclass(frozen=True)
+class Plain(pdcore.FeatureMap):
+    """phi(x) = x."""
+
+    word = "plain"
+    signed = True
+
+    def features(self, x: Any, *, xp: Any, params: Any) -> Any:
+        return x
+
+    def latex(self) -> str:
+        return "x^T y"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("softmax(softcap=2.0)", "softcap"),
+        (pdcore.AttentionSpec(kernel=Plain(), normaliser="one"), "signed"),
+        ("causal", "every query has keys of its own"),
+        ("bn(statistics=prefix)", "every query has statistics of its own"),
+        ("sparse(2,3)", "not symmetric"),
+        ("sparse(2,2)+sh(2)", "pools keys under a window"),
+    ],
+)
+def test_specs_that_are_no_regression(spec: Any, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^spec: .*{reason}"):
+        fit(KEYS, TARGETS, spec, C=1.0, epsilon=0.1)
+    x = KEYS[None]
+    with pytest.raises(UnsupportedError, match=f"^spec: .*{reason}"):
+        interpret(x, x, x, spec, epsilon=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"keys": KEYS.tolist()}, TypeError, "keys: got builtins.list"),
+        ({"keys": KEYS.astype("f4")}, TypeError, "keys: got a numpy array of float32"),
+        ({"targets": TARGETS * np.nan}, ValueError, "targets: got NaN or inf"),
+        ({"keys": np.ones(4)}, ValueError, "keys: got shape (4,), expected (H, M, D) or (M, D)"),
+        ({"keys": np.ones((0, 3)), "targets": np.ones((0, 1))}, ValueError, "none of them 0"),
+        ({"targets": np.ones(4)}, ValueError, "targets: got shape (4,), expected (4, 'Dv')"),
+        ({"targets": np.ones((4, 0))}, ValueError, "Dv at least 1"),
+        ({"targets": np.ones((3, 2))}, ValueError, "targets: got shape (3, 2)"),
+        ({"C": 0.0}, ValueError, "C: got 0.0, expected a finite number above 0"),
+        ({"C": np.inf}, ValueError, "C: got inf"),
+        ({"epsilon": -1}, ValueError, "epsilon: got -1, expected a finite number from 0"),
+        ({"epsilon": True}, ValueError, "epsilon: got True"),
+        ({"jobs": 0}, ValueError, "jobs: got 0, expected a whole number from 1, or -1"),
+        ({"solver": "clarabell"}, ValueError, "did you mean 'clarabel'?"),
+        ({"spec": 3}, TypeError, "spec: got int"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    call: dict[str, Any] = {"keys": KEYS, "targets": TARGETS, "C": 1.0, "epsilon": 0.1}
+    with pytest.raises(error, match=re.escape(message)):
+        fit(**call | arguments)
+
+
+@pytest.mark.parametrize(
+    ("solver", "module", "package"),
+    [("clarabel", "qpsolvers", "qpsolvers"), ("clarabel", "clarabel", "clarabel"),
+     ("sklearn", "sklearn", "scikit-learn")],
+)  # fmt: skip
+def test_without_the_extra_it_says_what_installs_it(
+    solver: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    # What comes before it in the extra is there, so that this one is what is missed.
+    for earlier in ("scipy.sparse", "qpsolvers"):
+        if earlier != module:
+            monkeypatch.setitem(sys.modules, earlier, object())
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        fit(KEYS, TARGETS, C=1.0, epsilon=0.1, solver=solver)
+    message = f"pdcore.svr: {package} is not installed: pip install 'pdcore[svr]'"
+    assert str(caught.value) == message
