@@ -36,7 +36,7 @@ FRAMEWORKS_PYTHON = "3.11"
 JAX_PYTHONS = [FRAMEWORKS_PYTHON, "3.12"]
 NUMPY_ONLY = (
     "not torch and not triton and not transformers and not jax and not jax_adapters "
-    "and not cuda and not example and not browser"
+    "and not cuda and not cupy and not example and not browser"
 )
 
 # What the conformance matrix installs for each backend: an extra, and the pins to go with it.
@@ -157,6 +157,34 @@ def tests_cuda(session: nox.Session) -> None:
     session.run("g++", "--version", external=True)
     # Builds are kept in the environment, not in the user's cache.
     run_tests(session, "-m", "cuda", env={"CUDA_ON_CPU_CACHE": session.create_tmp()})
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def tests_cupy(session: nox.Session) -> None:
+    """Run the CuPy backend's kernels and launch code on the emulator, without CuPy."""
+    install_for_tests(session, "-e", ".[cli,conformance]")
+    session.install("--no-deps", "./tests/cuda_cpu")
+    session.run("g++", "--version", external=True)
+    env = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
+    session.run("pytest", "-m", "cupy", "tests/test_cupy_kernels.py", *session.posargs, env=env)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def cuda_gate(session: nox.Session) -> None:
+    """Compile every CUDA kernel for every architecture, and compare with docs/cuda-kernels.md."""
+    install_for_tests(session, "-e", ".[cli,conformance,cupy]", "nvidia-cuda-nvrtc", pins="cupy")
+    # On two threads of its own.
+    session.run("pytest", "-m", "cupy", "tests/test_cuda_gate.py", *session.posargs)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def conform_emulated(session: nox.Session) -> None:
+    """Judge the CuPy backend's kernels on the emulator; `-- --level core` is what CI asks for."""
+    session.install(*pinned("tests"), "-e", ".[cli,conformance]")
+    session.install("--no-deps", "./tests/cuda_cpu")
+    session.run("g++", "--version", external=True)
+    env = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
+    session.run("python", "tests/emulated_cupy.py", *session.posargs, env=env)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)
