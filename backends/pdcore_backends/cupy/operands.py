@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,24 +78,28 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
     if offsets is not None and offsets.shape[0] != batch:
         offsets = xp.ascontiguousarray(xp.broadcast_to(offsets, (batch,)))
     extent = (1,) * 5 if bias is None else tuple(bias.shape)
-    shape = np.zeros((), SHAPE)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        shape[name] = _strides(x)[:-1]
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None:
-            shape[name] = _strides(x)
-    support = seen.support
-    for name, value in {
-        "key_mask": seen.keys, "real": seen.length, "offset": seen.offset if seen.static else 0,
-        "ahead": _bound(support.ahead), "left": _bound(support.left), "scale": c.scale,
-        "batch": batch, "heads": heads, "group": group, "rows": rows, "keys": keys,
-        "length": seen.length, "span": seen.scale, "dim": dim, "value_dim": value_dim,
-        "has_sign": c.signed, "bias_extent": extent,
-    }.items():  # fmt: skip
-        shape[name] = value
     given = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
     arrays = tuple(NULL if x is None else x for x in given)
-    return Packed(arrays, shape[()], batch, heads, group, rows, keys, dim, value_dim, extent)
+    sizes = (batch, heads, group, rows, keys, dim, value_dim)
+    shape = _record({
+        **{n: _strides(x)[:-1] for n, x in (("q", q), ("k", k), ("v", v))},
+        **{n: _strides(x) for n, x in (("bias", bias), ("mask", mask)) if x is not None},
+        **dict(zip(("batch", "heads", "group", "rows", "keys", "dim", "value_dim"), sizes,
+                   strict=True)),
+        "key_mask": seen.keys, "real": seen.length, "offset": seen.offset if seen.static else 0,
+        "ahead": _bound(seen.support.ahead), "left": _bound(seen.support.left),
+        "scale": c.scale, "length": seen.length, "span": seen.scale, "has_sign": c.signed,
+        "bias_extent": extent,
+    })  # fmt: skip
+    return Packed(arrays, shape, *sizes, extent)
+
+
+def _record(members: Mapping[str, Any]) -> Any:
+    """Give a `SHAPE` with these members, 0 elsewhere."""
+    shape = np.zeros((), SHAPE)
+    for name, value in members.items():
+        shape[name] = value
+    return shape[()]
 
 
 def _one_lead(x: Any, lead: list[int], xp: Any) -> Any:
