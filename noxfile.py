@@ -167,12 +167,14 @@ def tests_jax_adapters(session: nox.Session) -> None:
 
 @nox.session(python=FRAMEWORKS_PYTHON)
 def tests_cuda(session: nox.Session) -> None:
-    """Run the CUDA kernels on the CPU, by the emulator; compile them where no GPU is needed."""
+    """Run the CUDA kernels on the CPU, by the emulator, and compile them; no GPU is needed."""
     install_for_tests(session, "-e", ".[cli,conformance,cupy]", "nvidia-cuda-nvrtc", pins=("cupy",))
     session.install("--no-deps", "./tests/cuda_cpu")
     session.run("g++", "--version", external=True)
     # Builds are kept in the environment, not in the user's cache.
-    run_tests(session, "-m", "cuda", env={"CUDA_ON_CPU_CACHE": session.create_tmp()})
+    env: dict[str, str | None] = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
+    run_tests(session, "-m", "cuda", env=env)
+    session.run("python", "tests/emulated_cupy.py", "--level", "core", env=env)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)
@@ -183,6 +185,17 @@ def tests_svr(session: nox.Session) -> None:
     run_tests(session, "-m", "svr")
     modules = ["pdcore/svr", "adapters/pdcore_adapters/sklearn.py"]
     session.run("pytest", "--doctest-modules", *modules)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
+def conform_emulated(session: nox.Session) -> None:
+    """Judge the CuPy backend's kernels on the emulator (`tests_cuda` does so on the core level)."""
+    session.install(*pinned("tests"), "-e", ".[cli,conformance]")
+    session.install("--no-deps", "./tests/cuda_cpu")
+    session.run("g++", "--version", external=True)
+    arguments = session.posargs or ["--level", "all"]
+    env = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
+    session.run("python", "tests/emulated_cupy.py", *arguments, env=env)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

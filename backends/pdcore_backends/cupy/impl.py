@@ -1,24 +1,56 @@
-"""Plans on CuPy arrays: `ArrayBackend`, with its own pullbacks."""
+"""Plans on CuPy arrays: kernels of our own, and `ArrayBackend` with its pullbacks elsewhere."""
 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy
 
-from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Request
 
 from . import INFO
+from .fused import KernelBackend
+from .runtime import Kernel
 
 __all__ = ["CupyBackend"]
 
 
-class CupyBackend(ArrayBackend):
+class CupyRuntime:
+    """NVRTC, the memory pool and the current stream, by CuPy."""
+
+    def on(self, array: Any) -> AbstractContextManager[Any]:
+        """Enter the array's device, see `Runtime.on`."""
+        device: AbstractContextManager[Any] = array.device
+        return device
+
+    def device(self) -> int:
+        """Give the thread's device, see `Runtime.device`."""
+        return int(cupy.cuda.runtime.getDevice())
+
+    def capability(self, device: str) -> int:
+        """Ask the driver, see `Runtime.capability`; arrays of the host will be on device 0."""
+        return int(cupy.cuda.Device(int(device.partition(":")[2] or 0)).compute_capability)
+
+    def compile(self, code: str, name: str) -> Kernel:
+        """Compile by NVRTC; CuPy keeps the result on disk, see `Runtime.compile`."""
+        module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
+        kernel: Kernel = module.get_function(name)
+        return kernel
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Allocate from the pool, see `Runtime.empty`."""
+        return cupy.empty(shape, dtype)
+
+
+class CupyBackend(KernelBackend):
     """Runs plans on CuPy arrays."""
 
     info = INFO
+
+    def __init__(self) -> None:
+        super().__init__(CupyRuntime())
 
     def refusals(self, request: Request) -> list[str]:
         """Say why the backend cannot run a call, see `Backend.refusals`."""

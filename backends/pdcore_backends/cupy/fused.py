@@ -1,0 +1,95 @@
+"""Plans by CUDA kernels of our own where they compute one, else by the library's operations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pdcore.array_backend import ArrayBackend
+from pdcore.backend import Request
+from pdcore.operands import Operands
+from pdcore.plan import Plan, Scores
+
+from .programs import columns_for, tile
+from .runtime import Runtime
+from .scores import ScoreKernels
+
+__all__ = ["Compiled", "KernelBackend", "limit"]
+
+#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
+CAPABILITY = 75
+BLOCKS = 2**31 - 1, 65535
+
+
+@dataclass(frozen=True)
+class Compiled(Scores):
+    """A contraction by scores that the kernels compute."""
+
+
+class KernelBackend(ArrayBackend):
+    """Runs contractions by scores on the kernels of a runtime, and all else by array calls."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.kernels = ScoreKernels(runtime)
+
+    def fuse(self, plan: Plan, request: Request) -> Plan:
+        """Choose the kernels where they compute the plan, see `Backend.fuse`."""
+        c = plan.contraction
+        why = limit(plan, request, self.runtime.capability(request.device))
+        if why or not isinstance(c, Scores):
+            step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
+            return replace(plan, steps=(*plan.steps, step))
+        log_w = "scale s" if c.expression is None else str(c.expression)
+        what = f"log w = {log_w}" if c.weight == "log" else "w = s"
+        step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
+        return replace(plan, contraction=c.run_as(Compiled), steps=(*plan.steps, step))
+
+    def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
+        """Contract by scores, by the kernels where they were chosen."""
+        if isinstance(c, Compiled):
+            return self.kernels.forward(c, o, xp=self.xp)
+        return super().scores(c, o)
+
+    def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
+                   d_level: Any) -> dict[str, Any]:  # fmt: skip
+        """Pull back, by the kernels where they were chosen."""
+        if isinstance(c, Compiled):
+            return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
+        return super().scores_vjp(c, o, out, level, d_out, d_level)
+
+
+def limit(plan: Plan, request: Request, capability: int) -> str:
+    """Say why the kernels do not run a plan on a device, nothing if they do.
+
+    Parameters
+    ----------
+    plan : Plan
+    request : Request
+    capability : int
+        The device's compute capability, 90 for 9.0.
+    """
+    c = plan.contraction
+    if not isinstance(c, Scores):
+        return "no kernel contracts features"
+    if c.weight == "log_features":
+        return "no kernel takes log features, whose maxima differ from block to block"
+    if not request.q[-1]:
+        return "got D = 0, and a tile takes one feature at least"
+    if capability < CAPABILITY:
+        return (f"the device has compute capability {capability / 10}, and the kernels are for "
+                f"{CAPABILITY / 10} and later")  # fmt: skip
+    size = tile("float" if plan.accumulate == "float32" else "double")
+    *lead, rows, dim = request.q
+    keys, value_dim = request.v[-2:]
+    longest = max(rows, keys)
+    blocks = math.prod(lead) * -(-longest // size)
+    if request.bias is not None:
+        blocks = max(blocks, math.prod(lead) * -(-rows // size) * -(-keys // size))
+    slices = max(-(-n // columns_for(n)) for n in (max(dim, 1), max(value_dim, 1)))
+    if max(longest, blocks) > BLOCKS[0] - size or slices > BLOCKS[1]:
+        return (f"got q {request.q} and v {request.v}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} "
+                f"blocks at most, of {size} rows and keys and 256 columns")  # fmt: skip
+    return ""

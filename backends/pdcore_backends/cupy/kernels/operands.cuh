@@ -1,0 +1,116 @@
+// What a contraction by scores reads, as `Operands` and `Visibility` of pdcore say it, and the
+// weight of a key for a row. `log_kappa`, its slopes, VALUES and LOG_WEIGHT come before this text.
+
+// As pdcore_backends/cupy/operands.py packs it. Strides count entries; -1 is no bound.
+struct Shape {
+  i64 q[4];     // strides by sequence, key head, query head of a key head, row
+  i64 k[3];     // by sequence, key head, row
+  i64 v[3];
+  i64 bias[5];  // by sequence, key head, query head, row, key; 0 where it is broadcast
+  i64 mask[5];
+  i64 key_mask, real;  // by sequence
+  i64 offset;          // position of query 0, where it is the same for all sequences
+  i64 ahead, left;     // how far past and before its own position a query sees
+  double scale;        // log w = scale * s, where there is no expression
+  int batch, heads, group, rows, keys;
+  int length, span;    // keys before pooling, and how many of them a key stands for
+  int dim, value_dim;
+  int has_sign;
+  int bias_extent[5];  // the bias's own shape
+};
+
+#define INPUTS                                                                                    \
+  const scalar *__restrict__ q, const scalar *__restrict__ k, const scalar *__restrict__ v,       \
+      const scalar *__restrict__ key_bias, const scalar *__restrict__ bias,                       \
+      const bool *__restrict__ key_mask, const bool *__restrict__ real,                           \
+      const bool *__restrict__ mask, const i64 *__restrict__ offsets,                             \
+      const scalar *__restrict__ values
+#define INPUT_NAMES {q, k, v, key_bias, bias, key_mask, real, mask, offsets, values}
+
+struct Inputs {
+  const scalar *q, *k, *v, *key_bias, *bias;
+  const bool *key_mask, *real, *mask;
+  const i64* offsets;
+  const scalar* values;
+};
+
+// Keys, or rows, from `first` up to `last`.
+struct Range {
+  int first, last;
+
+  DEVICE_MEMBER bool has(int i) const { return i >= first && i < last; }
+};
+
+DEVICE Range range(i64 first, i64 last, int count) {
+  first = no_less(first, 0);
+  return {int(smaller(first, count)), int(smaller(last, count))};
+}
+
+// One query head of one sequence.
+struct Head {
+  const Shape* shape;
+  Rows q, k, v;
+  const scalar *key_bias, *bias, *values;
+  const bool *key_mask, *real, *mask;
+  i64 offset;
+
+  // The keys that some of the rows first .. last - 1 see by position; none without rows.
+  DEVICE_MEMBER Range keys_of(int first, int last) const {
+    const Shape& s = *shape;
+    last = int(smaller(last, s.rows));
+    if (first >= last) return {0, 0};
+    i64 low = 0, high = s.keys;
+    if (s.ahead >= 0) high = floor_div(last + offset + s.ahead, s.span);
+    if (s.left >= 0) low = ceil_div(first + offset - s.left, s.span);
+    return range(low, high, s.keys);
+  }
+
+  // The rows that see some of the keys first .. last - 1 by position; none without keys.
+  DEVICE_MEMBER Range rows_of(int first, int last) const {
+    const Shape& s = *shape;
+    last = int(smaller(last, s.keys));
+    if (first >= last) return {0, 0};
+    i64 low = 0, high = s.rows;
+    if (s.ahead >= 0) low = (first + i64(1)) * s.span - 1 - offset - s.ahead;
+    if (s.left >= 0) high = (last - i64(1)) * s.span - offset + s.left + 1;
+    return range(low, high, s.rows);
+  }
+
+  // Whether key mask and mask let a row see a key: the mask has to allow all of its real keys.
+  DEVICE_MEMBER bool unmasked(int row, int key) const {
+    const Shape& s = *shape;
+    if (key_mask && !key_mask[key]) return false;
+    if (!mask) return true;
+    const bool* allowed = mask + row * s.mask[3];
+    const int first = key * s.span, last = int(smaller(i64(first) + s.span, s.length));
+    for (int t = first; t < last; t++)
+      if (!allowed[t * s.mask[4]] && (!real || real[t])) return false;
+    return true;
+  }
+
+  // log kappa with its biases, of a key that the row sees.
+  DEVICE_MEMBER scalar log_weight(scalar s, int row, int key) const {
+    scalar found = log_kappa(s, scalar(shape->scale), values);
+    if (key_bias) found += key_bias[key];
+    if (bias) found += bias[row * shape->bias[3] + key * shape->bias[4]];
+    return found;
+  }
+};
+
+DEVICE Head head_at(const Inputs& x, const Shape& s, i64 b, i64 h, i64 g) {
+  Head found;
+  found.shape = &s;
+  found.q = rows_at(x.q + b * s.q[0] + h * s.q[1] + g * s.q[2], s.q[3], s.rows, s.dim);
+  found.k = rows_at(x.k + b * s.k[0] + h * s.k[1], s.k[2], s.keys, s.dim);
+  found.v = rows_at(x.v + b * s.v[0] + h * s.v[1], s.v[2], s.keys, s.value_dim);
+  found.key_bias = x.key_bias ? x.key_bias + (b * s.heads + h) * s.keys : nullptr;
+  found.bias = x.bias ? x.bias + b * s.bias[0] + h * s.bias[1] + g * s.bias[2] : nullptr;
+  found.values = x.values ? x.values + h * VALUES : nullptr;
+  found.key_mask = x.key_mask ? x.key_mask + b * s.key_mask : nullptr;
+  found.real = x.real ? x.real + b * s.real : nullptr;
+  found.mask = x.mask ? x.mask + b * s.mask[0] + h * s.mask[1] + g * s.mask[2] : nullptr;
+  found.offset = x.offsets ? x.offsets[b] : s.offset;
+  return found;
+}
+
+DEVICE int tiles_of(int count) { return (count + SIZE - 1) / SIZE; }

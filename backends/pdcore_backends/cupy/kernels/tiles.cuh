@@ -1,0 +1,203 @@
+// Tiles of a matrix product on CUDA cores, for `scalar` float or double: 256 threads in a square of
+// 16 by 16, each with EACH by EACH entries of a tile. No block needs more than 48 KiB of shared
+// memory, which every device has without asking, so any number of columns runs: rows are staged
+// DEPTH columns at a time, and read again for each tile from the caches.
+
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_MEMBER __device__ __forceinline__
+
+typedef long long i64;
+
+constexpr int SIDE = 16;              // threads along either side of a tile
+constexpr int THREADS = SIDE * SIDE;  // of a block
+constexpr bool SINGLE = sizeof(scalar) == 4;
+constexpr int EACH = SINGLE ? 4 : 2;            // rows, and columns, of a tile for each thread
+constexpr int SIZE = SIDE * EACH;               // rows, and columns, of a tile
+constexpr int WIDE = 16 / int(sizeof(scalar));  // what one load of 16 bytes brings
+constexpr int DEPTH = 32;                       // columns of both factors staged at a time
+constexpr int STRIP = 16;                       // rows of the second factor staged at a time
+// Rows of shared memory that 8 threads read at once, 16 bytes each, begin 4 banks apart.
+constexpr int PITCH = DEPTH + WIDE;
+constexpr int WEIGHT_PITCH = SIZE + WIDE;
+
+#define MINUS_INFINITY (scalar(__int_as_float(int(0xff800000))))
+#define WHOLE_WARP 0xffffffffu
+
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE double exponential(double x) { return exp(x); }
+DEVICE float logarithm(float x) { return logf(x); }
+DEVICE double logarithm(double x) { return log(x); }
+DEVICE scalar larger(scalar a, scalar b) { return a > b ? a : b; }
+DEVICE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+DEVICE i64 no_less(i64 a, i64 b) { return a > b ? a : b; }
+
+// Division by a positive number, rounded down and up.
+DEVICE i64 floor_div(i64 a, i64 b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+DEVICE i64 ceil_div(i64 a, i64 b) { return -floor_div(-a, b); }
+
+template <int COUNT>
+struct __align__(COUNT * sizeof(scalar)) Vector {
+  scalar x[COUNT];
+};
+
+template <int COUNT>
+DEVICE Vector<COUNT> read(const scalar* from) {
+  return *reinterpret_cast<const Vector<COUNT>*>(from);
+}
+
+// Rows of one head, whose columns lie beside each other.
+struct Rows {
+  const scalar* first;
+  i64 pitch;
+  int count, columns;
+  bool aligned;  // every row begins at a multiple of 16 bytes
+};
+
+DEVICE Rows rows_at(const scalar* first, i64 pitch, int count, int columns) {
+  const i64 bytes = reinterpret_cast<i64>(first) | pitch * i64(sizeof(scalar));
+  return {first, pitch, count, columns, bytes % 16 == 0};
+}
+
+// A thread's place in the square.
+DEVICE int down() { return int(threadIdx.x) / SIDE; }
+DEVICE int across() { return int(threadIdx.x) % SIDE; }
+
+// Reduce over the threads beside each other, which are half of a warp; all get the result.
+DEVICE scalar sum_across(scalar x) {
+#pragma unroll
+  for (int step = SIDE / 2; step; step /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, step);
+  return x;
+}
+
+DEVICE scalar largest_across(scalar x) {
+#pragma unroll
+  for (int step = SIDE / 2; step; step /= 2) x = larger(x, __shfl_xor_sync(WHOLE_WARP, x, step));
+  return x;
+}
+
+// Copy HEIGHT rows of WIDTH columns to shared memory, zeros where there are none.
+template <int HEIGHT, int WIDTH, int TO_PITCH>
+DEVICE void stage(scalar* to, const Rows& x, int row, int column) {
+  constexpr int STEPS = WIDTH / WIDE;
+#pragma unroll
+  for (int i = int(threadIdx.x); i < HEIGHT * STEPS; i += THREADS) {
+    const int r = i / STEPS, c = i % STEPS * WIDE;
+    const int left = x.columns - column - c;
+    Vector<WIDE> found;
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) found.x[e] = 0;
+    if (row + r < x.count && left > 0) {
+      const scalar* from = x.first + (row + r) * x.pitch + column + c;
+      if (x.aligned && left >= WIDE) {
+        found = read<WIDE>(from);
+      } else {
+#pragma unroll
+        for (int e = 0; e < WIDE; e++)
+          if (e < left) found.x[e] = from[e];
+      }
+    }
+    *reinterpret_cast<Vector<WIDE>*>(to + r * TO_PITCH + c) = found;
+  }
+}
+
+// s[i][j] = a[down + SIDE i] . b[across + SIDE j], rows counted from a_row and b_row. `staged` has
+// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here.
+DEVICE void products(scalar (&s)[EACH][EACH], const Rows& a, int a_row, const Rows& b, int b_row,
+                     scalar* staged) {
+#pragma unroll
+  for (int i = 0; i < EACH; i++)
+#pragma unroll
+    for (int j = 0; j < EACH; j++) s[i][j] = 0;
+  scalar* other = staged + SIZE * PITCH;
+  for (int column = 0; column < a.columns; column += DEPTH) {
+    __syncthreads();
+    stage<SIZE, DEPTH, PITCH>(staged, a, a_row, column);
+    stage<SIZE, DEPTH, PITCH>(other, b, b_row, column);
+    __syncthreads();
+#pragma unroll 2
+    for (int d = 0; d < DEPTH; d += WIDE) {
+      Vector<WIDE> x[EACH], y[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        x[i] = read<WIDE>(staged + (down() + SIDE * i) * PITCH + d);
+        y[i] = read<WIDE>(other + (across() + SIDE * i) * PITCH + d);
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+#pragma unroll
+          for (int e = 0; e < WIDE; e++) s[i][j] += x[i].x[e] * y[j].x[e];
+    }
+  }
+}
+
+// COLUMNS columns of a product, for which a thread holds EACH rows of OWN columns each. They come
+// in vectors, so that the threads beside each other read without bank conflicts.
+template <int COLUMNS>
+struct Sums {
+  static constexpr int OWN = COLUMNS / SIDE;
+  static constexpr int GRAIN = OWN < WIDE ? OWN : WIDE;
+  scalar x[EACH][OWN];
+
+  DEVICE_MEMBER void clear() {
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+#pragma unroll
+      for (int c = 0; c < OWN; c++) x[i][c] = 0;
+  }
+
+  // The column that entry c of a thread stands for.
+  static DEVICE_MEMBER int column(int c) {
+    return (c / GRAIN * SIDE + across()) * GRAIN + c % GRAIN;
+  }
+
+  // Add weights . v, whose rows count from v_row and columns from v_column; `weights` is the tile
+  // (SIZE, SIZE) in shared memory. `staged` has STRIP COLUMNS entries, as in `products`.
+  DEVICE_MEMBER void add(const scalar* weights, const Rows& v, int v_row, int v_column,
+                         scalar* staged) {
+    for (int strip = 0; strip < SIZE; strip += STRIP) {
+      __syncthreads();
+      stage<STRIP, COLUMNS, COLUMNS>(staged, v, v_row + strip, v_column);
+      __syncthreads();
+#pragma unroll 1
+      for (int j = 0; j < STRIP; j += WIDE) {
+        Vector<WIDE> w[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+          w[i] = read<WIDE>(weights + (down() + SIDE * i) * WEIGHT_PITCH + strip + j);
+#pragma unroll
+        for (int e = 0; e < WIDE; e++)
+#pragma unroll
+          for (int c = 0; c < OWN; c += GRAIN) {
+            const Vector<GRAIN> y = read<GRAIN>(staged + (j + e) * COLUMNS + column(c));
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+#pragma unroll
+              for (int g = 0; g < GRAIN; g++) x[i][c + g] += w[i].x[e] * y.x[g];
+          }
+      }
+    }
+  }
+
+  // Write rows row .. of an array (count, columns) without gaps.
+  DEVICE_MEMBER void write(scalar* to, int row, int count, int first_column, int columns) const {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int r = row + down() + SIDE * i;
+#pragma unroll
+      for (int c = 0; c < OWN; c++) {
+        const int at = first_column + column(c);
+        if (r < count && at < columns) to[i64(r) * columns + at] = x[i][c];
+      }
+    }
+  }
+};
+
+// Shared memory of a kernel, in entries: what is staged, for either product, and a tile of weights.
+template <int COLUMNS>
+struct Memory {
+  static constexpr int STAGED = 2 * SIZE * PITCH > STRIP * COLUMNS ? 2 * SIZE * PITCH
+                                                                   : STRIP * COLUMNS;
+  static constexpr int BYTES = (STAGED + SIZE * WEIGHT_PITCH) * int(sizeof(scalar));
+};

@@ -1,0 +1,115 @@
+"""The CUDA C++ text of a contraction by scores: log kappa compiled into the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib.resources import files
+
+from pdcore.expression import Expression
+from pdcore.plan import Scores
+
+__all__ = ["COLUMNS", "Program", "columns_for", "memory", "tile"]
+
+#: Columns of a result that a block holds in registers; more columns take more blocks.
+COLUMNS = (32, 64, 128, 256)
+
+_SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
+_FILES = {
+    "scores_forward": ("scores.cu",),
+    "scores_rows": ("scores_vjp.cu",),
+    "scores_keys": ("scores_vjp.cu",),
+    "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
+}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled in; a program and a kernel's name say which kernel runs.
+
+    Attributes
+    ----------
+    scalar : {"float", "double"}
+        The type of every array and of every sum.
+    weight : {"log", "features"}
+        As in `pdcore.plan.Scores`.
+    expression : Expression or None
+        log w; scale * s, with the scale an argument, where it is None.
+    values : tuple of str
+        Names of the scalars per head that the expression reads.
+    """
+
+    scalar: str
+    weight: str = "log"
+    expression: Expression | None = None
+    values: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, c: Scores, values: tuple[str, ...], dtype: str) -> Program:
+        """Give the program of a contraction, with arrays of `dtype`."""
+        scalar = "float" if dtype == "float32" else "double"
+        if c.expression is None:
+            return cls(scalar, c.weight)
+        return cls(scalar, c.weight, c.expression, values)
+
+    def text(self, kernel: str) -> str:
+        """Give the source of a kernel, ``"scores_rows<64>"`` with the name of an instantiation."""
+        sources = ("tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
+        tiles, *rest = (_read(name) for name in sources)
+        return "\n".join([f"typedef {self.scalar} scalar;", tiles, self._weight(), *rest])
+
+    def _weight(self) -> str:
+        lines = [f"#define LOG_WEIGHT {int(self.weight == 'log')}",
+                 f"#define VALUES {len(self.values)}"]  # fmt: skip
+        if self.expression is None:
+            value, slope = "scale * s", "scale"
+        else:
+            value, slope = self._cuda(self.expression), self._slope("s")
+        lines += [
+            f"DEVICE scalar log_kappa{_SIGNATURE} {{ return {value}; }}",
+            f"DEVICE scalar log_kappa_slope{_SIGNATURE} {{ return {slope}; }}",
+            f"DEVICE scalar value_slope(int name, {_SIGNATURE[1:]} {{",
+            *(f"  if (name == {n}) return {self._slope(name)};"
+              for n, name in enumerate(self.values)),
+            "  return 0;\n}",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+    def _slope(self, name: str) -> str:
+        assert self.expression is not None
+        return self._cuda(self.expression.derivative(name))
+
+    def _cuda(self, expression: Expression) -> str:
+        """Write an expression; a scalar's name may be a word of C++, so it goes by its index."""
+        return _indexed(expression, self.values).cuda(self.scalar)
+
+
+def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
+    if e.op == "input":
+        name = str(e.value)
+        return replace(e, value=f"values[{names.index(name)}]") if name in names else e
+    return replace(e, args=tuple(_indexed(a, names) for a in e.args))
+
+
+@cache
+def _read(name: str) -> str:
+    return (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+
+
+def tile(scalar: str) -> int:
+    """Give the rows and keys of a tile, SIZE of tiles.cuh."""
+    return 64 if scalar == "float" else 32
+
+
+def columns_for(count: int) -> int:
+    """Choose how many columns a block has, for a result of `count` columns."""
+    return next((c for c in COLUMNS if c >= count), COLUMNS[-1])
+
+
+@lru_cache(maxsize=64)
+def memory(scalar: str, columns: int) -> int:
+    """Give the bytes of shared memory of a block, BYTES of tiles.cuh."""
+    size, bytes_ = tile(scalar), 4 if scalar == "float" else 8
+    wide, depth, strip = 16 // bytes_, 32, 16
+    staged = max(2 * size * (depth + wide), strip * columns)
+    return (staged + size * (size + wide)) * bytes_

@@ -1,0 +1,106 @@
+"""The compile gate: what NVRTC makes of every kernel, on a machine without a GPU.
+
+`python tests/cuda_gate.py` writes the table of docs/cuda-kernels.md anew.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from pdcore_backends.cupy.programs import COLUMNS, Program, memory
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+SCALARS = ("float", "double")
+TEMPLATES = ("scores_forward<{}>", "scores_rows<{}>", "scores_keys<{}, false>",
+             "scores_keys<{}, true>")  # fmt: skip
+#: A block has 256 threads, and a multiprocessor 65,536 registers.
+MOST = 255
+_ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
+_START, _END = "<!-- written by tests/cuda_gate.py -->\n", "<!-- end -->\n"
+
+
+class Usage(NamedTuple):
+    """What a kernel takes of a multiprocessor: registers of a thread, bytes of a block."""
+
+    registers: tuple[int, ...]  # by architecture
+    spilled: int
+    shared: int
+
+
+def kernels() -> list[tuple[str, str]]:
+    """List every instantiation that a launch can ask for, with its scalar."""
+    names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
+    return [(name, scalar) for name in [*names, "scores_bias"] for scalar in SCALARS]
+
+
+def usage(name: str, scalar: str) -> Usage:
+    """Compile a kernel for every architecture, and read what the assembler says."""
+    found = [_compiled(Program(scalar).text(name), name, arch) for arch in ARCHITECTURES]
+    columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
+    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), memory(scalar, columns))
+
+
+def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
+    from cupy.cuda import nvrtc
+
+    program = nvrtc.createProgram(code, "kernel.cu", (), ())
+    try:
+        nvrtc.addNameExpression(program, name)
+        options = (f"--gpu-architecture={architecture}", "-std=c++17", "--ptxas-options=-v")
+        try:
+            nvrtc.compileProgram(program, options)
+        finally:
+            log = nvrtc.getProgramLog(program)
+        assert nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise AssertionError(f"{name} for {architecture}: {error}\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    [registers] = re.findall(r"Used (\d+) registers", log)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
+    return int(registers), spilled
+
+
+def measured() -> dict[tuple[str, str], Usage]:
+    """Compile all of them, on two cores."""
+    first, *names = kernels()
+    found = {first: usage(*first)}  # the compiler loads its libraries, which two threads cannot
+    with ThreadPoolExecutor(2) as threads:
+        found |= zip(names, threads.map(lambda key: usage(*key), names), strict=True)
+    return found
+
+
+def written() -> dict[tuple[str, str], Usage]:
+    """Read the page's table."""
+    found = {}
+    for row in _ROW.finditer(PAGE.read_text(encoding="utf-8")):
+        cells = row["cells"].replace(",", "").split("|")
+        *registers, spilled, shared = map(int, cells)
+        found[row["name"], row["scalar"]] = Usage(tuple(registers), spilled, shared)
+    return found
+
+
+def table(found: dict[tuple[str, str], Usage]) -> str:
+    """Write what was measured as a table."""
+    heads = ["kernel", "scalar", *(f"registers, {a}" for a in ARCHITECTURES), "bytes spilled",
+             "shared memory, bytes"]  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for (name, scalar), use in found.items():
+        cells = [*map(str, use.registers), str(use.spilled), f"{use.shared:,}"]
+        lines.append(f"| `{name}` | {scalar} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the table of the page anew."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.partition(_START)[0], text.partition(_END)[2]
+    PAGE.write_text(f"{before}{_START}\n{table(measured())}\n{_END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The CuPy backend's kernels and launch code on NumPy arrays, by the emulator of tests/cuda_cpu.
+
+`python tests/emulated_cupy.py --level core` is ``pdcore conform`` on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import cuda_on_cpu
+import numpy as np
+
+import pdcore
+from pdcore.backend import Inputs
+from pdcore.plan import Plan
+from pdcore_backends.cupy import INFO
+from pdcore_backends.cupy.fused import KernelBackend
+from pdcore_backends.cupy.runtime import Kernel
+
+NAME = "cupy_emulated"
+
+
+class EmulatedRuntime:
+    """A device on the CPU."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self._capability = capability
+        self.launches: list[str] = []
+
+    def on(self, array: Any) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def device(self) -> int:
+        return 0
+
+    def capability(self, device: str) -> int:
+        return self._capability
+
+    def compile(self, code: str, name: str) -> Kernel:
+        options = ("-std=c++17",)
+        module = cuda_on_cpu.RawModule(code, options=options, name_expressions=(name,))
+        kernel = module.get_function(name)
+
+        def launch(*arguments: Any, **more: Any) -> None:
+            self.launches.append(name)
+            kernel(*arguments, **more)
+
+        return launch
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return cuda_on_cpu.empty(shape, dtype)
+
+
+class EmulatedBackend(KernelBackend):
+    """What `CupyBackend` is on CuPy."""
+
+    info = replace(
+        INFO, name=NAME, library="numpy", load=f"{__name__}:EmulatedBackend", requires=("numpy",),
+        devices=("cpu",),
+    )  # fmt: skip
+
+    def __init__(self, runtime: EmulatedRuntime | None = None) -> None:
+        super().__init__(runtime or EmulatedRuntime())
+
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        # CuPy does not warn of the log 0 of rows that see nothing, as NumPy does.
+        with np.errstate(all="ignore"):
+            return super().attention(plan, inputs, lse=lse)
+
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        with np.errstate(all="ignore"):
+            out, lse, pull = super().attention_vjp(plan, inputs)
+
+        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            with np.errstate(all="ignore"):
+                return pull(d_out, d_lse)
+
+        return out, lse, vjp
+
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        with np.errstate(all="ignore"):
+            return super().attention_weights(plan, inputs)
+
+
+def register() -> None:
+    """Let calls name the backend."""
+    pdcore.register_backend(EmulatedBackend.info)
+
+
+def main() -> int:
+    """Judge the backend by the conformance suite."""
+    from pdcore_conformance.running import conform
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--level", choices=("core", "all"), default="core")
+    parser.add_argument("--grid", choices=("quick", "full"), default="quick")
+    parser.add_argument("--case", action="append", default=[])
+    parser.add_argument("--report")
+    given = parser.parse_args()
+    register()
+    run, code = conform(NAME, level=given.level, grid=given.grid, cases=given.case,
+                        report=given.report)  # fmt: skip
+    if run is not None:
+        print(run["counts"], f"{run['seconds']:.0f} s")
+        for case in run["cases"]:
+            if case["outcome"] in ("failed", "error"):
+                print(case["id"], case["message"], sep="\n  ")
+    return code
+
+
+if __name__ == "__main__":
+    import emulated_cupy  # a backend is loaded by its module's name
+
+    sys.exit(emulated_cupy.main())

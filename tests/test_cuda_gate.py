@@ -1,0 +1,39 @@
+"""Every CUDA kernel compiles for every architecture, and takes no more than the table says."""
+
+from __future__ import annotations
+
+import cuda_gate
+import pytest
+
+pytestmark = pytest.mark.cuda
+
+
+def test_the_page_has_every_kernel_within_the_limits() -> None:
+    table = cuda_gate.written()
+    assert set(table) == set(cuda_gate.kernels())
+    for key, use in table.items():
+        assert use.spilled == 0, key
+        assert max(use.registers) <= cuda_gate.MOST, key
+        assert use.shared <= 48 * 1024, key  # what every device has without asking
+
+
+def test_kernels_take_no_more_than_the_page_says() -> None:
+    pytest.importorskip("cupy")
+    table, found = cuda_gate.written(), cuda_gate.measured()
+    more = {
+        key: (use, table[key])
+        for key, use in found.items()
+        if use.spilled or use.shared != table[key].shared
+        or any(a > b for a, b in zip(use.registers, table[key].registers, strict=True))
+    }  # fmt: skip
+    assert not more, f"if that is meant, run python tests/cuda_gate.py: {more}"
+
+
+def test_a_kernel_that_spills_would_be_seen() -> None:
+    pytest.importorskip("cupy")
+    code = """__global__ void spills(float* x, int n) {
+      float kept[64];
+      for (int i = 0; i < 64; i++) kept[i] = x[i] * n;
+      for (int i = 0; i < n; i++) x[i] = kept[(i * n) % 64];
+    }"""
+    assert cuda_gate._compiled(code, "spills", "sm_90")[1] > 0

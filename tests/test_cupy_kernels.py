@@ -1,0 +1,323 @@
+"""The CuPy backend's kernels and launch code, on the emulator, against the float64 oracle.
+
+Nothing is drawn at random: each call is there for a way through the kernels. The conformance suite
+draws; `python tests/emulated_cupy.py` runs it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from strategies import Case, cotangents, normal_case
+
+import pdcore
+from pdcore import plugins
+from pdcore.backend import Request
+from pdcore.expression import Expression, exp, log
+from pdcore.kernels import Parameter, PointwiseKernel
+from pdcore.lowering import lower_request
+from pdcore_backends.cupy import programs
+from pdcore_backends.cupy.fused import Compiled, limit
+from pdcore_backends.cupy.operands import packed
+from pdcore_backends.cupy.programs import Program, columns_for
+from pdcore_conformance.budget import expect, judge
+
+pytestmark = pytest.mark.cuda
+
+cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
+if shutil.which("g++") is None:
+    pytest.skip("no g++", allow_module_level=True)
+
+from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # noqa: E402
+
+TESTS = Path(__file__).resolve().parent
+DTYPES = ("float32", "float64")
+
+
+@pytest.fixture(scope="module")
+def backend() -> EmulatedBackend:
+    """Give one backend to all tests, since it keeps what it has compiled."""
+    return EmulatedBackend()
+
+
+def request_of(case: Case, **asked: Any) -> Request:
+    shapes = {n: None if (x := case.call.get(n)) is None else x.shape
+              for n in ("mask", "key_mask", "bias")}  # fmt: skip
+    return Request(case.spec, "numpy", str(case.q.dtype), "cpu", case.q.shape, case.k.shape,
+                   case.v.shape, **shapes, **asked)  # fmt: skip
+
+
+def fused(backend: EmulatedBackend, case: Case) -> Any:
+    plan = backend.fuse(case.plan(), request_of(case))
+    assert isinstance(plan.contraction, Compiled), plan.steps
+    return plan
+
+
+def check(backend: EmulatedBackend, case: Case) -> dict[str, Any]:
+    """Hold out, lse and all gradients against their budgets."""
+    dtype = str(case.q.dtype)
+    out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
+    d_out, d_lse = (x.astype(dtype) for x in cotangents(case, lse))
+    found = {"out": out, "lse": lse}
+    found |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
+    wanted = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
+    for name, verdict in judge({n: found[n] for n in wanted.oracle}, wanted).items():
+        assert verdict.ok, f"{case.spec} {dtype} {name}: {verdict}"
+    return found
+
+
+def ones_and_zeros(*shape: int, share: float = 0.7) -> Any:
+    return np.random.default_rng(5).random(shape) < share
+
+
+def normal(*shape: int) -> Any:
+    return np.random.default_rng(6).standard_normal(shape)
+
+
+# Two tiles and a rest of float32 rows and keys, of 64 each: 70 and 83.
+LONG = {"n": 70, "m": 83, "d": 9, "dv": 5}
+CALLS = {
+    "ragged, grouped heads": ("softmax", LONG),
+    "another count of columns": ("softmax", {"n": 3, "m": 4, "d": 33, "dv": 1, "group": 1}),
+    "causal, an offset each, padding": (
+        "causal",
+        {**LONG, "offset": np.asarray([5, -20]), "key_mask": ones_and_zeros(2, 83)},
+    ),
+    "causal from the end": ("causal", {**LONG, "offset": "end"}),
+    "rows that see nothing": ("causal", {**LONG, "offset": -68}),
+    "a window": ("sparse(20,3)", {**LONG, "offset": 7}),
+    "a window ahead, no window behind": ("sparse(inf,3)", LONG),
+    "pooled keys, padding and mask": (
+        "causal+sh(1,3)",
+        {
+            **LONG,
+            "key_mask": ones_and_zeros(2, 83),
+            "mask": ones_and_zeros(2, 1, 70, 83, share=0.9),
+        },
+    ),
+    "pooled keys, a mask for all rows": ("sh(2,1)", {**LONG, "mask": ones_and_zeros(83)}),
+    "a bias of every entry": ("softmax", {**LONG, "bias": normal(2, 4, 70, 83)}),
+    "a bias for all rows": ("softmax", {**LONG, "n": 33, "bias": normal(2, 4, 1, 83)}),
+    "a bias for all keys, and a mask": (
+        "causal",
+        {**LONG, "m": 34, "bias": normal(4, 70, 1), "mask": ones_and_zeros(2, 4, 70, 1)},
+    ),
+    "a bias for some leading axes": (
+        "softmax",
+        {"lead": (2, 2), "n": 5, "m": 7, "bias": normal(2, 1, 4, 5, 7)},
+    ),
+    "a bias that removes": (
+        "softmax",
+        {**LONG, "n": 4, "bias": np.where(ones_and_zeros(4, 83), normal(4, 83), -math.inf)},
+    ),
+    "key bias": ("gaussian(gamma=0.3)", LONG),
+    "statistics": ("bn(beta=param)+h(count)", LONG),
+    "weights phi . phi": ("linear+sparse(9,2)", {**LONG, "n": 40, "m": 41}),
+    "weights that vanish": ("relu+sparse(9,2)+h(one)", {"n": 40, "m": 41}),
+    "no rows": ("softmax", {"n": 0, "m": 4, "bias": normal(1, 4)}),
+    "no keys": ("causal", {"n": 4, "m": 0}),
+    "no sequence": ("softmax", {"lead": (0,), "bias": normal(5, 7)}),
+    "no values": ("softmax", {"n": 3, "m": 4, "dv": 0}),
+    "no leading axis": ("causal", {"lead": (), "offset": 1}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spec", "call"), CALLS.values(), ids=CALLS)
+def test_forward_and_gradients(backend: Any, spec: str, call: dict, dtype: str) -> None:
+    check(backend, normal_case(spec, dtype=np.dtype(dtype), **call))
+
+
+@pytest.mark.parametrize("spec", ["polynomial(degree=2,coef0=1)", "softmax(softcap=2)"])
+def test_expressions_are_compiled_in(backend: Any, spec: str) -> None:
+    check(backend, normal_case(spec, dtype=np.float32, n=20, m=23))
+
+
+@dataclass(frozen=True)
+class Tempered(PointwiseKernel):
+    """A kernel with two scalars, whose names are words of C++."""
+
+    word = "tempered"
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        return (Parameter("float", (("H",),)), Parameter("new", (("H",),), 1.0))
+
+    def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
+        return params["float"] * s - log(1.0 + params["new"] * exp(0.1 * s))
+
+    def latex(self) -> str:
+        return "?"
+
+
+def test_scalars_of_log_kappa_get_gradients(backend: Any) -> None:
+    spec = pdcore.AttentionSpec(kernel=Tempered())
+    # Rows and query heads of several blocks add to one scalar.
+    check(backend, normal_case(spec, dtype=np.float32, n=70, m=20))
+
+
+# --- how it runs ----------------------------------------------------------------------------------
+
+
+def test_wide_arrays_run_in_slices(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "COLUMNS", (32,))
+    assert columns_for(70) == 32
+    check(backend, normal_case("causal", dtype=np.float32, n=9, m=11, d=70, dv=65))
+
+
+def test_keys_that_no_row_sees_are_not_read(backend: Any) -> None:
+    case = normal_case("sparse(3,3)", n=100, m=200, dtype=np.float64)
+    case.k[..., 128:, :] = np.nan  # the tiles from the fifth on
+    case.v[..., 128:, :] = np.nan
+    out, lse = backend.attention(fused(backend, case), case.inputs(), lse=True)
+    assert np.isfinite(out).all()
+    assert np.isfinite(lse).all()
+
+
+def test_arrays_are_read_where_they_lie(backend: Any) -> None:
+    case = normal_case("softmax", n=6, m=7, d=8, dv=4, heads=4, group=1, dtype=np.float32,
+                       bias=np.broadcast_to(normal(1, 4, 1, 7), (2, 4, 6, 7)))  # fmt: skip
+    # Sequence before heads, as projections leave them, and columns that are cut out of wider rows.
+    q, k, v = (np.ascontiguousarray(np.swapaxes(x, -2, -3)).swapaxes(-2, -3) for x in case.qkv)
+    wide = np.concatenate([k, k], axis=-1)
+    case = replace(case, q=q, k=wide[..., 8:], v=v)
+    check(backend, case)
+    seen: list[Any] = []
+
+    class Watched(EmulatedBackend):
+        def scores(self, c: Any, o: Any) -> tuple[Any, Any]:
+            x = packed(c, o, (), xp=self.xp)
+            seen.extend(a for a in x.arrays if isinstance(a, np.ndarray))
+            return super().scores(c, o)
+
+    Watched().attention(fused(backend, case), case.inputs())
+    for x, source in zip(seen, (*case.qkv, case.call["bias"]), strict=True):
+        assert np.shares_memory(x, source)
+
+
+@pytest.mark.parametrize("schedule", cuda_on_cpu.SCHEDULES)
+def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -> None:
+    case = normal_case("causal", dtype=np.float64, n=40, m=37, d=5, dv=3, bias=normal(1, 37))
+    plan = fused(backend, case)
+    results = []
+    for how in ("lockstep", schedule):
+        with cuda_on_cpu.using(schedule=how, seed=3):
+            out, lse, vjp = backend.attention_vjp(plan, case.inputs())
+            results.append([out, lse, *vjp(out, lse).values()])
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+SANITIZED = """
+import numpy as np
+from emulated_cupy import EmulatedBackend
+from strategies import normal_case
+from test_cupy_kernels import fused
+backend = EmulatedBackend()
+for spec, call in (
+    ("causal+sh(2)", {"m": 70, "key_mask": np.arange(70) % 5 > 0, "lead": ()}),
+    ("softmax", {"m": 36, "bias": np.ones((35, 36)), "lead": ()}),
+):
+    case = normal_case(spec, n=35, heads=1, **call)
+    out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
+    vjp(out, lse)
+print(sorted(set(backend.runtime.launches)))
+"""
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers_find_nothing(sanitizer: str) -> None:
+    environment = cuda_on_cpu.environment(sanitizer)
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SANITIZED], check=False,
+                          capture_output=True, text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("forward", "rows", "keys", "bias"):
+        assert f"scores_{name}" in done.stdout
+
+
+def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = EmulatedBackend()
+    compiled = []
+    compile_ = EmulatedRuntime.compile
+
+    def counted(self: Any, code: str, name: str) -> Any:
+        compiled.append(name)
+        return compile_(self, code, name)
+
+    monkeypatch.setattr(EmulatedRuntime, "compile", counted)
+    for spec in ("softmax", "softmax(scale=2)", "bn"):
+        case = normal_case(spec, dtype=np.float32)
+        backend.attention(fused(backend, case), case.inputs())
+    assert compiled == ["scores_forward<32>"]
+    assert backend.runtime.launches == 3 * ["scores_forward<32>"]
+
+
+# --- what does not run, and why -------------------------------------------------------------------
+
+
+def test_explain_says_what_runs() -> None:
+    register()
+    try:
+        q, k, v = normal(3, 1, 2, 5, 4)
+        text = str(pdcore.explain(q, k, v, "softmax(softcap=2)", backend=NAME))
+        assert "kernel: tiles of CUDA cores in float64, with log w = (2.0 * tanh(" in text
+        text = str(pdcore.explain(q, k, v, "linear+sparse(2,2)", backend=NAME))
+        assert "kernel: tiles of CUDA cores in float64, with w = s compiled in" in text
+        text = str(pdcore.explain(q, k, v, "linear", backend=NAME))
+        assert "own operations, O(N + M) memory: no kernel contracts features" in text
+        text = str(pdcore.explain(q, k, v, "random_features(4)+sparse(2,2)", backend=NAME))
+        assert "no kernel takes log features" in text
+        out = pdcore.attention(q, k, v, "bn", backend=NAME)
+        np.testing.assert_allclose(out, pdcore.attention(q, k, v, "bn", backend="numpy"))
+    finally:
+        plugins.unregister_backend(NAME)
+
+
+def asked(spec: str = "softmax", q: tuple[int, ...] = (2, 4, 100, 8), keys: int = 100,
+          bias: tuple[int, ...] | None = None) -> Request:  # fmt: skip
+    head = (*q[:-2], keys)
+    return Request(pdcore.parse(spec), "cupy", "float32", "cuda:0", q, (*head, q[-1]), (*head, 8),
+                   bias=bias)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_", "capability", "reason"),
+    [
+        (asked(), 90, ""),
+        (asked(), 75, ""),
+        (asked(), 70, "compute capability 7.0, and the kernels are for 7.5 and later"),
+        (asked("linear"), 90, "no kernel contracts features"),
+        (asked(q=(1, 1, 5, 0)), 90, "got D = 0"),
+        (asked(q=(1, 1, 5, 8), keys=2**31), 90, "a grid has 2147483647 by 65535 blocks"),
+        (asked(q=(2**16, 2**10, 4096, 8)), 90, "got q (65536, 1024, 4096, 8)"),
+        (asked(q=(1, 4, 2**22, 8), keys=2**22), 90, ""),
+        (asked(q=(1, 4, 2**22, 8), keys=2**22, bias=(2**22, 2**22)), 90, "a grid has"),
+        (asked(q=(1, 4, 2**22, 2**25)), 90, "256 columns"),
+    ],
+)
+def test_limits_are_known_before_a_launch(request_: Request, capability: int, reason: str) -> None:
+    found = limit(lower_request(request_), request_, capability)
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+def test_a_plan_that_was_not_fused_runs_by_array_calls() -> None:
+    backend = EmulatedBackend()
+    case = normal_case("causal", dtype=np.float32)
+    backend.attention(case.plan(), case.inputs())
+    assert not backend.runtime.launches
+
+
+def test_every_program_has_its_own_text() -> None:
+    names = {Program(s, w).text("scores_forward<32>")
+             for s in ("float", "double") for w in ("log", "features")}  # fmt: skip
+    assert len(names) == 4
