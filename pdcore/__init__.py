@@ -24,6 +24,7 @@ from .attention import (
 from .backend import SPEC_VERSION, Backend, BackendInfo
 from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
 from .heads import HeadScaling
+from .instance_enhanced import InstanceEnhanced
 from .kernels import (
     Cosine,
     Elu,
@@ -65,6 +66,7 @@ __all__ = [
     "Gaussian",
     "HeadScaling",
     "Identity",
+    "InstanceEnhanced",
     "Kernel",
     "KeySet",
     "Moments",

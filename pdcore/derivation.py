@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from .instance_enhanced import InstanceEnhanced
 from .kernels import (
     Cosine,
     Exponential,
@@ -285,6 +286,8 @@ class _Derivation:
                 found.append(f"{normalization.statistics} statistics")
             if self.pooled:
                 found.append("statistics over pooled keys")
+        if isinstance(normalization, InstanceEnhanced):
+            found.append("that an instance is one sequence as one head has it")
         if self.pooled:
             if spec.heads.pool == "mean":
                 found.append("pooling by means")
