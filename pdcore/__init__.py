@@ -38,6 +38,7 @@ from .kernels import (
     RandomFeatures,
     Relu,
 )
+from .mixture import Mixture
 from .normalization import Batch, Identity, Normalization
 from .plugins import register_backend
 from .selection import use_backend
@@ -69,6 +70,7 @@ __all__ = [
     "InstanceEnhanced",
     "Kernel",
     "KeySet",
+    "Mixture",
     "Moments",
     "NoBackendError",
     "Normalization",

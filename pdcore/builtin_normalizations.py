@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pluggy import HookimplMarker
 
 from .instance_enhanced import InstanceEnhanced
+from .mixture import Mixture
 from .normalization import Normalization
 
 
 @HookimplMarker("pdcore")
 def pdcore_normalizations() -> Sequence[type[Normalization]]:
     """Give the classes."""
-    return [InstanceEnhanced]
+    return [InstanceEnhanced, Mixture]

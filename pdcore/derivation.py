@@ -20,6 +20,7 @@ from .kernels import (
     RandomFeatures,
     latex_number,
 )
+from .mixture import Mixture
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
 
@@ -288,6 +289,8 @@ class _Derivation:
                 found.append("statistics over pooled keys")
         if isinstance(normalization, InstanceEnhanced):
             found.append("that an instance is one sequence as one head has it")
+        if isinstance(normalization, Mixture):
+            found.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
         if self.pooled:
             if spec.heads.pool == "mean":
                 found.append("pooling by means")

@@ -21,9 +21,10 @@ import numpy as np
 from . import kernels
 from .errors import UnsupportedError
 from .instance_enhanced import InstanceEnhanced
+from .mixture import Mixture
 from .normalization import Batch, Identity
 from .reference_inputs import Call, hook_params, prepare, select
-from .reference_normalizations import instance_enhanced, moments
+from .reference_normalizations import instance_enhanced, mixture, moments
 from .spec import AttentionSpec
 
 __all__ = ["reference_attention", "reference_weights"]
@@ -273,6 +274,8 @@ def _transform(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> C
 
     if type(normalization) is InstanceEnhanced:
         return instance_enhanced(normalization, keys, real, params, xp)
+    if type(normalization) is Mixture:
+        return mixture(normalization, keys, real, xp)
 
     # A user's normalization, by its public hooks: arrays with a head axis of length 1.
     state: Mapping[str, Any] = {}
