@@ -24,6 +24,7 @@ from .attention import (
 from .backend import SPEC_VERSION, Backend, BackendInfo
 from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
 from .heads import HeadScaling
+from .instance_enhanced import InstanceEnhanced
 from .kernels import (
     Cosine,
     Elu,
@@ -37,6 +38,7 @@ from .kernels import (
     RandomFeatures,
     Relu,
 )
+from .mixture import Mixture
 from .normalization import Batch, Identity, Normalization
 from .plugins import register_backend
 from .selection import use_backend
@@ -65,8 +67,10 @@ __all__ = [
     "Gaussian",
     "HeadScaling",
     "Identity",
+    "InstanceEnhanced",
     "Kernel",
     "KeySet",
+    "Mixture",
     "Moments",
     "NoBackendError",
     "Normalization",

@@ -91,6 +91,20 @@ def held(x: Any, xp: Any) -> Any:
     return x if stop is None else stop(x)
 
 
+def constant(x: Any, xp: Any) -> Any:
+    """Keep a framework's own differentiation out of what a formula says is held constant.
+
+    Where a library has no way to differentiate by itself, the array as it is.
+    """
+    if hasattr(xp, "stop_gradient"):
+        return xp.stop_gradient(x)
+    if hasattr(x, "detach"):
+        return x.detach()
+    if xp.__name__ == "jax.numpy":
+        return sys.modules["jax"].lax.stop_gradient(x)
+    return x
+
+
 def device_of(x: Any) -> Any:
     """Give the device to make other arrays on: None, the default one, for JAX's tracers."""
     return getattr(x, "device", None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from .instance_enhanced import InstanceEnhanced
 from .kernels import (
     Cosine,
     Exponential,
@@ -19,6 +20,7 @@ from .kernels import (
     RandomFeatures,
     latex_number,
 )
+from .mixture import Mixture
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
 
@@ -285,6 +287,10 @@ class _Derivation:
                 found.append(f"{normalization.statistics} statistics")
             if self.pooled:
                 found.append("statistics over pooled keys")
+        if isinstance(normalization, InstanceEnhanced):
+            found.append("that an instance is one sequence as one head has it")
+        if isinstance(normalization, Mixture):
+            found.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
         if self.pooled:
             if spec.heads.pool == "mean":
                 found.append("pooling by means")

@@ -32,7 +32,8 @@ HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("pdcore_"))
 
 # Found without an installed distribution too, so that a source tree works as it is.
 _BUILT_IN = {
-    name: f"pdcore_backends.{name}" for name in ("numpy", "strict", "torch", "jax", "cupy")
+    **{name: f"pdcore_backends.{name}" for name in ("numpy", "strict", "torch", "jax", "cupy")},
+    "normalizations": "pdcore.builtin_normalizations",
 }
 
 

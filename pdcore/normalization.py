@@ -1,7 +1,8 @@
 """Normalizations T(x): what the layer does to queries and keys alike, before Phi.
 
 Attention-BN (`Batch`) is the paper's own. Others subclass `Normalization` and are registered by
-`pdcore.register_normalization` or the plugin hook ``pdcore_normalizations``.
+`pdcore.register_normalization` or the plugin hook ``pdcore_normalizations``, as are those that
+`pdcore.builtin_normalizations` brings.
 """
 
 from __future__ import annotations
@@ -156,10 +157,9 @@ class Batch(Normalization):
         if isinstance(self.beta, str):
             if self.beta != "param":
                 raise SpecError(f"bn: beta is {self.beta!r}, expected a number or 'param'")
-        elif not _is_finite(self.beta):
-            raise SpecError(f"bn: beta is {self.beta!r}, expected a finite number or 'param'")
-        if not (_is_finite(self.eps) and self.eps > 0):
-            raise SpecError(f"bn: eps is {self.eps!r}, expected a finite number > 0")
+            check_eps("bn", self.eps)
+        else:
+            check_centre("bn", self.beta, self.eps, " or 'param'")
         if self.statistics not in _STATISTICS:
             raise SpecError(
                 f"bn: statistics is {self.statistics!r}; "
@@ -219,6 +219,19 @@ class Batch(Normalization):
         index = "_p" if self.statistics == "prefix" else ""
         eps = latex_number(self.eps)
         return rf"\frac{{x {weight}\mu{index}}}{{\sqrt{{\sigma^2{index} + {eps}}}}}"
+
+
+def check_centre(word: str, beta: float, eps: float, more: str = "") -> None:
+    """Check the weight of a mean, and what is added to a variance."""
+    if not _is_finite(beta):
+        raise SpecError(f"{word}: beta is {beta!r}, expected a finite number{more}")
+    check_eps(word, eps)
+
+
+def check_eps(word: str, eps: float) -> None:
+    """Check what is added to a variance."""
+    if not (_is_finite(eps) and eps > 0):
+        raise SpecError(f"{word}: eps is {eps!r}, expected a finite number > 0")
 
 
 def _is_finite(x: object) -> bool:

@@ -20,8 +20,11 @@ import numpy as np
 
 from . import kernels
 from .errors import UnsupportedError
+from .instance_enhanced import InstanceEnhanced
+from .mixture import Mixture
 from .normalization import Batch, Identity
 from .reference_inputs import Call, hook_params, prepare, select
+from .reference_normalizations import instance_enhanced, mixture, moments
 from .spec import AttentionSpec
 
 __all__ = ["reference_attention", "reference_weights"]
@@ -265,9 +268,14 @@ def _transform(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> C
             mean, var = params["mean"], params["var"]
         else:
             axes = tuple(range(keys.ndim - 1)) if normalization.statistics == "batch" else -2
-            mean, var = _moments(keys, real[..., None], axes, xp)
+            mean, var = moments(keys, real[..., None], axes, xp)
         beta = _beta(normalization, call, params)
         return lambda x: (x - beta * mean) / xp.sqrt(var + normalization.eps)
+
+    if type(normalization) is InstanceEnhanced:
+        return instance_enhanced(normalization, keys, real, params, xp)
+    if type(normalization) is Mixture:
+        return mixture(normalization, keys, real, xp)
 
     # A user's normalization, by its public hooks: arrays with a head axis of length 1.
     state: Mapping[str, Any] = {}
@@ -282,16 +290,6 @@ def _transform(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> C
     return lambda x: normalization.apply(
         x[..., None, :, :], state, xp=xp, params=own
     )[..., 0, :, :]  # fmt: skip
-
-
-def _moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
-    """Take the mean and the biased variance over the included entries; 0 where there are none."""
-    included = xp.broadcast_to(included, x.shape)
-    count = xp.sum(xp.astype(included, x.dtype), axis=axes, keepdims=True)
-    count = select(count > 0, count, 1.0, xp)
-    mean = xp.sum(select(included, x, 0.0, xp), axis=axes, keepdims=True) / count
-    deviation = select(included, x - mean, 0.0, xp)
-    return mean, xp.sum(deviation * deviation, axis=axes, keepdims=True) / count
 
 
 def _beta(normalization: Batch, call: Call, params: Mapping[str, Any]) -> Any:
@@ -316,7 +314,7 @@ def _prefix_inner_products(
     inner = xp.zeros(counted.shape, dtype=call.dtype, device=call.device)
     for d in range(q.shape[-1]):
         x, y = q[..., d][..., :, None], keys[..., d][..., None, :]
-        mean, var = _moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
+        mean, var = moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
         centre, deviation = beta[d] * mean, xp.sqrt(var + normalization.eps)
         x, y = (x - centre) / deviation, (y - centre) / deviation
         inner = inner + call.rounded(x) * call.rounded(y)

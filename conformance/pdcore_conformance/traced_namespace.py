@@ -159,6 +159,10 @@ def _is_floating(dtype: Any) -> Any:
     return np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16"
 
 
+def stop_gradient(x: Traced) -> Traced:
+    return Traced(x.value)
+
+
 # --- along axes -----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,9 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "normalization": (
         "bn", "bn(beta=0.5)", "bn(beta=param)", "bn(statistics=batch)", "bn(statistics=running)",
         # By one key's variance, 0, a larger eps leaves logits that float32 can hold.
-        "bn(eps=0.1,statistics=prefix)", "conformance_centred",
+        "bn(eps=0.1,statistics=prefix)", "conformance_centred", "iebn",
+        # Of few keys a component may have one.
+        "mixture(eps=0.1)",
     ),
     "normaliser": ("h(count)", "h(one)"),
     "heads": ("sh(1,2)", "sh(2,3,pool=first)"),
@@ -58,7 +60,7 @@ def made(values: tuple[Any, ...], **more: Any) -> Call | None:
 
 
 def _leaking(word: str) -> str:
-    if not word.startswith(("bn", "conformance_centred")):
+    if not word.startswith(("bn", "conformance_centred", "iebn", "mixture")):
         return word
     return f"{word[:-1]},allow_leak=true)" if word.endswith(")") else f"{word}(allow_leak=true)"
 

@@ -34,7 +34,11 @@ test_statistics_are_differentiated, test_autodiff_of_statistics = both(
     *(SMALL.but(spec=text, dtype=d) for d in ("float32", "float64")
       for text in ("bn", "bn(beta=0.5)", "bn(statistics=batch)", "linear+bn",
                    "gaussian(gamma=0.3)+bn", "conformance_centred", "causal+bn(statistics=prefix)",
-                   "bn(statistics=prefix)")),
+                   "bn(statistics=prefix)", "iebn", "linear+iebn(beta=0.5)")),
+    *(SMALL.but(spec=text, dtype=d, keys=40) for d in ("float32", "float64")
+      for text in ("mixture", "linear+mixture(3,steps=1,beta=0.5)", "mixture(components=1)")),
+    SMALL.but(spec="mixture(eps=0.1)", key_mask="holes"),
+    SMALL.but(spec="mixture(eps=0.1)+sh(1,2)", heads=4, keys=40),
     SMALL.but(spec="bn", dtype="bfloat16"),
     SMALL.but(spec="bn", keys=3, key_mask="one"),
     SMALL.but(spec="bn", key_mask="holes"),
@@ -97,7 +101,7 @@ test_parameters_are_differentiated, test_autodiff_of_parameters = both(
     "Gradients flow to params; running statistics are constants.",
     *(SMALL.but(spec=text, heads=4)
       for text in ("bn(beta=param)", "bn(statistics=running,beta=param)", "conformance_logistic",
-                   "conformance_square", "conformance_centred",
+                   "conformance_square", "conformance_centred", "iebn",
                    "causal+bn(statistics=prefix,beta=param)")),
     SMALL.but(spec="bn(statistics=running)"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ test_parameters_reach_their_heads = judged(
     "A parameter has one entry for each key head, whatever the groups of heads.",
     *(SMALL.but(spec=text, heads=hq, key_heads=hkv)
       for text in ("bn(beta=param)", "bn(statistics=running)", "conformance_logistic",
-                   "conformance_square", "conformance_centred")
+                   "conformance_square", "conformance_centred", "iebn")
       for hq, hkv in ((2, 2), (6, 3))),
     *(SMALL.but(spec="bn(statistics=running)", dtype=d) for d in DTYPES[1:]),
     SMALL.but(spec="bn(statistics=running)+sh(2,1)"),

@@ -21,6 +21,38 @@ test_batch_normalization_is_computed = judged(
     ),
 )  # fmt: skip
 
+test_instance_enhancement_is_computed = judged(
+    "Attention-BN, each feature times the sigmoid of an affine of the instance's own mean.",
+    *(SMALL.but(spec=text, dtype=dtype) for dtype in DTYPES
+      for text in ("iebn", "iebn(beta=0.5)", "linear+iebn", "gaussian(gamma=0.3)+iebn")),
+    *(SMALL.but(spec="iebn", draw=how) for how in ("far", "constant", "outlier", "loud")),
+    *(SMALL.but(spec="iebn", key_mask=how) for how in ("right", "left", "holes", "one", "none")),
+    SMALL.but(spec="iebn+sh(1,3)", heads=4, lead=(2, 3)),
+    SMALL.but(spec="iebn", mask="random"),
+    SMALL.but(spec="iebn(allow_leak=true)+causal", rows=11),
+    SMALL.but(spec="iebn", keys=1),
+    SMALL.but(spec="iebn", keys=300, rows=70),
+)  # fmt: skip
+
+test_mixture_is_computed = judged(
+    "The keys' sub-populations by EM, from a start that the seed alone decides.",
+    *(SMALL.but(spec=text, dtype=dtype, keys=40) for dtype in DTYPES
+      for text in ("mixture", "mixture(3,steps=2,seed=7)", "linear+mixture",
+                   "gaussian(gamma=0.3)+mixture(beta=0.5)")),
+    *(SMALL.but(spec="mixture(components=1)", dtype=dtype) for dtype in DTYPES),
+    # Each step multiplies a rounding; eps bounds by how much where a component has few keys.
+    *(SMALL.but(spec="mixture(eps=0.1)", draw=how, keys=40)
+      for how in ("far", "constant", "outlier", "loud", "equal")),
+    *(SMALL.but(spec="mixture(eps=0.1)", key_mask=how)
+      for how in ("right", "left", "holes", "one", "none")),
+    SMALL.but(spec="mixture(eps=0.1)+sh(1,3)", heads=4, lead=(2, 3), keys=60),
+    SMALL.but(spec="mixture", mask="random", keys=40),
+    SMALL.but(spec="mixture(allow_leak=true)+causal", rows=40, keys=40),
+    SMALL.but(spec="mixture(components=4,eps=0.1)", keys=2),
+    SMALL.but(spec="mixture", keys=1),
+    SMALL.but(spec="mixture", keys=300, rows=70),
+)  # fmt: skip
+
 test_variance_is_biased = judged(
     "The variance divides by n. With 2 or 3 keys n - 1 shows.",
     *(SMALL.but(dtype=d, keys=n) for d in DTYPES for n in (2, 3)),
