@@ -46,9 +46,12 @@ def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
     assert lines(16384) == lines(8192) < 1.2 * lines(4096)
 
 
-def test_prefix_statistics_of_no_sequences() -> None:
+@pytest.mark.parametrize("spec", [
+    "causal+bn(statistics=prefix)", "causal+linear", "causal+random_features(8,0)",
+])  # fmt: skip
+def test_no_sequences(spec: str) -> None:
     x = jax.numpy.zeros((0, 2, 5, 4))
-    assert pdcore.attention(x, x, x, "causal+bn(statistics=prefix)").shape == x.shape
+    assert pdcore.attention(x, x, x, spec).shape == x.shape
 
 
 @pytest.mark.parametrize("length", [0, 1, 16, 37])

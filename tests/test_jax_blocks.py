@@ -112,7 +112,7 @@ def test_derivatives_of_derivatives(wide: None, cut: Any) -> None:
         np.testing.assert_allclose(g, (high - low) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("given", ["nothing", "key_mask", "offset", "end"])
+@pytest.mark.parametrize("given", ["nothing", "key_mask", "offset", "offsets", "end"])
 @pytest.mark.parametrize(
     "spec", ["causal+linear", "causal+random_features(8,0)", "causal+linear+h(count)+sh(1,3)"]
 )
@@ -122,7 +122,8 @@ def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) 
     real = np.arange(201) < np.array([[201], [90]])
     more: dict[str, Any] = {
         "nothing": {}, "key_mask": {"key_mask": rng.random((2, 201)) > 0.3},
-        "offset": {"offset": np.array([3, -70])}, "end": {"offset": "end", "key_mask": real},
+        "offset": {"offset": np.array(7)}, "offsets": {"offset": np.array([3, -70])},
+        "end": {"offset": "end", "key_mask": real},
     }[given]  # fmt: skip
     out, lse, pull = pdcore.attention_vjp(q, k, v, spec, **more)
     d_out = rng.standard_normal(out.shape)

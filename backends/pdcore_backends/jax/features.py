@@ -31,7 +31,7 @@ def prefix_contract(
 ) -> tuple[Any, Any]:  # fmt: skip
     """Compute sum_{j < c_i} (a_i . k_j) v_j, see `feature_contraction.prefix_contract`."""
     rows = a.shape[-2]
-    if not rows or not k.shape[-2]:
+    if not (a.size and k.size):
         return feature_contraction.prefix_contract(
             a, counts, k, v, xp=xp, first=first, log=log, step=step, size=size
         )
@@ -128,12 +128,14 @@ def _in_front(index: Any) -> Any:
 
 def _windows(x: Any, index: Any, width: int) -> Any:
     """Give, for each block of rows, `width` chunks (..., C, F) from its place on: blocks first."""
+    count = index.shape[-1]
     places = index[..., None] + np.arange(width)
-    if isinstance(index, np.ndarray) or index.ndim == 1:
+    if index.size == count:  # the same for all sequences
+        places = jnp.reshape(places, (count, width))
         return jnp.moveaxis(jnp.take(x, places, axis=-3), -4, 0)
     flat = jnp.reshape(places, (*places.shape[:-2], -1, 1, 1))
     found = jnp.take_along_axis(x, flat, axis=-3)
-    shape = (*found.shape[:-3], index.shape[-1], width, *found.shape[-2:])
+    shape = (*found.shape[:-3], count, width, *found.shape[-2:])
     return jnp.moveaxis(jnp.reshape(found, shape), -4, 0)
 
 
