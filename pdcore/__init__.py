@@ -38,6 +38,7 @@ from .kernels import (
     RandomFeatures,
     Relu,
 )
+from .layers import Derivation, derive
 from .mixture import Mixture
 from .normalization import Batch, Identity, Normalization
 from .plugins import register_backend
@@ -61,6 +62,7 @@ __all__ = [
     "Batch",
     "BoundAttention",
     "Cosine",
+    "Derivation",
     "Elu",
     "Exponential",
     "FeatureMap",
@@ -88,6 +90,7 @@ __all__ = [
     "attention_vjp",
     "attention_weights",
     "bind",
+    "derive",
     "explain",
     "hookimpl",
     "parse",

@@ -16,6 +16,7 @@ from .backend import FEATURES, Inputs, Request
 from .cli import Exit
 from .commands_bench import bench
 from .commands_conform import conform
+from .commands_derive import derive
 from .commands_new import new_backend
 from .commands_report import report
 from .errors import nearest
@@ -260,6 +261,7 @@ def specs(as_json: AsJson = False) -> None:
     stdout().print("An argument in \\[brackets] may be left out and has no default value.")
 
 
+app.command()(derive)
 app.command()(bench)
 app.command()(conform)
 app.command()(report)

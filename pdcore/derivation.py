@@ -24,7 +24,7 @@ from .mixture import Mixture
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
 
-__all__ = ["derive", "positive_semidefinite"]
+__all__ = ["aligned", "derive", "positive_semidefinite", "sections"]
 
 
 def derive(spec: AttentionSpec) -> str:
@@ -47,15 +47,25 @@ def derive(spec: AttentionSpec) -> str:
     >>> print(derive(parse("softmax")).splitlines()[0])
     \begin{align*}
     """
+    return aligned([line for lines in sections(spec).values() for line in lines])
+
+
+def sections(spec: AttentionSpec) -> dict[str, list[str]]:
+    """Give the lines of a derivation by what they state, in order.
+
+    Returns
+    -------
+    dict
+        ``points``, ``choices``, ``primal``, ``dual``, ``attention`` and ``own_choices``, each a
+        list of lines of an ``align*`` environment.
+    """
     part = _Derivation(spec)
-    lines = [
-        *part.points(),
-        *part.choices(),
-        *part.primal(),
-        *part.dual(),
-        *part.attention(),
-        *part.own_choices(),
-    ]
+    pieces = (part.points, part.choices, part.primal, part.dual, part.attention, part.own_choices)
+    return {piece.__name__: list(piece()) for piece in pieces}
+
+
+def aligned(lines: list[str]) -> str:
+    """Put lines into an ``align*`` environment."""
     body = " \\\\\n".join(f"& {line}" for line in lines)
     return f"\\begin{{align*}}\n{body}\n\\end{{align*}}\n"
 

@@ -12,7 +12,7 @@ from .errors import NoBackendError
 from .spec import PRESETS, as_spec
 from .vocabulary import kernel_words, normalization_words
 
-__all__ = ["list_backends", "list_words"]
+__all__ = ["list_backends", "list_words", "summary"]
 
 
 def list_backends() -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def list_words() -> dict[str, list[dict[str, Any]]]:
     for axis, table in axes.items():
         for cls in dict.fromkeys(table.values()):
             words.append(
-                _word(cls.word, list(cls.aliases), axis, _summary(cls), list(_arguments(cls)))
+                _word(cls.word, list(cls.aliases), axis, summary(cls), list(_arguments(cls)))
             )
     words += [_word(*other) for other in _OTHERS]
     return {"presets": presets, "words": words}
@@ -119,7 +119,7 @@ def _word(
     }
 
 
-def _summary(cls: type[Any]) -> str:
+def summary(cls: type[Any]) -> str:
     """Give the first sentence of a class's documentation."""
     text = inspect.getdoc(cls) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())

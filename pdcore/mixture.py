@@ -203,8 +203,8 @@ class GaussianMixture(KeySet):
             # Where every key is a centre already, any key will do.
             some = xp.sum(nearest, axis=-2, keepdims=True) > 0
             reached = xp.cumulative_sum(xp.where(some, nearest, real), axis=-2)
-            hit = xp.astype(reached > u * reached[..., -1:, :], xp.int64)
-            first = (hit == 1) & (xp.cumulative_sum(hit, axis=-2) == 1)
+            hit = reached > u * reached[..., -1:, :]
+            first = hit & (xp.cumulative_sum(xp.astype(hit, xp.int64), axis=-2) == 1)
             centre = xp.sum(xp.where(first, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
             apart = keys - centre
             square = real * xp.sum(apart * apart, axis=-1, keepdims=True)

@@ -279,7 +279,9 @@ def test_unknown_commands_name_the_nearest() -> None:
     assert "backends" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["attend", "demo", "backends", "explain", "specs", "bench"])
+@pytest.mark.parametrize(
+    "command", ["attend", "demo", "backends", "explain", "specs", "derive", "bench"]
+)
 def test_every_command_has_help_and_json(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -377,6 +379,18 @@ def test_explain_shows_what_a_mask_costs() -> None:
     masked = run(*base, "--with", "mask,key_mask")
     assert "O(N M)" in masked.stdout
     assert "mask (1, 8, 64, 64), key_mask (1, 64)" in masked.stdout
+
+
+def test_derive_gives_the_steps_as_text_latex_and_data() -> None:
+    base = ("derive", "batch_norm", "--kernel", "gaussian(0.3)")
+    text = run(*base).stdout
+    assert "1. The layer" in text
+    assert "5. The plan" in text
+    assert run(*base, "--latex").stdout.startswith(r"\begin{align*}")
+    assert json.loads(run(*base, "--json").stdout)["spec"] == "gaussian(gamma=0.3)+bn"
+    wrong = run("derive", "batchnorm")
+    assert wrong.exit_code == Exit.USAGE
+    assert "did you mean 'batch_norm'?" in wrong.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,187 @@
+"""From a layer of a neural network to its attention, step by step and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .derivation import aligned, positive_semidefinite, sections
+from .errors import SpecError, nearest
+from .instance_enhanced import InstanceEnhanced
+from .inventory import summary
+from .kernels import Kernel
+from .lowering import Signature, lower
+from .mixture import Mixture
+from .normalization import Batch, Identity, Normalization
+from .plan import Plan
+from .spec import AttentionSpec, parse
+
+__all__ = ["LAYERS", "Derivation", "Step", "derive"]
+
+#: The layers by name, each with the normalization that its input goes through.
+LAYERS: Mapping[str, type[Normalization]] = {
+    "linear": Identity,
+    "batch_norm": Batch,
+    "mixture_norm": Mixture,
+    "instance_enhanced_batch_norm": InstanceEnhanced,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a derivation.
+
+    Attributes
+    ----------
+    title, text : str
+        What is done, and what it gives, in words and plain formulas.
+    latex : str
+        The same as an ``align*`` environment; empty where the step has no formulas of its own.
+    """
+
+    title: str
+    text: str
+    latex: str
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """The attention of a layer, and how it comes from it.
+
+    Attributes
+    ----------
+    layer : str
+        A name of `LAYERS`.
+    spec : AttentionSpec
+        The attention.
+    steps : tuple of Step
+        From the layer to the attention, and how that runs.
+    plan : Plan
+        What the attention is lowered to.
+    """
+
+    layer: str
+    spec: AttentionSpec
+    steps: tuple[Step, ...]
+    plan: Plan
+
+    def __str__(self) -> str:
+        return "\n\n".join(
+            f"{number}. {step.title}\n{step.text}" for number, step in enumerate(self.steps, 1)
+        )
+
+    def latex(self) -> str:
+        """Give the formulas of all steps, one ``align*`` environment for each step with any."""
+        return "\n".join(step.latex for step in self.steps if step.latex)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values: ``layer``, ``spec``, ``steps`` and ``plan`` (its steps)."""
+        return {
+            "layer": self.layer,
+            "spec": str(self.spec),
+            "steps": [vars(step) for step in self.steps],
+            "plan": list(self.plan.steps),
+        }
+
+
+def derive(
+    layer: str = "linear",
+    kernel: str | Kernel = "exponential",
+    *,
+    dim: int = 64,
+    heads: int = 1,
+    dtype: str = "float32",
+    **arguments: Any,
+) -> Derivation:
+    """Derive the attention of the layer f(x) = W Phi(T(x)) / h(x) + b, h the sum of kappa.
+
+    Parameters
+    ----------
+    layer : str
+        What T is: a name of `LAYERS`.
+    kernel : str or Kernel
+        Phi, by its inner products kappa: a kernel or its word, such as ``"gaussian(0.3)"``.
+    dim, heads, dtype
+        Features, key heads and dtype of the call that the plan is for.
+    **arguments
+        Those of the layer's normalization, such as ``components=3``.
+
+    Returns
+    -------
+    Derivation
+
+    Raises
+    ------
+    SpecError
+        For an unknown layer, a kernel with other words, or arguments that do not fit.
+    UnsupportedError
+        For a kernel that may be negative, of which h is no normaliser.
+
+    Examples
+    --------
+    >>> print(derive("batch_norm").spec)
+    softmax+bn
+    """
+    if layer not in LAYERS:
+        raise SpecError(f"layer: got {layer!r}; {nearest(str(layer), LAYERS)}")
+    try:
+        normalization = LAYERS[layer](**arguments)
+    except TypeError as error:
+        raise SpecError(f"layer {layer}: {error}") from error
+    spec = AttentionSpec(kernel=_kernel(kernel), normalization=normalization)
+    plan = lower(spec, Signature(dim, heads, dtype))
+    return Derivation(layer, spec, tuple(_steps(spec, plan)), plan)
+
+
+def _kernel(kernel: str | Kernel) -> Kernel:
+    if isinstance(kernel, Kernel):
+        return kernel
+    if not isinstance(kernel, str):
+        raise TypeError(
+            f"kernel: got {type(kernel).__name__}, expected a pdcore.Kernel or its word"
+        )
+    spec = parse(kernel)
+    if spec != AttentionSpec(kernel=spec.kernel):
+        raise SpecError(f"kernel: got {kernel!r}, expected the word of a kernel alone, such as "
+                        "'gaussian(gamma=0.3)'")  # fmt: skip
+    return spec.kernel
+
+
+def _steps(spec: AttentionSpec, plan: Plan) -> list[Step]:
+    part = sections(spec)
+    own = part["own_choices"]
+    space = (
+        "Phi is needed in inner products alone"
+        if positive_semidefinite(spec)
+        else "Where kappa is positive semidefinite there is a Phi, needed in inner products alone"
+    )
+    return [
+        Step(
+            "The layer",
+            "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
+            f"{summary(type(spec.normalization))}. {space}: kappa(x, y) = Phi(x).Phi(y), "
+            f"{summary(type(spec.kernel))}. h(x) = sum_j kappa(T(x), T(k_j)).",
+            aligned([*part["points"], *part["choices"]]),
+        ),
+        Step(
+            "The regression",
+            "Fit it to keys k_j with targets y_j: keep |W|^2 / 2 small, and charge C for what an "
+            "error exceeds epsilon, in every output feature.",
+            aligned(part["primal"]),
+        ),
+        Step(
+            "Its dual",
+            "Multipliers a_jd and a*_jd between 0 and C, whose differences sum to 0 over the keys; "
+            "the solution is w_d = sum_j (a_jd - a*_jd) Phi(T(k_j)) / h(k_j).",
+            aligned(part["dual"]),
+        ),
+        Step(
+            "The attention",
+            "With w_d put into the layer, f(x) = sum_j v_j kappa(T(x), T(k_j)) / h(x) + b, "
+            "v_jd = (a_jd - a*_jd) / h(k_j): x is a query, k_j are the keys, v_j the values. "
+            f"A transformer learns v and has b = 0: {spec}.",
+            aligned([*part["attention"], *own]),
+        ),
+        Step("The plan", "\n".join(plan.steps), ""),
+    ]
