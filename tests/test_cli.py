@@ -210,6 +210,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: int, code: in
     with subprocess.Popen(
         [sys.executable, "-m", "pdcore", *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell lets what it starts in the background, and all below it, ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as started:  # fmt: skip
         try:
             # The temporary file is there from the moment on when the work begins.
