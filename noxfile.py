@@ -168,7 +168,8 @@ def tests_jax_adapters(session: nox.Session) -> None:
 @nox.session(python=FRAMEWORKS_PYTHON)
 def tests_cuda(session: nox.Session) -> None:
     """Run the CUDA kernels on the CPU, by the emulator, and compile them; no GPU is needed."""
-    install_for_tests(session, "-e", ".[cli,conformance,cupy]", "nvidia-cuda-nvrtc", pins=("cupy",))
+    project = ["-e", ".[cli,conformance,cupy,svr]"]
+    install_for_tests(session, *project, "nvidia-cuda-nvrtc", pins=("cupy", "svr"))
     session.install("--no-deps", "./tests/cuda_cpu")
     session.run("g++", "--version", external=True)
     # Builds are kept in the environment, not in the user's cache.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pdcore import plugins
 from pdcore.svr import SupportVectorExpansion, fit
 
 SPECS = [
@@ -42,15 +42,6 @@ def test_torch(spec: str) -> None:
     assert np.max(np.abs(there - wanted)) < 1e-10 * np.max(np.abs(wanted))
 
 
-@pytest.fixture
-def wide() -> Iterator[None]:
-    jax: Any = pytest.importorskip("jax")
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
-
-
 @pytest.mark.jax
 @pytest.mark.parametrize("spec", SPECS)
 def test_jax(spec: str, wide: None) -> None:
@@ -59,3 +50,18 @@ def test_jax(spec: str, wide: None) -> None:
     found = expansion.attention(jax.numpy.asarray(q))
     assert found.dtype == jax.numpy.float64
     assert np.max(np.abs(np.asarray(found) - wanted)) < 1e-10 * np.max(np.abs(wanted))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("spec", [s for s in SPECS if "linear" not in s and "relu" not in s])
+def test_cuda_kernels(spec: str) -> None:
+    pytest.importorskip("cuda_on_cpu")
+    from emulated_cupy import NAME, register
+
+    expansion, q, wanted = fitted(spec)
+    register()
+    try:
+        found = expansion.attention(q, backend=NAME)
+    finally:
+        plugins.unregister_backend(NAME)
+    assert np.max(np.abs(found - wanted)) < 1e-10 * np.max(np.abs(wanted))
