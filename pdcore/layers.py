@@ -16,6 +16,7 @@ from .mixture import Mixture
 from .normalization import Batch, Identity, Normalization
 from .plan import Plan
 from .spec import AttentionSpec, parse
+from .validation import FLOATS
 
 __all__ = ["LAYERS", "Derivation", "Step", "derive"]
 
@@ -123,6 +124,11 @@ def derive(
     >>> print(derive("batch_norm").spec)
     softmax+bn
     """
+    for name, value in (("dim", dim), ("heads", heads)):
+        if type(value) is not int or value < 1:
+            raise SpecError(f"{name}: got {value!r}, expected a whole number >= 1")
+    if dtype not in FLOATS:
+        raise SpecError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOATS)}")
     if layer not in LAYERS:
         raise SpecError(f"layer: got {layer!r}; {nearest(str(layer), LAYERS)}")
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import cuda_gate
 import pytest
 
+from pdcore_backends.cupy.programs import Program
+
 pytestmark = pytest.mark.cuda
 
 
@@ -27,6 +29,13 @@ def test_kernels_take_no_more_than_the_page_says() -> None:
         or any(a > b for a, b in zip(use.registers, table[key].registers, strict=True))
     }  # fmt: skip
     assert not more, f"if that is meant, run python tests/cuda_gate.py: {more}"
+
+
+@pytest.mark.parametrize("name", ["scores_rows<256>", "scores_keys<256, false>"])
+def test_programs_of_features_do_not_spill(name: str) -> None:
+    pytest.importorskip("cupy")
+    for arch in cuda_gate.ARCHITECTURES:
+        assert cuda_gate._compiled(Program("float", "features").text(name), name, arch)[1] == 0
 
 
 def test_a_kernel_that_spills_would_be_seen() -> None:

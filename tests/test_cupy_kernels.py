@@ -126,6 +126,11 @@ CALLS = {
     "no rows": ("softmax", {"n": 0, "m": 4, "bias": normal(1, 4)}),
     "no keys": ("causal", {"n": 4, "m": 0}),
     "no sequence": ("softmax", {"lead": (0,), "bias": normal(5, 7)}),
+    "no sequence, a bias of each": (
+        "softmax",
+        {"lead": (0,), "n": 5, "m": 7, "bias": normal(0, 4, 5, 7)},
+    ),
+    "far before the keys": ("causal", {"offset": 5 - 2**32}),
     "no values": ("softmax", {"n": 3, "m": 4, "dv": 0}),
     "no leading axis": ("causal", {"lead": (), "offset": 1}),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,6 @@ pytestmark = pytest.mark.jax_adapters
 E, H, N, M, B = 16, 4, 6, 9, 3
 PREFIX = "causal+bn(statistics=prefix)"
 CAUSAL = ["causal", f"{PREFIX}+sh(1,1,2,2)", "bn(statistics=prefix)+sparse(3,0)"]
-
-
-@pytest.fixture
-def wide() -> Iterator[None]:
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 def close(a: Any, b: Any, *, tolerance: float = 2e-6) -> None:

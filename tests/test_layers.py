@@ -123,6 +123,9 @@ def test_arguments_are_those_of_the_normalization() -> None:
         ({"kernel": 3}, TypeError, "kernel: got int, expected a pdcore.Kernel or its word"),
         ({"layer": "linear", "eps": 1.0}, SpecError, "unexpected keyword argument 'eps'"),
         ({"layer": "batch_norm", "eps": -1.0}, SpecError, "bn: eps is -1.0"),
+        ({"heads": 0}, SpecError, "heads: got 0, expected a whole number >= 1"),
+        ({"dim": -3}, SpecError, "dim: got -3, expected a whole number >= 1"),
+        ({"dtype": "int8"}, SpecError, "dtype: got 'int8', expected one of float16"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], says: str) -> None:

@@ -415,10 +415,13 @@ def test_progress_only_when_asked(
 def test_an_expansion_is_its_own() -> None:
     keys, targets = next_frames(2, 1)
     expansion = fit(keys, targets, C=1e4, epsilon=0.1)
-    before = expansion.attention(keys)
+    before, solved = expansion.attention(keys), expansion.predict(keys)
     keys *= 2.0
+    targets *= 3.0
     copy = pickle.loads(pickle.dumps(expansion))  # noqa: S301 - our own bytes
     assert np.array_equal(copy.attention(expansion.keys), before)
+    assert np.array_equal(copy.predict(expansion.keys), solved)
+    assert expansion.certificate().ok
     up, low = expansion.multipliers
     assert np.all((up >= 0) & (up <= 1e4) & (low >= 0) & (low <= 1e4) & (up * low == 0))
     with pytest.raises(ValueError, match=r"q: got shape \(3, 5\), expected \(N, 12\)"):
@@ -428,6 +431,9 @@ def test_an_expansion_is_its_own() -> None:
     low_precision = expansion.attention(expansion.keys.astype(np.float32))
     assert low_precision.dtype == np.float32
     assert relative(low_precision, before) < 1e-3
+    large = fit(expansion.keys, 1e6 * targets, C=1e10, epsilon=1e5)
+    with pytest.raises(ValueError, match="q: got float16, which cannot hold values of"):
+        large.attention(expansion.keys.astype(np.float16))
 
 
 # --- a trained layer read as a regression ---------------------------------------------------------
@@ -468,3 +474,9 @@ def test_epsilon_decides_which_tokens_are_needed() -> None:
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 0
     assert "0 of 20 tokens are support vectors" in str(found)
+
+
+def test_a_layer_without_queries_has_no_error() -> None:
+    k, v = np.random.default_rng(0).standard_normal((2, 2, 6, 4))
+    found = interpret(np.ones((2, 0, 4)), k, v, epsilon=0.1)
+    assert not found.error.any()

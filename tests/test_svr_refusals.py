@@ -95,3 +95,11 @@ def test_without_the_extra_it_says_what_installs_it(
         fit(KEYS, TARGETS, C=1.0, epsilon=0.1, solver=solver)
     message = f"pdcore.svr: {package} is not installed: pip install 'pdcore[svr]'"
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("sizes", [(5, 0, 3), (5, 4, 0)], ids=["no keys", "no outputs"])
+def test_a_layer_without_points_or_outputs(sizes: tuple[int, int, int]) -> None:
+    n, m, dv = sizes
+    q, k, v = np.ones((2, n, 4)), np.ones((2, m, 4)), np.ones((2, m, dv))
+    with pytest.raises(ValueError, match=r"k, v: got shapes .* no axis of length 0"):
+        interpret(q, k, v, epsilon=0.1)

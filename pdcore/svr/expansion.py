@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arrays import device_of, library_of
+from ..arrays import device_of, dtype_name, library_of
 from ..attention import attention
 from ..spec import AttentionSpec
 from .checks import float64
@@ -155,6 +155,10 @@ class SupportVectorExpansion:
             return xp.asarray(part, dtype=q.dtype, device=device_of(q))
 
         H = len(self.heads)
+        largest = max(float(np.max(np.abs(a))) for a in (self.values, self.intercept))
+        if largest > float(xp.finfo(q.dtype).max):
+            raise ValueError(f"q: got {dtype_name(q)}, which cannot hold values of {largest:.3g}; "
+                             "expected float32 or float64")  # fmt: skip
         keys, values = (like(a.reshape(H, -1, a.shape[-1])) for a in (self.keys, self.values))
         params = {name: like(p) for name, p in self.params.items()}
         b = np.repeat(self.intercept.reshape(H, 1, -1), x.shape[0] // H, axis=0)

@@ -82,7 +82,8 @@ def fit(
     """
     spec = as_spec(spec)
     refuse(spec)
-    keys, targets = float64("keys", keys), float64("targets", targets)
+    # Copies: nothing that the caller writes later changes the expansion.
+    keys, targets = float64("keys", keys).copy(), float64("targets", targets).copy()
     check_shapes(keys, targets)
     for name, number, zero in (("C", C, False), ("epsilon", epsilon, True)):
         check_number(name, number, zero=zero)
@@ -91,6 +92,7 @@ def fit(
     x, y = (a if a.ndim == 3 else a[None] for a in (keys, targets))
     given = dict(params or {})
     validate(spec, Inputs(x, x, y, params=given), "numpy")  # the scales and params
+    given = {name: p.copy() for name, p in given.items()}
     kernels = head_kernels(spec, x, given)
     pooled = [pooling(part, spec, head) for head, part in enumerate(y)]
     tasks = [
@@ -107,7 +109,7 @@ def fit(
         b = np.array([s.intercept for s in own])
         heads.append(HeadFit(kernel, part, np.maximum(beta, 0.0), np.maximum(-beta, 0.0), b))
     return SupportVectorExpansion(
-        spec, keys.copy(), float(C), float(epsilon), solver, given, tuple(heads)
+        spec, keys, float(C), float(epsilon), solver, given, tuple(heads)
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The kernel of one head's regression, over the points that the head is fitted on.
 
-Written with the reference, so that nothing here shares code with the backends that run the
-expansion as attention.
+Written with the reference: but for the pooling of points and targets, nothing here shares code
+with the backends that run the expansion as attention.
 """
 
 from __future__ import annotations

@@ -98,6 +98,11 @@ def interpret(
     refuse(spec)
     q, k, v = (float64(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     layer = attention(q, k, v, spec, params=params, backend="numpy")  # checks what it is given
+    if not (k.size and v.size):
+        raise ValueError(
+            f"k, v: got shapes {k.shape} and {v.shape}, expected no axis of length 0: there is "
+            "no regression without training points and outputs"
+        )
     kernels = head_kernels(spec, k, dict(params or {}))
     pairs = [
         (kernel, _over_inverse(pooling(x, spec, head), kernel.inverse_h))
@@ -118,7 +123,7 @@ def interpret(
         np.any(expansion.support, axis=-1),
         np.mean(expansion.support, axis=-1),
         np.max(np.abs(expansion.coefficients), axis=(1, 2)),
-        np.max(error.reshape(len(k), -1), axis=1),
+        np.max(error.reshape(len(k), -1), axis=1, initial=0.0),
     )
 
 

@@ -134,5 +134,5 @@ class _Call:
         grid = (planes * self.tiles(rows) * self.tiles(keys),)
         self.run("scores_bias", grid, 32, (*given, found))
         own = self.o.bias.shape
-        lead = self.o.q.shape[:-4] if batch > 1 else (1,) * (len(own) - 4)
+        lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(own) - 4)
         return sum_to(self.xp.reshape(found, (*lead, *extent[1:])), own, xp=self.xp)

@@ -41,8 +41,8 @@ _KEPT = 1 << 22
 #: A head with at most this many scores is too small to be worth a turn of its own.
 _SMALL = 1 << 15
 #: Causal rows run in at most so many bands, each with the keys that its last row sees, and each a
-#: program of its own to compile. With more keys than this, one program for all rows skips the
-#: blocks of keys that no row sees.
+#: program of its own to compile. With more keys than this, or than one block has, one program for
+#: all rows skips the blocks of keys that no row sees.
 _BANDS = 4
 _BANDED_KEYS = 4096
 _SKIPPED_KEYS = 1024

@@ -43,6 +43,7 @@ struct Range {
 
 DEVICE Range range(i64 first, i64 last, int count) {
   first = no_less(first, 0);
+  last = no_less(last, 0);
   return {int(smaller(first, count)), int(smaller(last, count))};
 }
 
