@@ -12,19 +12,15 @@ Notation: B leading axes, N queries, M keys, W keys after pooling, D and Dv feat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import kernels
-from .errors import UnsupportedError
-from .instance_enhanced import InstanceEnhanced
-from .mixture import Mixture
-from .normalization import Batch, Identity
-from .reference_inputs import Call, hook_params, prepare, select
-from .reference_normalizations import instance_enhanced, mixture, moments
+from .reference_inputs import Call, prepare, select
+from .reference_kernels import kappa_of, pointwise
+from .reference_normalizations import prefix_inner_products, transform_of
 from .spec import AttentionSpec
 
 __all__ = ["reference_attention", "reference_weights"]
@@ -194,7 +190,7 @@ def _heads(call: Call) -> Iterator[_Head]:
         allowed = allowed & real[..., None, :]
         # Prefix statistics: mask and window do not restrict them.
         counted = (first + (scale - 1) <= call.position) & real[..., None, :]
-        transform = None if spec.prefix else _transform(call, keys, real, params)
+        transform = None if spec.prefix else transform_of(call, keys, real, params)
         y = keys if transform is None else call.rounded(transform(keys))
         for i in range(g * group, (g + 1) * group):
             visible = allowed
@@ -209,11 +205,11 @@ def _heads(call: Call) -> Iterator[_Head]:
             query = call.q[..., i, :, :]
             if transform is None:
                 visible = visible & xp.any(counted, axis=-1, keepdims=True)
-                inner = _prefix_inner_products(call, query, keys, counted, params)
-                has_log, kappa = True, _pointwise(spec.kernel, inner, visible, call, params)
+                inner = prefix_inner_products(call, query, keys, counted, params)
+                has_log, kappa = True, pointwise(spec.kernel, inner, visible, call, params)
             else:
                 x = call.rounded(transform(query))
-                has_log, kappa = _kappa(spec.kernel, x, y, visible, call, params)
+                has_log, kappa = kappa_of(spec.kernel, x, y, visible, call, params)
             if bias is not None:
                 kappa = kappa + bias
             weights, lse = _normalise(kappa, has_log, visible, spec.normaliser, xp)
@@ -253,200 +249,6 @@ def _pool(x: Any, chosen: Any, call: Call) -> Any:
     count = xp.sum(xp.astype(chosen, call.dtype), axis=-2)
     total = xp.sum(select(chosen, _cut(x, chosen.shape[-2], call), 0.0, xp), axis=-2)
     return total / select(count > 0, count, 1.0, xp)
-
-
-# --- normalization ----------------------------------------------------------------------------
-
-
-def _transform(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
-    xp, normalization = call.xp, call.spec.normalization
-    if type(normalization) is Identity:
-        return lambda x: x
-    if type(normalization) is Batch:
-        if normalization.statistics == "running":
-            mean, var = params["mean"], params["var"]
-        else:
-            axes = tuple(range(keys.ndim - 1)) if normalization.statistics == "batch" else -2
-            mean, var = moments(keys, real[..., None], axes, xp)
-        beta = _beta(normalization, call, params)
-        return lambda x: (x - beta * mean) / xp.sqrt(var + normalization.eps)
-
-    if type(normalization) is InstanceEnhanced:
-        return instance_enhanced(normalization, keys, real, params, xp)
-    if type(normalization) is Mixture:
-        return mixture(normalization, keys, real, xp)
-
-    # A user's normalization, by its public hooks: arrays with a head axis of length 1.
-    state: Mapping[str, Any] = {}
-    statistics = normalization.statistics_state()
-    if statistics is not None:
-        previous = None
-        block, mask = keys[..., None, :, :], real[..., None, :, None]
-        for _ in range(statistics.rounds):
-            state = statistics.of(block, mask, xp=xp, previous=previous)
-            state = previous = statistics.finalize(state, xp=xp)
-    own = hook_params(normalization, call, params)
-    return lambda x: normalization.apply(
-        x[..., None, :, :], state, xp=xp, params=own
-    )[..., 0, :, :]  # fmt: skip
-
-
-def _beta(normalization: Batch, call: Call, params: Mapping[str, Any]) -> Any:
-    """Give the weight of the mean, (D,)."""
-    dim = call.q.shape[-1]
-    if normalization.beta != "param":
-        return call.xp.full((dim,), normalization.beta, dtype=call.dtype, device=call.device)
-    return call.xp.broadcast_to(params["beta"][0, ...], (dim,))
-
-
-def _prefix_inner_products(
-    call: Call, q: Any, keys: Any, counted: Any, params: Mapping[str, Any]
-) -> Any:
-    """Compute T_p(x).T_p(y) for a query at position p and every key y, (*B, N, W).
-
-    T_p has the moments of the keys that are `counted`, bool (*B, N, W), in the query's row.
-    """
-    xp, normalization = call.xp, call.spec.normalization
-    if type(normalization) is not Batch:
-        raise UnsupportedError(f"{normalization.word}: no formula for its prefix statistics")
-    beta = _beta(normalization, call, params)
-    inner = xp.zeros(counted.shape, dtype=call.dtype, device=call.device)
-    for d in range(q.shape[-1]):
-        x, y = q[..., d][..., :, None], keys[..., d][..., None, :]
-        mean, var = moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
-        centre, deviation = beta[d] * mean, xp.sqrt(var + normalization.eps)
-        x, y = (x - centre) / deviation, (y - centre) / deviation
-        inner = inner + call.rounded(x) * call.rounded(y)
-    return inner
-
-
-# --- kernels ----------------------------------------------------------------------------------
-
-
-def _kappa(
-    kernel: kernels.Kernel, x: Any, y: Any, visible: Any, call: Call, params: Mapping[str, Any]
-) -> tuple[bool, Any]:
-    """Evaluate a kernel on every pair of rows.
-
-    Returns
-    -------
-    has_log : bool
-        Whether the second entry is log kappa, else it is kappa.
-    array (*B, N, W)
-    """
-    xp = call.xp
-    if type(kernel) is kernels.Gaussian:
-        square = xp.zeros(visible.shape, dtype=call.dtype, device=call.device)
-        for d in range(x.shape[-1]):
-            difference = x[..., d][..., :, None] - y[..., d][..., None, :]
-            square = square + difference * difference
-        return True, -kernel.gamma * square
-    if type(kernel) is kernels.Cosine:
-        return True, kernel.scale * _inner(_unit(x, xp), _unit(y, xp), xp)
-    if type(kernel) is kernels.RandomFeatures:
-        dim = x.shape[-1]
-        tau = _tau(kernel.scale, dim)
-        drawn = np.random.RandomState(kernel.seed).standard_normal((kernel.count, dim))
-        omega = xp.asarray(drawn, dtype=call.dtype, device=call.device)
-
-        def log_phi(z: Any) -> Any:
-            square = xp.sum(z * z, axis=-1, keepdims=True)
-            projected = math.sqrt(tau) * _inner(z, omega, xp)
-            return projected - tau / 2 * square - math.log(kernel.count) / 2
-
-        return True, _log_sum_of_products(log_phi(x), log_phi(y), xp)
-    if type(kernel) is kernels.Elu:
-        return False, _inner(_elu_plus_one(x, xp), _elu_plus_one(y, xp), xp)
-    if type(kernel) is kernels.Relu:
-        # x <= 0, not x > 0: a NaN must come through. The gradient at 0 is 0.
-        zero = xp.zeros_like
-        x, y = xp.where(x <= 0, zero(x), x), xp.where(y <= 0, zero(y), y)
-        return False, _inner(x, y, xp)
-    if isinstance(kernel, kernels.FeatureMap):
-        own = hook_params(kernel, call, params)
-        phi_x, phi_y = (
-            kernel.features(z[..., None, :, :], xp=xp, params=own)[..., 0, :, :] for z in (x, y)
-        )
-        if kernel.log_domain:
-            return True, _log_sum_of_products(phi_x, phi_y, xp)
-        return False, _inner(phi_x, phi_y, xp)
-    return True, _pointwise(kernel, _inner(x, y, xp), visible, call, params)
-
-
-def _pointwise(
-    kernel: kernels.Kernel, s: Any, visible: Any, call: Call, params: Mapping[str, Any]
-) -> Any:
-    """Evaluate log kappa from s = x.y, (*B, N, W)."""
-    xp = call.xp
-    dim = call.q.shape[-1]
-    if type(kernel) is kernels.Exponential:
-        z = _tau(kernel.scale, dim) * s
-        return z if kernel.softcap is None else kernel.softcap * xp.tanh(z / kernel.softcap)
-    if type(kernel) is kernels.Polynomial:
-        base = _tau(kernel.scale, dim) * s + kernel.coef0
-        zero = base == 0
-        log = kernel.degree * xp.log(xp.abs(select(zero, xp.ones_like(base), base, xp)))
-        return select(zero, xp.full_like(log, -INF), log, xp)
-    if not isinstance(kernel, kernels.PointwiseKernel):
-        raise UnsupportedError(
-            f"{kernel.word}: the reference has no formula for it, as {type(kernel).__name__} is "
-            "neither a PointwiseKernel nor a FeatureMap"
-        )
-
-    def log_kappa(s: Any) -> Any:
-        values = {"s": s, **{p.name: params[p.name][0, ...] for p in kernel.parameters()}}
-        return xp.zeros_like(s) + kernel.expression(dim)(values, xp)
-
-    if 0 in s.shape:
-        return xp.zeros_like(s)
-    # Where kappa = 0, the derivative of its log is not finite. Evaluate those entries, and the
-    # ones that nobody sees, at an s from elsewhere; the select then gives them gradient 0.
-    log = log_kappa(s)
-    good = visible & xp.isfinite(log)
-    column = xp.full((*s.shape[:-1], 1), -INF, dtype=s.dtype, device=call.device)
-    spare = xp.max(xp.concat([select(good, s, -INF, xp), column], axis=-1))
-    spare = select(spare == -INF, xp.ones_like(spare), spare, xp)
-    safe = visible & (log != -INF)
-    return select(safe, log_kappa(xp.where(safe, s, spare)), -INF, xp)
-
-
-def _inner(x: Any, y: Any, xp: Any) -> Any:
-    return xp.matmul(x, xp.matrix_transpose(y))
-
-
-def _unit(x: Any, xp: Any) -> Any:
-    """Divide rows by their length; a zero row stays zero and has gradient 0."""
-    square = xp.sum(x * x, axis=-1, keepdims=True)
-    zero = square == 0
-    return select(zero, xp.zeros_like(x), x / xp.sqrt(select(zero, 1.0, square, xp)), xp)
-
-
-def _elu_plus_one(x: Any, xp: Any) -> Any:
-    negative = x <= 0
-    return xp.where(negative, xp.exp(select(negative, x, 0.0, xp)), x + 1.0)
-
-
-def _log_sum_of_products(log_x: Any, log_y: Any, xp: Any) -> Any:
-    """Compute log sum_f exp(log_x_f + log_y_f) for every pair of rows, feature by feature."""
-    features = range(log_x.shape[-1])
-
-    def term(f: int) -> Any:
-        return log_x[..., f][..., :, None] + log_y[..., f][..., None, :]
-
-    top = xp.full_like(_inner(log_x, log_y, xp), -INF)
-    for f in features:
-        top = xp.maximum(top, term(f))
-    top = select(top == -INF, 0.0, top, xp)
-    total = xp.zeros_like(top)
-    for f in features:
-        total = total + xp.exp(term(f) - top)
-    zero = total == 0
-    return select(zero, -INF, top + xp.log(select(zero, 1.0, total, xp)), xp)
-
-
-def _tau(scale: float | None, dim: int) -> float:
-    return scale if scale is not None else 1.0 / math.sqrt(max(dim, 1))
 
 
 # --- normaliser and contraction ---------------------------------------------------------------

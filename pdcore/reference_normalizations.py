@@ -1,4 +1,4 @@
-"""The normalizations of the literature beside the paper's, by their formulas: part of the oracle.
+"""The normalizations by their formulas: part of the oracle.
 
 As in `pdcore.reference`: one head at a time, direct formulas, any array library.
 """
@@ -10,14 +10,81 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .arrays import constant
+from .errors import UnsupportedError
 from .instance_enhanced import InstanceEnhanced
 from .mixture import Mixture, draws
-from .reference_inputs import select
+from .normalization import Batch, Identity
+from .reference_inputs import Call, hook_params, select
 
-__all__ = ["instance_enhanced", "mixture", "moments"]
+__all__ = ["prefix_inner_products", "transform_of"]
 
 
-def moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
+def transform_of(
+    call: Call, keys: Any, real: Any, params: Mapping[str, Any]
+) -> Callable[[Any], Any]:
+    """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
+    xp, normalization = call.xp, call.spec.normalization
+    if type(normalization) is Identity:
+        return lambda x: x
+    if type(normalization) is Batch:
+        if normalization.statistics == "running":
+            mean, var = params["mean"], params["var"]
+        else:
+            axes = tuple(range(keys.ndim - 1)) if normalization.statistics == "batch" else -2
+            mean, var = _moments(keys, real[..., None], axes, xp)
+        beta = _beta(normalization, call, params)
+        return lambda x: (x - beta * mean) / xp.sqrt(var + normalization.eps)
+
+    if type(normalization) is InstanceEnhanced:
+        return _instance_enhanced(normalization, keys, real, params, xp)
+    if type(normalization) is Mixture:
+        return _mixture(normalization, keys, real, xp)
+
+    # A user's normalization, by its public hooks: arrays with a head axis of length 1.
+    state: Mapping[str, Any] = {}
+    statistics = normalization.statistics_state()
+    if statistics is not None:
+        previous = None
+        block, mask = keys[..., None, :, :], real[..., None, :, None]
+        for _ in range(statistics.rounds):
+            state = statistics.of(block, mask, xp=xp, previous=previous)
+            state = previous = statistics.finalize(state, xp=xp)
+    own = hook_params(normalization, call, params)
+    return lambda x: normalization.apply(
+        x[..., None, :, :], state, xp=xp, params=own
+    )[..., 0, :, :]  # fmt: skip
+
+
+def _beta(normalization: Batch, call: Call, params: Mapping[str, Any]) -> Any:
+    """Give the weight of the mean, (D,)."""
+    dim = call.q.shape[-1]
+    if normalization.beta != "param":
+        return call.xp.full((dim,), normalization.beta, dtype=call.dtype, device=call.device)
+    return call.xp.broadcast_to(params["beta"][0, ...], (dim,))
+
+
+def prefix_inner_products(
+    call: Call, q: Any, keys: Any, counted: Any, params: Mapping[str, Any]
+) -> Any:
+    """Compute T_p(x).T_p(y) for a query at position p and every key y, (*B, N, W).
+
+    T_p has the moments of the keys that are `counted`, bool (*B, N, W), in the query's row.
+    """
+    xp, normalization = call.xp, call.spec.normalization
+    if type(normalization) is not Batch:
+        raise UnsupportedError(f"{normalization.word}: no formula for its prefix statistics")
+    beta = _beta(normalization, call, params)
+    inner = xp.zeros(counted.shape, dtype=call.dtype, device=call.device)
+    for d in range(q.shape[-1]):
+        x, y = q[..., d][..., :, None], keys[..., d][..., None, :]
+        mean, var = _moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
+        centre, deviation = beta[d] * mean, xp.sqrt(var + normalization.eps)
+        x, y = (x - centre) / deviation, (y - centre) / deviation
+        inner = inner + call.rounded(x) * call.rounded(y)
+    return inner
+
+
+def _moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
     """Take the mean and the biased variance over the included entries; 0 where there are none."""
     included = xp.broadcast_to(included, x.shape)
     count = xp.sum(xp.astype(included, x.dtype), axis=axes, keepdims=True)
@@ -27,21 +94,21 @@ def moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
     return mean, xp.sum(deviation * deviation, axis=axes, keepdims=True) / count
 
 
-def instance_enhanced(
+def _instance_enhanced(
     t: InstanceEnhanced, keys: Any, real: Any, params: Mapping[str, Any], xp: Any
 ) -> Callable[[Any], Any]:
     """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
-    mean, var = moments(keys, real[..., None], -2, xp)
+    mean, var = _moments(keys, real[..., None], -2, xp)
     z = params["slope"] * mean + params["shift"]
     small = xp.exp(-xp.abs(z))  # of the two forms of the sigmoid the one that does not overflow
     gate = select(z < 0, small / (1.0 + small), 1.0 / (1.0 + small), xp)
     return lambda x: gate * ((x - t.beta * mean) / xp.sqrt(var + t.eps))
 
 
-def mixture(t: Mixture, keys: Any, real: Any, xp: Any) -> Callable[[Any], Any]:
+def _mixture(t: Mixture, keys: Any, real: Any, xp: Any) -> Callable[[Any], Any]:
     """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
     included = real[..., None]
-    _, var = moments(keys, included, -2, xp)
+    _, var = _moments(keys, included, -2, xp)
     mean = _centres(t, keys, included, xp)  # (*B, K, D)
     var = var + xp.zeros_like(mean)
     share = xp.full_like(mean[..., 0], 1.0 / t.components)  # (*B, K)
