@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import cuda_on_cpu
-import numpy as np
 
 import pdcore
-from pdcore.backend import Inputs
-from pdcore.plan import Plan
+from pdcore.silent_backend import SilentBackend
 from pdcore_backends.cupy import INFO
 from pdcore_backends.cupy.fused import KernelBackend
 from pdcore_backends.cupy.runtime import Kernel
@@ -57,7 +54,7 @@ class EmulatedRuntime:
         return cuda_on_cpu.empty(shape, dtype)
 
 
-class EmulatedBackend(KernelBackend):
+class EmulatedBackend(SilentBackend, KernelBackend):
     """What `CupyBackend` is on CuPy."""
 
     info = replace(
@@ -66,28 +63,7 @@ class EmulatedBackend(KernelBackend):
     )  # fmt: skip
 
     def __init__(self, runtime: EmulatedRuntime | None = None) -> None:
-        super().__init__(runtime or EmulatedRuntime())
-
-    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
-        # CuPy does not warn of the log 0 of rows that see nothing, as NumPy does.
-        with np.errstate(all="ignore"):
-            return super().attention(plan, inputs, lse=lse)
-
-    def attention_vjp(
-        self, plan: Plan, inputs: Inputs
-    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        with np.errstate(all="ignore"):
-            out, lse, pull = super().attention_vjp(plan, inputs)
-
-        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            with np.errstate(all="ignore"):
-                return pull(d_out, d_lse)
-
-        return out, lse, vjp
-
-    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
-        with np.errstate(all="ignore"):
-            return super().attention_weights(plan, inputs)
+        KernelBackend.__init__(self, runtime or EmulatedRuntime())
 
 
 def register() -> None:

@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Inputs, Request
+from pdcore.backend import Request
 from pdcore.operands import Operands
 from pdcore.plan import Features, Plan, Scores
+from pdcore.silent_backend import SilentBackend
 
 from . import INFO, features, scores, threads
 
 __all__ = ["NumpyBackend"]
 
 
-class NumpyBackend(ArrayBackend):
+class NumpyBackend(SilentBackend):
     """Runs plans on NumPy arrays, on as many threads as the process has cores.
 
     ``PDCORE_NUM_THREADS`` sets another number of threads.
     """
 
     info = INFO
-
-    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
-        """Run a plan, see `Backend.attention`."""
-        # 0 / 0 and log 0 are expected, and resolved, in rows that see nothing.
-        with np.errstate(all="ignore"):
-            return super().attention(plan, inputs, lse=lse)
-
-    def attention_vjp(
-        self, plan: Plan, inputs: Inputs
-    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
-        with np.errstate(all="ignore"):
-            out, lse, pull = super().attention_vjp(plan, inputs)
-
-        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            with np.errstate(all="ignore"):
-                return pull(d_out, d_lse)
-
-        return out, lse, vjp
-
-    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
-        """Compute the weights of a plan, see `Backend.attention_weights`."""
-        with np.errstate(all="ignore"):
-            return super().attention_weights(plan, inputs)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Leave phi to the contraction: fresh arrays of phi would cost more than phi."""
