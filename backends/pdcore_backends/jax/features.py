@@ -19,6 +19,7 @@ from pdcore.arrays import held
 from pdcore.feature_contraction import chunks, highest
 from pdcore.score_contraction import finite
 
+from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
 from .scores import checkpointed
 
@@ -38,17 +39,16 @@ def prefix_contract(
     k, v = chunks(k, size, -jnp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v) if log else (_sums(k, v), None)
     index, width = _places(counts, first, rows, step, size)
-    more = -rows % size
     given = {
-        "a": _blocks(a, more, size),
+        "a": cut(a, size),
         # The rows of the padding see what the last row sees; they are cut off.
-        "seen": _blocks(counts, more, size, mode="edge") - _in_front(index)[..., None, None] * size,
+        "seen": cut(counts, size, mode="edge") - _in_front(index)[..., None, None] * size,
         "k": _windows(k, index, width), "v": _windows(v, index, width),
         "state": _windows(states, index, 1)[..., 0, :, :],
     }  # fmt: skip
     if tops is not None:
         given["top"] = _windows(tops, index, 1)[..., 0, :, :]
-    summed, exponent = (_joined(x, rows) for x in lax.map(_turn, given))
+    summed, exponent = (joined(x, rows) for x in lax.map(_turn, given))
     return summed, exponent
 
 
@@ -116,12 +116,6 @@ def _places(counts: Any, first: Callable[[int], int | None], rows: int, step: in
     return begin, max(1, int(np.max(end - begin)))
 
 
-def _blocks(x: Any, more: int, size: int, **how: Any) -> Any:
-    """Cut rows (..., R, F), `more` of them padding, into blocks in front."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)], **how)
-    return jnp.moveaxis(jnp.reshape(x, (*x.shape[:-2], -1, size, x.shape[-1])), -3, 0)
-
-
 def _in_front(index: Any) -> Any:
     return jnp.moveaxis(jnp.asarray(index), -1, 0)
 
@@ -137,9 +131,3 @@ def _windows(x: Any, index: Any, width: int) -> Any:
     found = jnp.take_along_axis(x, flat, axis=-3)
     shape = (*found.shape[:-3], count, width, *found.shape[-2:])
     return jnp.moveaxis(jnp.reshape(found, shape), -4, 0)
-
-
-def _joined(x: Any, rows: int) -> Any:
-    """Undo `_blocks`."""
-    x = jnp.moveaxis(x, 0, -3)
-    return jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1]))[..., :rows, :]

@@ -17,6 +17,7 @@ from jax import lax
 from pdcore import statistics
 from pdcore.statistics import Moments, Statistics
 
+from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
 from .scores import checkpointed
 
@@ -38,8 +39,7 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
         return statistics.prefix_states(stats, keys, mask, xp=xp)
     real = jnp.ones((*lead, length, 1), keys.dtype) if mask is None else \
         jnp.broadcast_to(mask, (*lead, length, 1)).astype(keys.dtype)  # fmt: skip
-    more = -length % CHUNK
-    chunks = tuple(_chunks(x, more) for x in (keys, real))
+    chunks = tuple(cut(x, CHUNK) for x in (keys, real))
 
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
         found = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
@@ -52,9 +52,8 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     empty = stats.zero(last, xp=xp)
     states = {}
     for name, x in rest.items():
-        rows = jnp.concat([first[name][None], x])
-        rows = jnp.reshape(jnp.moveaxis(rows, 0, -3), (*lead, length + more, x.shape[-1]))
-        states[name] = jnp.concat([empty[name], rows[..., :length, :]], axis=-2)
+        rows = joined(jnp.concat([first[name][None], x]), length)
+        states[name] = jnp.concat([empty[name], rows], axis=-2)
     return states
 
 
@@ -66,9 +65,3 @@ def _within(keys: Any, real: Any) -> State:
     mean = jnp.matmul(weights, keys) / jnp.maximum(n, 1.0)
     deviation = keys[..., None, :, :] - mean[..., :, None, :]
     return {"n": n, "mean": mean, "m2": jnp.sum(weights[..., None] * deviation**2, axis=-2)}
-
-
-def _chunks(x: Any, more: int) -> Any:
-    """Put chunks on an axis in front, after `more` rows of zeros at the end."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
-    return jnp.moveaxis(jnp.reshape(x, (*x.shape[:-2], -1, CHUNK, x.shape[-1])), -3, 0)
