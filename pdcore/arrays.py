@@ -96,13 +96,11 @@ def constant(x: Any, xp: Any) -> Any:
 
     Where a library has no way to differentiate by itself, the array as it is.
     """
-    if hasattr(xp, "stop_gradient"):
-        return xp.stop_gradient(x)
     if hasattr(x, "detach"):
         return x.detach()
-    if xp.__name__ == "jax.numpy":
+    if getattr(xp, "__name__", "") == "jax.numpy":
         return sys.modules["jax"].lax.stop_gradient(x)
-    return x
+    return held(x, xp)
 
 
 def device_of(x: Any) -> Any:

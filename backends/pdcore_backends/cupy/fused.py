@@ -11,7 +11,7 @@ from pdcore.backend import Request
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
 
-from .programs import columns_for, tile
+from .programs import columns_for, scalar_of, tile
 from .runtime import Runtime
 from .scores import ScoreKernels
 
@@ -81,7 +81,7 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
     if capability < CAPABILITY:
         return (f"the device has compute capability {capability / 10}, and the kernels are for "
                 f"{CAPABILITY / 10} and later")  # fmt: skip
-    size = tile("float" if plan.accumulate == "float32" else "double")
+    size = tile(scalar_of(plan.accumulate))
     *lead, rows, dim = request.q
     keys, value_dim = request.v[-2:]
     longest = max(rows, keys)

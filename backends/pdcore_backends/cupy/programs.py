@@ -9,7 +9,7 @@ from importlib.resources import files
 from pdcore.expression import Expression
 from pdcore.plan import Scores
 
-__all__ = ["COLUMNS", "Program", "columns_for", "memory", "tile"]
+__all__ = ["COLUMNS", "Program", "columns_for", "memory", "scalar_of", "tile"]
 
 #: Columns of a result that a block holds in registers; more columns take more blocks.
 COLUMNS = (32, 64, 128, 256)
@@ -47,7 +47,7 @@ class Program:
     @classmethod
     def of(cls, c: Scores, values: tuple[str, ...], dtype: str) -> Program:
         """Give the program of a contraction, with arrays of `dtype`."""
-        scalar = "float" if dtype == "float32" else "double"
+        scalar = scalar_of(dtype)
         if c.expression is None:
             return cls(scalar, c.weight)
         return cls(scalar, c.weight, c.expression, values)
@@ -94,6 +94,11 @@ def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
 @cache
 def _read(name: str) -> str:
     return (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+
+
+def scalar_of(dtype: str) -> str:
+    """Give the type of CUDA C++ in which float32, or float64, is computed."""
+    return "float" if dtype == "float32" else "double"
 
 
 def tile(scalar: str) -> int:
