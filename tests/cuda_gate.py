@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from pdcore_backends.cupy.programs import COLUMNS, Program, memory
+from pdcore_backends.cupy.programs import COLUMNS, STORED, Program, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
-SCALARS = ("float", "double")
+#: What is computed, and the dtype of all arrays where they are of 16 bits.
+SCALARS = {"float": None, "double": None, "half": "float16", "bfloat16": "bfloat16"}
 TEMPLATES = ("scores_forward<{}>", "scores_rows<{}>", "scores_keys<{}, false>",
              "scores_keys<{}, true>")  # fmt: skip
 #: A block has 256 threads, and a multiprocessor 65,536 registers.
@@ -34,14 +35,25 @@ class Usage(NamedTuple):
 def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
-    return [(name, scalar) for name in [*names, "scores_bias"] for scalar in SCALARS]
+    return [(name, scalar) for name in [*names, "scores_bias", "scores_delta"]
+            for scalar in SCALARS]  # fmt: skip
+
+
+def program(scalar: str) -> Program:
+    """Give the program of ``scale * s`` of a row of the table."""
+    dtype = SCALARS[scalar]
+    if dtype is None:
+        return Program(scalar)
+    return Program("float", stored=tuple((name, dtype) for name in STORED))
 
 
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    found = [_compiled(Program(scalar).text(name), name, arch) for arch in ARCHITECTURES]
+    of = program(scalar)
+    found = [_compiled(of.text(name), name, arch) for arch in ARCHITECTURES]
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), memory(scalar, columns))
+    shared = 0 if name == "scores_delta" else memory(of.scalar, columns)
+    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), shared)
 
 
 def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:

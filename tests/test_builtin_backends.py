@@ -368,8 +368,9 @@ def test_cupy_refuses_tf32_and_what_is_not_there(
     monkeypatch.setenv("CUPY_TF32", "1")
     assert any("CUPY_TF32=1" in why for why in cupy_backend.refusals(request_of("float32")))
     assert not any("CUPY_TF32" in why for why in cupy_backend.refusals(request_of("float64")))
-    refused = cupy_backend.refusals(request_of("bfloat16"))
-    assert "bfloat16 inputs: not implemented" in refused
+    dropped = request_of("bfloat16")._replace(dropout=0.1)
+    assert "dropout in training: unsupported" in cupy_backend.refusals(dropped)
+    assert not any("bfloat16" in why for why in cupy_backend.refusals(dropped))
 
 
 def test_cupy_that_is_not_installed_is_a_reason() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pdcore.array_backend import ArrayBackend
@@ -13,18 +13,13 @@ from pdcore.plan import Plan, Scores
 
 from .programs import columns_for, scalar_of, tile
 from .runtime import Runtime
-from .scores import ScoreKernels
+from .scores import Compiled, ScoreKernels
 
 __all__ = ["Compiled", "KernelBackend", "limit"]
 
 #: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
 CAPABILITY = 75
 BLOCKS = 2**31 - 1, 65535
-
-
-@dataclass(frozen=True)
-class Compiled(Scores):
-    """A contraction by scores that the kernels compute."""
 
 
 class KernelBackend(ArrayBackend):
@@ -45,7 +40,16 @@ class KernelBackend(ArrayBackend):
         log_w = "scale s" if c.expression is None else str(c.expression)
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
-        return replace(plan, contraction=c.run_as(Compiled), steps=(*plan.steps, step))
+        prefix = plan.summary is not None and plan.summary.scope == "prefix"
+        rounds = plan.normaliser == "sum" and not prefix
+        if request.dtype != plan.accumulate:
+            step += f", {_stored(plan, request.dtype, rounds)}"
+        return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
+                       steps=(*plan.steps, step))  # fmt: skip
+
+    def native(self, plan: Plan) -> frozenset[str]:
+        """Read 16-bit arrays where the kernels contract, see `ArrayBackend.native`."""
+        return frozenset({"contraction"} if isinstance(plan.contraction, Compiled) else ())
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
@@ -59,6 +63,17 @@ class KernelBackend(ArrayBackend):
         if isinstance(c, Compiled):
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)
+
+
+def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
+    """Say which arrays of a 16-bit call the kernels read and write as they are."""
+    pooled = any(group.scale > 1 for group in plan.groups)
+    names = [] if plan.transforms else ["q"]
+    if not pooled:
+        names += [*([] if plan.transforms else ["k"]), "v", *(["out"] if rounds else [])]
+    if not names:
+        return "of rows that were cast"
+    return f"of {', '.join(names)} in {dtype}" + (", other rows cast" if len(names) < 4 else "")
 
 
 def limit(plan: Plan, request: Request, capability: int) -> str:
