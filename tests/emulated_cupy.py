@@ -21,6 +21,7 @@ import pdcore
 from pdcore.silent_backend import SilentBackend
 from pdcore_backends.cupy import INFO
 from pdcore_backends.cupy.fused import KernelBackend
+from pdcore_backends.cupy.launches import Limits, Usage
 from pdcore_backends.cupy.runtime import Kernel
 
 NAME = "cupy_emulated"
@@ -32,6 +33,8 @@ class EmulatedRuntime:
     def __init__(self, capability: int = 90) -> None:
         self._capability = capability
         self.launches: list[str] = []
+        self.captured = False
+        self.asked, self.shared = 0, 227 * 1024
 
     def on(self, array: Any) -> AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -41,6 +44,9 @@ class EmulatedRuntime:
 
     def capability(self, device: str) -> int:
         return self._capability
+
+    def capturing(self) -> bool:
+        return self.captured
 
     def compile(self, code: str, name: str) -> Kernel:
         options = ("-std=c++17",)
@@ -52,6 +58,13 @@ class EmulatedRuntime:
             kernel(*arguments, **more)
 
         return launch
+
+    def usage(self, kernel: Kernel) -> Usage:
+        return Usage(registers=64, threads=1024, shared=0)
+
+    def limits(self) -> Limits:
+        self.asked += 1
+        return Limits(1024, 65536, self.shared, (2**31 - 1, 65535, 65535))
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return cuda_on_cpu.empty(shape, dtype)

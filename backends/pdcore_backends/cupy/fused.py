@@ -7,19 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Request
+from pdcore.backend import Inputs, Request
+from pdcore.call import Call
+from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
-from pdcore.plan import Plan, Scores
+from pdcore.plan import Features, Plan, Scores
 
 from .programs import columns_for, scalar_of, tile
-from .runtime import Runtime
+from .runtime import BLOCKS, CAPABILITY, KernelCache, Runtime
 from .scores import Compiled, ScoreKernels
 
-__all__ = ["Compiled", "KernelBackend", "limit"]
-
-#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
-CAPABILITY = 75
-BLOCKS = 2**31 - 1, 65535
+__all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
 
 class KernelBackend(ArrayBackend):
@@ -28,7 +26,7 @@ class KernelBackend(ArrayBackend):
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        self.kernels = ScoreKernels(runtime)
+        self.kernels = ScoreKernels(KernelCache(runtime))
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernels where they compute the plan, see `Backend.fuse`."""
@@ -46,6 +44,13 @@ class KernelBackend(ArrayBackend):
             step += f", {_stored(plan, request.dtype, rounds)}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
                        steps=(*plan.steps, step))  # fmt: skip
+
+    def call(self, plan: Plan, inputs: Inputs) -> Call:
+        """Take the arrays of a call, see `ArrayBackend.call`."""
+        if self.runtime.capturing() and (why := uncapturable(plan)):
+            raise UnsupportedError(f"backend {self.info.name}: the stream is being captured into a "
+                                   f"CUDA graph, and {why}")  # fmt: skip
+        return super().call(plan, inputs)
 
     def native(self, plan: Plan) -> frozenset[str]:
         """Read 16-bit arrays where the kernels contract, see `ArrayBackend.native`."""
@@ -74,6 +79,17 @@ def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
     if not names:
         return "of rows that were cast"
     return f"of {', '.join(names)} in {dtype}" + (", other rows cast" if len(names) < 4 else "")
+
+
+def uncapturable(plan: Plan) -> str:
+    """Say why a plan cannot run while its stream is captured, nothing if it can."""
+    heads = [head for group in plan.groups for head in group.heads]
+    if heads != sorted(heads):
+        return ("heads of different scales alternate, whose indices would be copied from the host; "
+                "put heads of one scale beside each other")  # fmt: skip
+    if type(plan.contraction) in (Scores, Features):
+        return "the call runs by matrix products of the library, which cannot be captured"
+    return ""
 
 
 def limit(plan: Plan, request: Request, capability: int) -> str:

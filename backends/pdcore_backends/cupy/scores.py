@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from pdcore.transform import sum_to
 
 from .operands import NULL, packed
 from .programs import Program, columns_for, memory, tile
-from .runtime import Kernel, Runtime
+from .runtime import KernelCache
 
 __all__ = ["Compiled", "ScoreKernels"]
 
@@ -38,12 +37,10 @@ class Compiled(Scores):
 
 
 class ScoreKernels:
-    """The kernels of one runtime, compiled at first use for each device."""
+    """The contraction by the kernels of one runtime."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
-        self._lock = Lock()
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache, self.runtime = cache, cache.runtime
 
     def forward(self, c: Compiled, o: Operands, *, xp: Any) -> tuple[Any, Any]:
         """Contract, see `pdcore.score_contraction.scores`; 16-bit arrays are read as they are."""
@@ -72,16 +69,6 @@ class ScoreKernels:
             if o.bias is not None:
                 grads["bias"] = call.of_bias(given)
         return grads
-
-    def kernel(self, program: Program, name: str) -> Kernel:
-        """Give a kernel for the current device."""
-        key = (self.runtime.device(), program, name)
-        with self._lock:
-            found = self._compiled.get(key)
-            if found is None:
-                found = self.runtime.compile(program.text(name), name)
-                self._compiled[key] = found
-        return found
 
 
 class _Call:
@@ -121,7 +108,7 @@ class _Call:
         """Launch a kernel unless there is nothing to do."""
         if not all(grid):
             return
-        kernel = self.kernels.kernel(self.program(**stored), name)
+        kernel = self.kernels.cache.kernel(self.program(**stored), name)
         arguments = (*self.packed.arrays, *more, self.packed.shape)
         kernel(grid, (THREADS,), arguments, shared_mem=memory(self.scalar, columns))
 
@@ -131,7 +118,7 @@ class _Call:
         rows = math.prod(level.shape)
         if rows:
             dtypes = {"out": dtype_name(out), "d_out": dtype_name(d_out)}
-            kernel = self.kernels.kernel(Program.of(Scores(), (), dtypes), "scores_delta")
+            kernel = self.kernels.cache.kernel(Program.of(Scores(), (), dtypes), "scores_delta")
             arguments = (out, d_out, level, d_level, delta, np.int64(rows),
                          np.int32(out.shape[-1]))  # fmt: skip
             kernel((-(-rows // (THREADS // 32)),), (THREADS,), arguments, shared_mem=0)

@@ -119,10 +119,11 @@ DEVICE void stage(scalar* to, const RowsOf<T>& x, int row, int column) {
 }
 
 // s[i][j] = a[down + SIDE i] . b[across + SIDE j], rows counted from a_row and b_row. `staged` has
-// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here.
+// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here. a and b
+// are `RowsOf` something, or what else there is a `stage` for.
 template <class A, class B>
-DEVICE void products(scalar (&s)[EACH][EACH], const RowsOf<A>& a, int a_row, const RowsOf<B>& b,
-                     int b_row, scalar* staged) {
+DEVICE void products(scalar (&s)[EACH][EACH], const A& a, int a_row, const B& b, int b_row,
+                     scalar* staged) {
 #pragma unroll
   for (int i = 0; i < EACH; i++)
 #pragma unroll
@@ -173,8 +174,8 @@ struct Sums {
 
   // Add weights . v, whose rows count from v_row and columns from v_column; `weights` is the tile
   // (SIZE, SIZE) in shared memory. `staged` has STRIP COLUMNS entries, as in `products`.
-  template <class T>
-  DEVICE_MEMBER void add(const scalar* weights, const RowsOf<T>& v, int v_row, int v_column,
+  template <class V>
+  DEVICE_MEMBER void add(const scalar* weights, const V& v, int v_row, int v_column,
                          scalar* staged) {
     for (int strip = 0; strip < SIZE; strip += STRIP) {
       __syncthreads();
