@@ -110,10 +110,11 @@ class AttentionSpec:
                 f"softcap, where it folds into the query; got {_word(self.kernel)}"
             )
         if support.ahead == 0 and normalization.leaks:
+            other = normalization.causal_choice
             raise UnsupportedError(
-                f"{_word(normalization)} takes statistics over keys that "
+                f"{_word(normalization)} is computed from keys that "
                 f"{'causal' if support.causal else 'a window without keys ahead'} hides, so the "
-                "future leaks: use statistics=prefix or statistics=running, or permit it with "
+                f"future leaks: {f'use {other}, or ' if other else ''}permit it with "
                 "allow_leak=true"
             )
         if self.heads.largest > support.left + support.right + 1:
@@ -136,6 +137,17 @@ class AttentionSpec:
     def parameters(self) -> tuple[Parameter, ...]:
         """List the arrays that a call must or may give in `params`."""
         return (*self.kernel.parameters(), *self.normalization.parameters())
+
+    def check_keys(self, count: int) -> None:
+        """Refuse a number of keys that the normalization of some head does not take.
+
+        Raises
+        ------
+        ValueError
+            See `Normalization.check_keys`.
+        """
+        for scale in sorted(set(self.heads.scales)) or (1,):
+            self.normalization.check_keys(-(-count // scale))
 
     def __str__(self) -> str:
         words = [_word(self.kernel)]
