@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Request
 from pdcore.operands import Operands
-from pdcore.plan import Plan, Scores
+from pdcore.plan import Plan, Scores, Summary
 
+from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
-from .runtime import Runtime
+from .runtime import BLOCKS, KernelCache, Runtime, too_old
 from .scores import ScoreKernels
+from .statistics import CompiledSummary, MomentKernels, summarised
 
 __all__ = ["Compiled", "KernelBackend", "limit"]
-
-#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
-CAPABILITY = 75
-BLOCKS = 2**31 - 1, 65535
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,26 @@ class Compiled(Scores):
 
 
 class KernelBackend(ArrayBackend):
-    """Runs contractions by scores on the kernels of a runtime, and all else by array calls."""
+    """Runs contractions by scores, moments and pooling on the kernels of a runtime.
+
+    All else runs by array calls.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        self.kernels = ScoreKernels(runtime)
+        cache = KernelCache(runtime)
+        self.kernels = ScoreKernels(cache)
+        self.moments = MomentKernels(cache)
+        self.pooling = PoolKernels(cache)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernels where they compute the plan, see `Backend.fuse`."""
+        capability = self.runtime.capability(request.device)
+        plan = pooled(plan, request, capability, self.info.library)
+        plan = summarised(plan, request, capability, self.info.library)
         c = plan.contraction
-        why = limit(plan, request, self.runtime.capability(request.device))
+        why = limit(plan, request, capability)
         if why or not isinstance(c, Scores):
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
             return replace(plan, steps=(*plan.steps, step))
@@ -46,6 +54,34 @@ class KernelBackend(ArrayBackend):
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
         return replace(plan, contraction=c.run_as(Compiled), steps=(*plan.steps, step))
+
+    def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Pool keys or values, by the kernels where they were chosen."""
+        if isinstance(kind, CompiledPool):
+            return self.pooling.pool(x, weights, xp=self.xp)
+        return super().pool(kind, x, weights)
+
+    def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute a finalised state of the keys, by the kernels where they were chosen."""
+        if not isinstance(summary, CompiledSummary):
+            return super().statistics(summary, keys, mask)
+        if summary.scope == "prefix":
+            return self.moments.prefixes(keys, mask, xp=self.xp)
+        return self.moments.moments(keys, mask, shared=summary.scope == "batch", xp=self.xp)
+
+    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+        """Pull a state back, by the kernels where they were chosen."""
+        if isinstance(summary, CompiledSummary):
+            return self.moments.vjp(keys, mask, final, cotangent, xp=self.xp)
+        return super().statistics_vjp(summary, keys, mask, final, cotangent)
+
+    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
+                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+        """Pull the states of prefixes back, by the kernels where they were chosen."""
+        if isinstance(summary, CompiledSummary):
+            return self.moments.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
+        return super().prefix_vjp(summary, keys, mask, rows, cotangent, later)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
@@ -78,9 +114,8 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
         return "no kernel takes log features, whose maxima differ from block to block"
     if not request.q[-1]:
         return "got D = 0, and a tile takes one feature at least"
-    if capability < CAPABILITY:
-        return (f"the device has compute capability {capability / 10}, and the kernels are for "
-                f"{CAPABILITY / 10} and later")  # fmt: skip
+    if why := too_old(capability):
+        return why
     size = tile(scalar_of(plan.accumulate))
     *lead, rows, dim = request.q
     keys, value_dim = request.v[-2:]

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pdcore.expression import Expression
 from pdcore.plan import Scores
 
-__all__ = ["COLUMNS", "Program", "columns_for", "memory", "scalar_of", "tile"]
+__all__ = ["COLUMNS", "Program", "columns_for", "memory", "read", "scalar_of", "tile"]
 
 #: Columns of a result that a block holds in registers; more columns take more blocks.
 COLUMNS = (32, 64, 128, 256)
@@ -55,7 +55,7 @@ class Program:
     def text(self, kernel: str) -> str:
         """Give the source of a kernel, ``"scores_rows<64>"`` with the name of an instantiation."""
         sources = ("tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
-        tiles, *rest = (_read(name) for name in sources)
+        tiles, *rest = (read(name) for name in sources)
         return "\n".join([f"typedef {self.scalar} scalar;", tiles, self._weight(), *rest])
 
     def _weight(self) -> str:
@@ -92,7 +92,8 @@ def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
 
 
 @cache
-def _read(name: str) -> str:
+def read(name: str) -> str:
+    """Give the text of a file of kernels/."""
     return (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
 
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from threading import Lock
 from typing import Any, Protocol
 
-__all__ = ["Kernel", "Runtime"]
+__all__ = ["BLOCKS", "CAPABILITY", "Kernel", "KernelCache", "Program", "Runtime", "too_old"]
+
+#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
+CAPABILITY = 75
+BLOCKS = 2**31 - 1, 65535
 
 #: Called as ``kernel(grid, block, arguments, shared_mem=bytes)``, on the current stream.
 Kernel = Callable[..., None]
@@ -33,3 +38,37 @@ class Runtime(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Allocate an array without gaps on the current device."""
+
+
+def too_old(capability: int) -> str:
+    """Say that the kernels are not for a device of a compute capability, nothing if they are."""
+    if capability >= CAPABILITY:
+        return ""
+    return (f"the device has compute capability {capability / 10}, and the kernels are for "
+            f"{CAPABILITY / 10} and later")  # fmt: skip
+
+
+class Program(Protocol):
+    """What is compiled in; hashable."""
+
+    def text(self, kernel: str) -> str:
+        """Give the source of a kernel, by the name of an instantiation."""
+
+
+class KernelCache:
+    """The kernels of one runtime, compiled at first use for each device."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
+        self._lock = Lock()
+
+    def kernel(self, program: Program, name: str) -> Kernel:
+        """Give a kernel for the current device."""
+        key = (self.runtime.device(), program, name)
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is None:
+                found = self.runtime.compile(program.text(name), name)
+                self._compiled[key] = found
+        return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import Any
 
 from pdcore.arrays import dtype_name
@@ -13,7 +12,7 @@ from pdcore.transform import sum_to
 
 from .operands import NULL, packed
 from .programs import Program, columns_for, memory, tile
-from .runtime import Kernel, Runtime
+from .runtime import KernelCache
 
 __all__ = ["ScoreKernels"]
 
@@ -22,12 +21,10 @@ THREADS = 256
 
 
 class ScoreKernels:
-    """The kernels of one runtime, compiled at first use for each device."""
+    """The contraction by the kernels of one runtime."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
-        self._lock = Lock()
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache, self.runtime = cache, cache.runtime
 
     def forward(self, c: Scores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
         """Contract, see `pdcore.score_contraction.scores`."""
@@ -52,16 +49,6 @@ class ScoreKernels:
             if o.bias is not None:
                 grads["bias"] = call.of_bias(given)
         return grads
-
-    def kernel(self, program: Program, name: str) -> Kernel:
-        """Give a kernel for the current device."""
-        key = (self.runtime.device(), program, name)
-        with self._lock:
-            found = self._compiled.get(key)
-            if found is None:
-                found = self.runtime.compile(program.text(name), name)
-                self._compiled[key] = found
-        return found
 
 
 class _Call:
@@ -93,7 +80,7 @@ class _Call:
         """Launch a kernel unless there is nothing to do."""
         if not all(grid):
             return
-        kernel = self.kernels.kernel(self.program, name)
+        kernel = self.kernels.cache.kernel(self.program, name)
         arguments = (*self.packed.arrays, *more, self.packed.shape)
         kernel(grid, (THREADS,), arguments, shared_mem=memory(self.program.scalar, columns))
 

@@ -1,0 +1,234 @@
+// Sums down the rows of arrays (batch, heads, rows, columns), whose columns lie beside each other.
+// `scalar`, of sums, and `stored`, of what is read, come before this text.
+//
+// A block has COLUMNS columns of one head: a thread holds WIDE of them, and the threads that hold
+// the same ones, its lanes, have rows of their own. What they found is put together in a fixed
+// order.
+
+constexpr int RUN = 8;  // rows that a thread reads at a time, and holds in registers
+
+DEVICE float widened(float x) { return x; }
+DEVICE double widened(double x) { return x; }
+#if HALVES
+DEVICE float widened(stored x) { return ptx::to_float(x); }
+#endif
+
+typedef Vector<WIDE> Columns;
+
+DEVICE Columns zeros() {
+  Columns found;
+#pragma unroll
+  for (int e = 0; e < WIDE; e++) found.x[e] = 0;
+  return found;
+}
+
+template <class T>
+struct __align__(WIDE * sizeof(T)) Pack {
+  T x[WIDE];
+};
+
+// Whether every row begins where a pack may be read.
+template <class T>
+DEVICE bool in_packs(const T* first, i64 pitch) {
+  return (reinterpret_cast<i64>(first) | pitch * i64(sizeof(T))) % i64(sizeof(Pack<T>)) == 0;
+}
+
+// WIDE columns, of which `left` exist; zeros beyond.
+template <class T>
+DEVICE Columns load(const T* from, int left, bool packs) {
+  Columns found = zeros();
+  if (packs && left >= WIDE) {
+    const Pack<T> read = *reinterpret_cast<const Pack<T>*>(from);
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) found.x[e] = widened(read.x[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < WIDE; e++)
+      if (e < left) found.x[e] = widened(from[e]);
+  }
+  return found;
+}
+
+DEVICE void store(scalar* to, const Columns& x, int left, bool packs) {
+  if (packs && left >= WIDE) {
+    *reinterpret_cast<Columns*>(to) = x;
+  } else {
+#pragma unroll
+    for (int e = 0; e < WIDE; e++)
+      if (e < left) to[e] = x.x[e];
+  }
+}
+
+// An array of scalars without gaps, of which a thread has WIDE columns.
+template <class T>
+struct Results {
+  T* first;  // of the thread's own column
+  int columns, left;
+  bool packs;
+
+  DEVICE_MEMBER Columns read(i64 row) const { return load(first + row * columns, left, packs); }
+  DEVICE_MEMBER void write(i64 row, const Columns& x) const {
+    store(first + row * columns, x, left, packs);
+  }
+};
+
+// Where a thread stands in a block of COLUMNS columns.
+template <int COLUMNS>
+struct Place {
+  static constexpr int ACROSS = COLUMNS / WIDE;
+  static constexpr int LANES = THREADS / ACROSS;
+  static constexpr int TILE = LANES * RUN;  // rows of a block at a time
+
+  static DEVICE_MEMBER int lane() { return int(threadIdx.x) / ACROSS; }
+  static DEVICE_MEMBER int column() {
+    return int(blockIdx.y) * COLUMNS + int(threadIdx.x) % ACROSS * WIDE;
+  }
+};
+
+template <int COLUMNS, class T>
+DEVICE Results<T> results(T* first, int columns) {
+  const int column = Place<COLUMNS>::column();
+  return {first + column, columns, columns - column, in_packs(first, columns)};
+}
+
+// ---- states of rows: counts, and two numbers for each column
+
+struct State {
+  scalar n;
+  Columns a, b;
+};
+
+DEVICE State nothing() { return {0, zeros(), zeros()}; }
+
+// Means and centred second moments; Chan's update, as in pdcore.statistics.
+struct Moments {
+  static DEVICE_MEMBER void merge(State& x, const State& y) {
+    const scalar n = x.n + y.n;
+    const scalar weight = n > 0 ? y.n / n : scalar(0);
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) {
+      const scalar delta = y.a.x[e] - x.a.x[e];
+      x.a.x[e] += delta * weight;
+      // In this order, since the square of what is merged into nothing may be infinite.
+      x.b.x[e] += y.b.x[e] + delta * (x.n * weight) * delta;
+    }
+    x.n = n;
+  }
+};
+
+struct Totals {
+  static DEVICE_MEMBER void merge(State& x, const State& y) {
+    x.n += y.n;
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) {
+      x.a.x[e] += y.a.x[e];
+      x.b.x[e] += y.b.x[e];
+    }
+  }
+};
+
+// States of chunks in global memory: a and b (count, columns), and n once for every block beside, so
+// that none waits for another's.
+struct States {
+  scalar* n;
+  Results<scalar> a, b;
+  bool counts;  // whether the thread writes n
+
+  DEVICE_MEMBER State read(i64 i) const { return {n[i], a.read(i), b.read(i)}; }
+  DEVICE_MEMBER void write(i64 i, const State& x) const {
+    if (counts) n[i] = x.n;
+    a.write(i, x.a);
+    b.write(i, x.b);
+  }
+};
+
+template <int COLUMNS>
+DEVICE States states(scalar* n, scalar* a, scalar* b, i64 count, int columns) {
+  return {n + blockIdx.y * count, results<COLUMNS>(a, columns), results<COLUMNS>(b, columns),
+          int(threadIdx.x) % Place<COLUMNS>::ACROSS == 0};
+}
+
+// Shared memory by which threads exchange states.
+struct Exchange {
+  scalar *n, *a, *b;
+
+  DEVICE_MEMBER void put(const State& x) const {
+    n[threadIdx.x] = x.n;
+    *reinterpret_cast<Columns*>(a + threadIdx.x * WIDE) = x.a;
+    *reinterpret_cast<Columns*>(b + threadIdx.x * WIDE) = x.b;
+  }
+  DEVICE_MEMBER State get(int thread) const {
+    return {n[thread], read<WIDE>(a + thread * WIDE), read<WIDE>(b + thread * WIDE)};
+  }
+};
+
+DEVICE Exchange shared_exchange() {
+  __shared__ scalar n[THREADS];
+  __shared__ __align__(16) scalar a[THREADS * WIDE];
+  __shared__ __align__(16) scalar b[THREADS * WIDE];
+  return {n, a, b};
+}
+
+// Merge the states of all lanes into the first one's.
+template <int COLUMNS, class Merged>
+DEVICE void reduce(State& own, const Exchange& exchange) {
+  typedef Place<COLUMNS> P;
+#pragma unroll
+  for (int half = P::LANES / 2; half; half /= 2) {
+    __syncthreads();
+    exchange.put(own);
+    __syncthreads();
+    if (P::lane() < half) Merged::merge(own, exchange.get(int(threadIdx.x) + half * P::ACROSS));
+  }
+}
+
+// Give what the lanes before hold together; `all` gets what all of them do.
+template <int COLUMNS, class Merged>
+DEVICE State scan(State own, State& all, const Exchange& exchange) {
+  typedef Place<COLUMNS> P;
+#pragma unroll
+  for (int step = 1; step < P::LANES; step *= 2) {
+    __syncthreads();
+    exchange.put(own);
+    __syncthreads();
+    if (P::lane() >= step) {
+      State before = exchange.get(int(threadIdx.x) - step * P::ACROSS);
+      Merged::merge(before, own);
+      own = before;
+    }
+  }
+  __syncthreads();
+  exchange.put(own);
+  __syncthreads();
+  all = exchange.get(int(threadIdx.x) % P::ACROSS + (P::LANES - 1) * P::ACROSS);
+  return P::lane() ? exchange.get(int(threadIdx.x) - P::ACROSS) : nothing();
+}
+
+// Turn the states of each head's chunks into those of what comes before them, in place but for n,
+// which threads share; one block a head.
+template <int COLUMNS, class Merged>
+__global__ void __launch_bounds__(THREADS)
+    chunks_scanned(scalar* __restrict__ n, scalar* a, scalar* b, scalar* __restrict__ n_before,
+                   int chunks, int columns) {
+  typedef Place<COLUMNS> P;
+  const Exchange exchange = shared_exchange();
+  const i64 count = i64(gridDim.x) * chunks;
+  const States given = states<COLUMNS>(n, a, b, count, columns);
+  const States found = states<COLUMNS>(n_before, a, b, count, columns);
+  const i64 first = i64(blockIdx.x) * chunks;
+  State carry = nothing();
+  for (i64 base = 0; base < chunks; base += P::TILE) {
+    const i64 begin = base + P::lane() * RUN;
+    const i64 end = smaller(begin + RUN, chunks);
+    State own = nothing(), all;
+    for (i64 i = begin; i < end; i++) Merged::merge(own, given.read(first + i));
+    State before = carry;
+    Merged::merge(before, scan<COLUMNS, Merged>(own, all, exchange));
+    for (i64 i = begin; i < end; i++) {
+      const State here = given.read(first + i);
+      found.write(first + i, before);
+      Merged::merge(before, here);
+    }
+    Merged::merge(carry, all);
+  }
+}

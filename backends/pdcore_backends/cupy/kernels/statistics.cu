@@ -1,0 +1,170 @@
+// Moments of the keys (batch, heads, rows, columns): each key is read once. A block has a chunk of
+// the rows of a head; the states of chunks are merged by a second kernel.
+
+// As pdcore_backends/cupy/statistics.py packs it. Strides count entries.
+struct Layout {
+  i64 keys[3];  // by sequence, head, row
+  int batch, heads, rows, columns;
+  int chunks, tiles;  // of a head, and of a chunk
+  int shared;         // whether all sequences have one state
+};
+
+#define KEYS                                                                              \
+  const stored *__restrict__ keys, const bool *__restrict__ mask, const i64 *__restrict__ origins
+#define KEYS_OF_BLOCK keys_of<COLUMNS>(keys, mask, origins, s, i64(blockIdx.x) / s.chunks)
+#define CHUNK (i64(blockIdx.x) % s.chunks)
+
+// RUN rows of a thread.
+struct Run {
+  Columns x[RUN];
+  unsigned real;  // a bit for each
+
+  DEVICE_MEMBER bool has(int i) const { return real >> i & 1; }
+
+  // Two passes over the registers.
+  DEVICE_MEMBER State moments() const {
+    State found = nothing();
+    const int count = __popc(real);
+    if (!count) return found;
+    found.n = count;
+#pragma unroll
+    for (int i = 0; i < RUN; i++)
+#pragma unroll
+      for (int e = 0; e < WIDE; e++) found.a.x[e] += x[i].x[e];
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) found.a.x[e] /= found.n;
+#pragma unroll
+    for (int i = 0; i < RUN; i++)
+#pragma unroll
+      for (int e = 0; e < WIDE; e++) {
+        const scalar off = has(i) ? x[i].x[e] - found.a.x[e] : scalar(0);
+        found.b.x[e] += off * off;
+      }
+    return found;
+  }
+};
+
+// The keys of a head, of which a thread has WIDE columns, relative to an origin.
+struct Keys {
+  const stored* first;
+  const bool* mask;
+  i64 pitch;
+  int rows, left;
+  bool packs;
+  Columns origin;
+
+  DEVICE_MEMBER bool real(i64 row) const { return row < rows && (!mask || mask[row]); }
+
+  DEVICE_MEMBER Columns at(i64 row) const {
+    Columns found = load(first + row * pitch, left, packs);
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) found.x[e] -= origin.x[e];
+    return found;
+  }
+
+  // Rows from `row` on; zeros where there is no real key, so that nothing of a padded one is read.
+  DEVICE_MEMBER Run run(i64 row) const {
+    Run found;
+    found.real = 0;
+#pragma unroll
+    for (int i = 0; i < RUN; i++) {
+      const bool is = real(row + i);
+      found.x[i] = is ? at(row + i) : zeros();
+      found.real |= unsigned(is) << i;
+    }
+    return found;
+  }
+};
+
+// `origins` has the row of each sequence's origin; without it, that is 0.
+template <int COLUMNS>
+DEVICE Keys keys_of(const stored* keys, const bool* mask, const i64* origins, const Layout& s,
+                    i64 head) {
+  const i64 sequence = head / s.heads;
+  const int column = Place<COLUMNS>::column();
+  Keys found;
+  found.first = keys + sequence * s.keys[0] + head % s.heads * s.keys[1] + column;
+  found.mask = mask ? mask + sequence * s.rows : nullptr;
+  found.pitch = s.keys[2];
+  found.rows = s.rows;
+  found.left = s.columns - column;
+  found.packs = in_packs(found.first, s.keys[2]);
+  found.origin = zeros();
+  if (origins && s.rows) found.origin = found.at(origins[sequence]);
+  return found;
+}
+
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+    moments_of_chunks(KEYS, scalar* __restrict__ n, scalar* __restrict__ mean,
+                      scalar* __restrict__ m2, Layout s) {
+  typedef Place<COLUMNS> P;
+  const Exchange exchange = shared_exchange();
+  const Keys head = KEYS_OF_BLOCK;
+  State own = nothing();
+  for (int tile = 0; tile < s.tiles; tile++) {
+    const i64 row = (CHUNK * s.tiles + tile) * P::TILE + P::lane() * RUN;
+    Moments::merge(own, head.run(row).moments());
+  }
+  reduce<COLUMNS, Moments>(own, exchange);
+  if (P::lane() == 0)
+    states<COLUMNS>(n, mean, m2, gridDim.x, s.columns).write(blockIdx.x, own);
+}
+
+// Merge the chunks of a head, and with `shared` those of all sequences: mean, var and n.
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+    moments_merged(scalar* __restrict__ n, scalar* __restrict__ mean, scalar* __restrict__ m2,
+                   scalar* __restrict__ all_n, scalar* __restrict__ all_mean,
+                   scalar* __restrict__ all_var, Layout s) {
+  typedef Place<COLUMNS> P;
+  const Exchange exchange = shared_exchange();
+  const States given =
+      states<COLUMNS>(n, mean, m2, i64(s.batch) * s.heads * s.chunks, s.columns);
+  const i64 count = i64(s.shared ? s.batch : 1) * s.chunks;
+  State own = nothing();
+#pragma unroll 4
+  for (i64 i = P::lane(); i < count; i += P::LANES) {
+    const i64 head = i / s.chunks * s.heads + blockIdx.x;
+    Moments::merge(own, given.read(head * s.chunks + i % s.chunks));
+  }
+  reduce<COLUMNS, Moments>(own, exchange);
+  if (P::lane()) return;
+#pragma unroll
+  for (int e = 0; e < WIDE; e++) own.b.x[e] = own.n > 0 ? own.b.x[e] / own.n : scalar(0);
+  if (P::column() == 0) all_n[blockIdx.x] = own.n;
+  results<COLUMNS>(all_mean, s.columns).write(blockIdx.x, own.a);
+  results<COLUMNS>(all_var, s.columns).write(blockIdx.x, own.b);
+}
+
+// The keys' cotangent, (d_mean + 2 d_var (k - mean)) / n at real keys; without `d_mean` or `d_var`,
+// that is 0.
+template <int COLUMNS>
+__global__ void __launch_bounds__(THREADS)
+    moments_vjp(KEYS, const scalar* __restrict__ n, const scalar* __restrict__ mean,
+                const scalar* __restrict__ d_mean, const scalar* __restrict__ d_var,
+                scalar* __restrict__ d_keys, Layout s) {
+  typedef Place<COLUMNS> P;
+  const i64 at = i64(blockIdx.x) / s.chunks;
+  const i64 state = s.shared ? at % s.heads : at;
+  const Keys head = KEYS_OF_BLOCK;
+  const Results<scalar> found = results<COLUMNS>(d_keys + at * s.rows * s.columns, s.columns);
+  const scalar share = n[state] > 0 ? 1 / n[state] : scalar(0);
+  const Columns centre = results<COLUMNS>(mean, s.columns).read(state);
+  const Columns level = d_mean ? results<COLUMNS>(d_mean, s.columns).read(state) : zeros();
+  const Columns slope = d_var ? results<COLUMNS>(d_var, s.columns).read(state) : zeros();
+  for (int tile = 0; tile < s.tiles; tile++) {
+    const i64 row = (CHUNK * s.tiles + tile) * P::TILE + P::lane() * RUN;
+    Run run = head.run(row);
+#pragma unroll
+    for (int i = 0; i < RUN; i++) {
+      if (row + i >= s.rows) continue;
+#pragma unroll
+      for (int e = 0; e < WIDE; e++)
+        run.x[i].x[e] = run.has(i) ? (level.x[e] + 2 * slope.x[e] * (run.x[i].x[e] - centre.x[e])) *
+                                         share
+                                   : scalar(0);
+      found.write(row + i, run.x[i]);
+    }
+  }
+}
