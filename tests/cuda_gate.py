@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from pdcore_backends.cupy.columns import RowProgram, instances
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
@@ -34,17 +35,32 @@ class Usage(NamedTuple):
 def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
-    return [(name, scalar) for name in [*names, "scores_bias"] for scalar in SCALARS]
+    found = [(name, scalar) for name in [*names, "scores_bias"] for scalar in SCALARS]
+    return [*found, *row_kernels()]
+
+
+def row_kernels() -> list[tuple[str, str]]:
+    """List the kernels of rows; what reads them reads 16 bits too where sums are in float."""
+    by_dtype = [(instances(dtype), scalar) for dtype, scalar in
+                (("float32", "float"), ("float64", "double"), ("float16", "float"),
+                 ("bfloat16", "float"))]  # fmt: skip
+    found = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
+    return list(dict.fromkeys(found))
 
 
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    found = [_compiled(Program(scalar).text(name), name, arch) for arch in ARCHITECTURES]
+    of_rows = (name, scalar) in row_kernels()
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), memory(scalar, columns))
+    dynamic = 0 if of_rows else memory(scalar, columns)
+    text = (RowProgram(scalar) if of_rows else Program(scalar)).text(name)
+    found = [_compiled(text, name, arch) for arch in ARCHITECTURES]
+    return Usage(tuple(r for r, _, _ in found), sum(s for _, s, _ in found),
+                 dynamic + max(s for _, _, s in found))  # fmt: skip
 
 
-def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
+def _compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
+    """Give registers, bytes spilled, and bytes of shared memory that the kernel declares."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -62,7 +78,7 @@ def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    return int(registers), spilled
+    return int(registers), spilled, sum(map(int, re.findall(r"(\d+) bytes smem", log)))
 
 
 def measured() -> dict[tuple[str, str], Usage]:

@@ -20,7 +20,7 @@ import pdcore
 from pdcore import heads, plugins
 from pdcore.plan import Summary
 from pdcore.statistics import Moments
-from pdcore_backends.cupy.columns import geometry, limit
+from pdcore_backends.cupy.columns import limit
 from pdcore_backends.cupy.pooling import CompiledPool
 from pdcore_backends.cupy.statistics import CompiledSummary
 
@@ -117,7 +117,7 @@ def moments(keys: Any, real: Any, axes: tuple[int, ...]) -> dict[str, Any]:
             "var": np.where(real, (keys - mean) ** 2, 0).sum(axes, keepdims=True) / n}  # fmt: skip
 
 
-def close(found: Any, wanted: Any, keys: Any, dtype: str) -> None:
+def close(found: Any, wanted: Any, dtype: str) -> None:
     """Hold a state to a few roundings of its keys' spread, and of their mean's."""
     eps = np.finfo(dtype).eps
     spread = float(np.sqrt(wanted["var"]).max())
@@ -146,7 +146,7 @@ def test_moments_of_keys_far_from_0(backend: Any, dtype: str, scope: str) -> Non
     assert found["var"].dtype == sums
     axes = (0, 2) if scope == "batch" else (2,)
     shown = np.broadcast_to(real, (2, 2, 1100, 1))
-    close(found, moments(np.asarray(keys, np.longdouble), shown, axes), keys, sums)
+    close(found, moments(np.asarray(keys, np.longdouble), shown, axes), sums)
 
 
 def test_squares_that_overflow_are_not_taken(backend: Any) -> None:
@@ -159,17 +159,14 @@ def test_squares_that_overflow_are_not_taken(backend: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
     # In float64 more chunks than the scan takes at a time, and columns of two blocks.
-    tile = geometry("double", 128)[1]
-    columns = 130 if dtype == "float64" else 7
-    keys = normal(1, 2, tile * tile + 50, columns, mean=100.0).astype(dtype)
-    real = ones_and_zeros(1, 1, keys.shape[-2], 1)
+    wide = dtype == "float64"
+    count, tile = (64 * 64 + 50, 64) if wide else (300, 256)
+    keys = normal(1, 1, count, 66 if wide else 7, mean=100.0).astype(dtype)
+    real = ones_and_zeros(1, 1, count, 1)
     found = backend.statistics(CompiledSummary(Moments(), "prefix"), keys, real)
-    for count in (1, 9, tile, tile + 1, 1000, keys.shape[-2]):
-        cut = slice(0, count)
-        shown = np.broadcast_to(real, (1, 2, keys.shape[-2], 1))[..., cut, :]
-        if shown.any():
-            rows = {n: x[..., count : count + 1, :] for n, x in found.items()}
-            close(rows, moments(keys[..., cut, :], shown, (2,)), keys, dtype)
+    for end in (9, tile, tile + 1, count):
+        rows = {n: x[..., end : end + 1, :] for n, x in found.items()}
+        close(rows, moments(keys[..., :end, :], real[..., :end, :], (2,)), dtype)
 
 
 def test_later_keys_change_nothing_of_a_prefix(backend: Any) -> None:
@@ -263,7 +260,7 @@ def test_sanitizers_find_nothing(sanitizer: str) -> None:
                           capture_output=True, text=True, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for name in MOMENTS | PREFIXES | POOLS:
-        assert f"{name}<" in done.stdout
+        assert name in done.stdout
 
 
 # --- what does not run, and why -------------------------------------------------------------------
@@ -299,7 +296,7 @@ def test_explain_says_what_runs() -> None:
         ((2**16, 2**10, 32, 8), 90, "a grid has 2147483647 by 65535 blocks"),
         ((1, 1, 2**31 - 1, 8), 90, ""),
         ((1, 1, 2**31, 8), 90, "got (1, 1, 2147483648, 8)"),
-        ((1, 1, 5, 2**23 + 1), 90, "128 columns"),
+        ((1, 1, 5, 2**23), 90, "64 columns"),
     ],
 )
 def test_limits_are_known_before_a_launch(

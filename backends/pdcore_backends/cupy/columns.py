@@ -8,33 +8,38 @@ from typing import Any
 
 import numpy as np
 
-from .programs import columns_for, read, scalar_of
+from .programs import read, scalar_of
 from .runtime import BLOCKS, KernelCache, too_old
 
-__all__ = ["KERNELS", "WIDTHS", "ColumnLaunch", "RowProgram", "geometry", "limit"]
+__all__ = ["KERNELS", "ColumnLaunch", "RowProgram", "instances", "limit"]
 
-#: Columns of a block.
-WIDTHS = (32, 64, 128)
+#: Of a block, THREADS of kernels/tiles.cuh, and how many of them lie beside each other at most;
+#: RUN of kernels/columns.cuh; WIDE of kernels/tiles.cuh.
+THREADS, BESIDE, RUN = 256, 32, 8
+WIDE = {"float": 4, "double": 2}
 
-#: Of a block, THREADS of kernels/tiles.cuh; RUN of kernels/columns.cuh.
-THREADS, RUN = 256, 8
+_STATISTICS, _PREFIXES, _POOLING = (
+    ("statistics.cu",),
+    ("statistics.cu", "prefixes.cu"),
+    ("pooling.cu",),
+)
+_HALVES = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
 
-_MOMENTS, _PREFIXES = ("statistics.cu",), ("statistics.cu", "prefixes.cu")
-
-#: The files of each kernel, after kernels/columns.cuh.
+#: The files of each kernel after kernels/columns.cuh, and what it is compiled for: what merges two
+#: states, or "T", the type of the rows that it reads.
 KERNELS = {
-    "moments_of_chunks": _MOMENTS,
-    "moments_merged": _MOMENTS,
-    "moments_vjp": _MOMENTS,
-    "chunks_scanned": (),
-    "prefixes": _PREFIXES,
-    "levels_of_chunks": _PREFIXES,
-    "suffixes": _PREFIXES,
-    "prefixes_vjp": _PREFIXES,
-    "pooled": ("pooling.cu",),
-    "pooled_vjp": ("pooling.cu",),
+    "moments_of_chunks": (_STATISTICS, "T"),
+    "moments_merged": (_STATISTICS, "Moments"),
+    "moments_vjp": (_STATISTICS, "T"),
+    "prefixes": (_PREFIXES, "T"),
+    "levels_of_chunks": (_PREFIXES, "Totals"),
+    "suffixes": (_PREFIXES, "Totals"),
+    "prefixes_vjp": (_PREFIXES, "T"),
+    "pooled": (_POOLING, "T"),
+    "pooled_vjp": (_POOLING, "scalar"),
+    "chunks_scanned<Moments>": ((), ""),
+    "chunks_scanned<Totals>": ((), ""),
 }
-_STORED = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
 
 
 @dataclass(frozen=True)
@@ -45,28 +50,22 @@ class RowProgram:
     ----------
     scalar : {"float", "double"}
         The type of sums and of results.
-    stored : {"float16", "bfloat16"} or None
-        The dtype of the rows that are read, where it is not that of sums.
     """
 
     scalar: str
-    stored: str | None = None
 
     def text(self, kernel: str) -> str:
-        """Give the source of a kernel, ``"moments_vjp<64>"`` with the name of an instantiation."""
-        stored = "scalar" if self.stored is None else _STORED[self.stored]
-        head = [f"typedef {self.scalar} scalar;"]
-        if self.stored is not None:
-            head.append(read("ptx.cuh"))
-        head += [f"typedef {stored} stored;", f"#define HALVES {int(self.stored is not None)}"]
-        files = ("tiles.cuh", "columns.cuh", *KERNELS[kernel.partition("<")[0]])
-        return "\n".join([*head, *map(read, files)])
+        """Give the source of a kernel, by the name of an instantiation."""
+        own = KERNELS.get(kernel) or KERNELS[kernel.partition("<")[0]]
+        files = ("tiles.cuh", "columns.cuh", *own[0])
+        return "\n".join([read("ptx.cuh"), f"typedef {self.scalar} scalar;", *map(read, files)])
 
 
-def geometry(scalar: str, width: int) -> tuple[int, int]:
-    """Give the lanes of a block of `width` columns, and the rows of its tile; `Place` in CUDA."""
-    lanes = THREADS // (width // (4 if scalar == "float" else 2))
-    return lanes, lanes * RUN
+def instances(dtype: str) -> dict[str, str]:
+    """Give the name of each kernel as it is compiled for rows of a dtype."""
+    types = {"T": _HALVES.get(dtype, "scalar")}
+    return {kernel: f"{kernel}<{types.get(kind, kind)}>" if kind else kernel
+            for kernel, (_, kind) in KERNELS.items()}  # fmt: skip
 
 
 def limit(shape: tuple[int, ...], capability: int) -> str:
@@ -77,9 +76,12 @@ def limit(shape: tuple[int, ...], capability: int) -> str:
     if not columns:
         return "got D = 0, and a kernel takes one feature at least"
     # No kernel has more blocks than rows, but for one a head where there are none.
-    if math.prod(lead) * max(rows, 1) > BLOCKS[0] or -(-columns // WIDTHS[-1]) > BLOCKS[1]:
+    if (
+        math.prod(lead) * max(rows, 1) > BLOCKS[0]
+        or -(-columns // (BESIDE * WIDE["double"])) > BLOCKS[1]
+    ):
         return (f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
-                f"row at least and {WIDTHS[-1]} columns")  # fmt: skip
+                f"row at least and {BESIDE * WIDE['double']} columns")  # fmt: skip
     return ""
 
 
@@ -98,26 +100,28 @@ class ColumnLaunch:
     def __init__(self, cache: KernelCache, dtype: str, columns: int, xp: Any) -> None:
         scalar = scalar_of("float64" if dtype == "float64" else "float32")
         self.cache, self.columns = cache, columns
-        self.program = RowProgram(scalar, dtype if dtype in _STORED else None)
+        self.program, self.names = RowProgram(scalar), instances(dtype)
         self.dtype = xp.float32 if scalar == "float" else xp.float64
-        self.width = min(columns_for(columns), WIDTHS[-1])
-        self.slices = -(-columns // self.width)
-        self.lanes, self.tile = geometry(scalar, self.width)
+        beside = -(-columns // WIDE[scalar])
+        self.bits = min((beside - 1).bit_length(), BESIDE.bit_length() - 1)
+        self.slices = -(-beside >> self.bits)
+        self.lanes = THREADS >> self.bits
+        self.tile = self.lanes * RUN
 
     def empty(self, *shape: int) -> Any:
         """Allocate a result, which a kernel fills."""
         return self.cache.runtime.empty(shape, self.dtype)
 
-    def run(self, name: str, blocks: int, arguments: tuple[Any, ...], flags: str = "") -> None:
+    def run(self, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
         """Launch a kernel for so many blocks of rows, unless there are none."""
-        if blocks:
-            kernel = self.cache.kernel(self.program, f"{name}<{self.width}{flags}>")
+        if blocks and self.slices:
+            kernel = self.cache.kernel(self.program, self.names[name])
             kernel((blocks, self.slices), (THREADS,), arguments)
 
     def scanned(self, kind: str, heads: int, chunks: int, states: tuple[Any, Any, Any]) -> Any:
         """Turn the states of each head's chunks into those of what comes before; `kind` merges."""
         n, a, b = states
         before = self.empty(*n.shape)
-        sizes = np.int32(chunks), np.int32(self.columns)
-        self.run("chunks_scanned", heads, (n, a, b, before, *sizes), f", {kind}")
+        sizes = map(np.int32, (chunks, self.columns, self.bits))
+        self.run(f"chunks_scanned<{kind}>", heads, (n, a, b, before, *sizes))
         return before, a, b

@@ -27,7 +27,7 @@ WINDOWS = np.dtype(
     [
         ("rows", np.int64, 3), ("weights", np.int64),
         *((n, np.int32) for n in ("heads", "count", "columns", "windows", "scale", "blocks",
-                                  "team")),
+                                  "team", "bits")),
     ],
     align=True,
 )  # fmt: skip
@@ -68,7 +68,7 @@ class PoolKernels:
             return record(WINDOWS, {
                 "rows": strides, "weights": windows * scale if weights.shape[0] > 1 else 0,
                 "heads": heads, "count": rows, "columns": columns, "windows": windows,
-                "scale": scale, "blocks": blocks, "team": team,
+                "scale": scale, "blocks": blocks, "team": team, "bits": launch.bits,
             })  # fmt: skip
 
         def pullback(cotangent: Any) -> Any:

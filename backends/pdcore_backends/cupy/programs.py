@@ -94,7 +94,8 @@ def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
 @cache
 def read(name: str) -> str:
     """Give the text of a file of kernels/."""
-    return (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+    text = (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+    return text.replace("#pragma once\n", "")  # it is not included but stands in the text
 
 
 def scalar_of(dtype: str) -> str:

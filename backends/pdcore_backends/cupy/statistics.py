@@ -28,7 +28,7 @@ LAYOUT = np.dtype(
     [
         ("keys", np.int64, 3),
         *((n, np.int32) for n in ("batch", "heads", "rows", "columns", "chunks", "tiles",
-                                  "shared")),
+                                  "shared", "bits")),
     ],
     align=True,
 )  # fmt: skip
@@ -187,6 +187,7 @@ class _Keys:
         return record(LAYOUT, {
             "keys": self.strides, "batch": self.batch, "heads": self.heads, "rows": self.rows,
             "columns": self.launch.columns, "chunks": chunks, "tiles": tiles, "shared": shared,
+            "bits": self.launch.bits,
         })  # fmt: skip
 
     def states(self, count: int) -> tuple[Any, Any, Any]:

@@ -1,17 +1,17 @@
 // Sums down the rows of arrays (batch, heads, rows, columns), whose columns lie beside each other.
-// `scalar`, of sums, and `stored`, of what is read, come before this text.
+// What is read may be of 16 bits; sums and results are of `scalar`.
 //
-// A block has COLUMNS columns of one head: a thread holds WIDE of them, and the threads that hold
-// the same ones, its lanes, have rows of their own. What they found is put together in a fixed
-// order.
+// A block has columns of one head: a thread holds WIDE of them, and the threads that hold the same
+// ones, its lanes, have rows of their own. What they found is put together in a fixed order.
+//
+// Every kernel is a template, since a program is compiled for each of them, and has no other.
 
 constexpr int RUN = 8;  // rows that a thread reads at a time, and holds in registers
 
 DEVICE float widened(float x) { return x; }
 DEVICE double widened(double x) { return x; }
-#if HALVES
-DEVICE float widened(stored x) { return ptx::to_float(x); }
-#endif
+DEVICE float widened(ptx::f16 x) { return ptx::to_float(x); }
+DEVICE float widened(ptx::bf16 x) { return ptx::to_float(x); }
 
 typedef Vector<WIDE> Columns;
 
@@ -72,23 +72,21 @@ struct Results {
   }
 };
 
-// Where a thread stands in a block of COLUMNS columns.
-template <int COLUMNS>
+// Where a thread stands in a block that has 1 << bits threads beside each other, 32 at most.
 struct Place {
-  static constexpr int ACROSS = COLUMNS / WIDE;
-  static constexpr int LANES = THREADS / ACROSS;
-  static constexpr int TILE = LANES * RUN;  // rows of a block at a time
+  int bits;
 
-  static DEVICE_MEMBER int lane() { return int(threadIdx.x) / ACROSS; }
-  static DEVICE_MEMBER int column() {
-    return int(blockIdx.y) * COLUMNS + int(threadIdx.x) % ACROSS * WIDE;
-  }
+  DEVICE_MEMBER int across() const { return 1 << bits; }
+  DEVICE_MEMBER int lanes() const { return THREADS >> bits; }
+  DEVICE_MEMBER int tile() const { return lanes() * RUN; }  // rows of a block at a time
+  DEVICE_MEMBER int lane() const { return int(threadIdx.x) >> bits; }
+  DEVICE_MEMBER int beside() const { return int(threadIdx.x) & (across() - 1); }
+  DEVICE_MEMBER int column() const { return ((int(blockIdx.y) << bits) + beside()) * WIDE; }
 };
 
-template <int COLUMNS, class T>
-DEVICE Results<T> results(T* first, int columns) {
-  const int column = Place<COLUMNS>::column();
-  return {first + column, columns, columns - column, in_packs(first, columns)};
+template <class T>
+DEVICE Results<T> results(Place p, T* first, int columns) {
+  return {first + p.column(), columns, columns - p.column(), in_packs(first, columns)};
 }
 
 // ---- states of rows: counts, and two numbers for each column
@@ -142,10 +140,9 @@ struct States {
   }
 };
 
-template <int COLUMNS>
-DEVICE States states(scalar* n, scalar* a, scalar* b, i64 count, int columns) {
-  return {n + blockIdx.y * count, results<COLUMNS>(a, columns), results<COLUMNS>(b, columns),
-          int(threadIdx.x) % Place<COLUMNS>::ACROSS == 0};
+DEVICE States states(Place p, scalar* n, scalar* a, scalar* b, i64 count, int columns) {
+  return {n + blockIdx.y * count, results(p, a, columns), results(p, b, columns),
+          p.beside() == 0};
 }
 
 // Shared memory by which threads exchange states.
@@ -170,29 +167,25 @@ DEVICE Exchange shared_exchange() {
 }
 
 // Merge the states of all lanes into the first one's.
-template <int COLUMNS, class Merged>
-DEVICE void reduce(State& own, const Exchange& exchange) {
-  typedef Place<COLUMNS> P;
-#pragma unroll
-  for (int half = P::LANES / 2; half; half /= 2) {
+template <class Merged>
+DEVICE void reduce(Place p, State& own, const Exchange& exchange) {
+  for (int half = p.lanes() / 2; half; half /= 2) {
     __syncthreads();
     exchange.put(own);
     __syncthreads();
-    if (P::lane() < half) Merged::merge(own, exchange.get(int(threadIdx.x) + half * P::ACROSS));
+    if (p.lane() < half) Merged::merge(own, exchange.get(int(threadIdx.x) + half * p.across()));
   }
 }
 
 // Give what the lanes before hold together; `all` gets what all of them do.
-template <int COLUMNS, class Merged>
-DEVICE State scan(State own, State& all, const Exchange& exchange) {
-  typedef Place<COLUMNS> P;
-#pragma unroll
-  for (int step = 1; step < P::LANES; step *= 2) {
+template <class Merged>
+DEVICE State scan(Place p, State own, State& all, const Exchange& exchange) {
+  for (int step = 1; step < p.lanes(); step *= 2) {
     __syncthreads();
     exchange.put(own);
     __syncthreads();
-    if (P::lane() >= step) {
-      State before = exchange.get(int(threadIdx.x) - step * P::ACROSS);
+    if (p.lane() >= step) {
+      State before = exchange.get(int(threadIdx.x) - step * p.across());
       Merged::merge(before, own);
       own = before;
     }
@@ -200,30 +193,30 @@ DEVICE State scan(State own, State& all, const Exchange& exchange) {
   __syncthreads();
   exchange.put(own);
   __syncthreads();
-  all = exchange.get(int(threadIdx.x) % P::ACROSS + (P::LANES - 1) * P::ACROSS);
-  return P::lane() ? exchange.get(int(threadIdx.x) - P::ACROSS) : nothing();
+  all = exchange.get(THREADS - p.across() + p.beside());
+  return p.lane() ? exchange.get(int(threadIdx.x) - p.across()) : nothing();
 }
 
 // Turn the states of each head's chunks into those of what comes before them, in place but for n,
 // which threads share; one block a head.
-template <int COLUMNS, class Merged>
-__global__ void __launch_bounds__(THREADS)
+template <class Merged>
+__global__ void __launch_bounds__(THREADS, 2)
     chunks_scanned(scalar* __restrict__ n, scalar* a, scalar* b, scalar* __restrict__ n_before,
-                   int chunks, int columns) {
-  typedef Place<COLUMNS> P;
+                   int chunks, int columns, int bits) {
+  const Place p = {bits};
   const Exchange exchange = shared_exchange();
   const i64 count = i64(gridDim.x) * chunks;
-  const States given = states<COLUMNS>(n, a, b, count, columns);
-  const States found = states<COLUMNS>(n_before, a, b, count, columns);
+  const States given = states(p, n, a, b, count, columns);
+  const States found = states(p, n_before, a, b, count, columns);
   const i64 first = i64(blockIdx.x) * chunks;
   State carry = nothing();
-  for (i64 base = 0; base < chunks; base += P::TILE) {
-    const i64 begin = base + P::lane() * RUN;
+  for (i64 base = 0; base < chunks; base += p.tile()) {
+    const i64 begin = base + p.lane() * RUN;
     const i64 end = smaller(begin + RUN, chunks);
     State own = nothing(), all;
     for (i64 i = begin; i < end; i++) Merged::merge(own, given.read(first + i));
     State before = carry;
-    Merged::merge(before, scan<COLUMNS, Merged>(own, all, exchange));
+    Merged::merge(before, scan<Merged>(p, own, all, exchange));
     for (i64 i = begin; i < end; i++) {
       const State here = given.read(first + i);
       found.write(first + i, before);

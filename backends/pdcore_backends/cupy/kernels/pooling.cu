@@ -8,19 +8,20 @@ struct Windows {
   int heads, count, columns;  // `count` rows
   int windows, scale;
   int blocks, team;  // blocks of a head, and how many lanes share a window, a power of 2
+  int bits;          // of `Place`
 };
 
 // A lane adds every team-th row of its window.
-template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
-    pooled(const stored* __restrict__ x, const scalar* __restrict__ weights,
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
+    pooled(const T* __restrict__ x, const scalar* __restrict__ weights,
            scalar* __restrict__ found, Windows s) {
-  typedef Place<COLUMNS> P;
+  const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
   const i64 head = i64(blockIdx.x) / s.blocks;
   const i64 window =
-      i64(blockIdx.x) % s.blocks * (P::LANES / s.team) + P::lane() / s.team;
-  const int member = P::lane() % s.team, column = P::column();
+      i64(blockIdx.x) % s.blocks * (p.lanes() / s.team) + p.lane() / s.team;
+  const int member = p.lane() % s.team, column = p.column();
   x += head / s.heads * s.rows[0] + head % s.heads * s.rows[1] + column;
   const bool packs = in_packs(x, s.rows[2]);
   State own = nothing();  // n is the weight
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(THREADS)
     exchange.put(own);
     __syncthreads();
     if (member < half) {
-      const State other = exchange.get(int(threadIdx.x) + half * P::ACROSS);
+      const State other = exchange.get(int(threadIdx.x) + half * p.across());
       own.n = larger(own.n, other.n);
 #pragma unroll
       for (int e = 0; e < WIDE; e++) own.a.x[e] += other.a.x[e];
@@ -52,22 +53,22 @@ __global__ void __launch_bounds__(THREADS)
   if (member || window >= s.windows) return;
 #pragma unroll
   for (int e = 0; e < WIDE; e++) own.a.x[e] *= own.n;
-  results<COLUMNS>(found, s.columns).write(head * s.windows + window, own.a);
+  results(p, found, s.columns).write(head * s.windows + window, own.a);
 }
 
 // The rows' cotangent: their weight times that of their window.
-template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
-    pooled_vjp(const scalar* __restrict__ weights, const scalar* __restrict__ given,
-               scalar* __restrict__ found, Windows s) {
-  typedef Place<COLUMNS> P;
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
+    pooled_vjp(const T* __restrict__ weights, const T* __restrict__ given,
+               T* __restrict__ found, Windows s) {
+  const Place p = {s.bits};
   const i64 head = i64(blockIdx.x) / s.blocks;
-  const Results<const scalar> from = results<COLUMNS>(given, s.columns);
-  const Results<scalar> to = results<COLUMNS>(found, s.columns);
+  const Results<const scalar> from = results(p, given, s.columns);
+  const Results<scalar> to = results(p, found, s.columns);
   weights += head / s.heads * s.weights;
 #pragma unroll 4
   for (int i = 0; i < RUN; i++) {
-    const i64 row = i64(blockIdx.x) % s.blocks * P::TILE + i * P::LANES + P::lane();
+    const i64 row = i64(blockIdx.x) % s.blocks * p.tile() + i * p.lanes() + p.lane();
     if (row >= s.count) return;
     const scalar weight = weights[row];
     Columns x = from.read(head * s.windows + row / s.scale);

@@ -7,11 +7,12 @@ struct Layout {
   int batch, heads, rows, columns;
   int chunks, tiles;  // of a head, and of a chunk
   int shared;         // whether all sequences have one state
+  int bits;           // of `Place`
 };
 
 #define KEYS                                                                              \
-  const stored *__restrict__ keys, const bool *__restrict__ mask, const i64 *__restrict__ origins
-#define KEYS_OF_BLOCK keys_of<COLUMNS>(keys, mask, origins, s, i64(blockIdx.x) / s.chunks)
+  const T *__restrict__ keys, const bool *__restrict__ mask, const i64 *__restrict__ origins
+#define KEYS_OF_BLOCK keys_of(p, keys, mask, origins, s, i64(blockIdx.x) / s.chunks)
 #define CHUNK (i64(blockIdx.x) % s.chunks)
 
 // RUN rows of a thread.
@@ -45,8 +46,9 @@ struct Run {
 };
 
 // The keys of a head, of which a thread has WIDE columns, relative to an origin.
+template <class T>
 struct Keys {
-  const stored* first;
+  const T* first;
   const bool* mask;
   i64 pitch;
   int rows, left;
@@ -77,12 +79,12 @@ struct Keys {
 };
 
 // `origins` has the row of each sequence's origin; without it, that is 0.
-template <int COLUMNS>
-DEVICE Keys keys_of(const stored* keys, const bool* mask, const i64* origins, const Layout& s,
-                    i64 head) {
+template <class T>
+DEVICE Keys<T> keys_of(Place p, const T* keys, const bool* mask, const i64* origins,
+                       const Layout& s, i64 head) {
   const i64 sequence = head / s.heads;
-  const int column = Place<COLUMNS>::column();
-  Keys found;
+  const int column = p.column();
+  Keys<T> found;
   found.first = keys + sequence * s.keys[0] + head % s.heads * s.keys[1] + column;
   found.mask = mask ? mask + sequence * s.rows : nullptr;
   found.pitch = s.keys[2];
@@ -94,67 +96,67 @@ DEVICE Keys keys_of(const stored* keys, const bool* mask, const i64* origins, co
   return found;
 }
 
-template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
     moments_of_chunks(KEYS, scalar* __restrict__ n, scalar* __restrict__ mean,
                       scalar* __restrict__ m2, Layout s) {
-  typedef Place<COLUMNS> P;
+  const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
-  const Keys head = KEYS_OF_BLOCK;
+  const Keys<T> head = KEYS_OF_BLOCK;
   State own = nothing();
   for (int tile = 0; tile < s.tiles; tile++) {
-    const i64 row = (CHUNK * s.tiles + tile) * P::TILE + P::lane() * RUN;
+    const i64 row = (CHUNK * s.tiles + tile) * p.tile() + p.lane() * RUN;
     Moments::merge(own, head.run(row).moments());
   }
-  reduce<COLUMNS, Moments>(own, exchange);
-  if (P::lane() == 0)
-    states<COLUMNS>(n, mean, m2, gridDim.x, s.columns).write(blockIdx.x, own);
+  reduce<Moments>(p, own, exchange);
+  if (p.lane() == 0)
+    states(p, n, mean, m2, gridDim.x, s.columns).write(blockIdx.x, own);
 }
 
 // Merge the chunks of a head, and with `shared` those of all sequences: mean, var and n.
-template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+template <class Merged>
+__global__ void __launch_bounds__(THREADS, 2)
     moments_merged(scalar* __restrict__ n, scalar* __restrict__ mean, scalar* __restrict__ m2,
                    scalar* __restrict__ all_n, scalar* __restrict__ all_mean,
                    scalar* __restrict__ all_var, Layout s) {
-  typedef Place<COLUMNS> P;
+  const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
   const States given =
-      states<COLUMNS>(n, mean, m2, i64(s.batch) * s.heads * s.chunks, s.columns);
+      states(p, n, mean, m2, i64(s.batch) * s.heads * s.chunks, s.columns);
   const i64 count = i64(s.shared ? s.batch : 1) * s.chunks;
   State own = nothing();
 #pragma unroll 4
-  for (i64 i = P::lane(); i < count; i += P::LANES) {
+  for (i64 i = p.lane(); i < count; i += p.lanes()) {
     const i64 head = i / s.chunks * s.heads + blockIdx.x;
-    Moments::merge(own, given.read(head * s.chunks + i % s.chunks));
+    Merged::merge(own, given.read(head * s.chunks + i % s.chunks));
   }
-  reduce<COLUMNS, Moments>(own, exchange);
-  if (P::lane()) return;
+  reduce<Merged>(p, own, exchange);
+  if (p.lane()) return;
 #pragma unroll
   for (int e = 0; e < WIDE; e++) own.b.x[e] = own.n > 0 ? own.b.x[e] / own.n : scalar(0);
-  if (P::column() == 0) all_n[blockIdx.x] = own.n;
-  results<COLUMNS>(all_mean, s.columns).write(blockIdx.x, own.a);
-  results<COLUMNS>(all_var, s.columns).write(blockIdx.x, own.b);
+  if (p.column() == 0) all_n[blockIdx.x] = own.n;
+  results(p, all_mean, s.columns).write(blockIdx.x, own.a);
+  results(p, all_var, s.columns).write(blockIdx.x, own.b);
 }
 
 // The keys' cotangent, (d_mean + 2 d_var (k - mean)) / n at real keys; without `d_mean` or `d_var`,
 // that is 0.
-template <int COLUMNS>
-__global__ void __launch_bounds__(THREADS)
+template <class T>
+__global__ void __launch_bounds__(THREADS, 2)
     moments_vjp(KEYS, const scalar* __restrict__ n, const scalar* __restrict__ mean,
                 const scalar* __restrict__ d_mean, const scalar* __restrict__ d_var,
                 scalar* __restrict__ d_keys, Layout s) {
-  typedef Place<COLUMNS> P;
+  const Place p = {s.bits};
   const i64 at = i64(blockIdx.x) / s.chunks;
   const i64 state = s.shared ? at % s.heads : at;
-  const Keys head = KEYS_OF_BLOCK;
-  const Results<scalar> found = results<COLUMNS>(d_keys + at * s.rows * s.columns, s.columns);
+  const Keys<T> head = KEYS_OF_BLOCK;
+  const Results<scalar> found = results(p, d_keys + at * s.rows * s.columns, s.columns);
   const scalar share = n[state] > 0 ? 1 / n[state] : scalar(0);
-  const Columns centre = results<COLUMNS>(mean, s.columns).read(state);
-  const Columns level = d_mean ? results<COLUMNS>(d_mean, s.columns).read(state) : zeros();
-  const Columns slope = d_var ? results<COLUMNS>(d_var, s.columns).read(state) : zeros();
+  const Columns centre = results(p, mean, s.columns).read(state);
+  const Columns level = d_mean ? results(p, d_mean, s.columns).read(state) : zeros();
+  const Columns slope = d_var ? results(p, d_var, s.columns).read(state) : zeros();
   for (int tile = 0; tile < s.tiles; tile++) {
-    const i64 row = (CHUNK * s.tiles + tile) * P::TILE + P::lane() * RUN;
+    const i64 row = (CHUNK * s.tiles + tile) * p.tile() + p.lane() * RUN;
     Run run = head.run(row);
 #pragma unroll
     for (int i = 0; i < RUN; i++) {
