@@ -118,16 +118,14 @@ def moments(keys: Any, real: Any, axes: tuple[int, ...]) -> dict[str, Any]:
 
 
 def close(found: Any, wanted: Any, dtype: str) -> None:
-    """Hold a state to a few roundings of its keys' spread, and of their mean's."""
+    """Hold a state to a rounding of its mean, and to its spread's however far it is from 0."""
     eps = np.finfo(dtype).eps
     spread = float(np.sqrt(wanted["var"]).max())
     size = float(np.abs(wanted["mean"]).max())
     np.testing.assert_array_equal(found["n"], wanted["n"])
-    near = 4 * eps * (size + spread)
+    near = eps * (size / 2 + 20 * spread)
     np.testing.assert_allclose(found["mean"], wanted["mean"], rtol=0, atol=near)
-    # What is off in a mean adds its square, and between two states its product with their distance.
-    bound = 30 * eps * spread**2 + near**2 + near * spread
-    np.testing.assert_allclose(found["var"], wanted["var"], rtol=0, atol=bound)
+    np.testing.assert_allclose(found["var"], wanted["var"], rtol=0, atol=20 * eps * spread**2)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
@@ -138,7 +136,7 @@ def test_moments_of_keys_far_from_0(backend: Any, dtype: str, scope: str) -> Non
     else:
         np_dtype = np.dtype(dtype)
     # Two chunks and a rest, of columns that fill a vector and of some that do not.
-    keys = normal(2, 2, 1100, 6, mean=200.0).astype(np_dtype)
+    keys = normal(2, 2, 1100, 6, mean=1000.0).astype(np_dtype)
     real = ones_and_zeros(2, 1, 1100, 1)
     keys[~np.broadcast_to(real, keys.shape)] = np.nan
     found = backend.statistics(CompiledSummary(Moments(), scope), keys, real)
@@ -161,7 +159,7 @@ def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
     # In float64 more chunks than the scan takes at a time, and columns of two blocks.
     wide = dtype == "float64"
     count, tile = (64 * 64 + 50, 64) if wide else (300, 256)
-    keys = normal(1, 1, count, 66 if wide else 7, mean=100.0).astype(dtype)
+    keys = normal(1, 1, count, 66 if wide else 7, mean=1000.0).astype(dtype)
     real = ones_and_zeros(1, 1, count, 1)
     found = backend.statistics(CompiledSummary(Moments(), "prefix"), keys, real)
     for end in (9, tile, tile + 1, count):

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from .programs import read, scalar_of
 from .runtime import BLOCKS, KernelCache, too_old
 
@@ -117,11 +115,3 @@ class ColumnLaunch:
         if blocks and self.slices:
             kernel = self.cache.kernel(self.program, self.names[name])
             kernel((blocks, self.slices), (THREADS,), arguments)
-
-    def scanned(self, kind: str, heads: int, chunks: int, states: tuple[Any, Any, Any]) -> Any:
-        """Turn the states of each head's chunks into those of what comes before; `kind` merges."""
-        n, a, b = states
-        before = self.empty(*n.shape)
-        sizes = map(np.int32, (chunks, self.columns, self.bits))
-        self.run(f"chunks_scanned<{kind}>", heads, (n, a, b, before, *sizes))
-        return before, a, b

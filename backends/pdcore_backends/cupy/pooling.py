@@ -61,7 +61,10 @@ class PoolKernels:
         *lead, heads, rows, columns = x.shape
         windows, scale = weights.shape[-2:]
         launch = ColumnLaunch(self.cache, dtype_name(x), columns, xp)
-        weights = xp.ascontiguousarray(one_lead(weights, lead, xp))
+        # (*B, 1, windows, s), or the same for all sequences.
+        weights = xp.ascontiguousarray(
+            xp.reshape(weights, (math.prod(weights.shape[:-2]), windows, scale))
+        )
         batch = math.prod(lead)
 
         def layout(strides: tuple[int, ...], blocks: int, team: int) -> Any:

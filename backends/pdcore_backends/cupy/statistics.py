@@ -81,13 +81,11 @@ class MomentKernels:
         """
         with self.cache.runtime.on(keys):
             call = _Keys(self.cache, keys, mask, xp)
-            heads, tiles = call.batch * call.heads, call.tiles
-            chunks = -(-call.rows // (call.launch.tile * tiles))
-            layout = call.layout(chunks, tiles, shared)
-            states = call.states(heads * chunks)
-            call.launch.run("moments_of_chunks", heads * chunks, (*call.arrays, NULL, *states,
-                                                                  layout))  # fmt: skip
-            count = call.heads if shared else heads
+            chunks = call.long_chunks
+            layout = call.layout(chunks, call.tiles, shared)
+            states = call.states(chunks)
+            call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
+            count = call.heads if shared else call.batch * call.heads
             found = call.results(count)
             call.launch.run("moments_merged", count, (*states, *found, layout))
         lead = (1,) * len(call.lead) if shared else call.lead
@@ -98,8 +96,7 @@ class MomentKernels:
         """Pull back, see `Moments.vjp`."""
         with self.cache.runtime.on(keys):
             call = _Keys(self.cache, keys, mask, xp)
-            heads, tiles = call.batch * call.heads, call.tiles
-            chunks = -(-call.rows // (call.launch.tile * tiles))
+            chunks = call.long_chunks
             shared = math.prod(final["mean"].shape[:-3]) == 1
             state = tuple(xp.ascontiguousarray(final[n]) for n in ("n", "mean"))
             given = tuple(
@@ -107,23 +104,21 @@ class MomentKernels:
                 for n in ("mean", "var")
             )
             found = call.launch.empty(*keys.shape)
-            call.launch.run("moments_vjp", heads * chunks, (*call.arrays, NULL, *state, *given,
-                            found, call.layout(chunks, tiles, shared)))  # fmt: skip
+            layout = call.layout(chunks, call.tiles, shared)
+            call.run("moments_vjp", chunks, (*call.arrays, *state, *given, found, layout))
         return found
 
     def prefixes(self, keys: Any, mask: Any, *, xp: Any) -> dict[str, Any]:
         """Give the finalised state of every prefix, (*B, H, M + 1, D), see `prefix_states`."""
         with self.cache.runtime.on(keys):
             call = _Keys(self.cache, keys, mask, xp)
-            first = call.first_real(xp)
-            heads, chunks = call.batch * call.heads, call.chunks
+            chunks = call.chunks
             layout = call.layout(chunks)
-            states = call.states(heads * chunks)
-            given = (*call.arrays, first)
-            call.launch.run("moments_of_chunks", heads * chunks, (*given, *states, layout))
-            before = call.launch.scanned("Moments", heads, chunks, states)
-            found = call.results(heads * (call.rows + 1))
-            call.launch.run("prefixes", heads * chunks, (*given, *before, *found, layout))
+            states = call.states(chunks)
+            call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
+            before = call.scanned("Moments", chunks, states)
+            found = call.results(call.batch * call.heads * (call.rows + 1))
+            call.run("prefixes", chunks, (*call.arrays, *before, *found, layout))
         return call.named(found, (*call.lead, call.heads, call.rows + 1), xp)
 
     def prefix_vjp(self, keys: Any, mask: Any, rows: Mapping[str, Any],
@@ -131,56 +126,58 @@ class MomentKernels:
         """Pull back, see `Moments.prefix_vjp`."""
         with self.cache.runtime.on(keys):
             call = _Keys(self.cache, keys, mask, xp)
-            of_rows = _Keys(self.cache, rows["mean"], None, xp)
-            heads, chunks = call.batch * call.heads, of_rows.chunks
-            n, mean, d_mean, d_var = map(xp.ascontiguousarray, (
-                rows["n"], rows["mean"], cotangent["mean"], cotangent["var"]))  # fmt: skip
-            counted = xp.reshape(n, (call.batch, call.heads, of_rows.rows))[:, :1, :] > 0
-            first = _first(counted[:, 0, :], xp)
-            layout = of_rows.layout(chunks)
-            given = (n, mean, d_mean, d_var, first)
-            sums = of_rows.states(heads * chunks)
-            launch = of_rows.launch
-            launch.run("levels_of_chunks", heads * chunks, (*given, *sums, layout))
-            before = launch.scanned("Totals", heads, chunks, sums)
-            shape = (heads, of_rows.rows + 1, launch.columns)
-            level, slope = launch.empty(*shape), launch.empty(*shape)
-            launch.run("suffixes", heads * chunks, (*given, *before, level, slope, layout))
+            queries = _Keys(self.cache, rows["mean"], None, xp)
+            first = _first_counting(rows["n"], xp)
+            given = (*map(xp.ascontiguousarray, (rows["n"], rows["mean"], cotangent["mean"],
+                                                 cotangent["var"])), first)  # fmt: skip
+            chunks = queries.chunks
+            layout = queries.layout(chunks)
+            sums = queries.states(chunks)
+            queries.run("levels_of_chunks", chunks, (*given, *sums, layout))
+            before = queries.scanned("Totals", chunks, sums)
+            shape = (*rows["mean"].shape[:-2], queries.rows + 1, keys.shape[-1])
+            level, slope = call.launch.empty(*shape), call.launch.empty(*shape)
+            queries.run("suffixes", chunks, (*given, *before, level, slope, layout))
+            # (M, 1) or (*B, 1, 1, M, 1)
+            of_each = 0 if math.prod(later.shape) == call.rows else call.rows
             found = call.launch.empty(*keys.shape)
-            if later.ndim == 2:
-                later, by_sequence = xp.ascontiguousarray(later), 0
-            else:
-                later = xp.ascontiguousarray(one_lead(later, call.lead, xp))
-                by_sequence = 0 if later.shape[0] == 1 else call.rows
-            call.launch.run("prefixes_vjp", heads * call.chunks, (
-                *call.arrays, mean, first, level, slope, later, np.int64(by_sequence), found,
-                layout, call.layout(call.chunks)))  # fmt: skip
+            call.run("prefixes_vjp", call.chunks, (
+                *call.arrays, given[1], first, level, slope, xp.ascontiguousarray(later),
+                np.int64(of_each), found, layout, call.layout(call.chunks)))  # fmt: skip
         return found
 
 
 class _Keys:
-    """Keys as the kernels read them."""
+    """Keys, or the means of rows, as the kernels read them."""
 
     def __init__(self, cache: KernelCache, keys: Any, mask: Any, xp: Any) -> None:
         *lead, self.heads, self.rows, columns = keys.shape
         self.lead, self.batch = tuple(lead), math.prod(lead)
-        self.mask = None
         if mask is not None:
-            self.mask = xp.ascontiguousarray(xp.reshape(mask, (self.batch, self.rows)))
+            mask = xp.ascontiguousarray(xp.reshape(mask, (self.batch, self.rows)))
         keys = in_rows(one_lead(keys, lead, xp), xp)
         self.strides = strides_of(keys)[:-1]
-        self.arrays = (keys, NULL if self.mask is None else self.mask)
+        self.arrays = (keys, NULL if mask is None else mask)
         self.launch = ColumnLaunch(cache, dtype_name(keys), columns, xp)
 
     @property
     def tiles(self) -> int:
-        """The tiles of a chunk, where chunks are merged but not scanned."""
+        """The tiles of a chunk, where chunks are not scanned."""
         return max(1, CHUNK // int(self.launch.tile))
+
+    @property
+    def long_chunks(self) -> int:
+        """The chunks of a head, of so many tiles each."""
+        return -(-int(self.rows) // (self.launch.tile * self.tiles))
 
     @property
     def chunks(self) -> int:
         """The chunks of a head, of one tile each; one at least, which writes what is of no row."""
         return max(1, -(-int(self.rows) // self.launch.tile))
+
+    def run(self, name: str, chunks: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel for so many chunks of every head."""
+        self.launch.run(name, self.batch * self.heads * chunks, arguments)
 
     def layout(self, chunks: int, tiles: int = 1, shared: bool = False) -> Any:
         """Give a `LAYOUT`, which is passed by value."""
@@ -190,11 +187,18 @@ class _Keys:
             "bits": self.launch.bits,
         })  # fmt: skip
 
-    def states(self, count: int) -> tuple[Any, Any, Any]:
-        """Allocate states of chunks: counts for each block beside, and two rows of columns."""
-        launch = self.launch
-        shape = (count, launch.columns)
-        return launch.empty(launch.slices, count), launch.empty(*shape), launch.empty(*shape)
+    def states(self, chunks: int) -> tuple[Any, Any]:
+        """Allocate states of chunks, `States` of kernels/columns.cuh."""
+        count, launch = self.batch * self.heads * chunks, self.launch
+        return launch.empty(launch.slices, count), launch.empty(3, count, launch.columns)
+
+    def scanned(self, kind: str, chunks: int, states: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Turn the states of each head's chunks into those of what comes before; `kind` merges."""
+        n, sums = states
+        before, launch = self.launch.empty(*n.shape), self.launch
+        sizes = map(np.int32, (chunks, launch.columns, launch.bits))
+        self.run(f"chunks_scanned<{kind}>", 1, (n, sums, before, *sizes))
+        return before, sums
 
     def results(self, count: int) -> tuple[Any, Any, Any]:
         """Allocate finalised states: n, mean and var."""
@@ -208,15 +212,13 @@ class _Keys:
         return {n: xp.reshape(x, (*shape, w))
                 for n, x, w in zip(("n", "mean", "var"), found, widths, strict=True)}  # fmt: skip
 
-    def first_real(self, xp: Any) -> Any:
-        """Give the row of each sequence's first real key, (batch,); 0 where there is none."""
-        if self.mask is None:
-            return xp.zeros((self.batch,), dtype=xp.int64)
-        return _first(self.mask, xp)
 
+def _first_counting(n: Any, xp: Any) -> Any:
+    """Give the first row of each sequence that counts a key, (*B,); 0 where there is none.
 
-def _first(true: Any, xp: Any) -> Any:
-    """Give the column of the first True in each row; 0 where there is none."""
-    if not true.shape[-1]:
-        return xp.sum(xp.astype(true, xp.int64), axis=-1)
-    return xp.ascontiguousarray(xp.argmax(true, axis=-1))
+    All heads count the same keys.
+    """
+    counts = n[..., 0, :, 0] > 0
+    if not counts.shape[-1]:
+        return xp.sum(xp.astype(counts, xp.int64), axis=-1)
+    return xp.ascontiguousarray(xp.argmax(counts, axis=-1))

@@ -89,31 +89,39 @@ DEVICE Results<T> results(Place p, T* first, int columns) {
   return {first + p.column(), columns, columns - p.column(), in_packs(first, columns)};
 }
 
-// ---- states of rows: counts, and two numbers for each column
+// ---- states of rows: counts, and three numbers for each column
 
 struct State {
   scalar n;
-  Columns a, b;
+  Columns a, b, c;
 };
 
-DEVICE State nothing() { return {0, zeros(), zeros()}; }
+DEVICE State nothing() { return {0, zeros(), zeros(), zeros()}; }
 
-// Means and centred second moments; Chan's update, as in pdcore.statistics.
+// Means a + c and centred second moments b, by Chan's update, as in pdcore.statistics. The distance
+// of two means enters b: c is what rounding took from a, which would cost digits in proportion to
+// |mean| / deviation.
 struct Moments {
   static DEVICE_MEMBER void merge(State& x, const State& y) {
+    if (!(y.n > 0)) return;
     const scalar n = x.n + y.n;
-    const scalar weight = n > 0 ? y.n / n : scalar(0);
+    const scalar weight = y.n / n;
 #pragma unroll
     for (int e = 0; e < WIDE; e++) {
-      const scalar delta = y.a.x[e] - x.a.x[e];
-      x.a.x[e] += delta * weight;
-      // In this order, since the square of what is merged into nothing may be infinite.
-      x.b.x[e] += y.b.x[e] + delta * (x.n * weight) * delta;
+      const scalar delta = (y.a.x[e] - x.a.x[e]) + (y.c.x[e] - x.c.x[e]);
+      const scalar step = x.c.x[e] + delta * weight;
+      const scalar mean = x.a.x[e] + step;
+      const scalar stepped = mean - x.a.x[e];
+      const scalar lost = (x.a.x[e] - (mean - stepped)) + (step - stepped);
+      x.b.x[e] = x.n > 0 ? x.b.x[e] + (y.b.x[e] + delta * delta * (x.n * weight)) : y.b.x[e];
+      x.a.x[e] = x.n > 0 ? mean : y.a.x[e];
+      x.c.x[e] = x.n > 0 ? lost : y.c.x[e];
     }
     x.n = n;
   }
 };
 
+// Sums a and b.
 struct Totals {
   static DEVICE_MEMBER void merge(State& x, const State& y) {
     x.n += y.n;
@@ -125,37 +133,41 @@ struct Totals {
   }
 };
 
-// States of chunks in global memory: a and b (count, columns), and n once for every block beside, so
-// that none waits for another's.
+// States of chunks in global memory: a, b and c (count, columns) after one another, and n once for
+// every block beside, so that none waits for another's.
 struct States {
   scalar* n;
-  Results<scalar> a, b;
+  Results<scalar> a, b, c;
   bool counts;  // whether the thread writes n
 
-  DEVICE_MEMBER State read(i64 i) const { return {n[i], a.read(i), b.read(i)}; }
+  DEVICE_MEMBER State read(i64 i) const { return {n[i], a.read(i), b.read(i), c.read(i)}; }
   DEVICE_MEMBER void write(i64 i, const State& x) const {
     if (counts) n[i] = x.n;
     a.write(i, x.a);
     b.write(i, x.b);
+    c.write(i, x.c);
   }
 };
 
-DEVICE States states(Place p, scalar* n, scalar* a, scalar* b, i64 count, int columns) {
-  return {n + blockIdx.y * count, results(p, a, columns), results(p, b, columns),
-          p.beside() == 0};
+DEVICE States states(Place p, scalar* n, scalar* sums, i64 count, int columns) {
+  return {n + blockIdx.y * count, results(p, sums, columns),
+          results(p, sums + count * columns, columns),
+          results(p, sums + 2 * count * columns, columns), p.beside() == 0};
 }
 
 // Shared memory by which threads exchange states.
 struct Exchange {
-  scalar *n, *a, *b;
+  scalar *n, *a, *b, *c;
 
   DEVICE_MEMBER void put(const State& x) const {
     n[threadIdx.x] = x.n;
     *reinterpret_cast<Columns*>(a + threadIdx.x * WIDE) = x.a;
     *reinterpret_cast<Columns*>(b + threadIdx.x * WIDE) = x.b;
+    *reinterpret_cast<Columns*>(c + threadIdx.x * WIDE) = x.c;
   }
   DEVICE_MEMBER State get(int thread) const {
-    return {n[thread], read<WIDE>(a + thread * WIDE), read<WIDE>(b + thread * WIDE)};
+    return {n[thread], read<WIDE>(a + thread * WIDE), read<WIDE>(b + thread * WIDE),
+            read<WIDE>(c + thread * WIDE)};
   }
 };
 
@@ -163,7 +175,8 @@ DEVICE Exchange shared_exchange() {
   __shared__ scalar n[THREADS];
   __shared__ __align__(16) scalar a[THREADS * WIDE];
   __shared__ __align__(16) scalar b[THREADS * WIDE];
-  return {n, a, b};
+  __shared__ __align__(16) scalar c[THREADS * WIDE];
+  return {n, a, b, c};
 }
 
 // Merge the states of all lanes into the first one's.
@@ -201,13 +214,13 @@ DEVICE State scan(Place p, State own, State& all, const Exchange& exchange) {
 // which threads share; one block a head.
 template <class Merged>
 __global__ void __launch_bounds__(THREADS, 2)
-    chunks_scanned(scalar* __restrict__ n, scalar* a, scalar* b, scalar* __restrict__ n_before,
-                   int chunks, int columns, int bits) {
+    chunks_scanned(scalar* __restrict__ n, scalar* __restrict__ sums,
+                   scalar* __restrict__ n_before, int chunks, int columns, int bits) {
   const Place p = {bits};
   const Exchange exchange = shared_exchange();
   const i64 count = i64(gridDim.x) * chunks;
-  const States given = states(p, n, a, b, count, columns);
-  const States found = states(p, n_before, a, b, count, columns);
+  const States given = states(p, n, sums, count, columns);
+  const States found = states(p, n_before, sums, count, columns);
   const i64 first = i64(blockIdx.x) * chunks;
   State carry = nothing();
   for (i64 base = 0; base < chunks; base += p.tile()) {

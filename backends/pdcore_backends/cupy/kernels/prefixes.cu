@@ -1,14 +1,12 @@
 // Moments of every prefix of the keys, in three passes: states of chunks of one tile, their scan
 // (`chunks_scanned`), and the prefixes, each from what came before it alone. The cotangent goes the
-// other way, by sums over the last rows. Everything is relative to one of the head's own keys, or
-// means, since merges of single keys lose digits in proportion to |mean| / deviation.
+// other way, by sums over the last rows.
 
 // n, mean and var (batch, heads, rows + 1, columns), the first of no keys.
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
-    prefixes(KEYS, scalar* __restrict__ n, scalar* __restrict__ mean, scalar* __restrict__ m2,
-             scalar* __restrict__ all_n, scalar* __restrict__ all_mean,
-             scalar* __restrict__ all_var, Layout s) {
+    prefixes(KEYS, scalar* __restrict__ n, scalar* __restrict__ sums, scalar* __restrict__ all_n,
+             scalar* __restrict__ all_mean, scalar* __restrict__ all_var, Layout s) {
   const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
   const Keys<T> head = KEYS_OF_BLOCK;
@@ -17,21 +15,18 @@ __global__ void __launch_bounds__(THREADS, 2)
   const Results<scalar> vars = results(p, all_var + first * s.columns, s.columns);
   const i64 row = CHUNK * p.tile() + p.lane() * RUN;
   const Run run = head.run(row);
-  State own = states(p, n, mean, m2, gridDim.x, s.columns).read(blockIdx.x), all;
+  State own = states(p, n, sums, gridDim.x, s.columns).read(blockIdx.x), all;
   Moments::merge(own, scan<Moments>(p, run.moments(), all, exchange));
 #pragma unroll
   for (int i = -1; i < RUN; i++) {
     if (i < 0 ? row > 0 : row + i >= s.rows) continue;
-    if (i >= 0 && run.has(i)) Moments::merge(own, {1, run.x[i], zeros()});
-    State found = own;
+    if (i >= 0 && run.has(i)) Moments::merge(own, {1, run.x[i], zeros(), zeros()});
+    Columns var;
 #pragma unroll
-    for (int e = 0; e < WIDE; e++) {
-      found.a.x[e] += head.origin.x[e];
-      found.b.x[e] = own.n > 0 ? own.b.x[e] / own.n : scalar(0);
-    }
+    for (int e = 0; e < WIDE; e++) var.x[e] = own.n > 0 ? own.b.x[e] / own.n : scalar(0);
     if (p.column() == 0) all_n[first + row + i + 1] = own.n;
-    means.write(row + i + 1, found.a);
-    vars.write(row + i + 1, found.b);
+    means.write(row + i + 1, own.a);
+    vars.write(row + i + 1, var);
   }
 }
 
@@ -42,7 +37,8 @@ __global__ void __launch_bounds__(THREADS, 2)
       const i64 *__restrict__ origins
 #define ROWS_OF_BLOCK rows_of(p, n, mean, d_mean, d_var, origins, s, blockIdx.x / s.chunks)
 
-// What the rows of a head add to the cotangent of a key k that they count: level + slope (k - origin).
+// What the rows of a head add to the cotangent of a key k that they count, level + slope
+// (k - origin). The origin is a mean of theirs, never far in units of the deviation.
 struct CountingRows {
   const scalar* n;
   Results<const scalar> mean, d_mean, d_var;
@@ -83,8 +79,7 @@ DEVICE CountingRows rows_of(Place p, const scalar* n, const scalar* mean, const 
 // Sums over chunks of the rows, the last rows first.
 template <class Merged>
 __global__ void __launch_bounds__(THREADS, 2)
-    levels_of_chunks(ROWS, scalar* __restrict__ count, scalar* __restrict__ level,
-                     scalar* __restrict__ slope, Layout s) {
+    levels_of_chunks(ROWS, scalar* __restrict__ count, scalar* __restrict__ sums, Layout s) {
   const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
   const CountingRows head = ROWS_OF_BLOCK;
@@ -94,15 +89,14 @@ __global__ void __launch_bounds__(THREADS, 2)
     Merged::merge(own, head.from_last(CHUNK * p.tile() + p.lane() * RUN + i));
   reduce<Merged>(p, own, exchange);
   if (p.lane() == 0)
-    states(p, count, level, slope, gridDim.x, s.columns).write(blockIdx.x, own);
+    states(p, count, sums, gridDim.x, s.columns).write(blockIdx.x, own);
 }
 
 // Sums over the last rows, (batch, heads, rows + 1, columns), the first of none.
 template <class Merged>
 __global__ void __launch_bounds__(THREADS, 2)
-    suffixes(ROWS, scalar* __restrict__ count, scalar* __restrict__ level,
-             scalar* __restrict__ slope, scalar* __restrict__ levels, scalar* __restrict__ slopes,
-             Layout s) {
+    suffixes(ROWS, scalar* __restrict__ count, scalar* __restrict__ sums,
+             scalar* __restrict__ levels, scalar* __restrict__ slopes, Layout s) {
   const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
   const CountingRows head = ROWS_OF_BLOCK;
@@ -116,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     each[i] = head.from_last(begin + i);
     Merged::merge(sum, each[i]);
   }
-  State own = states(p, count, level, slope, gridDim.x, s.columns).read(blockIdx.x);
+  State own = states(p, count, sums, gridDim.x, s.columns).read(blockIdx.x);
   Merged::merge(own, scan<Merged>(p, sum, all, exchange));
 #pragma unroll
   for (int i = -1; i < RUN; i++) {
@@ -138,8 +132,8 @@ __global__ void __launch_bounds__(THREADS, 2)
                  Layout from, Layout s) {
   const Place p = {s.bits};
   const i64 at = i64(blockIdx.x) / s.chunks;
-  Keys<T> head = keys_of(p, keys, mask, nullptr, s, at);
-  head.origin = origin_of(p, mean, origins, from, at);
+  const Keys<T> head = keys_of(p, keys, mask, s, at);
+  const Columns origin = origin_of(p, mean, origins, from, at);
   const i64 first = at * (from.rows + i64(1)) * s.columns;
   const Results<const scalar> level = results(p, levels + first, s.columns);
   const Results<const scalar> slope = results(p, slopes + first, s.columns);
@@ -153,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     if (run.has(i)) {
       const Columns a = level.read(later[row + i]), b = slope.read(later[row + i]);
 #pragma unroll
-      for (int e = 0; e < WIDE; e++) run.x[i].x[e] = a.x[e] + b.x[e] * run.x[i].x[e];
+      for (int e = 0; e < WIDE; e++) run.x[i].x[e] = a.x[e] + b.x[e] * (run.x[i].x[e] - origin.x[e]);
     }
     found.write(row + i, run.x[i]);
   }

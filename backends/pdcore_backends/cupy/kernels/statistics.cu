@@ -10,9 +10,8 @@ struct Layout {
   int bits;           // of `Place`
 };
 
-#define KEYS                                                                              \
-  const T *__restrict__ keys, const bool *__restrict__ mask, const i64 *__restrict__ origins
-#define KEYS_OF_BLOCK keys_of(p, keys, mask, origins, s, i64(blockIdx.x) / s.chunks)
+#define KEYS const T *__restrict__ keys, const bool *__restrict__ mask
+#define KEYS_OF_BLOCK keys_of(p, keys, mask, s, i64(blockIdx.x) / s.chunks)
 #define CHUNK (i64(blockIdx.x) % s.chunks)
 
 // RUN rows of a thread.
@@ -40,12 +39,19 @@ struct Run {
       for (int e = 0; e < WIDE; e++) {
         const scalar off = has(i) ? x[i].x[e] - found.a.x[e] : scalar(0);
         found.b.x[e] += off * off;
+        found.c.x[e] += off;
       }
+#pragma unroll
+    for (int e = 0; e < WIDE; e++) {
+      const scalar left = found.c.x[e];
+      found.c.x[e] /= found.n;
+      found.b.x[e] = larger(0, found.b.x[e] - left * found.c.x[e]);
+    }
     return found;
   }
 };
 
-// The keys of a head, of which a thread has WIDE columns, relative to an origin.
+// The keys of a head, of which a thread has WIDE columns.
 template <class T>
 struct Keys {
   const T* first;
@@ -53,16 +59,8 @@ struct Keys {
   i64 pitch;
   int rows, left;
   bool packs;
-  Columns origin;
 
   DEVICE_MEMBER bool real(i64 row) const { return row < rows && (!mask || mask[row]); }
-
-  DEVICE_MEMBER Columns at(i64 row) const {
-    Columns found = load(first + row * pitch, left, packs);
-#pragma unroll
-    for (int e = 0; e < WIDE; e++) found.x[e] -= origin.x[e];
-    return found;
-  }
 
   // Rows from `row` on; zeros where there is no real key, so that nothing of a padded one is read.
   DEVICE_MEMBER Run run(i64 row) const {
@@ -71,17 +69,15 @@ struct Keys {
 #pragma unroll
     for (int i = 0; i < RUN; i++) {
       const bool is = real(row + i);
-      found.x[i] = is ? at(row + i) : zeros();
+      found.x[i] = is ? load(first + (row + i) * pitch, left, packs) : zeros();
       found.real |= unsigned(is) << i;
     }
     return found;
   }
 };
 
-// `origins` has the row of each sequence's origin; without it, that is 0.
 template <class T>
-DEVICE Keys<T> keys_of(Place p, const T* keys, const bool* mask, const i64* origins,
-                       const Layout& s, i64 head) {
+DEVICE Keys<T> keys_of(Place p, const T* keys, const bool* mask, const Layout& s, i64 head) {
   const i64 sequence = head / s.heads;
   const int column = p.column();
   Keys<T> found;
@@ -91,15 +87,12 @@ DEVICE Keys<T> keys_of(Place p, const T* keys, const bool* mask, const i64* orig
   found.rows = s.rows;
   found.left = s.columns - column;
   found.packs = in_packs(found.first, s.keys[2]);
-  found.origin = zeros();
-  if (origins && s.rows) found.origin = found.at(origins[sequence]);
   return found;
 }
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2)
-    moments_of_chunks(KEYS, scalar* __restrict__ n, scalar* __restrict__ mean,
-                      scalar* __restrict__ m2, Layout s) {
+    moments_of_chunks(KEYS, scalar* __restrict__ n, scalar* __restrict__ sums, Layout s) {
   const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
   const Keys<T> head = KEYS_OF_BLOCK;
@@ -110,19 +103,18 @@ __global__ void __launch_bounds__(THREADS, 2)
   }
   reduce<Moments>(p, own, exchange);
   if (p.lane() == 0)
-    states(p, n, mean, m2, gridDim.x, s.columns).write(blockIdx.x, own);
+    states(p, n, sums, gridDim.x, s.columns).write(blockIdx.x, own);
 }
 
 // Merge the chunks of a head, and with `shared` those of all sequences: mean, var and n.
 template <class Merged>
 __global__ void __launch_bounds__(THREADS, 2)
-    moments_merged(scalar* __restrict__ n, scalar* __restrict__ mean, scalar* __restrict__ m2,
+    moments_merged(scalar* __restrict__ n, scalar* __restrict__ sums,
                    scalar* __restrict__ all_n, scalar* __restrict__ all_mean,
                    scalar* __restrict__ all_var, Layout s) {
   const Place p = {s.bits};
   const Exchange exchange = shared_exchange();
-  const States given =
-      states(p, n, mean, m2, i64(s.batch) * s.heads * s.chunks, s.columns);
+  const States given = states(p, n, sums, i64(s.batch) * s.heads * s.chunks, s.columns);
   const i64 count = i64(s.shared ? s.batch : 1) * s.chunks;
   State own = nothing();
 #pragma unroll 4
