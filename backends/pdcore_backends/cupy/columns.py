@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .programs import read, scalar_of
+from .programs import HALVES, read, scalar_of
 from .runtime import BLOCKS, KernelCache, too_old
 
 __all__ = ["KERNELS", "ColumnLaunch", "RowProgram", "instances", "limit"]
@@ -21,7 +21,6 @@ _STATISTICS, _PREFIXES, _POOLING = (
     ("statistics.cu", "prefixes.cu"),
     ("pooling.cu",),
 )
-_HALVES = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
 
 #: The files of each kernel after kernels/columns.cuh, and what it is compiled for: what merges two
 #: states, or "T", the type of the rows that it reads.
@@ -61,7 +60,7 @@ class RowProgram:
 
 def instances(dtype: str) -> dict[str, str]:
     """Give the name of each kernel as it is compiled for rows of a dtype."""
-    types = {"T": _HALVES.get(dtype, "scalar")}
+    types = {"T": HALVES.get(dtype, "scalar")}
     return {kernel: f"{kernel}<{types.get(kind, kind)}>" if kind else kernel
             for kernel, (_, kind) in KERNELS.items()}  # fmt: skip
 

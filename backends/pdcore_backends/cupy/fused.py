@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Request
+from pdcore.backend import Inputs, Request
+from pdcore.call import Call
+from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
-from pdcore.plan import Plan, Scores, Summary
+from pdcore.plan import Features, Plan, Scores, Summary
 
 from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
 from .runtime import BLOCKS, KernelCache, Runtime, too_old
-from .scores import ScoreKernels
+from .scores import Compiled, ScoreKernels
 from .statistics import CompiledSummary, MomentKernels, summarised
 
-__all__ = ["Compiled", "KernelBackend", "limit"]
-
-
-@dataclass(frozen=True)
-class Compiled(Scores):
-    """A contraction by scores that the kernels compute."""
+__all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
 
 class KernelBackend(ArrayBackend):
@@ -53,7 +50,27 @@ class KernelBackend(ArrayBackend):
         log_w = "scale s" if c.expression is None else str(c.expression)
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
-        return replace(plan, contraction=c.run_as(Compiled), steps=(*plan.steps, step))
+        prefix = plan.summary is not None and plan.summary.scope == "prefix"
+        rounds = plan.normaliser == "sum" and not prefix
+        if request.dtype != plan.accumulate:
+            step += f", {_stored(plan, request.dtype, rounds)}"
+        return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
+                       steps=(*plan.steps, step))  # fmt: skip
+
+    def call(self, plan: Plan, inputs: Inputs) -> Call:
+        """Take the arrays of a call, see `ArrayBackend.call`."""
+        if self.runtime.capturing() and (why := uncapturable(plan)):
+            raise UnsupportedError(f"backend {self.info.name}: the stream is being captured into a "
+                                   f"CUDA graph, and {why}")  # fmt: skip
+        return super().call(plan, inputs)
+
+    def native(self, plan: Plan) -> frozenset[str]:
+        """Read 16-bit arrays where kernels run, see `ArrayBackend.native`."""
+        kernels = {"contraction": isinstance(plan.contraction, Compiled),
+                   "pool": isinstance(plan.pool, CompiledPool)}  # fmt: skip
+        by_kernel = isinstance(plan.summary, CompiledSummary)
+        kernels |= dict.fromkeys(("statistics", "statistics_vjp"), by_kernel)
+        return frozenset(step for step, chosen in kernels.items() if chosen)
 
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, by the kernels where they were chosen."""
@@ -95,6 +112,28 @@ class KernelBackend(ArrayBackend):
         if isinstance(c, Compiled):
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)
+
+
+def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
+    """Say which arrays of a 16-bit call the kernels read and write as they are."""
+    pooled = any(group.scale > 1 for group in plan.groups)
+    names = [] if plan.transforms else ["q"]
+    if not pooled:
+        names += [*([] if plan.transforms else ["k"]), "v", *(["out"] if rounds else [])]
+    if not names:
+        return "of rows that were cast"
+    return f"of {', '.join(names)} in {dtype}" + (", other rows cast" if len(names) < 4 else "")
+
+
+def uncapturable(plan: Plan) -> str:
+    """Say why a plan cannot run while its stream is captured, nothing if it can."""
+    heads = [head for group in plan.groups for head in group.heads]
+    if heads != sorted(heads):
+        return ("heads of different scales alternate, whose indices would be copied from the host; "
+                "put heads of one scale beside each other")  # fmt: skip
+    if type(plan.contraction) in (Scores, Features):
+        return "the call runs by matrix products of the library, which cannot be captured"
+    return ""
 
 
 def limit(plan: Plan, request: Request, capability: int) -> str:

@@ -47,6 +47,8 @@ def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     if why:
         return replace(plan, steps=(*plan.steps, f"pooling: {library}'s own operations: {why}"))
     step = f"pooling: kernels, each key and value read once, in {plan.accumulate}"
+    if request.dtype != plan.accumulate:
+        step += f", of keys and values in {request.dtype}"
     return replace(plan, pool=CompiledPool(plan.pool), steps=(*plan.steps, step))
 
 

@@ -52,6 +52,8 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
     how = "a scan of chunks in three passes" if summary.scope == "prefix" else \
         "chunks, each key read once, merged in a fixed order"  # fmt: skip
     step = f"statistics: kernels, by {how}, in {plan.accumulate}"
+    if request.dtype != plan.accumulate and all(group.scale == 1 for group in plan.groups):
+        step += f", of keys in {request.dtype}"
     chosen = CompiledSummary(summary.statistics, summary.scope)
     return replace(plan, summary=chosen, steps=(*plan.steps, step))
 

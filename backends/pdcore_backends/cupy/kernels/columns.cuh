@@ -8,11 +8,6 @@
 
 constexpr int RUN = 8;  // rows that a thread reads at a time, and holds in registers
 
-DEVICE float widened(float x) { return x; }
-DEVICE double widened(double x) { return x; }
-DEVICE float widened(ptx::f16 x) { return ptx::to_float(x); }
-DEVICE float widened(ptx::bf16 x) { return ptx::to_float(x); }
-
 typedef Vector<WIDE> Columns;
 
 DEVICE Columns zeros() {
@@ -22,15 +17,10 @@ DEVICE Columns zeros() {
   return found;
 }
 
-template <class T>
-struct __align__(WIDE * sizeof(T)) Pack {
-  T x[WIDE];
-};
-
 // Whether every row begins where a pack may be read.
 template <class T>
 DEVICE bool in_packs(const T* first, i64 pitch) {
-  return (reinterpret_cast<i64>(first) | pitch * i64(sizeof(T))) % i64(sizeof(Pack<T>)) == 0;
+  return (reinterpret_cast<i64>(first) | pitch * i64(sizeof(T))) % i64(sizeof(Vector<WIDE, T>)) == 0;
 }
 
 // WIDE columns, of which `left` exist; zeros beyond.
@@ -38,13 +28,13 @@ template <class T>
 DEVICE Columns load(const T* from, int left, bool packs) {
   Columns found = zeros();
   if (packs && left >= WIDE) {
-    const Pack<T> read = *reinterpret_cast<const Pack<T>*>(from);
+    const Vector<WIDE, T> whole = read<WIDE>(from);
 #pragma unroll
-    for (int e = 0; e < WIDE; e++) found.x[e] = widened(read.x[e]);
+    for (int e = 0; e < WIDE; e++) found.x[e] = Stored<T>::read(whole.x[e]);
   } else {
 #pragma unroll
     for (int e = 0; e < WIDE; e++)
-      if (e < left) found.x[e] = widened(from[e]);
+      if (e < left) found.x[e] = Stored<T>::read(from[e]);
   }
   return found;
 }
