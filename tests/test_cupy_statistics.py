@@ -23,6 +23,7 @@ from pdcore.statistics import Moments
 from pdcore_backends.cupy.columns import limit
 from pdcore_backends.cupy.pooling import CompiledPool
 from pdcore_backends.cupy.statistics import CompiledSummary
+from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
 
@@ -31,7 +32,7 @@ if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
 from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import check, dtype_of, fused, ones_and_zeros  # noqa: E402
+from test_cupy_kernels import check, fused, ones_and_zeros  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 DTYPES = ("float32", "float64")
