@@ -18,11 +18,13 @@ from strategies import normal_case
 
 import pdcore
 from pdcore import heads, plugins
+from pdcore.backend import Request
+from pdcore.lowering import lower_request
 from pdcore.plan import Summary
 from pdcore.statistics import Moments
 from pdcore_backends.cupy.columns import limit
 from pdcore_backends.cupy.pooling import CompiledPool
-from pdcore_backends.cupy.statistics import CompiledSummary
+from pdcore_backends.cupy.statistics import CompiledSummary, summarised
 from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
@@ -312,6 +314,16 @@ def test_limits_are_known_before_a_launch(
     found = limit(shape, capability)
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(("spec", "refused"), [("bn", False), ("bn(statistics=prefix)", True)])
+def test_the_pullback_of_prefixes_needs_a_grid_for_the_queries(spec: str, refused: bool) -> None:
+    keys = (1, 2, 5, 4)
+    queries = (1, 4, 2**30 + 1, 4)
+    request = Request(pdcore.parse(spec), "cupy", "float32", "cuda:0", queries, keys, keys)
+    plan = summarised(lower_request(request), request, 90, "cupy")
+    assert isinstance(plan.summary, CompiledSummary) != refused
+    assert ("got (1, 2, 1073741825, 4)" in plan.steps[-1]) == refused
 
 
 def test_a_summary_that_was_not_chosen_runs_by_array_calls() -> None:
