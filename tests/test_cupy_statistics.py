@@ -161,6 +161,15 @@ def test_moments_of_keys_far_from_0(backend: Any, dtype: str, scope: str) -> Non
     close(found, moments(np.asarray(keys, np.longdouble), shown, axes), sums)
 
 
+def test_a_constant_feature_has_no_variance(backend: Any) -> None:
+    # Of 7 keys the rounded mean is off by up to a rounding of 1000, whose square is 4e-9.
+    values = (1000 + np.arange(40) / 7).astype("float32")
+    keys = np.broadcast_to(values, (1, 1, 7, 40))
+    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    np.testing.assert_array_equal(found["mean"], values[None, None, None])
+    assert found["var"].max() < 1e-14
+
+
 def test_squares_that_overflow_are_not_taken(backend: Any) -> None:
     keys = np.full((1, 1, 20, 4), 2.0**84, "float32")
     found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
