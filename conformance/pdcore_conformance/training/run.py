@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import stratified_split
-from series_model import Classifier, Settings
-from time_series import Pair, Series
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pdcore.files import FileError, replacing
+
+from .model import Classifier, Settings
+from .series import Pair, Series
+from .splitting import stratified_split
 
 __all__ = ["Run", "predict", "try_step"]
 
@@ -107,13 +108,13 @@ class Run:
             When the validation loss is no longer finite.
         """
         written = time.monotonic()
-        while self.result is None:
+        while (found := self.result) is None:
             self.advance()
             done(self.share)
             if checkpoint and (self.result or time.monotonic() - written >= INTERVAL):
                 self.save(checkpoint)
                 written = time.monotonic()
-        return self.result
+        return found
 
     def advance(self) -> None:
         """Train for one epoch, and take what follows from it."""
