@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,7 +72,7 @@ def reproduce(
     """  # fmt: skip
     try:
         for name in _NEEDED:
-            __import__(name)
+            import_module(name)
     except ModuleNotFoundError as error:
         if error.name not in _NEEDED:
             raise

@@ -8,7 +8,7 @@ from typing import Any
 
 # Not pyplot, which keeps global state and may look for a display.
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from .protocol import BASELINE, MEASURES
 
@@ -102,10 +102,8 @@ def _redundancy(rows: Sequence[Mapping[str, Any]], specs: Sequence[str]) -> Figu
         axes.set_yticks(ticks, data)
         axes.set_title(_TITLES[measure], fontsize=10)
         axes.set_xlabel("× softmax", fontsize=9)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator([0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, place: f"{ratio:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.margins(x=0.08)
         _plain(axes, "x")
     panels[0].invert_yaxis()
     _key(figure, specs, ["none"] + ["marker"] * (len(specs) - 1))
@@ -154,10 +152,15 @@ def _cost(
             axes.xaxis.set_major_locator(FixedLocator(sorted({s[line] for s in sizes})))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, place: f"{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xlabel(("N, D = " if line == 0 else "D, N = ") + str(value), fontsize=9)
+            axes.set_xlabel(f"{'ND'[line]} ({'DN'[line]} = {value})", fontsize=9)
             axes.set_title(title, fontsize=10)
             _plain(axes, "y")
         panels[line][0].set_ylabel("× softmax", fontsize=9)
+    for column, (_, ratio) in enumerate(columns):
+        # By the figures: an interval may be so wide that nothing else would be seen.
+        middles = [1.0, *(ratio(row)[0] for row in rows if ratio(row))]
+        room = max(0.05, 0.5 * (max(middles) - min(middles)))
+        panels[0][column].set_ylim(min(middles) - room, max(middles) + room)
     _key(figure, specs, ["none"] + ["line"] * (len(specs) - 1))
     return figure
 
