@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,9 +105,14 @@ def reproduce(
             found = whole.run(results, grid, specs, series, jobs or _cores(), done)
         except FloatingPointError as error:
             raise Failed(Exit.NUMERICS, str(error)) from error
+        except BrokenExecutor as error:
+            raise Failed(
+                Exit.FAILURE, "a process was ended from outside, or had too little memory; what "
+                "is finished is kept"
+            ) from error  # fmt: skip
     written = [str(path) for path in whole.write(results, found, out, force=force)]
     if as_json:
-        emit(results.record | {"findings": found, "files": written})
+        emit(results.record | {"files": written})
         return
     shown.show(results.record, found, stdout())
     for path in written:

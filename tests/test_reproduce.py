@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -23,7 +24,7 @@ from pdcore_conformance.training.series import Pair, Series, packaged, pair
 torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-from pdcore_conformance.reproduce import cost, data, heads, results, running  # noqa: E402
+from pdcore_conformance.reproduce import cost, data, heads, page, results, running  # noqa: E402
 from pdcore_conformance.training import model  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -243,10 +244,9 @@ def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
     specs = [protocol.BASELINE, *protocol.SPECS]
     cells = {c.name for c in protocol.cells(TINY, specs, ["JapaneseVowels"])}
     assert set(found["cells"]) == cells
-    assert {k: v for k, v in found.items() if k not in ("findings", "files")} == json.loads(
-        (out / "quick.json").read_text()
-    )
-    assert {Path(path).name for path in found["files"]} == {
+    files = found.pop("files")
+    assert found == json.loads((out / "quick.json").read_text())
+    assert {Path(path).name for path in files} == {
         "quick.json", "quick.html", "quick-accuracy.png", "quick-redundancy.png", "quick-cost.png"
     }  # fmt: skip
     assert all((out / f"quick-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (
@@ -258,17 +258,31 @@ def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
 
 def test_the_page_stands_alone_and_says_all(finished: tuple[Path, Any]) -> None:
     out, result = finished
-    page = (out / "quick.html").read_text(encoding="utf-8")
+    text = (out / "quick.html").read_text(encoding="utf-8")
     found = json.loads(result.stdout)["findings"]
     for row in found["sentences"]:
         words = "raises accuracy, lowers head redundancy and costs less"
-        assert f"{row['spec']} {words}: {row['verdict']}" in page
+        assert f"{row['spec']} {words}: {row['verdict']}" in text
     for row in found["accuracy"]:
-        assert f"<td>{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}</td>" in page
+        assert f"<td>{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}</td>" in text
     for words in ("ImageNet", "Handwriting</b>: not at hand", "paper’s set-up", "Bonferroni"):
-        assert words in page
-    assert page.count('src="data:image/png;base64,') == 3
-    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)|@import|url\(|<script", page)
+        assert words in text
+    assert text.count('src="data:image/png;base64,') == 3
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)|@import|url\(|<script", text)
+
+
+def test_texts_of_the_file_stay_text(finished: tuple[Path, Any]) -> None:
+    record = json.loads((finished[0] / "quick.json").read_text())
+    hostile = "<script>alert(1)</script>\u202e"
+    record["data"]["JapaneseVowels"]["source"] = hostile
+    record["versions"]["torch"] = record["machine"]["cpu"] = hostile
+    record["commits"] = [hostile]
+    found = page.page(
+        record, record["findings"], dict.fromkeys(("accuracy", "redundancy", "cost"), b"")
+    )
+    assert "<script" not in found
+    assert "\u202e" not in found
+    assert found.count("&lt;script&gt;") == 6
 
 
 def test_what_is_done_is_not_done_again(
@@ -409,6 +423,18 @@ def test_a_loss_that_is_not_finite_ends_it(
     found = run("--out", tmp_path)
     assert found.exit_code == Exit.NUMERICS, found.output
     assert "the validation loss is nan" in found.stderr
+
+
+def test_a_process_that_dies_is_not_a_traceback(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*given: Any) -> None:
+        raise BrokenProcessPool("killed")
+
+    monkeypatch.setattr(running, "compute", die)
+    found = run("--out", tmp_path)
+    assert found.exit_code == Exit.FAILURE, found.output
+    assert "what is finished is kept" in found.stderr
 
 
 def _rash(made: Any) -> Any:

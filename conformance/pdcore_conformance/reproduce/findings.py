@@ -166,9 +166,9 @@ class _Judged:
             return Estimate(1.0, 1.0, 1.0)
         taken = self.seconds(length, dim)
         ratios = [own / other for own, other in zip(taken[spec], taken[BASELINE], strict=True)]
-        ends = interval(ratios, self.level)
-        value = statistics.median(ratios)
-        return Estimate(value, *(ends or (-math.inf, math.inf)))
+        # Of so few steps that there is no interval, all are.
+        low, high = interval(ratios, self.level) or (min(ratios), max(ratios))
+        return Estimate(statistics.median(ratios), low, high)
 
     def _memory(self, spec: str, length: int, dim: int) -> Estimate:
         own, other = (self.memory(name, length, dim) for name in (spec, BASELINE))

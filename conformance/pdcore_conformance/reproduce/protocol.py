@@ -56,8 +56,8 @@ class Grid:
 
 GRIDS = {
     "quick": Grid(
-        name="quick", seeds=(0, 1, 2), epochs=60, patience=15,
-        thin=(("UWaveGestureLibrary", 3), ("Handwriting", 2)),
+        name="quick", seeds=(0, 1, 2), epochs=100, patience=10,
+        thin=(("UWaveGestureLibrary", 4), ("Handwriting", 2)),
         sizes=((128, 16), (512, 16), (2048, 16), (512, 64), (512, 128)),
         rounds=9, repeats=3, shown=60,
     ),

@@ -117,6 +117,14 @@ class Results:
             self.record["commits"].append(made)
         self.cells[cell.name] = dict(figures)
         self.record["updated"] = _now()
+        self._save()
+
+    def conclude(self, found: Mapping[str, Any]) -> None:
+        """Add what the figures come to, and write the file."""
+        self.record["findings"] = dict(found)
+        self._save()
+
+    def _save(self) -> None:
         with replacing(self.path, force=True) as stream:
             text = json.dumps(self.record, indent=1, allow_nan=False)
             stream.write((text + "\n").encode())

@@ -83,7 +83,9 @@ def run(
         done(cell, figures, 1.0 - left / len(every))
 
     compute_all(wanted, grid, specs, series, jobs, keep)
-    return findings(results.record, list(series))
+    found = findings(results.record, list(series))
+    results.conclude(found)
+    return found
 
 
 def write(results: Results, found: Mapping[str, Any], out: Path, *, force: bool) -> list[Path]:
