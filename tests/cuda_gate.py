@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from pdcore_backends.cupy import feature_programs
+from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
@@ -17,6 +19,10 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 SCALARS = ("float", "double")
 TEMPLATES = ("scores_forward<{}>", "scores_rows<{}>", "scores_keys<{}, false>",
              "scores_keys<{}, true>")  # fmt: skip
+FEATURES = ("features_forward<{}>", "features_rows<{}>", "features_keys<{}, false>",
+            "features_keys<{}, true>")  # fmt: skip
+STATES = ("features_highest", "features_states<false>", "features_states<true>",
+          "features_scan<0>", "features_scan<1>", "features_scan<2>")  # fmt: skip
 #: A block has 256 threads, and a multiprocessor 65,536 registers.
 MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
@@ -34,17 +40,24 @@ class Usage(NamedTuple):
 def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
-    return [(name, scalar) for name in [*names, "scores_bias"] for scalar in SCALARS]
+    names += ["scores_bias", *STATES]
+    names += [name.format(columns) for name in FEATURES for columns in feature_programs.COLUMNS]
+    return [(name, scalar) for name in names for scalar in SCALARS]
 
 
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    found = [_compiled(Program(scalar).text(name), name, arch) for arch in ARCHITECTURES]
+    features = name.startswith("features")
+    program = FeatureProgram(scalar, "features") if features else Program(scalar)
+    found = [_compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), memory(scalar, columns))
+    registers, spilled, shared = zip(*found, strict=True)
+    dynamic = 0 if name in STATES else memory(scalar, columns)
+    return Usage(registers, sum(spilled), max(shared) + dynamic)
 
 
-def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
+def _compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
+    """Give a kernel's registers, bytes spilled, and static shared memory."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -62,7 +75,8 @@ def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    return int(registers), spilled
+    static = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
+    return int(registers), spilled, static
 
 
 def measured() -> dict[tuple[str, str], Usage]:

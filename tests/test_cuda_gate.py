@@ -5,6 +5,7 @@ from __future__ import annotations
 import cuda_gate
 import pytest
 
+from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import Program
 
 pytestmark = pytest.mark.cuda
@@ -36,6 +37,18 @@ def test_programs_of_features_do_not_spill(name: str) -> None:
     pytest.importorskip("cupy")
     for arch in cuda_gate.ARCHITECTURES:
         assert cuda_gate._compiled(Program("float", "features").text(name), name, arch)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("scalar", "name"),
+    [("float", "features_rows<128>"), ("float", "features_keys<128, false>"),
+     ("double", "features_states<true>"), ("double", "features_keys<128, false>")],
+)  # fmt: skip
+def test_programs_of_log_features_do_not_spill(scalar: str, name: str) -> None:
+    pytest.importorskip("cupy")
+    program = FeatureProgram(scalar, "features", log=True)
+    for arch in cuda_gate.ARCHITECTURES:
+        assert cuda_gate._compiled(program.text(name), name, arch)[1] == 0
 
 
 def test_a_kernel_that_spills_would_be_seen() -> None:

@@ -15,11 +15,18 @@ __all__ = ["COLUMNS", "Program", "columns_for", "memory", "scalar_of", "tile"]
 COLUMNS = (32, 64, 128, 256)
 
 _SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
+_FEATURES = ("scores_vjp.cu", "features.cuh")
 _FILES = {
     "scores_forward": ("scores.cu",),
     "scores_rows": ("scores_vjp.cu",),
     "scores_keys": ("scores_vjp.cu",),
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
+    "features_highest": (*_FEATURES, "features_highest.cu"),
+    "features_states": (*_FEATURES, "features.cu"),
+    "features_scan": (*_FEATURES, "features.cu"),
+    "features_forward": (*_FEATURES, "features.cu"),
+    "features_rows": (*_FEATURES, "features_vjp.cu"),
+    "features_keys": (*_FEATURES, "features_vjp.cu"),
 }
 
 

@@ -101,8 +101,10 @@ DEVICE void stage(scalar* to, const Rows& x, int row, int column) {
 }
 
 // s[i][j] = a[down + SIDE i] . b[across + SIDE j], rows counted from a_row and b_row. `staged` has
-// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here.
-DEVICE void products(scalar (&s)[EACH][EACH], const Rows& a, int a_row, const Rows& b, int b_row,
+// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here. a and b
+// are `Rows`, or what else there is a `stage` for.
+template <class A, class B>
+DEVICE void products(scalar (&s)[EACH][EACH], const A& a, int a_row, const B& b, int b_row,
                      scalar* staged) {
 #pragma unroll
   for (int i = 0; i < EACH; i++)
@@ -154,7 +156,8 @@ struct Sums {
 
   // Add weights . v, whose rows count from v_row and columns from v_column; `weights` is the tile
   // (SIZE, SIZE) in shared memory. `staged` has STRIP COLUMNS entries, as in `products`.
-  DEVICE_MEMBER void add(const scalar* weights, const Rows& v, int v_row, int v_column,
+  template <class V>
+  DEVICE_MEMBER void add(const scalar* weights, const V& v, int v_row, int v_column,
                          scalar* staged) {
     for (int strip = 0; strip < SIZE; strip += STRIP) {
       __syncthreads();

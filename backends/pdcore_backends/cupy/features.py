@@ -1,0 +1,170 @@
+"""The contraction by features and its pullback, by CUDA kernels of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pdcore.arrays import dtype_name
+from pdcore.kernels import FeatureMap, RandomFeatures
+from pdcore.operands import Operands
+from pdcore.plan import Features, Scores
+from pdcore.score_contraction import row_delta
+
+from .feature_programs import FeatureProgram, columns_for
+from .operands import NULL, packed
+from .programs import memory, tile
+from .scores import THREADS, ScoreKernels
+
+__all__ = ["FeatureKernels", "feature_count", "state_blocks"]
+
+#: A chunk under causal: some rows and keys for each 64 features, so that the states of all chunks
+#: take about as much memory as the values.
+CHUNK, LARGEST_CHUNK = 64, 256
+#: Without causal, a head's keys are cut into at most so many chunks, of no fewer keys.
+SPLITS, SMALLEST_SPLIT = 64, 256
+
+_CHUNKS = np.dtype([(n, np.int32) for n in ("key_size", "key_count", "row_size", "row_count")])
+
+
+class FeatureKernels:
+    """The kernels for features, compiled where those for scores are."""
+
+    def __init__(self, kernels: ScoreKernels) -> None:
+        self.kernels = kernels
+
+    def forward(self, c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+        """Contract, see `pdcore.feature_contraction.features`."""
+        with self.kernels.runtime.on(o.q):
+            call = _Call(self.kernels, c, o, xp)
+            out = call.result(*o.q.shape[:-1], o.v.shape[-1])
+            level = call.result(*o.q.shape[:-1])
+            x, tops = call.packed, call.tops()
+            states = call.states(tops)
+            heads = x.batch * x.heads * x.group
+            call.tiles("features_forward", x.rows, heads, x.value_dim, (states, tops, out, level))
+        return out, level
+
+    def pullback(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
+                 *, xp: Any) -> dict[str, Any]:  # fmt: skip
+        """Pull back, see `pdcore.feature_contraction.features_vjp`."""
+        delta = xp.zeros_like(level) if c.signed else \
+            row_delta(out, level, d_out, d_level, xp=xp)[..., 0]  # fmt: skip
+        with self.kernels.runtime.on(o.q):
+            call = _Call(self.kernels, c, o, xp)
+            x, tops = call.packed, call.tops()
+            given = tuple(map(xp.ascontiguousarray, (d_out, level, delta)))
+            grads = {n: call.result(*a.shape) for n, a in (("q", o.q), ("k", o.k), ("v", o.v))}
+            heads, pairs = x.batch * x.heads * x.group, x.batch * x.heads
+            seen = (*given, call.states(tops), tops)
+            call.tiles("features_rows", x.rows, heads, x.dim, (*seen, grads["q"]))
+            seen = (*given, call.states(tops, given), tops)
+            call.tiles("features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false")
+            if x.value_dim:
+                call.tiles("features_keys", x.keys, pairs, x.value_dim, (*seen, grads["v"]),
+                           ", true")  # fmt: skip
+        return grads
+
+
+@dataclass
+class _Cut:
+    """Chunks of `size` along an axis."""
+
+    size: int
+    count: int
+
+
+class _Call:
+    """The launches of one contraction."""
+
+    def __init__(self, kernels: ScoreKernels, c: Features, o: Operands, xp: Any) -> None:
+        self.kernels, self.o = kernels, o
+        self.program = FeatureProgram.of_features(c, dtype_name(o.q))
+        self.packed = packed(Scores("features", signed=c.signed), o, (), xp=xp)
+        x, causal = self.packed, o.visibility.support.ahead == 0
+        self.keys, self.rows = (_cut(n, x.dim, causal) for n in (x.keys, x.rows))
+        sizes = (self.keys.size, self.keys.count, self.rows.size, self.rows.count)
+        self.cut = np.array(sizes, np.int32).view(_CHUNKS)[0]
+
+    def result(self, *shape: int) -> Any:
+        """Allocate a result, which a kernel fills."""
+        return self.kernels.runtime.empty(shape, self.o.q.dtype)
+
+    def tops(self) -> Any:
+        """Give the largest log features of the keys before each chunk, and of all."""
+        x, count = self.packed, self.keys.count
+        if not self.program.log:
+            return NULL
+        tops = self.result(x.batch * x.heads, count + 1, x.dim)
+        blocks = x.batch * x.heads * count * -(-x.dim // 32)
+        self.run("features_highest", (blocks,), (*x.arrays, tops, x.shape, self.cut))
+        self.scan(2, tops, NULL, x.dim, x.dim, count)
+        return tops
+
+    def states(self, tops: Any, cotangents: tuple[Any, ...] = ()) -> Any:
+        """Give the state before each chunk of keys, and of all; of rows where cotangents are given.
+
+        Rows count from the last one.
+        """
+        x, cut = self.packed, self.rows if cotangents else self.keys
+        numbers = x.dim * (x.value_dim + 1)
+        wide = 16 // self.o.q.dtype.itemsize
+        pitch = -(-numbers // wide) * wide
+        states = self.result(x.batch * x.heads, cut.count + 1, pitch)
+        blocks = x.batch * x.heads * cut.count
+        blocks *= _tiles(x.dim, x.value_dim, tile(self.program.scalar))
+        given = (*x.arrays, *(cotangents or 3 * (NULL,)), tops, states, x.shape, self.cut)
+        name = f"features_states<{'true' if cotangents else 'false'}>"
+        self.run(name, (blocks,), given)
+        relative = self.program.log and not cotangents
+        self.scan(int(relative), states, tops, numbers, pitch, cut.count)
+        return states
+
+    def scan(self, kind: int, x: Any, tops: Any, width: int, pitch: int, count: int) -> None:
+        """Add up entries, or take their maximum, see `features_scan`."""
+        of = self.packed
+        blocks = of.batch * of.heads * -(-width // THREADS)
+        sizes = (np.int64(width), np.int64(pitch), np.int32(count), np.int32(of.dim),
+                 np.int32(of.value_dim))  # fmt: skip
+        self.run(f"features_scan<{kind}>", (blocks,), (x, tops, *sizes))
+
+    def tiles(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
+              flags: str = "") -> None:  # fmt: skip
+        """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
+        columns, scalar = columns_for(width), self.program.scalar
+        # Results without columns have others beside them.
+        grid = (-(-count // tile(scalar)) * heads, max(1, -(-width // columns)))
+        arguments = (*self.packed.arrays, *more, self.packed.shape, self.cut)
+        self.run(f"{name}<{columns}{flags}>", grid, arguments, memory(scalar, columns))
+
+    def run(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
+            shared: int = 0) -> None:  # fmt: skip
+        """Launch a kernel unless there is nothing to do."""
+        if all(grid):
+            kernel = self.kernels.kernel(self.program, name)
+            kernel(grid, (THREADS,), arguments, shared_mem=shared)
+
+
+def _cut(count: int, dim: int, causal: bool) -> _Cut:
+    if causal:
+        size = min(-(-max(dim, 1) // CHUNK) * CHUNK, LARGEST_CHUNK)
+    else:
+        size = max(-(-count // (SPLITS * CHUNK)) * CHUNK, SMALLEST_SPLIT)
+    return _Cut(size, -(-count // size))
+
+
+def _tiles(dim: int, value_dim: int, size: int) -> int:
+    return -(-dim // size) * max(1, -(-value_dim // size))
+
+
+def feature_count(kernel: FeatureMap, dim: int) -> int:
+    """Give the number of features of a built-in map; of another, what it has of `dim`."""
+    return kernel.count if isinstance(kernel, RandomFeatures) else dim
+
+
+def state_blocks(dim: int, value_dim: int, length: int, heads: int, size: int) -> int:
+    """Bound the blocks of a launch for the states of `dim` features, in tiles of `size`."""
+    chunks, numbers = -(-length // CHUNK), dim * (value_dim + 1)
+    return heads * max(chunks * _tiles(dim, value_dim, size), -(-numbers // THREADS))
