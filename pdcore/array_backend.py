@@ -87,6 +87,18 @@ class ArrayBackend(Backend):
 
     # The steps that a plugin may replace.
 
+    def native(self, plan: Plan) -> frozenset[str]:
+        """Name the steps that take 16-bit arrays as they are; others get a cast to float32.
+
+        Returns
+        -------
+        frozenset of {"pool", "statistics", "statistics_vjp", "contraction"}
+            A native contraction is given q, k, v and bias in the caller's dtype, as far as no
+            step before has made others of them, and ``d_out`` where ``h`` is the sum of all
+            visible keys' weights. Its `out` and gradients may be in float32 or in that dtype.
+        """
+        return frozenset()
+
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, see `pdcore.heads.pool`."""
         return heads.pool(kind, x, weights, xp=self.xp)
@@ -179,6 +191,7 @@ class ArrayBackend(Backend):
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         call = self.call(plan, inputs)
+        call.native = frozenset()  # the weights are array calls
         return call.join([self._run(call, g).weights() for g in plan.groups], call.dtype)
 
     def _run(self, call: Call, group: Group, *, vjp: bool = False) -> _GroupRun:
@@ -191,26 +204,31 @@ class ArrayBackend(Backend):
         visibility, weights = call.visibility(group)
         pools = []
         if weights is not None:
-            k, pull_k = self.pool(plan.pool, k, weights)
-            v, pull_v = self.pool(plan.pool, v, weights)
+            k, pull_k = self.pool(plan.pool, call.taken("pool", k), weights)
+            v, pull_v = self.pool(plan.pool, call.taken("pool", v), weights)
             pools = [pull_k, pull_v]
         real = visibility.key_mask
         summary = plan.summary
         final: Mapping[str, Any] = {}
         state: Mapping[str, Any] = {}
         if summary is not None:
+            k = call.taken("statistics", k)
             final = self.statistics(summary, k, None if real is None else real[..., None])
             state = _at_rows(final, visibility, q.shape, xp) if summary.scope == "prefix" else final
         flat = xp.reshape(q, (*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
-        rows = Rows(flat, k, key_mask=real)
+        step_ = "transforms" if plan.transforms else "contraction"
+        rows = Rows(call.taken(step_, flat), call.taken(step_, k), key_mask=real)
         pullbacks: list[Pullback] = []
         for step in plan.transforms:
             rows, pullback = step(rows, state, params, xp=xp)
             pullbacks.append(pullback)
         shape = q.shape[:-1]
+        bias = None
+        if call.bias is not None:
+            bias = call.taken("contraction", call.heads(call.bias, group, -4))
         o = Operands(
-            xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, v, rows.key_bias,
-            None if call.bias is None else call.heads(call.bias, group, -4), values, visibility,
+            xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, call.taken("contraction", v),
+            rows.key_bias, bias, values, visibility,
             self.dropout(call.inputs.dropout) if call.inputs.dropout else None,
         )  # fmt: skip
         constant = None if rows.row_constant is None else xp.reshape(rows.row_constant, shape)
@@ -222,7 +240,9 @@ class ArrayBackend(Backend):
         finish = Normaliser(plan, o, out, level, constant, alive, xp)
 
         def pull(d_out: Any, d_lse: Any) -> dict[str, Any]:
-            d = finish.pull_back(d_out, d_lse)
+            if not finish.plain or d_out.dtype != call.dtype:
+                d_out = call.cast(d_out)
+            d = finish.pull_back(call.taken("contraction", d_out), d_lse)
             contract = self.scores_vjp if isinstance(c, Scores) else self.features_vjp
             grads = contract(c, o, out, level, d[0], d[1])  # type: ignore[arg-type]
             flat_shape = rows.row_constant.shape if constant is not None else None
@@ -240,7 +260,10 @@ class ArrayBackend(Backend):
             dk, dv = cotangent.k, grads["v"]
             if dstate:
                 assert summary is not None
-                dk = dk + _statistics_vjp(summary, k, real, final, dstate, visibility, q.shape, xp)
+                dk = dk + _statistics_vjp(
+                    summary, call.taken("statistics_vjp", k), real, final, dstate, visibility,
+                    q.shape, xp,
+                )  # fmt: skip
             if pools:
                 dk, dv = pools[0](dk), pools[1](dv)
             found = {"q": xp.reshape(cotangent.q, q.shape), "k": dk, "v": dv, **dparams}

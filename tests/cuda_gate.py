@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pdcore_backends.cupy import feature_programs
 from pdcore_backends.cupy.feature_programs import FeatureProgram
@@ -28,6 +33,9 @@ MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
 _START, _END = "<!-- written by tests/cuda_gate.py -->\n", "<!-- end -->\n"
 
+Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
+
 
 class Usage(NamedTuple):
     """What a kernel takes of a multiprocessor: registers of a thread, bytes of a block."""
@@ -40,7 +48,7 @@ class Usage(NamedTuple):
 def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
-    names += ["scores_bias", *STATES]
+    names += ["scores_bias", "scores_delta", *STATES]
     names += [name.format(columns) for name in FEATURES for columns in feature_programs.COLUMNS]
     return [(name, scalar) for name in names for scalar in SCALARS]
 
@@ -49,15 +57,35 @@ def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
     features = name.startswith("features")
     program = FeatureProgram(scalar, "features") if features else Program(scalar)
-    found = [_compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
+    found = [compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    registers, spilled, shared = zip(*found, strict=True)
-    dynamic = 0 if name in STATES else memory(scalar, columns)
-    return Usage(registers, sum(spilled), max(shared) + dynamic)
+    registers, spilled, static = zip(*found, strict=True)
+    dynamic = 0 if name in (*STATES, "scores_delta") else memory(scalar, columns)
+    return Usage(registers, sum(spilled), max(static) + dynamic)
 
 
-def _compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
-    """Give a kernel's registers, bytes spilled, and static shared memory."""
+def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
+    """Give registers, bytes spilled and static shared memory.
+
+    They are kept beside the emulator's builds by all that matters.
+    """
+    from cuda_on_cpu.build import cache_folder
+    from cupy.cuda import nvrtc
+
+    key = repr((nvrtc.getVersion(), architecture, name, code, "static")).encode()
+    kept = cache_folder() / f"gate-{hashlib.sha256(key).hexdigest()[:24]}.json"
+    if kept.exists():
+        registers, spilled, static = json.loads(kept.read_text(encoding="utf-8"))
+        return registers, spilled, static
+    found = _assembled(code, name, architecture)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    whole.write_text(json.dumps(found), encoding="utf-8")
+    whole.replace(kept)
+    return found
+
+
+def _assembled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -81,17 +109,23 @@ def _compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
 
 def measured() -> dict[tuple[str, str], Usage]:
     """Compile all of them, on two cores."""
-    first, *names = kernels()
-    found = {first: usage(*first)}  # the compiler loads its libraries, which two threads cannot
+    return on_two_cores(lambda key: usage(*key), kernels())
+
+
+def on_two_cores(compile_: Callable[[Key], Found], keys: Sequence[Key]) -> dict[Key, Found]:
+    """Compile what the keys stand for."""
+    first, *rest = keys
+    found = {first: compile_(first)}  # the compiler loads its libraries, which two threads cannot
     with ThreadPoolExecutor(2) as threads:
-        found |= zip(names, threads.map(lambda key: usage(*key), names), strict=True)
+        found |= zip(rest, threads.map(compile_, rest), strict=True)
     return found
 
 
 def written() -> dict[tuple[str, str], Usage]:
     """Read the page's table."""
     found = {}
-    for row in _ROW.finditer(PAGE.read_text(encoding="utf-8")):
+    page = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
+    for row in _ROW.finditer(page):
         cells = row["cells"].replace(",", "").split("|")
         *registers, spilled, shared = map(int, cells)
         found[row["name"], row["scalar"]] = Usage(tuple(registers), spilled, shared)
@@ -111,9 +145,15 @@ def table(found: dict[tuple[str, str], Usage]) -> str:
 
 def main() -> None:
     """Write the table of the page anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(_START)[0], text.partition(_END)[2]
-    PAGE.write_text(f"{before}{_START}\n{table(measured())}\n{_END}{after}", encoding="utf-8")
+    write(_START, _END, table(measured()))
+
+
+def write(start: str, end: str, text: str) -> None:
+    """Put a table in its place on the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(start)
+    after = rest.partition(end)[2]
+    PAGE.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pdcore import plugins
 from pdcore.kernels import Elu, FeatureMap, Parameter, Relu
 from pdcore_backends.cupy import feature_programs, features
 from pdcore_backends.cupy.feature_programs import FeatureProgram
+from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
 
@@ -99,6 +100,18 @@ def test_forward_and_gradients(
     dtype: str,
 ) -> None:
     check(backend, normal_case(spec, dtype=np.dtype(dtype), **call))
+
+
+HALF = ("causal, an offset each, padding", "pooled keys under causal", "statistics",
+        "weights that vanish", "log features under causal", "no values")  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("spec", "call"), [CALLS[name] for name in HALF], ids=HALF)
+def test_sixteen_bits(
+    backend: EmulatedBackend, spec: str, call: dict[str, Any], dtype: str
+) -> None:
+    check(backend, normal_case(spec, dtype=dtype_of(dtype), **call))
 
 
 @pytest.mark.parametrize("spec", ["linear", "random_features(3)"])

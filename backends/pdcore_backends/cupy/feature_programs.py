@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pdcore.kernels import Elu, FeatureMap, Relu
-from pdcore.plan import Features
+from pdcore.plan import Features, Scores
 
-from .programs import Program, scalar_of
+from .programs import Program
 
 __all__ = ["COLUMNS", "MAPS", "FeatureProgram", "columns_for"]
 
@@ -37,10 +38,11 @@ class FeatureProgram(Program):
     phi: type[FeatureMap] | None = None
 
     @classmethod
-    def of_features(cls, c: Features, dtype: str) -> FeatureProgram:
-        """Give the program of a contraction, with arrays of `dtype`."""
+    def of_features(cls, c: Features, dtypes: Mapping[str, str]) -> FeatureProgram:
+        """Give the program of a contraction, see `Program.of`."""
+        base = Program.of(Scores("features"), (), dtypes)
         phi = type(c.kernel) if c.raw else None
-        return cls(scalar_of(dtype), "features", log=c.log, phi=phi)
+        return cls(base.scalar, base.weight, stored=base.stored, log=c.log, phi=phi)
 
     def _weight(self) -> str:
         value, slope = ("x", "scalar(1)") if self.phi is None else MAPS[self.phi]

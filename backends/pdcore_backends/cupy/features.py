@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,14 +11,13 @@ from pdcore.arrays import dtype_name
 from pdcore.kernels import FeatureMap, RandomFeatures
 from pdcore.operands import Operands
 from pdcore.plan import Features, Scores
-from pdcore.score_contraction import row_delta
 
 from .feature_programs import FeatureProgram, columns_for
-from .operands import NULL, packed
+from .operands import NULL
 from .programs import memory, tile
-from .scores import THREADS, ScoreKernels
+from .scores import THREADS, ScoreCall, ScoreKernels
 
-__all__ = ["FeatureKernels", "feature_count", "state_blocks"]
+__all__ = ["CompiledFeatures", "FeatureKernels", "feature_count", "state_blocks"]
 
 #: A chunk under causal: some rows and keys for each 64 features, so that the states of all chunks
 #: take about as much memory as the values.
@@ -29,77 +28,91 @@ SPLITS, SMALLEST_SPLIT = 64, 256
 _CHUNKS = np.dtype([(n, np.int32) for n in ("key_size", "key_count", "row_size", "row_count")])
 
 
+@dataclass(frozen=True)
+class CompiledFeatures(Features):
+    """A contraction by features that the kernels compute.
+
+    Attributes
+    ----------
+    rounds : bool
+        As of `pdcore_backends.cupy.scores.Compiled`.
+    """
+
+    rounds: bool = False
+
+
 class FeatureKernels:
-    """The kernels for features, compiled where those for scores are."""
+    """The contraction by features, by the kernels of one runtime."""
 
     def __init__(self, kernels: ScoreKernels) -> None:
         self.kernels = kernels
 
-    def forward(self, c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
-        """Contract, see `pdcore.feature_contraction.features`."""
+    def forward(self, c: CompiledFeatures, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+        """Contract, see `pdcore.feature_contraction.features`; 16-bit arrays are read so."""
         with self.kernels.runtime.on(o.q):
             call = _Call(self.kernels, c, o, xp)
-            out = call.result(*o.q.shape[:-1], o.v.shape[-1])
+            dtype = o.v.dtype if c.rounds else call.dtype
+            out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
             x, tops = call.packed, call.tops()
-            states = call.states(tops)
+            given = (call.states(tops), tops, out, level)
             heads = x.batch * x.heads * x.group
-            call.tiles("features_forward", x.rows, heads, x.value_dim, (states, tops, out, level))
+            call.tiled("features_forward", x.rows, heads, x.value_dim, given, out=out)
         return out, level
 
     def pullback(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
                  *, xp: Any) -> dict[str, Any]:  # fmt: skip
-        """Pull back, see `pdcore.feature_contraction.features_vjp`."""
-        delta = xp.zeros_like(level) if c.signed else \
-            row_delta(out, level, d_out, d_level, xp=xp)[..., 0]  # fmt: skip
+        """Pull back, see `pdcore.feature_contraction.features_vjp`, in the operands' dtypes."""
         with self.kernels.runtime.on(o.q):
             call = _Call(self.kernels, c, o, xp)
             x, tops = call.packed, call.tops()
-            given = tuple(map(xp.ascontiguousarray, (d_out, level, delta)))
-            grads = {n: call.result(*a.shape) for n, a in (("q", o.q), ("k", o.k), ("v", o.v))}
+            out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
+            delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
+            given = (d_out, level, delta)
+            grads = {n: call.result(*a.shape, dtype=a.dtype)
+                     for n, a in (("q", o.q), ("k", o.k), ("v", o.v))}  # fmt: skip
             heads, pairs = x.batch * x.heads * x.group, x.batch * x.heads
             seen = (*given, call.states(tops), tops)
-            call.tiles("features_rows", x.rows, heads, x.dim, (*seen, grads["q"]))
+            call.tiled("features_rows", x.rows, heads, x.dim, (*seen, grads["q"]), d_out=d_out)
             seen = (*given, call.states(tops, given), tops)
-            call.tiles("features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false")
+            call.tiled("features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false",
+                       d_out=d_out)  # fmt: skip
             if x.value_dim:
-                call.tiles("features_keys", x.keys, pairs, x.value_dim, (*seen, grads["v"]),
-                           ", true")  # fmt: skip
+                call.tiled("features_keys", x.keys, pairs, x.value_dim, (*seen, grads["v"]),
+                           ", true", d_out=d_out)  # fmt: skip
         return grads
 
 
-@dataclass
-class _Cut:
+class _Cut(NamedTuple):
     """Chunks of `size` along an axis."""
 
     size: int
-    count: int
+    chunks: int
 
 
-class _Call:
+class _Call(ScoreCall):
     """The launches of one contraction."""
 
     def __init__(self, kernels: ScoreKernels, c: Features, o: Operands, xp: Any) -> None:
-        self.kernels, self.o = kernels, o
-        self.program = FeatureProgram.of_features(c, dtype_name(o.q))
-        self.packed = packed(Scores("features", signed=c.signed), o, (), xp=xp)
+        self.features = c
+        super().__init__(kernels, Scores("features", signed=c.signed), o, xp)
         x, causal = self.packed, o.visibility.support.ahead == 0
         self.keys, self.rows = (_cut(n, x.dim, causal) for n in (x.keys, x.rows))
-        sizes = (self.keys.size, self.keys.count, self.rows.size, self.rows.count)
-        self.cut = np.array(sizes, np.int32).view(_CHUNKS)[0]
+        self.cut = np.array((*self.keys, *self.rows), np.int32).view(_CHUNKS)[0]
 
-    def result(self, *shape: int) -> Any:
-        """Allocate a result, which a kernel fills."""
-        return self.kernels.runtime.empty(shape, self.o.q.dtype)
+    def program(self, **more: Any) -> FeatureProgram:
+        """Give the program that reads the operands and these arrays too."""
+        dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
+        return FeatureProgram.of_features(self.features, dtypes)
 
     def tops(self) -> Any:
         """Give the largest log features of the keys before each chunk, and of all."""
-        x, count = self.packed, self.keys.count
-        if not self.program.log:
+        x, count = self.packed, self.keys.chunks
+        if not self.features.log:
             return NULL
         tops = self.result(x.batch * x.heads, count + 1, x.dim)
         blocks = x.batch * x.heads * count * -(-x.dim // 32)
-        self.run("features_highest", (blocks,), (*x.arrays, tops, x.shape, self.cut))
+        self.start("features_highest", (blocks,), (*x.arrays, tops, x.shape, self.cut))
         self.scan(2, tops, NULL, x.dim, x.dim, count)
         return tops
 
@@ -110,16 +123,17 @@ class _Call:
         """
         x, cut = self.packed, self.rows if cotangents else self.keys
         numbers = x.dim * (x.value_dim + 1)
-        wide = 16 // self.o.q.dtype.itemsize
+        wide = 2 if self.scalar == "double" else 4
         pitch = -(-numbers // wide) * wide
-        states = self.result(x.batch * x.heads, cut.count + 1, pitch)
-        blocks = x.batch * x.heads * cut.count
-        blocks *= _tiles(x.dim, x.value_dim, tile(self.program.scalar))
+        states = self.result(x.batch * x.heads, cut.chunks + 1, pitch)
+        blocks = x.batch * x.heads * cut.chunks
+        blocks *= _tiles(x.dim, x.value_dim, tile(self.scalar))
         given = (*x.arrays, *(cotangents or 3 * (NULL,)), tops, states, x.shape, self.cut)
         name = f"features_states<{'true' if cotangents else 'false'}>"
-        self.run(name, (blocks,), given)
-        relative = self.program.log and not cotangents
-        self.scan(int(relative), states, tops, numbers, pitch, cut.count)
+        stored = {"d_out": cotangents[0]} if cotangents else {}
+        self.start(name, (blocks,), given, **stored)
+        relative = self.features.log and not cotangents
+        self.scan(int(relative), states, tops, numbers, pitch, cut.chunks)
         return states
 
     def scan(self, kind: int, x: Any, tops: Any, width: int, pitch: int, count: int) -> None:
@@ -128,22 +142,23 @@ class _Call:
         blocks = of.batch * of.heads * -(-width // THREADS)
         sizes = (np.int64(width), np.int64(pitch), np.int32(count), np.int32(of.dim),
                  np.int32(of.value_dim))  # fmt: skip
-        self.run(f"features_scan<{kind}>", (blocks,), (x, tops, *sizes))
+        self.start(f"features_scan<{kind}>", (blocks,), (x, tops, *sizes))
 
-    def tiles(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
-              flags: str = "") -> None:  # fmt: skip
+    def tiled(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
+              flags: str = "", **stored: Any) -> None:  # fmt: skip
         """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
-        columns, scalar = columns_for(width), self.program.scalar
+        columns = columns_for(width)
         # Results without columns have others beside them.
-        grid = (-(-count // tile(scalar)) * heads, max(1, -(-width // columns)))
+        grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
         arguments = (*self.packed.arrays, *more, self.packed.shape, self.cut)
-        self.run(f"{name}<{columns}{flags}>", grid, arguments, memory(scalar, columns))
+        shared = memory(self.scalar, columns)
+        self.start(f"{name}<{columns}{flags}>", grid, arguments, shared, **stored)
 
-    def run(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
-            shared: int = 0) -> None:  # fmt: skip
+    def start(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
+              shared: int = 0, **stored: Any) -> None:  # fmt: skip
         """Launch a kernel unless there is nothing to do."""
         if all(grid):
-            kernel = self.kernels.kernel(self.program, name)
+            kernel = self.kernels.cache.kernel(self.program(**stored), name)
             kernel(grid, (THREADS,), arguments, shared_mem=shared)
 
 

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Request
+from pdcore.backend import Inputs, Request
+from pdcore.call import Call
+from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
 from pdcore.plan import Features, Plan, Scores
+from pdcore.transform import FeatureRows
 
 from .feature_programs import MAPS
 from .feature_programs import columns_for as feature_columns
-from .features import FeatureKernels, feature_count, state_blocks
+from .features import CompiledFeatures, FeatureKernels, feature_count, state_blocks
 from .programs import columns_for, scalar_of, tile
-from .runtime import Runtime
-from .scores import ScoreKernels
+from .runtime import BLOCKS, CAPABILITY, KernelCache, Runtime
+from .scores import Compiled, ScoreKernels
 
-__all__ = ["Compiled", "CompiledFeatures", "KernelBackend", "limit"]
-
-#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
-CAPABILITY = 75
-BLOCKS = 2**31 - 1, 65535
-
-
-@dataclass(frozen=True)
-class Compiled(Scores):
-    """A contraction by scores that the kernels compute."""
-
-
-@dataclass(frozen=True)
-class CompiledFeatures(Features):
-    """A contraction by features that the kernels compute."""
+__all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
 
 class KernelBackend(ArrayBackend):
@@ -41,7 +30,7 @@ class KernelBackend(ArrayBackend):
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        self.kernels = ScoreKernels(runtime)
+        self.kernels = ScoreKernels(KernelCache(runtime))
         self.feature_kernels = FeatureKernels(self.kernels)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
@@ -51,12 +40,29 @@ class KernelBackend(ArrayBackend):
         if why:
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
             return replace(plan, steps=(*plan.steps, step))
+        prefix = plan.summary is not None and plan.summary.scope == "prefix"
+        rounds = plan.normaliser == "sum" and not prefix
         if isinstance(c, Features):
-            return _fused_features(plan, c)
+            return _fused_features(plan, c, request.dtype, rounds)
         log_w = "scale s" if c.expression is None else str(c.expression)
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
-        return replace(plan, contraction=c.run_as(Compiled), steps=(*plan.steps, step))
+        if request.dtype != plan.accumulate:
+            step += f", {_stored(plan, request.dtype, rounds)}"
+        return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
+                       steps=(*plan.steps, step))  # fmt: skip
+
+    def call(self, plan: Plan, inputs: Inputs) -> Call:
+        """Take the arrays of a call, see `ArrayBackend.call`."""
+        if self.runtime.capturing() and (why := uncapturable(plan)):
+            raise UnsupportedError(f"backend {self.info.name}: the stream is being captured into a "
+                                   f"CUDA graph, and {why}")  # fmt: skip
+        return super().call(plan, inputs)
+
+    def native(self, plan: Plan) -> frozenset[str]:
+        """Read 16-bit arrays where the kernels contract, see `ArrayBackend.native`."""
+        ours = isinstance(plan.contraction, Compiled | CompiledFeatures)
+        return frozenset({"contraction"} if ours else ())
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
@@ -85,14 +91,43 @@ class KernelBackend(ArrayBackend):
         return super().features_vjp(c, o, out, level, d_out, d_level)
 
 
-def _fused_features(plan: Plan, c: Features) -> Plan:
+def _fused_features(plan: Plan, c: Features, dtype: str, rounds: bool) -> Plan:
     """Leave phi to the kernels if they have it, else to array calls as the plan does."""
     raw = type(c.kernel) in MAPS
     phi = "phi compiled in" if raw else f"{'log ' if c.log else ''}phi by array calls"
+    found = replace(
+        plan, transforms=plan.transforms[:-1] if raw else plan.transforms,
+        contraction=CompiledFeatures(c.kernel, raw, c.log, c.signed, rounds),
+    )  # fmt: skip
     step = f"kernel: states of chunks on CUDA cores in {plan.accumulate}, {phi}"
-    transforms = plan.transforms[:-1] if raw else plan.transforms
-    contraction = CompiledFeatures(c.kernel, raw=raw, log=c.log, signed=c.signed)
-    return replace(plan, transforms=transforms, contraction=contraction, steps=(*plan.steps, step))
+    if dtype != plan.accumulate:
+        step += f", {_stored(found, dtype, rounds)}"
+    return replace(found, steps=(*plan.steps, step))
+
+
+def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
+    """Say which arrays of a 16-bit call the kernels read and write as they are."""
+    pooled = any(group.scale > 1 for group in plan.groups)
+    names = [] if plan.transforms else ["q"]
+    if not pooled:
+        names += [*([] if plan.transforms else ["k"]), "v", *(["out"] if rounds else [])]
+    if not names:
+        return "of rows that were cast"
+    return f"of {', '.join(names)} in {dtype}" + (", other rows cast" if len(names) < 4 else "")
+
+
+def uncapturable(plan: Plan) -> str:
+    """Say why a plan cannot run while its stream is captured, nothing if it can."""
+    heads = [head for group in plan.groups for head in group.heads]
+    if heads != sorted(heads):
+        return ("heads of different scales alternate, whose indices would be copied from the host; "
+                "put heads of one scale beside each other")  # fmt: skip
+    if any(isinstance(step, FeatureRows) for step in plan.transforms):
+        return ("phi is array calls, which may be matrix products of the library or need arrays of "
+                "the host")  # fmt: skip
+    if type(plan.contraction) in (Scores, Features):
+        return "the call runs by matrix products of the library, which cannot be captured"
+    return ""
 
 
 def limit(plan: Plan, request: Request, capability: int) -> str:

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(THREADS, 2)
 template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
     features_forward(INPUTS, const scalar* __restrict__ states, const scalar* __restrict__ tops,
-                     scalar* __restrict__ out, scalar* __restrict__ level, Shape shape,
+                     out_type* __restrict__ out, scalar* __restrict__ level, Shape shape,
                      Chunks cut) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     const State state = state_at(states, pair, cut.key_count, window.entry, shape);
     add_state(sums, total, mapped(head.q, before), row0, state, column0, weights, staged);
   }
-  const Mapped<OfQueries> queries = mapped(head.q, OfQueries{top, shifts, row0});
-  const Mapped<OfKeys> keys = mapped(head.k, OfKeys{head.key_mask, top});
+  const auto queries = mapped(head.q, OfQueries{top, shifts, row0});
+  const auto keys = mapped(head.k, OfKeys{head.key_mask, top});
   int seen[EACH];
 #pragma unroll
   for (int i = 0; i < EACH; i++)

@@ -15,22 +15,22 @@ DEVICE i64 state_pitch(const Shape& s) {
 }
 
 // Rows that are mapped on their way to shared memory.
-template <class Map>
-struct Mapped : Rows {
+template <class T, class Map>
+struct Mapped : RowsOf<T> {
   Map map;
 };
 
-template <class Map>
-DEVICE Mapped<Map> mapped(const Rows& x, const Map& map) {
-  Mapped<Map> found;
-  static_cast<Rows&>(found) = x;
+template <class T, class Map>
+DEVICE Mapped<T, Map> mapped(const RowsOf<T>& x, const Map& map) {
+  Mapped<T, Map> found;
+  static_cast<RowsOf<T>&>(found) = x;
   found.map = map;
   return found;
 }
 
-template <int HEIGHT, int WIDTH, int TO_PITCH, class Map>
-DEVICE void stage(scalar* to, const Mapped<Map>& x, int row, int column) {
-  stage<HEIGHT, WIDTH, TO_PITCH>(to, static_cast<const Rows&>(x), row, column);
+template <int HEIGHT, int WIDTH, int TO_PITCH, class T, class Map>
+DEVICE void stage(scalar* to, const Mapped<T, Map>& x, int row, int column) {
+  stage<HEIGHT, WIDTH, TO_PITCH>(to, static_cast<const RowsOf<T>&>(x), row, column);
   // A thread maps what it has staged itself, so nobody waits in between.
   constexpr int STEPS = WIDTH / WIDE;
 #pragma unroll
@@ -155,14 +155,14 @@ DEVICE State state_at(const scalar* states, i64 pair, int count, int entry, cons
 }
 
 // The largest log phi(q) + top of SIZE rows, 0 where all are -inf.
-DEVICE void row_maxima(const Rows& q, int row0, const scalar* top, scalar* found) {
+DEVICE void row_maxima(const RowsOf<q_type>& q, int row0, const scalar* top, scalar* found) {
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int row = row0 + down() + SIDE * i;
     scalar most = MINUS_INFINITY;
     if (row < q.count)
       for (int f = across(); f < q.columns; f += SIDE)
-        most = larger(most, q.first[row * q.pitch + f] + top[f]);
+        most = larger(most, Stored<q_type>::read(q.first[row * q.pitch + f]) + top[f]);
     most = largest_across(most);
     if (across() == 0) found[down() + SIDE * i] = most == MINUS_INFINITY ? scalar(0) : most;
   }
@@ -197,8 +197,8 @@ DEVICE void add_state(Sums<COLUMNS>& sums, scalar (&totals)[EACH], const X& x, i
 }
 
 // Add y . state^T: to the columns from column0 on, y's inner products with rows of the state.
-template <int COLUMNS>
-DEVICE void add_transposed(Sums<COLUMNS>& sums, const Rows& y, int y_row, const State& state,
+template <int COLUMNS, class Y>
+DEVICE void add_transposed(Sums<COLUMNS>& sums, const Y& y, int y_row, const State& state,
                            int column0, scalar* weights, scalar* staged) {
 #pragma unroll
   for (int slab = 0; slab < COLUMNS; slab += SIZE) {

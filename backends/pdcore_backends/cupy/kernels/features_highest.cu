@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   if (f < shape.dim)
     for (int key = chunk * cut.key_size + int(threadIdx.x) / ACROSS; key < last; key += DOWN)
       if (!head.key_mask || head.key_mask[key])
-        top = larger(top, head.k.first[key * head.k.pitch + f]);
+        top = larger(top, Stored<k_type>::read(head.k.first[key * head.k.pitch + f]));
   found[threadIdx.x] = top;
   __syncthreads();
   if (int(threadIdx.x) >= ACROSS || f >= shape.dim) return;

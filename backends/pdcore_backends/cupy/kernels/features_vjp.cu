@@ -6,7 +6,7 @@
 template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
     features_rows(INPUTS, COTANGENTS, const scalar* __restrict__ states,
-                  const scalar* __restrict__ tops, scalar* __restrict__ dq, Shape shape,
+                  const scalar* __restrict__ tops, q_type* __restrict__ dq, Shape shape,
                   Chunks cut) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const Inputs inputs = INPUT_NAMES;
   const Head head =
       head_at(inputs, shape, pair / shape.heads, pair % shape.heads, at % shape.group);
-  const Rows d_rows = cotangent_rows(d_out, shape, at);
+  const RowsOf<d_out_type> d_rows = cotangent_rows(d_out, shape, at);
   const Window window = keys_for(head, row0, cut);
   const scalar* top = top_at(tops, pair, highest_entry(window, cut), shape, cut);
 
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int i = 0; i < EACH; i++) sums.x[i][c] = (sums.x[i][c] - deltas[i] * sum) * shrink;
     }
   }
-  const Mapped<OfKeys> keys = mapped(head.k, OfKeys{head.key_mask, top});
+  const auto keys = mapped(head.k, OfKeys{head.key_mask, top});
   for (int key0 = window.first; key0 < window.last; key0 += SIZE) {
     scalar d[EACH][EACH];
     products(d, d_rows, row0, head.v, key0, staged);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (int c = 0; c < Sums<COLUMNS>::OWN; c++) {
       const int f = column0 + Sums<COLUMNS>::column(c);
       if (f < shape.dim)
-        sums.x[i][c] *= map.slope(head.q.first[row * head.q.pitch + f], row, f);
+        sums.x[i][c] *= map.slope(Stored<q_type>::read(head.q.first[row * head.q.pitch + f]), row, f);
     }
   }
   sums.write(dq + at * shape.rows * shape.dim, row0, shape.rows, column0, shape.dim);
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <int COLUMNS, bool OF_VALUES>
 __global__ void __launch_bounds__(THREADS, 1)
     features_keys(INPUTS, COTANGENTS, const scalar* __restrict__ states,
-                  const scalar* __restrict__ tops, scalar* __restrict__ dx, Shape shape,
-                  Chunks cut) {
+                  const scalar* __restrict__ tops,
+                  typename KeyType<OF_VALUES>::type* __restrict__ dx, Shape shape, Chunks cut) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
   scalar* weights = staged + Memory<COLUMNS>::STAGED;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const Inputs inputs = INPUT_NAMES;
   const Head head = head_at(inputs, shape, pair / shape.heads, pair % shape.heads, 0);
   const scalar* top = top_at(tops, pair, cut.key_count, shape, cut);
-  const Mapped<OfKeys> keys = mapped(head.k, OfKeys{head.key_mask, top});
+  const auto keys = mapped(head.k, OfKeys{head.key_mask, top});
   const Window window = rows_for(head, key0, cut);
 
   Sums<COLUMNS> sums;
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   for (int g = 0; g < shape.group; g++) {
     const i64 at = pair * shape.group + g;
     const Head own = head_at(inputs, shape, pair / shape.heads, pair % shape.heads, g);
-    const Rows d_rows = cotangent_rows(d_out, shape, at);
-    const Mapped<OfRows> queries = mapped(own.q, OfRows{top, level + at * shape.rows});
+    const RowsOf<d_out_type> d_rows = cotangent_rows(d_out, shape, at);
+    const auto queries = mapped(own.q, OfRows{top, level + at * shape.rows});
     for (int row0 = window.first; row0 < window.last; row0 += SIZE) {
       scalar w[EACH][EACH];
       if constexpr (OF_VALUES)
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int c = 0; c < Sums<COLUMNS>::OWN; c++) {
         const int f = column0 + Sums<COLUMNS>::column(c);
         if (f < shape.dim)
-          sums.x[i][c] *= keys.map.slope(head.k.first[key * head.k.pitch + f], key, f);
+          sums.x[i][c] *= keys.map.slope(Stored<k_type>::read(head.k.first[key * head.k.pitch + f]), key, f);
       }
     }
   }
