@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pdcore_backends.cupy import feature_programs
+from pdcore_backends.cupy.columns import RowProgram, instances
 from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 
@@ -50,33 +51,49 @@ def kernels() -> list[tuple[str, str]]:
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
     names += ["scores_bias", "scores_delta", *STATES]
     names += [name.format(columns) for name in FEATURES for columns in feature_programs.COLUMNS]
-    return [(name, scalar) for name in names for scalar in SCALARS]
+    return [*((name, scalar) for name in names for scalar in SCALARS), *row_kernels()]
+
+
+def row_kernels() -> list[tuple[str, str]]:
+    """List the kernels of rows; what reads them reads 16 bits too where sums are in float."""
+    by_dtype = [(instances(dtype), scalar) for dtype, scalar in
+                (("float32", "float"), ("float64", "double"), ("float16", "float"),
+                 ("bfloat16", "float"))]  # fmt: skip
+    found = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
+    return list(dict.fromkeys(found))
+
+
+def program_of(name: str, scalar: str) -> Program | RowProgram:
+    """Give the program of the table's line for a kernel."""
+    if (name, scalar) in row_kernels():
+        return RowProgram(scalar)
+    return FeatureProgram(scalar, "features") if name.startswith("features") else Program(scalar)
 
 
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    features = name.startswith("features")
-    program = FeatureProgram(scalar, "features") if features else Program(scalar)
-    found = [compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
+    program = program_of(name, scalar)
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    registers, spilled, static = zip(*found, strict=True)
-    dynamic = 0 if name in (*STATES, "scores_delta") else memory(scalar, columns)
-    return Usage(registers, sum(spilled), max(static) + dynamic)
+    alone = isinstance(program, RowProgram) or name in (*STATES, "scores_delta")
+    dynamic = 0 if alone else memory(scalar, columns)
+    found = [compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
+    registers, spilled, declared = zip(*found, strict=True)
+    return Usage(registers, sum(spilled), dynamic + max(declared))
 
 
 def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
-    """Give registers, bytes spilled and static shared memory.
+    """Give registers, bytes spilled, and bytes of shared memory that the kernel declares.
 
     They are kept beside the emulator's builds by all that matters.
     """
     from cuda_on_cpu.build import cache_folder
     from cupy.cuda import nvrtc
 
-    key = repr((nvrtc.getVersion(), architecture, name, code, "static")).encode()
-    kept = cache_folder() / f"gate-{hashlib.sha256(key).hexdigest()[:24]}.json"
+    key = repr((nvrtc.getVersion(), architecture, name, code)).encode()
+    kept = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
     if kept.exists():
-        registers, spilled, static = json.loads(kept.read_text(encoding="utf-8"))
-        return registers, spilled, static
+        registers, spilled, declared = json.loads(kept.read_text(encoding="utf-8"))
+        return registers, spilled, declared
     found = _assembled(code, name, architecture)
     kept.parent.mkdir(parents=True, exist_ok=True)
     whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
@@ -103,8 +120,7 @@ def _assembled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    static = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
-    return int(registers), spilled, static
+    return int(registers), spilled, sum(map(int, re.findall(r"(\d+) bytes smem", log)))
 
 
 def measured() -> dict[tuple[str, str], Usage]:
