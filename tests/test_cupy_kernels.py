@@ -274,11 +274,13 @@ def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return compile_(self, code, name)
 
     monkeypatch.setattr(EmulatedRuntime, "compile", counted)
-    for spec in ("softmax", "softmax(scale=2)", "bn"):
+    for spec in ("softmax", "softmax(scale=2)", "bn", "bn(beta=2)"):
         case = normal_case(spec, dtype=np.float32)
         backend.attention(fused(backend, case), case.inputs())
-    assert compiled == ["scores_forward<32>"]
-    assert backend.runtime.launches == 3 * ["scores_forward<32>"]
+    moments = ["moments_of_chunks<scalar>", "moments_merged<Moments>"]
+    assert compiled == ["scores_forward<32>", *moments]
+    of_bn = [*moments, "scores_forward<32>"]
+    assert backend.runtime.launches == [*2 * ["scores_forward<32>"], *of_bn, *of_bn]
 
 
 # --- what does not run, and why -------------------------------------------------------------------
