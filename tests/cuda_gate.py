@@ -64,7 +64,7 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
     if kept.exists():
         registers, spilled = json.loads(kept.read_text(encoding="utf-8"))
         return registers, spilled
-    found = _assembled(code, name, architecture)
+    found, _ = assembled(code, name, architecture)
     kept.parent.mkdir(parents=True, exist_ok=True)
     whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     whole.write_text(json.dumps(found), encoding="utf-8")
@@ -72,7 +72,8 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
     return found
 
 
-def _assembled(code: str, name: str, architecture: str) -> tuple[int, int]:
+def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int], bytes]:
+    """Give registers and bytes spilled, and the cubin."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -83,14 +84,14 @@ def _assembled(code: str, name: str, architecture: str) -> tuple[int, int]:
             nvrtc.compileProgram(program, options)
         finally:
             log = nvrtc.getProgramLog(program)
-        assert nvrtc.getCUBIN(program)
+        cubin = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         raise AssertionError(f"{name} for {architecture}: {error}\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    return int(registers), spilled
+    return (int(registers), spilled), cubin
 
 
 def measured() -> dict[tuple[str, str], Usage]:

@@ -16,6 +16,7 @@ from pdcore.plan import Features, Plan, Scores
 from .programs import columns_for, scalar_of, tile
 from .runtime import BLOCKS, CAPABILITY, KernelCache, Runtime
 from .scores import Compiled, ScoreKernels
+from .tensor_cores import TensorCores, forward, unfit
 
 __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
@@ -31,7 +32,8 @@ class KernelBackend(ArrayBackend):
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernels where they compute the plan, see `Backend.fuse`."""
         c = plan.contraction
-        why = limit(plan, request, self.runtime.capability(request.device))
+        capability = self.runtime.capability(request.device)
+        why = limit(plan, request, capability)
         if why or not isinstance(c, Scores):
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
             return replace(plan, steps=(*plan.steps, step))
@@ -41,7 +43,12 @@ class KernelBackend(ArrayBackend):
         prefix = plan.summary is not None and plan.summary.scope == "prefix"
         rounds = plan.normaliser == "sum" and not prefix
         if request.dtype != plan.accumulate:
-            step += f", {_stored(plan, request.dtype, rounds)}"
+            why = unfit(plan, request, capability)
+            if not why:
+                step = f"kernel: tiles of tensor cores in {request.dtype}, with {what} compiled in"
+                found = c.run_as(TensorCores, rounds=rounds, dtype=request.dtype)
+                return replace(plan, contraction=found, steps=(*plan.steps, step))
+            step += f", {_stored(plan, request.dtype, rounds)}; {why}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
                        steps=(*plan.steps, step))  # fmt: skip
 
@@ -58,6 +65,8 @@ class KernelBackend(ArrayBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
+        if isinstance(c, TensorCores):
+            return forward(self.kernels, c, o, xp=self.xp)
         if isinstance(c, Compiled):
             return self.kernels.forward(c, o, xp=self.xp)
         return super().scores(c, o)

@@ -22,6 +22,7 @@ _FILES = {
     "scores_keys": ("scores_vjp.cu",),
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
     "scores_delta": ("scores_delta.cu",),
+    "scores_mma": ("mma_tiles.cuh", "scores_mma.cu"),
 }
 #: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
 STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")
@@ -82,6 +83,7 @@ class Program:
 
     def _weight(self) -> str:
         lines = [f"#define LOG_WEIGHT {int(self.weight == 'log')}",
+                 f"#define PLAIN {int(self.expression is None)}",
                  f"#define VALUES {len(self.values)}"]  # fmt: skip
         if self.expression is None:
             value, slope = "scale * s", "scale"

@@ -1,0 +1,111 @@
+"""The contraction by scores on tensor cores: what they take, and their launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pdcore.backend import Request
+from pdcore.normalization import Batch, Identity
+from pdcore.operands import Operands
+from pdcore.plan import Plan, Scores
+
+from .runtime import Runtime
+from .scores import Compiled, ScoreCall, ScoreKernels
+
+__all__ = ["WIDTHS", "TensorCores", "forward", "memory", "unfit"]
+
+#: Columns of queries and of values that tiles are made for.
+WIDTHS = (32, 64, 96, 128)
+#: The oldest device that has the instructions.
+CAPABILITY = 80
+#: Of a block, MMA_THREADS of kernels/mma_tiles.cuh; and its rows, ROWS of kernels/scores_mma.cu.
+THREADS = 128
+ROWS = 128
+
+
+@dataclass(frozen=True)
+class TensorCores(Compiled):
+    """A contraction by scores whose products tensor cores compute.
+
+    Attributes
+    ----------
+    dtype : {"float16", "bfloat16"}
+        In which queries, keys and values are multiplied, and the weights too.
+    """
+
+    dtype: str = "float16"
+
+
+def unfit(plan: Plan, request: Request, capability: int) -> str:
+    """Say why tensor cores do not run a 16-bit plan that the kernels run, nothing if they do."""
+    c, normalization = plan.contraction, plan.spec.normalization
+    if capability < CAPABILITY:
+        return (f"tensor cores are for compute capability {CAPABILITY / 10} and later, the device "
+                f"has {capability / 10}")  # fmt: skip
+    if not isinstance(c, Scores) or c.weight != "log":
+        return "tensor cores are for weights that have a logarithm, which keeps them within 16 bits"
+    if request.q[-1] not in WIDTHS or request.v[-1] not in WIDTHS:
+        return (f"tensor cores are for D and Dv of {', '.join(map(str, WIDTHS))}, got "
+                f"{request.q[-1]} and {request.v[-1]}")  # fmt: skip
+    known = isinstance(normalization, Identity) or (
+        isinstance(normalization, Batch) and normalization.statistics != "prefix"
+    )
+    if not known:
+        return f"transformed rows may leave the range of {request.dtype}"
+    if request.vjp or request.weights:
+        return "tensor cores are for calls without gradients"
+    return ""
+
+
+def memory(dim: int, value_dim: int, plain: bool = True) -> int:
+    """Give the bytes of shared memory of a block, Forward::BYTES of kernels/scores_mma.cu."""
+    keys = 64 if value_dim <= 64 else 32 if plain or value_dim < 128 else 16
+    stages = 2
+    return 2 * (ROWS * dim + stages * keys * (dim + value_dim)) + 8 * ROWS + 1024
+
+
+def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+    """Contract, see `pdcore.score_contraction.scores`."""
+    o = _handed_over(kernels.runtime, c, o, xp)
+    with kernels.runtime.on(o.q):
+        call = ScoreCall(kernels, c, o, xp)
+        x = call.packed
+        dtype = o.v.dtype if c.rounds else call.dtype
+        out = call.result(*o.q.shape[:-1], x.value_dim, dtype=dtype)
+        level = call.result(*o.q.shape[:-1])
+        blocks = x.batch * x.heads * x.group * -(-x.rows // ROWS)
+        if blocks:
+            shared = memory(x.dim, x.value_dim, c.expression is None)
+            name = f"scores_mma<{x.dim}, {x.value_dim}>"
+            kernel = kernels.cache.kernel(call.program(out=out), name, shared)
+            kernel((blocks,), (THREADS,), (*x.arrays, out, level, x.shape), shared_mem=shared)
+    return out, level
+
+
+def _handed_over(runtime: Runtime, c: TensorCores, o: Operands, xp: Any) -> Operands:
+    """Round rows that a step before has computed; copy rows that 16 bytes cannot be read from."""
+    q, k, v = (_aligned(runtime, _rounded(x, c.dtype, xp), xp) for x in (o.q, o.k, o.v))
+    return o._replace(q=q, k=k, v=v)
+
+
+def _rounded(x: Any, dtype: str, xp: Any) -> Any:
+    if x.dtype.itemsize == 2:
+        return x
+    if dtype == "float16":
+        return xp.astype(x, xp.float16)
+    from ml_dtypes import bfloat16  # who passes such arrays has it
+
+    return xp.astype(x, np.dtype(bfloat16))
+
+
+def _aligned(runtime: Runtime, x: Any, xp: Any) -> Any:
+    steps = [s for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1]
+    beside = x.strides[-1] == x.itemsize
+    if not math.prod(x.shape) or (beside and not any(s % 16 for s in steps)
+                                  and runtime.address(x) % 16 == 0):  # fmt: skip
+        return x
+    return xp.asarray(x, copy=True, order="C")
