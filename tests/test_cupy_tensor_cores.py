@@ -18,6 +18,7 @@ import pdcore
 from pdcore import plugins
 from pdcore.backend import Request
 from pdcore.lowering import lower_request
+from pdcore_backends.cupy.query_fold import FoldedLoad
 from pdcore_backends.cupy.tensor_cores import TensorCores, unfit
 from pdcore_conformance.budget import expect, judge
 from pdcore_conformance.calls import dtype_of
@@ -93,6 +94,34 @@ def test_several_tiles(backend: Any, spec: str) -> None:
     check(backend, case_of(spec, **LONG, offset=9, group=1, key_mask=ones_and_zeros(2, 150)))
 
 
+def test_statistics_are_folded_as_queries_are_read(backend: Any) -> None:
+    case = case_of("bn(beta=param)+h(count)", n=70, m=75, key_mask=ones_and_zeros(2, 75))
+    given = list(fused(backend, case).transforms)
+    assert [type(step) for step in given] == [FoldedLoad]
+    check(backend, case)
+    far = case_of("bn", n=70, m=75, mean=40.0, sd=2.0)
+    check(backend, far)
+    check(backend, replace(far, spec=pdcore.parse("bn(statistics=batch)+sh(3,1)")))
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+@pytest.mark.parametrize("spec", ["bn", "bn(statistics=batch)"])
+def test_a_feature_in_which_all_keys_are_equal(backend: Any, spec: str, beta: float) -> None:
+    case = case_of(f"{spec[:-1]},beta={beta})" if "(" in spec else f"bn(beta={beta})", n=20, m=70)
+    case.k[..., 3] = 97.0
+    case.q[..., 3] = 98.0
+    check(backend, case)
+    check(backend, case_of(f"bn(beta={beta})", n=20, m=1))
+
+
+def test_statistics_that_are_not_numbers_reach_their_head(backend: Any) -> None:
+    case = case_of("bn", n=5, m=70, lead=(), group=1)
+    case.k[0, 60, 2] = np.nan
+    out, _ = backend.attention(fused(backend, case), case.inputs())
+    assert np.isnan(out[0].astype(np.float32)).all()
+    assert np.isfinite(out[1].astype(np.float32)).all()
+
+
 def test_weights_that_grow(backend: Any) -> None:
     case = case_of("softmax", n=3, m=300, heads=1)
     # Every tile has the largest logit so far.
@@ -146,6 +175,7 @@ from test_cupy_tensor_cores import case_of, fused
 backend = EmulatedBackend()
 for spec, call in (
     ("causal+sh(2)", {"m": 150, "key_mask": np.arange(150) % 5 > 0}),
+    ("bn", {"m": 70}),
     ("softmax", {"m": 70, "bias": np.ones((35, 70))}),
 ):
     case = case_of(spec, n=35, heads=1, lead=(), **call)

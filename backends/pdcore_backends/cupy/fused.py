@@ -14,9 +14,10 @@ from pdcore.operands import Operands
 from pdcore.plan import Features, Plan, Scores
 
 from .programs import columns_for, scalar_of, tile
+from .query_fold import FoldedLoad
 from .runtime import BLOCKS, CAPABILITY, KernelCache, Runtime
 from .scores import Compiled, ScoreKernels
-from .tensor_cores import TensorCores, forward, unfit
+from .tensor_cores import TensorCores, folded_in, forward, unfit
 
 __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
@@ -47,7 +48,8 @@ class KernelBackend(ArrayBackend):
             if not why:
                 step = f"kernel: tiles of tensor cores in {request.dtype}, with {what} compiled in"
                 found = c.run_as(TensorCores, rounds=rounds, dtype=request.dtype)
-                return replace(plan, contraction=found, steps=(*plan.steps, step))
+                plan = folded_in(replace(plan, steps=(*plan.steps, step)), request.dtype)
+                return replace(plan, contraction=found)
             step += f", {_stored(plan, request.dtype, rounds)}; {why}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
                        steps=(*plan.steps, step))  # fmt: skip
@@ -61,7 +63,10 @@ class KernelBackend(ArrayBackend):
 
     def native(self, plan: Plan) -> frozenset[str]:
         """Read 16-bit arrays where the kernels contract, see `ArrayBackend.native`."""
-        return frozenset({"contraction"} if isinstance(plan.contraction, Compiled) else ())
+        steps = {"contraction"} if isinstance(plan.contraction, Compiled) else set()
+        if steps and all(isinstance(step, FoldedLoad) for step in plan.transforms):
+            steps.add("transforms")
+        return frozenset(steps)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,14 @@ from pdcore.backend import Request
 from pdcore.normalization import Batch, Identity
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
+from pdcore.transform import Fold
 
+from .operands import NULL
+from .query_fold import FoldedLoad
 from .runtime import Runtime
 from .scores import Compiled, ScoreCall, ScoreKernels
 
-__all__ = ["WIDTHS", "TensorCores", "forward", "memory", "unfit"]
+__all__ = ["WIDTHS", "TensorCores", "folded_in", "forward", "memory", "unfit"]
 
 #: Columns of queries and of values that tiles are made for.
 WIDTHS = (32, 64, 96, 128)
@@ -61,11 +64,23 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
     return ""
 
 
+def folded_in(plan: Plan, dtype: str) -> Plan:
+    """Let the query load fold the statistics of the keys, where queries of `dtype` hold the result.
+
+    Those of float16 do not; given statistics need not be those of the keys, see `FoldedLoad`.
+    """
+    first = plan.transforms[0] if len(plan.transforms) == 1 else None
+    if dtype != "bfloat16" or not isinstance(first, Fold) or plan.summary is None:
+        return plan
+    step = "fold: as the kernel reads queries, with c = 0 for keys that are not pooled"
+    return replace(plan, transforms=(FoldedLoad(first),), steps=(*plan.steps, step))
+
+
 def memory(dim: int, value_dim: int, plain: bool = True) -> int:
     """Give the bytes of shared memory of a block, Forward::BYTES of kernels/scores_mma.cu."""
     keys = 64 if value_dim <= 64 else 32 if plain or value_dim < 128 else 16
     stages = 2
-    return 2 * (ROWS * dim + stages * keys * (dim + value_dim)) + 8 * ROWS + 1024
+    return 2 * (ROWS * dim + stages * keys * (dim + value_dim)) + 8 * ROWS + 1280
 
 
 def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
@@ -82,8 +97,17 @@ def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> t
             shared = memory(x.dim, x.value_dim, c.expression is None)
             name = f"scores_mma<{x.dim}, {x.value_dim}>"
             kernel = kernels.cache.kernel(call.program(out=out), name, shared)
-            kernel((blocks,), (THREADS,), (*x.arrays, out, level, x.shape), shared_mem=shared)
+            arguments = (*x.arrays, *_fold(o, xp), out, level, x.shape)
+            kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
     return out, level
+
+
+def _fold(o: Operands, xp: Any) -> tuple[Any, ...]:
+    """Give what the query load folds in, a row (D) for each sequence and key head."""
+    if o.fold is None:
+        return (NULL,) * 3
+    shape = (*o.k.shape[:-2], 1, o.k.shape[-1])
+    return tuple(xp.ascontiguousarray(xp.broadcast_to(x, shape)) for x in o.fold)
 
 
 def _handed_over(runtime: Runtime, c: TensorCores, o: Operands, xp: Any) -> Operands:

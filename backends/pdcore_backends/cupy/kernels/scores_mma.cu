@@ -13,6 +13,7 @@ struct Source {
   int row0;
   Range tiles;
   Range some[WARPS], all[WARPS];
+  float constants[MMA_THREADS];  // of each row
 };
 
 template <int DIM, int VALUE_DIM>
@@ -26,9 +27,61 @@ struct Forward {
   // `Source`.
   static constexpr int Q = ROWS * DIM * 2, K = KEYS * DIM * 2, V = KEYS * VALUE_DIM * 2;
   static constexpr int NEAR = Q + STAGES * (K + V), SOURCE = NEAR + ROWS * int(sizeof(Range));
-  static constexpr int BYTES = SOURCE + 1024;
-  static_assert(sizeof(Source) <= 1024, "where it comes from has 1024 bytes");
+  static constexpr int BYTES = SOURCE + 1280;
+  static_assert(sizeof(Source) <= 1280, "`Source` has 1280 bytes");
+  static_assert(ROWS == MMA_THREADS, "a thread prepares a row");
 };
+
+// What a fold of statistics makes of queries as they are read, see `QueryFold` of
+// pdcore_backends/cupy/query_fold.py; (batch, heads, columns) each, without gaps.
+struct QueryFold {
+  const float *centre, *factor, *gap;
+
+  DEVICE_MEMBER float apply(float x, int column) const {
+    return factor[column] < 0 ? 0 : (x - centre[column]) * factor[column];
+  }
+};
+
+// Rows of queries, folded, in place of `Tile::load`.
+template <int HEIGHT, int WIDTH>
+DEVICE void load_folded(const Tile<WIDTH>& to, const RowsOf<element>& x, int row,
+                        const QueryFold& fold) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < HEIGHT * Tile<WIDTH>::CHUNKS; i += MMA_THREADS) {
+    const int r = i / Tile<WIDTH>::CHUNKS, c = i % Tile<WIDTH>::CHUNKS * CHUNK;
+    Vector<CHUNK / 2, unsigned> folded = {};
+    if (row + r < x.count) {
+      const Vector<CHUNK, element> found = read<CHUNK>(x.first + (row + r) * x.pitch + c);
+#pragma unroll
+      for (int e = 0; e < CHUNK; e += 2)
+        folded.x[e / 2] =
+            ptx::pack<element>(fold.apply(ptx::to_float(found.x[e]), c + e),
+                               fold.apply(ptx::to_float(found.x[e + 1]), c + e + 1));
+    }
+    *reinterpret_cast<Vector<CHUNK / 2, unsigned>*>(to.first + to.place(r, c)) = folded;
+  }
+}
+
+// What a folded row adds to its level, from the row as it is multiplied: what its rounding did to
+// every logit, by the keys' mean, is then in both and cancels.
+template <int WIDTH>
+DEVICE float row_constant(const Tile<WIDTH>& folded, const RowsOf<element>& x, int row, int r,
+                          const QueryFold& fold) {
+  float sum = 0;
+#pragma unroll 1
+  for (int c = 0; c < WIDTH; c += CHUNK) {
+    const Vector<CHUNK, element> found = read<CHUNK>(folded.first + folded.place(r, c));
+#pragma unroll
+    for (int e = 0; e < CHUNK; e++) {
+      float y = ptx::to_float(found.x[e]);
+      if (fold.factor[c + e] < 0)  // all keys are equal there: it is not multiplied
+        y = (ptx::to_float(x.first[(row + r) * x.pitch + c + e]) - fold.centre[c + e]) *
+            -fold.factor[c + e];
+      sum += y * fold.gap[c + e];
+    }
+  }
+  return sum;
+}
 
 // What all rows first .. last - 1 see by position, those that there are not aside.
 DEVICE Range seen_by_all(const Head& head, int first, int last) {
@@ -78,7 +131,9 @@ DEVICE void hide(Product<M, N>& s, const Head& head, const Range* near, int row0
 
 template <int DIM, int VALUE_DIM>
 __global__ void __launch_bounds__(MMA_THREADS, 1)
-    scores_mma(INPUTS, out_type* __restrict__ out, float* __restrict__ level, Shape shape) {
+    scores_mma(INPUTS, const float* __restrict__ centre, const float* __restrict__ factor,
+               const float* __restrict__ gap, out_type* __restrict__ out,
+               float* __restrict__ level, Shape shape) {
   typedef Forward<DIM, VALUE_DIM> Sizes;
   constexpr int M = Sizes::WARP_TILES, N = Sizes::KEYS / 8, STAGES = Sizes::STAGES;
   extern __shared__ __align__(16) char memory[];
@@ -126,9 +181,19 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
     }
     ptx::cp_async_commit();  // a group for every tile, of nothing past the last
   };
-  queries.template load<Sizes::ROWS>(head.q, row0);
+  if (!centre) queries.template load<Sizes::ROWS>(head.q, row0);
 #pragma unroll
   for (int t = 0; t < STAGES - 1; t++) fetch(source.tiles.first + t);
+  source.constants[threadIdx.x] = 0;
+  if (centre) {
+    const i64 first = at / shape.group * DIM;
+    const QueryFold fold = {centre + first, factor + first, gap + first};
+    load_folded<Sizes::ROWS>(queries, head.q, row0, fold);
+    __syncthreads();
+    if (row0 + int(threadIdx.x) < shape.rows)
+      source.constants[threadIdx.x] =
+          row_constant(queries, head.q, row0, int(threadIdx.x), fold);
+  }
 
   // Logits in base 2 are `unit` times what stands in s.
   const bool plain = PLAIN && shape.scale > 0 && !key_bias && !bias;
@@ -193,7 +258,9 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
       const float sum = sum_in_row(total[m][i]), inverse = sum == 0 ? 0 : 1 / sum;
       if (lane() % 4 == 0 && row < shape.rows)
         level[source.at * shape.rows + row] =
-            sum == 0 ? MINUS_INFINITY : LN2 * (peak[m][i] * unit) + logarithm(sum);
+            sum == 0 ? MINUS_INFINITY
+                     : LN2 * (peak[m][i] * unit) + logarithm(sum) +
+                           source.constants[warp_row + sums.row(m, 2 * i)];
 #pragma unroll
       for (int n = 0; n < VALUE_DIM / 8; n++) {
         sums.x[m][n][2 * i] *= inverse;
