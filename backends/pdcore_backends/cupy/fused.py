@@ -17,7 +17,7 @@ from .programs import columns_for, scalar_of, tile
 from .query_fold import FoldedLoad
 from .runtime import BLOCKS, CAPABILITY, KernelCache, Runtime
 from .scores import Compiled, ScoreKernels
-from .tensor_cores import TensorCores, folded_in, forward, unfit
+from .tensor_cores import TensorCores, folded_in, forward, pullback, unfit
 
 __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
@@ -79,6 +79,8 @@ class KernelBackend(ArrayBackend):
     def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
                    d_level: Any) -> dict[str, Any]:  # fmt: skip
         """Pull back, by the kernels where they were chosen."""
+        if isinstance(c, TensorCores):
+            return pullback(self.kernels, c, o, out, level, d_out, d_level, xp=self.xp)
         if isinstance(c, Compiled):
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)

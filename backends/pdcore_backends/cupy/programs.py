@@ -23,6 +23,8 @@ _FILES = {
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
     "scores_delta": ("scores_delta.cu",),
     "scores_mma": ("mma_tiles.cuh", "scores_mma.cu"),
+    "scores_mma_rows": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
+    "scores_mma_keys": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
 }
 #: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
 STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")

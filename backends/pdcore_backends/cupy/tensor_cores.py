@@ -19,7 +19,10 @@ from .query_fold import FoldedLoad
 from .runtime import Runtime
 from .scores import Compiled, ScoreCall, ScoreKernels
 
-__all__ = ["WIDTHS", "TensorCores", "folded_in", "forward", "memory", "unfit"]
+__all__ = [
+    "WIDTHS", "TensorCores", "folded_in", "forward", "memory", "pullback", "pullback_memory",
+    "unfit",
+]  # fmt: skip
 
 #: Columns of queries and of values that tiles are made for.
 WIDTHS = (32, 64, 96, 128)
@@ -28,6 +31,8 @@ CAPABILITY = 80
 #: Of a block, MMA_THREADS of kernels/mma_tiles.cuh; and its rows, ROWS of kernels/scores_mma.cu.
 THREADS = 128
 ROWS = 128
+#: Rows, or keys, of a block of the pullback, OWN of kernels/scores_mma_vjp.cu.
+OWN = 64
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,12 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
     )
     if not known:
         return f"transformed rows may leave the range of {request.dtype}"
-    if request.vjp or request.weights:
-        return "tensor cores are for calls without gradients"
+    if request.weights:
+        return "the weights are array operations"
+    pooled = any(group.scale > 1 for group in plan.groups)
+    if request.vjp and (plan.transforms or pooled or plan.spec.kernel.parameters()):
+        return ("with gradients, tensor cores are for queries and keys as they are given, and a "
+                "kernel without parameters")  # fmt: skip
     return ""
 
 
@@ -83,6 +92,12 @@ def memory(dim: int, value_dim: int, plain: bool = True) -> int:
     return 2 * (ROWS * dim + stages * keys * (dim + value_dim)) + 8 * ROWS + 1280
 
 
+def pullback_memory(dim: int, value_dim: int) -> int:
+    """Give the same for a pullback, Backward::BYTES of kernels/scores_mma_vjp.cu."""
+    by, stages = 64 if dim + value_dim <= 128 else 32, 2
+    return 2 * (OWN + stages * by) * (dim + value_dim) + 8 * OWN + 1280
+
+
 def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
     """Contract, see `pdcore.score_contraction.scores`."""
     o = _handed_over(kernels.runtime, c, o, xp)
@@ -100,6 +115,33 @@ def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> t
             arguments = (*x.arrays, *_fold(o, xp), out, level, x.shape)
             kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
     return out, level
+
+
+def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level: Any, d_out: Any,
+             d_level: Any, *, xp: Any) -> dict[str, Any]:  # fmt: skip
+    """Pull back, see `pdcore.score_contraction.scores_vjp`."""
+    o = _handed_over(kernels.runtime, c, o, xp)
+    d_out = _rounded(d_out, c.dtype, xp)
+    with kernels.runtime.on(o.q):
+        call = ScoreCall(kernels, c, o, xp)
+        out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
+        given = (_aligned(kernels.runtime, d_out, xp), level, call.delta(out, level, d_out, d_level))
+        names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
+        grads = {n: call.result(*getattr(o, n).shape, dtype=getattr(o, n).dtype) for n in names}
+        x = call.packed
+        heads, program = x.batch * x.heads, call.program(d_out=d_out)
+        shared = pullback_memory(x.dim, x.value_dim)
+        keys = (grads["k"], grads["v"], grads.get("key_bias", NULL))
+        for name, count, results in (("rows", x.group * -(-x.rows // OWN), (grads["q"],)),
+                                     ("keys", -(-x.keys // OWN), keys)):  # fmt: skip
+            if heads * count:
+                name = f"scores_mma_{name}<{x.dim}, {x.value_dim}>"
+                kernel = kernels.cache.kernel(program, name, shared)
+                kernel((heads * count,), (THREADS,), (*x.arrays, *given, *results, x.shape),
+                       shared_mem=shared)  # fmt: skip
+        if o.bias is not None:
+            grads["bias"] = call.of_bias(given)
+    return grads
 
 
 def _fold(o: Operands, xp: Any) -> tuple[Any, ...]:

@@ -152,6 +152,15 @@ struct Product {
     }
   }
 
+  DEVICE_MEMBER void scale(float factor) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) x[m][n][e] *= factor;
+  }
+
   // Write rows row .. of an array (count, 8 N) without gaps.
   template <class T>
   DEVICE_MEMBER void write(T* to, int row0, int count) const {

@@ -106,25 +106,28 @@ DEVICE void to_logits(Product<M, N>& s, const Head& head, int row0, int key0) {
       }
 }
 
-// Put -inf where a row does not see a key; `near` holds what the rows see by position.
-template <int M, int N>
-DEVICE void hide(Product<M, N>& s, const Head& head, const Range* near, int row0, int key0) {
+// Put -inf where a row does not see a key; `near` holds what the rows see by position, or with
+// OF_KEYS, where keys are the rows of the product, what sees the keys.
+template <bool OF_KEYS = false, int M, int N>
+DEVICE void hide(Product<M, N>& s, const Head& head, const Range* near, int down, int across) {
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       const Range seen = near[s.row(m, i)];
+      const int own = down + s.row(m, i);
       unsigned allowed = ~0u;  // a bit for each entry, so that masks are read in a short loop
       if (head.key_mask || head.mask) {
 #pragma unroll 1
         for (int j = 0; j < 2 * N; j++) {
-          const int key = key0 + s.column(j / 2, j % 2);
-          if (seen.has(key) && !head.unmasked(row0 + s.row(m, i), key)) allowed ^= 1u << j;
+          const int other = across + s.column(j / 2, j % 2);
+          if (seen.has(other) && !head.unmasked(OF_KEYS ? other : own, OF_KEYS ? own : other))
+            allowed ^= 1u << j;
         }
       }
 #pragma unroll
       for (int j = 0; j < 2 * N; j++)
-        if (!seen.has(key0 + s.column(j / 2, j % 2)) || !(allowed >> j & 1))
+        if (!seen.has(across + s.column(j / 2, j % 2)) || !(allowed >> j & 1))
           s.x[m][j / 2][i + j % 2] = MINUS_INFINITY;
     }
 }
