@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cuda_gate import PAGE, assembled, compiled, on_two_cores, write
 
 from pdcore_backends.cupy.programs import STORED, Program
-from pdcore_backends.cupy.tensor_cores import WIDTHS, memory
+from pdcore_backends.cupy.tensor_cores import WIDTHS, memory, pullback_memory
 
 ARCHITECTURES = ("sm_80", "sm_90")
 #: The opcodes of machine code of sm_80 and sm_90, the low 12 bits of an instruction of 128.
@@ -33,8 +33,11 @@ class Usage(NamedTuple):
 
 
 def kernels() -> list[str]:
-    """List every instantiation that a launch can ask for."""
-    return [f"scores_mma<{dim}, {value_dim}>" for dim in WIDTHS for value_dim in WIDTHS]
+    """List every instantiation for arrays of bfloat16."""
+    both = [f"<{dim}, {value_dim}" for dim in WIDTHS for value_dim in WIDTHS]
+    endings = {"scores_mma": "", "scores_mma_rows": ", ptx::bf16",
+               "scores_mma_keys": ", ptx::bf16, ptx::bf16"}  # fmt: skip
+    return [f"{name}{widths}{ending}>" for name, ending in endings.items() for widths in both]
 
 
 def program(dtype: str = "bfloat16") -> Program:
@@ -44,14 +47,15 @@ def program(dtype: str = "bfloat16") -> Program:
 
 def sizes(name: str) -> tuple[int, int]:
     """Read the columns of queries and of values."""
-    dim, value_dim = map(int, re.findall(r"\d+", name))
+    dim, value_dim = map(int, re.findall(r"\d+", name)[:2])
     return dim, value_dim
 
 
 def usage(name: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
     found = [compiled(program().text(name), name, arch) for arch in ARCHITECTURES]
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), memory(*sizes(name)))
+    shared = memory if name.startswith("scores_mma<") else pullback_memory
+    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), shared(*sizes(name)))
 
 
 def measured() -> dict[str, Usage]:

@@ -64,7 +64,9 @@ def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
     expression = cuda_gate_programs.lowered(spec).expression
     program = replace(cuda_gate_tensor_cores.program("float16"), expression=expression)
     for arch in cuda_gate_tensor_cores.ARCHITECTURES:
-        for name in ("scores_mma<128, 128>", "scores_mma<128, 96>", "scores_mma<128, 64>"):
+        for name in ("scores_mma<128, 128>", "scores_mma<128, 96>", "scores_mma<128, 64>",
+                     "scores_mma_rows<128, 128, float>",
+                     "scores_mma_keys<128, 128, float, float>"):  # fmt: skip
             assert cuda_gate.compiled(program.text(name), name, arch)[1] == 0, (name, arch)
 
 

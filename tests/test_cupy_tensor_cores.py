@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, normal_case
+from strategies import Case, cotangents, normal_case
 
 import pdcore
 from pdcore import plugins
@@ -31,7 +31,7 @@ if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
 from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import CALLS, normal, ones_and_zeros, request_of  # noqa: E402
+from test_cupy_kernels import CALLS, Tempered, normal, ones_and_zeros, request_of  # noqa: E402
 
 TESTS = Path(__file__).resolve().parent
 DTYPES = ("float16", "bfloat16")
@@ -50,8 +50,8 @@ def case_of(spec: str, dtype: str = "bfloat16", **call: Any) -> Case:
     return normal_case(spec, dtype=dtype_of(dtype), **{**WIDE, **call})
 
 
-def fused(backend: EmulatedBackend, case: Case) -> Any:
-    plan = backend.fuse(case.plan(), request_of(case))
+def fused(backend: EmulatedBackend, case: Case, **asked: Any) -> Any:
+    plan = backend.fuse(case.plan(), request_of(case, **asked))
     assert isinstance(plan.contraction, TensorCores), plan.steps
     return plan
 
@@ -65,6 +65,17 @@ def check(backend: EmulatedBackend, case: Case) -> tuple[Any, Any]:
     return out, lse
 
 
+def check_gradients(backend: EmulatedBackend, case: Case) -> None:
+    """Hold out, lse and all gradients against their budgets."""
+    out, lse, vjp = backend.attention_vjp(fused(backend, case, vjp=True), case.inputs())
+    d_out, d_lse = (x.astype(case.q.dtype) for x in cotangents(case, lse))
+    found = {"out": out, "lse": lse}
+    found |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
+    wanted = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
+    for name, verdict in judge({n: found[n] for n in wanted.oracle}, wanted).items():
+        assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
+
+
 FITTING = [name for name, (spec, _) in CALLS.items() if not spec.startswith(("linear", "relu"))]
 
 
@@ -73,6 +84,30 @@ FITTING = [name for name, (spec, _) in CALLS.items() if not spec.startswith(("li
 def test_forward(backend: Any, name: str, dtype: str) -> None:
     spec, call = CALLS[name]
     check(backend, case_of(spec, dtype, **{**call, **WIDE}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FITTING)
+def test_gradients(backend: Any, name: str, dtype: str) -> None:
+    spec, call = CALLS[name]
+    check_gradients(backend, case_of(spec, dtype, **{**call, **WIDE}))
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (96, 32), (32, 128), (128, 128)], ids=str)
+def test_gradients_of_several_tiles(backend: Any, widths: tuple[int, int]) -> None:
+    dim, value_dim = widths
+    case = case_of("causal+sparse(90,3)", **LONG, d=dim, dv=value_dim, offset=7, heads=1,
+                   key_mask=ones_and_zeros(2, 150))  # fmt: skip
+    check_gradients(backend, case)
+    both = [f"<{dim}, {value_dim}, ptx::bf16", f"<{dim}, {value_dim}, ptx::bf16, ptx::bf16"]
+    assert backend.runtime.launches[-2:] == [f"scores_mma_rows{both[0]}>",
+                                             f"scores_mma_keys{both[1]}>"]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["softmax(softcap=2)", "polynomial(degree=2,coef0=1)", "bn",
+                                  "cosine+bn(statistics=running)", "gaussian(0.2)+sh(1,2)"])  # fmt: skip
+def test_gradients_of_expressions_and_transformed_rows(backend: Any, spec: str) -> None:
+    check_gradients(backend, case_of(spec, n=35, m=70))
 
 
 @pytest.mark.parametrize(
@@ -159,11 +194,12 @@ def test_rows_that_16_bytes_cannot_be_read_from_are_copied(backend: Any) -> None
 @pytest.mark.parametrize("schedule", cuda_on_cpu.SCHEDULES)
 def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -> None:
     case = case_of("causal", n=70, m=150, offset=60, group=1, bias=normal(1, 150))
-    plan = fused(backend, case)
+    plan = fused(backend, case, vjp=True)
     results = []
     for how in ("lockstep", schedule):
         with cuda_on_cpu.using(schedule=how, seed=3):
-            results.append(backend.attention(plan, case.inputs(), lse=True))
+            out, lse, vjp = backend.attention_vjp(plan, case.inputs())
+            results.append([out, lse, *vjp(out, lse).values()])
     for first, second in zip(*results, strict=True):
         np.testing.assert_array_equal(first, second)
 
@@ -180,6 +216,8 @@ for spec, call in (
 ):
     case = case_of(spec, n=35, heads=1, lead=(), **call)
     backend.attention(fused(backend, case), case.inputs())
+    out, lse, vjp = backend.attention_vjp(fused(backend, case, vjp=True), case.inputs())
+    vjp(out, lse)
 print(sorted(set(backend.runtime.launches)))
 """
 
@@ -191,7 +229,8 @@ def test_sanitizers_find_nothing(sanitizer: str) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", SANITIZED], check=False,
                           capture_output=True, text=True, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "scores_mma" in done.stdout
+    for name in ("", "_rows", "_keys"):
+        assert f"scores_mma{name}<32, 32" in done.stdout
 
 
 # --- what runs them -------------------------------------------------------------------------------
@@ -231,10 +270,19 @@ def asked(spec: str = "softmax", dim: int = 64, **more: Any) -> Request:
         (asked("linear+sparse(2,2)"), 90, "weights that have a logarithm"),
         (asked("causal+bn(statistics=prefix)"), 90, "may leave the range of bfloat16"),
         (asked("mixture"), 90, "may leave the range of bfloat16"),
-        (asked(vjp=True), 90, "without gradients"),
+        (asked("bn", vjp=True), 90, ""),
     ],
 )
 def test_what_tensor_cores_do_not_run(request_: Request, capability: int, reason: str) -> None:
     found = unfit(lower_request(request_), request_, capability)
     assert reason in found
     assert bool(found) == bool(reason)
+
+
+def test_gradients_of_parameters_run_on_cuda_cores() -> None:
+    spec = pdcore.AttentionSpec(kernel=Tempered())
+    for vjp, reason in ((False, ""), (True, "no gradients of a kernel's parameters")):
+        request = replace(asked(vjp=vjp), spec=spec)
+        found = unfit(lower_request(request), request, 90)
+        assert reason in found
+        assert bool(found) == bool(reason)

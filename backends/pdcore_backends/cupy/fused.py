@@ -48,7 +48,7 @@ class KernelBackend(ArrayBackend):
             if not why:
                 step = f"kernel: tiles of tensor cores in {request.dtype}, with {what} compiled in"
                 found = c.run_as(TensorCores, rounds=rounds, dtype=request.dtype)
-                plan = folded_in(replace(plan, steps=(*plan.steps, step)), request.dtype)
+                plan = folded_in(replace(plan, steps=(*plan.steps, step)), request)
                 return replace(plan, contraction=found)
             step += f", {_stored(plan, request.dtype, rounds)}; {why}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),

@@ -10,7 +10,9 @@ from importlib.resources import files
 from pdcore.expression import Expression
 from pdcore.plan import Scores
 
-__all__ = ["COLUMNS", "STORED", "Program", "columns_for", "memory", "scalar_of", "tile"]
+__all__ = [
+    "COLUMNS", "STORED", "Program", "columns_for", "memory", "scalar_of", "tile", "type_of",
+]  # fmt: skip
 
 #: Columns of a result that a block holds in registers; more columns take more blocks.
 COLUMNS = (32, 64, 128, 256)
@@ -126,6 +128,11 @@ def _read(name: str) -> str:
 def scalar_of(dtype: str) -> str:
     """Give the type of CUDA C++ in which arrays of a dtype are computed."""
     return "double" if dtype == "float64" else "float"
+
+
+def type_of(dtype: str) -> str:
+    """Give the type of CUDA C++ of an array."""
+    return _TYPES.get(dtype) or scalar_of(dtype)
 
 
 def tile(scalar: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pdcore.errors import UnsupportedError
 from pdcore.transform import Fold, Pullback, Rows
 
 __all__ = ["FoldedLoad", "QueryFold"]
@@ -59,7 +60,9 @@ class FoldedLoad:
         )
 
         def pullback(d: Rows) -> Any:
-            # The value does not depend on c, so neither does its gradient.
-            return self.fold(rows, state, params, xp=xp)[1](d)
+            raise UnsupportedError(
+                "the fold in the query load has no pullback; choose the plan of a call with "
+                "gradients by a Request with vjp=True, which keeps pdcore.transform.Fold"
+            )
 
         return rows._replace(k=rows.k if exact else rows.k - mean, fold=fold), pullback

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pdcore.arrays import dtype_name
 from pdcore.backend import Request
 from pdcore.normalization import Batch, Identity
 from pdcore.operands import Operands
@@ -15,6 +16,7 @@ from pdcore.plan import Plan, Scores
 from pdcore.transform import Fold
 
 from .operands import NULL
+from .programs import type_of
 from .query_fold import FoldedLoad
 from .runtime import Runtime
 from .scores import Compiled, ScoreCall, ScoreKernels
@@ -66,20 +68,24 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
         return f"transformed rows may leave the range of {request.dtype}"
     if request.weights:
         return "the weights are array operations"
-    pooled = any(group.scale > 1 for group in plan.groups)
-    if request.vjp and (plan.transforms or pooled or plan.spec.kernel.parameters()):
-        return ("with gradients, tensor cores are for queries and keys as they are given, and a "
-                "kernel without parameters")  # fmt: skip
+    if request.vjp and plan.spec.kernel.parameters():
+        return "tensor cores give no gradients of a kernel's parameters"
     return ""
 
 
-def folded_in(plan: Plan, dtype: str) -> Plan:
-    """Let the query load fold the statistics of the keys, where queries of `dtype` hold the result.
+def folded_in(plan: Plan, request: Request) -> Plan:
+    """Let the query load fold the statistics of the keys, where 16-bit queries hold the result.
 
-    Those of float16 do not; given statistics need not be those of the keys, see `FoldedLoad`.
+    Those of float16 do not; given statistics need not be those of the keys, see `FoldedLoad`; and
+    a pullback needs the row constant apart from L.
     """
     first = plan.transforms[0] if len(plan.transforms) == 1 else None
-    if dtype != "bfloat16" or not isinstance(first, Fold) or plan.summary is None:
+    if (
+        request.vjp
+        or request.dtype != "bfloat16"
+        or not isinstance(first, Fold)
+        or plan.summary is None
+    ):
         return plan
     step = "fold: as the kernel reads queries, with c = 0 for keys that are not pooled"
     return replace(plan, transforms=(FoldedLoad(first),), steps=(*plan.steps, step))
@@ -119,26 +125,31 @@ def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> t
 
 def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level: Any, d_out: Any,
              d_level: Any, *, xp: Any) -> dict[str, Any]:  # fmt: skip
-    """Pull back, see `pdcore.score_contraction.scores_vjp`."""
+    """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of."""
+    names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
+    like = {name: getattr(o, name) for name in names}
     o = _handed_over(kernels.runtime, c, o, xp)
     d_out = _rounded(d_out, c.dtype, xp)
     with kernels.runtime.on(o.q):
         call = ScoreCall(kernels, c, o, xp)
         out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
-        given = (_aligned(kernels.runtime, d_out, xp), level, call.delta(out, level, d_out, d_level))
-        names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
-        grads = {n: call.result(*getattr(o, n).shape, dtype=getattr(o, n).dtype) for n in names}
+        d_out = _aligned(kernels.runtime, d_out, xp)
+        given = (d_out, level, call.delta(out, level, d_out, d_level))
+        grads = {name: call.result(*x.shape, dtype=x.dtype) for name, x in like.items()}
+        types = {name: type_of(dtype_name(x)) for name, x in like.items()}
         x = call.packed
-        heads, program = x.batch * x.heads, call.program(d_out=d_out)
-        shared = pullback_memory(x.dim, x.value_dim)
-        keys = (grads["k"], grads["v"], grads.get("key_bias", NULL))
-        for name, count, results in (("rows", x.group * -(-x.rows // OWN), (grads["q"],)),
-                                     ("keys", -(-x.keys // OWN), keys)):  # fmt: skip
-            if heads * count:
-                name = f"scores_mma_{name}<{x.dim}, {x.value_dim}>"
-                kernel = kernels.cache.kernel(program, name, shared)
-                kernel((heads * count,), (THREADS,), (*x.arrays, *given, *results, x.shape),
-                       shared_mem=shared)  # fmt: skip
+        shared, program = pullback_memory(x.dim, x.value_dim), call.program(d_out=d_out)
+
+        def launch(name: str, blocks: int, *results: Any) -> None:
+            if blocks:
+                kernel = kernels.cache.kernel(program, f"scores_mma_{name}>", shared)
+                arguments = (*x.arrays, *given, *results, x.shape)
+                kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
+
+        heads, sizes = x.batch * x.heads, f"<{x.dim}, {x.value_dim}"
+        launch(f"rows{sizes}, {types['q']}", heads * x.group * -(-x.rows // OWN), grads["q"])
+        launch(f"keys{sizes}, {types['k']}, {types['v']}", heads * -(-x.keys // OWN), grads["k"],
+               grads["v"], grads.get("key_bias", NULL))  # fmt: skip
         if o.bias is not None:
             grads["bias"] = call.of_bias(given)
     return grads

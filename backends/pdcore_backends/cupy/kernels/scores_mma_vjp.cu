@@ -73,9 +73,9 @@ DEVICE Pulled pulled(const Head& head, bool plain, float s, float d_weight, int 
 }
 
 // dq, (batch, heads, group, rows, dim).
-template <int DIM, int VALUE_DIM>
+template <int DIM, int VALUE_DIM, class TO>
 __global__ void __launch_bounds__(MMA_THREADS, 1)
-    scores_mma_rows(INPUTS, COTANGENTS, element* __restrict__ dq, Shape shape) {
+    scores_mma_rows(INPUTS, COTANGENTS, TO* __restrict__ dq, Shape shape) {
   typedef Backward<DIM, VALUE_DIM> Sizes;
   extern __shared__ __align__(16) char memory[];
   const Buffers<DIM, VALUE_DIM> buffers = {memory};
@@ -140,18 +140,18 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
   sums.write(dq + at * shape.rows * DIM, row0 + warp_row, shape.rows);
 }
 
-// What sees all keys first .. last - 1 by position, those that there are not aside.
+// What sees all keys first .. last - 1 by position; nothing, where not all of them are there.
 DEVICE Range that_see_all(const Head& head, int first, int last) {
-  last = int(smaller(last, head.shape->keys));
-  if (first >= last) return {0, head.shape->rows};
+  if (last > head.shape->keys) return {0, 0};
+  // Both ends grow with the key.
   return {head.rows_of(last - 1, last).first, head.rows_of(first, first + 1).last};
 }
 
 // dk and dv, (batch, heads, keys, dim) and (batch, heads, keys, value_dim), and the key bias's,
 // (batch, heads, keys), over all query heads of a key head.
-template <int DIM, int VALUE_DIM>
+template <int DIM, int VALUE_DIM, class TO, class TO_VALUES>
 __global__ void __launch_bounds__(MMA_THREADS, 1)
-    scores_mma_keys(INPUTS, COTANGENTS, element* __restrict__ dk, element* __restrict__ dv,
+    scores_mma_keys(INPUTS, COTANGENTS, TO* __restrict__ dk, TO_VALUES* __restrict__ dv,
                     float* __restrict__ d_key_bias, Shape shape) {
   typedef Backward<DIM, VALUE_DIM> Sizes;
   extern __shared__ __align__(16) char memory[];
