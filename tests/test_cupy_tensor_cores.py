@@ -81,14 +81,7 @@ FITTING = [name for name, (spec, _) in CALLS.items() if not spec.startswith(("li
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FITTING)
-def test_forward(backend: Any, name: str, dtype: str) -> None:
-    spec, call = CALLS[name]
-    check(backend, case_of(spec, dtype, **{**call, **WIDE}))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FITTING)
-def test_gradients(backend: Any, name: str, dtype: str) -> None:
+def test_forward_and_gradients(backend: Any, name: str, dtype: str) -> None:
     spec, call = CALLS[name]
     check_gradients(backend, case_of(spec, dtype, **{**call, **WIDE}))
 
@@ -104,8 +97,11 @@ def test_gradients_of_several_tiles(backend: Any, widths: tuple[int, int]) -> No
                                              f"scores_mma_keys{both[1]}>"]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["softmax(softcap=2)", "polynomial(degree=2,coef0=1)", "bn",
-                                  "cosine+bn(statistics=running)", "gaussian(0.2)+sh(1,2)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    ["softmax(softcap=2)", "polynomial(degree=2,coef0=1)", "bn", "cosine+bn(statistics=running)",
+     "gaussian(0.2)+sh(1,2)"],
+)  # fmt: skip
 def test_gradients_of_expressions_and_transformed_rows(backend: Any, spec: str) -> None:
     check_gradients(backend, case_of(spec, n=35, m=70))
 
@@ -282,7 +278,7 @@ def test_what_tensor_cores_do_not_run(request_: Request, capability: int, reason
 def test_gradients_of_parameters_run_on_cuda_cores() -> None:
     spec = pdcore.AttentionSpec(kernel=Tempered())
     for vjp, reason in ((False, ""), (True, "no gradients of a kernel's parameters")):
-        request = replace(asked(vjp=vjp), spec=spec)
+        request = asked(vjp=vjp)._replace(spec=spec)
         found = unfit(lower_request(request), request, 90)
         assert reason in found
         assert bool(found) == bool(reason)
