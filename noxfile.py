@@ -110,11 +110,20 @@ def example_regressors(session: nox.Session) -> None:
     session.run("python", "examples/compare_regressors.py", *session.posargs)
 
 
+# Numbers, which one Python shows as well as another, and processes by the dozen.
+OF_ONE_PYTHON = (
+    "precision", "invariances", "gradients", "reference", "properties", "mutants", "speed",
+    "gpu_command",
+)  # fmt: skip
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests, on NumPy and array-api-strict."""
+    """Run the tests, on NumPy and array-api-strict; the grids of numbers on nox's own Python."""
     install_for_tests(session, "-e", ".[cli,conformance]")
-    run_tests(session, "-m", NUMPY_ONLY)
+    left_out = () if session.python == RUNNING else OF_ONE_PYTHON
+    ignored = [f"--ignore=tests/test_{name}.py" for name in left_out]
+    run_tests(session, "-m", NUMPY_ONLY, *ignored)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

@@ -1,7 +1,7 @@
 """`ArrayBackend`: every plan, in array-API calls, for any array library.
 
 A new plugin names its library and is complete; it then overrides `scores`, `features`,
-`statistics` or `pool` (and the pullbacks of the two contractions) with fast code, one at a time.
+`statistics` or `pool` (and their pullbacks) with fast code, one at a time.
 """
 
 from __future__ import annotations
@@ -121,6 +121,17 @@ class ArrayBackend(Backend):
             previous = stats.finalize(self.merged(stats, state), xp=xp)
         assert previous is not None
         return previous
+
+    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+        """Pull a cotangent of a state back to the keys, see `Statistics.vjp`."""
+        return summary.statistics.vjp(keys, mask, final, cotangent, xp=self.xp)
+
+    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
+                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+        """Pull cotangents of the states of many prefixes back, see `Moments.prefix_vjp`."""
+        assert isinstance(summary.statistics, Moments)
+        return summary.statistics.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Merge the state of these keys with those of a sequence's other keys; here, of none."""
@@ -260,10 +271,13 @@ class ArrayBackend(Backend):
             dk, dv = cotangent.k, grads["v"]
             if dstate:
                 assert summary is not None
-                dk = dk + _statistics_vjp(
-                    summary, call.taken("statistics_vjp", k), real, final, dstate, visibility,
-                    q.shape, xp,
-                )  # fmt: skip
+                k_ = call.taken("statistics_vjp", k)
+                seen = None if real is None else real[..., None]
+                if summary.scope == "prefix":
+                    dk = dk + self._prefixes_vjp(summary, k_, seen, final, dstate, visibility,
+                                                 q.shape)  # fmt: skip
+                else:
+                    dk = dk + self.statistics_vjp(summary, k_, seen, final, dstate)
             if pools:
                 dk, dv = pools[0](dk), pools[1](dv)
             found = {"q": xp.reshape(cotangent.q, q.shape), "k": dk, "v": dv, **dparams}
@@ -273,6 +287,16 @@ class ArrayBackend(Backend):
 
         return _GroupRun(*finish.result(), pull if vjp else None,
                          lambda: finish.weights(c, weights, self))  # fmt: skip
+
+    def _prefixes_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                      dstate: Mapping[str, Any], visibility: Visibility,
+                      shape: tuple[int, ...]) -> Any:  # fmt: skip
+        """Pull back the states that each query row read, (*B, H, G N, D)."""
+        xp = self.xp
+        cotangent = {n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3)
+                     for n, d in dstate.items()}  # fmt: skip
+        rows = _at_rows(final, visibility, (*shape[:-3], 1, *shape[-2:]), xp)
+        return self.prefix_vjp(summary, keys, mask, rows, cotangent, visibility.later_rows())
 
 
 def _missing_pullbacks(request: Request) -> list[str]:
@@ -304,16 +328,3 @@ def _at_rows(final: Mapping[str, Any], visibility: Visibility, shape: tuple[int,
         spread = xp.broadcast_to(picked[..., None, :, :], (*shape[:-1], picked.shape[-1]))
         state[name] = xp.reshape(spread, (*lead, picked.shape[-1]))
     return state
-
-
-def _statistics_vjp(summary: Summary, keys: Any, real: Any, final: Mapping[str, Any],
-                    dstate: Mapping[str, Any], visibility: Visibility, shape: tuple[int, ...],
-                    xp: Any) -> Any:  # fmt: skip
-    mask = None if real is None else real[..., None]
-    if summary.scope != "prefix":
-        return summary.statistics.vjp(keys, mask, final, dstate, xp=xp)
-    assert isinstance(summary.statistics, Moments)
-    rows = {n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3)
-            for n, d in dstate.items()}  # fmt: skip
-    state = _at_rows(final, visibility, (*shape[:-3], 1, *shape[-2:]), xp)
-    return summary.statistics.prefix_vjp(keys, mask, state, rows, visibility.later_rows(), xp=xp)

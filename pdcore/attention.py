@@ -234,11 +234,14 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
         if p.name not in params:
             from array_api_compat import array_namespace
 
+            from .call import accumulation
             from .validation import parameter_shape
 
             shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
-            params[p.name] = array_namespace(inputs.q).full(
-                shape, p.default, dtype=inputs.q.dtype, device=inputs.q.device
+            xp = array_namespace(inputs.q)
+            # 16 bit would round the default.
+            params[p.name] = xp.full(
+                shape, p.default, dtype=accumulation(inputs.q, xp), device=inputs.q.device
             )
     return inputs._replace(offset=offset, params=params)
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from pdcore_backends.cupy.columns import RowProgram, instances
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
@@ -43,27 +44,42 @@ def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
     names += ["scores_bias", "scores_delta"]
-    return [(name, scalar) for name in names for scalar in SCALARS]
+    return [*((name, scalar) for name in names for scalar in SCALARS), *row_kernels()]
+
+
+def row_kernels() -> list[tuple[str, str]]:
+    """List the kernels of rows; what reads them reads 16 bits too where sums are in float."""
+    by_dtype = [(instances(dtype), scalar) for dtype, scalar in
+                (("float32", "float"), ("float64", "double"), ("float16", "float"),
+                 ("bfloat16", "float"))]  # fmt: skip
+    found = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
+    return list(dict.fromkeys(found))
 
 
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    found = [compiled(Program(scalar).text(name), name, arch) for arch in ARCHITECTURES]
+    of_rows = (name, scalar) in row_kernels()
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    shared = 0 if name == "scores_delta" else memory(scalar, columns)
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), shared)
+    dynamic = 0 if of_rows or name == "scores_delta" else memory(scalar, columns)
+    text = (RowProgram(scalar) if of_rows else Program(scalar)).text(name)
+    found = [compiled(text, name, arch) for arch in ARCHITECTURES]
+    registers, spilled, declared = zip(*found, strict=True)
+    return Usage(registers, sum(spilled), dynamic + max(declared))
 
 
-def compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
-    """Give registers and bytes spilled; kept beside the emulator's builds by all that matters."""
+def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
+    """Give registers, bytes spilled, and bytes of shared memory that the kernel declares.
+
+    They are kept beside the emulator's builds by all that matters.
+    """
     from cuda_on_cpu.build import cache_folder
     from cupy.cuda import nvrtc
 
     key = repr((nvrtc.getVersion(), architecture, name, code)).encode()
-    kept = cache_folder() / f"gate-{hashlib.sha256(key).hexdigest()[:24]}.json"
+    kept = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
     if kept.exists():
-        registers, spilled = json.loads(kept.read_text(encoding="utf-8"))
-        return registers, spilled
+        registers, spilled, declared = json.loads(kept.read_text(encoding="utf-8"))
+        return registers, spilled, declared
     found, _ = assembled(code, name, architecture)
     kept.parent.mkdir(parents=True, exist_ok=True)
     whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
@@ -72,8 +88,8 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
     return found
 
 
-def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int], bytes]:
-    """Give registers and bytes spilled, and the cubin."""
+def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int, int], bytes]:
+    """Give registers, bytes spilled and shared memory declared, and the cubin."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -91,7 +107,8 @@ def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int],
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    return (int(registers), spilled), cubin
+    declared = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
+    return (int(registers), spilled, declared), cubin
 
 
 def measured() -> dict[tuple[str, str], Usage]:

@@ -45,8 +45,8 @@ def usage(program: Program) -> tuple[int, ...]:
     most, spilled = [], 0
     for arch in ARCHITECTURES:
         found = [compiled(program.text(name), name, arch) for name in KERNELS]
-        most.append(max(registers for registers, _ in found))
-        spilled += sum(bytes_ for _, bytes_ in found)
+        most.append(max(registers for registers, _, _ in found))
+        spilled += sum(bytes_ for _, bytes_, _ in found)
     return (*most, spilled)
 
 

@@ -55,7 +55,7 @@ def usage(name: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
     found = [compiled(program().text(name), name, arch) for arch in ARCHITECTURES]
     shared = memory if name.startswith("scores_mma<") else pullback_memory
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), shared(*sizes(name)))
+    return Usage(tuple(r for r, *_ in found), sum(s for _, s, _ in found), shared(*sizes(name)))
 
 
 def measured() -> dict[str, Usage]:

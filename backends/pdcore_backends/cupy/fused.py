@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,29 +12,39 @@ from pdcore.backend import Inputs, Request
 from pdcore.call import Call
 from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores
+from pdcore.plan import Features, Plan, Scores, Summary
 
+from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
 from .query_fold import FoldedLoad
-from .runtime import BLOCKS, CAPABILITY, KernelCache, Runtime
+from .runtime import BLOCKS, KernelCache, Runtime, too_old
 from .scores import Compiled, ScoreKernels
+from .statistics import CompiledSummary, MomentKernels, summarised
 from .tensor_cores import TensorCores, folded_in, forward, pullback, unfit
 
 __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
 
 class KernelBackend(ArrayBackend):
-    """Runs contractions by scores on the kernels of a runtime, and all else by array calls."""
+    """Runs contractions by scores, moments and pooling on the kernels of a runtime.
+
+    All else runs by array calls.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        self.kernels = ScoreKernels(KernelCache(runtime))
+        cache = KernelCache(runtime)
+        self.kernels = ScoreKernels(cache)
+        self.moments = MomentKernels(cache)
+        self.pooling = PoolKernels(cache)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernels where they compute the plan, see `Backend.fuse`."""
-        c = plan.contraction
         capability = self.runtime.capability(request.device)
+        plan = pooled(plan, request, capability, self.info.library)
+        plan = summarised(plan, request, capability, self.info.library)
+        c = plan.contraction
         why = limit(plan, request, capability)
         if why or not isinstance(c, Scores):
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
@@ -62,11 +73,42 @@ class KernelBackend(ArrayBackend):
         return super().call(plan, inputs)
 
     def native(self, plan: Plan) -> frozenset[str]:
-        """Read 16-bit arrays where the kernels contract, see `ArrayBackend.native`."""
-        steps = {"contraction"} if isinstance(plan.contraction, Compiled) else set()
-        if steps and all(isinstance(step, FoldedLoad) for step in plan.transforms):
-            steps.add("transforms")
-        return frozenset(steps)
+        """Read 16-bit arrays where kernels run, see `ArrayBackend.native`."""
+        kernels = {"contraction": isinstance(plan.contraction, Compiled),
+                   "pool": isinstance(plan.pool, CompiledPool)}  # fmt: skip
+        by_kernel = isinstance(plan.summary, CompiledSummary)
+        kernels |= dict.fromkeys(("statistics", "statistics_vjp"), by_kernel)
+        folded = all(isinstance(step, FoldedLoad) for step in plan.transforms)
+        kernels["transforms"] = kernels["contraction"] and folded
+        return frozenset(step for step, chosen in kernels.items() if chosen)
+
+    def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Pool keys or values, by the kernels where they were chosen."""
+        if isinstance(kind, CompiledPool):
+            return self.pooling.pool(x, weights, xp=self.xp)
+        return super().pool(kind, x, weights)
+
+    def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute a finalised state of the keys, by the kernels where they were chosen."""
+        if not isinstance(summary, CompiledSummary):
+            return super().statistics(summary, keys, mask)
+        if summary.scope == "prefix":
+            return self.moments.prefixes(keys, mask, xp=self.xp)
+        return self.moments.moments(keys, mask, shared=summary.scope == "batch", xp=self.xp)
+
+    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+        """Pull a state back, by the kernels where they were chosen."""
+        if isinstance(summary, CompiledSummary):
+            return self.moments.vjp(keys, mask, final, cotangent, xp=self.xp)
+        return super().statistics_vjp(summary, keys, mask, final, cotangent)
+
+    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
+                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+        """Pull the states of prefixes back, by the kernels where they were chosen."""
+        if isinstance(summary, CompiledSummary):
+            return self.moments.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
+        return super().prefix_vjp(summary, keys, mask, rows, cotangent, later)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
@@ -125,9 +167,8 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
         return "no kernel takes log features, whose maxima differ from block to block"
     if not request.q[-1]:
         return "got D = 0, and a tile takes one feature at least"
-    if capability < CAPABILITY:
-        return (f"the device has compute capability {capability / 10}, and the kernels are for "
-                f"{CAPABILITY / 10} and later")  # fmt: skip
+    if why := too_old(capability):
+        return why
     size = tile(scalar_of(plan.accumulate))
     *lead, rows, dim = request.q
     keys, value_dim = request.v[-2:]

@@ -11,8 +11,17 @@ from pdcore.expression import Expression
 from pdcore.plan import Scores
 
 __all__ = [
-    "COLUMNS", "STORED", "Program", "columns_for", "memory", "scalar_of", "tile", "type_of",
-]  # fmt: skip
+    "COLUMNS",
+    "HALVES",
+    "STORED",
+    "Program",
+    "columns_for",
+    "memory",
+    "read",
+    "scalar_of",
+    "tile",
+    "type_of",
+]
 
 #: Columns of a result that a block holds in registers; more columns take more blocks.
 COLUMNS = (32, 64, 128, 256)
@@ -30,7 +39,8 @@ _FILES = {
 }
 #: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
 STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")
-_TYPES = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
+#: The types of CUDA C++ that arrays of 16 bits have.
+HALVES = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Program:
             The dtypes of what it reads and writes, of `STORED`.
         """
         scalar = scalar_of("float64" if "float64" in dtypes.values() else "float32")
-        stored = tuple((n, dtypes[n]) for n in STORED if dtypes.get(n) in _TYPES)
+        stored = tuple((n, dtypes[n]) for n in STORED if dtypes.get(n) in HALVES)
         if c.expression is None:
             return cls(scalar, c.weight, stored=stored)
         return cls(scalar, c.weight, c.expression, values, stored)
@@ -78,10 +88,10 @@ class Program:
     def text(self, kernel: str) -> str:
         """Give the source of a kernel, ``"scores_rows<64>"`` with the name of an instantiation."""
         sources = ("ptx.cuh", "tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
-        ptx, tiles, *rest = (_read(name) for name in sources)
+        ptx, tiles, *rest = (read(name) for name in sources)
         stored = dict(self.stored)
         types = [f"typedef {self.scalar} scalar;",
-                 *(f"typedef {_TYPES.get(stored.get(n, ''), 'scalar')} {n}_type;"
+                 *(f"typedef {HALVES.get(stored.get(n, ''), 'scalar')} {n}_type;"
                    for n in STORED)]  # fmt: skip
         return "\n".join([ptx, *types, tiles, self._weight(), *rest])
 
@@ -120,7 +130,8 @@ def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
 
 
 @cache
-def _read(name: str) -> str:
+def read(name: str) -> str:
+    """Give the text of a file of kernels/."""
     text = (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
     return text.replace("#pragma once\n", "")  # it is not included but stands in the text
 
@@ -132,7 +143,7 @@ def scalar_of(dtype: str) -> str:
 
 def type_of(dtype: str) -> str:
     """Give the type of CUDA C++ of an array."""
-    return _TYPES.get(dtype) or scalar_of(dtype)
+    return HALVES.get(dtype) or scalar_of(dtype)
 
 
 def tile(scalar: str) -> int:
