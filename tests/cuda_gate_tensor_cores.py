@@ -33,8 +33,10 @@ class Usage(NamedTuple):
 
 
 def kernels() -> list[str]:
-    """List every instantiation for arrays of bfloat16."""
-    both = [f"<{dim}, {value_dim}" for dim in WIDTHS for value_dim in WIDTHS]
+    """List instantiations for arrays of bfloat16: D and Dv alike, and as far apart as can be."""
+    ends = WIDTHS[0], WIDTHS[-1]
+    pairs = [*((width, width) for width in WIDTHS), ends, ends[::-1]]
+    both = [f"<{dim}, {value_dim}" for dim, value_dim in pairs]
     endings = {"scores_mma": "", "scores_mma_rows": ", ptx::bf16",
                "scores_mma_keys": ", ptx::bf16, ptx::bf16"}  # fmt: skip
     return [f"{name}{widths}{ending}>" for name, ending in endings.items() for widths in both]

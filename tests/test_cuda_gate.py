@@ -64,8 +64,7 @@ def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
     expression = cuda_gate_programs.lowered(spec).expression
     program = replace(cuda_gate_tensor_cores.program("float16"), expression=expression)
     for arch in cuda_gate_tensor_cores.ARCHITECTURES:
-        for name in ("scores_mma<128, 128>", "scores_mma<128, 96>", "scores_mma<128, 64>",
-                     "scores_mma_rows<128, 128, float>",
+        for name in ("scores_mma<128, 128>", "scores_mma_rows<128, 128, float>",
                      "scores_mma_keys<128, 128, float, float>"):  # fmt: skip
             assert cuda_gate.compiled(program.text(name), name, arch)[1] == 0, (name, arch)
 
@@ -74,15 +73,15 @@ def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
 @pytest.mark.parametrize("arch", cuda_gate_tensor_cores.ARCHITECTURES)
 def test_products_are_instructions_of_tensor_cores(arch: str, dtype: str) -> None:
     pytest.importorskip("cupy")
-    for name, keys in (("scores_mma<64, 64>", 64), ("scores_mma<32, 96>", 32)):
-        dim, value_dim = cuda_gate_tensor_cores.sizes(name)
-        # Products of 16 by 8 by 16 for a warp's two times 16 rows, and a tile of keys.
-        of_keys, of_values = keys // 8 * dim // 16, keys // 16 * value_dim // 8
-        found = cuda_gate_tensor_cores.instructions(name, arch, dtype)
-        assert found["HMMA"] == 2 * (of_keys + of_values)
-        # Two blocks of queries for each 16 columns, then four matrices for two products of each.
-        assert found["LDSM"] == 2 * dim // 16 + (of_keys + of_values) // 2
-        assert found["LDGSTS"] > 0
+    name, keys = ("scores_mma<64, 64>", 64) if dtype == "float16" else ("scores_mma<32, 96>", 32)
+    dim, value_dim = cuda_gate_tensor_cores.sizes(name)
+    # Products of 16 by 8 by 16 for a warp's two times 16 rows, and a tile of keys.
+    of_keys, of_values = keys // 8 * dim // 16, keys // 16 * value_dim // 8
+    found = cuda_gate_tensor_cores.instructions(name, arch, dtype)
+    assert found["HMMA"] == 2 * (of_keys + of_values)
+    # Two blocks of queries for each 16 columns, then four matrices for two products of each.
+    assert found["LDSM"] == 2 * dim // 16 + (of_keys + of_values) // 2
+    assert found["LDGSTS"] > 0
 
 
 BUILT_IN = ("softmax", "gaussian(gamma=0.3)", "cosine", "polynomial")
