@@ -106,8 +106,8 @@ def pullback_memory(dim: int, value_dim: int) -> int:
 
 def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
     """Contract, see `pdcore.score_contraction.scores`."""
-    o = _handed_over(kernels.runtime, c, o, xp)
     with kernels.runtime.on(o.q):
+        o = _handed_over(kernels.runtime, c, o, xp)
         call = ScoreCall(kernels, c, o, xp)
         x = call.packed
         dtype = o.v.dtype if c.rounds else call.dtype
@@ -128,11 +128,11 @@ def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level
     """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of."""
     names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
     like = {name: getattr(o, name) for name in names}
-    o = _handed_over(kernels.runtime, c, o, xp)
-    d_out = _rounded(d_out, c.dtype, xp)
     with kernels.runtime.on(o.q):
+        o = _handed_over(kernels.runtime, c, o, xp)
         call = ScoreCall(kernels, c, o, xp)
-        out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
+        out, level, d_level = map(xp.ascontiguousarray, (out, level, d_level))
+        d_out = xp.ascontiguousarray(_rounded(d_out, c.dtype, xp))
         d_out = _aligned(kernels.runtime, d_out, xp)
         given = (d_out, level, call.delta(out, level, d_out, d_level))
         grads = {name: call.result(*x.shape, dtype=x.dtype) for name, x in like.items()}
