@@ -88,6 +88,15 @@ def example_training(session: nox.Session) -> None:
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)
+def reproduce(session: nox.Session) -> None:
+    """Measure the paper's claims (`pdcore reproduce`); `-- --data DIR` with more data sets."""
+    # By itself and first: in an environment that has it, nothing later asks for another build.
+    session.install(*pinned("torch"), "torch")
+    session.install(*pinned("torch", "svr"), ".[cli,conformance,torch,svr]")
+    session.run("pdcore", "reproduce", *session.posargs)
+
+
+@nox.session(python=FRAMEWORKS_PYTHON)
 def example_digits(session: nox.Session) -> None:
     """Train a Flax transformer on handwritten digits; `-- --spec bn` with another attention."""
     session.install(*pinned("jax_adapters"), ".[cli,flax,svr]")

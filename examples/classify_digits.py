@@ -37,7 +37,6 @@ from comparison import (
     read_seeds,
     read_spec,
     show,
-    stratified_split,
     summarize,
     tell,
     write,
@@ -47,6 +46,8 @@ import pdcore
 from pdcore.cli import Exit
 from pdcore.files import OutputError
 from pdcore.reporting import Failed, emit, progress, reported
+from pdcore_conformance.training.series import DIGITS
+from pdcore_conformance.training.splitting import stratified_split
 
 if TYPE_CHECKING:
     from digits_training import Digits, Settings
@@ -91,7 +92,7 @@ def main(
         import flax
         import jax
         import training_picture  # noqa: F401 - before any work: matplotlib may be missing
-        from digits_training import SOURCE, Settings, load
+        from digits_training import Settings, load
     except ModuleNotFoundError as error:
         if error.name not in ("flax", "jax", "optax", "sklearn"):
             raise
@@ -121,7 +122,7 @@ def main(
     ]  # fmt: skip
     runs = _train(chosen, len(numbers), digits, out, force=force)
     result: dict[str, Any] = {
-        "images": {"source": SOURCE, "train": len(digits.train), "test": len(digits.test)},
+        "images": {"source": DIGITS, "train": len(digits.train), "test": len(digits.test)},
         "versions": {"pdcore": pdcore.__version__, "jax": jax.__version__,
                      "flax": flax.__version__, "python": platform.python_version()},
         "summary": summarize(runs), "runs": runs,
@@ -131,7 +132,7 @@ def main(
     if as_json:
         emit(result)
     else:
-        show(result, title, [_MEANING, SOURCE])
+        show(result, title, [_MEANING, DIGITS])
 
 
 def _train(

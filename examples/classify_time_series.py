@@ -42,16 +42,16 @@ from comparison import (
     tell,
     write,
 )
-from time_series import Pair, find_pair, packaged, pair, read_ts
 
 import pdcore
 from pdcore.cli import Exit
 from pdcore.files import FileError, OutputError
 from pdcore.reporting import Failed, emit, note, progress, reported
+from pdcore_conformance.training.series import Pair, find_pair, packaged, pair, read_ts
 
 if TYPE_CHECKING:
-    from series_model import Settings
-    from series_training import Run
+    from pdcore_conformance.training.model import Settings
+    from pdcore_conformance.training.run import Run
 
 __all__ = ["app", "main"]
 
@@ -125,7 +125,8 @@ def main(
     try:
         import torch
         import training_picture  # noqa: F401 - before any work: matplotlib may be missing
-        from series_model import Settings
+
+        from pdcore_conformance.training.model import Settings
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -210,7 +211,7 @@ def _load(data: Path | None, train: Path | None, test: Path | None) -> Pair:
 
 def _try(settings: Settings, series: Pair) -> None:
     """Take one step and throw it away, so that a spec that cannot run says so before any work."""
-    from series_training import try_step
+    from pdcore_conformance.training.run import try_step
 
     with naming(settings.spec):
         try_step(settings, series)
@@ -220,7 +221,7 @@ def _train(
     chosen: Sequence[Settings], series: Pair, out: Path, *, resume: bool, force: bool
 ) -> list[dict[str, Any]]:
     """Do every run, each with a checkpoint of its own, which keeps the trained model too."""
-    from series_training import Run
+    from pdcore_conformance.training.run import Run
 
     make_folder(out)
     checkpoints = [out / f"{s.spec}-seed{s.seed}.pt" for s in chosen]

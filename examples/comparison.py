@@ -1,4 +1,4 @@
-"""Specs compared on the same seeds: options of a command, splits, the summary, table and files."""
+"""Specs compared on the same seeds: options of a command, the summary, table and files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -40,13 +39,10 @@ __all__ = [
     "read_seeds",
     "read_spec",
     "show",
-    "stratified_split",
     "summarize",
     "tell",
     "write",
 ]
-
-Array = np.ndarray[Any, Any]
 
 CODES = (
     "Exit codes: 0 done; 2 usage: an option or a spec does not make sense; 3 a file cannot be "
@@ -170,34 +166,6 @@ def naming(spec: str) -> Iterator[None]:
         raise pdcore.NoBackendError(f"--spec {spec}: {error}", error.reasons) from error
     except ValueError as error:
         raise typer.BadParameter(f"{spec}: {error}", param_hint="--spec") from error
-
-
-def stratified_split(targets: Array, share: float, seed: int) -> tuple[Array, Array]:
-    """Split into a part to fit and a part to validate, class by class.
-
-    Parameters
-    ----------
-    targets : int array (count,)
-        The class of each series.
-    share : float
-        Of each class, this share validates, rounded, and one series at least. A class with a
-        single series is only fitted.
-    seed : int
-        The same seed gives the same split, whatever is trained on it.
-
-    Returns
-    -------
-    fit, validation : int array
-        Sorted indices into `targets`.
-    """
-    generator = np.random.default_rng(seed)
-    fit, validation = [], []
-    for target in np.unique(targets):
-        members = generator.permutation(np.flatnonzero(targets == target))
-        held = min(max(1, round(share * len(members))), len(members) - 1)
-        validation += members[:held].tolist()
-        fit += members[held:].tolist()
-    return np.sort(np.array(fit, dtype=np.int64)), np.sort(np.array(validation, dtype=np.int64))
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

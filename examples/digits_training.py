@@ -12,21 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from comparison import stratified_split
 from flax import nnx
 from jax import numpy as jnp
-from sklearn.datasets import load_digits
 
 from pdcore_adapters.flax import attention_fn
+from pdcore_conformance.training.series import digits
+from pdcore_conformance.training.splitting import stratified_split
 
-__all__ = ["SOURCE", "Classifier", "Digits", "Settings", "fit", "load", "predict", "try_spec"]
+__all__ = ["Classifier", "Digits", "Settings", "fit", "load", "predict", "try_spec"]
 
 Array = np.ndarray[Any, Any]
 
-SOURCE = (
-    "Optical Recognition of Handwritten Digits, E. Alpaydin, C. Kaynak, 1998, "
-    "doi:10.24432/C50P49, CC BY 4.0; the part that comes with scikit-learn."
-)
 CLASSES, SIDE = 10, 8
 
 
@@ -75,17 +71,14 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    """Give the digits, a fifth of each class as the test part, standardized by the rest.
-
-    scikit-learn has no test part of its own; this one is the same whatever is trained.
-    """
-    digits = load_digits()
-    train, test = stratified_split(digits.target, 0.2, seed=0)
-    images = digits.images.astype(np.float32)
-    fitted = images[train]
-    images = (images - fitted.mean()) / fitted.std()
-    targets = digits.target.astype(np.int64)
-    return Digits(images[train], targets[train], images[test], targets[test])
+    """Give the digits, a fifth of each class as the test part, standardized by the rest."""
+    both = digits()
+    fitted = both.train.frames
+    mean, deviation = fitted.mean(), fitted.std()
+    parts = [
+        ((part.frames - mean) / deviation, both.targets(part)) for part in (both.train, both.test)
+    ]
+    return Digits(*parts[0], *parts[1])
 
 
 class Layer(nnx.Module):

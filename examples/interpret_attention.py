@@ -19,14 +19,14 @@ import typer
 from comparison import CODES, AsJson, Epochs, check_ranges, command_line, finite, make_folder
 from comparison import read_spec as canonical
 from rich.markup import escape
-from time_series import packaged
 
 from pdcore.cli import Exit
 from pdcore.files import replacing
 from pdcore.reporting import Failed, emit, note, progress, reported, stdout
+from pdcore_conformance.training.series import packaged
 
 if TYPE_CHECKING:
-    from series_training import Run
+    from pdcore_conformance.training.run import Run
 
 __all__ = ["app", "layer_arrays", "main", "read"]
 
@@ -73,8 +73,9 @@ def main(
     try:
         import interpretation_picture
         import torch
-        from series_model import Settings
-        from series_training import Run
+
+        from pdcore_conformance.training.model import Settings
+        from pdcore_conformance.training.run import Run
 
         import qpsolvers  # noqa: F401 isort: skip - before any work
     except ModuleNotFoundError as error:
@@ -137,18 +138,15 @@ def layer_arrays(run: Run, layer: int, utterance: int) -> tuple[Any, Any, Any, d
     """Give the layer's q, k, v (H, N, D) for one test utterance, and its arrays, in float64."""
     import torch
 
+    from pdcore_conformance.training.model import layer_heads
+
     length = int(run.series.test.lengths[utterance])
     frames = torch.from_numpy(run.series.test.frames[utterance : utterance + 1, :length]).double()
-    model = run.averaged.double().eval()
-    attention = model.layers[layer].attention
-    seen: list[Any] = []
-    hook = attention.inward.register_forward_hook(lambda module, given, out: seen.append(out))
-    with torch.no_grad():
-        model(frames, torch.ones(1, length, dtype=torch.bool))
-    hook.remove()
-    heads = seen[0].view(length, 3, attention.heads, -1).permute(1, 2, 0, 3)
-    q, k, v = (np.ascontiguousarray(x.numpy()) for x in heads)
-    return q, k, v, {name: p.detach().numpy() for name, p in attention.arrays.items()}
+    model = run.averaged.double()
+    heads = layer_heads(model, frames, torch.ones(1, length, dtype=torch.bool))[layer]
+    q, k, v = (np.ascontiguousarray(x[0].numpy()) for x in heads)
+    arrays = model.layers[layer].attention.arrays
+    return q, k, v, {name: p.detach().numpy() for name, p in arrays.items()}
 
 
 def read(q: Array, k: Array, v: Array, spec: str, share: float, params: dict[str, Array]) -> Any:

@@ -42,7 +42,7 @@ _MEANINGS = {
     Exit.UNSUPPORTED: "the spec or the named backend does not support it",
     Exit.NO_BACKEND: "no backend can run it",
     Exit.OUTPUT: "the result exists already or cannot be written",
-    Exit.NUMERICS: "a case of the suite fails, or numerics got worse",
+    Exit.NUMERICS: "a case of the suite fails, numerics got worse, or a loss is not finite",
     Exit.UNMET: "a target is not met, with --strict, or speed or memory got worse",
     Exit.MISSING: "an optional package is not installed",
 }

@@ -19,6 +19,7 @@ from .commands_conform import conform
 from .commands_derive import derive
 from .commands_new import new_backend
 from .commands_report import report
+from .commands_reproduce import reproduce
 from .errors import nearest
 from .explanation import explain_request
 from .files import FileError, check_writable, file_kind, read_arrays, replacing, write_arrays
@@ -266,6 +267,7 @@ app.command()(derive)
 app.command()(bench)
 app.command()(conform)
 app.command()(report)
+app.command()(reproduce)
 app.command()(new_backend)
 
 

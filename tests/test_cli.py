@@ -282,7 +282,8 @@ def test_unknown_commands_name_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["attend", "demo", "backends", "explain", "specs", "derive", "bench"]
+    "command",
+    ["attend", "demo", "backends", "explain", "specs", "derive", "bench", "reproduce"],
 )
 def test_every_command_has_help_and_json(command: str) -> None:
     result = run(command, "--help")

@@ -15,16 +15,18 @@ from typer.testing import CliRunner
 
 from pdcore.cli import Exit
 from pdcore.files import FileError
+from pdcore_conformance.training import series as time_series
+from pdcore_conformance.training.splitting import stratified_split
 
 torch = pytest.importorskip("torch")
+
+from pdcore_conformance.training import model  # noqa: E402
+from pdcore_conformance.training import run as training  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
 # In this order: each finds those before it.
-comparison = example("comparison")
-time_series = example("time_series")
-model = example("series_model")
-training = example("series_training")
+example("comparison")
 example("training_picture")
 command = example("classify_time_series")
 
@@ -146,12 +148,12 @@ def test_classes_are_in_the_order_of_numbers() -> None:
 
 def test_the_split_is_stratified_and_repeatable() -> None:
     targets = np.repeat([0, 1, 2, 3], [20, 10, 2, 1])
-    fit, held = comparison.stratified_split(targets, 0.2, 5)
+    fit, held = stratified_split(targets, 0.2, 5)
     assert sorted([*fit, *held]) == list(range(33))
     assert np.bincount(targets[held], minlength=4).tolist() == [4, 2, 1, 0]
-    for a, b in zip((fit, held), comparison.stratified_split(targets, 0.2, 5), strict=True):
+    for a, b in zip((fit, held), stratified_split(targets, 0.2, 5), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert held.tolist() != comparison.stratified_split(targets, 0.2, 6)[1].tolist()
+    assert held.tolist() != stratified_split(targets, 0.2, 6)[1].tolist()
 
 
 # --- the model --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from example_modules import example
 from typer.testing import CliRunner
 
 from pdcore.cli import Exit
+from pdcore_conformance.training.splitting import stratified_split
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
@@ -21,7 +22,7 @@ pytest.importorskip("sklearn")
 pytestmark = pytest.mark.jax_adapters
 
 # In this order: each finds those before it.
-comparison = example("comparison")
+example("comparison")
 training = example("digits_training")
 example("training_picture")
 command = example("classify_digits")
@@ -83,7 +84,7 @@ def test_training_stops_early_with_the_best_weights(digits: Any) -> None:
     # So large a rate that the loss soon gets worse.
     model, result = training.fit(small(epochs=30, patience=2, rate=0.3), digits)
     assert result["epochs"] == result["epoch"] + 2 < 30
-    held = comparison.stratified_split(digits.train_targets, 0.2, 0)[1]
+    held = stratified_split(digits.train_targets, 0.2, 0)[1]
     found = training._validate(model, digits.train[held], digits.train_targets[held], 0)
     assert found == result["history"][result["epoch"] - 1]
 

@@ -13,18 +13,19 @@ from typer.testing import CliRunner
 
 import pdcore
 from pdcore.cli import Exit
+from pdcore_conformance.training import series
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("clarabel")
 pytest.importorskip("qpsolvers")
 
+from pdcore_conformance.training import model  # noqa: E402
+from pdcore_conformance.training import run as training  # noqa: E402
+
 pytestmark = pytest.mark.torch
 
 # In this order: each finds those before it.
-series = example("time_series")
 example("comparison")
-model = example("series_model")
-training = example("series_training")
 example("interpretation_picture")
 command = example("interpret_attention")
 

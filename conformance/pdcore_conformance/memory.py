@@ -15,7 +15,7 @@ import numpy as np
 
 from pdcore import bind
 
-__all__ = ["WAYS", "draw", "peak_here", "peak_memory", "run_python"]
+__all__ = ["WAYS", "draw", "peak_here", "peak_memory", "run_python", "status"]
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, int, int, int]
@@ -72,17 +72,18 @@ def peak_here(backend: str, shape: Shape, way: str) -> None:
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0] / MIB
     else:
-        before = _status("VmRSS")
+        before = status("VmRSS")
     out = layer(*arrays)
     if way == "tracemalloc":
         peak = tracemalloc.get_traced_memory()[1] / MIB
     else:
-        peak = _status("VmHWM")
+        peak = status("VmHWM")
     known = before is not None and peak is not None
     print(json.dumps(peak - before - out.nbytes / MIB if known else None))
 
 
-def _status(field: str) -> Any:
+def status(field: str) -> Any:
+    """Read a field of this process, such as ``"VmHWM"``, in MiB; None where there is none."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith(f"{field}:"):

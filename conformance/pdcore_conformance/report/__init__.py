@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
-import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +13,14 @@ from pdcore.files import replacing
 from ..record import OUTCOMES, Record, Run, target
 from . import measured, plots, view
 from .heat import LEGEND, largest, step
+from .templating import own_file, render
 from .view import Cell
-from .wording import cut, over_budget, seconds, span, visible
+from .wording import cut, over_budget, seconds, span
 
 __all__ = ["page", "write_page"]
 
 # By this a page is known for one that may be replaced.
 _GENERATOR = "pdcore conformance report"
-
-# After these a long name may go on in the next line; none of them occurs in an escape such as &lt;.
-_JOINT = re.compile(r"(::|[_=]|\.(?=[^\W\d]))")
 
 # Labels of the axis that are nearer to one another, in percent, would touch at 400 px.
 _APART = 14.0
@@ -107,40 +101,13 @@ def page(record: Record) -> str:
     ModuleNotFoundError
         Without jinja2.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup, escape
-
-    def breakable(text: str) -> Markup:
-        return Markup(_JOINT.sub(r"\1<wbr>", str(escape(visible(text)))))
-
-    def shown(value: Any) -> Any:
-        return visible(value) if type(value) is str else value
-
-    environment = Environment(
-        loader=PackageLoader("pdcore_conformance", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cut"] = cut
-    environment.filters["breakable"] = breakable
-    own = files(__package__)
-    style = own.joinpath("style.css").read_text(encoding="utf-8")
-    script = own.joinpath("behaviour.js").read_text(encoding="utf-8")
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "report",
         **_contents(record),
         # These two files are our own; the policy admits them, by their hashes, and nothing else.
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        **own_file("style", "style.css"),
+        **own_file("script", "behaviour.js"),
     )
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
 
 
 def _contents(record: Record) -> dict[str, Any]:

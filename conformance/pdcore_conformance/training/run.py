@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import stratified_split
-from series_model import Classifier, Settings
-from time_series import Pair, Series
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pdcore.files import FileError, replacing
 
-__all__ = ["Run", "predict", "try_step"]
+from .model import Classifier, Settings
+from .series import Pair, Series
+from .splitting import stratified_split
+
+__all__ = ["Run", "adamw", "descend", "predict", "try_step"]
 
 #: Seconds between two writes of a checkpoint; a run that goes on from an older one repeats what is
 #: missing, to the same numbers.
@@ -62,13 +63,7 @@ class Run:
             self.random = torch.get_rng_state()
         self.model.standardize_by(*self.fitted[:2])
         self.averaged = deepcopy(self.model).requires_grad_(False)
-        maps = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear)]
-        rest = [p for p in self.model.parameters() if not any(p is weight for weight in maps)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": maps, "weight_decay": self.settings.decay},
-             {"params": rest, "weight_decay": 0.0}],
-            lr=self.settings.rate,
-        )  # fmt: skip
+        self.optimizer = adamw(self.model, self.settings)
         self.steps = 0
 
     @property
@@ -107,13 +102,13 @@ class Run:
             When the validation loss is no longer finite.
         """
         written = time.monotonic()
-        while self.result is None:
+        while (found := self.result) is None:
             self.advance()
             done(self.share)
             if checkpoint and (self.result or time.monotonic() - written >= INTERVAL):
                 self.save(checkpoint)
                 written = time.monotonic()
-        return self.result
+        return found
 
     def advance(self) -> None:
         """Train for one epoch, and take what follows from it."""
@@ -136,14 +131,10 @@ class Run:
         self.model.train()
         frames, real, targets = self.fitted
         for batch in torch.randperm(len(targets)).split(self.settings.batch):
-            loss = functional.cross_entropy(
-                self.model(frames[batch], real[batch]), targets[batch],
-                label_smoothing=self.settings.smoothing,
+            descend(
+                self.model, self.optimizer, self.settings, frames[batch], real[batch],
+                targets[batch],
             )  # fmt: skip
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
             self.steps += 1
             # Early on, the average must not be held back by the first weights.
             keep = min(self.settings.average, self.steps / (self.steps + 10))
@@ -221,6 +212,31 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def adamw(model: nn.Module, settings: Settings) -> Any:
+    """Give the optimizer of a model: only the matrices of linear maps decay."""
+    maps = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    rest = [p for p in model.parameters() if not any(p is weight for weight in maps)]
+    return torch.optim.AdamW(
+        [{"params": maps, "weight_decay": settings.decay},
+         {"params": rest, "weight_decay": 0.0}],
+        lr=settings.rate,
+    )  # fmt: skip
+
+
+def descend(
+    model: nn.Module, optimizer: Any, settings: Settings, frames: Tensor, real: Tensor,
+    targets: Tensor,
+) -> None:  # fmt: skip
+    """Take one step of training on a batch."""
+    loss = functional.cross_entropy(
+        model(frames, real), targets, label_smoothing=settings.smoothing
+    )  # fmt: skip
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
 def try_step(settings: Settings, series: Pair) -> None:

@@ -1,4 +1,4 @@
-"""Labelled time series: UEA ``.ts`` files, and the packaged utterances."""
+"""Labelled time series: UEA ``.ts`` files, the packaged utterances, digits row by row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy as np
 from pdcore.datasets import ATTRIBUTION, japanese_vowels
 from pdcore.files import FileError
 
-__all__ = ["Pair", "Series", "find_pair", "packaged", "pair", "read_ts"]
+from .splitting import stratified_split
+
+__all__ = ["DIGITS", "Pair", "Series", "digits", "find_pair", "packaged", "pair", "read_ts"]
 
 Array = np.ndarray[Any, Any]
 
@@ -21,6 +23,12 @@ Array = np.ndarray[Any, Any]
 _SWITCHES = ("timestamps", "missing", "univariate", "equallength", "targetlabel")
 
 LARGEST = float(np.finfo(np.float32).max)
+
+#: Where the digits are from.
+DIGITS = (
+    "Optical Recognition of Handwritten Digits, E. Alpaydin, C. Kaynak, 1998, "
+    "doi:10.24432/C50P49, CC BY 4.0; the part that comes with scikit-learn."
+)
 
 
 class Series(NamedTuple):
@@ -213,15 +221,35 @@ def _padded(series: Sequence[Array], labels: Sequence[str]) -> Series:
 def packaged() -> Pair:
     """Give the Japanese Vowels utterances that come with pdcore: 270 to train, 370 to test."""
     vowels = japanese_vowels()
-    parts = [
+    train, test = (
         Series(
             vowels.frames[chosen],
             vowels.lengths[chosen],
             tuple(map(str, vowels.speakers[chosen].tolist())),
         )
         for chosen in (vowels.train, ~vowels.train)
-    ]
-    return pair("Japanese Vowels", *parts, source=ATTRIBUTION)
+    )
+    return pair("Japanese Vowels", train, test, source=ATTRIBUTION)
+
+
+def digits() -> Pair:
+    """Give the 8 x 8 digits of scikit-learn, a row of pixels a step: 1438 to train, 359 to test.
+
+    scikit-learn has no test part of its own; this one, a fifth of each class, is the same whatever
+    is trained.
+    """
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    train, test = (
+        Series(
+            found.images[chosen].astype(np.float32),
+            np.full(len(chosen), found.images.shape[1]),
+            tuple(map(str, found.target[chosen].tolist())),
+        )
+        for chosen in stratified_split(found.target, 0.2, seed=0)
+    )
+    return pair("Digits", train, test, source=DIGITS)
 
 
 def find_pair(folder: Path) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""A small transformer that classifies time series."""
+"""A small transformer that classifies series."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pdcore
 from pdcore.validation import parameter_shape
 
-__all__ = ["Attention", "Classifier", "Settings"]
+__all__ = ["Attention", "Classifier", "Settings", "layer_heads"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Settings:
     average: float = 0.98
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # type: ignore[misc]
     """Self-attention of one layer, computed by `pdcore.bind`.
 
     Parameters
@@ -92,16 +92,21 @@ class Attention(nn.Module):
             start = 1.0 if p.default is None else p.default
             self.arrays[p.name] = nn.Parameter(torch.full(shape, start))
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give queries, keys and values (B, H, N, D) of what `inward` gives, (B, N, 3 width)."""
+        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """Attend; x (B, N, width), real (B, N) bool."""
         count, length, width = x.shape
-        q, k, v = self.inward(x).view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.split(self.inward(x))
         # The spec's arrays go in by name; none for most specs.
         mixed = self.attend(q, k, v, key_mask=real, params=dict(self.arrays.items()))
         return self.outward(mixed.transpose(1, 2).reshape(count, length, width))
 
 
-class Layer(nn.Module):
+class Layer(nn.Module):  # type: ignore[misc]
     """A pre-norm transformer layer."""
 
     def __init__(self, settings: Settings) -> None:
@@ -120,7 +125,7 @@ class Layer(nn.Module):
         return x + self.dropout(self.mixer(self.norms[1](x)))
 
 
-class Classifier(nn.Module):
+class Classifier(nn.Module):  # type: ignore[misc]
     """Steps embedded one by one, layers of attention, the mean over the real steps, a linear map.
 
     Parameters
@@ -169,6 +174,27 @@ class Classifier(nn.Module):
             x = layer(x, real)
         x = torch.where(real[..., None], self.norm(x), 0.0)
         return self.classify(x.sum(dim=1) / real.sum(dim=1, keepdim=True))
+
+
+def layer_heads(
+    model: Classifier, frames: Tensor, real: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Give queries, keys and values (B, H, N, D) of every layer, with dropout and noise off."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    hooks = [
+        layer.attention.inward.register_forward_hook(
+            lambda module, given, out, own=layer.attention: seen.append(own.split(out))
+        )
+        for layer in model.layers
+    ]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(frames, real)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
 def _positions(length: int, width: int) -> Tensor:

@@ -1,0 +1,69 @@
+"""How pages are made: templates that escape everything, and our own style and script by hash."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from importlib.resources import files
+from typing import Any
+
+from .wording import cut, visible
+
+__all__ = ["own_file", "render"]
+
+# After these a long name may go on in the next line; none of them occurs in an escape such as &lt;.
+_JOINT = re.compile(r"(::|[_=]|\.(?=[^\W\d]))")
+
+
+def render(folder: str, **contents: Any) -> str:
+    """Fill in the ``page.html.jinja`` of a folder of this package.
+
+    Parameters
+    ----------
+    folder : str
+        Such as ``"report"``.
+    **contents
+        Texts among them are taken as hostile: they are escaped everywhere, and control and
+        direction characters are shown as escapes.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without jinja2.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def breakable(text: str) -> Markup:
+        return Markup(_JOINT.sub(r"\1<wbr>", str(escape(visible(text)))))
+
+    def shown(value: Any) -> Any:
+        return visible(value) if type(value) is str else value
+
+    environment = Environment(
+        loader=PackageLoader("pdcore_conformance", folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cut"] = cut
+    environment.filters["breakable"] = breakable
+    return environment.get_template("page.html.jinja").render(**contents)
+
+
+def own_file(variable: str, name: str) -> dict[str, Any]:
+    """Give one of the pages' own files, and the hash by which their policy admits it.
+
+    Returns
+    -------
+    dict
+        ``VARIABLE`` and ``VARIABLE_hash``, for a template.
+    """
+    from markupsafe import Markup
+
+    text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
+    return {variable: Markup(text), f"{variable}_hash": digest}
