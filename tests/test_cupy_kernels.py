@@ -268,16 +268,18 @@ def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     compile_ = EmulatedRuntime.compile
 
-    def counted(self: Any, code: str, name: str) -> Any:
+    def counted(self: Any, code: str, name: str, shared: int = 0) -> Any:
         compiled.append(name)
-        return compile_(self, code, name)
+        return compile_(self, code, name, shared)
 
     monkeypatch.setattr(EmulatedRuntime, "compile", counted)
     for spec in ("softmax", "softmax(scale=2)", "bn"):
         case = normal_case(spec, dtype=np.float32)
         backend.attention(fused(backend, case), case.inputs())
-    assert compiled == ["scores_forward<32>"]
-    assert backend.runtime.launches == 3 * ["scores_forward<32>"]
+    assert len(compiled) == len(set(compiled))  # with those of the statistics of bn
+    assert [n for n in compiled if n.startswith("scores")] == ["scores_forward<32>"]
+    launches = [n for n in backend.runtime.launches if n.startswith("scores")]
+    assert launches == 3 * ["scores_forward<32>"]
 
 
 # --- what does not run, and why -------------------------------------------------------------------
