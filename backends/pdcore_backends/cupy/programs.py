@@ -27,6 +27,7 @@ __all__ = [
 COLUMNS = (32, 64, 128, 256)
 
 _SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
+_FEATURES = ("scores_vjp.cu", "features.cuh")
 _FILES = {
     "scores_forward": ("scores.cu",),
     "scores_rows": ("scores_vjp.cu",),
@@ -36,6 +37,12 @@ _FILES = {
     "scores_mma": ("mma_tiles.cuh", "scores_mma.cu"),
     "scores_mma_rows": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
     "scores_mma_keys": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
+    "features_highest": (*_FEATURES, "features_highest.cu"),
+    "features_states": (*_FEATURES, "features.cu"),
+    "features_scan": (*_FEATURES, "features.cu"),
+    "features_forward": (*_FEATURES, "features.cu"),
+    "features_rows": (*_FEATURES, "features_vjp.cu"),
+    "features_keys": (*_FEATURES, "features_vjp.cu"),
 }
 #: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
 STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")
