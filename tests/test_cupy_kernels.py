@@ -269,9 +269,9 @@ def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     compile_ = EmulatedRuntime.compile
 
-    def counted(self: Any, code: str, name: str) -> Any:
+    def counted(self: Any, code: str, name: str, shared: int = 0) -> Any:
         compiled.append(name)
-        return compile_(self, code, name)
+        return compile_(self, code, name, shared)
 
     monkeypatch.setattr(EmulatedRuntime, "compile", counted)
     for spec in ("softmax", "softmax(scale=2)", "bn", "bn(beta=2)"):

@@ -39,8 +39,8 @@ class Recording(EmulatedRuntime):
         super().__init__()
         self.given: list[dict[str, Any]] = []
 
-    def compile(self, code: str, name: str) -> Any:
-        kernel = super().compile(code, name)
+    def compile(self, code: str, name: str, shared: int = 0) -> Any:
+        kernel = super().compile(code, name, shared)
 
         def launch(grid: Any, block: Any, arguments: Any, **more: Any) -> None:
             self.given.append(more)
