@@ -5,11 +5,6 @@ As in `test_cupy_kernels`, each call is there for a way through the kernels.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,14 +25,16 @@ from pdcore_conformance.calls import dtype_of
 pytestmark = pytest.mark.cuda
 
 cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
-if shutil.which("g++") is None:
-    pytest.skip("no g++", allow_module_level=True)
 
+from emulated_checks import (  # noqa: E402
+    DTYPES,
+    check,
+    fused,
+    ones_and_zeros,
+    same_bits,
+    sanitized,
+)
 from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import check, fused, ones_and_zeros  # noqa: E402
-
-TESTS = Path(__file__).resolve().parent
-DTYPES = ("float32", "float64")
 
 
 @pytest.fixture(scope="module")
@@ -244,22 +241,15 @@ SEVERAL = (
 def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -> None:
     for spec, call in SEVERAL:
         case = normal_case(spec, dtype=np.float64, n=3, **call)
-        plan = fused(backend, case)
-        results = []
-        for how in ("lockstep", schedule):
-            with cuda_on_cpu.using(schedule=how, seed=3):
-                out, lse, vjp = backend.attention_vjp(plan, case.inputs())
-                results.append([out, lse, *vjp(out, lse).values()])
-        for first, second in zip(*results, strict=True):
-            np.testing.assert_array_equal(first, second)
+        same_bits(backend, case, fused(backend, case), schedule)
 
 
 SANITIZED = """
+from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
 from pdcore.operands import Contracted
 from pdcore.score_contraction import scores, scores_vjp
 from strategies import normal_case
-from test_cupy_kernels import fused
 from test_cupy_statistics import SEVERAL
 backend = EmulatedBackend()
 # Of the rest, other tests run the kernels.
@@ -271,19 +261,14 @@ for spec, call in SEVERAL:
     case = normal_case(spec, n=3, **call)
     out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
     vjp(out, lse)
-print(sorted(set(backend.runtime.launches)))
 """
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str) -> None:
-    environment = cuda_on_cpu.environment(sanitizer)
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SANITIZED], check=False,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched = sanitized(SANITIZED, sanitizer)
     for name in MOMENTS | PREFIXES | POOLS:
-        assert name in done.stdout
+        assert name in launched
 
 
 # --- what does not run, and why -------------------------------------------------------------------

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, cotangents, normal_case
+from strategies import Case, normal_case
 
 import pdcore
 from pdcore import plugins
@@ -27,13 +22,18 @@ pytestmark = pytest.mark.cuda
 
 cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 pytest.importorskip("ml_dtypes")
-if shutil.which("g++") is None:
-    pytest.skip("no g++", allow_module_level=True)
 
+import emulated_checks  # noqa: E402
+from emulated_checks import (  # noqa: E402
+    check,
+    normal,
+    ones_and_zeros,
+    same_bits,
+    sanitized,
+)
 from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import CALLS, Tempered, normal, ones_and_zeros, request_of  # noqa: E402
+from test_cupy_kernels import CALLS, Tempered  # noqa: E402
 
-TESTS = Path(__file__).resolve().parent
 DTYPES = ("float16", "bfloat16")
 #: Two tiles of rows and three of keys, the last of each ragged.
 LONG = {"n": 140, "m": 150}
@@ -51,12 +51,10 @@ def case_of(spec: str, dtype: str = "bfloat16", **call: Any) -> Case:
 
 
 def fused(backend: EmulatedBackend, case: Case, **asked: Any) -> Any:
-    plan = backend.fuse(case.plan(), request_of(case, **asked))
-    assert isinstance(plan.contraction, TensorCores), plan.steps
-    return plan
+    return emulated_checks.fused(backend, case, TensorCores, **asked)
 
 
-def check(backend: EmulatedBackend, case: Case) -> tuple[Any, Any]:
+def check_forward(backend: EmulatedBackend, case: Case) -> tuple[Any, Any]:
     """Hold out and lse against their budgets."""
     out, lse = backend.attention(fused(backend, case), case.inputs(), lse=True)
     wanted = expect(*case.qkv, case.spec, **case.call)
@@ -66,14 +64,7 @@ def check(backend: EmulatedBackend, case: Case) -> tuple[Any, Any]:
 
 
 def check_gradients(backend: EmulatedBackend, case: Case) -> None:
-    """Hold out, lse and all gradients against their budgets."""
-    out, lse, vjp = backend.attention_vjp(fused(backend, case, vjp=True), case.inputs())
-    d_out, d_lse = (x.astype(case.q.dtype) for x in cotangents(case, lse))
-    found = {"out": out, "lse": lse}
-    found |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
-    wanted = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
-    for name, verdict in judge({n: found[n] for n in wanted.oracle}, wanted).items():
-        assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
+    check(backend, case, fused(backend, case, vjp=True))
 
 
 FITTING = [name for name, (spec, _) in CALLS.items() if not spec.startswith(("linear", "relu"))]
@@ -111,28 +102,30 @@ def test_gradients_of_expressions_and_transformed_rows(backend: Any, spec: str) 
 )
 def test_columns(backend: Any, widths: tuple[int, int]) -> None:
     dim, value_dim = widths
-    check(backend, case_of("causal", **LONG, d=dim, dv=value_dim, offset=7, heads=1))
+    check_forward(backend, case_of("causal", **LONG, d=dim, dv=value_dim, offset=7, heads=1))
     assert backend.runtime.launches[-1] == f"scores_mma<{dim}, {value_dim}>"
 
 
 @pytest.mark.parametrize("spec", ["softmax(softcap=2)", "polynomial(degree=2,coef0=1)"])
 def test_expressions_are_compiled_in(backend: Any, spec: str) -> None:
-    check(backend, case_of(spec, **LONG, heads=1, dv=128))
+    check_forward(backend, case_of(spec, **LONG, heads=1, dv=128))
 
 
 @pytest.mark.parametrize("spec", ["causal", "sparse(20,3)", "causal+sparse(70,0)", "sh(1,3)"])
 def test_several_tiles(backend: Any, spec: str) -> None:
-    check(backend, case_of(spec, **LONG, offset=9, group=1, key_mask=ones_and_zeros(2, 150)))
+    check_forward(
+        backend, case_of(spec, **LONG, offset=9, group=1, key_mask=ones_and_zeros(2, 150))
+    )
 
 
 def test_statistics_are_folded_as_queries_are_read(backend: Any) -> None:
     case = case_of("bn(beta=param)+h(count)", n=70, m=75, key_mask=ones_and_zeros(2, 75))
     given = list(fused(backend, case).transforms)
     assert [type(step) for step in given] == [FoldedLoad]
-    check(backend, case)
+    check_forward(backend, case)
     far = case_of("bn", n=70, m=75, mean=40.0, sd=2.0)
-    check(backend, far)
-    check(backend, replace(far, spec=pdcore.parse("bn(statistics=batch)+sh(3,1)")))
+    check_forward(backend, far)
+    check_forward(backend, replace(far, spec=pdcore.parse("bn(statistics=batch)+sh(3,1)")))
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5])
@@ -141,8 +134,8 @@ def test_a_feature_in_which_all_keys_are_equal(backend: Any, spec: str, beta: fl
     case = case_of(f"{spec[:-1]},beta={beta})" if "(" in spec else f"bn(beta={beta})", n=20, m=70)
     case.k[..., 3] = 97.0
     case.q[..., 3] = 98.0
-    check(backend, case)
-    check(backend, case_of(f"bn(beta={beta})", n=20, m=1))
+    check_forward(backend, case)
+    check_forward(backend, case_of(f"bn(beta={beta})", n=20, m=1))
 
 
 def test_statistics_that_are_not_numbers_reach_their_head(backend: Any) -> None:
@@ -158,7 +151,7 @@ def test_weights_that_grow(backend: Any) -> None:
     # Every tile has the largest logit so far.
     case.k[...] *= np.linspace(0.1, 4, 300).astype(case.k.dtype)[:, None]
     case.q[..., 0] = 3
-    check(backend, case)
+    check_forward(backend, case)
 
 
 def test_keys_that_no_row_sees_are_not_read(backend: Any) -> None:
@@ -184,20 +177,13 @@ def test_rows_that_16_bytes_cannot_be_read_from_are_copied(backend: Any) -> None
     whole = np.zeros(case.k.size + 1, case.k.dtype)[1:].reshape(case.k.shape)
     whole[...] = case.k
     for q, k, v in ((x[..., :32] for x in wide), (case.q, whole, case.v)):
-        check(backend, replace(case, q=q, k=k, v=v))
+        check_forward(backend, replace(case, q=q, k=k, v=v))
 
 
 @pytest.mark.parametrize("schedule", cuda_on_cpu.SCHEDULES)
 def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -> None:
     case = case_of("causal", n=70, m=150, offset=60, group=1, bias=normal(1, 150))
-    plan = fused(backend, case, vjp=True)
-    results = []
-    for how in ("lockstep", schedule):
-        with cuda_on_cpu.using(schedule=how, seed=3):
-            out, lse, vjp = backend.attention_vjp(plan, case.inputs())
-            results.append([out, lse, *vjp(out, lse).values()])
-    for first, second in zip(*results, strict=True):
-        np.testing.assert_array_equal(first, second)
+    same_bits(backend, case, fused(backend, case, vjp=True), schedule)
 
 
 SANITIZED = """
@@ -214,19 +200,14 @@ for spec, call in (
     backend.attention(fused(backend, case), case.inputs())
     out, lse, vjp = backend.attention_vjp(fused(backend, case, vjp=True), case.inputs())
     vjp(out, lse)
-print(sorted(set(backend.runtime.launches)))
 """
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str) -> None:
-    environment = cuda_on_cpu.environment(sanitizer)
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SANITIZED], check=False,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched = sanitized(SANITIZED, sanitizer)
     for name in ("", "_rows", "_keys"):
-        assert f"scores_mma{name}<32, 32" in done.stdout
+        assert f"scores_mma{name}<32, 32" in launched
 
 
 # --- what runs them -------------------------------------------------------------------------------
