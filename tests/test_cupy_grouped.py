@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +20,11 @@ from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
 
-pytest.importorskip("cuda_on_cpu")
+cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 pytest.importorskip("ml_dtypes")
-if shutil.which("g++") is None:
-    pytest.skip("no g++", allow_module_level=True)
 
+from emulated_checks import fused, normal, ones_and_zeros, same_bits  # noqa: E402
 from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # noqa: E402
-from test_cupy_kernels import normal, ones_and_zeros, request_of  # noqa: E402
 
 
 class Noting(EmulatedRuntime):
@@ -73,9 +70,7 @@ def run(backend: Watched, case: Case, *, apart: bool = False) -> tuple[Any, Any,
     runtime.launches.clear()
     runtime.tables.clear()
     backend.apart = apart
-    plan = backend.fuse(case.plan(), request_of(case))
-    assert isinstance(plan.contraction, Compiled), plan.steps
-    out, lse = backend.attention(plan, case.inputs(), lse=True)
+    out, lse = backend.attention(fused(backend, case, Compiled), case.inputs(), lse=True)
     return out, lse, [name for name in runtime.launches if name.startswith("scores_")]
 
 
@@ -126,6 +121,16 @@ def test_in_double_precision(backend: Watched) -> None:
     check(backend, case_of("causal+sh(1,2)", "float64"))
 
 
+@pytest.mark.parametrize("schedule", cuda_on_cpu.SCHEDULES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_any_order_of_threads_gives_the_same_bits(
+    backend: Watched, dtype: str, schedule: str
+) -> None:
+    case = case_of("causal+sh(3,1)", dtype, offset=40, group=1, lead=())
+    backend.apart = False
+    same_bits(backend, case, fused(backend, case, Compiled, vjp=True), schedule)
+
+
 def test_which_kernels_run(backend: Watched) -> None:
     for dtype, kernel in (("bfloat16", "scores_mma<32, 32>"), ("float32", "scores_forward<32>")):
         assert run(backend, case_of("sh(1,2)", dtype))[2] == [kernel]
@@ -133,7 +138,7 @@ def test_which_kernels_run(backend: Watched) -> None:
 
 def test_pooled_keys_of_another_type_take_a_launch_of_their_own(backend: Watched) -> None:
     case = case_of("sh(1,2,3)", "bfloat16", d=24, dv=24, heads=3, group=1)
-    plan = backend.fuse(case.plan(), request_of(case))
+    plan = fused(backend, case, Compiled)
     assert not isinstance(plan.contraction, TensorCores)
     assert "3 scales in 2 launches of the forward, longest first" in plan.steps[-1]
     out, lse, names = run(backend, case)

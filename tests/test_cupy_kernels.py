@@ -202,8 +202,9 @@ backend = EmulatedBackend()
 for spec, call in (
     ("causal+sh(2)", {"m": 70, "key_mask": np.arange(70) % 5 > 0, "lead": ()}),
     ("softmax", {"m": 36, "bias": np.ones((35, 36)), "lead": ()}),
+    ("causal+sh(1,2)", {"m": 36, "lead": (), "heads": 2, "group": 1}),
 ):
-    case = normal_case(spec, n=35, heads=1, **call)
+    case = normal_case(spec, **{"n": 35, "heads": 1, **call})
     out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
     vjp(out, lse)
 """
