@@ -125,7 +125,8 @@ def _together(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Laun
 
 def _launch(program: Program, groups: Sequence[_Launched], how: How) -> None:
     """Launch a kernel for groups, whose blocks follow one another."""
-    table, arrays, blocks = np.zeros((), TABLE), {}, 0
+    arrays: dict[int, Any] = {}  # by their place in the table
+    table, blocks = np.zeros((), TABLE), 0
     for i, one in enumerate(groups):
         x = one.given.call.packed
         table["x"][i] = record(GROUP, {"place": one.place, "first": blocks, "shape": x.shape})
