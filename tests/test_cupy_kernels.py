@@ -176,10 +176,10 @@ def test_arrays_are_read_where_they_lie(backend: Any) -> None:
     seen: list[Any] = []
 
     class Watched(EmulatedBackend):
-        def scores(self, c: Any, o: Any) -> tuple[Any, Any]:
-            x = packed(c, o, (), xp=self.xp)
+        def scores_of_groups(self, c: Any, operands: Any, heads: Any) -> Any:
+            [x] = (packed(c, o, (), xp=self.xp) for o in operands)
             seen.extend(a for a in x.arrays if isinstance(a, np.ndarray))
-            return super().scores(c, o)
+            return super().scores_of_groups(c, operands, heads)
 
     Watched().attention(fused(backend, case), case.inputs())
     for x, source in zip(seen, (*case.qkv, case.call["bias"]), strict=True):
