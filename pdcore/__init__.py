@@ -22,6 +22,7 @@ from .attention import (
     explain,
 )
 from .backend import SPEC_VERSION, Backend, BackendInfo
+from .convolution import Conv1d, Conv2d
 from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
 from .heads import HeadScaling
 from .instance_enhanced import InstanceEnhanced
@@ -61,6 +62,8 @@ __all__ = [
     "BackendInfo",
     "Batch",
     "BoundAttention",
+    "Conv1d",
+    "Conv2d",
     "Cosine",
     "Derivation",
     "Elu",

@@ -1,7 +1,7 @@
 """`ArrayBackend`: every plan, in array-API calls, for any array library.
 
 A new plugin names its library and is complete; it then overrides `scores`, `features`,
-`statistics` or `pool` (and the pullbacks of the two contractions) with fast code, one at a time.
+`statistics` or `pool` (and their pullbacks) with fast code, one at a time.
 """
 
 from __future__ import annotations
@@ -87,6 +87,18 @@ class ArrayBackend(Backend):
 
     # The steps that a plugin may replace.
 
+    def native(self, plan: Plan) -> frozenset[str]:
+        """Name the steps that take 16-bit arrays as they are; others get a cast to float32.
+
+        Returns
+        -------
+        frozenset of {"pool", "statistics", "statistics_vjp", "contraction"}
+            A native contraction is given q, k, v and bias in the caller's dtype, as far as no
+            step before has made others of them, and ``d_out`` where ``h`` is the sum of all
+            visible keys' weights. Its `out` and gradients may be in float32 or in that dtype.
+        """
+        return frozenset()
+
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, see `pdcore.heads.pool`."""
         return heads.pool(kind, x, weights, xp=self.xp)
@@ -109,6 +121,17 @@ class ArrayBackend(Backend):
             previous = stats.finalize(self.merged(stats, state), xp=xp)
         assert previous is not None
         return previous
+
+    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+        """Pull a cotangent of a state back to the keys, see `Statistics.vjp`."""
+        return summary.statistics.vjp(keys, mask, final, cotangent, xp=self.xp)
+
+    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
+                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+        """Pull cotangents of the states of many prefixes back, see `Moments.prefix_vjp`."""
+        assert isinstance(summary.statistics, Moments)
+        return summary.statistics.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Merge the state of these keys with those of a sequence's other keys; here, of none."""
@@ -179,6 +202,7 @@ class ArrayBackend(Backend):
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         call = self.call(plan, inputs)
+        call.native = frozenset()  # the weights are array calls
         return call.join([self._run(call, g).weights() for g in plan.groups], call.dtype)
 
     def _run(self, call: Call, group: Group, *, vjp: bool = False) -> _GroupRun:
@@ -191,26 +215,31 @@ class ArrayBackend(Backend):
         visibility, weights = call.visibility(group)
         pools = []
         if weights is not None:
-            k, pull_k = self.pool(plan.pool, k, weights)
-            v, pull_v = self.pool(plan.pool, v, weights)
+            k, pull_k = self.pool(plan.pool, call.taken("pool", k), weights)
+            v, pull_v = self.pool(plan.pool, call.taken("pool", v), weights)
             pools = [pull_k, pull_v]
         real = visibility.key_mask
         summary = plan.summary
         final: Mapping[str, Any] = {}
         state: Mapping[str, Any] = {}
         if summary is not None:
+            k = call.taken("statistics", k)
             final = self.statistics(summary, k, None if real is None else real[..., None])
             state = _at_rows(final, visibility, q.shape, xp) if summary.scope == "prefix" else final
         flat = xp.reshape(q, (*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
-        rows = Rows(flat, k, key_mask=real)
+        step_ = "transforms" if plan.transforms else "contraction"
+        rows = Rows(call.taken(step_, flat), call.taken(step_, k), key_mask=real)
         pullbacks: list[Pullback] = []
         for step in plan.transforms:
             rows, pullback = step(rows, state, params, xp=xp)
             pullbacks.append(pullback)
         shape = q.shape[:-1]
+        bias = None
+        if call.bias is not None:
+            bias = call.taken("contraction", call.heads(call.bias, group, -4))
         o = Operands(
-            xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, v, rows.key_bias,
-            None if call.bias is None else call.heads(call.bias, group, -4), values, visibility,
+            xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, call.taken("contraction", v),
+            rows.key_bias, bias, values, visibility,
             self.dropout(call.inputs.dropout) if call.inputs.dropout else None,
         )  # fmt: skip
         constant = None if rows.row_constant is None else xp.reshape(rows.row_constant, shape)
@@ -222,7 +251,9 @@ class ArrayBackend(Backend):
         finish = Normaliser(plan, o, out, level, constant, alive, xp)
 
         def pull(d_out: Any, d_lse: Any) -> dict[str, Any]:
-            d = finish.pull_back(d_out, d_lse)
+            if not finish.plain or d_out.dtype != call.dtype:
+                d_out = call.cast(d_out)
+            d = finish.pull_back(call.taken("contraction", d_out), d_lse)
             contract = self.scores_vjp if isinstance(c, Scores) else self.features_vjp
             grads = contract(c, o, out, level, d[0], d[1])  # type: ignore[arg-type]
             flat_shape = rows.row_constant.shape if constant is not None else None
@@ -240,7 +271,13 @@ class ArrayBackend(Backend):
             dk, dv = cotangent.k, grads["v"]
             if dstate:
                 assert summary is not None
-                dk = dk + _statistics_vjp(summary, k, real, final, dstate, visibility, q.shape, xp)
+                k_ = call.taken("statistics_vjp", k)
+                seen = None if real is None else real[..., None]
+                if summary.scope == "prefix":
+                    dk = dk + self._prefixes_vjp(summary, k_, seen, final, dstate, visibility,
+                                                 q.shape)  # fmt: skip
+                else:
+                    dk = dk + self.statistics_vjp(summary, k_, seen, final, dstate)
             if pools:
                 dk, dv = pools[0](dk), pools[1](dv)
             found = {"q": xp.reshape(cotangent.q, q.shape), "k": dk, "v": dv, **dparams}
@@ -250,6 +287,16 @@ class ArrayBackend(Backend):
 
         return _GroupRun(*finish.result(), pull if vjp else None,
                          lambda: finish.weights(c, weights, self))  # fmt: skip
+
+    def _prefixes_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                      dstate: Mapping[str, Any], visibility: Visibility,
+                      shape: tuple[int, ...]) -> Any:  # fmt: skip
+        """Pull back the states that each query row read, (*B, H, G N, D)."""
+        xp = self.xp
+        cotangent = {n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3)
+                     for n, d in dstate.items()}  # fmt: skip
+        rows = _at_rows(final, visibility, (*shape[:-3], 1, *shape[-2:]), xp)
+        return self.prefix_vjp(summary, keys, mask, rows, cotangent, visibility.later_rows())
 
 
 def _missing_pullbacks(request: Request) -> list[str]:
@@ -281,16 +328,3 @@ def _at_rows(final: Mapping[str, Any], visibility: Visibility, shape: tuple[int,
         spread = xp.broadcast_to(picked[..., None, :, :], (*shape[:-1], picked.shape[-1]))
         state[name] = xp.reshape(spread, (*lead, picked.shape[-1]))
     return state
-
-
-def _statistics_vjp(summary: Summary, keys: Any, real: Any, final: Mapping[str, Any],
-                    dstate: Mapping[str, Any], visibility: Visibility, shape: tuple[int, ...],
-                    xp: Any) -> Any:  # fmt: skip
-    mask = None if real is None else real[..., None]
-    if summary.scope != "prefix":
-        return summary.statistics.vjp(keys, mask, final, dstate, xp=xp)
-    assert isinstance(summary.statistics, Moments)
-    rows = {n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3)
-            for n, d in dstate.items()}  # fmt: skip
-    state = _at_rows(final, visibility, (*shape[:-3], 1, *shape[-2:]), xp)
-    return summary.statistics.prefix_vjp(keys, mask, state, rows, visibility.later_rows(), xp=xp)

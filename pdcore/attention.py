@@ -79,9 +79,12 @@ class BoundAttention:
             q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS, dropout, axis_name
         )  # fmt: skip
         backend, plan, inputs, back = self.prepare(inputs, lse=return_lse)
-        out, lse = backend.attention(plan, inputs, lse=return_lse)
-        if back is not None:
-            out, lse = back(out), None if lse is None else back(lse)
+        if back is None:
+            out, lse = backend.attention(plan, inputs, lse=return_lse)
+        else:
+            with backend.stream_of(q):
+                out, lse = backend.attention(plan, inputs, lse=return_lse)
+                out, lse = back(out), None if lse is None else back(lse)
         return (out, lse) if return_lse else out
 
     def vjp(self, inputs: Inputs) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
@@ -98,9 +101,11 @@ class BoundAttention:
 
     def weights(self, inputs: Inputs) -> Any:
         """Compute the weights, see `attention_weights`."""
-        backend, plan, inputs, back = self.prepare(inputs, weights=True)
-        out = backend.attention_weights(plan, inputs)
-        return out if back is None else back(out)
+        backend, plan, ready, back = self.prepare(inputs, weights=True)
+        if back is None:
+            return backend.attention_weights(plan, ready)
+        with backend.stream_of(inputs.q):
+            return back(backend.attention_weights(plan, ready))
 
     def prepare(
         self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
@@ -229,11 +234,14 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
         if p.name not in params:
             from array_api_compat import array_namespace
 
+            from .call import accumulation
             from .validation import parameter_shape
 
             shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
-            params[p.name] = array_namespace(inputs.q).full(
-                shape, p.default, dtype=inputs.q.dtype, device=inputs.q.device
+            xp = array_namespace(inputs.q)
+            # 16 bit would round the default.
+            params[p.name] = xp.full(
+                shape, p.default, dtype=accumulation(inputs.q, xp), device=inputs.q.device
             )
     return inputs._replace(offset=offset, params=params)
 
@@ -274,7 +282,7 @@ def _exchange(
     def back(x: Any) -> Any:
         if device is not None:
             x = backend.exchange(x, home)
-        return x if own else namespace.from_dlpack(x)
+        return x if own else backend.give(x, namespace)
 
     moved = {name: there(x) for name, x in inputs._asdict().items() if name != "params"}
     return Inputs(**moved, params={n: there(x) for n, x in inputs.params.items()}), back

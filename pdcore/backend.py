@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -286,6 +287,26 @@ class Backend(ABC):
             Where it is wanted, such as ``"cuda"``, or ``"cpu"`` for a result on its way back.
         """
         raise NotImplementedError(f"{self.info.name} does not take arrays of other libraries")
+
+    def give(self, array: Any, namespace: Any) -> Any:
+        """Hand a result to another library by DLPack, the way back of `exchange`.
+
+        Parameters
+        ----------
+        array : array
+            Of the backend's library.
+        namespace : module
+            The other library's, with a ``from_dlpack``.
+        """
+        return namespace.from_dlpack(array)
+
+    def stream_of(self, array: Any) -> AbstractContextManager[Any]:
+        """Run on the stream that another library uses now for an array of its own.
+
+        Entered around a call on arrays that `exchange` took, and around the way back of its
+        results, so that neither has to wait for the other. By default, there is no stream.
+        """
+        return nullcontext()
 
     def synchronize(self) -> None:  # noqa: B027 - on the CPU there is nothing to wait for
         """Wait until the device has finished; a no-op on the CPU."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pluggy import HookimplMarker
 
+from .convolution import Conv1d, Conv2d
 from .instance_enhanced import InstanceEnhanced
 from .mixture import Mixture
 from .normalization import Normalization
@@ -14,4 +15,4 @@ from .normalization import Normalization
 @HookimplMarker("pdcore")
 def pdcore_normalizations() -> Sequence[type[Normalization]]:
     """Give the classes."""
-    return [InstanceEnhanced, Mixture]
+    return [InstanceEnhanced, Mixture, Conv1d, Conv2d]

@@ -18,11 +18,18 @@ __all__ = ["Call", "Normaliser", "constants_held"]
 
 
 class Call:
-    """The arrays of a call in the accumulation dtype, with heads grouped."""
+    """The arrays of a call in their own dtype, with heads grouped.
+
+    Attributes
+    ----------
+    native : frozenset of str
+        The steps that read them as they are, see `ArrayBackend.native`; others get a cast.
+    """
 
     def __init__(self, backend: Any, plan: Plan, inputs: Inputs) -> None:
         xp = self.xp = backend.xp
         self.plan, self.inputs = plan, inputs
+        self.native: frozenset[str] = backend.native(plan)
         q, k, v = inputs.q, inputs.k, inputs.v
         self.dtype = q.dtype
         self.accumulate = accumulation(q, xp)
@@ -34,15 +41,22 @@ class Call:
             # Whatever stands in padding must not enter a product, nor a gradient.
             kept = inputs.key_mask[..., None, :, None]
             k, v = (xp.where(kept, x, xp.zeros_like(x)) for x in (k, v))
-        self.q = xp.reshape(self.cast(q), (*self.grouped, *q.shape[-2:]))
-        self.k, self.v = self.cast(k), self.cast(v)
+        self.q = xp.reshape(q, (*self.grouped, *q.shape[-2:]))
+        self.k, self.v = k, v
         self.mask = self._ranked(inputs.mask)
-        self.bias = None if inputs.bias is None else self._ranked(self.cast(inputs.bias))
+        self.bias = self._ranked(inputs.bias)
         self.offset = self._offset()
 
     def cast(self, x: Any) -> Any:
         """Bring an array to the accumulation dtype."""
-        return x if x.dtype == self.accumulate else self.xp.astype(x, self.accumulate)
+        return self._as(x, self.accumulate)
+
+    def taken(self, step: str, x: Any) -> Any:
+        """Bring an array to the dtype in which a step takes it."""
+        return x if step in self.native else self.cast(x)
+
+    def _as(self, x: Any, dtype: Any) -> Any:
+        return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
     def _ranked(self, x: Any) -> Any:
         """Give a mask or bias all axes, (*B, H, G, N, M), each whole or of length 1."""
@@ -90,8 +104,9 @@ class Call:
         key_mask = None if real is None else real[..., None, :]
         weights = None
         if scale > 1:
+            like = self.cast(self.k[..., :0])
             weights = heads.pooling_weights(
-                self.k.shape[-2], key_mask, scale, self.plan.pool, self.k, xp=xp
+                self.k.shape[-2], key_mask, scale, self.plan.pool, like, xp=xp
             )
             key_mask = None if real is None else xp.any(weights > 0, axis=-1)
         mask = self.mask
@@ -108,15 +123,15 @@ class Call:
         axis = self.lead
         x = _ordered(parts, self.plan.groups, axis, xp)
         shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-        x = xp.reshape(x, shape)
-        return x if x.dtype == dtype else xp.astype(x, dtype)
+        return self._as(xp.reshape(x, shape), dtype)
 
     def pull_back(self, vjps: list[Any], d_out: Any, d_lse: Any) -> dict[str, Any]:
         """Take cotangents of the results through every group to all inputs."""
         xp, inputs = self.xp, self.inputs
-        d_out = xp.reshape(self.cast(d_out), (*self.grouped, *d_out.shape[-2:]))
+        d_out = xp.reshape(d_out, (*self.grouped, *d_out.shape[-2:]))
         if d_lse is None:
-            d_lse = xp.zeros_like(d_out[..., 0]) if d_out.shape[-1] else xp.sum(d_out, axis=-1)
+            one = d_out[..., 0] if d_out.shape[-1] else xp.sum(d_out, axis=-1)
+            d_lse = xp.zeros_like(self.cast(one))
         else:
             d_lse = xp.reshape(self.cast(d_lse), (*self.grouped, d_lse.shape[-1]))
         axis = self.lead
@@ -128,9 +143,9 @@ class Call:
             n: _ordered([g[n] for g in grads], self.plan.groups, axis, xp) for n in ("q", "k", "v")
         }
         result = {
-            "q": xp.astype(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
-            "k": xp.astype(joined["k"], self.dtype),
-            "v": xp.astype(joined["v"], self.dtype),
+            "q": self._as(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
+            "k": self._as(joined["k"], self.dtype),
+            "v": self._as(joined["v"], self.dtype),
         }
         if inputs.key_mask is not None:
             kept = inputs.key_mask[..., None, :, None]
@@ -141,14 +156,14 @@ class Call:
             whole = self.bias.shape[-4] != 1
             # A bias shared by all heads collects from every group.
             total = _ordered(parts, self.plan.groups, axis, xp) if whole else _added(parts)
-            result["bias"] = xp.astype(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
+            result["bias"] = self._as(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
             total = _ordered(parts, self.plan.groups, 0, xp)
-            result[name] = xp.astype(xp.reshape(total, x.shape), x.dtype)
+            result[name] = self._as(xp.reshape(total, x.shape), x.dtype)
         return result
 
 
@@ -219,6 +234,11 @@ class Normaliser:
         count = xp.astype(xp.where(self.seen, counts, xp.ones_like(counts)), level.dtype)
         self.log_h = xp.log(count) if self.h == "count" else xp.zeros_like(count)
         self.factor = xp.exp(self.level - self.log_h)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the contraction's `out` is the result, and ``d_out`` its cotangent."""
+        return self.factor is None and self.alive is None
 
     def result(self) -> tuple[Any, Any]:
         """Give (out, lse)."""

@@ -223,6 +223,7 @@ def explain(
         parsed, shape, key_shape, value_dim, dtype, library, device, given, offset
     )._replace(lse=lse, vjp=vjp)
     try:
+        parsed.check_keys(request.k[-2])
         plan = lower_request(request)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -16,7 +16,13 @@ __all__ = ["derive"]
 
 @reported
 def derive(
-    layer: Annotated[str, typer.Argument(metavar="LAYER", help=f"One of {', '.join(LAYERS)}.")],
+    layer: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYER",
+            help=f"One of {', '.join(LAYERS)}, with arguments as in 'mixture_norm(components=3)'.",
+        ),
+    ],
     kernel: Annotated[
         str, typer.Option(help="A kernel, such as exponential or 'gaussian(0.3)'.")
     ] = "exponential",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from .convolution import Convolution
 from .instance_enhanced import InstanceEnhanced
 from .kernels import (
     Cosine,
@@ -80,15 +81,21 @@ class _Derivation:
         self.by_row = spec.support.restricts or spec.prefix
         row = "_i" if self.by_row else ""
         self.f, self.h, self.seen = f"f{row}", f"h{row}", f"S{row}"
-        if isinstance(spec.normalization, Identity):
-            self.transform = ""
+        self.convolved = isinstance(spec.normalization, Convolution)
+        if self.convolved or isinstance(spec.normalization, Identity):
+            self.transform = ""  # a convolution changes the training inputs, and no other point
         else:
             self.transform = "T_p" if spec.prefix else "T"
         self.tau = _tau(spec)
 
     def key(self, index: str) -> str:
         """Write a training input."""
-        return rf"\bar{{k}}_{index}" if self.pooled else f"k_{index}"
+        return rf"\tilde{{k}}_{index}" if self.convolved else rf"{self._key}_{index}"
+
+    @property
+    def _key(self) -> str:
+        """Write a key as the head has it, before a convolution."""
+        return r"\bar{k}" if self.pooled else "k"
 
     def value(self, index: str) -> str:
         """Write a value."""
@@ -126,6 +133,10 @@ class _Derivation:
             yield rf"\quad {pooled}"
         else:
             yield r"\quad R = \{ j : 0 \leq j < M,\ k_j \text{ is real} \}"
+        if isinstance(self.spec.normalization, Convolution):
+            yield rf"\quad \tilde{{k}}_j = {self.spec.normalization.latex(self._key)}"
+            yield (rf"\quad \text{{with }} {self._key}_l = 0 \text{{ for }} l \notin R \text{{; "
+                   r"a query has no neighbours, and is not convolved}")  # fmt: skip
         if not support.restricts:
             yield rf"\quad {self.seen} = R{_removed(self.pooled)}"
             return
@@ -271,7 +282,7 @@ class _Derivation:
         if not spec.plain_exponential or spec.normaliser != "sum":
             return
         softmax = rf"\mathrm{{softmax}}_{{j \in {seen}}}"
-        if isinstance(normalization, Identity):
+        if not self.transform:
             yield rf"o_i = {total} {softmax}({self.tau} \, q_i^\top {k}) \, {v}"
         elif isinstance(normalization, Batch):
             index = "_p" if spec.prefix else ""
@@ -297,6 +308,8 @@ class _Derivation:
                 found.append(f"{normalization.statistics} statistics")
             if self.pooled:
                 found.append("statistics over pooled keys")
+        if isinstance(normalization, Convolution):
+            found.append("the convolution: of keys alone, depthwise, with zeros beyond them")
         if isinstance(normalization, InstanceEnhanced):
             found.append("that an instance is one sequence as one head has it")
         if isinstance(normalization, Mixture):

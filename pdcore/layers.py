@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .convolution import Conv1d, Conv2d, Convolution
 from .derivation import aligned, positive_semidefinite, sections
 from .errors import SpecError, nearest
+from .grammar import made, read_arguments, read_words
 from .instance_enhanced import InstanceEnhanced
 from .inventory import summary
 from .kernels import Kernel
@@ -24,6 +26,8 @@ __all__ = ["LAYERS", "Derivation", "Step", "derive"]
 LAYERS: Mapping[str, type[Normalization]] = {
     "linear": Identity,
     "batch_norm": Batch,
+    "conv1d": Conv1d,
+    "conv2d": Conv2d,
     "mixture_norm": Mixture,
     "instance_enhanced_batch_norm": InstanceEnhanced,
 }
@@ -100,13 +104,14 @@ def derive(
     Parameters
     ----------
     layer : str
-        What T is: a name of `LAYERS`.
+        What T is: a name of `LAYERS`, which may have the arguments of its normalization, as in
+        ``"mixture_norm(components=3)"``.
     kernel : str or Kernel
         Phi, by its inner products kappa: a kernel or its word, such as ``"gaussian(0.3)"``.
     dim, heads, dtype
         Features, key heads and dtype of the call that the plan is for.
     **arguments
-        Those of the layer's normalization, such as ``components=3``.
+        Those of the layer's normalization by name, such as ``components=3``.
 
     Returns
     -------
@@ -123,21 +128,39 @@ def derive(
     --------
     >>> print(derive("batch_norm").spec)
     softmax+bn
+    >>> print(derive("conv2d(14,14)", "gaussian(0.3)").spec)
+    gaussian(gamma=0.3)+conv2d(height=14,width=14)
     """
     for name, value in (("dim", dim), ("heads", heads)):
         if type(value) is not int or value < 1:
             raise SpecError(f"{name}: got {value!r}, expected a whole number >= 1")
     if dtype not in FLOATS:
         raise SpecError(f"dtype: got {dtype!r}, expected one of {', '.join(FLOATS)}")
-    if layer not in LAYERS:
-        raise SpecError(f"layer: got {layer!r}; {nearest(str(layer), LAYERS)}")
-    try:
-        normalization = LAYERS[layer](**arguments)
-    except TypeError as error:
-        raise SpecError(f"layer {layer}: {error}") from error
+    name, normalization = _normalization(layer, arguments)
     spec = AttentionSpec(kernel=_kernel(kernel), normalization=normalization)
     plan = lower(spec, Signature(dim, heads, dtype))
-    return Derivation(layer, spec, tuple(_steps(spec, plan)), plan)
+    return Derivation(name, spec, tuple(_steps(spec, plan)), plan)
+
+
+def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normalization]:
+    """Read a layer: its name, and the normalization with its arguments."""
+    if not isinstance(layer, str):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected a name of LAYERS")
+    words = read_words(layer)
+    name, text = words[0]
+    if len(words) > 1:
+        raise SpecError(f"layer: got {layer!r}, expected one layer, such as 'batch_norm' or "
+                        "'mixture_norm(components=3)'")  # fmt: skip
+    if name not in LAYERS:
+        meant = [known for known, cls in LAYERS.items() if name in (cls.word, *cls.aliases)]
+        hint = f"did you mean {meant[0]!r}?" if meant else nearest(name, LAYERS)
+        raise SpecError(f"layer: got {name!r}; {hint}")
+    positional, named = read_arguments(name, text)
+    if arguments and text:
+        raise SpecError(f"layer: got {layer!r} and {', '.join(arguments)} beside it; give all "
+                        "arguments in one place")  # fmt: skip
+    found: Normalization = made(name, LAYERS[name], positional, {**named, **arguments})
+    return name, found
 
 
 def _kernel(kernel: str | Kernel) -> Kernel:
@@ -157,6 +180,12 @@ def _kernel(kernel: str | Kernel) -> Kernel:
 def _steps(spec: AttentionSpec, plan: Plan) -> list[Step]:
     part = sections(spec)
     own = part["own_choices"]
+    alone = (
+        "A convolution is of the key sequence, so it changes the points that the layer is fitted "
+        "on; a query is one point, without neighbours, and T leaves it. "
+        if isinstance(spec.normalization, Convolution)
+        else ""
+    )
     space = (
         "Phi is needed in inner products alone"
         if positive_semidefinite(spec)
@@ -166,7 +195,7 @@ def _steps(spec: AttentionSpec, plan: Plan) -> list[Step]:
         Step(
             "The layer",
             "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
-            f"{summary(type(spec.normalization))}. {space}: kappa(x, y) = Phi(x).Phi(y), "
+            f"{summary(type(spec.normalization))}. {alone}{space}: kappa(x, y) = Phi(x).Phi(y), "
             f"{summary(type(spec.kernel))}. h(x) = sum_j kappa(T(x), T(k_j)).",
             aligned([*part["points"], *part["choices"]]),
         ),

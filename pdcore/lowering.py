@@ -13,6 +13,7 @@ from .kernels import Cosine, Exponential, FeatureMap, Gaussian, PointwiseKernel,
 from .normalization import Batch, Identity
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .spec import AttentionSpec
+from .statistics import KeySet
 from .transform import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
     scope = "sequence"
     if isinstance(spec.normalization, Batch):
         scope = spec.normalization.statistics
+    if type(statistics) is KeySet:
+        steps.append("statistics: none; the keys of the sequence are kept as they are")
+        return Summary(statistics, scope)
     over = {"sequence": "the real keys of the sequence",
             "batch": "the real keys of all sequences of the call",
             "prefix": "the real keys up to each position"}  # fmt: skip
@@ -134,7 +138,7 @@ def _contraction(
         return tuple(transforms), Scores(scale=scale)
     if not isinstance(normalization, Identity):
         transforms.append(Normalize(normalization))
-        steps.append(f"normalize: queries and keys by {normalization.word}")
+        steps.append(normalization.step())
     if isinstance(kernel, Gaussian):
         transforms.append(GaussianRows(kernel.gamma))
         steps.append("gaussian: log kappa = 2 gamma q'.k' + key bias (-gamma |k'|^2) + row "
@@ -155,7 +159,8 @@ def _contraction(
     if spec.plain_exponential:
         assert isinstance(kernel, Exponential)
         scale = default_scale(kernel.scale, signature.dim)
-        steps.append(f"scores: log kappa = {scale:.6g} q.k")
+        inner = "q'.k'" if transforms else "q.k"
+        steps.append(f"scores: log kappa = {scale:.6g} {inner}")
         return tuple(transforms), Scores(scale=scale)
     expression = kernel.expression(signature.dim)
     steps.append(f"scores: log kappa = {expression} with s = q'.k'")

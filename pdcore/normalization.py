@@ -29,10 +29,13 @@ class Normalization(ABC):
         Its name in the grammar.
     aliases : tuple of str
         Other names for it.
+    causal_choice : str
+        Which arguments to write instead where ``causal`` refuses it; empty where there are none.
     """
 
     word: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
+    causal_choice: ClassVar[str] = ""
 
     @property
     def leaks(self) -> bool:
@@ -91,10 +94,46 @@ class Normalization(ABC):
             "differentiation (numpy, cupy) cannot give its gradient"
         )
 
+    def apply_keys(self, keys: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """Compute T of the keys, in array-API calls.
+
+        By default as of a query. A normalization overrides it where a key has what a query has
+        not: neighbours, in a convolution.
+
+        Parameters
+        ----------
+        keys : array (*B, H, M, D)
+            All keys of a sequence, as the statistics saw them.
+        state, xp, params
+            As of `apply`.
+
+        Returns
+        -------
+        array like `keys`
+        """
+        return self.apply(keys, state, xp=xp, params=params)
+
+    def apply_keys_vjp(
+        self, keys: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull a cotangent of T of the keys back, as `apply_vjp` does."""
+        return self.apply_vjp(keys, state, cotangent, xp=xp, params=params)
+
     @property
     def has_vjp(self) -> bool:
-        """Whether the class writes its own `apply_vjp`."""
-        return type(self).apply_vjp is not Normalization.apply_vjp
+        """Whether the class writes the pullback of each transform that it writes."""
+        cls, base = type(self), Normalization
+        own_keys = cls.apply_keys is not base.apply_keys
+        pulls_keys = cls.apply_keys_vjp is not base.apply_keys_vjp
+        return cls.apply_vjp is not base.apply_vjp and (pulls_keys or not own_keys)
+
+    def check_keys(self, count: int) -> None:
+        """Refuse a number of keys of one head, after head scaling, by a `ValueError`."""
+        return
+
+    def step(self) -> str:
+        """Say in a plan what is done to queries and keys."""
+        return f"normalize: queries and keys by {self.word}"
 
     @abstractmethod
     def latex(self) -> str:
@@ -152,6 +191,7 @@ class Batch(Normalization):
     allow_leak: bool = False
     word = "bn"
     aliases = ("batch",)
+    causal_choice = "statistics=prefix or statistics=running"
 
     def __post_init__(self) -> None:
         if isinstance(self.beta, str):

@@ -190,8 +190,8 @@ def _heads(call: Call) -> Iterator[_Head]:
         allowed = allowed & real[..., None, :]
         # Prefix statistics: mask and window do not restrict them.
         counted = (first + (scale - 1) <= call.position) & real[..., None, :]
-        transform = None if spec.prefix else transform_of(call, keys, real, params)
-        y = keys if transform is None else call.rounded(transform(keys))
+        transform, y = (None, keys) if spec.prefix else transform_of(call, keys, real, params)
+        y = y if transform is None else call.rounded(y)
         for i in range(g * group, (g + 1) * group):
             visible = allowed
             if call.mask is not None:

@@ -136,6 +136,7 @@ def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[in
             f"spec: got {len(spec.heads.scales)} scales, expected one for each of the "
             f"{key_heads} heads of k"
         )
+    spec.check_keys(shapes["k"][-2])
     return lead, key_heads, shapes["k"][-1]
 
 

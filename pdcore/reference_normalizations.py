@@ -10,19 +10,41 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .arrays import constant
+from .convolution import Conv1d, Conv2d
 from .errors import UnsupportedError
 from .instance_enhanced import InstanceEnhanced
 from .mixture import Mixture, draws
-from .normalization import Batch, Identity
-from .reference_inputs import Call, hook_params, select
+from .normalization import Batch, Identity, Normalization
+from .reference_inputs import Call, hook_params, prepare, select
+from .spec import AttentionSpec
 
-__all__ = ["prefix_inner_products", "transform_of"]
+__all__ = ["prefix_inner_products", "reference_keys", "transform_of"]
+
+
+def reference_keys(k: Any, spec: AttentionSpec, params: Mapping[str, Any]) -> Any:
+    """Compute T of the keys of one head, (*B, 1, M, D), none of them padding or pooled."""
+    call = prepare(k, k, k, spec, None, None, None, 0, params, None)
+    return transform_of(call, call.k[..., 0, :, :], call.real, call.params)[1][..., None, :, :]
 
 
 def transform_of(
     call: Call, keys: Any, real: Any, params: Mapping[str, Any]
-) -> Callable[[Any], Any]:
-    """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
+) -> tuple[Callable[[Any], Any], Any]:
+    """Give T of a query, and T of the keys, (*B, W, D), from a head's pooled keys; real (*B, W)."""
+    xp, normalization = call.xp, call.spec.normalization
+    if type(normalization) is Conv1d or type(normalization) is Conv2d:
+        return lambda x: x, _convolved(normalization, keys, real, params["weight"][0, ...], call)
+    if type(normalization).apply_keys is not Normalization.apply_keys:
+        own = hook_params(normalization, call, params)
+        state = _state(normalization, keys, real, xp)
+        y = normalization.apply_keys(keys[..., None, :, :], state, xp=xp, params=own)
+        return _by_hook(normalization, state, own, xp), y[..., 0, :, :]
+    transform = _alike(call, keys, real, params)
+    return transform, transform(keys)
+
+
+def _alike(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Give T where it is one function of queries and keys."""
     xp, normalization = call.xp, call.spec.normalization
     if type(normalization) is Identity:
         return lambda x: x
@@ -40,19 +62,30 @@ def transform_of(
     if type(normalization) is Mixture:
         return _mixture(normalization, keys, real, xp)
 
-    # A user's normalization, by its public hooks: arrays with a head axis of length 1.
+    own = hook_params(normalization, call, params)
+    return _by_hook(normalization, _state(normalization, keys, real, xp), own, xp)
+
+
+# A user's normalization, by its public hooks: arrays with a head axis of length 1.
+
+
+def _state(t: Normalization, keys: Any, real: Any, xp: Any) -> Mapping[str, Any]:
+    """Compute the finalised statistics of a head's keys."""
     state: Mapping[str, Any] = {}
-    statistics = normalization.statistics_state()
+    statistics = t.statistics_state()
     if statistics is not None:
         previous = None
         block, mask = keys[..., None, :, :], real[..., None, :, None]
         for _ in range(statistics.rounds):
             state = statistics.of(block, mask, xp=xp, previous=previous)
             state = previous = statistics.finalize(state, xp=xp)
-    own = hook_params(normalization, call, params)
-    return lambda x: normalization.apply(
-        x[..., None, :, :], state, xp=xp, params=own
-    )[..., 0, :, :]  # fmt: skip
+    return state
+
+
+def _by_hook(
+    t: Normalization, state: Mapping[str, Any], own: Mapping[str, Any], xp: Any
+) -> Callable[[Any], Any]:
+    return lambda x: t.apply(x[..., None, :, :], state, xp=xp, params=own)[..., 0, :, :]
 
 
 def _beta(normalization: Batch, call: Call, params: Mapping[str, Any]) -> Any:
@@ -103,6 +136,35 @@ def _instance_enhanced(
     small = xp.exp(-xp.abs(z))  # of the two forms of the sigmoid the one that does not overflow
     gate = select(z < 0, small / (1.0 + small), 1.0 / (1.0 + small), xp)
     return lambda x: gate * ((x - t.beta * mean) / xp.sqrt(var + t.eps))
+
+
+def _convolved(t: Conv1d | Conv2d, keys: Any, real: Any, weight: Any, call: Call) -> Any:
+    """Convolve the keys (*B, W, D), tap by tap: weight (size, D) or (size, size, D)."""
+    xp = call.xp
+    x = select(real[..., None], keys, 0.0, xp)
+    index = xp.arange(x.shape[-2], device=call.device)
+    total = xp.zeros_like(x)
+    if isinstance(t, Conv1d):
+        back = t.size - 1 if t.padding == "causal" else (t.size - 1) // 2
+        for tap in range(t.size):
+            there = index + (tap - back)
+            inside = (there >= 0) & (there < x.shape[-2])
+            total = total + weight[tap, ...] * _taken(x, there, inside, xp)
+        return total
+    back, row, column = (t.size - 1) // 2, index // t.width, index % t.width
+    for down in range(t.size):
+        for across in range(t.size):
+            r, c = row + (down - back), column + (across - back)
+            inside = (r >= 0) & (r < t.height) & (c >= 0) & (c < t.width)
+            near = _taken(x, r * t.width + c, inside, xp)
+            total = total + weight[down, across, ...] * near
+    return total
+
+
+def _taken(x: Any, at: Any, inside: Any, xp: Any) -> Any:
+    """Take rows of x, zeros where `at` is not inside."""
+    taken = xp.take(x, xp.where(inside, at, xp.zeros_like(at)), axis=-2)
+    return select(xp.broadcast_to(inside[:, None], taken.shape), taken, 0.0, xp)
 
 
 def _mixture(t: Mixture, keys: Any, real: Any, xp: Any) -> Callable[[Any], Any]:

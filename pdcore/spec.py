@@ -13,13 +13,13 @@ True
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
 from .errors import SpecError, UnsupportedError, nearest
+from .grammar import bind_arguments, build, read_arguments, read_words
 from .heads import HeadScaling
 from .kernels import Cosine, Exponential, Gaussian, Kernel, Parameter
 from .normalization import Batch, Identity, Normalization
@@ -110,10 +110,11 @@ class AttentionSpec:
                 f"softcap, where it folds into the query; got {_word(self.kernel)}"
             )
         if support.ahead == 0 and normalization.leaks:
+            other = normalization.causal_choice
             raise UnsupportedError(
-                f"{_word(normalization)} takes statistics over keys that "
+                f"{_word(normalization)} is computed from keys that "
                 f"{'causal' if support.causal else 'a window without keys ahead'} hides, so the "
-                "future leaks: use statistics=prefix or statistics=running, or permit it with "
+                f"future leaks: {f'use {other}, or ' if other else ''}permit it with "
                 "allow_leak=true"
             )
         if self.heads.largest > support.left + support.right + 1:
@@ -136,6 +137,17 @@ class AttentionSpec:
     def parameters(self) -> tuple[Parameter, ...]:
         """List the arrays that a call must or may give in `params`."""
         return (*self.kernel.parameters(), *self.normalization.parameters())
+
+    def check_keys(self, count: int) -> None:
+        """Refuse a number of keys that the normalization of some head does not take.
+
+        Raises
+        ------
+        ValueError
+            See `Normalization.check_keys`.
+        """
+        for scale in sorted(set(self.heads.scales)) or (1,):
+            self.normalization.check_keys(-(-count // scale))
 
     def __str__(self) -> str:
         words = [_word(self.kernel)]
@@ -175,8 +187,6 @@ def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
     )
 
 
-_TOKEN = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\Z")
 _AXES = {"sh": "head scaling", "scaling": "head scaling", "sparse": "window", "window": "window",
          "causal": "causal", "h": "normaliser"}  # fmt: skip
 
@@ -206,7 +216,7 @@ def parse(text: str) -> AttentionSpec:
     """
     chosen: dict[str, Any] = {}
     source: dict[str, str] = {}
-    for word, arguments in _words(text):
+    for word, arguments in read_words(text):
         axis, value = _read(word, arguments)
         if axis in chosen:
             raise SpecError(f"{source[axis]!r} and {word!r} both set the {axis} of {text!r}")
@@ -221,35 +231,17 @@ def parse(text: str) -> AttentionSpec:
     )
 
 
-def _words(text: str) -> list[tuple[str, str | None]]:
-    found: list[tuple[str, str | None]] = []
-    at = 0
-    while True:
-        match = _TOKEN.match(text, at)
-        if match is None or (match.end() < len(text) and text[match.end()] != "+"):
-            where = match.end() if match else at
-            rest = text[where : where + 12]
-            raise SpecError(
-                f"spec {text!r}: cannot read it at column {where + 1} ({rest!r}); "
-                "expected words joined by '+', such as 'softmax+bn(beta=0.5)+causal'"
-            )
-        found.append((match[1], match[2]))
-        if match.end() == len(text):
-            return found
-        at = match.end() + 1
-
-
 def _read(word: str, arguments: str | None) -> tuple[str, Any]:
     axis = _AXES.get(word)
     if axis is None:
         kernel, normalization = find_kernel(word), find_normalization(word)
         if kernel is not None:
-            return "kernel", _build(word, kernel, arguments)
+            return "kernel", build(word, kernel, arguments)
         if normalization is not None:
-            return "normalization", _build(word, normalization, arguments)
+            return "normalization", build(word, normalization, arguments)
         known = {*_AXES, *kernel_words(), *normalization_words()}
         raise SpecError(f"unknown word {word!r}; {nearest(word, known)}")
-    positional, named = _arguments(word, arguments)
+    positional, named = read_arguments(word, arguments)
     if axis == "causal":
         if arguments is not None:
             raise SpecError(f"causal takes no arguments, got ({arguments})")
@@ -259,7 +251,7 @@ def _read(word: str, arguments: str | None) -> tuple[str, Any]:
             raise SpecError(f"h({arguments or ''}): expected h(sum), h(count) or h(one)")
         return axis, positional[0]
     if axis == "window":
-        bound = _bind(word, ("left", "right"), positional, named)
+        bound = bind_arguments(word, ("left", "right"), positional, named)
         if len(bound) != 2:
             raise SpecError(f"{word}({arguments or ''}): expected left and right, such as "
                             f"{word}(64,64) or {word}(64,inf)")  # fmt: skip
@@ -278,83 +270,6 @@ def _bound(word: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise SpecError(f"{word}: {value!r}, expected a whole number >= 0 or inf")
     return value
-
-
-def _arguments(word: str, text: str | None) -> tuple[list[Any], dict[str, Any]]:
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
-    for part in (text or "").split(",") if text and text.strip() else ():
-        name, equals, value = (p.strip() for p in part.partition("="))
-        if not equals:
-            if named:
-                raise SpecError(f"{word}({text}): {part.strip()!r} follows a named argument")
-            positional.append(_value(word, name))
-        elif name in named:
-            raise SpecError(f"{word}({text}): {name} is given twice")
-        else:
-            named[name] = _value(word, value)
-    return positional, named
-
-
-def _value(word: str, text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    if text == "inf":
-        return math.inf
-    if _NUMBER.match(text):
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    if text.isidentifier():
-        return text
-    raise SpecError(f"{word}: cannot read the argument {text!r}: expected a number, inf, true, "
-                    "false or a name")  # fmt: skip
-
-
-def _bind(word: str, names: tuple[str, ...], positional: list[Any],
-          named: dict[str, Any]) -> dict[str, Any]:  # fmt: skip
-    if len(positional) > len(names):
-        raise SpecError(f"{word}: got {len(positional)} arguments, takes {len(names)}"
-                        f"{': ' + ', '.join(names) if names else ''}")  # fmt: skip
-    bound = dict(zip(names, positional, strict=False))
-    for name, value in named.items():
-        if name not in names:
-            raise SpecError(f"{word}: unknown argument {name!r}; {nearest(name, names)}")
-        if name in bound:
-            raise SpecError(f"{word}: {name} is given twice")
-        bound[name] = value
-    return bound
-
-
-def _build(word: str, cls: type[Any], arguments: str | None) -> Any:
-    positional, named = _arguments(word, arguments)
-    declared = {f.name: f for f in fields(cls) if f.init}
-    bound = _bind(word, tuple(declared), positional, named)
-    for name, value in bound.items():
-        bound[name] = _coerce(word, name, declared[name].type, value)
-    try:
-        return cls(**bound)
-    except TypeError as error:
-        raise SpecError(f"{word}({arguments or ''}): {error}") from error
-
-
-_SCALARS = frozenset({"int", "float", "str", "bool", "None"})
-
-
-def _coerce(word: str, name: str, annotation: Any, value: Any) -> Any:
-    """Fit a value to a field's annotation: int, float, str, bool and unions of these.
-
-    The annotation is a string or, in a module without postponed annotations, an object. One
-    that says anything else is left to the class itself to check.
-    """
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    optional = text.removeprefix("typing.").removeprefix("Optional[")
-    kinds = {part.strip() for part in optional.removesuffix("]").split("|")}
-    if not kinds <= _SCALARS:
-        return value
-    if type(value) is int and "int" not in kinds and "float" in kinds:
-        return float(value)
-    if type(value).__name__ in kinds:
-        return value
-    raise SpecError(f"{word}: {name} is {value!r}, expected {text}")
 
 
 #: Lowering knows these by their class, and would not call what a subclass overrides.

@@ -87,15 +87,15 @@ class Normalize:
             grads = []
             dstate: dict[str, Any] = {}
             dparams: dict[str, Any] = {}
-            for x, dx in ((rows.q, d.q), (rows.k, d.k)):
-                grad, ds, dp = t.apply_vjp(x, state, dx, xp=xp, params=params)
+            for x, dx, pull in ((rows.q, d.q, t.apply_vjp), (rows.k, d.k, t.apply_keys_vjp)):
+                grad, ds, dp = pull(x, state, dx, xp=xp, params=params)
                 grads.append(grad)
                 add_into(dstate, {n: sum_to(g, state[n].shape, xp=xp) for n, g in ds.items()})
                 add_into(dparams, {n: sum_to(g, params[n].shape, xp=xp) for n, g in dp.items()})
             return Rows(*grads), dstate, dparams
 
         q = t.apply(rows.q, state, xp=xp, params=params)
-        k = t.apply(rows.k, state, xp=xp, params=params)
+        k = t.apply_keys(rows.k, state, xp=xp, params=params)
         return rows._replace(q=q, k=k), pullback
 
 

@@ -96,6 +96,7 @@ def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> None:
     if scales and len(scales) != k[-3]:
         raise ValueError(f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
                          f"{k[-3]} heads of k")  # fmt: skip
+    spec.check_keys(k[-2])
 
 
 def _boolean(x: Any, name: str) -> None:

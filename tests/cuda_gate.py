@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
+import threading
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from pdcore_backends.cupy.columns import RowProgram, instances
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
@@ -21,6 +27,9 @@ TEMPLATES = ("scores_forward<{}>", "scores_rows<{}>", "scores_keys<{}, false>",
 MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
 _START, _END = "<!-- written by tests/cuda_gate.py -->\n", "<!-- end -->\n"
+
+Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
 
 
 class Usage(NamedTuple):
@@ -34,17 +43,52 @@ class Usage(NamedTuple):
 def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
-    return [(name, scalar) for name in [*names, "scores_bias"] for scalar in SCALARS]
+    names += ["scores_bias", "scores_delta"]
+    return [*((name, scalar) for name in names for scalar in SCALARS), *row_kernels()]
+
+
+def row_kernels() -> list[tuple[str, str]]:
+    """List the kernels of rows; what reads them reads 16 bits too where sums are in float."""
+    by_dtype = [(instances(dtype), scalar) for dtype, scalar in
+                (("float32", "float"), ("float64", "double"), ("float16", "float"),
+                 ("bfloat16", "float"))]  # fmt: skip
+    found = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
+    return list(dict.fromkeys(found))
 
 
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    found = [_compiled(Program(scalar).text(name), name, arch) for arch in ARCHITECTURES]
+    of_rows = (name, scalar) in row_kernels()
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    return Usage(tuple(r for r, _ in found), sum(s for _, s in found), memory(scalar, columns))
+    dynamic = 0 if of_rows or name == "scores_delta" else memory(scalar, columns)
+    text = (RowProgram(scalar) if of_rows else Program(scalar)).text(name)
+    found = [compiled(text, name, arch) for arch in ARCHITECTURES]
+    registers, spilled, declared = zip(*found, strict=True)
+    return Usage(registers, sum(spilled), dynamic + max(declared))
 
 
-def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
+def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
+    """Give registers, bytes spilled, and bytes of shared memory that the kernel declares.
+
+    They are kept beside the emulator's builds by all that matters.
+    """
+    from cuda_on_cpu.build import cache_folder
+    from cupy.cuda import nvrtc
+
+    key = repr((nvrtc.getVersion(), architecture, name, code)).encode()
+    kept = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
+    if kept.exists():
+        registers, spilled, declared = json.loads(kept.read_text(encoding="utf-8"))
+        return registers, spilled, declared
+    found = _assembled(code, name, architecture)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    whole.write_text(json.dumps(found), encoding="utf-8")
+    whole.replace(kept)
+    return found
+
+
+def _assembled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -62,22 +106,28 @@ def _compiled(code: str, name: str, architecture: str) -> tuple[int, int]:
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    return int(registers), spilled
+    return int(registers), spilled, sum(map(int, re.findall(r"(\d+) bytes smem", log)))
 
 
 def measured() -> dict[tuple[str, str], Usage]:
     """Compile all of them, on two cores."""
-    first, *names = kernels()
-    found = {first: usage(*first)}  # the compiler loads its libraries, which two threads cannot
+    return on_two_cores(lambda key: usage(*key), kernels())
+
+
+def on_two_cores(compile_: Callable[[Key], Found], keys: Sequence[Key]) -> dict[Key, Found]:
+    """Compile what the keys stand for."""
+    first, *rest = keys
+    found = {first: compile_(first)}  # the compiler loads its libraries, which two threads cannot
     with ThreadPoolExecutor(2) as threads:
-        found |= zip(names, threads.map(lambda key: usage(*key), names), strict=True)
+        found |= zip(rest, threads.map(compile_, rest), strict=True)
     return found
 
 
 def written() -> dict[tuple[str, str], Usage]:
     """Read the page's table."""
     found = {}
-    for row in _ROW.finditer(PAGE.read_text(encoding="utf-8")):
+    page = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
+    for row in _ROW.finditer(page):
         cells = row["cells"].replace(",", "").split("|")
         *registers, spilled, shared = map(int, cells)
         found[row["name"], row["scalar"]] = Usage(tuple(registers), spilled, shared)
@@ -97,9 +147,15 @@ def table(found: dict[tuple[str, str], Usage]) -> str:
 
 def main() -> None:
     """Write the table of the page anew."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.partition(_START)[0], text.partition(_END)[2]
-    PAGE.write_text(f"{before}{_START}\n{table(measured())}\n{_END}{after}", encoding="utf-8")
+    write(_START, _END, table(measured()))
+
+
+def write(start: str, end: str, text: str) -> None:
+    """Put a table in its place on the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(start)
+    after = rest.partition(end)[2]
+    PAGE.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

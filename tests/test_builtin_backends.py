@@ -368,8 +368,126 @@ def test_cupy_refuses_tf32_and_what_is_not_there(
     monkeypatch.setenv("CUPY_TF32", "1")
     assert any("CUPY_TF32=1" in why for why in cupy_backend.refusals(request_of("float32")))
     assert not any("CUPY_TF32" in why for why in cupy_backend.refusals(request_of("float64")))
-    refused = cupy_backend.refusals(request_of("bfloat16"))
-    assert "bfloat16 inputs: not implemented" in refused
+    dropped = request_of("bfloat16")._replace(dropout=0.1)
+    assert "dropout in training: unsupported" in cupy_backend.refusals(dropped)
+    assert not any("bfloat16" in why for why in cupy_backend.refusals(dropped))
+
+
+class Entered:
+    """A CUDA stream, or a device, that notes when it is entered and left."""
+
+    def __init__(self, said: list[str], *what: Any) -> None:
+        self.said, self.what = said, " ".join(map(str, what))
+
+    def __enter__(self) -> None:
+        self.said.append(f"enter {self.what}")
+
+    def __exit__(self, *error: object) -> None:
+        self.said.append(f"leave {self.what}")
+
+
+class Tensor:
+    """What the backend sees of an array of PyTorch; its views say what was asked for."""
+
+    def __init__(self, dtype: str, device: str = "cuda") -> None:
+        self.dtype, self.shape = f"torch.{dtype}", (2,)
+        self.device = types.SimpleNamespace(type=device, index=1)
+
+    def view(self, dtype: Any) -> tuple[str, Any]:
+        return f"bits of {self.dtype}", dtype
+
+
+Tensor.__module__ = "torch"
+
+
+@pytest.fixture
+def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give a CuPy and a PyTorch that note on which stream they are called."""
+    said: list[str] = []
+    cupy = sys.modules["cupy"]
+
+    def from_dlpack(x: Any) -> Any:
+        said.append("from_dlpack")
+        return types.SimpleNamespace(taken=x, view=lambda dtype: (x, dtype))
+
+    monkeypatch.setattr(cupy, "from_dlpack", from_dlpack, raising=False)
+    for name, made in {
+        "Device": lambda index: Entered(said, "device", index),
+        "ExternalStream": lambda *given: Entered(said, "stream", *given),
+        "Stream": types.SimpleNamespace(null=Entered(said, "default stream")),
+    }.items():
+        monkeypatch.setattr(cupy.cuda, name, made, raising=False)
+    torch = types.ModuleType("torch")
+    torch.__dict__.update(
+        int16="torch's int16",
+        compiler=types.SimpleNamespace(is_compiling=lambda: False),
+        cuda=types.SimpleNamespace(
+            current_stream=lambda device: types.SimpleNamespace(cuda_stream=STREAMS[device.index])
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(STREAMS, 1, 1234)
+    return said
+
+
+STREAMS: dict[int, int] = {}
+
+
+def test_cupy_takes_tensors_on_the_current_stream_of_pytorch(
+    cupy_backend: Any, streams: list[str]
+) -> None:
+    x = Tensor("float16")
+    assert cupy_backend.exchange(x).taken is x
+    on = ["enter device 1", "enter stream 1234 1", "from_dlpack", "leave stream 1234 1",
+          "leave device 1"]  # fmt: skip
+    assert streams == on
+    streams.clear()
+    with cupy_backend.stream_of(x):
+        streams.append("from_dlpack")
+    assert streams == on
+    streams.clear()
+    STREAMS[1] = 0
+    cupy_backend.exchange(x)
+    assert streams[1:3] == ["enter default stream", "from_dlpack"]
+    streams.clear()
+    with cupy_backend.stream_of(Tensor("float16", "cpu")), cupy_backend.stream_of(np.ones(2)):
+        assert streams == []
+
+
+def test_bfloat16_goes_through_dlpack_by_its_bits(cupy_backend: Any, streams: list[str]) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    (taken, bits), dtype = cupy_backend.exchange(Tensor("bfloat16"))
+    assert (taken, bits, dtype) == ("bits of torch.bfloat16", "torch's int16", ml_dtypes.bfloat16)
+    given = np.asarray([1.0, -2.0], ml_dtypes.bfloat16)
+    torch = types.SimpleNamespace(
+        from_dlpack=lambda x: np.from_dlpack(x), bfloat16=np.dtype(ml_dtypes.bfloat16)
+    )
+    back = cupy_backend.give(given, torch)
+    assert back.dtype == given.dtype
+    assert np.shares_memory(back, given)
+    plain = np.ones(3, np.float16)
+    assert np.shares_memory(cupy_backend.give(plain, torch), plain)
+
+
+def test_a_call_on_foreign_arrays_runs_on_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = pytest.importorskip("array_api_strict")
+    kind = type(plugins.load_backend("numpy"))
+    said: list[str] = []
+
+    def noted(name: str) -> None:
+        method = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *given: said.append(name) or method(*given))
+
+    noted("attention_weights")
+    noted("give")
+    monkeypatch.setattr(kind, "stream_of", lambda self, x: Entered(said, type(x).__module__))
+    x = [strict.asarray(np.ones((1, 2, 5, 4)))] * 3
+    module = type(x[0]).__module__
+    out, _ = pdcore.attention(*x, backend="numpy", return_lse=True)
+    assert isinstance(out, type(x[0]))
+    pdcore.attention_weights(*x, backend="numpy")
+    assert said == [f"enter {module}", "give", "give", f"leave {module}",
+                    f"enter {module}", "attention_weights", "give", f"leave {module}"]  # fmt: skip
 
 
 def test_cupy_that_is_not_installed_is_a_reason() -> None:

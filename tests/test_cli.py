@@ -354,7 +354,8 @@ def test_specs() -> None:
 
 
 def test_every_listed_word_parses() -> None:
-    values = {"gamma": "0.5", "scales": "1,2", "left": "3", "right": "inf", "normaliser": "count"}
+    values = {"gamma": "0.5", "scales": "1,2", "left": "3", "right": "inf", "normaliser": "count",
+              "height": "4", "width": "4"}  # fmt: skip
     for word in json.loads(run("specs", "--json").stdout)["words"]:
         given = [values[a["name"]] for a in word["arguments"] if a["required"]]
         for name in (word["word"], *word["aliases"]):
@@ -391,6 +392,18 @@ def test_derive_gives_the_steps_as_text_latex_and_data() -> None:
     assert "5. The plan" in text
     assert run(*base, "--latex").stdout.startswith(r"\begin{align*}")
     assert json.loads(run(*base, "--json").stdout)["spec"] == "gaussian(gamma=0.3)+bn"
+    found = json.loads(run("derive", "conv2d(14, 14, size=5)", "--json").stdout)
+    assert (found["layer"], found["spec"]) == (
+        "conv2d", "softmax+conv2d(height=14,width=14,size=5)",
+    )  # fmt: skip
+    for layer, says in (
+        ("mixture_norm(compnents=3)", "did you mean 'components'?"),
+        ("conv2d", "height and width must be given"),
+        ("bn", "did you mean 'batch_norm'?"),
+    ):
+        wrong = run("derive", layer)
+        assert wrong.exit_code == Exit.USAGE
+        assert says in wrong.stderr
     wrong = run("derive", "batchnorm")
     assert wrong.exit_code == Exit.USAGE
     assert "did you mean 'batch_norm'?" in wrong.stderr

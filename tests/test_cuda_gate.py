@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import cuda_gate
+import cuda_gate_programs
 import pytest
 
-from pdcore_backends.cupy.programs import Program
+import pdcore
+from pdcore import kernels
 
 pytestmark = pytest.mark.cuda
 
@@ -31,11 +33,30 @@ def test_kernels_take_no_more_than_the_page_says() -> None:
     assert not more, f"if that is meant, run python tests/cuda_gate.py: {more}"
 
 
-@pytest.mark.parametrize("name", ["scores_rows<256>", "scores_keys<256, false>"])
-def test_programs_of_features_do_not_spill(name: str) -> None:
+def test_programs_take_no_more_than_the_page_says_and_never_spill() -> None:
+    table = cuda_gate_programs.written()
+    assert set(table) == set(cuda_gate_programs.programs())
     pytest.importorskip("cupy")
-    for arch in cuda_gate.ARCHITECTURES:
-        assert cuda_gate._compiled(Program("float", "features").text(name), name, arch)[1] == 0
+    for what, (*registers, spilled) in cuda_gate_programs.measured().items():
+        *most, none = table[what]
+        assert spilled == none == 0, what
+        assert all(a <= b for a, b in zip(registers, most, strict=True)), what
+
+
+BUILT_IN = ("softmax", "gaussian(gamma=0.3)", "cosine", "polynomial")
+
+
+def test_every_built_in_expression_has_a_program() -> None:
+    kinds = {type(pdcore.parse(spec).kernel) for spec in BUILT_IN}
+    own = [kind for kind in vars(kernels).values() if isinstance(kind, type)]
+    assert kinds == {
+        kind for kind in own
+        if issubclass(kind, kernels.Kernel) and not issubclass(kind, kernels.FeatureMap)
+        and kind not in (kernels.Kernel, kernels.PointwiseKernel)
+    }  # fmt: skip
+    for spec in BUILT_IN:
+        expression = cuda_gate_programs.lowered(spec).expression
+        assert expression is None or expression in cuda_gate_programs.expressions(), spec
 
 
 def test_a_kernel_that_spills_would_be_seen() -> None:
@@ -45,4 +66,4 @@ def test_a_kernel_that_spills_would_be_seen() -> None:
       for (int i = 0; i < 64; i++) kept[i] = x[i] * n;
       for (int i = 0; i < n; i++) x[i] = kept[(i * n) % 64];
     }"""
-    assert cuda_gate._compiled(code, "spills", "sm_90")[1] > 0
+    assert cuda_gate.compiled(code, "spills", "sm_90")[1] > 0

@@ -30,6 +30,7 @@ from pdcore_backends.cupy.fused import Compiled, limit
 from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
 from pdcore_conformance.budget import expect, judge
+from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
 
@@ -140,6 +141,19 @@ CALLS = {
 @pytest.mark.parametrize(("spec", "call"), CALLS.values(), ids=CALLS)
 def test_forward_and_gradients(backend: Any, spec: str, call: dict, dtype: str) -> None:
     check(backend, normal_case(spec, dtype=np.dtype(dtype), **call))
+
+
+HALF = (
+    "ragged, grouped heads", "causal, an offset each, padding", "pooled keys, padding and mask",
+    "a bias for all rows", "a bias for some leading axes", "key bias", "statistics",
+    "weights phi . phi", "weights that vanish", "no keys", "no values", "no sequence",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("spec", "call"), [CALLS[name] for name in HALF], ids=HALF)
+def test_sixteen_bits(backend: Any, spec: str, call: dict, dtype: str) -> None:
+    check(backend, normal_case(spec, dtype=dtype_of(dtype), **call))
 
 
 @pytest.mark.parametrize("spec", ["polynomial(degree=2,coef0=1)", "softmax(softcap=2)"])

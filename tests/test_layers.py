@@ -13,25 +13,48 @@ import pdcore
 from pdcore.errors import SpecError
 from pdcore.layers import LAYERS, derive
 from pdcore.normalization import Normalization
+from pdcore.validation import parameter_shape
 
 M, N, D, DV = 14, 5, 3, 2
 RNG = np.random.default_rng(0)
 KEYS, QUERIES = RNG.standard_normal((M, D)) + 0.5, RNG.standard_normal((N, D))
-PARAMS = {name: RNG.standard_normal((1, D)) for name in ("slope", "shift")}
+#: Layers whose arguments have no default, with arguments that fit.
+WRITTEN = {"conv2d": "conv2d(2,7)"}
 # Multipliers as a solver would leave them: their differences sum to 0 for each output feature.
 GAP = RNG.standard_normal((M, DV))
 GAP -= GAP.mean(axis=0)
 
 
-def transform(layer: str, normalization: Normalization) -> Callable[[Any], Any]:
-    """Write T out for the keys."""
+def parameters(found: pdcore.Derivation) -> dict[str, Any]:
+    """Draw what a derived attention takes from each call."""
+    rng = np.random.default_rng(3)
+    return {p.name: rng.standard_normal(parameter_shape(p.shapes[0], 1, D))
+            for p in found.spec.parameters()}  # fmt: skip
+
+
+def convolved(weight: Any) -> Any:
+    """Convolve the keys, on a grid of 2 by 7 where the weight is (3, 3, D)."""
+    if weight.ndim == 2:
+        padded = np.pad(KEYS, ((1, 1), (0, 0)))
+        return np.stack([np.sum(weight * padded[j : j + 3], axis=0) for j in range(M)])
+    padded = np.pad(KEYS.reshape(2, 7, D), ((1, 1), (1, 1), (0, 0)))
+    return np.stack([np.sum(weight * padded[r : r + 3, c : c + 3], axis=(0, 1))
+                     for r in range(2) for c in range(7)])  # fmt: skip
+
+
+def transform(
+    layer: str, normalization: Normalization, params: dict[str, Any]
+) -> Callable[[Any], Any]:
+    """Write T out."""
+    if layer.startswith("conv"):
+        return lambda x: convolved(params["weight"][0]) if x is KEYS else x
     mean, var = KEYS.mean(axis=0), KEYS.var(axis=0)
     if layer == "linear":
         return lambda x: x
     if layer == "batch_norm":
         return lambda x: (x - mean) / np.sqrt(var + 1e-5)
     if layer == "instance_enhanced_batch_norm":
-        gate = 1.0 / (1.0 + np.exp(-(PARAMS["slope"][0] * mean + PARAMS["shift"][0])))
+        gate = 1.0 / (1.0 + np.exp(-(params["slope"][0] * mean + params["shift"][0])))
         return lambda x: gate * (x - mean) / np.sqrt(var + 1e-5)
     stats = normalization.statistics_state()
     assert stats is not None
@@ -74,8 +97,9 @@ KERNELS: dict[str, Callable[[Any, Any], Any]] = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_derived_attention_is_the_expansion(layer: str, kernel: str) -> None:
-    found = derive(layer, kernel, dim=D, dtype="float64")
-    t, kappa = transform(layer, found.spec.normalization), KERNELS[kernel]
+    found = derive(WRITTEN.get(layer, layer), kernel, dim=D, dtype="float64")
+    params = parameters(found)
+    t, kappa = transform(layer, found.spec.normalization, params), KERNELS[kernel]
     x, y = t(QUERIES), t(KEYS)
     h_q, h_k = kappa(x, y).sum(axis=1), kappa(y, y).sum(axis=1)
     want = kappa(x, y) @ (GAP / h_k[:, None]) / h_q[:, None]
@@ -83,7 +107,6 @@ def test_the_derived_attention_is_the_expansion(layer: str, kernel: str) -> None
         phi = FEATURES[kernel]
         w = (GAP / h_k[:, None]).T @ phi(y)
         np.testing.assert_allclose((phi(x) @ w.T) / h_q[:, None], want, rtol=1e-9, atol=1e-12)
-    params = PARAMS if found.spec.parameters() else None
     got = pdcore.attention(
         QUERIES[None], KEYS[None], (GAP / h_k[:, None])[None], found.spec, params=params
     )[0]
@@ -92,9 +115,10 @@ def test_the_derived_attention_is_the_expansion(layer: str, kernel: str) -> None
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_derivation_is_data(layer: str) -> None:
-    found = derive(layer, "gaussian(0.3)", dim=D, dtype="float64")
+    found = derive(WRITTEN.get(layer, layer), "gaussian(0.3)", dim=D, dtype="float64")
+    assert found.layer == layer
     q, k, v = (x[None] for x in (QUERIES, KEYS, GAP))
-    params = PARAMS if found.spec.parameters() else None
+    params = parameters(found)
     assert found.plan == pdcore.explain(q, k, v, found.spec, params=params).plan
     assert [step.title for step in found.steps] == [
         "The layer", "The regression", "Its dual", "The attention", "The plan",
@@ -113,6 +137,14 @@ def test_a_derivation_is_data(layer: str) -> None:
 def test_arguments_are_those_of_the_normalization() -> None:
     found = derive("mixture_norm", pdcore.Gaussian(0.5), components=3, steps=1)
     assert found.spec == pdcore.parse("gaussian(0.5)+mixture(3,steps=1)")
+    assert derive("mixture_norm(3, steps=1)", pdcore.Gaussian(0.5)).spec == found.spec
+    assert derive("batch_norm()", eps=0.5).spec == pdcore.parse("bn(eps=0.5)")
+
+
+def test_what_a_convolution_leaves_alone_is_said() -> None:
+    text = str(derive("conv1d"))
+    assert "a query is one point, without neighbours, and T leaves it" in text
+    assert "a query" not in str(derive("batch_norm")).partition("2. The regression")[0]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +153,15 @@ def test_arguments_are_those_of_the_normalization() -> None:
         ({"layer": "batchnorm"}, SpecError, "got 'batchnorm'; did you mean 'batch_norm'?"),
         ({"kernel": "softmax+bn"}, SpecError, "got 'softmax+bn', expected the word of a kernel"),
         ({"kernel": 3}, TypeError, "kernel: got int, expected a pdcore.Kernel or its word"),
-        ({"layer": "linear", "eps": 1.0}, SpecError, "unexpected keyword argument 'eps'"),
+        ({"layer": "bn"}, SpecError, "got 'bn'; did you mean 'batch_norm'?"),
+        ({"layer": "conv"}, SpecError, "got 'conv'; did you mean 'conv"),
+        ({"layer": "linear+conv1d"}, SpecError, "got 'linear+conv1d', expected one layer"),
+        ({"layer": "conv1d(3"}, SpecError, "cannot read it at column 7"),
+        ({"layer": "conv1d(sise=3)"}, SpecError, "unknown argument 'sise'; did you mean 'size'?"),
+        ({"layer": "conv1d(3)", "size": 5}, SpecError, "got 'conv1d(3)' and size beside it"),
+        ({"layer": "conv2d"}, SpecError, "height and width must be given"),
+        ({"layer": 3}, TypeError, "layer: got int, expected a name of LAYERS"),
+        ({"layer": "linear", "eps": 1.0}, SpecError, "linear: unknown argument 'eps'"),
         ({"layer": "batch_norm", "eps": -1.0}, SpecError, "bn: eps is -1.0"),
         ({"heads": 0}, SpecError, "heads: got 0, expected a whole number >= 1"),
         ({"dim": -3}, SpecError, "dim: got -3, expected a whole number >= 1"),

@@ -99,6 +99,7 @@ def test_it_is_searched_cloned_and_run_on_a_named_backend() -> None:
     [
         ({"spec": "sh(2)"}, UnsupportedError, "samples have none"),
         ({"spec": "sparse(2,2)"}, UnsupportedError, "samples have none"),
+        ({"spec": "conv1d"}, UnsupportedError, "samples have none"),
         ({"spec": "causal"}, UnsupportedError, "keys of its own"),
         ({"spec": "bn(beta=param)"}, UnsupportedError, "takes 'beta' from each call"),
         ({"spec": "softmax(softcap=3)"}, UnsupportedError, "softcap"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 from pdcore.cli import Exit
 from pdcore.commands import app
 from pdcore_backends.numpy.impl import NumpyBackend
-from pdcore_conformance import peers, record, speed, speed_figures, speed_grid
+from pdcore_conformance import peers, record, speed, speed_figures, speed_grid, speed_rates
 from pdcore_conformance.frameworks import framework
 from pdcore_conformance.memory import WAYS, peak_memory
 from pdcore_conformance.peers import PEERS, Peer, Workload, choose_peers
@@ -86,6 +88,69 @@ def test_the_peers_compute_what_they_say(name: str) -> None:
     for spec in peer.computes or ():
         workload = TINY._replace(spec=spec)
         assert bench_._peer(peer, workload) is not None, bench_.speed["missing_peers"]
+
+
+def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    for spec in ("softmax", "causal"):
+        peer = replace(PEERS["matmul and softmax, CuPy"], library="numpy")
+        found = bench()
+        workload = TINY._replace(spec=spec)
+        assert found._peer(peer, workload) is not None, found.speed["missing_peers"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "direction", "operations"),
+    [
+        ("softmax", "forward", 4 * 6 * 100 * 8),
+        ("causal", "forward", 2 * 6 * 100 * 8),
+        ("softmax", "forward+backward", 14 * 6 * 100 * 8),
+        ("sh(1,1,4)", "forward", 4 * 2 * 10 * (10 + 10 + 3) * 8),
+    ],
+)
+def test_operations_are_counted(spec: str, direction: str, operations: float) -> None:
+    assert speed_rates.operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
+
+
+def test_rates_are_beside_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.5, 0.25, *[2.0] * 8, 0.125])
+    monkeypatch.setattr(speed_rates, "_fastest", lambda call, rounds: [call(), next(seconds)][1])
+    monkeypatch.setattr(speed_rates.framework("torch"), "available", lambda device: "not here")
+    found = bench()
+    speed_rates.rates(found)
+    assert not found.speed["figures"]  # no GPU
+    sizes = speed_rates.Sizes((1, 2, 64, 8), "float32", copied=2**20, side=128, rounds=1)
+    speed_rates.rates_at(found, sizes)
+    figures = {f["name"]: (f["value"], f["unit"]) for f in found.speed["figures"]}
+    assert figures["copy of 1 MiB, read and written"] == (2 * 2**20 / 0.5 / 1e9, "GB/s")
+    product = 2 * 128**3 / 0.25
+    assert figures["float32 matrix product of 128, numpy"] == (product / 1e12, "TFLOP/s")
+    call = 4 * 2 * 64 * 64 * 8 / 2.0
+    name = "softmax (1, 2, 64, 8) float32 forward"
+    assert figures[name] == (call / 1e12, "TFLOP/s")
+    assert figures[f"{name}, of the matrix product's rate"] == (
+        pytest.approx(100 * call / product), "%",
+    )  # fmt: skip
+    name = "statistics of float32 keys (1, 2, 64, 8)"
+    assert figures[name] == (2 * 64 * 8 * 4 / 0.125 / 1e9, "GB/s")
+    assert figures[f"{name}, of the copy's rate"][0] == pytest.approx(
+        100 * (2 * 64 * 8 * 4 / 0.125) / (2 * 2**20 / 0.5)
+    )
+    assert len(figures) == 2 + 8 * 2 + 2
+
+
+def test_a_library_that_does_not_multiply_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_rates.framework("torch"), "available", lambda device: "not here")
+
+    def fails(*given: Any) -> Any:
+        raise TypeError("no bfloat16")
+
+    monkeypatch.setattr(speed_rates, "_array", fails)
+    found = bench()
+    assert speed_rates._product(found, speed_rates.Sizes(side=8)) is None
+    assert found.speed["notes"][-1] == (
+        "no bfloat16 matrix product of 8: torch: not here; numpy: TypeError: no bfloat16"
+    )
 
 
 def test_a_peer_that_computes_something_else_is_left_out_and_named() -> None:

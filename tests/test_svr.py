@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import pdcore
 from pdcore import UnsupportedError
 from pdcore.expression import Expression
+from pdcore.reference_normalizations import reference_keys
 
 pytest.importorskip("clarabel")
 pytest.importorskip("qpsolvers")
@@ -72,7 +73,15 @@ CASES = [
     ("sh(3)", "softmax", {"scale": 3}),
     ("linear+sh(2)", "linear", {"scale": 2}),
     ("bn+sh(2)", "softmax", {"bn": True, "scale": 2}),
+    ("conv1d(size=5)", "softmax", {"taps": 5}),
+    ("gaussian(gamma=0.05)+conv1d+sh(2)", "gaussian(gamma=0.05)", {"taps": 3, "scale": 2}),
 ]
+
+
+def averaged(points: Any, taps: int) -> Any:
+    """Give the moving mean over an odd number of points, zeros beyond them."""
+    padded = np.pad(points, ((taps // 2, taps // 2), (0, 0)))
+    return np.stack([padded[j : j + taps].mean(axis=0) for j in range(len(points))])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -82,8 +91,9 @@ def test_predictions_are_those_of_solvers_on_the_explicit_matrix(
 ) -> None:
     keys, targets = next_frames(5, 1)
     scale = options.get("scale", 1)
-    formula = {name: x for name, x in options.items() if name != "scale"}
+    formula = {name: x for name, x in options.items() if name not in ("scale", "taps")}
     points, y = pooled(keys, scale), pooled(targets, scale)[:, 0]
+    points = averaged(points, options.get("taps", 1))
     gram = explicit(kernel, points, points, **formula)
     C, epsilon = 3.0 * scale_of(gram), 0.1
     q = np.random.default_rng(0).standard_normal((20, keys.shape[1]))
@@ -128,7 +138,7 @@ SPECS = [
     "softmax", "softmax(scale=0.5)+h(one)", "gaussian(gamma=0.1)+h(count)", "cosine(scale=2)",
     "polynomial(degree=4,coef0=1)", "linear", "relu", "random_features(count=32)", "bn(beta=0.5)",
     "sh(1,3)", "sh(2,1,pool=first)", "bn+sh(2,3)", "linear+bn+sh(1,2)", "bn(statistics=batch)",
-    "sparse(0,0)", "sparse(40,40)",
+    "sparse(0,0)", "sparse(40,40)", "conv1d(4)", "linear+conv2d(5,5)", "conv1d+sh(1,2)",
 ]  # fmt: skip
 
 
@@ -149,7 +159,9 @@ def test_attention_is_the_solvers_prediction(spec: str) -> None:
         at_points = own.kernel.gram @ own.coefficients + own.intercept
         alone = replace(expansion, keys=keys[head], heads=(own,), spec=own.kernel.spec)
         if len(own.kernel.points) == 25:
-            assert relative(alone.attention(keys[head]), at_points) < 1e-10
+            inputs = reference_keys(keys[head][None], own.kernel.spec, own.kernel.params)[0]
+            inputs = inputs if "conv" in spec else keys[head]  # T of a query is the query
+            assert relative(alone.attention(inputs), at_points) < 1e-10
 
 
 def test_arrays_of_a_spec() -> None:
@@ -439,7 +451,7 @@ def test_an_expansion_is_its_own() -> None:
 # --- a trained layer read as a regression ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "linear+h(one)"])
+@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "linear+h(one)", "conv1d"])
 def test_the_values_of_a_layer_are_multipliers(spec: str) -> None:
     rng = np.random.default_rng(0)
     q = rng.standard_normal((4, 8, 3))

@@ -275,6 +275,30 @@ def test_a_causal_spec_with_the_usual_mask(hint: bool) -> None:
         close(layer(x[:, :m], x[:, :m], x[:, :m])[0], want[:, :m])
 
 
+def test_the_filter_of_a_convolution_is_trained() -> None:
+    layer = PDMultiheadAttention(E, H, batch_first=True, spec="conv1d")
+    assert layer.spec_weight.shape == (H, 3, E // H)
+    assert bool((layer.spec_weight == 1 / 3).all())
+    x, before = torch.randn(B, N, E), layer.spec_weight.detach().clone()
+    layer(x, x, x)[0].square().sum().backward()
+    assert layer.spec_weight.grad.abs().min() > 0
+    torch.optim.SGD([layer.spec_weight], lr=1.0).step()
+    assert not torch.equal(layer.spec_weight, before)
+    with torch.no_grad():  # a filter of the middle tap alone is no convolution
+        layer.spec_weight.zero_()
+        layer.spec_weight[:, 1] = 1.0
+    plain = nn.MultiheadAttention(E, H, batch_first=True)
+    plain.load_state_dict({k: p for k, p in layer.state_dict().items() if k != "spec_weight"})
+    close(layer(x, x, x)[0], plain(x, x, x)[0])
+    with pytest.raises(UnsupportedError, match=r"is_causal: conv1d .*use padding=causal"):
+        layer(x, x, x, attn_mask=causal(N), is_causal=True)
+    layer = PDMultiheadAttention(E, H, batch_first=True, spec="conv1d(padding=causal)")
+    whole = layer(x, x, x, attn_mask=causal(N), is_causal=True)[0]
+    for m in range(1, N):
+        short = x[:, :m]
+        close(layer(short, short, short, attn_mask=causal(m))[0], whole[:, :m])
+
+
 @pytest.mark.parametrize("spec", ["bn", "bn(statistics=batch)+linear"])
 def test_leaking_statistics_are_refused(spec: str) -> None:
     layer = PDMultiheadAttention(E, H, batch_first=True, spec=spec)
@@ -508,7 +532,7 @@ def test_a_leaking_decoder_is_refused() -> None:
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 32, batch_first=True), 1)
     convert(decoder, "bn")
     x = torch.randn(B, N, E)
-    with pytest.raises(UnsupportedError, match="is_causal: bn takes statistics over keys"):
+    with pytest.raises(UnsupportedError, match="is_causal: bn is computed from keys"):
         decoder(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(N))
 
 

@@ -180,10 +180,11 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                              f"{' or '.join(map(str, expected))}")  # fmt: skip
         spec = self.spec
         if spec.normalization.leaks:
+            choice = spec.normalization.causal_choice
             raise UnsupportedError(
-                f"mask: {spec} takes statistics over all keys, and a mask may hide the future; "
-                "give padding as key_mask, make a causal layer of causal+bn(statistics=prefix), "
-                "or permit it with bn(allow_leak=true)"
+                f"mask: {spec} is computed from all keys, and a mask may hide the future; give "
+                f"padding as key_mask, {f'make a causal layer with {choice}, ' if choice else ''}"
+                f"or permit it with {spec.normalization.word}(allow_leak=true)"
             )
 
     def _offset(self, offset: Any, q: Any, k: Any) -> Any:

@@ -17,6 +17,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pdcore import AttentionSpec, UnsupportedError
+from pdcore.convolution import Convolution
 from pdcore.spec import as_spec
 from pdcore.svr import fit
 from pdcore.svr.head_kernel import head_kernels, refuse
@@ -119,10 +120,11 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
 
 def _check_spec(spec: AttentionSpec) -> None:
     refuse(spec)
-    if spec.heads.scales or spec.support.restricts:
+    convolves = isinstance(spec.normalization, Convolution)
+    if spec.heads.scales or spec.support.restricts or convolves:
         raise UnsupportedError(
-            f"spec: {spec} goes by the position of keys, and samples have none; leave scales and "
-            "windows out"
+            f"spec: {spec} goes by the position of keys, and samples have none; leave scales, "
+            "windows and convolutions out"
         )
     for p in spec.parameters():
         raise UnsupportedError(

@@ -5,9 +5,10 @@
     python -m pdcore_conformance.gpu --out gpu-records
 
 It installs nothing. First the numerics of every backend, each in processes of its own and all of
-them side by side; then speed, one backend after another, where the numerics are green. Each
-stage's record is written as it ends, and ``--resume`` goes on where an earlier run of the same
-commit stopped.
+them side by side; then, of a backend with CUDA kernels of its own, every wrapper of PTX bit by bit,
+and small calls under compute-sanitizer where that is on the path; then speed, one backend after
+another, where all that is green. Each stage's record is written as it ends, and ``--resume`` goes
+on where an earlier run of the same commit stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING
 
 from pdcore.cli import Exit
 
-from .gpu_records import absent, joined, summary
+from .gpu_checks import is_check, is_checked
+from .gpu_records import absent, joined, summary, with_cases
 from .gpu_workers import Work, Workers, cores, shares, variables
 
 if TYPE_CHECKING:
@@ -144,6 +146,7 @@ class Session:
             self.say(f"{where}: none of {', '.join(self.targets)} can run here")
             return Exit.DONE if self.options.allow_missing else Exit.NO_BACKEND
         self.judge()
+        self.check()
         if not self.options.no_speed:
             self.measure()
         return self.finish()
@@ -183,9 +186,8 @@ class Session:
         """Settle which of the cases are run."""
         chosen = set(self.options.case)
         self.wanted[target] = [name for name in cases if not chosen or name in chosen]
-        self.unreached += [
-            f"{target}: there is no case {name}" for name in sorted(chosen - set(cases))
-        ]
+        known = {name for name in chosen if is_checked(target) and is_check(name)} | set(cases)
+        self.unreached += [f"{target}: there is no case {name}" for name in sorted(chosen - known)]
 
     def judge(self) -> None:
         """Run the numerics of all targets side by side, and write their records."""
@@ -234,6 +236,31 @@ class Session:
         if found is not None:
             self.write(target, "numerics", found)
             self.numerics[target] = found
+
+    def check(self) -> None:
+        """Check the kernels of the backends that have some by the device itself."""
+        chosen = set(self.options.case)
+        for target, run in self.numerics.items():
+            if not is_checked(target) or (chosen and not any(map(is_check, chosen))):
+                continue
+            share = 1.0 if self.options.no_speed else 0.3
+            seconds = share * (self.left - GRACE)
+            if seconds < LEAST:
+                self.unreached.append(f"checks of {target}: no time was left")
+                continue
+            self.say(f"{target}: wrappers and sanitizers, {seconds:.0f} s at most")
+            work = self.workers.start(
+                "checks", target, self.job(target, [], seconds), variables(self.options.device)
+            )
+            self.workers.wait([work], seconds + GRACE)
+            if work.failed:
+                self.unreached.append(f"checks of {target}: {work.last_words()}")
+            found = [c for c in work.found() or [] if not chosen or c["id"] in chosen]
+            for case in found:
+                if case["outcome"] == "not claimed":
+                    self.say(f"  {case['id']}: {case['message']}")
+            self.numerics[target] = with_cases(run, found)
+            self.write(target, "numerics", self.numerics[target])
 
     def measure(self) -> None:
         """Measure one target after another, where the numerics are green."""

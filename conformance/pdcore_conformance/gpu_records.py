@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .record import Run
+    from .record import Case, Run
 
-__all__ = ["absent", "joined", "summary"]
+__all__ = ["absent", "joined", "summary", "with_cases"]
 
 #: Failures and ratios that are printed; the record has all of them.
 SHOWN = 5
@@ -55,6 +55,26 @@ def joined(earlier: Run | None, parts: Sequence[Run], wanted: Sequence[str], *,
     }
 
 
+def _alone(run: Run, case: Case) -> str:
+    """Give the command that runs one case, or the few beside it, again."""
+    from .gpu_checks import GROUP
+    from .record import run_alone, target
+
+    if case["group"] == GROUP:
+        return f"python -m pdcore_conformance.gpu_checks {target(run)}"
+    return run_alone(run, case)
+
+
+def with_cases(run: Run, cases: Sequence[Case]) -> Run:
+    """Add cases that are not the suite's to a run."""
+    from .record import OUTCOMES
+
+    every = [*run["cases"], *cases]
+    seconds = run["seconds"] + sum(case["seconds"] for case in cases)
+    counts = {name: sum(c["outcome"] == name for c in every) for name in OUTCOMES}
+    return {**run, "cases": every, "counts": counts, "seconds": seconds}
+
+
 def absent(target: str, reason: str) -> Run:
     """Make the run of a target that is not available."""
     from . import record
@@ -69,7 +89,7 @@ def absent(target: str, reason: str) -> Run:
 
 def summary(run: Run) -> Iterator[str]:
     """Say in a few lines what a run found."""
-    from .record import run_alone, target
+    from .record import target
 
     if not run["available"]:
         yield f"{target(run)}: not available: {run['reason']}"
@@ -85,7 +105,7 @@ def summary(run: Run) -> Iterator[str]:
     for case in failures[:SHOWN]:
         text = " ".join((case["message"] or "").split())[:200]
         yield f"  {case['outcome']}: {case['id']}: {text}"
-        yield f"    alone: {run_alone(run, case)}"
+        yield f"    alone: {_alone(run, case)}"
     if len(failures) > SHOWN:
         yield f"  and {len(failures) - SHOWN} more, in the record"
     speed = run["speed"]
@@ -97,6 +117,8 @@ def summary(run: Run) -> Iterator[str]:
         shape = "x".join(map(str, entry["shape"]))
         yield (f"  {entry['spec']} {entry['dtype']} {entry['direction']} ({shape}): "
                f"{entry['ratio']:.2f} times as fast as {entry['peer']}")  # fmt: skip
+    for figure in speed["figures"]:
+        yield f"  {figure['name']}: {figure['value']:.3g} {figure['unit']}"
     absent: dict[str, list[str]] = {}
     for peer in speed["missing_peers"]:
         absent.setdefault(peer["reason"], []).append(peer["peer"])

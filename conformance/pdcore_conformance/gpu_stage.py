@@ -28,7 +28,7 @@ class Job(TypedDict):
 
     Attributes
     ----------
-    stage : {"probe", "numerics", "speed"}
+    stage : {"probe", "numerics", "checks", "speed"}
     target : str
         ``"torch:cuda"``.
     cases : list of str
@@ -53,7 +53,7 @@ class Job(TypedDict):
 def main(path: str) -> int:
     """Do a job; give the exit code of the process."""
     job: Job = json.loads(Path(path).read_text(encoding="utf-8"))
-    {"probe": probe, "numerics": numerics, "speed": speed}[job["stage"]](job)
+    {"probe": probe, "numerics": numerics, "checks": checks, "speed": speed}[job["stage"]](job)
     return 0
 
 
@@ -139,6 +139,16 @@ def numerics(job: Job) -> None:
     if outcome.run is None:
         raise RuntimeError(f"the suite did not start: pytest ended with {outcome.code}")
     watch.write(outcome.run)
+
+
+def checks(job: Job) -> None:
+    """Check what only the device can tell, and write after each case, see `gpu_checks`."""
+    from . import gpu_checks
+
+    found = []
+    for case in gpu_checks.cases(job["target"], job["seconds"]):
+        found.append(case)
+        Path(job["file"]).write_text(json.dumps(found), encoding="utf-8")
 
 
 def speed(job: Job) -> None:

@@ -219,6 +219,26 @@ def _textbook_torch(workload: Workload) -> Attention:
     return attend
 
 
+def _textbook_cupy(workload: Workload) -> Attention:
+    """Make attention with the (N, M) matrix of weights, which is what CuPy has by itself."""
+    cupy = importlib.import_module("cupy")
+    causal = "causal" in workload.spec
+
+    def attend(x: Mapping[str, Any]) -> Any:
+        q, k, v = (x[name] for name in "qkv")
+        s = (q @ k.swapaxes(-1, -2)).astype(cupy.promote_types(q.dtype, cupy.float32))
+        s /= math.sqrt(q.shape[-1])
+        if causal:
+            hidden = cupy.triu(cupy.ones(s.shape[-2:], dtype=bool), 1)
+            s = cupy.where(hidden, -cupy.inf, s)
+        s -= s.max(axis=-1, keepdims=True)
+        cupy.exp(s, out=s)
+        s /= s.sum(axis=-1, keepdims=True)
+        return s.astype(v.dtype) @ v
+
+    return attend
+
+
 def _performer(workload: Workload) -> Attention:
     """Make the linear attention of performer-pytorch, on the features elu + 1."""
     torch = importlib.import_module("torch")
@@ -303,6 +323,7 @@ _KERNELS = (
 )  # fmt: skip
 _TORCH = "pip install 'pdcore[torch]'"
 _JAX = "pip install 'pdcore[jax]'"
+_CUPY = "pip install 'pdcore[cupy]'"
 _BOTH = ("cpu", "cuda")
 
 #: Every peer by name.
@@ -314,6 +335,7 @@ PEERS: Mapping[str, Peer] = {
             for name in ("textbook", "in place", "head by head")
         ),
         Peer("literal Attention-BN, NumPy", "numpy", ("bn",), _literal_numpy),
+        Peer("matmul and softmax, CuPy", "cupy", _SDPA, _textbook_cupy, ("cuda",), (), _CUPY),
         Peer("torch SDPA", "torch", _SDPA, _sdpa(None), _BOTH, (), _TORCH, True),
         *(
             Peer(f"torch SDPA, {label}", "torch", _SDPA, _sdpa(kernel), ("cuda",), (), _TORCH, True)

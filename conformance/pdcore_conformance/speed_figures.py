@@ -15,6 +15,7 @@ from pdcore.backend import Inputs
 from .memory import WAYS, peak_memory, run_python
 from .peers import Workload
 from .speed_grid import GROWTH, lengths, long_shape
+from .speed_rates import rates
 from .timing import interleaved, interval, judged, quartiles
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def _bytes(x: Array) -> int:
 
 #: What is measured, by title.
 FIGURES: Mapping[str, Callable[[Bench], None]] = {
+    "rates of the device": rates,
     "growth with the length": growth,
     "memory": memory,
     "overhead of a call": overhead,

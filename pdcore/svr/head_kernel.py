@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from .. import heads
+from ..convolution import Convolution
 from ..derivation import positive_semidefinite
 from ..errors import UnsupportedError
 from ..heads import HeadScaling
 from ..kernels import Exponential
+from ..normalization import Identity
 from ..reference import reference_attention, reference_weights
+from ..reference_normalizations import reference_keys
 from ..spec import AttentionSpec
 
 __all__ = ["HeadKernel", "head_kernels", "refuse"]
@@ -159,9 +162,14 @@ def _head_kernel(
 ) -> HeadKernel:
     scale = spec.heads.scales[head] if spec.heads.scales else 1
     own = replace(spec, heads=HeadScaling())
+    x, units, of_points, kept = points[None], np.eye(len(points))[None], own, params
+    if isinstance(spec.normalization, Convolution):
+        # T makes the training inputs out of the points, and leaves any other input as it is.
+        x, of_points = reference_keys(x, own, params), replace(own, normalization=Identity())
+        names = [p.name for p in of_points.parameters()]
+        kept = {name: p for name, p in params.items() if name in names}
     # The attention over unit vectors is the weights; log h comes with it.
-    x, units = points[None], np.eye(len(points))[None]
-    out, lse = reference_attention(x, x, units, own, params=params, return_lse=True)
+    out, lse = reference_attention(x, x, units, of_points, params=kept, return_lse=True)
     weights, log_h = out[0], lse[0]
     finite = np.isfinite(log_h)
     if not np.all(finite | np.isneginf(log_h)) or np.any(np.abs(log_h[finite]) > LARGEST_LOG):

@@ -30,32 +30,8 @@ class Pulled(Unmutated):
 class StatisticsDetached(Unmutated):
     """Moments taken for constants in the backward pass."""
 
-    def attention_vjp(self, plan: Plan, inputs: Any) -> Any:
-        self.detached = True
-        return super().attention_vjp(plan, inputs)
-
-    def statistics(self, summary: Any, keys: Any, mask: Any) -> Any:
-        return super().statistics(summary, keys, mask)
-
-    def _run(self, call: Any, group: Any, *, vjp: bool = False) -> Any:
-        run = super()._run(call, group, vjp=vjp)
-        if not vjp or call.plan.summary is None:
-            return run
-        # What the moments contribute is what a detached run lacks.
-        import pdcore.array_backend as module
-
-        pull = run.vjp
-
-        def detached(d_out: Any, d_lse: Any) -> Any:
-            kept = module._statistics_vjp
-            module._statistics_vjp = lambda summary, keys, *rest: np.zeros_like(keys)
-            try:
-                return pull(d_out, d_lse)
-            finally:
-                module._statistics_vjp = kept
-
-        run.vjp = detached
-        return run
+    def statistics_vjp(self, summary: Any, keys: Any, *rest: Any) -> Any:
+        return np.zeros_like(keys)
 
 
 @planted("gradients::lse_is_differentiated[softmax-float64]")

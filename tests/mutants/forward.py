@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pdcore import plugins
+from pdcore.convolution import Convolution
 from pdcore.heads import HeadScaling
 from pdcore.lowering import Signature, lower
 from pdcore.plan import Plan, Scores
@@ -81,6 +82,18 @@ class LastKeyDropped(Unmutated):
         seen = o.visibility.key_mask
         mask = np.broadcast_to(hidden, o.k.shape[:-1]) if seen is None else seen & hidden
         return super().scores(c, o._replace(visibility=replace(o.visibility, key_mask=mask)))
+
+
+@planted("statistics::convolution_is_computed[conv1d-float32-keys=12]")
+class FilterTurnedRound(Inputs):
+    """A convolution as in mathematics, with the first tap on the last key."""
+
+    def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
+        def turned(params: dict[str, Any]) -> dict[str, Any]:
+            return {n: np.flip(p, axis=tuple(range(1, p.ndim - 1))) for n, p in params.items()}
+
+        convolves = isinstance(plan.spec.normalization, Convolution)
+        return plan, edited(inputs, params=turned) if convolves else inputs
 
 
 class Moments(Unmutated):

@@ -9,7 +9,7 @@ from pluggy import HookimplMarker
 from pdcore.backend import FEATURES, BackendInfo
 
 _ELSEWHERE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
-_NOT_YET = {"bfloat16", "deterministic", "batch_invariant", "thread_safe"}
+_NOT_YET = {"deterministic", "batch_invariant", "thread_safe"}
 
 INFO = BackendInfo(
     name="cupy",

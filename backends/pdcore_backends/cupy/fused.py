@@ -3,49 +3,102 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Request
+from pdcore.backend import Inputs, Request
+from pdcore.call import Call
+from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
-from pdcore.plan import Plan, Scores
+from pdcore.plan import Features, Plan, Scores, Summary
 
+from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
-from .runtime import Runtime
-from .scores import ScoreKernels
+from .runtime import BLOCKS, KernelCache, Runtime, too_old
+from .scores import Compiled, ScoreKernels
+from .statistics import CompiledSummary, MomentKernels, summarised
 
-__all__ = ["Compiled", "KernelBackend", "limit"]
-
-#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
-CAPABILITY = 75
-BLOCKS = 2**31 - 1, 65535
-
-
-@dataclass(frozen=True)
-class Compiled(Scores):
-    """A contraction by scores that the kernels compute."""
+__all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
 
 class KernelBackend(ArrayBackend):
-    """Runs contractions by scores on the kernels of a runtime, and all else by array calls."""
+    """Runs contractions by scores, moments and pooling on the kernels of a runtime.
+
+    All else runs by array calls.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        self.kernels = ScoreKernels(runtime)
+        cache = KernelCache(runtime)
+        self.kernels = ScoreKernels(cache)
+        self.moments = MomentKernels(cache)
+        self.pooling = PoolKernels(cache)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernels where they compute the plan, see `Backend.fuse`."""
+        capability = self.runtime.capability(request.device)
+        plan = pooled(plan, request, capability, self.info.library)
+        plan = summarised(plan, request, capability, self.info.library)
         c = plan.contraction
-        why = limit(plan, request, self.runtime.capability(request.device))
+        why = limit(plan, request, capability)
         if why or not isinstance(c, Scores):
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
             return replace(plan, steps=(*plan.steps, step))
         log_w = "scale s" if c.expression is None else str(c.expression)
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
-        return replace(plan, contraction=c.run_as(Compiled), steps=(*plan.steps, step))
+        prefix = plan.summary is not None and plan.summary.scope == "prefix"
+        rounds = plan.normaliser == "sum" and not prefix
+        if request.dtype != plan.accumulate:
+            step += f", {_stored(plan, request.dtype, rounds)}"
+        return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
+                       steps=(*plan.steps, step))  # fmt: skip
+
+    def call(self, plan: Plan, inputs: Inputs) -> Call:
+        """Take the arrays of a call, see `ArrayBackend.call`."""
+        if self.runtime.capturing() and (why := uncapturable(plan)):
+            raise UnsupportedError(f"backend {self.info.name}: the stream is being captured into a "
+                                   f"CUDA graph, and {why}")  # fmt: skip
+        return super().call(plan, inputs)
+
+    def native(self, plan: Plan) -> frozenset[str]:
+        """Read 16-bit arrays where kernels run, see `ArrayBackend.native`."""
+        kernels = {"contraction": isinstance(plan.contraction, Compiled),
+                   "pool": isinstance(plan.pool, CompiledPool)}  # fmt: skip
+        by_kernel = isinstance(plan.summary, CompiledSummary)
+        kernels |= dict.fromkeys(("statistics", "statistics_vjp"), by_kernel)
+        return frozenset(step for step, chosen in kernels.items() if chosen)
+
+    def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Pool keys or values, by the kernels where they were chosen."""
+        if isinstance(kind, CompiledPool):
+            return self.pooling.pool(x, weights, xp=self.xp)
+        return super().pool(kind, x, weights)
+
+    def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute a finalised state of the keys, by the kernels where they were chosen."""
+        if not isinstance(summary, CompiledSummary):
+            return super().statistics(summary, keys, mask)
+        if summary.scope == "prefix":
+            return self.moments.prefixes(keys, mask, xp=self.xp)
+        return self.moments.moments(keys, mask, shared=summary.scope == "batch", xp=self.xp)
+
+    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
+                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+        """Pull a state back, by the kernels where they were chosen."""
+        if isinstance(summary, CompiledSummary):
+            return self.moments.vjp(keys, mask, final, cotangent, xp=self.xp)
+        return super().statistics_vjp(summary, keys, mask, final, cotangent)
+
+    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
+                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+        """Pull the states of prefixes back, by the kernels where they were chosen."""
+        if isinstance(summary, CompiledSummary):
+            return self.moments.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
+        return super().prefix_vjp(summary, keys, mask, rows, cotangent, later)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
@@ -59,6 +112,28 @@ class KernelBackend(ArrayBackend):
         if isinstance(c, Compiled):
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)
+
+
+def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
+    """Say which arrays of a 16-bit call the kernels read and write as they are."""
+    pooled = any(group.scale > 1 for group in plan.groups)
+    names = [] if plan.transforms else ["q"]
+    if not pooled:
+        names += [*([] if plan.transforms else ["k"]), "v", *(["out"] if rounds else [])]
+    if not names:
+        return "of rows that were cast"
+    return f"of {', '.join(names)} in {dtype}" + (", other rows cast" if len(names) < 4 else "")
+
+
+def uncapturable(plan: Plan) -> str:
+    """Say why a plan cannot run while its stream is captured, nothing if it can."""
+    heads = [head for group in plan.groups for head in group.heads]
+    if heads != sorted(heads):
+        return ("heads of different scales alternate, whose indices would be copied from the host; "
+                "put heads of one scale beside each other")  # fmt: skip
+    if type(plan.contraction) in (Scores, Features):
+        return "the call runs by matrix products of the library, which cannot be captured"
+    return ""
 
 
 def limit(plan: Plan, request: Request, capability: int) -> str:
@@ -78,9 +153,8 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
         return "no kernel takes log features, whose maxima differ from block to block"
     if not request.q[-1]:
         return "got D = 0, and a tile takes one feature at least"
-    if capability < CAPABILITY:
-        return (f"the device has compute capability {capability / 10}, and the kernels are for "
-                f"{CAPABILITY / 10} and later")  # fmt: skip
+    if why := too_old(capability):
+        return why
     size = tile(scalar_of(plan.accumulate))
     *lead, rows, dim = request.q
     keys, value_dim = request.v[-2:]

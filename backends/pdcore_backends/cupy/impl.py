@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import cupy
 
+from pdcore.arrays import dtype_name, library_of
 from pdcore.backend import Request
 
 from . import INFO
 from .fused import KernelBackend
+from .launches import Limits, Usage
 from .runtime import Kernel
 
 __all__ = ["CupyBackend"]
@@ -33,11 +37,29 @@ class CupyRuntime:
         """Ask the driver, see `Runtime.capability`; arrays of the host will be on device 0."""
         return int(cupy.cuda.Device(int(device.partition(":")[2] or 0)).compute_capability)
 
+    def capturing(self) -> bool:
+        """Ask the current stream, see `Runtime.capturing`."""
+        try:
+            return bool(cupy.cuda.get_current_stream().is_capturing())
+        except cupy.cuda.runtime.CUDARuntimeError:
+            return True  # the default stream may not even be asked while another is captured
+
     def compile(self, code: str, name: str) -> Kernel:
         """Compile by NVRTC; CuPy keeps the result on disk, see `Runtime.compile`."""
         module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
         kernel: Kernel = module.get_function(name)
         return kernel
+
+    def usage(self, kernel: Any) -> Usage:
+        """Ask the driver, see `Runtime.usage`."""
+        return Usage(kernel.num_regs, kernel.max_threads_per_block, kernel.shared_size_bytes)
+
+    def limits(self) -> Limits:
+        """Ask the driver, see `Runtime.limits`."""
+        found = cupy.cuda.Device().attributes
+        grid = tuple(found[f"MaxGridDim{axis}"] for axis in "XYZ")
+        return Limits(found["MaxThreadsPerBlock"], found["MaxRegistersPerBlock"],
+                      found["MaxSharedMemoryPerBlockOptin"], grid)  # fmt: skip
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Allocate from the pool, see `Runtime.empty`."""
@@ -65,13 +87,35 @@ class CupyBackend(KernelBackend):
     def exchange(self, array: Any, device: str | None = None) -> Any:
         """Take an array by DLPack on a GPU, by a copy from the host or to it."""
         if device is None:
-            return cupy.from_dlpack(array)
+            half = dtype_name(array) == "bfloat16"
+            with self.stream_of(array):
+                # CuPy's DLPack has no bfloat16, so its bits travel.
+                found = cupy.from_dlpack(_bits(array) if half else array)
+                return found.view(_bfloat16()) if half else found
         if device == "cpu":
             return cupy.asnumpy(array)
         index = int(device.partition(":")[2] or 0)
         with cupy.cuda.Device(index):
             # `asarray` copies from the host, and from another GPU; `from_dlpack` refuses to.
             return cupy.asarray(array)
+
+    def give(self, array: Any, namespace: Any) -> Any:
+        """Hand a result to another library, see `Backend.give`."""
+        if dtype_name(array) != "bfloat16":
+            return super().give(array, namespace)
+        return namespace.from_dlpack(array.view("int16")).view(namespace.bfloat16)
+
+    @contextmanager
+    def stream_of(self, array: Any) -> Iterator[None]:
+        """Run on PyTorch's current stream of a tensor's GPU, see `Backend.stream_of`."""
+        if library_of(array, "array") != "torch" or array.device.type != "cuda":
+            yield
+            return
+        index = array.device.index
+        pointer = sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
+        stream = cupy.cuda.ExternalStream(pointer, index) if pointer else cupy.cuda.Stream.null
+        with cupy.cuda.Device(index), stream:
+            yield
 
     def synchronize(self) -> None:
         """Wait for the current device."""
@@ -83,6 +127,18 @@ class CupyBackend(KernelBackend):
         if _devices()[0]:
             found["cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
         return found
+
+
+def _bits(array: Any) -> Any:
+    """View an array of 16 bits, of PyTorch or JAX, as integers."""
+    return array.view(sys.modules[library_of(array, "array")].__dict__.get("int16", "int16"))
+
+
+def _bfloat16() -> Any:
+    """Give the dtype, which is ml_dtypes' in CuPy too."""
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
 
 
 def _devices() -> tuple[int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from pdcore.operands import Operands
 from pdcore.plan import Scores
 
-__all__ = ["NULL", "SHAPE", "Packed", "packed"]
+__all__ = ["NULL", "SHAPE", "Packed", "in_rows", "one_lead", "packed", "record", "strides_of"]
 
 #: No array: eight bytes of 0, passed by value where a kernel expects a pointer.
 NULL = np.uint64(0)
@@ -62,9 +62,9 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
     seen = o.visibility
     *lead, heads, group, rows, dim = o.q.shape
     batch, (keys, value_dim) = math.prod(lead), o.v.shape[-2:]
-    q, k, v = (_rows(_one_lead(x, lead, xp), xp) for x in (o.q, o.k, o.v))
-    bias = None if o.bias is None else _one_lead(o.bias, lead, xp)
-    mask = None if seen.mask is None else _one_lead(seen.mask, lead, xp)
+    q, k, v = (in_rows(one_lead(x, lead, xp), xp) for x in (o.q, o.k, o.v))
+    bias = None if o.bias is None else one_lead(o.bias, lead, xp)
+    mask = None if seen.mask is None else one_lead(seen.mask, lead, xp)
     key_mask, real = (
         None if x is None else xp.ascontiguousarray(xp.reshape(x, (batch, x.shape[-1])))
         for x in (seen.key_mask, seen.real)
@@ -81,9 +81,9 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
     given = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
     arrays = tuple(NULL if x is None else x for x in given)
     sizes = (batch, heads, group, rows, keys, dim, value_dim)
-    shape = _record({
-        **{n: _strides(x)[:-1] for n, x in (("q", q), ("k", k), ("v", v))},
-        **{n: _strides(x) for n, x in (("bias", bias), ("mask", mask)) if x is not None},
+    shape = record(SHAPE, {
+        **{n: strides_of(x)[:-1] for n, x in (("q", q), ("k", k), ("v", v))},
+        **{n: strides_of(x) for n, x in (("bias", bias), ("mask", mask)) if x is not None},
         **dict(zip(("batch", "heads", "group", "rows", "keys", "dim", "value_dim"), sizes,
                    strict=True)),
         "key_mask": seen.keys, "real": seen.length, "offset": seen.offset if seen.static else 0,
@@ -94,15 +94,15 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
     return Packed(arrays, shape, *sizes, extent)
 
 
-def _record(members: Mapping[str, Any]) -> Any:
-    """Give a `SHAPE` with these members, 0 elsewhere."""
-    shape = np.zeros((), SHAPE)
+def record(dtype: Any, members: Mapping[str, Any]) -> Any:
+    """Give a structure with these members, 0 elsewhere."""
+    found = np.zeros((), dtype)
     for name, value in members.items():
-        shape[name] = value
-    return shape[()]
+        found[name] = value
+    return found[()]
 
 
-def _one_lead(x: Any, lead: list[int], xp: Any) -> Any:
+def one_lead(x: Any, lead: Sequence[int], xp: Any) -> Any:
     """Make the leading axes one; of length 1 where the array is the same for all of them."""
     own, rest = tuple(x.shape[: len(lead)]), tuple(x.shape[len(lead) :])
     if math.prod(own) == 1:
@@ -112,12 +112,12 @@ def _one_lead(x: Any, lead: list[int], xp: Any) -> Any:
     return xp.reshape(x, (math.prod(lead), *rest))
 
 
-def _rows(x: Any, xp: Any) -> Any:
+def in_rows(x: Any, xp: Any) -> Any:
     """Give an array whose columns lie beside each other."""
     return x if x.shape[-1] <= 1 or x.strides[-1] == x.itemsize else xp.ascontiguousarray(x)
 
 
-def _strides(x: Any) -> tuple[int, ...]:
+def strides_of(x: Any) -> tuple[int, ...]:
     """Give strides in entries, 0 along axes of length 1."""
     return tuple(
         0 if size == 1 else stride // x.itemsize

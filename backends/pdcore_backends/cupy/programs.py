@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -9,7 +10,17 @@ from importlib.resources import files
 from pdcore.expression import Expression
 from pdcore.plan import Scores
 
-__all__ = ["COLUMNS", "Program", "columns_for", "memory", "scalar_of", "tile"]
+__all__ = [
+    "COLUMNS",
+    "HALVES",
+    "STORED",
+    "Program",
+    "columns_for",
+    "memory",
+    "read",
+    "scalar_of",
+    "tile",
+]
 
 #: Columns of a result that a block holds in registers; more columns take more blocks.
 COLUMNS = (32, 64, 128, 256)
@@ -20,7 +31,12 @@ _FILES = {
     "scores_rows": ("scores_vjp.cu",),
     "scores_keys": ("scores_vjp.cu",),
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
+    "scores_delta": ("scores_delta.cu",),
 }
+#: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
+STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")
+#: The types of CUDA C++ that arrays of 16 bits have.
+HALVES = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
 
 
 @dataclass(frozen=True)
@@ -30,33 +46,50 @@ class Program:
     Attributes
     ----------
     scalar : {"float", "double"}
-        The type of every array and of every sum.
+        The type of every sum, and of every array but for `stored`.
     weight : {"log", "features"}
         As in `pdcore.plan.Scores`.
     expression : Expression or None
         log w; scale * s, with the scale an argument, where it is None.
     values : tuple of str
         Names of the scalars per head that the expression reads.
+    stored : tuple of (str, str)
+        Which of `STORED` are of 16 bits, each with its dtype.
     """
 
     scalar: str
     weight: str = "log"
     expression: Expression | None = None
     values: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, c: Scores, values: tuple[str, ...], dtype: str) -> Program:
-        """Give the program of a contraction, with arrays of `dtype`."""
-        scalar = scalar_of(dtype)
+    def of(cls, c: Scores, values: tuple[str, ...], dtypes: Mapping[str, str]) -> Program:
+        """Give the program of a contraction.
+
+        Parameters
+        ----------
+        c : Scores
+        values : tuple of str
+            Names of the scalars that the contraction is given.
+        dtypes : mapping of str to str
+            The dtypes of what it reads and writes, of `STORED`.
+        """
+        scalar = scalar_of("float64" if "float64" in dtypes.values() else "float32")
+        stored = tuple((n, dtypes[n]) for n in STORED if dtypes.get(n) in HALVES)
         if c.expression is None:
-            return cls(scalar, c.weight)
-        return cls(scalar, c.weight, c.expression, values)
+            return cls(scalar, c.weight, stored=stored)
+        return cls(scalar, c.weight, c.expression, values, stored)
 
     def text(self, kernel: str) -> str:
         """Give the source of a kernel, ``"scores_rows<64>"`` with the name of an instantiation."""
-        sources = ("tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
-        tiles, *rest = (_read(name) for name in sources)
-        return "\n".join([f"typedef {self.scalar} scalar;", tiles, self._weight(), *rest])
+        sources = ("ptx.cuh", "tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
+        ptx, tiles, *rest = (read(name) for name in sources)
+        stored = dict(self.stored)
+        types = [f"typedef {self.scalar} scalar;",
+                 *(f"typedef {HALVES.get(stored.get(n, ''), 'scalar')} {n}_type;"
+                   for n in STORED)]  # fmt: skip
+        return "\n".join([ptx, *types, tiles, self._weight(), *rest])
 
     def _weight(self) -> str:
         lines = [f"#define LOG_WEIGHT {int(self.weight == 'log')}",
@@ -92,13 +125,15 @@ def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
 
 
 @cache
-def _read(name: str) -> str:
-    return (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+def read(name: str) -> str:
+    """Give the text of a file of kernels/."""
+    text = (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
+    return text.replace("#pragma once\n", "")  # it is not included but stands in the text
 
 
 def scalar_of(dtype: str) -> str:
-    """Give the type of CUDA C++ in which float32, or float64, is computed."""
-    return "float" if dtype == "float32" else "double"
+    """Give the type of CUDA C++ in which arrays of a dtype are computed."""
+    return "double" if dtype == "float64" else "float"
 
 
 def tile(scalar: str) -> int:

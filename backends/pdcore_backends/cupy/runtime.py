@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from threading import Lock
 from typing import Any, Protocol
 
-__all__ = ["Kernel", "Runtime"]
+from pdcore.errors import UnsupportedError
+
+from .launches import CheckedKernel, Limits, Usage
+
+__all__ = ["BLOCKS", "CAPABILITY", "Kernel", "KernelCache", "Program", "Runtime", "too_old"]
+
+#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
+CAPABILITY = 75
+BLOCKS = 2**31 - 1, 65535
 
 #: Called as ``kernel(grid, block, arguments, shared_mem=bytes)``, on the current stream.
 Kernel = Callable[..., None]
@@ -28,8 +37,71 @@ class Runtime(Protocol):
     def capability(self, device: str) -> int:
         """Give the compute capability of a device such as ``"cuda:0"``: 90 is 9.0."""
 
+    def capturing(self) -> bool:
+        """Whether the current stream is captured into a CUDA graph, rather than run."""
+
     def compile(self, code: str, name: str) -> Kernel:
         """Compile a program for the current device, and give one of its kernels by its name."""
 
+    def usage(self, kernel: Kernel) -> Usage:
+        """Say what a compiled kernel takes of the current device, which loads it there."""
+
+    def limits(self) -> Limits:
+        """Ask the current device what it allows."""
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Allocate an array without gaps on the current device."""
+
+
+def too_old(capability: int) -> str:
+    """Say that the kernels are not for a device of a compute capability, nothing if they are."""
+    if capability >= CAPABILITY:
+        return ""
+    return (f"the device has compute capability {capability / 10}, and the kernels are for "
+            f"{CAPABILITY / 10} and later")  # fmt: skip
+
+
+class Program(Protocol):
+    """What is compiled in; hashable."""
+
+    def text(self, kernel: str) -> str:
+        """Give the source of a kernel, by the name of an instantiation."""
+
+
+class KernelCache:
+    """The kernels of one runtime, compiled at first use for each device."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
+        self._allowed: dict[int, Limits] = {}
+        self._lock = Lock()
+
+    def kernel(self, program: Program, name: str) -> Kernel:
+        """Give a kernel for the current device.
+
+        Raises
+        ------
+        UnsupportedError
+            Where it is not there yet and the stream is being captured: loading a module may
+            allocate and wait for the device, which a capture forbids.
+        """
+        key = (self.runtime.device(), program, name)
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is None:
+                if self.runtime.capturing():
+                    raise UnsupportedError(
+                        f"the kernel {name} is not compiled yet, and the stream is being captured "
+                        "into a CUDA graph, which cannot load it; make the same call once before "
+                        "the capture, forward and backward if both are captured"
+                    )
+                made = self.runtime.compile(program.text(name), name)
+                found = CheckedKernel(name, made, self.runtime.usage(made), self._limits(key[0]))
+                self._compiled[key] = found
+        return found
+
+    def _limits(self, device: int) -> Limits:
+        if device not in self._allowed:
+            self._allowed[device] = self.runtime.limits()
+        return self._allowed[device]

@@ -2,109 +2,135 @@
 
 from __future__ import annotations
 
-from threading import Lock
+import math
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pdcore.arrays import dtype_name
 from pdcore.operands import Operands
 from pdcore.plan import Scores
-from pdcore.score_contraction import row_delta
 from pdcore.transform import sum_to
 
 from .operands import NULL, packed
 from .programs import Program, columns_for, memory, tile
-from .runtime import Kernel, Runtime
+from .runtime import KernelCache
 
-__all__ = ["ScoreKernels"]
+__all__ = ["Compiled", "ScoreKernels"]
 
 #: Of a block, THREADS of kernels/tiles.cuh.
 THREADS = 256
 
 
+@dataclass(frozen=True)
+class Compiled(Scores):
+    """A contraction by scores that the kernels compute.
+
+    Attributes
+    ----------
+    rounds : bool
+        Whether `out` is the call's result as it is, and so may be written in its dtype.
+    """
+
+    rounds: bool = False
+
+
 class ScoreKernels:
-    """The kernels of one runtime, compiled at first use for each device."""
+    """The contraction by the kernels of one runtime."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
-        self._lock = Lock()
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache, self.runtime = cache, cache.runtime
 
-    def forward(self, c: Scores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
-        """Contract, see `pdcore.score_contraction.scores`."""
+    def forward(self, c: Compiled, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+        """Contract, see `pdcore.score_contraction.scores`; 16-bit arrays are read as they are."""
         with self.runtime.on(o.q):
             call = _Call(self, c, o, xp)
-            out = call.result(*o.q.shape[:-1], o.v.shape[-1])
+            dtype = o.v.dtype if c.rounds else call.dtype
+            out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
             x = call.packed
             call.launch("scores_forward", x.rows, x.batch * x.heads * x.group, x.value_dim,
-                        (out, level))  # fmt: skip
+                        (out, level), out=out)  # fmt: skip
         return out, level
 
     def pullback(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
                  *, xp: Any) -> dict[str, Any]:  # fmt: skip
-        """Pull back, see `pdcore.score_contraction.scores_vjp`."""
-        delta = xp.zeros_like(level) if c.signed else \
-            row_delta(out, level, d_out, d_level, xp=xp)[..., 0]  # fmt: skip
+        """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of.
+
+        The bias's is in the accumulation dtype where it has yet to be summed.
+        """
         with self.runtime.on(o.q):
             call = _Call(self, c, o, xp)
-            given = tuple(map(xp.ascontiguousarray, (d_out, level, delta)))
+            out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
+            delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
+            given = (d_out, level, delta)
             grads = call.of_rows(given) | call.of_keys(given)
             if o.bias is not None:
                 grads["bias"] = call.of_bias(given)
         return grads
-
-    def kernel(self, program: Program, name: str) -> Kernel:
-        """Give a kernel for the current device."""
-        key = (self.runtime.device(), program, name)
-        with self._lock:
-            found = self._compiled.get(key)
-            if found is None:
-                found = self.runtime.compile(program.text(name), name)
-                self._compiled[key] = found
-        return found
 
 
 class _Call:
     """The launches of one contraction."""
 
     def __init__(self, kernels: ScoreKernels, c: Scores, o: Operands, xp: Any) -> None:
-        self.kernels, self.o, self.xp = kernels, o, xp
-        names = () if c.expression is None else tuple(o.values)
-        self.program = Program.of(c, names, dtype_name(o.q))
-        self.packed = packed(c, o, names, xp=xp)
+        self.kernels, self.c, self.o, self.xp = kernels, c, o, xp
+        self.names = () if c.expression is None else tuple(o.values)
+        self.read = {"q": o.q, "k": o.k, "v": o.v} | ({} if o.bias is None else {"bias": o.bias})
+        self.scalar = self.program().scalar
+        self.dtype = xp.float64 if self.scalar == "double" else xp.float32
+        self.packed = packed(c, o, self.names, xp=xp)
 
-    def result(self, *shape: int) -> Any:
-        """Allocate a result, which a kernel fills."""
-        return self.kernels.runtime.empty(shape, self.o.q.dtype)
+    def program(self, **more: Any) -> Program:
+        """Give the program that reads the operands and these arrays too."""
+        dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
+        return Program.of(self.c, self.names, dtypes)
+
+    def result(self, *shape: int, dtype: Any = None) -> Any:
+        """Allocate a result, which a kernel fills; in the dtype of sums by default."""
+        return self.kernels.runtime.empty(shape, self.dtype if dtype is None else dtype)
 
     def tiles(self, count: int) -> int:
         """Count the tiles along an axis."""
-        return -(-count // tile(self.program.scalar))
+        return -(-count // tile(self.scalar))
 
     def launch(self, name: str, count: int, heads: int, width: int, results: tuple[Any, ...],
-               given: tuple[Any, ...] = (), flags: str = "") -> None:  # fmt: skip
+               given: tuple[Any, ...] = (), flags: str = "", **stored: Any) -> None:  # fmt: skip
         """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
         columns = columns_for(width)
         # Results without columns have others beside them.
         grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
-        self.run(f"{name}<{columns}{flags}>", grid, columns, given + results)
+        self.run(f"{name}<{columns}{flags}>", grid, columns, given + results, **stored)
 
-    def run(self, name: str, grid: tuple[int, ...], columns: int, more: tuple[Any, ...]) -> None:
+    def run(self, name: str, grid: tuple[int, ...], columns: int, more: tuple[Any, ...],
+            **stored: Any) -> None:  # fmt: skip
         """Launch a kernel unless there is nothing to do."""
         if not all(grid):
             return
-        kernel = self.kernels.kernel(self.program, name)
+        kernel = self.kernels.cache.kernel(self.program(**stored), name)
         arguments = (*self.packed.arrays, *more, self.packed.shape)
-        kernel(grid, (THREADS,), arguments, shared_mem=memory(self.program.scalar, columns))
+        kernel(grid, (THREADS,), arguments, shared_mem=memory(self.scalar, columns))
+
+    def delta(self, out: Any, level: Any, d_out: Any, d_level: Any) -> Any:
+        """Give what all keys of a row subtract, as `pdcore.score_contraction.row_delta`."""
+        delta = self.result(*level.shape)
+        rows = math.prod(level.shape)
+        if rows:
+            dtypes = {"out": dtype_name(out), "d_out": dtype_name(d_out)}
+            kernel = self.kernels.cache.kernel(Program.of(Scores(), (), dtypes), "scores_delta")
+            arguments = (out, d_out, level, d_level, delta, np.int64(rows),
+                         np.int32(out.shape[-1]))  # fmt: skip
+            kernel((-(-rows // (THREADS // 32)),), (THREADS,), arguments, shared_mem=0)
+        return delta
 
     def of_rows(self, given: tuple[Any, ...]) -> dict[str, Any]:
         """Give the cotangents of the queries, and of the scalars of log kappa."""
-        x, o, xp = self.packed, self.o, self.xp
-        names = self.program.values
-        dq = self.result(*o.q.shape)
+        x, o, xp, names = self.packed, self.o, self.xp, self.names
+        dq = self.result(*o.q.shape, dtype=o.q.dtype)
         heads, tiles = x.batch * x.heads * x.group, self.tiles(x.rows)
         sums = self.result(heads, tiles, len(names)) if names else NULL
-        self.launch("scores_rows", x.rows, heads, x.dim, (dq, sums), given)
+        self.launch("scores_rows", x.rows, heads, x.dim, (dq, sums), given, d_out=given[0])
         grads = {n: xp.zeros_like(value) for n, value in o.values.items()}
         if names:
             parts = xp.reshape(sums, (x.batch, x.heads, x.group * tiles, len(names)))
@@ -115,24 +141,25 @@ class _Call:
     def of_keys(self, given: tuple[Any, ...]) -> dict[str, Any]:
         """Give the cotangents of keys, values and key bias."""
         x, o = self.packed, self.o
-        grads = {"k": self.result(*o.k.shape), "v": self.result(*o.v.shape)}
+        grads = {n: self.result(*y.shape, dtype=y.dtype) for n, y in (("k", o.k), ("v", o.v))}
         if o.key_bias is not None:
             grads["key_bias"] = self.result(*o.key_bias.shape)
         heads = x.batch * x.heads
         self.launch("scores_keys", x.keys, heads, x.dim, (grads["k"], grads.get("key_bias", NULL)),
-                    given, ", false")  # fmt: skip
+                    given, ", false", d_out=given[0])  # fmt: skip
         if x.value_dim:
             self.launch("scores_keys", x.keys, heads, x.value_dim, (grads["v"], NULL), given,
-                        ", true")  # fmt: skip
+                        ", true", d_out=given[0])  # fmt: skip
         return grads
 
     def of_bias(self, given: tuple[Any, ...]) -> Any:
         """Give the cotangent of the bias."""
         batch, heads, group, rows, keys = extent = self.packed.bias_extent
-        found = self.result(*extent)
+        own = self.o.bias.shape
+        whole = math.prod(own) == math.prod(extent)
+        found = self.result(*extent, dtype=self.o.bias.dtype if whole else None)
         planes = batch * heads * group
         grid = (planes * self.tiles(rows) * self.tiles(keys),)
-        self.run("scores_bias", grid, 32, (*given, found))
-        own = self.o.bias.shape
+        self.run("scores_bias", grid, 32, (*given, found), d_out=given[0], d_bias=found)
         lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(own) - 4)
         return sum_to(self.xp.reshape(found, (*lead, *extent[1:])), own, xp=self.xp)

@@ -229,6 +229,11 @@ class Framework:
         return "every dtype is computed as its name says"
 
     @contextmanager
+    def unpooled(self) -> Iterator[None]:
+        """Allocate memory for each array by itself, where a pool would hide its ends."""
+        yield
+
+    @contextmanager
     def poisoned(self) -> Iterator[None]:
         """Fill memory from the library's uninitialised allocators with NaN.
 

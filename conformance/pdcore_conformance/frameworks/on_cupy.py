@@ -100,6 +100,17 @@ class CupyFramework(Framework):
         finally:
             cuda.set_allocator(before)
 
+    @contextmanager
+    def unpooled(self) -> Iterator[None]:
+        """Ask CUDA for each array's memory, see `Framework.unpooled`."""
+        cuda = self.module.cuda
+        before = cuda.get_allocator()
+        cuda.set_allocator(None)
+        try:
+            yield
+        finally:
+            cuda.set_allocator(before)
+
     def memory(self, device: str) -> Memory | None:
         """Give the meter of a device: the pool's blocks, counted as they come and go."""
         return _PoolMemory(self)

@@ -45,6 +45,14 @@ test_statistics_are_differentiated, test_autodiff_of_statistics = both(
     SMALL.but(spec="causal+bn(statistics=prefix)", key_mask="left", rows=11),
 )  # fmt: skip
 
+test_convolution_is_differentiated, test_autodiff_of_convolution = both(
+    "A key's gradient comes from its neighbours too, and the filter has one.",
+    *(SMALL.but(spec=text, dtype=d, keys=12) for d in ("float32", "float64")
+      for text in ("conv1d(size=4)", "conv2d(3,4)")),
+    SMALL.but(spec="linear+conv1d+sh(1,2)", heads=4, key_mask="holes"),
+    SMALL.but(spec="conv1d(padding=causal)+causal", rows=11, key_mask="left"),
+)  # fmt: skip
+
 test_pooling_is_differentiated, test_autodiff_of_pooling = both(
     "d/dk and d/dv of a pooled key are shared by the keys that it covers.",
     *(SMALL.but(spec=text, key_mask=how) for how in ("", "holes")

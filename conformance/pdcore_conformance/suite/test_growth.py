@@ -20,6 +20,7 @@ CALLS = [
         "causal+bn(statistics=prefix)", "causal+bn(statistics=running)", "causal+sh(2,4)",
         "causal+sh(2,3,pool=first)", "causal+linear+sh(1,4)", "causal+sparse(3,inf)",
         "causal+bn(statistics=prefix)+sh(1,3)", "causal+h(count)",
+        "causal+conv1d(padding=causal)+sh(1,3)",
     )
 ]  # fmt: skip
 

@@ -53,6 +53,24 @@ test_mixture_is_computed = judged(
     SMALL.but(spec="mixture", keys=300, rows=70),
 )  # fmt: skip
 
+test_convolution_is_computed = judged(
+    "Keys convolved along their sequence or over a grid, with zeros for padding; not queries.",
+    *(SMALL.but(spec=text, dtype=dtype, keys=12) for dtype in DTYPES
+      for text in ("conv1d", "linear+conv1d(size=4)", "conv2d(3,4)")),
+    *(SMALL.but(spec="conv1d", key_mask=how) for how in ("right", "left", "holes", "one", "none")),
+    SMALL.but(spec="conv2d(3,4)", keys=12, key_mask="holes"),
+    SMALL.but(spec="conv2d(5,4,size=2)+gaussian(gamma=0.3)", keys=20),
+    SMALL.but(spec="conv1d(size=4)+sh(1,3)", heads=4, lead=(2, 3)),
+    SMALL.but(spec="conv2d(2,3)+sh(2,2)", keys=11),
+    SMALL.but(spec="conv1d", mask="random"),
+    SMALL.but(spec="conv1d(size=4,padding=causal)+causal", rows=11),
+    SMALL.but(spec="conv1d(size=5)", keys=2),
+    SMALL.but(spec="conv1d", keys=0),
+    SMALL.but(spec="conv1d", draw="outlier"),
+    SMALL.but(spec="conv1d", keys=600, rows=70),
+    *(SMALL.but(spec="conv1d", dtype=dtype, given=False) for dtype in DTYPES[:2]),
+)  # fmt: skip
+
 test_variance_is_biased = judged(
     "The variance divides by n. With 2 or 3 keys n - 1 shows.",
     *(SMALL.but(dtype=d, keys=n) for d in DTYPES for n in (2, 3)),

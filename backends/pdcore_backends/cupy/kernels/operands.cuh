@@ -1,5 +1,6 @@
 // What a contraction by scores reads, as `Operands` and `Visibility` of pdcore say it, and the
-// weight of a key for a row. `log_kappa`, its slopes, VALUES and LOG_WEIGHT come before this text.
+// weight of a key for a row. `log_kappa`, its slopes, VALUES, LOG_WEIGHT and the types of arrays,
+// `q_type` and so on, come before this text.
 
 // As pdcore_backends/cupy/operands.py packs it. Strides count entries; -1 is no bound.
 struct Shape {
@@ -20,15 +21,19 @@ struct Shape {
 };
 
 #define INPUTS                                                                                    \
-  const scalar *__restrict__ q, const scalar *__restrict__ k, const scalar *__restrict__ v,       \
-      const scalar *__restrict__ key_bias, const scalar *__restrict__ bias,                       \
+  const q_type *__restrict__ q, const k_type *__restrict__ k, const v_type *__restrict__ v,       \
+      const scalar *__restrict__ key_bias, const bias_type *__restrict__ bias,                    \
       const bool *__restrict__ key_mask, const bool *__restrict__ real,                           \
       const bool *__restrict__ mask, const i64 *__restrict__ offsets,                             \
       const scalar *__restrict__ values
 #define INPUT_NAMES {q, k, v, key_bias, bias, key_mask, real, mask, offsets, values}
 
 struct Inputs {
-  const scalar *q, *k, *v, *key_bias, *bias;
+  const q_type* q;
+  const k_type* k;
+  const v_type* v;
+  const scalar* key_bias;
+  const bias_type* bias;
   const bool *key_mask, *real, *mask;
   const i64* offsets;
   const scalar* values;
@@ -50,8 +55,11 @@ DEVICE Range range(i64 first, i64 last, int count) {
 // One query head of one sequence.
 struct Head {
   const Shape* shape;
-  Rows q, k, v;
-  const scalar *key_bias, *bias, *values;
+  RowsOf<q_type> q;
+  RowsOf<k_type> k;
+  RowsOf<v_type> v;
+  const scalar *key_bias, *values;
+  const bias_type* bias;
   const bool *key_mask, *real, *mask;
   i64 offset;
 
@@ -93,7 +101,8 @@ struct Head {
   DEVICE_MEMBER scalar log_weight(scalar s, int row, int key) const {
     scalar found = log_kappa(s, scalar(shape->scale), values);
     if (key_bias) found += key_bias[key];
-    if (bias) found += bias[row * shape->bias[3] + key * shape->bias[4]];
+    if (bias)
+      found += Stored<bias_type>::read(bias[row * shape->bias[3] + key * shape->bias[4]]);
     return found;
   }
 };

@@ -5,7 +5,7 @@
 
 template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
-    scores_forward(INPUTS, scalar* __restrict__ out, scalar* __restrict__ level, Shape shape) {
+    scores_forward(INPUTS, out_type* __restrict__ out, scalar* __restrict__ level, Shape shape) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
   scalar* weights = staged + Memory<COLUMNS>::STAGED;

@@ -11,7 +11,7 @@ DEVICE Span span_of(int extent, int own, int count, int step) {
 }
 
 __global__ void __launch_bounds__(THREADS, 1)
-    scores_bias(INPUTS, COTANGENTS, scalar* __restrict__ d_bias, Shape shape) {
+    scores_bias(INPUTS, COTANGENTS, d_bias_type* __restrict__ d_bias, Shape shape) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
   scalar* weights = staged + Memory<DEPTH>::STAGED;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int g = group.first; g < group.last; g++) {
         const i64 at = (i64(b) * shape.heads + h) * shape.group + g;
         const Head head = head_at(inputs, shape, b, h, g);
-        const Rows d_rows = cotangent_rows(d_out, shape, at);
+        const RowsOf<d_out_type> d_rows = cotangent_rows(d_out, shape, at);
         for (int row0 = rows.first; row0 < rows.last; row0 += rows.step) {
           const Range keys = head.keys_of(row0, row0 + SIZE);
           for (int key0 = all_keys.first; key0 < all_keys.last; key0 += all_keys.step) {
@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     scalar sum = 0;
     for (int y = r; y < (one_row ? SIZE : r + 1); y++)
       for (int x = c; x < (one_key ? SIZE : c + 1); x++) sum += weights[y * WEIGHT_PITCH + x];
-    d_bias[(plane * extent[3] + own_row + r) * extent[4] + own_key + c] = sum;
+    d_bias[(plane * extent[3] + own_row + r) * extent[4] + own_key + c] =
+        Stored<d_bias_type>::of(sum);
   }
 }

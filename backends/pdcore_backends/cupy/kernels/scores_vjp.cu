@@ -5,7 +5,7 @@
 // all without gaps, as are the results.
 
 #define COTANGENTS                                                                                \
-  const scalar *__restrict__ d_out, const scalar *__restrict__ level,                             \
+  const d_out_type *__restrict__ d_out, const scalar *__restrict__ level,                         \
       const scalar *__restrict__ delta
 
 // The weight of a key for a row, and the cotangents of its logarithm and of the inner product;
@@ -30,7 +30,7 @@ DEVICE Pulled pulled(const Head& head, bool near, scalar s, scalar d_weight, int
 #endif
 }
 
-DEVICE Rows cotangent_rows(const scalar* d_out, const Shape& s, i64 at) {
+DEVICE RowsOf<d_out_type> cotangent_rows(const d_out_type* d_out, const Shape& s, i64 at) {
   return rows_at(d_out + at * s.rows * s.value_dim, s.value_dim, s.rows, s.value_dim);
 }
 
@@ -38,7 +38,7 @@ DEVICE Rows cotangent_rows(const scalar* d_out, const Shape& s, i64 at) {
 // rows the sum of the cotangents of every scalar of log kappa, (batch heads group, tiles, VALUES).
 template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
-    scores_rows(INPUTS, COTANGENTS, scalar* __restrict__ dq, scalar* __restrict__ d_values,
+    scores_rows(INPUTS, COTANGENTS, q_type* __restrict__ dq, scalar* __restrict__ d_values,
                 Shape shape) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int g = int(at % shape.group), h = int(at / shape.group % shape.heads);
   const Inputs inputs = INPUT_NAMES;
   const Head head = head_at(inputs, shape, at / shape.group / shape.heads, h, g);
-  const Rows d_rows = cotangent_rows(d_out, shape, at);
+  const RowsOf<d_out_type> d_rows = cotangent_rows(d_out, shape, at);
   const Range keys = head.keys_of(row0, row0 + SIZE);
 
   Sums<COLUMNS> sums;
@@ -99,13 +99,23 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
 }
 
+// What keys, or values, and their cotangents are stored as.
+template <bool OF_VALUES>
+struct KeyType {
+  typedef k_type type;
+};
+template <>
+struct KeyType<true> {
+  typedef v_type type;
+};
+
 // dk and the key bias's cotangent, (batch, heads, keys, dim) and (batch, heads, keys), or dv,
 // (batch, heads, keys, value_dim): SIZE keys and COLUMNS columns, over all query heads of a key
 // head. Two launches rather than one, for both sums would not fit the registers.
 template <int COLUMNS, bool OF_VALUES>
 __global__ void __launch_bounds__(THREADS, 1)
-    scores_keys(INPUTS, COTANGENTS, scalar* __restrict__ dx, scalar* __restrict__ d_key_bias,
-                Shape shape) {
+    scores_keys(INPUTS, COTANGENTS, typename KeyType<OF_VALUES>::type* __restrict__ dx,
+                scalar* __restrict__ d_key_bias, Shape shape) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
   scalar* weights = staged + Memory<COLUMNS>::STAGED;
@@ -120,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   for (int g = 0; g < shape.group; g++) {
     const i64 at = pair * shape.group + g;
     const Head head = head_at(inputs, shape, pair / shape.heads, pair % shape.heads, g);
-    const Rows d_rows = cotangent_rows(d_out, shape, at);
+    const RowsOf<d_out_type> d_rows = cotangent_rows(d_out, shape, at);
     const Range rows = head.rows_of(key0, key0 + SIZE);
     Range near[EACH];  // what sees each key by position
 #pragma unroll
@@ -146,7 +156,10 @@ __global__ void __launch_bounds__(THREADS, 1)
           biases[i] += w.log;
         }
       }
-      sums.add(weights, OF_VALUES ? d_rows : head.q, row0, column0, staged);
+      if constexpr (OF_VALUES)
+        sums.add(weights, d_rows, row0, column0, staged);
+      else
+        sums.add(weights, head.q, row0, column0, staged);
     }
   }
   const int columns = OF_VALUES ? shape.value_dim : shape.dim;

@@ -35,27 +35,43 @@ DEVICE i64 no_less(i64 a, i64 b) { return a > b ? a : b; }
 DEVICE i64 floor_div(i64 a, i64 b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 DEVICE i64 ceil_div(i64 a, i64 b) { return -floor_div(-a, b); }
 
-template <int COUNT>
-struct __align__(COUNT * sizeof(scalar)) Vector {
-  scalar x[COUNT];
+// Numbers as they lie in memory, T, which is `scalar` or one of 16 bits, and as they are computed.
+template <class T>
+struct Stored {
+  static DEVICE_MEMBER scalar read(T x) { return ptx::to_float(x); }
+  static DEVICE_MEMBER T of(scalar x) { return ptx::from_float<T>(x); }
 };
 
-template <int COUNT>
-DEVICE Vector<COUNT> read(const scalar* from) {
-  return *reinterpret_cast<const Vector<COUNT>*>(from);
+template <>
+struct Stored<scalar> {
+  static DEVICE_MEMBER scalar read(scalar x) { return x; }
+  static DEVICE_MEMBER scalar of(scalar x) { return x; }
+};
+
+template <int COUNT, class T = scalar>
+struct __align__(COUNT * sizeof(T)) Vector {
+  T x[COUNT];
+};
+
+template <int COUNT, class T>
+DEVICE Vector<COUNT, T> read(const T* from) {
+  return *reinterpret_cast<const Vector<COUNT, T>*>(from);
 }
 
 // Rows of one head, whose columns lie beside each other.
-struct Rows {
-  const scalar* first;
+template <class T>
+struct RowsOf {
+  const T* first;
   i64 pitch;
   int count, columns;
-  bool aligned;  // every row begins at a multiple of 16 bytes
+  bool aligned;  // every row begins where WIDE entries can be read at once
 };
+typedef RowsOf<scalar> Rows;
 
-DEVICE Rows rows_at(const scalar* first, i64 pitch, int count, int columns) {
-  const i64 bytes = reinterpret_cast<i64>(first) | pitch * i64(sizeof(scalar));
-  return {first, pitch, count, columns, bytes % 16 == 0};
+template <class T>
+DEVICE RowsOf<T> rows_at(const T* first, i64 pitch, int count, int columns) {
+  const i64 bytes = reinterpret_cast<i64>(first) | pitch * i64(sizeof(T));
+  return {first, pitch, count, columns, bytes % (WIDE * int(sizeof(T))) == 0};
 }
 
 // A thread's place in the square.
@@ -76,8 +92,8 @@ DEVICE scalar largest_across(scalar x) {
 }
 
 // Copy HEIGHT rows of WIDTH columns to shared memory, zeros where there are none.
-template <int HEIGHT, int WIDTH, int TO_PITCH>
-DEVICE void stage(scalar* to, const Rows& x, int row, int column) {
+template <int HEIGHT, int WIDTH, int TO_PITCH, class T>
+DEVICE void stage(scalar* to, const RowsOf<T>& x, int row, int column) {
   constexpr int STEPS = WIDTH / WIDE;
 #pragma unroll
   for (int i = int(threadIdx.x); i < HEIGHT * STEPS; i += THREADS) {
@@ -87,13 +103,15 @@ DEVICE void stage(scalar* to, const Rows& x, int row, int column) {
 #pragma unroll
     for (int e = 0; e < WIDE; e++) found.x[e] = 0;
     if (row + r < x.count && left > 0) {
-      const scalar* from = x.first + (row + r) * x.pitch + column + c;
+      const T* from = x.first + (row + r) * x.pitch + column + c;
       if (x.aligned && left >= WIDE) {
-        found = read<WIDE>(from);
+        const Vector<WIDE, T> whole = read<WIDE>(from);
+#pragma unroll
+        for (int e = 0; e < WIDE; e++) found.x[e] = Stored<T>::read(whole.x[e]);
       } else {
 #pragma unroll
         for (int e = 0; e < WIDE; e++)
-          if (e < left) found.x[e] = from[e];
+          if (e < left) found.x[e] = Stored<T>::read(from[e]);
       }
     }
     *reinterpret_cast<Vector<WIDE>*>(to + r * TO_PITCH + c) = found;
@@ -101,8 +119,10 @@ DEVICE void stage(scalar* to, const Rows& x, int row, int column) {
 }
 
 // s[i][j] = a[down + SIDE i] . b[across + SIDE j], rows counted from a_row and b_row. `staged` has
-// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here.
-DEVICE void products(scalar (&s)[EACH][EACH], const Rows& a, int a_row, const Rows& b, int b_row,
+// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here. a and b
+// are `RowsOf` something, or what else there is a `stage` for.
+template <class A, class B>
+DEVICE void products(scalar (&s)[EACH][EACH], const A& a, int a_row, const B& b, int b_row,
                      scalar* staged) {
 #pragma unroll
   for (int i = 0; i < EACH; i++)
@@ -154,7 +174,8 @@ struct Sums {
 
   // Add weights . v, whose rows count from v_row and columns from v_column; `weights` is the tile
   // (SIZE, SIZE) in shared memory. `staged` has STRIP COLUMNS entries, as in `products`.
-  DEVICE_MEMBER void add(const scalar* weights, const Rows& v, int v_row, int v_column,
+  template <class V>
+  DEVICE_MEMBER void add(const scalar* weights, const V& v, int v_row, int v_column,
                          scalar* staged) {
     for (int strip = 0; strip < SIZE; strip += STRIP) {
       __syncthreads();
@@ -181,14 +202,15 @@ struct Sums {
   }
 
   // Write rows row .. of an array (count, columns) without gaps.
-  DEVICE_MEMBER void write(scalar* to, int row, int count, int first_column, int columns) const {
+  template <class T>
+  DEVICE_MEMBER void write(T* to, int row, int count, int first_column, int columns) const {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int r = row + down() + SIDE * i;
 #pragma unroll
       for (int c = 0; c < OWN; c++) {
         const int at = first_column + column(c);
-        if (r < count && at < columns) to[i64(r) * columns + at] = x[i][c];
+        if (r < count && at < columns) to[i64(r) * columns + at] = Stored<T>::of(x[i][c]);
       }
     }
   }

@@ -1,0 +1,116 @@
+"""Kernels down the rows of arrays (batch, heads, rows, columns): their text and launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .programs import HALVES, read, scalar_of
+from .runtime import BLOCKS, KernelCache, too_old
+
+__all__ = ["KERNELS", "ColumnLaunch", "RowProgram", "instances", "limit"]
+
+#: Of a block, THREADS of kernels/tiles.cuh, and how many of them lie beside each other at most;
+#: RUN of kernels/columns.cuh; WIDE of kernels/tiles.cuh.
+THREADS, BESIDE, RUN = 256, 32, 8
+WIDE = {"float": 4, "double": 2}
+
+_STATISTICS, _PREFIXES, _POOLING = (
+    ("statistics.cu",),
+    ("statistics.cu", "prefixes.cu"),
+    ("pooling.cu",),
+)
+
+#: The files of each kernel after kernels/columns.cuh, and what it is compiled for: what merges two
+#: states, or "T", the type of the rows that it reads.
+KERNELS = {
+    "moments_of_chunks": (_STATISTICS, "T"),
+    "moments_merged": (_STATISTICS, "Moments"),
+    "moments_vjp": (_STATISTICS, "T"),
+    "prefixes": (_PREFIXES, "T"),
+    "levels_of_chunks": (_PREFIXES, "Totals"),
+    "suffixes": (_PREFIXES, "Totals"),
+    "prefixes_vjp": (_PREFIXES, "T"),
+    "pooled": (_POOLING, "T"),
+    "pooled_vjp": (_POOLING, "scalar"),
+    "chunks_scanned<Moments>": ((), ""),
+    "chunks_scanned<Totals>": ((), ""),
+}
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """What is compiled in; a program and a kernel's name say which kernel runs.
+
+    Attributes
+    ----------
+    scalar : {"float", "double"}
+        The type of sums and of results.
+    """
+
+    scalar: str
+
+    def text(self, kernel: str) -> str:
+        """Give the source of a kernel, by the name of an instantiation."""
+        own = KERNELS.get(kernel) or KERNELS[kernel.partition("<")[0]]
+        files = ("tiles.cuh", "columns.cuh", *own[0])
+        return "\n".join([read("ptx.cuh"), f"typedef {self.scalar} scalar;", *map(read, files)])
+
+
+def instances(dtype: str) -> dict[str, str]:
+    """Give the name of each kernel as it is compiled for rows of a dtype."""
+    types = {"T": HALVES.get(dtype, "scalar")}
+    return {kernel: f"{kernel}<{types.get(kind, kind)}>" if kind else kernel
+            for kernel, (_, kind) in KERNELS.items()}  # fmt: skip
+
+
+def limit(shape: tuple[int, ...], capability: int) -> str:
+    """Say why no kernel takes an array (*B, H, M, D) on a device, nothing if one does."""
+    *lead, rows, columns = shape
+    if why := too_old(capability):
+        return why
+    if not columns:
+        return "got D = 0, and a kernel takes one feature at least"
+    # No kernel has more blocks than rows, but for one a head where there are none.
+    if (
+        math.prod(lead) * max(rows, 1) > BLOCKS[0]
+        or -(-columns // (BESIDE * WIDE["double"])) > BLOCKS[1]
+    ):
+        return (f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
+                f"row at least and {BESIDE * WIDE['double']} columns")  # fmt: skip
+    return ""
+
+
+class ColumnLaunch:
+    """Launches on arrays of so many columns, of one dtype.
+
+    Parameters
+    ----------
+    cache : KernelCache
+    dtype : str
+        The dtype of the rows that are read.
+    columns : int
+    xp : namespace
+    """
+
+    def __init__(self, cache: KernelCache, dtype: str, columns: int, xp: Any) -> None:
+        scalar = scalar_of("float64" if dtype == "float64" else "float32")
+        self.cache, self.columns = cache, columns
+        self.program, self.names = RowProgram(scalar), instances(dtype)
+        self.dtype = xp.float32 if scalar == "float" else xp.float64
+        beside = -(-columns // WIDE[scalar])
+        self.bits = min((beside - 1).bit_length(), BESIDE.bit_length() - 1)
+        self.slices = -(-beside >> self.bits)
+        self.lanes = THREADS >> self.bits
+        self.tile = self.lanes * RUN
+
+    def empty(self, *shape: int) -> Any:
+        """Allocate a result, which a kernel fills."""
+        return self.cache.runtime.empty(shape, self.dtype)
+
+    def run(self, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel for so many blocks of rows, unless there are none."""
+        if blocks and self.slices:
+            kernel = self.cache.kernel(self.program, self.names[name])
+            kernel((blocks, self.slices), (THREADS,), arguments)

@@ -1,0 +1,104 @@
+"""Keys and values pooled over windows, and the pullback, by CUDA kernels of our own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pdcore.arrays import dtype_name
+from pdcore.backend import Request
+from pdcore.plan import Plan
+
+from .columns import ColumnLaunch, limit
+from .operands import in_rows, one_lead, record, strides_of
+from .runtime import KernelCache
+
+__all__ = ["CompiledPool", "PoolKernels", "pooled"]
+
+#: Rows that a lane adds before others share its window.
+ALONE = 8
+
+#: `Windows` of kernels/pooling.cu, member by member.
+WINDOWS = np.dtype(
+    [
+        ("rows", np.int64, 3), ("weights", np.int64),
+        *((n, np.int32) for n in ("heads", "count", "columns", "windows", "scale", "blocks",
+                                  "team", "bits")),
+    ],
+    align=True,
+)  # fmt: skip
+
+
+class CompiledPool(str):
+    """How windows are pooled, by the kernels."""
+
+    __slots__ = ()
+
+
+def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
+    """Choose the kernels for the pooling of a plan where they compute it."""
+    if all(group.scale == 1 for group in plan.groups):
+        return plan
+    why = limit(request.k, capability) or limit(request.v, capability)
+    if why:
+        return replace(plan, steps=(*plan.steps, f"pooling: {library}'s own operations: {why}"))
+    step = f"pooling: kernels, each key and value read once, in {plan.accumulate}"
+    if request.dtype != plan.accumulate:
+        step += f", of keys and values in {request.dtype}"
+    return replace(plan, pool=CompiledPool(plan.pool), steps=(*plan.steps, step))
+
+
+class PoolKernels:
+    """What `pdcore.heads.pool` gives, by the kernels of one runtime."""
+
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache = cache
+
+    def pool(self, x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Pool rows (*B, H, M, D) by weights (*B, 1, ceil(M / s), s), see `pdcore.heads.pool`."""
+        *lead, heads, rows, columns = x.shape
+        windows, scale = weights.shape[-2:]
+        launch = ColumnLaunch(self.cache, dtype_name(x), columns, xp)
+        # (*B, 1, windows, s), or the same for all sequences.
+        weights = xp.ascontiguousarray(
+            xp.reshape(weights, (math.prod(weights.shape[:-2]), windows, scale))
+        )
+        batch = math.prod(lead)
+
+        def layout(strides: tuple[int, ...], blocks: int, team: int) -> Any:
+            return record(WINDOWS, {
+                "rows": strides, "weights": windows * scale if weights.shape[0] > 1 else 0,
+                "heads": heads, "count": rows, "columns": columns, "windows": windows,
+                "scale": scale, "blocks": blocks, "team": team, "bits": launch.bits,
+            })  # fmt: skip
+
+        def pullback(cotangent: Any) -> Any:
+            with self.cache.runtime.on(cotangent):
+                found = launch.empty(*x.shape)
+                blocks = -(-rows // launch.tile)
+                launch.run("pooled_vjp", batch * heads * blocks, (
+                    weights, xp.ascontiguousarray(cotangent), found, layout((0, 0, 0), blocks, 1)
+                ))  # fmt: skip
+            return found
+
+        with self.cache.runtime.on(x):
+            given = in_rows(one_lead(x, lead, xp), xp)
+            team = _team(scale, launch.lanes)
+            blocks = -(-windows // (launch.lanes // team))
+            found = launch.empty(*lead, heads, windows, columns)
+            launch.run("pooled", batch * heads * blocks, (
+                given, weights, found, layout(strides_of(given)[:-1], blocks, team)
+            ))  # fmt: skip
+        return found, pullback
+
+
+def _team(scale: int, lanes: int) -> int:
+    """Choose how many lanes share a window of `scale` rows."""
+    team = 1
+    while team < lanes and team * ALONE < scale:
+        team *= 2
+    return team

@@ -1,0 +1,226 @@
+"""Moments of the keys and their pullbacks, by CUDA kernels of our own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pdcore.arrays import dtype_name
+from pdcore.backend import Request
+from pdcore.plan import Plan, Summary
+from pdcore.statistics import Moments
+
+from .columns import ColumnLaunch, limit
+from .operands import NULL, in_rows, one_lead, record, strides_of
+from .runtime import KernelCache
+
+__all__ = ["CompiledSummary", "MomentKernels", "summarised"]
+
+#: Rows of a chunk whose state is merged with others: more of them, and few blocks run at once.
+CHUNK = 512
+
+#: `Layout` of kernels/statistics.cu, member by member.
+LAYOUT = np.dtype(
+    [
+        ("keys", np.int64, 3),
+        *((n, np.int32) for n in ("batch", "heads", "rows", "columns", "chunks", "tiles",
+                                  "shared", "bits")),
+    ],
+    align=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CompiledSummary(Summary):
+    """Moments that the kernels compute."""
+
+
+def summarised(plan: Plan, request: Request, capability: int, library: str) -> Plan:
+    """Choose the kernels for the statistics of a plan where they compute them."""
+    summary = plan.summary
+    if summary is None:
+        return plan
+    kind = type(summary.statistics)
+    why = limit(request.k, capability) if kind is Moments else \
+        f"no kernel computes {kind.__name__}"  # fmt: skip
+    if why:
+        return replace(plan, steps=(*plan.steps, f"statistics: {library}'s own operations: {why}"))
+    how = "a scan of chunks in three passes" if summary.scope == "prefix" else \
+        "chunks, each key read once, merged in a fixed order"  # fmt: skip
+    step = f"statistics: kernels, by {how}, in {plan.accumulate}"
+    if request.dtype != plan.accumulate and all(group.scale == 1 for group in plan.groups):
+        step += f", of keys in {request.dtype}"
+    chosen = CompiledSummary(summary.statistics, summary.scope)
+    return replace(plan, summary=chosen, steps=(*plan.steps, step))
+
+
+class MomentKernels:
+    """What `pdcore.statistics.Moments` and `prefix_states` give, by the kernels of one runtime."""
+
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache = cache
+
+    def moments(self, keys: Any, mask: Any, *, shared: bool, xp: Any) -> dict[str, Any]:
+        """Give the finalised state of the keys, see `Statistics.of` and `Statistics.finalize`.
+
+        Parameters
+        ----------
+        keys : array (*B, H, M, D)
+            In any floating dtype.
+        mask : bool array (*B, 1, M, 1) or None
+        shared : bool
+            Whether all sequences have one state.
+        xp : namespace
+
+        Returns
+        -------
+        mapping
+            n (*B, H, 1, 1), mean and var (*B, H, 1, D), of 1s for B with `shared`.
+        """
+        with self.cache.runtime.on(keys):
+            call = _Keys(self.cache, keys, mask, xp)
+            chunks = call.long_chunks
+            layout = call.layout(chunks, call.tiles, shared)
+            states = call.states(chunks)
+            call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
+            count = call.heads if shared else call.batch * call.heads
+            found = call.results(count)
+            call.launch.run("moments_merged", count, (*states, *found, layout))
+        lead = (1,) * len(call.lead) if shared else call.lead
+        return call.named(found, (*lead, call.heads, 1), xp)
+
+    def vjp(self, keys: Any, mask: Any, final: Mapping[str, Any], cotangent: Mapping[str, Any],
+            *, xp: Any) -> Any:  # fmt: skip
+        """Pull back, see `Moments.vjp`."""
+        with self.cache.runtime.on(keys):
+            call = _Keys(self.cache, keys, mask, xp)
+            chunks = call.long_chunks
+            shared = math.prod(final["mean"].shape[:-3]) == 1
+            state = tuple(xp.ascontiguousarray(final[n]) for n in ("n", "mean"))
+            given = tuple(
+                xp.ascontiguousarray(cotangent[n]) if n in cotangent else NULL
+                for n in ("mean", "var")
+            )
+            found = call.launch.empty(*keys.shape)
+            layout = call.layout(chunks, call.tiles, shared)
+            call.run("moments_vjp", chunks, (*call.arrays, *state, *given, found, layout))
+        return found
+
+    def prefixes(self, keys: Any, mask: Any, *, xp: Any) -> dict[str, Any]:
+        """Give the finalised state of every prefix, (*B, H, M + 1, D), see `prefix_states`."""
+        with self.cache.runtime.on(keys):
+            call = _Keys(self.cache, keys, mask, xp)
+            chunks = call.chunks
+            layout = call.layout(chunks)
+            states = call.states(chunks)
+            call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
+            before = call.scanned("Moments", chunks, states)
+            found = call.results(call.batch * call.heads * (call.rows + 1))
+            call.run("prefixes", chunks, (*call.arrays, *before, *found, layout))
+        return call.named(found, (*call.lead, call.heads, call.rows + 1), xp)
+
+    def prefix_vjp(self, keys: Any, mask: Any, rows: Mapping[str, Any],
+                   cotangent: Mapping[str, Any], later: Any, *, xp: Any) -> Any:  # fmt: skip
+        """Pull back, see `Moments.prefix_vjp`."""
+        with self.cache.runtime.on(keys):
+            call = _Keys(self.cache, keys, mask, xp)
+            queries = _Keys(self.cache, rows["mean"], None, xp)
+            first = _first_counting(rows["n"], xp)
+            given = (*map(xp.ascontiguousarray, (rows["n"], rows["mean"], cotangent["mean"],
+                                                 cotangent["var"])), first)  # fmt: skip
+            chunks = queries.chunks
+            layout = queries.layout(chunks)
+            sums = queries.states(chunks)
+            queries.run("levels_of_chunks", chunks, (*given, *sums, layout))
+            before = queries.scanned("Totals", chunks, sums)
+            shape = (*rows["mean"].shape[:-2], queries.rows + 1, keys.shape[-1])
+            level, slope = call.launch.empty(*shape), call.launch.empty(*shape)
+            queries.run("suffixes", chunks, (*given, *before, level, slope, layout))
+            # (M, 1) or (*B, 1, 1, M, 1)
+            of_each = 0 if math.prod(later.shape) == call.rows else call.rows
+            found = call.launch.empty(*keys.shape)
+            call.run("prefixes_vjp", call.chunks, (
+                *call.arrays, given[1], first, level, slope, xp.ascontiguousarray(later),
+                np.int64(of_each), found, layout, call.layout(call.chunks)))  # fmt: skip
+        return found
+
+
+class _Keys:
+    """Keys, or the means of rows, as the kernels read them."""
+
+    def __init__(self, cache: KernelCache, keys: Any, mask: Any, xp: Any) -> None:
+        *lead, self.heads, self.rows, columns = keys.shape
+        self.lead, self.batch = tuple(lead), math.prod(lead)
+        if mask is not None:
+            mask = xp.ascontiguousarray(xp.reshape(mask, (self.batch, self.rows)))
+        keys = in_rows(one_lead(keys, lead, xp), xp)
+        self.strides = strides_of(keys)[:-1]
+        self.arrays = (keys, NULL if mask is None else mask)
+        self.launch = ColumnLaunch(cache, dtype_name(keys), columns, xp)
+
+    @property
+    def tiles(self) -> int:
+        """The tiles of a chunk, where chunks are not scanned."""
+        return max(1, CHUNK // int(self.launch.tile))
+
+    @property
+    def long_chunks(self) -> int:
+        """The chunks of a head, of so many tiles each."""
+        return -(-int(self.rows) // (self.launch.tile * self.tiles))
+
+    @property
+    def chunks(self) -> int:
+        """The chunks of a head, of one tile each; one at least, which writes what is of no row."""
+        return max(1, -(-int(self.rows) // self.launch.tile))
+
+    def run(self, name: str, chunks: int, arguments: tuple[Any, ...]) -> None:
+        """Launch a kernel for so many chunks of every head."""
+        self.launch.run(name, self.batch * self.heads * chunks, arguments)
+
+    def layout(self, chunks: int, tiles: int = 1, shared: bool = False) -> Any:
+        """Give a `LAYOUT`, which is passed by value."""
+        return record(LAYOUT, {
+            "keys": self.strides, "batch": self.batch, "heads": self.heads, "rows": self.rows,
+            "columns": self.launch.columns, "chunks": chunks, "tiles": tiles, "shared": shared,
+            "bits": self.launch.bits,
+        })  # fmt: skip
+
+    def states(self, chunks: int) -> tuple[Any, Any]:
+        """Allocate states of chunks, `States` of kernels/columns.cuh."""
+        count, launch = self.batch * self.heads * chunks, self.launch
+        return launch.empty(launch.slices, count), launch.empty(3, count, launch.columns)
+
+    def scanned(self, kind: str, chunks: int, states: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Turn the states of each head's chunks into those of what comes before; `kind` merges."""
+        n, sums = states
+        before, launch = self.launch.empty(*n.shape), self.launch
+        sizes = map(np.int32, (chunks, launch.columns, launch.bits))
+        self.run(f"chunks_scanned<{kind}>", 1, (n, sums, before, *sizes))
+        return before, sums
+
+    def results(self, count: int) -> tuple[Any, Any, Any]:
+        """Allocate finalised states: n, mean and var."""
+        launch = self.launch
+        shape = (count, launch.columns)
+        return launch.empty(count), launch.empty(*shape), launch.empty(*shape)
+
+    def named(self, found: tuple[Any, Any, Any], shape: tuple[int, ...], xp: Any) -> dict[str, Any]:
+        """Give finalised states their names and axes."""
+        widths = (1, self.launch.columns, self.launch.columns)
+        return {n: xp.reshape(x, (*shape, w))
+                for n, x, w in zip(("n", "mean", "var"), found, widths, strict=True)}  # fmt: skip
+
+
+def _first_counting(n: Any, xp: Any) -> Any:
+    """Give the first row of each sequence that counts a key, (*B,); 0 where there is none.
+
+    All heads count the same keys.
+    """
+    counts = n[..., 0, :, 0] > 0
+    if not counts.shape[-1]:
+        return xp.sum(xp.astype(counts, xp.int64), axis=-1)
+    return xp.ascontiguousarray(xp.argmax(counts, axis=-1))

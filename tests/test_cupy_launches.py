@@ -1,0 +1,181 @@
+"""How the CuPy backend launches: on the caller's stream, without waiting, within the limits."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+from strategies import Case, normal_case
+
+from pdcore.errors import UnsupportedError
+from pdcore_backends.cupy.launches import CheckedKernel, Limits, Usage
+
+pytestmark = pytest.mark.cuda
+
+pytest.importorskip("cuda_on_cpu")
+if shutil.which("g++") is None:
+    pytest.skip("no g++", allow_module_level=True)
+
+from emulated_cupy import EmulatedBackend, EmulatedRuntime  # noqa: E402
+from test_cupy_kernels import request_of  # noqa: E402
+
+
+class OnDevice(np.ndarray):
+    """An array whose values the host does not get to see: that would wait for the device."""
+
+    def _read(self, *args: Any) -> Any:
+        raise AssertionError("the host reads what the device has computed")
+
+    __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = _read
+    item = tolist = tobytes = _read
+
+
+class Recording(EmulatedRuntime):
+    """Notes what a launch is given beside its arguments; all of its memory is `OnDevice`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[dict[str, Any]] = []
+
+    def compile(self, code: str, name: str) -> Any:
+        kernel = super().compile(code, name)
+
+        def launch(grid: Any, block: Any, arguments: Any, **more: Any) -> None:
+            self.given.append(more)
+            kernel(grid, block, arguments, **more)
+
+        return launch
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return super().empty(shape, dtype).view(OnDevice)
+
+
+def run(backend: EmulatedBackend, case: Case, kind: type = np.ndarray) -> None:
+    """Make a call, forward and backward, on arrays of a kind."""
+    inputs = case.inputs()
+    arrays = {
+        name: x.view(kind) if isinstance(x, np.ndarray) else x
+        for name, x in inputs._asdict().items()
+    }
+    plan = backend.fuse(case.plan(), request_of(case))
+    out, lse, vjp = backend.attention_vjp(plan, inputs._replace(**arrays))
+    vjp(out, lse)
+
+
+@pytest.mark.parametrize(
+    ("spec", "call"),
+    [
+        (
+            "causal",
+            {"offset": np.asarray([1, -2]), "key_mask": np.arange(14).reshape(2, 7) % 3 > 0},
+        ),
+        ("softmax", {"bias": np.ones((4, 5, 7)), "mask": np.arange(7) > 2}),
+        ("causal+sh(1,2)", {}),
+        ("bn(beta=param)+h(count)", {"offset": "end"}),
+        ("causal+bn(statistics=prefix)", {}),
+    ],
+)
+def test_launches_are_on_the_current_stream_and_nothing_is_read(spec: str, call: dict) -> None:
+    runtime = Recording()
+    case = normal_case(spec, n=5, m=7, dtype=np.float32, **call)
+    run(EmulatedBackend(runtime), case, OnDevice)
+    assert runtime.launches
+    # CuPy launches on the current stream where none is named.
+    assert all(set(more) == {"shared_mem"} for more in runtime.given)
+
+
+def test_what_is_read_would_be_seen() -> None:
+    x = np.ones(3).view(OnDevice)
+    with pytest.raises(AssertionError, match="the host reads"):
+        bool((x > 0).all())
+
+
+# --- under capture --------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_not_compiled_while_its_stream_is_captured() -> None:
+    backend = EmulatedBackend()
+    case = normal_case("causal", n=5, m=7, dtype=np.float32)
+    backend.runtime.captured = True
+    once = r"scores_forward<32> is not compiled yet.*make the same call once before"
+    with pytest.raises(UnsupportedError, match=once):
+        run(backend, case)
+    backend.runtime.captured = False
+    backend.attention(backend.fuse(case.plan(), request_of(case)), case.inputs())
+    backend.runtime.captured = True
+    with pytest.raises(UnsupportedError, match="forward and backward if both are captured"):
+        run(backend, case)
+    backend.runtime.captured = False
+    run(backend, case)
+    backend.runtime.launches.clear()
+    backend.runtime.captured = True
+    run(backend, case, OnDevice)
+    kinds = [name.partition("<")[0] for name in backend.runtime.launches]
+    assert kinds == ["scores_forward", "scores_delta", "scores_rows", "scores_keys", "scores_keys"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("sh(1,2,1,2)", "put heads of one scale beside each other"),
+        ("linear", "runs by matrix products of the library"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(spec: str, reason: str) -> None:
+    backend = EmulatedBackend()
+    case = normal_case(spec, n=5, m=7, heads=4, group=1, dtype=np.float32)
+    run(backend, case)
+    backend.runtime.captured = True
+    with pytest.raises(UnsupportedError, match=f"captured into a CUDA graph, and .*{reason}"):
+        run(backend, case)
+
+
+# --- within the limits ----------------------------------------------------------------------------
+
+USAGE = Usage(registers=200, threads=256, shared=1024)
+LIMITS = Limits(threads=1024, registers=65536, shared=48 * 1024, grid=(2**31 - 1, 65535, 65535))
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared", "reason"),
+    [
+        ((2**31 - 1, 65535), (256,), 47 * 1024, ""),
+        ((2**31,), (256,), 0, r"a grid of \(2147483648,\) blocks, .* 2147483647 along x"),
+        ((1, 65536), (256,), 0, r"a grid of \(1, 65536\) .* 65535 along y"),
+        ((1,), (1025,), 0, "a block of 1025 threads, and the device has 1024"),
+        ((1,), (16, 32), 0, "512 threads of 200 registers each, and a block .* has 65536"),
+        ((1,), (256,), 47 * 1024 + 1, "49153 bytes of shared memory, and a block .* has 49152"),
+    ],
+)  # fmt: skip
+def test_a_launch_beyond_the_limits_is_refused(
+    grid: tuple[int, ...], block: tuple[int, ...], shared: int, reason: str
+) -> None:
+    launched: list[Any] = []
+    kernel = CheckedKernel("k<32>", lambda *given, **more: launched.append(given), USAGE, LIMITS)
+    if not reason:
+        kernel(grid, block, (), shared_mem=shared)
+        assert launched == [(grid, block, ())]
+        return
+    with pytest.raises(UnsupportedError, match=rf"kernel k<32>: {reason}"):
+        kernel(grid, block, (), shared_mem=shared)
+    assert not launched
+
+
+def test_registers_count_even_where_the_driver_allows_the_threads() -> None:
+    kernel = CheckedKernel("k", print, USAGE._replace(registers=255, threads=1024), LIMITS)
+    assert "512 threads of 255 registers" in kernel.refusal((1,), (512,), 0)
+
+
+def test_the_device_is_asked_once() -> None:
+    backend = EmulatedBackend()
+    case = normal_case("causal", n=5, m=7, dtype=np.float32)
+    for _ in range(2):
+        run(backend, case)
+    assert backend.runtime.asked == 1
+    small = EmulatedRuntime()
+    small.shared = 16 * 1024
+    with pytest.raises(UnsupportedError, match="scores_forward<32>: 35840 bytes of shared memory"):
+        run(EmulatedBackend(small), case)
+    assert not small.launches
