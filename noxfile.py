@@ -194,6 +194,8 @@ def tests_cuda(session: nox.Session) -> None:
     env: dict[str, str | None] = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
     run_tests(session, "-m", "cuda", env=env)
     session.run("python", "tests/emulated_cupy.py", "--level", "core", env=env)
+    half = ("--dtype", "float16", "--dtype", "bfloat16")
+    session.run("python", "tests/emulated_cupy.py", "--level", "all", *half, env=env)
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)

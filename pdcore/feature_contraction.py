@@ -185,7 +185,10 @@ def highest(k: Any, xp: Any) -> Any:
     """Give the largest log feature of the keys (..., M, F), 0 where it is -inf: (..., 1, F)."""
     if not k.shape[-2]:
         return xp.sum(k, axis=-2, keepdims=True)
-    top = held(xp.max(k, axis=-2, keepdims=True), xp)
+    return _finite(held(xp.max(k, axis=-2, keepdims=True), xp), xp)
+
+
+def _finite(top: Any, xp: Any) -> Any:
     return xp.where(top == -xp.inf, xp.zeros_like(top), top)
 
 
@@ -239,8 +242,10 @@ def prefix_contract(
         x, keys, values = a[..., start:stop, :], at.window(k), at.window(v)
         state = at.state(states)
         if log:
+            # Not `highest`: a 0 for no keys would be far above log features far below 0.
             running = at.state(tops)
-            top = xp.maximum(running, highest(keys, xp))
+            top = xp.maximum(running, xp.max(keys, axis=-2, keepdims=True))
+            top = _finite(held(top, xp), xp)
             x = x + top
             exponent = held(xp.max(x, axis=-1, keepdims=True), xp)
             x, keys = xp.exp(x - exponent), xp.exp(keys - top)
@@ -266,7 +271,10 @@ def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
 
 
 def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
-    """Sum k_j v_j over the chunks before each chunk; with `log`, also the running maximum."""
+    """Sum k_j v_j over the chunks before each chunk; with `log`, also the running maximum.
+
+    It is -inf before the first key.
+    """
     if not log:
         sums = xp.matmul(xp.matrix_transpose(k), v)
         sums = xp.cumulative_sum(sums, axis=-3)
@@ -275,12 +283,11 @@ def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
     state = xp.matmul(xp.matrix_transpose(k[..., 0, :0, :]), v[..., 0, :0, :])
     states, tops = [], []
     for chunk in range(k.shape[-3]):
-        finite = xp.where(top == -xp.inf, xp.zeros_like(top), top)
         states.append(state)
-        tops.append(finite)
+        tops.append(top)
         block = k[..., chunk, :, :]
         higher = held(xp.maximum(top, xp.max(block, axis=-2, keepdims=True)), xp)
-        base = xp.where(higher == -xp.inf, xp.zeros_like(higher), higher)
+        base = _finite(higher, xp)
         state = state * xp.matrix_transpose(xp.exp(top - base))
         state = state + xp.matmul(xp.matrix_transpose(xp.exp(block - base)), v[..., chunk, :, :])
         top = higher

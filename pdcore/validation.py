@@ -165,7 +165,7 @@ def _params(spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str,
             continue
         x = params[name]
         _same_library(x, f"params[{name!r}]", library)
-        if tuple(x.shape) not in _allowed(p, heads, dim):
+        if not any(_equal(x.shape, shape) for shape in _allowed(p, heads, dim)):
             raise ValueError(f"params[{name!r}]: got shape {tuple(x.shape)}, expected "
                              f"{_choices(p, heads, dim)}")  # fmt: skip
         if dtype_name(x) != dtype and not (dtype_name(x) == "float32" and dtype != "float64"):
@@ -175,6 +175,11 @@ def _params(spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str,
 
 def _allowed(p: Parameter, heads: int, dim: int) -> list[tuple[int, ...]]:
     return [parameter_shape(shape, heads, dim) for shape in p.shapes]
+
+
+def _equal(shape: Any, other: tuple[int, ...]) -> bool:
+    # Number by number: a compiler that traces with symbols for sizes does not compare the tuples.
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def parameter_shape(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, ...]:

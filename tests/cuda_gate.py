@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from pdcore_backends.cupy import feature_programs
 from pdcore_backends.cupy.columns import RowProgram, instances
+from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
@@ -23,6 +25,10 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 SCALARS = ("float", "double")
 TEMPLATES = ("scores_forward<{}>", "scores_rows<{}>", "scores_keys<{}, false>",
              "scores_keys<{}, true>")  # fmt: skip
+FEATURES = ("features_forward<{}>", "features_rows<{}>", "features_keys<{}, false>",
+            "features_keys<{}, true>")  # fmt: skip
+STATES = ("features_highest", "features_states<false>", "features_states<true>",
+          "features_scan<0>", "features_scan<1>", "features_scan<2>")  # fmt: skip
 #: A block has 256 threads, and a multiprocessor 65,536 registers.
 MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
@@ -43,7 +49,8 @@ class Usage(NamedTuple):
 def kernels() -> list[tuple[str, str]]:
     """List every instantiation that a launch can ask for, with its scalar."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
-    names += ["scores_bias", "scores_delta"]
+    names += ["scores_bias", "scores_delta", *STATES]
+    names += [name.format(columns) for name in FEATURES for columns in feature_programs.COLUMNS]
     return [*((name, scalar) for name in names for scalar in SCALARS), *row_kernels()]
 
 
@@ -56,13 +63,20 @@ def row_kernels() -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
+def program_of(name: str, scalar: str) -> Program | RowProgram:
+    """Give the program of the table's line for a kernel."""
+    if (name, scalar) in row_kernels():
+        return RowProgram(scalar)
+    return FeatureProgram(scalar, "features") if name.startswith("features") else Program(scalar)
+
+
 def usage(name: str, scalar: str) -> Usage:
     """Compile a kernel for every architecture, and read what the assembler says."""
-    of_rows = (name, scalar) in row_kernels()
+    program = program_of(name, scalar)
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    dynamic = 0 if of_rows or name == "scores_delta" else memory(scalar, columns)
-    text = (RowProgram(scalar) if of_rows else Program(scalar)).text(name)
-    found = [compiled(text, name, arch) for arch in ARCHITECTURES]
+    alone = isinstance(program, RowProgram) or name in (*STATES, "scores_delta")
+    dynamic = 0 if alone else memory(scalar, columns)
+    found = [compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
     registers, spilled, declared = zip(*found, strict=True)
     return Usage(registers, sum(spilled), dynamic + max(declared))
 

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import re
 
-from cuda_gate import ARCHITECTURES, PAGE, TEMPLATES, compiled, on_two_cores, write
+from cuda_gate import (
+    ARCHITECTURES,
+    FEATURES,
+    PAGE,
+    STATES,
+    TEMPLATES,
+    compiled,
+    on_two_cores,
+    write,
+)
 
 import pdcore
 from pdcore.expression import Expression
+from pdcore.kernels import Elu
 from pdcore.lowering import Signature, lower
 from pdcore.plan import Scores
+from pdcore_backends.cupy import feature_programs
+from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, STORED, Program
 
 #: Calls whose log kappa, or weight, is not ``scale * s``.
 SPECS = ("softmax(softcap=20)", "polynomial", "linear+sparse(9,2)")
 #: Every kernel at its widest, where registers are scarcest.
 KERNELS = (*(name.format(COLUMNS[-1]) for name in TEMPLATES), "scores_bias", "scores_delta")
+OF_FEATURES = (*(name.format(feature_programs.COLUMNS[-1]) for name in FEATURES), *STATES)
 _START, _END = "<!-- written by tests/cuda_gate_programs.py -->\n", "<!-- end of programs -->\n"
 _ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<cells>\d+ \| \d+ \| \d+ \| \d+) \|$", re.M)
 
@@ -37,15 +50,20 @@ def programs() -> dict[str, Program]:
     for dtype in ("float16", "bfloat16"):
         stored = tuple((name, dtype) for name in STORED)
         found[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
+        found[f"`linear`, arrays of {dtype}"] = FeatureProgram("float", "features", stored=stored,
+                                                               phi=Elu)  # fmt: skip
+    for scalar in ("float", "double"):
+        found[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)
     return found
 
 
 def usage(program: Program) -> tuple[int, ...]:
     """Give the most registers by architecture, and the bytes spilled in all."""
     most, spilled = [], 0
+    kernels = OF_FEATURES if isinstance(program, FeatureProgram) else KERNELS
     for arch in ARCHITECTURES:
-        found = [compiled(program.text(name), name, arch) for name in KERNELS]
-        most.append(max(registers for registers, _, _ in found))
+        found = [compiled(program.text(name), name, arch) for name in kernels]
+        most.append(max(registers for registers, *_ in found))
         spilled += sum(bytes_ for _, bytes_, _ in found)
     return (*most, spilled)
 

@@ -386,12 +386,24 @@ class Entered:
         self.said.append(f"leave {self.what}")
 
 
+class Place:
+    """What the backend sees of a device of PyTorch, the second of its kind."""
+
+    index = 1
+
+    def __init__(self, kind: str) -> None:
+        self.type = kind
+
+    def __str__(self) -> str:
+        return f"{self.type}:{self.index}"
+
+
 class Tensor:
     """What the backend sees of an array of PyTorch; its views say what was asked for."""
 
     def __init__(self, dtype: str, device: str = "cuda") -> None:
         self.dtype, self.shape = f"torch.{dtype}", (2,)
-        self.device = types.SimpleNamespace(type=device, index=1)
+        self.device = Place(device)
 
     def view(self, dtype: Any) -> tuple[str, Any]:
         return f"bits of {self.dtype}", dtype
@@ -411,6 +423,7 @@ def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return types.SimpleNamespace(taken=x, view=lambda dtype: (x, dtype))
 
     monkeypatch.setattr(cupy, "from_dlpack", from_dlpack, raising=False)
+    monkeypatch.setattr(cupy, "asarray", lambda x: "copied", raising=False)
     for name, made in {
         "Device": lambda index: Entered(said, "device", index),
         "ExternalStream": lambda *given: Entered(said, "stream", *given),
@@ -452,6 +465,12 @@ def test_cupy_takes_tensors_on_the_current_stream_of_pytorch(
     streams.clear()
     with cupy_backend.stream_of(Tensor("float16", "cpu")), cupy_backend.stream_of(np.ones(2)):
         assert streams == []
+    # Also where its own device is named; another one takes a copy.
+    cupy_backend.exchange(x, "cuda:1")
+    assert streams[2] == "from_dlpack"
+    streams.clear()
+    assert cupy_backend.exchange(x, "cuda") == "copied"
+    assert streams == ["enter device 0", "leave device 0"]
 
 
 def test_bfloat16_goes_through_dlpack_by_its_bits(cupy_backend: Any, streams: list[str]) -> None:

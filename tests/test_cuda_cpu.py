@@ -411,6 +411,21 @@ def test_a_build_is_kept(tmp_path, monkeypatch):
     assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".o", ".h"}
 
 
+def test_a_module_keeps_no_stacks():
+    # Each is two mappings, of which a process has 65,530: 128 modules of 256 threads.
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    code = 'extern "C" __global__ void mark(float* x) { x[threadIdx.x] = %d; }'
+    x = cuda.empty(256)
+    for i in range(2):
+        kernel = cuda.RawModule(code=code % i).get_function("mark")
+        before = mappings()
+        kernel((1,), (256,), (x,))
+        assert (x == i).all()
+        assert mappings() - before < 100
+
+
 @pytest.mark.parametrize(
     ("declaration", "says"),
     [

@@ -26,6 +26,7 @@ from pdcore.expression import Expression, exp, log
 from pdcore.kernels import Parameter, PointwiseKernel
 from pdcore.lowering import lower_request
 from pdcore_backends.cupy import programs
+from pdcore_backends.cupy.features import CompiledFeatures
 from pdcore_backends.cupy.fused import Compiled, limit
 from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
@@ -59,7 +60,7 @@ def request_of(case: Case, **asked: Any) -> Request:
 
 def fused(backend: EmulatedBackend, case: Case) -> Any:
     plan = backend.fuse(case.plan(), request_of(case))
-    assert isinstance(plan.contraction, Compiled), plan.steps
+    assert isinstance(plan.contraction, Compiled | CompiledFeatures), plan.steps
     return plan
 
 
@@ -291,8 +292,6 @@ def test_explain_says_what_runs() -> None:
         assert "kernel: tiles of CUDA cores in float64, with log w = (2.0 * tanh(" in text
         text = str(pdcore.explain(q, k, v, "linear+sparse(2,2)", backend=NAME))
         assert "kernel: tiles of CUDA cores in float64, with w = s compiled in" in text
-        text = str(pdcore.explain(q, k, v, "linear", backend=NAME))
-        assert "own operations, O(N + M) memory: no kernel contracts features" in text
         text = str(pdcore.explain(q, k, v, "random_features(4)+sparse(2,2)", backend=NAME))
         assert "no kernel takes log features" in text
         out = pdcore.attention(q, k, v, "bn", backend=NAME)
@@ -314,7 +313,8 @@ def asked(spec: str = "softmax", q: tuple[int, ...] = (2, 4, 100, 8), keys: int 
         (asked(), 90, ""),
         (asked(), 75, ""),
         (asked(), 70, "compute capability 7.0, and the kernels are for 7.5 and later"),
-        (asked("linear"), 90, "no kernel contracts features"),
+        (asked("linear"), 90, ""),
+        (asked("random_features(2097152)", (64, 64, 2**15, 8)), 90, "a grid has"),
         (asked(q=(1, 1, 5, 0)), 90, "got D = 0"),
         (asked(q=(1, 1, 5, 8), keys=2**31), 90, "a grid has 2147483647 by 65535 blocks"),
         (asked(q=(2**16, 2**10, 4096, 8)), 90, "got q (65536, 1024, 4096, 8)"),

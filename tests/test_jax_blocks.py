@@ -135,3 +135,15 @@ def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) 
     found = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
     for name, d in pull(d_out, d_lse).items():
         np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
+
+
+def test_log_features_far_below_the_range_of_exp_under_causal(wide: None) -> None:
+    rng = np.random.default_rng(4)
+    q, k, v = (x + rng.standard_normal((1, 1, 70, 4)) for x in (30.0, 30.0, 0.0))
+    spec = "causal+random_features(8,0)"
+    out, lse = pdcore.attention(q, k, v, spec, return_lse=True)
+    assert (lse < -750.0).all()
+    there = map(jax.numpy.asarray, (q, k, v))
+    got, level = pdcore.attention(*there, spec, return_lse=True)
+    np.testing.assert_allclose(got, out, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(level, lse, rtol=1e-12)

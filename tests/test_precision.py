@@ -265,6 +265,16 @@ def test_logarithms_far_beyond_the_range_of_exp(text: str, dtype: str) -> None:
     check(case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_features_far_below_the_range_of_exp_under_causal(dtype: str) -> None:
+    mean = 30.0 if dtype == "float64" else 10.0
+    # 70 rows: the first chunk has no maximum of earlier keys.
+    case = normal_case("random_features(16,1)+causal", n=70, m=70, d=8, mean=mean, sd=0.1,
+                       dtype=DTYPES[dtype])  # fmt: skip
+    assert (case.reference()[1] < (-800.0 if dtype == "float64" else -100.0)).all()
+    check(case)
+
+
 @pytest.mark.parametrize("shift", [-3e4, 3e4])
 def test_a_bias_far_beyond_the_range_of_exp(shift: float) -> None:
     case = normal_case("softmax", n=70, m=70, d=8, dtype=np.float32)

@@ -48,6 +48,10 @@ def relative(found: Any, wanted: Any) -> float:
         ("causal+bn(statistics=prefix)", {}, FUSED),
         ("gaussian(gamma=0.3)+bn", {}, FUSED),
         ("cosine+sh(1,2)", {}, FUSED),
+        ("conv1d", {}, FUSED),
+        ("conv2d(2,3)+gaussian(gamma=0.3)", {}, FUSED),
+        ("causal+conv1d(padding=causal)", {}, FUSED),
+        ("mixture", {}, "the normalization mixture"),
         ("softmax", {"mask": torch.ones(6, 6, dtype=torch.bool)}, FUSED),
         ("softmax(softcap=2.0)", {}, "weights that are no exp of an inner product"),
         ("polynomial(degree=2,coef0=1)", {}, "weights that are no exp of an inner product"),
@@ -66,7 +70,9 @@ def test_explain_says_which_kernel_runs_and_why(spec: str, call: dict, kernel: s
     assert (OWN + ", O(N + M) memory" in text) == (kernel != FUSED)
 
 
-@pytest.mark.parametrize("spec", ["softmax", "bn", "causal", "gaussian(gamma=0.3)", "bn+sh(1,2)"])
+@pytest.mark.parametrize(
+    "spec", ["softmax", "bn", "causal", "gaussian(gamma=0.3)", "bn+sh(1,2)", "conv1d"]
+)
 def test_the_fused_kernel_runs_where_explain_says_so(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +407,18 @@ def test_a_layer_that_never_ran_is_one_graph_for_all_lengths(spec: str) -> None:
         wanted = layer(2.0 * q, k, v)
         assert torch.allclose(compiled(q, k, v), wanted, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= (2 if spec in CHUNKED else 1)
+
+
+def test_a_filter_of_as_many_taps_as_features_compiles() -> None:
+    # One symbol stands for both where sizes vary.
+    q, k, v = draw(1, 2, 6, 3)
+    weight, layer = torch.randn(2, 3, 3), pdcore.bind("conv1d")
+    compiled = torch.compile(
+        lambda *x: layer(*x[:3], params={"weight": x[3]}),
+        backend="aot_eager", fullgraph=True, dynamic=True,
+    )  # fmt: skip
+    want = layer(q, k, v, params={"weight": weight})
+    assert relative(compiled(q, k, v, weight), want) < 1e-6
 
 
 @pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "sparse(4,2)", "softmax(softcap=2.0)"])

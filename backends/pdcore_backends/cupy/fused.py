@@ -13,7 +13,11 @@ from pdcore.call import Call
 from pdcore.errors import UnsupportedError
 from pdcore.operands import Operands
 from pdcore.plan import Features, Plan, Scores, Summary
+from pdcore.transform import FeatureRows
 
+from .feature_programs import MAPS
+from .feature_programs import columns_for as feature_columns
+from .features import CompiledFeatures, FeatureKernels, feature_count, state_blocks
 from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
 from .runtime import BLOCKS, KernelCache, Runtime, too_old
@@ -24,16 +28,14 @@ __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
 
 class KernelBackend(ArrayBackend):
-    """Runs contractions by scores, moments and pooling on the kernels of a runtime.
-
-    All else runs by array calls.
-    """
+    """Runs contractions, moments and pooling on a runtime's kernels, all else by array calls."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
         cache = KernelCache(runtime)
         self.kernels = ScoreKernels(cache)
+        self.feature_kernels = FeatureKernels(self.kernels)
         self.moments = MomentKernels(cache)
         self.pooling = PoolKernels(cache)
 
@@ -44,14 +46,16 @@ class KernelBackend(ArrayBackend):
         plan = summarised(plan, request, capability, self.info.library)
         c = plan.contraction
         why = limit(plan, request, capability)
-        if why or not isinstance(c, Scores):
+        if why:
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
             return replace(plan, steps=(*plan.steps, step))
+        prefix = plan.summary is not None and plan.summary.scope == "prefix"
+        rounds = plan.normaliser == "sum" and not prefix
+        if isinstance(c, Features):
+            return _fused_features(plan, c, request.dtype, rounds)
         log_w = "scale s" if c.expression is None else str(c.expression)
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
-        prefix = plan.summary is not None and plan.summary.scope == "prefix"
-        rounds = plan.normaliser == "sum" and not prefix
         if request.dtype != plan.accumulate:
             step += f", {_stored(plan, request.dtype, rounds)}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
@@ -66,7 +70,7 @@ class KernelBackend(ArrayBackend):
 
     def native(self, plan: Plan) -> frozenset[str]:
         """Read 16-bit arrays where kernels run, see `ArrayBackend.native`."""
-        kernels = {"contraction": isinstance(plan.contraction, Compiled),
+        kernels = {"contraction": isinstance(plan.contraction, Compiled | CompiledFeatures),
                    "pool": isinstance(plan.pool, CompiledPool)}  # fmt: skip
         by_kernel = isinstance(plan.summary, CompiledSummary)
         kernels |= dict.fromkeys(("statistics", "statistics_vjp"), by_kernel)
@@ -113,6 +117,33 @@ class KernelBackend(ArrayBackend):
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)
 
+    def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
+        """Contract by features, by the kernels where they were chosen."""
+        if isinstance(c, CompiledFeatures):
+            return self.feature_kernels.forward(c, o, xp=self.xp)
+        return super().features(c, o)
+
+    def features_vjp(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any,
+                     d_level: Any) -> dict[str, Any]:  # fmt: skip
+        """Pull back, by the kernels where they were chosen."""
+        if isinstance(c, CompiledFeatures):
+            return self.feature_kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
+        return super().features_vjp(c, o, out, level, d_out, d_level)
+
+
+def _fused_features(plan: Plan, c: Features, dtype: str, rounds: bool) -> Plan:
+    """Leave phi to the kernels if they have it, else to array calls as the plan does."""
+    raw = type(c.kernel) in MAPS
+    phi = "phi compiled in" if raw else f"{'log ' if c.log else ''}phi by array calls"
+    found = replace(
+        plan, transforms=plan.transforms[:-1] if raw else plan.transforms,
+        contraction=CompiledFeatures(c.kernel, raw, c.log, c.signed, rounds),
+    )  # fmt: skip
+    step = f"kernel: states of chunks on CUDA cores in {plan.accumulate}, {phi}"
+    if dtype != plan.accumulate:
+        step += f", {_stored(found, dtype, rounds)}"
+    return replace(found, steps=(*plan.steps, step))
+
 
 def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
     """Say which arrays of a 16-bit call the kernels read and write as they are."""
@@ -131,6 +162,9 @@ def uncapturable(plan: Plan) -> str:
     if heads != sorted(heads):
         return ("heads of different scales alternate, whose indices would be copied from the host; "
                 "put heads of one scale beside each other")  # fmt: skip
+    if any(isinstance(step, FeatureRows) for step in plan.transforms):
+        return ("phi is array calls, which may be matrix products of the library or need arrays of "
+                "the host")  # fmt: skip
     if type(plan.contraction) in (Scores, Features):
         return "the call runs by matrix products of the library, which cannot be captured"
     return ""
@@ -147,9 +181,7 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
         The device's compute capability, 90 for 9.0.
     """
     c = plan.contraction
-    if not isinstance(c, Scores):
-        return "no kernel contracts features"
-    if c.weight == "log_features":
+    if isinstance(c, Scores) and c.weight == "log_features":
         return "no kernel takes log features, whose maxima differ from block to block"
     if not request.q[-1]:
         return "got D = 0, and a tile takes one feature at least"
@@ -162,8 +194,12 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
     blocks = math.prod(lead) * -(-longest // size)
     if request.bias is not None:
         blocks = max(blocks, math.prod(lead) * -(-rows // size) * -(-keys // size))
-    slices = max(-(-n // columns_for(n)) for n in (max(dim, 1), max(value_dim, 1)))
+    if isinstance(c, Features):
+        dim = feature_count(c.kernel, dim)
+        blocks = max(blocks, state_blocks(dim, value_dim, longest, math.prod(lead), size))
+    columns = feature_columns if isinstance(c, Features) else columns_for
+    slices, most = max(-(-n // columns(n)) for n in (dim, value_dim, 1)), columns(2**31)
     if max(longest, blocks) > BLOCKS[0] - size or slices > BLOCKS[1]:
         return (f"got q {request.q} and v {request.v}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} "
-                f"blocks at most, of {size} rows and keys and 256 columns")  # fmt: skip
+                f"blocks at most, of {size} rows and keys and {most} columns")  # fmt: skip
     return ""

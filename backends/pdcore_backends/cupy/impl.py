@@ -10,7 +10,7 @@ from typing import Any
 
 import cupy
 
-from pdcore.arrays import dtype_name, library_of
+from pdcore.arrays import device_name, dtype_name, library_of
 from pdcore.backend import Request
 
 from . import INFO
@@ -86,15 +86,17 @@ class CupyBackend(KernelBackend):
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
         """Take an array by DLPack on a GPU, by a copy from the host or to it."""
-        if device is None:
+        if device == "cpu":
+            return cupy.asnumpy(array)
+        library = library_of(array, "array")
+        index = 0 if device is None else int(device.partition(":")[2] or 0)
+        there = library != "cupy" and device_name(array, library) == f"cuda:{index}"
+        if device is None or there:
             half = dtype_name(array) == "bfloat16"
             with self.stream_of(array):
                 # CuPy's DLPack has no bfloat16, so its bits travel.
                 found = cupy.from_dlpack(_bits(array) if half else array)
                 return found.view(_bfloat16()) if half else found
-        if device == "cpu":
-            return cupy.asnumpy(array)
-        index = int(device.partition(":")[2] or 0)
         with cupy.cuda.Device(index):
             # `asarray` copies from the host, and from another GPU; `from_dlpack` refuses to.
             return cupy.asarray(array)

@@ -26,12 +26,19 @@ __all__ = [
 COLUMNS = (32, 64, 128, 256)
 
 _SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
+_FEATURES = ("scores_vjp.cu", "features.cuh")
 _FILES = {
     "scores_forward": ("scores.cu",),
     "scores_rows": ("scores_vjp.cu",),
     "scores_keys": ("scores_vjp.cu",),
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
     "scores_delta": ("scores_delta.cu",),
+    "features_highest": (*_FEATURES, "features_highest.cu"),
+    "features_states": (*_FEATURES, "features.cu"),
+    "features_scan": (*_FEATURES, "features.cu"),
+    "features_forward": (*_FEATURES, "features.cu"),
+    "features_rows": (*_FEATURES, "features_vjp.cu"),
+    "features_keys": (*_FEATURES, "features_vjp.cu"),
 }
 #: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
 STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")

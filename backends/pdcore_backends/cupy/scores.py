@@ -17,7 +17,7 @@ from .operands import NULL, packed
 from .programs import Program, columns_for, memory, tile
 from .runtime import KernelCache
 
-__all__ = ["Compiled", "ScoreKernels"]
+__all__ = ["Compiled", "ScoreCall", "ScoreKernels"]
 
 #: Of a block, THREADS of kernels/tiles.cuh.
 THREADS = 256
@@ -45,7 +45,7 @@ class ScoreKernels:
     def forward(self, c: Compiled, o: Operands, *, xp: Any) -> tuple[Any, Any]:
         """Contract, see `pdcore.score_contraction.scores`; 16-bit arrays are read as they are."""
         with self.runtime.on(o.q):
-            call = _Call(self, c, o, xp)
+            call = ScoreCall(self, c, o, xp)
             dtype = o.v.dtype if c.rounds else call.dtype
             out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
@@ -61,7 +61,7 @@ class ScoreKernels:
         The bias's is in the accumulation dtype where it has yet to be summed.
         """
         with self.runtime.on(o.q):
-            call = _Call(self, c, o, xp)
+            call = ScoreCall(self, c, o, xp)
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
             given = (d_out, level, delta)
@@ -71,7 +71,7 @@ class ScoreKernels:
         return grads
 
 
-class _Call:
+class ScoreCall:
     """The launches of one contraction."""
 
     def __init__(self, kernels: ScoreKernels, c: Scores, o: Operands, xp: Any) -> None:

@@ -16,7 +16,7 @@ from jax import lax
 
 from pdcore import feature_contraction
 from pdcore.arrays import held
-from pdcore.feature_contraction import chunks, highest
+from pdcore.feature_contraction import chunks
 from pdcore.score_contraction import finite
 
 from .chunks import cut, joined
@@ -63,7 +63,7 @@ def _block(given: dict[str, Any]) -> tuple[Any, Any]:
     exponent = jnp.zeros_like(a[..., :1])
     if "top" in given:
         running = given["top"]
-        top = jnp.maximum(running, highest(k, xp))
+        top = finite(held(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp), xp)
         a = a + top
         exponent = held(jnp.max(a, axis=-1, keepdims=True), xp)
         a, k = jnp.exp(a - exponent), jnp.exp(k - top)
@@ -101,8 +101,9 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
     k, v = (jnp.moveaxis(x, -3, 0) for x in (k, v))
     # The first chunk is where the scan begins, so that what it carries varies over devices.
     _, found = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
-    states, tops = (jnp.concat([jnp.zeros_like(x[:1]), x]) for x in found)
-    return jnp.moveaxis(states, 0, -3), jnp.moveaxis(finite(tops, xp), 0, -3)
+    first = jnp.zeros_like(found[0][:1]), jnp.full_like(found[1][:1], -jnp.inf)
+    states, tops = (jnp.concat(pair) for pair in zip(first, found, strict=True))
+    return jnp.moveaxis(states, 0, -3), jnp.moveaxis(tops, 0, -3)
 
 
 def _places(counts: Any, first: Callable[[int], int | None], rows: int, step: int,

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, replace
 
 from pdcore.backend import Request
+from pdcore.convolution import Conv1d, Conv2d
+from pdcore.instance_enhanced import InstanceEnhanced
 from pdcore.kernels import Cosine, Exponential, Gaussian
 from pdcore.normalization import Batch, Identity
 from pdcore.plan import Group, Plan, Scores
@@ -156,10 +158,13 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     spec, support = plan.spec, plan.spec.support
     if c.weight != "log" or c.expression is not None:
         return "weights that are no exp of an inner product"
-    if not isinstance(spec.kernel, (Exponential, Gaussian, Cosine)) or not isinstance(
-        spec.normalization, (Identity, Batch)
-    ):
-        return "a kernel or normalization of a plugin"
+    if not isinstance(spec.kernel, (Exponential, Gaussian, Cosine)):
+        return "a kernel of a plugin"
+    if not isinstance(spec.normalization, (Identity, Batch)):
+        if type(spec.normalization) not in (Conv1d, Conv2d, InstanceEnhanced):
+            return f"the normalization {spec.normalization.word}"
+        if request.dtype == "float16":
+            return f"{spec.normalization.word}, which may leave the range of float16"
     if request.dropout:
         return "dropout"
     if support.left != math.inf or (support.right != math.inf and not support.causal):

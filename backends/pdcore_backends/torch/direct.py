@@ -185,8 +185,9 @@ def _heads(x: Any, group: Group, count: int) -> Any:
 def _shaped(x: Tensor, group: Group) -> Tensor:
     """Give a parameter (H,) or (H, D) of the group's heads as (H, 1, 1) or (H, 1, D)."""
     x = cut_heads(x, group.heads, 0, xp)
-    wide = xp.accumulation(x)
-    return x.reshape(x.shape[0], 1, *(x.shape[1:] or (1,))).to(wide)
+    if x.ndim <= 2:
+        x = x.reshape(x.shape[0], 1, *(x.shape[1:] or (1,)))
+    return x.to(xp.accumulation(x))
 
 
 def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:

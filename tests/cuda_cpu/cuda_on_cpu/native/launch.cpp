@@ -24,6 +24,15 @@ void take_stacks(size_t count) {
   n_stacks = count;
 }
 
+// Every module has a runtime of its own: if all kept theirs, the stacks of some hundred would be
+// more mappings than a process may have.
+void drop_stacks() {
+#ifndef CUDA_ON_CPU_ADDRESS  // there, what is noted of a stack would outlive it
+  if (stacks) release_stacks(stacks, n_stacks);
+  stacks = nullptr;
+#endif
+}
+
 void copy_in(Launch& launch) {
   for (int i = 0; i < launch.n_regions; i++) {
     const Region& region = launch.regions[i];
@@ -119,6 +128,7 @@ const char* run(Launch* launch) {
   }
   restore_faults();
   join_fibers();
+  drop_stacks();
   release_shared();
   copy_out(*launch);
   return failure();

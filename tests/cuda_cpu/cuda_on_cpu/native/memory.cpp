@@ -26,6 +26,12 @@ char* map_memory(size_t bytes, int protection) {
   return static_cast<char*>(address);
 }
 
+void protect(void* first, size_t bytes, int protection) {
+  if (!mprotect(first, bytes, protection)) return;
+  perror("cuda_on_cpu: mprotect");
+  abort();
+}
+
 }  // namespace
 
 // Not by the C library's functions, which the sanitizers watch.
@@ -56,7 +62,7 @@ Buffer allocate(size_t bytes, size_t alignment, const char* name) {
   const size_t middle = round_up(bytes ? bytes : 1, alignment < page ? page : alignment);
   buffer.map_bytes = middle + 2 * guard;
   buffer.map = map_memory(buffer.map_bytes, PROT_NONE);
-  mprotect(buffer.map + guard, middle, PROT_READ | PROT_WRITE);
+  protect(buffer.map + guard, middle, PROT_READ | PROT_WRITE);
   // At the end, so that what comes after the last element is a page that may not be touched.
   buffer.begin = buffer.map + guard + middle - round_up(bytes, alignment);
   fill(buffer.map + guard, middle);
@@ -88,7 +94,7 @@ long written_outside([[maybe_unused]] const Buffer& buffer) {
 
 char* allocate_stacks(size_t count) {
   char* stacks = map_memory(count * stack_bytes, PROT_READ | PROT_WRITE);
-  for (size_t i = 0; i < count; i++) mprotect(stacks + i * stack_bytes, page, PROT_NONE);
+  for (size_t i = 0; i < count; i++) protect(stacks + i * stack_bytes, page, PROT_NONE);
   return stacks;
 }
 

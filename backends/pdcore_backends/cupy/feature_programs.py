@@ -1,0 +1,59 @@
+"""The CUDA C++ text of a contraction by features: phi compiled into the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pdcore.kernels import Elu, FeatureMap, Relu
+from pdcore.plan import Features, Scores
+
+from .programs import Program
+
+__all__ = ["COLUMNS", "MAPS", "FeatureProgram", "columns_for"]
+
+#: Columns of a result that a block of `features_forward` and of the pullbacks holds in registers.
+COLUMNS = (64, 128)
+
+#: phi(x) and its derivative as CUDA C++; a NaN comes through.
+MAPS: dict[type[FeatureMap], tuple[str, str]] = {
+    Elu: ("x < 0 ? exponential(x) : x + 1", "x >= 0 ? scalar(1) : exponential(x)"),
+    Relu: ("x <= 0 ? scalar(0) : x", "x <= 0 ? scalar(0) : scalar(1)"),
+}
+
+
+@dataclass(frozen=True)
+class FeatureProgram(Program):
+    """A program of features.
+
+    Attributes
+    ----------
+    log : bool
+        Whether rows hold log phi.
+    phi : type or None
+        Of `MAPS`, where rows hold x; they hold phi itself where it is None.
+    """
+
+    log: bool = False
+    phi: type[FeatureMap] | None = None
+
+    @classmethod
+    def of_features(cls, c: Features, dtypes: Mapping[str, str]) -> FeatureProgram:
+        """Give the program of a contraction, see `Program.of`."""
+        base = Program.of(Scores("features"), (), dtypes)
+        phi = type(c.kernel) if c.raw else None
+        return cls(base.scalar, base.weight, stored=base.stored, log=c.log, phi=phi)
+
+    def _weight(self) -> str:
+        value, slope = ("x", "scalar(1)") if self.phi is None else MAPS[self.phi]
+        return "\n".join([
+            super()._weight(),
+            f"#define LOG_FEATURES {int(self.log)}",
+            f"DEVICE scalar phi(scalar x) {{ return {value}; }}",
+            f"DEVICE scalar phi_slope(scalar x) {{ return {slope}; }}",
+        ])  # fmt: skip
+
+
+def columns_for(count: int) -> int:
+    """Choose how many columns a block has, for a result of `count` columns."""
+    return next((c for c in COLUMNS if c >= count), COLUMNS[-1])

@@ -1,0 +1,185 @@
+"""The contraction by features and its pullback, by CUDA kernels of our own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pdcore.arrays import dtype_name
+from pdcore.kernels import FeatureMap, RandomFeatures
+from pdcore.operands import Operands
+from pdcore.plan import Features, Scores
+
+from .feature_programs import FeatureProgram, columns_for
+from .operands import NULL
+from .programs import memory, tile
+from .scores import THREADS, ScoreCall, ScoreKernels
+
+__all__ = ["CompiledFeatures", "FeatureKernels", "feature_count", "state_blocks"]
+
+#: A chunk under causal: some rows and keys for each 64 features, so that the states of all chunks
+#: take about as much memory as the values.
+CHUNK, LARGEST_CHUNK = 64, 256
+#: Without causal, a head's keys are cut into at most so many chunks, of no fewer keys.
+SPLITS, SMALLEST_SPLIT = 64, 256
+
+_CHUNKS = np.dtype([(n, np.int32) for n in ("key_size", "key_count", "row_size", "row_count")])
+
+
+@dataclass(frozen=True)
+class CompiledFeatures(Features):
+    """A contraction by features that the kernels compute.
+
+    Attributes
+    ----------
+    rounds : bool
+        As of `pdcore_backends.cupy.scores.Compiled`.
+    """
+
+    rounds: bool = False
+
+
+class FeatureKernels:
+    """The contraction by features, by the kernels of one runtime."""
+
+    def __init__(self, kernels: ScoreKernels) -> None:
+        self.kernels = kernels
+
+    def forward(self, c: CompiledFeatures, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+        """Contract, see `pdcore.feature_contraction.features`; 16-bit arrays are read so."""
+        with self.kernels.runtime.on(o.q):
+            call = _Call(self.kernels, c, o, xp)
+            dtype = o.v.dtype if c.rounds else call.dtype
+            out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
+            level = call.result(*o.q.shape[:-1])
+            x, tops = call.packed, call.tops()
+            given = (call.states(tops), tops, out, level)
+            heads = x.batch * x.heads * x.group
+            call.tiled("features_forward", x.rows, heads, x.value_dim, given, out=out)
+        return out, level
+
+    def pullback(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
+                 *, xp: Any) -> dict[str, Any]:  # fmt: skip
+        """Pull back, see `pdcore.feature_contraction.features_vjp`, in the operands' dtypes."""
+        with self.kernels.runtime.on(o.q):
+            call = _Call(self.kernels, c, o, xp)
+            x, tops = call.packed, call.tops()
+            out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
+            delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
+            given = (d_out, level, delta)
+            grads = {n: call.result(*a.shape, dtype=a.dtype)
+                     for n, a in (("q", o.q), ("k", o.k), ("v", o.v))}  # fmt: skip
+            heads, pairs = x.batch * x.heads * x.group, x.batch * x.heads
+            seen = (*given, call.states(tops), tops)
+            call.tiled("features_rows", x.rows, heads, x.dim, (*seen, grads["q"]), d_out=d_out)
+            seen = (*given, call.states(tops, given), tops)
+            call.tiled("features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false",
+                       d_out=d_out)  # fmt: skip
+            if x.value_dim:
+                call.tiled("features_keys", x.keys, pairs, x.value_dim, (*seen, grads["v"]),
+                           ", true", d_out=d_out)  # fmt: skip
+        return grads
+
+
+class _Cut(NamedTuple):
+    """Chunks of `size` along an axis."""
+
+    size: int
+    chunks: int
+
+
+class _Call(ScoreCall):
+    """The launches of one contraction."""
+
+    def __init__(self, kernels: ScoreKernels, c: Features, o: Operands, xp: Any) -> None:
+        self.features = c
+        super().__init__(kernels, Scores("features", signed=c.signed), o, xp)
+        x, causal = self.packed, o.visibility.support.ahead == 0
+        self.keys, self.rows = (_cut(n, x.dim, causal) for n in (x.keys, x.rows))
+        self.cut = np.array((*self.keys, *self.rows), np.int32).view(_CHUNKS)[0]
+
+    def program(self, **more: Any) -> FeatureProgram:
+        """Give the program that reads the operands and these arrays too."""
+        dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
+        return FeatureProgram.of_features(self.features, dtypes)
+
+    def tops(self) -> Any:
+        """Give the largest log features of the keys before each chunk, and of all."""
+        x, count = self.packed, self.keys.chunks
+        if not self.features.log:
+            return NULL
+        tops = self.result(x.batch * x.heads, count + 1, x.dim)
+        blocks = x.batch * x.heads * count * -(-x.dim // 32)
+        self.start("features_highest", (blocks,), (*x.arrays, tops, x.shape, self.cut))
+        self.scan(2, tops, NULL, x.dim, x.dim, count)
+        return tops
+
+    def states(self, tops: Any, cotangents: tuple[Any, ...] = ()) -> Any:
+        """Give the state before each chunk of keys, and of all; of rows where cotangents are given.
+
+        Rows count from the last one.
+        """
+        x, cut = self.packed, self.rows if cotangents else self.keys
+        numbers = x.dim * (x.value_dim + 1)
+        wide = 2 if self.scalar == "double" else 4
+        pitch = -(-numbers // wide) * wide
+        states = self.result(x.batch * x.heads, cut.chunks + 1, pitch)
+        blocks = x.batch * x.heads * cut.chunks
+        blocks *= _tiles(x.dim, x.value_dim, tile(self.scalar))
+        given = (*x.arrays, *(cotangents or 3 * (NULL,)), tops, states, x.shape, self.cut)
+        name = f"features_states<{'true' if cotangents else 'false'}>"
+        stored = {"d_out": cotangents[0]} if cotangents else {}
+        self.start(name, (blocks,), given, **stored)
+        relative = self.features.log and not cotangents
+        self.scan(int(relative), states, tops, numbers, pitch, cut.chunks)
+        return states
+
+    def scan(self, kind: int, x: Any, tops: Any, width: int, pitch: int, count: int) -> None:
+        """Add up entries, or take their maximum, see `features_scan`."""
+        of = self.packed
+        blocks = of.batch * of.heads * -(-width // THREADS)
+        sizes = (np.int64(width), np.int64(pitch), np.int32(count), np.int32(of.dim),
+                 np.int32(of.value_dim))  # fmt: skip
+        self.start(f"features_scan<{kind}>", (blocks,), (x, tops, *sizes))
+
+    def tiled(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
+              flags: str = "", **stored: Any) -> None:  # fmt: skip
+        """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
+        columns = columns_for(width)
+        # Results without columns have others beside them.
+        grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
+        arguments = (*self.packed.arrays, *more, self.packed.shape, self.cut)
+        shared = memory(self.scalar, columns)
+        self.start(f"{name}<{columns}{flags}>", grid, arguments, shared, **stored)
+
+    def start(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
+              shared: int = 0, **stored: Any) -> None:  # fmt: skip
+        """Launch a kernel unless there is nothing to do."""
+        if all(grid):
+            kernel = self.kernels.cache.kernel(self.program(**stored), name)
+            kernel(grid, (THREADS,), arguments, shared_mem=shared)
+
+
+def _cut(count: int, dim: int, causal: bool) -> _Cut:
+    if causal:
+        size = min(-(-max(dim, 1) // CHUNK) * CHUNK, LARGEST_CHUNK)
+    else:
+        size = max(-(-count // (SPLITS * CHUNK)) * CHUNK, SMALLEST_SPLIT)
+    return _Cut(size, -(-count // size))
+
+
+def _tiles(dim: int, value_dim: int, size: int) -> int:
+    return -(-dim // size) * max(1, -(-value_dim // size))
+
+
+def feature_count(kernel: FeatureMap, dim: int) -> int:
+    """Give the number of features of a built-in map; of another, what it has of `dim`."""
+    return kernel.count if isinstance(kernel, RandomFeatures) else dim
+
+
+def state_blocks(dim: int, value_dim: int, length: int, heads: int, size: int) -> int:
+    """Bound the blocks of a launch for the states of `dim` features, in tiles of `size`."""
+    chunks, numbers = -(-length // CHUNK), dim * (value_dim + 1)
+    return heads * max(chunks * _tiles(dim, value_dim, size), -(-numbers // THREADS))
