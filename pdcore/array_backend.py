@@ -219,15 +219,15 @@ class ArrayBackend(Backend):
             v, pull_v = self.pool(plan.pool, call.taken("pool", v), weights)
             pools = [pull_k, pull_v]
         real = visibility.key_mask
-        summary = plan.summary
+        summary, step_ = plan.summary, "transforms" if plan.transforms else "contraction"
         final: Mapping[str, Any] = {}
         state: Mapping[str, Any] = {}
         if summary is not None:
-            k = call.taken("statistics", k)
-            final = self.statistics(summary, k, None if real is None else real[..., None])
+            counted = call.taken("statistics", k)
+            final = self.statistics(summary, counted, None if real is None else real[..., None])
+            k = k if step_ in call.native else counted
             state = _at_rows(final, visibility, q.shape, xp) if summary.scope == "prefix" else final
         flat = xp.reshape(q, (*q.shape[:-3], q.shape[-3] * q.shape[-2], q.shape[-1]))
-        step_ = "transforms" if plan.transforms else "contraction"
         rows = Rows(call.taken(step_, flat), call.taken(step_, k), key_mask=real)
         pullbacks: list[Pullback] = []
         for step in plan.transforms:
@@ -240,7 +240,7 @@ class ArrayBackend(Backend):
         o = Operands(
             xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, call.taken("contraction", v),
             rows.key_bias, bias, values, visibility,
-            self.dropout(call.inputs.dropout) if call.inputs.dropout else None,
+            self.dropout(call.inputs.dropout) if call.inputs.dropout else None, rows.fold,
         )  # fmt: skip
         constant = None if rows.row_constant is None else xp.reshape(rows.row_constant, shape)
         c = plan.contraction

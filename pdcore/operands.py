@@ -30,6 +30,8 @@ class Operands(NamedTuple):
     keep : callable or None
         Dropout: ``keep(start, stop, first, last, like)`` gives what the weights of a block are
         multiplied by, 0 or 1 / (1 - p), and the same whenever it is asked.
+    fold : object or None
+        As in `pdcore.transform.Rows`; None unless a backend's own transform leaves it.
     """
 
     q: Any
@@ -40,6 +42,7 @@ class Operands(NamedTuple):
     values: Mapping[str, Any]
     visibility: Visibility
     keep: Callable[[int, int, int, int, Any], Any] | None = None
+    fold: Any = None
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

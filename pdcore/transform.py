@@ -32,6 +32,8 @@ class Rows(NamedTuple):
         Added to log kappa of a row; it cancels in the output and is added back to L.
     key_mask : bool array (*B, 1, M) or None
         True for a real key.
+    fold : object or None
+        What a backend's own transform leaves for its contraction to do to the queries.
     """
 
     q: Any
@@ -39,6 +41,7 @@ class Rows(NamedTuple):
     key_bias: Any = None
     row_constant: Any = None
     key_mask: Any = None
+    fold: Any = None
 
 
 Gradients = Mapping[str, Any]

@@ -94,7 +94,7 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
     if kept.exists():
         registers, spilled, declared = json.loads(kept.read_text(encoding="utf-8"))
         return registers, spilled, declared
-    found = _assembled(code, name, architecture)
+    found, _ = assembled(code, name, architecture)
     kept.parent.mkdir(parents=True, exist_ok=True)
     whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     whole.write_text(json.dumps(found), encoding="utf-8")
@@ -102,7 +102,8 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
     return found
 
 
-def _assembled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
+def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int, int], bytes]:
+    """Give registers, bytes spilled and shared memory declared, and the cubin."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -113,14 +114,15 @@ def _assembled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
             nvrtc.compileProgram(program, options)
         finally:
             log = nvrtc.getProgramLog(program)
-        assert nvrtc.getCUBIN(program)
+        cubin = nvrtc.getCUBIN(program)
     except nvrtc.NVRTCError as error:
         raise AssertionError(f"{name} for {architecture}: {error}\n{log}") from error
     finally:
         nvrtc.destroyProgram(program)
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
-    return int(registers), spilled, sum(map(int, re.findall(r"(\d+) bytes smem", log)))
+    declared = sum(map(int, re.findall(r"(\d+) bytes smem", log)))
+    return (int(registers), spilled, declared), cubin
 
 
 def measured() -> dict[tuple[str, str], Usage]:

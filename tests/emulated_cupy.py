@@ -22,7 +22,7 @@ from pdcore.silent_backend import SilentBackend
 from pdcore_backends.cupy import INFO
 from pdcore_backends.cupy.fused import KernelBackend
 from pdcore_backends.cupy.launches import Limits, Usage
-from pdcore_backends.cupy.runtime import Kernel
+from pdcore_backends.cupy.runtime import SHARED, Kernel
 
 NAME = "cupy_emulated"
 
@@ -48,16 +48,21 @@ class EmulatedRuntime:
     def capturing(self) -> bool:
         return self.captured
 
-    def compile(self, code: str, name: str) -> Kernel:
+    def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
         options = ("-std=c++17",)
         module = cuda_on_cpu.RawModule(code, options=options, name_expressions=(name,))
         kernel = module.get_function(name)
+        if shared > SHARED:
+            kernel.max_dynamic_shared_size_bytes = shared
 
         def launch(*arguments: Any, **more: Any) -> None:
             self.launches.append(name)
             kernel(*arguments, **more)
 
         return launch
+
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
 
     def usage(self, kernel: Kernel) -> Usage:
         return Usage(registers=64, threads=1024, shared=0)

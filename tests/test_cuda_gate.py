@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cuda_gate
 import cuda_gate_programs
+import cuda_gate_tensor_cores
 import pytest
 
 import pdcore
@@ -41,6 +44,44 @@ def test_programs_take_no_more_than_the_page_says_and_never_spill() -> None:
         *most, none = table[what]
         assert spilled == none == 0, what
         assert all(a <= b for a, b in zip(registers, most, strict=True)), what
+
+
+def test_tensor_cores_take_no_more_than_the_page_says_and_never_spill() -> None:
+    table = cuda_gate_tensor_cores.written()
+    assert set(table) == set(cuda_gate_tensor_cores.kernels())
+    for name, use in table.items():
+        assert use.shared <= 99 * 1024, name  # what every device since sm_80 has
+    pytest.importorskip("cupy")
+    for name, use in cuda_gate_tensor_cores.measured().items():
+        assert use.spilled == table[name].spilled == 0, name
+        assert use.shared == table[name].shared, name
+        assert all(a <= b for a, b in zip(use.registers, table[name].registers, strict=True)), name
+
+
+@pytest.mark.parametrize("spec", cuda_gate_programs.SPECS[:2])
+def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
+    pytest.importorskip("cupy")
+    expression = cuda_gate_programs.lowered(spec).expression
+    program = replace(cuda_gate_tensor_cores.program("float16"), expression=expression)
+    for arch in cuda_gate_tensor_cores.ARCHITECTURES:
+        for name in ("scores_mma<128, 128>", "scores_mma_rows<128, 128, float>",
+                     "scores_mma_keys<128, 128, float, float>"):  # fmt: skip
+            assert cuda_gate.compiled(program.text(name), name, arch)[1] == 0, (name, arch)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("arch", cuda_gate_tensor_cores.ARCHITECTURES)
+def test_products_are_instructions_of_tensor_cores(arch: str, dtype: str) -> None:
+    pytest.importorskip("cupy")
+    name, keys = ("scores_mma<64, 64>", 64) if dtype == "float16" else ("scores_mma<32, 96>", 32)
+    dim, value_dim = cuda_gate_tensor_cores.sizes(name)
+    # Products of 16 by 8 by 16 for a warp's two times 16 rows, and a tile of keys.
+    of_keys, of_values = keys // 8 * dim // 16, keys // 16 * value_dim // 8
+    found = cuda_gate_tensor_cores.instructions(name, arch, dtype)
+    assert found["HMMA"] == 2 * (of_keys + of_values)
+    # Two blocks of queries for each 16 columns, then four matrices for two products of each.
+    assert found["LDSM"] == 2 * dim // 16 + (of_keys + of_values) // 2
+    assert found["LDGSTS"] > 0
 
 
 BUILT_IN = ("softmax", "gaussian(gamma=0.3)", "cosine", "polynomial")

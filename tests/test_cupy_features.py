@@ -5,9 +5,6 @@ As in test_cupy_kernels.py, each call is there for a way through the kernels.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,19 +22,19 @@ from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
 
-pytest.importorskip("test_cupy_kernels")
+cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 
-from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import (  # noqa: E402
+from emulated_checks import (  # noqa: E402
     DTYPES,
-    LONG,
-    TESTS,
     check,
-    cuda_on_cpu,
     fused,
     normal,
     ones_and_zeros,
+    same_bits,
+    sanitized,
 )
+from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
+from test_cupy_kernels import LONG  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -190,21 +187,14 @@ def test_any_order_of_threads_gives_the_same_bits(
 ) -> None:
     for spec in ("linear+causal", "random_features(3)"):
         case = normal_case(spec, dtype=np.float64, n=70, m=67, d=5, dv=3, heads=1, lead=())
-        plan = fused(backend, case)
-        results = []
-        for how in ("lockstep", schedule):
-            with cuda_on_cpu.using(schedule=how, seed=3):
-                out, lse, vjp = backend.attention_vjp(plan, case.inputs())
-                results.append([out, lse, *vjp(out, lse).values()])
-        for first, second in zip(*results, strict=True):
-            np.testing.assert_array_equal(first, second)
+        same_bits(backend, case, fused(backend, case), schedule)
 
 
 SANITIZED = """
 import numpy as np
+from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
 from strategies import normal_case
-from test_cupy_kernels import fused
 backend = EmulatedBackend()
 for spec, call in (
     ("linear+causal+sh(2)", {"m": 140, "key_mask": np.arange(140) % 5 > 0}),
@@ -213,19 +203,14 @@ for spec, call in (
     case = normal_case(spec, n=66, heads=1, lead=(), **call)
     out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
     vjp(out, lse)
-print(sorted(set(backend.runtime.launches)))
 """
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str) -> None:
-    environment = cuda_on_cpu.environment(sanitizer)
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SANITIZED], check=False,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched = sanitized(SANITIZED, sanitizer)
     for name in ("highest", "states", "scan", "forward", "rows", "keys"):
-        assert f"features_{name}" in done.stdout
+        assert f"features_{name}" in launched
 
 
 def test_array_calls_are_left_for_nothing_but_phi() -> None:

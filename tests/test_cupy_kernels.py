@@ -7,17 +7,12 @@ draws; `python tests/emulated_cupy.py` runs it.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, cotangents, normal_case
+from strategies import normal_case
 
 import pdcore
 from pdcore import plugins
@@ -26,63 +21,31 @@ from pdcore.expression import Expression, exp, log
 from pdcore.kernels import Parameter, PointwiseKernel
 from pdcore.lowering import lower_request
 from pdcore_backends.cupy import programs
-from pdcore_backends.cupy.features import CompiledFeatures
-from pdcore_backends.cupy.fused import Compiled, limit
+from pdcore_backends.cupy.fused import limit
 from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
-from pdcore_conformance.budget import expect, judge
 from pdcore_conformance.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
 
 cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
-if shutil.which("g++") is None:
-    pytest.skip("no g++", allow_module_level=True)
 
+from emulated_checks import (  # noqa: E402
+    DTYPES,
+    check,
+    fused,
+    normal,
+    ones_and_zeros,
+    same_bits,
+    sanitized,
+)
 from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # noqa: E402
-
-TESTS = Path(__file__).resolve().parent
-DTYPES = ("float32", "float64")
 
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:
     """Give one backend to all tests, since it keeps what it has compiled."""
     return EmulatedBackend()
-
-
-def request_of(case: Case, **asked: Any) -> Request:
-    shapes = {n: None if (x := case.call.get(n)) is None else x.shape
-              for n in ("mask", "key_mask", "bias")}  # fmt: skip
-    return Request(case.spec, "numpy", str(case.q.dtype), "cpu", case.q.shape, case.k.shape,
-                   case.v.shape, **shapes, **asked)  # fmt: skip
-
-
-def fused(backend: EmulatedBackend, case: Case) -> Any:
-    plan = backend.fuse(case.plan(), request_of(case))
-    assert isinstance(plan.contraction, Compiled | CompiledFeatures), plan.steps
-    return plan
-
-
-def check(backend: EmulatedBackend, case: Case) -> dict[str, Any]:
-    """Hold out, lse and all gradients against their budgets."""
-    dtype = str(case.q.dtype)
-    out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
-    d_out, d_lse = (x.astype(dtype) for x in cotangents(case, lse))
-    found = {"out": out, "lse": lse}
-    found |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
-    wanted = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
-    for name, verdict in judge({n: found[n] for n in wanted.oracle}, wanted).items():
-        assert verdict.ok, f"{case.spec} {dtype} {name}: {verdict}"
-    return found
-
-
-def ones_and_zeros(*shape: int, share: float = 0.7) -> Any:
-    return np.random.default_rng(5).random(shape) < share
-
-
-def normal(*shape: int) -> Any:
-    return np.random.default_rng(6).standard_normal(shape)
 
 
 # Two tiles and a rest of float32 rows and keys, of 64 each: 70 and 83.
@@ -227,20 +190,14 @@ def test_arrays_are_read_where_they_lie(backend: Any) -> None:
 def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -> None:
     case = normal_case("causal", dtype=np.float64, n=40, m=37, d=5, dv=3, bias=normal(1, 37))
     plan = fused(backend, case)
-    results = []
-    for how in ("lockstep", schedule):
-        with cuda_on_cpu.using(schedule=how, seed=3):
-            out, lse, vjp = backend.attention_vjp(plan, case.inputs())
-            results.append([out, lse, *vjp(out, lse).values()])
-    for first, second in zip(*results, strict=True):
-        np.testing.assert_array_equal(first, second)
+    same_bits(backend, case, plan, schedule)
 
 
 SANITIZED = """
 import numpy as np
 from emulated_cupy import EmulatedBackend
 from strategies import normal_case
-from test_cupy_kernels import fused
+from emulated_checks import fused
 backend = EmulatedBackend()
 for spec, call in (
     ("causal+sh(2)", {"m": 70, "key_mask": np.arange(70) % 5 > 0, "lead": ()}),
@@ -249,19 +206,14 @@ for spec, call in (
     case = normal_case(spec, n=35, heads=1, **call)
     out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
     vjp(out, lse)
-print(sorted(set(backend.runtime.launches)))
 """
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str) -> None:
-    environment = cuda_on_cpu.environment(sanitizer)
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SANITIZED], check=False,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched = sanitized(SANITIZED, sanitizer)
     for name in ("forward", "rows", "keys", "bias"):
-        assert f"scores_{name}" in done.stdout
+        assert f"scores_{name}" in launched
 
 
 def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,16 +221,18 @@ def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     compile_ = EmulatedRuntime.compile
 
-    def counted(self: Any, code: str, name: str) -> Any:
+    def counted(self: Any, code: str, name: str, shared: int = 0) -> Any:
         compiled.append(name)
-        return compile_(self, code, name)
+        return compile_(self, code, name, shared)
 
     monkeypatch.setattr(EmulatedRuntime, "compile", counted)
-    for spec in ("softmax", "softmax(scale=2)", "bn"):
+    for spec in ("softmax", "softmax(scale=2)", "bn", "bn(beta=2)"):
         case = normal_case(spec, dtype=np.float32)
         backend.attention(fused(backend, case), case.inputs())
-    assert compiled == ["scores_forward<32>"]
-    assert backend.runtime.launches == 3 * ["scores_forward<32>"]
+    moments = ["moments_of_chunks<scalar>", "moments_merged<Moments>"]
+    assert compiled == ["scores_forward<32>", *moments]
+    of_bn = [*moments, "scores_forward<32>"]
+    assert backend.runtime.launches == [*2 * ["scores_forward<32>"], *of_bn, *of_bn]
 
 
 # --- what does not run, and why -------------------------------------------------------------------

@@ -16,11 +16,9 @@ __all__ = ["KERNELS", "ColumnLaunch", "RowProgram", "instances", "limit"]
 THREADS, BESIDE, RUN = 256, 32, 8
 WIDE = {"float": 4, "double": 2}
 
-_STATISTICS, _PREFIXES, _POOLING = (
-    ("statistics.cu",),
-    ("statistics.cu", "prefixes.cu"),
-    ("pooling.cu",),
-)
+_STATISTICS = ("statistics.cu",)
+_PREFIXES = (*_STATISTICS, "prefixes.cu")
+_POOLING = ("pooling.cu",)
 
 #: The files of each kernel after kernels/columns.cuh, and what it is compiled for: what merges two
 #: states, or "T", the type of the rows that it reads.
@@ -73,12 +71,10 @@ def limit(shape: tuple[int, ...], capability: int) -> str:
     if not columns:
         return "got D = 0, and a kernel takes one feature at least"
     # No kernel has more blocks than rows, but for one a head where there are none.
-    if (
-        math.prod(lead) * max(rows, 1) > BLOCKS[0]
-        or -(-columns // (BESIDE * WIDE["double"])) > BLOCKS[1]
-    ):
+    width = BESIDE * WIDE["double"]
+    if math.prod(lead) * max(rows, 1) > BLOCKS[0] or -(-columns // width) > BLOCKS[1]:
         return (f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
-                f"row at least and {BESIDE * WIDE['double']} columns")  # fmt: skip
+                f"row at least and {width} columns")  # fmt: skip
     return ""
 
 

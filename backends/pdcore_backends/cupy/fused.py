@@ -20,9 +20,11 @@ from .feature_programs import columns_for as feature_columns
 from .features import CompiledFeatures, FeatureKernels, feature_count, state_blocks
 from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
+from .query_fold import FoldedLoad
 from .runtime import BLOCKS, KernelCache, Runtime, too_old
 from .scores import Compiled, ScoreKernels
 from .statistics import CompiledSummary, MomentKernels, summarised
+from .tensor_cores import TensorCores, folded_in, forward, pullback, unfit
 
 __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
@@ -57,7 +59,13 @@ class KernelBackend(ArrayBackend):
         what = f"log w = {log_w}" if c.weight == "log" else "w = s"
         step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
         if request.dtype != plan.accumulate:
-            step += f", {_stored(plan, request.dtype, rounds)}"
+            why = unfit(plan, request, capability)
+            if not why:
+                step = f"kernel: tiles of tensor cores in {request.dtype}, with {what} compiled in"
+                found = c.run_as(TensorCores, rounds=rounds, dtype=request.dtype)
+                plan = folded_in(replace(plan, steps=(*plan.steps, step)), request)
+                return replace(plan, contraction=found)
+            step += f", {_stored(plan, request.dtype, rounds)}; {why}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
                        steps=(*plan.steps, step))  # fmt: skip
 
@@ -74,6 +82,8 @@ class KernelBackend(ArrayBackend):
                    "pool": isinstance(plan.pool, CompiledPool)}  # fmt: skip
         by_kernel = isinstance(plan.summary, CompiledSummary)
         kernels |= dict.fromkeys(("statistics", "statistics_vjp"), by_kernel)
+        folded = all(isinstance(step, FoldedLoad) for step in plan.transforms)
+        kernels["transforms"] = kernels["contraction"] and folded
         return frozenset(step for step, chosen in kernels.items() if chosen)
 
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -106,6 +116,8 @@ class KernelBackend(ArrayBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
+        if isinstance(c, TensorCores):
+            return forward(self.kernels, c, o, xp=self.xp)
         if isinstance(c, Compiled):
             return self.kernels.forward(c, o, xp=self.xp)
         return super().scores(c, o)
@@ -113,6 +125,8 @@ class KernelBackend(ArrayBackend):
     def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
                    d_level: Any) -> dict[str, Any]:  # fmt: skip
         """Pull back, by the kernels where they were chosen."""
+        if isinstance(c, TensorCores):
+            return pullback(self.kernels, c, o, out, level, d_out, d_level, xp=self.xp)
         if isinstance(c, Compiled):
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)

@@ -16,7 +16,7 @@ from pdcore.backend import Request
 from . import INFO
 from .fused import KernelBackend
 from .launches import Limits, Usage
-from .runtime import Kernel
+from .runtime import SHARED, Kernel
 
 __all__ = ["CupyBackend"]
 
@@ -44,11 +44,18 @@ class CupyRuntime:
         except cupy.cuda.runtime.CUDARuntimeError:
             return True  # the default stream may not even be asked while another is captured
 
-    def compile(self, code: str, name: str) -> Kernel:
+    def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
         """Compile by NVRTC; CuPy keeps the result on disk, see `Runtime.compile`."""
         module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
-        kernel: Kernel = module.get_function(name)
+        made: Any = module.get_function(name)
+        if shared > SHARED:
+            made.max_dynamic_shared_size_bytes = shared
+        kernel: Kernel = made
         return kernel
+
+    def address(self, array: Any) -> int:
+        """Give where an array begins, see `Runtime.address`."""
+        return int(array.data.ptr)
 
     def usage(self, kernel: Any) -> Usage:
         """Ask the driver, see `Runtime.usage`."""

@@ -20,6 +20,7 @@ __all__ = [
     "read",
     "scalar_of",
     "tile",
+    "type_of",
 ]
 
 #: Columns of a result that a block holds in registers; more columns take more blocks.
@@ -33,6 +34,9 @@ _FILES = {
     "scores_keys": ("scores_vjp.cu",),
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
     "scores_delta": ("scores_delta.cu",),
+    "scores_mma": ("mma_tiles.cuh", "scores_mma.cu"),
+    "scores_mma_rows": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
+    "scores_mma_keys": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
     "features_highest": (*_FEATURES, "features_highest.cu"),
     "features_states": (*_FEATURES, "features.cu"),
     "features_scan": (*_FEATURES, "features.cu"),
@@ -100,6 +104,7 @@ class Program:
 
     def _weight(self) -> str:
         lines = [f"#define LOG_WEIGHT {int(self.weight == 'log')}",
+                 f"#define PLAIN {int(self.expression is None)}",
                  f"#define VALUES {len(self.values)}"]  # fmt: skip
         if self.expression is None:
             value, slope = "scale * s", "scale"
@@ -141,6 +146,11 @@ def read(name: str) -> str:
 def scalar_of(dtype: str) -> str:
     """Give the type of CUDA C++ in which arrays of a dtype are computed."""
     return "double" if dtype == "float64" else "float"
+
+
+def type_of(dtype: str) -> str:
+    """Give the type of CUDA C++ of an array."""
+    return HALVES.get(dtype) or scalar_of(dtype)
 
 
 def tile(scalar: str) -> int:

@@ -15,11 +15,16 @@ from pdcore.errors import UnsupportedError
 
 from .launches import CheckedKernel, Limits, Usage
 
-__all__ = ["BLOCKS", "CAPABILITY", "Kernel", "KernelCache", "Program", "Runtime", "too_old"]
+__all__ = [
+    "BLOCKS", "CAPABILITY", "SHARED", "Kernel", "KernelCache", "Program", "Runtime", "too_old",
+]  # fmt: skip
 
 #: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
 CAPABILITY = 75
 BLOCKS = 2**31 - 1, 65535
+
+#: Bytes of shared memory that every launch may have.
+SHARED = 48 * 1024
 
 #: Called as ``kernel(grid, block, arguments, shared_mem=bytes)``, on the current stream.
 Kernel = Callable[..., None]
@@ -40,8 +45,15 @@ class Runtime(Protocol):
     def capturing(self) -> bool:
         """Whether the current stream is captured into a CUDA graph, rather than run."""
 
-    def compile(self, code: str, name: str) -> Kernel:
-        """Compile a program for the current device, and give one of its kernels by its name."""
+    def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
+        """Compile a program for the current device, and give one of its kernels by its name.
+
+        `shared` is how many bytes of shared memory its launches ask for: more than `SHARED` are
+        given to no kernel of which that has not been said.
+        """
+
+    def address(self, array: Any) -> int:
+        """Give where an array begins."""
 
     def usage(self, kernel: Kernel) -> Usage:
         """Say what a compiled kernel takes of the current device, which loads it there."""
@@ -77,8 +89,8 @@ class KernelCache:
         self._allowed: dict[int, Limits] = {}
         self._lock = Lock()
 
-    def kernel(self, program: Program, name: str) -> Kernel:
-        """Give a kernel for the current device.
+    def kernel(self, program: Program, name: str, shared: int = 0) -> Kernel:
+        """Give a kernel for the current device, see `Runtime.compile`.
 
         Raises
         ------
@@ -96,7 +108,7 @@ class KernelCache:
                         "into a CUDA graph, which cannot load it; make the same call once before "
                         "the capture, forward and backward if both are captured"
                     )
-                made = self.runtime.compile(program.text(name), name)
+                made = self.runtime.compile(program.text(name), name, shared)
                 found = CheckedKernel(name, made, self.runtime.usage(made), self._limits(key[0]))
                 self._compiled[key] = found
         return found

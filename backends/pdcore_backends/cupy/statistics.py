@@ -44,9 +44,7 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
     summary = plan.summary
     if summary is None:
         return plan
-    kind = type(summary.statistics)
-    why = limit(request.k, capability) if kind is Moments else \
-        f"no kernel computes {kind.__name__}"  # fmt: skip
+    why = _unfit(summary, request, capability)
     if why:
         return replace(plan, steps=(*plan.steps, f"statistics: {library}'s own operations: {why}"))
     how = "a scan of chunks in three passes" if summary.scope == "prefix" else \
@@ -56,6 +54,16 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
         step += f", of keys in {request.dtype}"
     chosen = CompiledSummary(summary.statistics, summary.scope)
     return replace(plan, summary=chosen, steps=(*plan.steps, step))
+
+
+def _unfit(summary: Summary, request: Request, capability: int) -> str:
+    kind = type(summary.statistics)
+    if kind is not Moments:
+        return f"no kernel computes {kind.__name__}"
+    why = limit(request.k, capability)
+    if summary.scope == "prefix" and not why:  # the pullback goes down the queries too
+        why = limit((*request.k[:-2], *request.q[-2:]), capability)
+    return why
 
 
 class MomentKernels:

@@ -17,7 +17,7 @@ DEVICE Columns zeros() {
   return found;
 }
 
-// Whether every row begins where a pack may be read.
+// Whether every row begins where WIDE entries can be read at once.
 template <class T>
 DEVICE bool in_packs(const T* first, i64 pitch) {
   return (reinterpret_cast<i64>(first) | pitch * i64(sizeof(T))) % i64(sizeof(Vector<WIDE, T>)) == 0;

@@ -43,9 +43,11 @@ struct Run {
       }
 #pragma unroll
     for (int e = 0; e < WIDE; e++) {
-      const scalar left = found.c.x[e];
-      found.c.x[e] /= found.n;
-      found.b.x[e] = larger(0, found.b.x[e] - left * found.c.x[e]);
+      const scalar left = found.c.x[e], step = left / found.n;
+      const scalar mean = found.a.x[e] + step;
+      found.b.x[e] = larger(0, found.b.x[e] - left * step);
+      found.c.x[e] = step - (mean - found.a.x[e]);
+      found.a.x[e] = mean;
     }
     return found;
   }
