@@ -257,7 +257,9 @@ def _exchange(
     if own and target == home:
         return inputs, None
     # A move within a library is a step that it differentiates.
-    if not own and any(getattr(x, "requires_grad", False) for x in inputs):
+    if not own and any(
+        getattr(x, "requires_grad", False) for x in (*inputs, *inputs.params.values())
+    ):
         raise UnsupportedError(
             f"backend {backend.info.name}: taking {library} arrays that require a gradient to "
             f"{backend.info.library} would cut it; detach them, or use a {library} backend"
@@ -282,7 +284,8 @@ def _exchange(
     def back(x: Any) -> Any:
         if device is not None:
             x = backend.exchange(x, home)
-        return x if own else backend.give(x, namespace)
+        # An array of NumPy has come home already.
+        return x if own or library_of(x, "out") == library else backend.give(x, namespace)
 
     moved = {name: there(x) for name, x in inputs._asdict().items() if name != "params"}
     return Inputs(**moved, params={n: there(x) for n, x in inputs.params.items()}), back
