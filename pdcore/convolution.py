@@ -91,7 +91,7 @@ class Convolution(Normalization):
             raise ValueError(
                 f"k: got {count} keys in a head, expected "
                 f"{' x '.join(map(str, self.grid(count)))} = {math.prod(self.grid(count))}, the "
-                f"grid of {self.word}"
+                f"grid of {self.word}: give it the height and width that the keys fill"
             )
 
     def step(self) -> str:
