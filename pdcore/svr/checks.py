@@ -43,7 +43,7 @@ def check_number(name: str, x: Any, *, zero: bool) -> None:
         raise ValueError(f"{name}: got {x!r}, expected a finite number {bound}")
 
 
-def check_jobs(jobs: Any) -> None:
+def check_jobs(jobs: Any, name: str = "jobs") -> None:
     """Refuse what is no number of processes."""
     if type(jobs) is not int or (jobs < 1 and jobs != -1):
-        raise ValueError(f"jobs: got {jobs!r}, expected a whole number from 1, or -1")
+        raise ValueError(f"{name}: got {jobs!r}, expected a whole number from 1, or -1")
