@@ -341,6 +341,19 @@ def test_another_protocol_starts_anew_and_says_so(
     assert {c["epochs"] for n, c in found["cells"].items() if n.startswith("train")} == {1}
 
 
+def test_figures_of_several_protocols_are_all_kept(out: Path) -> None:
+    path, kept = out / "quick.json", []
+    found = json.loads(path.read_text())
+    setting = {name: dict(found[name]) for name in ("protocol", "versions", "machine")}
+    for cpu in ("one", "another", "a third"):
+        kept.append(path.read_text())
+        setting["machine"]["cpu"] = cpu
+        results.Results.open(path, setting)
+        path.write_text(json.dumps(found | {"machine": dict(setting["machine"])}))
+    names = ("quick.before.json", "quick.before-2.json", "quick.before-3.json")
+    assert [(out / name).read_text() for name in names] == kept
+
+
 @pytest.mark.parametrize("part", ["versions", "machine"])
 def test_another_version_or_machine_starts_anew(part: str, out: Path) -> None:
     path = out / "quick.json"
