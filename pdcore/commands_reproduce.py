@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from .cli import Exit
-from .errors import NoBackendError, UnsupportedError
+from .errors import NoBackendError, SpecError, UnsupportedError
 from .files import FileError
 from .reporting import Failed, emit, note, progress, reported, stdout
 from .spec import parse
@@ -136,7 +136,10 @@ def _specs(baseline: str, texts: Sequence[str]) -> list[str]:
     """Give the canonical forms, the baseline first."""
     found = [baseline]
     for text in texts:
-        own = str(parse(text))
+        try:
+            own = str(parse(text))
+        except SpecError as error:
+            raise typer.BadParameter(str(error), param_hint="--spec") from error
         if own in found:
             raise typer.BadParameter(
                 f"{own} is there twice" if own != baseline else

@@ -417,8 +417,8 @@ def test_a_page_that_is_something_else_is_not_replaced(out: Path, tiny: None) ->
 @pytest.mark.parametrize(
     ("specs", "code", "words"),
     [
-        (["sofmax"], Exit.USAGE, "did you mean 'softmax'"),
         (["sh(1,2)"], Exit.USAGE, r"--spec: softmax\+sh\(1,2\): .*4 heads"),
+        (["sotfmax"], Exit.USAGE, "--spec: .*'sotfmax'; did you mean 'softmax'"),
         (["softmax"], Exit.USAGE, "--spec: softmax is what the others are held against"),
         (["bn", "softmax+bn"], Exit.USAGE, r"--spec: softmax\+bn is there twice"),
         (["causal+bn"], Exit.UNSUPPORTED, "future"),

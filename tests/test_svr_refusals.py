@@ -12,7 +12,7 @@ import pytest
 
 import pdcore
 from pdcore import UnsupportedError
-from pdcore.svr import fit, interpret
+from pdcore.svr import certificate, fit, interpret
 
 KEYS, TARGETS = np.ones((4, 3)), np.ones((4, 2))
 
@@ -29,6 +29,11 @@ class Plain(pdcore.FeatureMap):
 
     def latex(self) -> str:
         return "x^T y"
+
+
+def test_a_certificate_of_nothing() -> None:
+    with pytest.raises(TypeError, match=r"expansion: got int, expected what pdcore\.svr\.fit"):
+        certificate(3)
 
 
 @pytest.mark.parametrize(
