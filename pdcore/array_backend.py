@@ -18,7 +18,7 @@ from .call import Call, Normaliser
 from .errors import UnsupportedError
 from .kernels import FeatureMap
 from .normalization import Identity
-from .operands import Operands
+from .operands import Contracted, Operands
 from .plan import Features, Group, Plan, Scores, Summary
 from .statistics import Moments, Statistics, prefix_states, reduce_axis
 from .support import Visibility
@@ -35,6 +35,27 @@ class _GroupRun:
     lse: Any
     vjp: Callable[[Any, Any], dict[str, Any]] | None
     weights: Callable[[], Any]
+
+
+@dataclass
+class _Runs:
+    """All head groups on their way, and what their contractions gave."""
+
+    groups: list[_GroupRun]
+    contracted: Contracted
+
+    def results(self, call: Call, *, lse: bool) -> tuple[Any, Any]:
+        """Give out and lse of the call, which the contraction may have written as they are."""
+        out = call.join([run.out for run in self.groups], call.dtype, self._whole("out", 0))
+        if not lse:
+            return out, None
+        parts = [run.lse for run in self.groups]
+        return out, call.join(parts, call.accumulate, self._whole("lse", 1))
+
+    def _whole(self, name: str, i: int) -> Any:
+        parts, whole = self.contracted
+        own = (getattr(run, name) is part[i] for run, part in zip(self.groups, parts, strict=True))
+        return whole[i] if whole is not None and all(own) else None
 
 
 class ArrayBackend(Backend):
@@ -151,6 +172,12 @@ class ArrayBackend(Backend):
             c, o, xp=self.xp, query_block=self.query_block, key_block=self.key_block
         )
 
+    def scores_of_groups(
+        self, c: Scores, operands: list[Operands], heads: list[tuple[int, ...]]
+    ) -> Contracted:
+        """Contract every head group by scores; `heads` are its key heads in the caller's order."""
+        return Contracted([self.scores(c, o) for o in operands])
+
     def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
                    d_level: Any) -> dict[str, Any]:  # fmt: skip
         """Pull back, see `pdcore.score_contraction.scores_vjp`."""
@@ -181,21 +208,18 @@ class ArrayBackend(Backend):
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
         call = self.call(plan, inputs)
-        runs = [self._run(call, group) for group in plan.groups]
-        out = call.join([run.out for run in runs], call.dtype)
-        return out, call.join([run.lse for run in runs], call.accumulate) if lse else None
+        return self._runs(call).results(call, lse=lse)
 
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and give its pullback, see `Backend.attention_vjp`."""
         call = self.call(plan, inputs)
-        runs = [self._run(call, group, vjp=True) for group in plan.groups]
-        out = call.join([run.out for run in runs], call.dtype)
-        lse = call.join([run.lse for run in runs], call.accumulate)
+        runs = self._runs(call, vjp=True)
+        out, lse = runs.results(call, lse=True)
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            return call.pull_back([run.vjp for run in runs], d_out, d_lse)
+            return call.pull_back([run.vjp for run in runs.groups], d_out, d_lse)
 
         return out, lse, vjp
 
@@ -203,10 +227,23 @@ class ArrayBackend(Backend):
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         call = self.call(plan, inputs)
         call.native = frozenset()  # the weights are array calls
-        return call.join([self._run(call, g).weights() for g in plan.groups], call.dtype)
+        return call.join([run.weights() for run in self._runs(call).groups], call.dtype)
 
-    def _run(self, call: Call, group: Group, *, vjp: bool = False) -> _GroupRun:
-        """Take one head group through the plan."""
+    def _runs(self, call: Call, *, vjp: bool = False) -> _Runs:
+        """Take all head groups through the plan."""
+        plan, c = call.plan, call.plan.contraction
+        taken = [self._taken(call, group, vjp=vjp) for group in plan.groups]
+        operands = [o for o, _ in taken]
+        if isinstance(c, Scores):
+            found = self.scores_of_groups(c, operands, [group.heads for group in plan.groups])
+        else:
+            found = Contracted([self.features(c, o) for o in operands])
+        runs = [finished(*part) for (_, finished), part in zip(taken, found.parts, strict=True)]
+        return _Runs(runs, found)
+
+    def _taken(self, call: Call, group: Group, *, vjp: bool
+               ) -> tuple[Operands, Callable[[Any, Any], _GroupRun]]:  # fmt: skip
+        """Take one head group to its contraction, and give what is done with (out, L) of that."""
         xp, plan = self.xp, call.plan
         q, k, v = (
             call.heads(x, group, -4 if x is call.q else -3) for x in (call.q, call.k, call.v)
@@ -244,49 +281,52 @@ class ArrayBackend(Backend):
         )  # fmt: skip
         constant = None if rows.row_constant is None else xp.reshape(rows.row_constant, shape)
         c = plan.contraction
-        out, level = self.scores(c, o) if isinstance(c, Scores) else self.features(c, o)
         alive = None
         if summary is not None and summary.scope == "prefix":
             alive = xp.reshape(state["n"], shape) > 0
-        finish = Normaliser(plan, o, out, level, constant, alive, xp)
 
-        def pull(d_out: Any, d_lse: Any) -> dict[str, Any]:
-            if not finish.plain or d_out.dtype != call.dtype:
-                d_out = call.cast(d_out)
-            d = finish.pull_back(call.taken("contraction", d_out), d_lse)
-            contract = self.scores_vjp if isinstance(c, Scores) else self.features_vjp
-            grads = contract(c, o, out, level, d[0], d[1])  # type: ignore[arg-type]
-            flat_shape = rows.row_constant.shape if constant is not None else None
-            cotangent = Rows(
-                xp.reshape(grads["q"], rows.q.shape), grads["k"], grads.get("key_bias"),
-                None if constant is None else xp.reshape(d[1], flat_shape),
-            )  # fmt: skip
-            dstate: dict[str, Any] = {}
-            dparams = {n: sum_to(grads[n], values[n].shape, xp=xp) for n in values}
-            for pullback in reversed(pullbacks):
-                before, ds, dp = pullback(cotangent)
-                cotangent = before._replace(key_bias=None, row_constant=None)
-                add_into(dstate, ds)
-                add_into(dparams, dp)
-            dk, dv = cotangent.k, grads["v"]
-            if dstate:
-                assert summary is not None
-                k_ = call.taken("statistics_vjp", k)
-                seen = None if real is None else real[..., None]
-                if summary.scope == "prefix":
-                    dk = dk + self._prefixes_vjp(summary, k_, seen, final, dstate, visibility,
-                                                 q.shape)  # fmt: skip
-                else:
-                    dk = dk + self.statistics_vjp(summary, k_, seen, final, dstate)
-            if pools:
-                dk, dv = pools[0](dk), pools[1](dv)
-            found = {"q": xp.reshape(cotangent.q, q.shape), "k": dk, "v": dv, **dparams}
-            if o.bias is not None:
-                found["bias"] = grads["bias"]
-            return found
+        def finished(out: Any, level: Any) -> _GroupRun:
+            finish = Normaliser(plan, o, out, level, constant, alive, xp)
 
-        return _GroupRun(*finish.result(), pull if vjp else None,
-                         lambda: finish.weights(c, weights, self))  # fmt: skip
+            def pull(d_out: Any, d_lse: Any) -> dict[str, Any]:
+                if not finish.plain or d_out.dtype != call.dtype:
+                    d_out = call.cast(d_out)
+                d = finish.pull_back(call.taken("contraction", d_out), d_lse)
+                contract = self.scores_vjp if isinstance(c, Scores) else self.features_vjp
+                grads = contract(c, o, out, level, d[0], d[1])  # type: ignore[arg-type]
+                flat_shape = rows.row_constant.shape if constant is not None else None
+                cotangent = Rows(
+                    xp.reshape(grads["q"], rows.q.shape), grads["k"], grads.get("key_bias"),
+                    None if constant is None else xp.reshape(d[1], flat_shape),
+                )  # fmt: skip
+                dstate: dict[str, Any] = {}
+                dparams = {n: sum_to(grads[n], values[n].shape, xp=xp) for n in values}
+                for pullback in reversed(pullbacks):
+                    before, ds, dp = pullback(cotangent)
+                    cotangent = before._replace(key_bias=None, row_constant=None)
+                    add_into(dstate, ds)
+                    add_into(dparams, dp)
+                dk, dv = cotangent.k, grads["v"]
+                if dstate:
+                    assert summary is not None
+                    k_ = call.taken("statistics_vjp", k)
+                    seen = None if real is None else real[..., None]
+                    if summary.scope == "prefix":
+                        dk = dk + self._prefixes_vjp(summary, k_, seen, final, dstate, visibility,
+                                                     q.shape)  # fmt: skip
+                    else:
+                        dk = dk + self.statistics_vjp(summary, k_, seen, final, dstate)
+                if pools:
+                    dk, dv = pools[0](dk), pools[1](dv)
+                found = {"q": xp.reshape(cotangent.q, q.shape), "k": dk, "v": dv, **dparams}
+                if o.bias is not None:
+                    found["bias"] = grads["bias"]
+                return found
+
+            return _GroupRun(*finish.result(), pull if vjp else None,
+                             lambda: finish.weights(c, weights, self))  # fmt: skip
+
+        return o, finished
 
     def _prefixes_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
                       dstate: Mapping[str, Any], visibility: Visibility,

@@ -14,7 +14,7 @@ from .operands import Operands
 from .plan import Features, Group, Plan, Scores
 from .support import Visibility
 
-__all__ = ["Call", "Normaliser", "constants_held"]
+__all__ = ["Call", "Normaliser", "constants_held", "spacing"]
 
 
 class Call:
@@ -121,11 +121,11 @@ class Call:
             key_mask, real, mask, self.device,
         ), weights  # fmt: skip
 
-    def join(self, parts: list[Any], dtype: Any) -> Any:
-        """Put head groups back in order and query heads on one axis."""
+    def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:
+        """Put head groups back in order and query heads on one axis; `whole` is in order."""
         xp = self.xp
         axis = self.lead
-        x = _ordered(parts, self.plan.groups, axis, xp)
+        x = _ordered(parts, self.plan.groups, axis, xp) if whole is None else whole
         shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
         return self._as(xp.reshape(x, shape), dtype)
 
@@ -192,6 +192,12 @@ def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
         index[axis] = slice(chosen[0], chosen[-1] + 1)
         return x[tuple(index)]
     return xp.take(x, xp.asarray(chosen, dtype=xp.int64, device=device_of(x)), axis=axis % x.ndim)
+
+
+def spacing(chosen: tuple[int, ...]) -> int | None:
+    """Give how far apart the chosen heads are, if that is the same for all."""
+    step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
+    return step if chosen == tuple(range(chosen[0], chosen[-1] + 1, step)) else None
 
 
 def _ordered(parts: list[Any], groups: tuple[Group, ...], axis: int, xp: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a contraction reads.
+"""What a contraction reads, and gives.
 
 Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
 keys and values (*B, H, M, D) and (*B, H, M, Dv).
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .support import Visibility
 
-__all__ = ["Operands"]
+__all__ = ["Contracted", "Operands"]
 
 
 class Operands(NamedTuple):
@@ -43,6 +43,21 @@ class Operands(NamedTuple):
     visibility: Visibility
     keep: Callable[[int, int, int, int, Any], Any] | None = None
     fold: Any = None
+
+
+class Contracted(NamedTuple):
+    """What the contractions of a plan's head groups give.
+
+    Attributes
+    ----------
+    parts : list of (out, L)
+        (*B, H, G, N, Dv) and (*B, H, G, N) of each group.
+    whole : (out, L) or None
+        Of all heads in the caller's order, where `parts` are cut from them.
+    """
+
+    parts: list[tuple[Any, Any]]
+    whole: tuple[Any, Any] | None = None
 
 
 def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import contextlib
 import re
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -63,6 +64,9 @@ class EmulatedRuntime:
 
     def address(self, array: Any) -> int:
         return int(array.ctypes.data)
+
+    def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
+        return cuda_on_cpu.Structure(value, arrays)
 
     def usage(self, kernel: Kernel) -> Usage:
         return Usage(registers=64, threads=1024, shared=0)

@@ -46,6 +46,16 @@ extern "C" __global__ void votes(const int* x, unsigned* y, int* block) {
                        __syncthreads_and(mine);
 }
 
+struct Ends {
+  int count;
+  const float* from;
+  float* to;
+};
+
+extern "C" __global__ void copy_by_structure(Ends ends, int past) {
+  for (int i = threadIdx.x; i < ends.count + past; i += blockDim.x) ends.to[i] = ends.from[i];
+}
+
 template <class T>
 __global__ void atomics(const T* x, T* y) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -314,6 +324,39 @@ def test_a_read_only_array_is_not_written():
     launch("copy", (1,), (4,), fixed, FLOATS, INT)
     with pytest.raises(ValueError, match="argument 1: the array is read-only"):
         launch("copy", (1,), (4,), FLOATS, fixed, INT)
+
+
+ENDS = np.dtype([("count", np.int32), ("from", np.uint64), ("to", np.uint64)], align=True)
+
+
+def ends(arrays, count=4):
+    value = np.zeros((), ENDS)
+    value["count"] = count
+    return cuda.Structure(value[()], arrays)
+
+
+def test_pointers_in_a_structure():
+    both = np.arange(8, dtype=np.float32)
+    launch("copy_by_structure", (1,), (4,), ends({8: both[:4], 16: both[4:]}), np.int32(0))
+    np.testing.assert_array_equal(both, [0, 1, 2, 3] * 2)
+    x, y = np.ones(4, np.float32), cuda.empty(4)
+    with pytest.raises(cuda.EmulationError, match="byte 16 of argument 0, which has 16"):
+        launch("copy_by_structure", (1,), (4,), ends({8: x, 16: y}), np.int32(1))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "error", "says"),
+    [
+        ({4: FLOATS}, ValueError, "argument 0: got a pointer at byte 4, expected a multiple of 8"),
+        ({24: FLOATS}, ValueError, "at byte 24, .* in a structure of 24"),
+        ({8: np.zeros(4, object)}, TypeError, "array of Python objects"),
+    ],
+)
+def test_structures_that_are_refused(arrays, error, says):
+    with pytest.raises(error, match=says):
+        launch("copy_by_structure", (1,), (4,), ends(arrays), np.int32(0))
+    with pytest.raises(TypeError, match="got a structure, the kernel's parameter is a pointer"):
+        launch("copy", (1,), (4,), ends({}), FLOATS, INT)
 
 
 @pytest.mark.parametrize(

@@ -205,10 +205,10 @@ def test_arrays_are_read_where_they_lie(backend: Any) -> None:
     seen: list[Any] = []
 
     class Watched(EmulatedBackend):
-        def scores(self, c: Any, o: Any) -> tuple[Any, Any]:
-            x = packed(c, o, (), xp=self.xp)
+        def scores_of_groups(self, c: Any, operands: Any, heads: Any) -> Any:
+            [x] = (packed(c, o, (), xp=self.xp) for o in operands)
             seen.extend(a for a in x.arrays if isinstance(a, np.ndarray))
-            return super().scores(c, o)
+            return super().scores_of_groups(c, operands, heads)
 
     Watched().attention(fused(backend, case), case.inputs())
     for x, source in zip(seen, (*case.qkv, case.call["bias"]), strict=True):
@@ -231,8 +231,9 @@ backend = EmulatedBackend()
 for spec, call in (
     ("causal+sh(2)", {"m": 70, "key_mask": np.arange(70) % 5 > 0, "lead": ()}),
     ("softmax", {"m": 36, "bias": np.ones((35, 36)), "lead": ()}),
+    ("causal+sh(1,2)", {"m": 36, "lead": (), "heads": 2, "group": 1}),
 ):
-    case = normal_case(spec, n=35, heads=1, **call)
+    case = normal_case(spec, **{"n": 35, "heads": 1, **call})
     out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
     vjp(out, lse)
 """

@@ -247,12 +247,14 @@ def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -
 SANITIZED = """
 from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
+from pdcore.operands import Contracted
 from pdcore.score_contraction import scores, scores_vjp
 from strategies import normal_case
 from test_cupy_statistics import SEVERAL
 backend = EmulatedBackend()
 # Of the rest, other tests run the kernels.
-backend.kernels.forward = lambda c, o, xp: scores(c, o, xp=xp, query_block=64, key_block=64)
+backend.kernels.forward = lambda c, operands, heads, xp: Contracted(
+    [scores(c, o, xp=xp, query_block=64, key_block=64) for o in operands])
 backend.kernels.pullback = lambda *given, xp: scores_vjp(
     *given, xp=xp, query_block=64, key_block=64)
 for spec, call in SEVERAL:

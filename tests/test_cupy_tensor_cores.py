@@ -205,10 +205,11 @@ from test_cupy_tensor_cores import case_of, fused
 backend = EmulatedBackend()
 for spec, call in (
     ("causal+sh(2)", {"m": 150, "key_mask": np.arange(150) % 5 > 0}),
+    ("causal+sh(1,2)", {"m": 70, "heads": 2, "group": 1}),
     ("bn", {"m": 70}),
     ("softmax", {"m": 70, "bias": np.ones((35, 70))}),
 ):
-    case = case_of(spec, n=35, heads=1, lead=(), **call)
+    case = case_of(spec, **{"n": 35, "heads": 1, "lead": (), **call})
     backend.attention(fused(backend, case), case.inputs())
     out, lse, vjp = backend.attention_vjp(fused(backend, case, vjp=True), case.inputs())
     vjp(out, lse)

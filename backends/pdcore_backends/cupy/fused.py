@@ -11,13 +11,14 @@ from pdcore.array_backend import ArrayBackend
 from pdcore.backend import Inputs, Request
 from pdcore.call import Call
 from pdcore.errors import UnsupportedError
-from pdcore.operands import Operands
+from pdcore.operands import Contracted, Operands
 from pdcore.plan import Features, Plan, Scores, Summary
 from pdcore.transform import FeatureRows
 
 from .feature_programs import MAPS
 from .feature_programs import columns_for as feature_columns
 from .features import CompiledFeatures, FeatureKernels, feature_count, state_blocks
+from .grouped import launches
 from .pooling import CompiledPool, PoolKernels, pooled
 from .programs import columns_for, scalar_of, tile
 from .query_fold import FoldedLoad
@@ -64,11 +65,13 @@ class KernelBackend(ArrayBackend):
             why = unfit(plan, request, capability)
             if not why:
                 step = f"kernel: tiles of tensor cores in {request.dtype}, with {what} compiled in"
+                step += _scales(plan)
                 found = c.run_as(TensorCores, rounds=rounds, dtype=request.dtype)
                 plan = rounded_in(replace(plan, steps=(*plan.steps, step)), request.dtype)
                 plan = folded_in(plan, request)
                 return replace(plan, contraction=found)
             step += f", {_stored(plan, request.dtype, rounds)}; {why}"
+        step += _scales(plan, apart=request.dtype != plan.accumulate)
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
                        steps=(*plan.steps, step))  # fmt: skip
 
@@ -142,11 +145,19 @@ class KernelBackend(ArrayBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by the kernels where they were chosen."""
-        if isinstance(c, TensorCores):
-            return forward(self.kernels, c, o, xp=self.xp)
         if isinstance(c, Compiled):
-            return self.kernels.forward(c, o, xp=self.xp)
+            return self.scores_of_groups(c, [o], [tuple(range(o.k.shape[-3]))]).parts[0]
         return super().scores(c, o)
+
+    def scores_of_groups(
+        self, c: Scores, operands: list[Operands], heads: list[tuple[int, ...]]
+    ) -> Contracted:
+        """Contract all head groups at once, by the kernels where they were chosen."""
+        if isinstance(c, TensorCores):
+            return forward(self.kernels, c, operands, heads, xp=self.xp)
+        if isinstance(c, Compiled):
+            return self.kernels.forward(c, operands, heads, xp=self.xp)
+        return super().scores_of_groups(c, operands, heads)
 
     def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
                    d_level: Any) -> dict[str, Any]:  # fmt: skip
@@ -194,6 +205,17 @@ def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
     if not names:
         return "of rows that were cast"
     return f"of {', '.join(names)} in {dtype}" + (", other rows cast" if len(names) < 4 else "")
+
+
+def _scales(plan: Plan, apart: bool = False) -> str:
+    """Say how many launches the scales take; `apart`, pooled keys are of another type."""
+    scales = [group.scale for group in plan.groups]
+    if len(scales) == 1:
+        return ""
+    count = launches(["pooled" if apart and scale > 1 else "" for scale in scales])
+    many = "one launch" if count == 1 else f"{count} launches"
+    order = ", longest first" if count < len(scales) else ""
+    return f"; {len(scales)} scales in {many} of the forward{order}"
 
 
 def uncapturable(plan: Plan) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import cupy
+import numpy as np
 
 from pdcore.arrays import device_name, dtype_name, library_of
 from pdcore.backend import Request
@@ -61,6 +62,14 @@ class CupyRuntime:
     def address(self, array: Any) -> int:
         """Give where an array begins, see `Runtime.address`."""
         return int(array.data.ptr)
+
+    def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
+        """Put the arrays' addresses in, see `Runtime.structure`."""
+        made = np.frombuffer(bytearray(value.tobytes()), value.dtype)
+        members = made.view(np.uint64)
+        for at, array in arrays.items():
+            members[at // 8] = array.data.ptr
+        return made[0]
 
     def usage(self, kernel: Any) -> Usage:
         """Ask the driver, see `Runtime.usage`."""

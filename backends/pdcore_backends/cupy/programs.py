@@ -28,15 +28,16 @@ COLUMNS = (32, 64, 128, 256)
 
 _SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
 _FEATURES = ("scores_vjp.cu", "features.cuh")
+_MMA = ("groups.cuh", "mma_tiles.cuh", "scores_mma.cu")
 _FILES = {
-    "scores_forward": ("scores.cu",),
+    "scores_forward": ("groups.cuh", "scores.cu"),
     "scores_rows": ("scores_vjp.cu",),
     "scores_keys": ("scores_vjp.cu",),
     "scores_bias": ("scores_vjp.cu", "scores_bias.cu"),
     "scores_delta": ("scores_delta.cu",),
-    "scores_mma": ("mma_tiles.cuh", "scores_mma.cu"),
-    "scores_mma_rows": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
-    "scores_mma_keys": ("mma_tiles.cuh", "scores_mma.cu", "scores_mma_vjp.cu"),
+    "scores_mma": _MMA,
+    "scores_mma_rows": (*_MMA, "scores_mma_vjp.cu"),
+    "scores_mma_keys": (*_MMA, "scores_mma_vjp.cu"),
     "features_highest": (*_FEATURES, "features_highest.cu"),
     "features_states": (*_FEATURES, "features.cu"),
     "features_scan": (*_FEATURES, "features.cu"),

@@ -6,7 +6,7 @@ launch code asks for nothing but shapes, strides and this protocol.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Any, Protocol
@@ -54,6 +54,9 @@ class Runtime(Protocol):
 
     def address(self, array: Any) -> int:
         """Give where an array begins."""
+
+    def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
+        """Give a structure as kernels take it, with pointers to arrays at these bytes of it."""
 
     def usage(self, kernel: Kernel) -> Usage:
         """Say what a compiled kernel takes of the current device, which loads it there."""

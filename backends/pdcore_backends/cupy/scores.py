@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pdcore.arrays import dtype_name
-from pdcore.operands import Operands
+from pdcore.operands import Contracted, Operands
 from pdcore.plan import Scores
 from pdcore.transform import sum_to
 
+from .grouped import GroupCall, How, contract
 from .operands import NULL, packed
 from .programs import Program, columns_for, memory, tile
 from .runtime import KernelCache
@@ -42,17 +44,17 @@ class ScoreKernels:
     def __init__(self, cache: KernelCache) -> None:
         self.cache, self.runtime = cache, cache.runtime
 
-    def forward(self, c: Compiled, o: Operands, *, xp: Any) -> tuple[Any, Any]:
-        """Contract, see `pdcore.score_contraction.scores`; 16-bit arrays are read as they are."""
-        with self.runtime.on(o.q):
-            call = ScoreCall(self, c, o, xp)
-            dtype = o.v.dtype if c.rounds else call.dtype
-            out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
-            level = call.result(*o.q.shape[:-1])
-            x = call.packed
-            call.launch("scores_forward", x.rows, x.batch * x.heads * x.group, x.value_dim,
-                        (out, level), out=out)  # fmt: skip
-        return out, level
+    def forward(self, c: Compiled, operands: Sequence[Operands], heads: Sequence[tuple[int, ...]],
+                *, xp: Any) -> Contracted:  # fmt: skip
+        """Contract, see `ArrayBackend.scores_of_groups`; 16-bit arrays are read as they are."""
+        with self.runtime.on(operands[0].q):
+            groups = [GroupCall.of(ScoreCall(self, c, o, xp), c.rounds) for o in operands]
+            first = groups[0].call
+            width, scalar = first.packed.value_dim, first.scalar
+            columns = columns_for(width)
+            how = How(f"scores_forward<{columns}>", tile(scalar), THREADS,
+                      memory(scalar, columns), max(1, -(-width // columns)))  # fmt: skip
+            return contract(groups, heads, how)
 
     def pullback(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
                  *, xp: Any) -> dict[str, Any]:  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 from pdcore.arrays import dtype_name
 from pdcore.backend import Request
 from pdcore.normalization import Batch, Identity
-from pdcore.operands import Operands
+from pdcore.operands import Contracted, Operands
 from pdcore.plan import Plan, Scores
 from pdcore.transform import Fold, GaussianRows
 
+from .grouped import GroupCall, How, contract
 from .operands import NULL
 from .programs import type_of
 from .query_fold import FoldedLoad
@@ -130,23 +132,16 @@ def pullback_memory(dim: int, value_dim: int) -> int:
     return 2 * (OWN + stages * by) * (dim + value_dim) + 8 * OWN + 1280
 
 
-def forward(kernels: ScoreKernels, c: TensorCores, o: Operands, *, xp: Any) -> tuple[Any, Any]:
-    """Contract, see `pdcore.score_contraction.scores`."""
-    with kernels.runtime.on(o.q):
-        o = _handed_over(kernels.runtime, c, o, xp)
-        call = ScoreCall(kernels, c, o, xp)
-        x = call.packed
-        dtype = o.v.dtype if c.rounds else call.dtype
-        out = call.result(*o.q.shape[:-1], x.value_dim, dtype=dtype)
-        level = call.result(*o.q.shape[:-1])
-        blocks = x.batch * x.heads * x.group * -(-x.rows // ROWS)
-        if blocks:
-            shared = memory(x.dim, x.value_dim, c.expression is None)
-            name = f"scores_mma<{x.dim}, {x.value_dim}>"
-            kernel = kernels.cache.kernel(call.program(out=out), name, shared)
-            arguments = (*x.arrays, *_fold(o, xp), out, level, x.shape)
-            kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
-    return out, level
+def forward(kernels: ScoreKernels, c: TensorCores, operands: Sequence[Operands],
+            heads: Sequence[tuple[int, ...]], *, xp: Any) -> Contracted:  # fmt: skip
+    """Contract, see `ArrayBackend.scores_of_groups`."""
+    with kernels.runtime.on(operands[0].q):
+        given = [_handed_over(kernels.runtime, c, o, xp) for o in operands]
+        groups = [GroupCall.of(ScoreCall(kernels, c, o, xp), c.rounds, _fold(o, xp)) for o in given]
+        x = groups[0].call.packed
+        how = How(f"scores_mma<{x.dim}, {x.value_dim}>", ROWS, THREADS,
+                  memory(x.dim, x.value_dim, c.expression is None))  # fmt: skip
+        return contract(groups, heads, how)
 
 
 def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level: Any, d_out: Any,
@@ -184,7 +179,7 @@ def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level
 def _fold(o: Operands, xp: Any) -> tuple[Any, ...]:
     """Give what the query load folds in, a row (D) for each sequence and key head."""
     if o.fold is None:
-        return (NULL,) * 3
+        return ()
     shape = (*o.k.shape[:-2], 1, o.k.shape[-1])
     return tuple(xp.ascontiguousarray(xp.broadcast_to(x, shape)) for x in o.fold)
 

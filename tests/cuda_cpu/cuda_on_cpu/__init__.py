@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .arguments import Structure
 from .compiler import CompileError
 from .module import EmulationError, Kernel, RawModule, empty
 from .settings import SCHEDULES, Settings, environment, using
@@ -9,6 +10,7 @@ from .settings import SCHEDULES, Settings, environment, using
 __all__ = [
     "RawModule",
     "Kernel",
+    "Structure",
     "empty",
     "EmulationError",
     "CompileError",

@@ -7,13 +7,13 @@ of another width or kind is not converted but read wrong.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Parameter", "Pointer", "Region", "Values", "take"]
+__all__ = ["Parameter", "Pointer", "Region", "Structure", "Values", "take"]
 
 _KINDS = {"i": "int", "u": "unsigned int", "f": "float", "b": "bool", "c": "class"}
 
@@ -47,7 +47,7 @@ class Region(ctypes.Structure):
 
 
 class Pointer(ctypes.Structure):
-    """An argument that points into a region, as in native/runtime.h."""
+    """An argument, or a place in one, that points into a region, as in native/runtime.h."""
 
     _fields_ = [
         ("argument", ctypes.c_int),
@@ -56,11 +56,39 @@ class Pointer(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True)
+class Structure:
+    """A structure with pointers among its members; CuPy is passed their addresses in it.
+
+    Arrays that may be written are taken to be, since what the members are is not known.
+
+    Parameters
+    ----------
+    value : numpy.void
+        With anything where the pointers are.
+    arrays : mapping of int to ndarray
+        What they point to, by the member's offset in bytes.
+    """
+
+    value: np.void
+    arrays: Mapping[int, np.ndarray]
+
+
+class _Given(NamedTuple):
+    """An array, `at` bytes into an argument."""
+
+    argument: int
+    at: int
+    array: np.ndarray
+    written: bool
+
+
 @dataclass
 class Values:
-    """Arguments as a launch takes them."""
+    """Arguments as a launch takes them; `places` are bytes in one of them, counted after them."""
 
     slots: list[Any] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     pointers: list[Pointer] = field(default_factory=list)
 
@@ -122,21 +150,33 @@ def _owner(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _regions(arrays: dict[int, np.ndarray], parameters: Sequence[Parameter]) -> list[Region]:
+def _regions(given: Sequence[_Given]) -> list[Region]:
     """Return the memory that the arrays lie in: what overlaps is one region."""
     found: list[Region] = []
-    ends = {i: np.lib.array_utils.byte_bounds(_owner(array)) for i, array in arrays.items()}
-    for i in sorted(ends, key=lambda i: ends[i]):
-        low, high = ends[i]
-        written = not parameters[i].pointee_const
+    bounds = [np.lib.array_utils.byte_bounds(_owner(one.array)) for one in given]
+    for (low, high), i in sorted((ends, i) for i, ends in enumerate(bounds)):
+        argument, written = given[i].argument, given[i].written
         if found and low < (found[-1].host or 0) + found[-1].bytes:
             last = found[-1]
             last.bytes = max(high, last.host + last.bytes) - last.host
-            last.argument = min(i, last.argument)
+            last.argument = min(argument, last.argument)
             last.written |= written
         else:
-            found.append(Region(low, high - low, i, written))
+            found.append(Region(low, high - low, argument, written))
     return found
+
+
+def _members(structure: Structure, number: int, what: str, parameter: Parameter) -> list[_Given]:
+    if parameter.kind != b"c":
+        raise TypeError(f"{what}: got a structure, the kernel's parameter is {parameter}")
+    for at, array in structure.arrays.items():
+        if at < 0 or at % 8 or at + 8 > structure.value.nbytes:
+            raise ValueError(f"{what}: got a pointer at byte {at}, expected a multiple of 8 in "
+                             f"a structure of {structure.value.nbytes}")  # fmt: skip
+        if array.dtype.hasobject:
+            raise TypeError(f"{what}: got an array of Python objects")
+    return [_Given(number, at, array, array.flags.writeable)
+            for at, array in structure.arrays.items()]  # fmt: skip
 
 
 def take(name: str, values: Sequence[Any], parameters: Sequence[Parameter]) -> Values:
@@ -144,23 +184,30 @@ def take(name: str, values: Sequence[Any], parameters: Sequence[Parameter]) -> V
     if len(values) != len(parameters):
         raise TypeError(f"{name}: got {len(values)} arguments, the kernel has {len(parameters)}")
     taken = Values()
-    arrays: dict[int, np.ndarray] = {}
+    given: list[_Given] = []
     for i, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
         what = f"{name}: argument {i}"
         if isinstance(value, np.ndarray):
             _check_array(value, what, parameter)
-            arrays[i] = value
+            given.append(_Given(i, 0, value, not parameter.pointee_const))
             taken.slots.append(ctypes.c_void_p(None))
+        elif isinstance(value, Structure):
+            given += _members(value, i, what, parameter)
+            taken.slots.append(_scalar(value.value, what, parameter))
         else:
             taken.slots.append(_scalar(value, what, parameter))
-    taken.regions = _regions(arrays, parameters)
-    for i, array in arrays.items():
-        address = array.ctypes.data
+    taken.regions = _regions(given)
+    for one in given:
+        address = one.array.ctypes.data
         for number, region in enumerate(taken.regions):
             # An array without elements may lie anywhere.
             if region.host <= address <= region.host + region.bytes and (
-                array.size == 0 or address < region.host + region.bytes
+                one.array.size == 0 or address < region.host + region.bytes
             ):
-                taken.pointers.append(Pointer(i, number, address - region.host))
+                place = one.argument
+                if isinstance(values[place], Structure):
+                    place = len(values) + len(taken.places)
+                    taken.places.append((one.argument, one.at))
+                taken.pointers.append(Pointer(place, number, address - region.host))
                 break
     return taken

@@ -183,6 +183,7 @@ class Kernel:
 
     def _run(self, library: ctypes.CDLL, launch: _Launch, values: Values) -> None:
         addresses = [ctypes.addressof(slot) for slot in values.slots]
+        addresses += [addresses[slot] + at for slot, at in values.places]
         launch.arguments = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
         launch.regions = (Region * max(1, len(values.regions)))(*values.regions)
         launch.pointers = (Pointer * max(1, len(values.pointers)))(*values.pointers)

@@ -1,23 +1,25 @@
 // The contraction by scores: an online softmax over tiles of keys, or a plain sum of weights.
 //
-// A block has SIZE rows of one query head and COLUMNS columns of the values. out is
-// (batch, heads, group, rows, value_dim) and level (batch, heads, group, rows), without gaps.
+// A block has SIZE rows of one query head and COLUMNS columns of the values. Rows of a query head
+// lie without gaps in out and level; where query heads are, their `Group` says.
 
 template <int COLUMNS>
 __global__ void __launch_bounds__(THREADS, 1)
-    scores_forward(INPUTS, out_type* __restrict__ out, scalar* __restrict__ level, Shape shape) {
+    scores_forward(const __grid_constant__ Groups groups) {
   extern __shared__ __align__(16) char memory[];
   scalar* staged = reinterpret_cast<scalar*>(memory);
   scalar* weights = staged + Memory<COLUMNS>::STAGED;
   // Blocks of a head follow one another, since its keys stay in the cache, from the last rows on,
-  // which see most under causal.
-  const int tiles = tiles_of(shape.rows);
-  const i64 at = blockIdx.x / tiles;
-  const int row0 = (tiles - 1 - int(blockIdx.x % tiles)) * SIZE;
+  // which see most under causal. The group of most keys comes first.
+  const Group& group = groups.x[groups.of_block(blockIdx.x)];
+  const Shape& shape = group.shape;
+  const int tiles = tiles_of(shape.rows), block = int(blockIdx.x - group.first);
+  const int at = block / tiles;
+  const int row0 = (tiles - 1 - block % tiles) * SIZE;
   const int column0 = int(blockIdx.y) * COLUMNS;
-  const int g = int(at % shape.group), h = int(at / shape.group % shape.heads);
-  const Inputs inputs = INPUT_NAMES;
-  const Head head = head_at(inputs, shape, at / shape.group / shape.heads, h, g);
+  const int g = at % shape.group, h = at / shape.group % shape.heads;
+  const int b = at / shape.group / shape.heads;
+  const Head head = head_at(group.inputs, shape, b, h, g);
   const Range keys = head.keys_of(row0, row0 + SIZE);
 
   Sums<COLUMNS> sums;
@@ -73,18 +75,20 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
     sums.add(weights, head.v, key0, column0, staged);
   }
+  const i64 place = b * group.place[0] + h * group.place[1] + g;
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int row = row0 + down() + SIDE * i;
     const scalar base = peak[i] == MINUS_INFINITY ? scalar(0) : peak[i];
     if (blockIdx.y == 0 && across() == 0 && row < shape.rows)
-      level[at * shape.rows + row] = shape.has_sign   ? scalar(0)
-                                     : total[i] == 0 ? MINUS_INFINITY
-                                                     : base + logarithm(total[i]);
+      group.level[place * shape.rows + row] = shape.has_sign   ? scalar(0)
+                                              : total[i] == 0 ? MINUS_INFINITY
+                                                              : base + logarithm(total[i]);
     if (shape.has_sign) continue;
 #pragma unroll
     for (int c = 0; c < Sums<COLUMNS>::OWN; c++)
       sums.x[i][c] = total[i] == 0 ? scalar(0) : sums.x[i][c] / total[i];
   }
-  sums.write(out + at * shape.rows * shape.value_dim, row0, shape.rows, column0, shape.value_dim);
+  sums.write(group.out + place * shape.rows * shape.value_dim, row0, shape.rows, column0,
+             shape.value_dim);
 }

@@ -1,19 +1,31 @@
 // The contraction by scores on tensor cores: an online softmax over tiles of keys, base 2.
 //
 // A block has ROWS rows of one query head, a warp its share of them. Keys and values come in
-// STAGES tiles of KEYS, so that the next ones are on their way while a tile is multiplied. out is
-// (batch, heads, group, rows, value_dim) and level (batch, heads, group, rows), without gaps.
+// STAGES tiles of KEYS, so that the next ones are on their way while a tile is multiplied. Rows of
+// a query head lie without gaps in out and level; where query heads are, their `Group` says.
 
-// What a block works on, in shared memory, as it would take more registers than there are: query
-// head `at` from row `row0` on, and tiles of keys; what each warp's rows see, some of them and all.
+// What a fold of statistics makes of queries as they are read, see `QueryFold` of
+// pdcore_backends/cupy/query_fold.py; (batch, heads, columns) each, without gaps.
+struct QueryFold {
+  const float *centre, *factor, *gap;
+
+  DEVICE_MEMBER float apply(float x, int column) const {
+    return factor[column] < 0 ? 0 : (x - centre[column]) * factor[column];
+  }
+};
+
+// What a block works on, in shared memory, as it would take more registers than there are: a query
+// head from row `row0` on, and tiles of keys; what each warp's rows see, some of them and all.
 struct Source {
   Shape shape;
   Head head;
-  i64 at;
   int row0;
   Range tiles;
   Range some[WARPS], all[WARPS];
   float constants[MMA_THREADS];  // of each row
+  QueryFold fold;
+  out_type* out;
+  float* level;
 };
 
 template <int DIM, int VALUE_DIM>
@@ -30,16 +42,6 @@ struct Forward {
   static constexpr int BYTES = SOURCE + 1280;
   static_assert(sizeof(Source) <= 1280, "`Source` has 1280 bytes");
   static_assert(ROWS == MMA_THREADS, "a thread prepares a row");
-};
-
-// What a fold of statistics makes of queries as they are read, see `QueryFold` of
-// pdcore_backends/cupy/query_fold.py; (batch, heads, columns) each, without gaps.
-struct QueryFold {
-  const float *centre, *factor, *gap;
-
-  DEVICE_MEMBER float apply(float x, int column) const {
-    return factor[column] < 0 ? 0 : (x - centre[column]) * factor[column];
-  }
 };
 
 // Rows of queries, folded, in place of `Tile::load`.
@@ -134,9 +136,7 @@ DEVICE void hide(Product<M, N>& s, const Head& head, const Range* near, int down
 
 template <int DIM, int VALUE_DIM>
 __global__ void __launch_bounds__(MMA_THREADS, 1)
-    scores_mma(INPUTS, const float* __restrict__ centre, const float* __restrict__ factor,
-               const float* __restrict__ gap, out_type* __restrict__ out,
-               float* __restrict__ level, Shape shape) {
+    scores_mma(const __grid_constant__ Groups groups) {
   typedef Forward<DIM, VALUE_DIM> Sizes;
   constexpr int M = Sizes::WARP_TILES, N = Sizes::KEYS / 8, STAGES = Sizes::STAGES;
   extern __shared__ __align__(16) char memory[];
@@ -153,23 +153,30 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
   Source& source = *reinterpret_cast<Source*>(memory + Sizes::SOURCE);
   const Head& head = source.head;
 
-  // Blocks of a head follow one another, since its keys stay in the cache, from the last rows on,
-  // which see most under causal.
-  const int tiles = (shape.rows + Sizes::ROWS - 1) / Sizes::ROWS;
-  const i64 at = blockIdx.x / tiles;
-  const int row0 = (tiles - 1 - int(blockIdx.x % tiles)) * Sizes::ROWS;
   const int warp_row = 16 * M * warp();
-  const int g = int(at % shape.group), h = int(at / shape.group % shape.heads);
-  const Inputs inputs = INPUT_NAMES;
   if (threadIdx.x == 0) {
-    source.shape = shape;
-    source.head = head_at(inputs, source.shape, at / shape.group / shape.heads, h, g);
-    source.at = at;
-    source.row0 = row0;
+    // Blocks of a head follow one another, since its keys stay in the cache, from the last rows on,
+    // which see most under causal. The group of most keys comes first.
+    const Group& group = groups.x[groups.of_block(blockIdx.x)];
+    const Shape& shape = source.shape = group.shape;
+    const int tiles = (shape.rows + Sizes::ROWS - 1) / Sizes::ROWS;
+    const int block = int(blockIdx.x - group.first), at = block / tiles;
+    const int row0 = source.row0 = (tiles - 1 - block % tiles) * Sizes::ROWS;
+    const int g = at % shape.group, h = at / shape.group % shape.heads;
+    const int b = at / shape.group / shape.heads;
+    source.head = head_at(group.inputs, source.shape, b, h, g);
+    const i64 place = b * group.place[0] + h * group.place[1] + g;
+    source.out = group.out + place * shape.rows * VALUE_DIM;
+    source.level = group.level + place * shape.rows;
+    const i64 first = i64(at / shape.group) * DIM;
+    source.fold = group.centre ? QueryFold{group.centre + first, group.factor + first,
+                                           group.gap + first}
+                               : QueryFold{};
     const Range keys = head.keys_of(row0, row0 + Sizes::ROWS);
     source.tiles = {keys.first / Sizes::KEYS, (keys.last + Sizes::KEYS - 1) / Sizes::KEYS};
   }
   __syncthreads();
+  const int row0 = source.row0;
   const Range &some = source.some[warp()], &all = source.all[warp()];
   if (lane() == 0) {
     source.some[warp()] = head.keys_of(row0 + warp_row, row0 + warp_row + 16 * M);
@@ -184,23 +191,22 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
     }
     ptx::cp_async_commit();  // a group for every tile, of nothing past the last
   };
-  if (!centre) queries.template load<Sizes::ROWS>(head.q, row0);
+  if (!source.fold.centre) queries.template load<Sizes::ROWS>(head.q, row0);
 #pragma unroll
   for (int t = 0; t < STAGES - 1; t++) fetch(source.tiles.first + t);
   source.constants[threadIdx.x] = 0;
-  if (centre) {
-    const i64 first = at / shape.group * DIM;
-    const QueryFold fold = {centre + first, factor + first, gap + first};
+  if (source.fold.centre) {
+    const QueryFold fold = source.fold;
     load_folded<Sizes::ROWS>(queries, head.q, row0, fold);
     __syncthreads();
-    if (row0 + int(threadIdx.x) < shape.rows)
+    if (row0 + int(threadIdx.x) < head.shape->rows)
       source.constants[threadIdx.x] =
           row_constant(queries, head.q, row0, int(threadIdx.x), fold);
   }
 
   // Logits in base 2 are `unit` times what stands in s.
-  const bool plain = PLAIN && shape.scale > 0 && !key_bias && !bias;
-  const float unit = plain ? float(shape.scale) * LOG2E : 1;
+  const bool plain = PLAIN && source.shape.scale > 0 && !head.key_bias && !head.bias;
+  const float unit = plain ? float(source.shape.scale) * LOG2E : 1;
   Product<M, VALUE_DIM / 8> sums;
   sums.clear();
   float peak[M][2], total[M][2];
@@ -259,8 +265,8 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
     for (int i = 0; i < 2; i++) {
       const int row = source.row0 + warp_row + sums.row(m, 2 * i);
       const float sum = sum_in_row(total[m][i]), inverse = sum == 0 ? 0 : 1 / sum;
-      if (lane() % 4 == 0 && row < shape.rows)
-        level[source.at * shape.rows + row] =
+      if (lane() % 4 == 0 && row < source.shape.rows)
+        source.level[row] =
             sum == 0 ? MINUS_INFINITY
                      : LN2 * (peak[m][i] * unit) + logarithm(sum) +
                            source.constants[warp_row + sums.row(m, 2 * i)];
@@ -270,5 +276,5 @@ __global__ void __launch_bounds__(MMA_THREADS, 1)
         sums.x[m][n][2 * i + 1] *= inverse;
       }
     }
-  sums.write(out + source.at * shape.rows * VALUE_DIM, source.row0 + warp_row, shape.rows);
+  sums.write(source.out, source.row0 + warp_row, source.shape.rows);
 }
