@@ -75,9 +75,8 @@ class BoundAttention:
         dropout: float = _NO_DROPOUT, axis_name: str | None = None,
     ) -> Any:  # fmt: skip
         """Compute attention; the arguments are those of `attention`."""
-        inputs = Inputs(
-            q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS, dropout, axis_name
-        )  # fmt: skip
+        given = _NO_PARAMS if params is None else params
+        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given, dropout, axis_name)
         backend, plan, inputs, back = self.prepare(inputs, lse=return_lse)
         if back is None:
             out, lse = backend.attention(plan, inputs, lse=return_lse)
@@ -129,7 +128,8 @@ class BoundAttention:
             q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name = inputs
             key = (lse, vjp, weights, _kind(q), _kind(k), _kind(v))
             plain = mask is None and key_mask is None and bias is None and type(offset) is int
-            if not (plain and not params and dropout is _NO_DROPOUT and axis_name is None):
+            plain = plain and type(params) is dict and not params
+            if not (plain and dropout is _NO_DROPOUT and axis_name is None):
                 key = (*key, *map(_kind, inputs[3:]), dropout)
             found = self._ready.get(key)
         except (AttributeError, TypeError):
@@ -257,7 +257,9 @@ def _exchange(
     if own and target == home:
         return inputs, None
     # A move within a library is a step that it differentiates.
-    if not own and any(getattr(x, "requires_grad", False) for x in inputs):
+    if not own and any(
+        getattr(x, "requires_grad", False) for x in (*inputs, *inputs.params.values())
+    ):
         raise UnsupportedError(
             f"backend {backend.info.name}: taking {library} arrays that require a gradient to "
             f"{backend.info.library} would cut it; detach them, or use a {library} backend"
@@ -282,7 +284,8 @@ def _exchange(
     def back(x: Any) -> Any:
         if device is not None:
             x = backend.exchange(x, home)
-        return x if own else backend.give(x, namespace)
+        # An array of NumPy has come home already.
+        return x if own or library_of(x, "out") == library else backend.give(x, namespace)
 
     moved = {name: there(x) for name, x in inputs._asdict().items() if name != "params"}
     return Inputs(**moved, params={n: there(x) for n, x in inputs.params.items()}), back
@@ -441,7 +444,8 @@ def attention_vjp(
     >>> sorted(vjp(np.ones_like(out)))
     ['k', 'q', 'v']
     """
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
+    given = _NO_PARAMS if params is None else params
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given)
     out, lse, pull = _bound(spec, backend, device).vjp(inputs)
     from .validation import check_cotangent
 
@@ -473,7 +477,8 @@ def attention_weights(
         The weight of a pooled key is spread evenly over the real keys that it covers
         (``pool=first``: onto that key).
     """
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS)
+    given = _NO_PARAMS if params is None else params
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given)
     return _bound(spec, backend, device).weights(inputs)
 
 
@@ -501,8 +506,7 @@ backend, device
     from .lowering import lower_request
 
     bound = _bound(spec, backend, device)
-    inputs = Inputs(
-        q, k, v, mask, key_mask, bias, offset, params or _NO_PARAMS, dropout, axis_name
-    )  # fmt: skip
+    given = _NO_PARAMS if params is None else params
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given, dropout, axis_name)
     request = bound.request(inputs, lse=return_lse)
     return explain_request(request, bound.choice, lower_request(request))

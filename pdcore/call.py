@@ -39,8 +39,7 @@ class Call:
         self.device = device_of(q)
         if inputs.key_mask is not None:
             # Whatever stands in padding must not enter a product, nor a gradient.
-            kept = inputs.key_mask[..., None, :, None]
-            k, v = (xp.where(kept, x, xp.zeros_like(x)) for x in (k, v))
+            k, v = self._kept(k), self._kept(v)
         self.q = xp.reshape(q, (*self.grouped, *q.shape[-2:]))
         self.k, self.v = k, v
         self.mask = self._ranked(inputs.mask)
@@ -54,6 +53,11 @@ class Call:
     def taken(self, step: str, x: Any) -> Any:
         """Bring an array to the dtype in which a step takes it."""
         return x if step in self.native else self.cast(x)
+
+    def _kept(self, x: Any) -> Any:
+        """Put zeros where keys are padding, in the array's dtype: CuPy has no bfloat16 `where`."""
+        kept = self.inputs.key_mask[..., None, :, None]
+        return self._as(self.xp.where(kept, x, self.xp.zeros_like(x)), x.dtype)
 
     def _as(self, x: Any, dtype: Any) -> Any:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
@@ -148,9 +152,7 @@ class Call:
             "v": self._as(joined["v"], self.dtype),
         }
         if inputs.key_mask is not None:
-            kept = inputs.key_mask[..., None, :, None]
-            for name in ("k", "v"):
-                result[name] = xp.where(kept, result[name], xp.zeros_like(result[name]))
+            result |= {name: self._kept(result[name]) for name in ("k", "v")}
         if self.bias is not None:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1

@@ -61,11 +61,9 @@ def report(
         except ModuleNotFoundError as error:
             if error.name not in ("jinja2", "markupsafe"):
                 raise
-            message = f"{error.name} is not installed: pip install 'pdcore[conformance]'"
-            if as_json:
-                kind = type(error).__name__
-                emit({"error": {"kind": kind, "message": message}, "exit_code": int(Exit.MISSING)})
-            raise Failed(Exit.MISSING, message) from error
+            raise Failed(
+                Exit.MISSING, f"{error.name} is not installed: pip install 'pdcore[conformance]'"
+            ) from error
     if as_json:
         wrote = {"html": html and str(html), "merged": merged and str(merged)}
         emit(summary.as_dict(record) | wrote)

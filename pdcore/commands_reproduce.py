@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from importlib import import_module
 from pathlib import Path
@@ -13,13 +14,14 @@ import typer
 from rich.markup import escape
 
 from .cli import Exit
-from .errors import NoBackendError, UnsupportedError
+from .errors import NoBackendError, SpecError, UnsupportedError
 from .files import FileError
 from .reporting import Failed, emit, note, progress, reported, stdout
 from .spec import parse
 
 if TYPE_CHECKING:
     from pdcore_conformance.reproduce.protocol import Grid
+    from pdcore_conformance.reproduce.results import Results
     from pdcore_conformance.training.series import Pair
 
 __all__ = ["reproduce"]
@@ -102,14 +104,14 @@ def reproduce(
                 note(f"{share:4.0%} {cell.name}{_told(figures)}")
 
         try:
-            found = whole.run(results, grid, specs, series, jobs or _cores(), done)
+            with _kept(results):
+                found = whole.run(results, grid, specs, series, jobs or _cores(), done)
         except FloatingPointError as error:
             raise Failed(Exit.NUMERICS, str(error)) from error
         except BrokenExecutor as error:
             raise Failed(
-                Exit.FAILURE, "a process was ended from outside, or had too little memory; what "
-                "is finished is kept"
-            ) from error  # fmt: skip
+                Exit.FAILURE, "a process was ended from outside, or had too little memory"
+            ) from error
     written = [str(path) for path in whole.write(results, found, out, force=force)]
     if as_json:
         emit(results.record | {"files": written})
@@ -119,11 +121,25 @@ def reproduce(
         stdout().print(f"wrote {escape(path)}", soft_wrap=True)
 
 
+@contextlib.contextmanager
+def _kept(results: Results) -> Iterator[None]:
+    """Say of a run that ends early, by a signal too, what is left of it."""
+    try:
+        yield
+    except BaseException:
+        if results.cells:
+            note(f"{results.path}: what is finished is kept; the same command goes on from there")
+        raise
+
+
 def _specs(baseline: str, texts: Sequence[str]) -> list[str]:
     """Give the canonical forms, the baseline first."""
     found = [baseline]
     for text in texts:
-        own = str(parse(text))
+        try:
+            own = str(parse(text))
+        except SpecError as error:
+            raise typer.BadParameter(str(error), param_hint="--spec") from error
         if own in found:
             raise typer.BadParameter(
                 f"{own} is there twice" if own != baseline else

@@ -91,7 +91,7 @@ class Convolution(Normalization):
             raise ValueError(
                 f"k: got {count} keys in a head, expected "
                 f"{' x '.join(map(str, self.grid(count)))} = {math.prod(self.grid(count))}, the "
-                f"grid of {self.word}"
+                f"grid of {self.word}: give it the height and width that the keys fill"
             )
 
     def step(self) -> str:
@@ -109,7 +109,7 @@ class Convolution(Normalization):
 
 @dataclass(frozen=True)
 class Conv1d(Convolution):
-    """T(k_j) = sum_t w_t k_(j + t), and T(q) = q: keys convolved along their sequence.
+    """T(k_j) = sum_t w_t k_(j + t - c), and T(q) = q: keys convolved along their sequence.
 
     Attention-Conv1D. The filter is depthwise: a weight for each head, tap and feature. Beyond the
     sequence, and where a key is padding, there are zeros. A query has no neighbours, so T leaves
@@ -123,7 +123,7 @@ class Conv1d(Convolution):
     size : int
         The number of taps, >= 1.
     padding : {"same", "causal"}
-        Whether key j stands at the middle tap, (size - 1) // 2, or at the last one, so that
+        Whether key j stands at the middle tap, c = (size - 1) // 2, or at the last one, so that
         nothing depends on later keys.
     allow_leak : bool
         Permit ``same`` under ``causal``.
@@ -158,13 +158,13 @@ class Conv1d(Convolution):
 
     def latex(self, key: str = "k") -> str:
         """T of key j as LaTeX, of keys written `key`."""
-        low, high = -self.before[0], self.size - 1 - self.before[0]
-        return rf"\sum_{{t = {low}}}^{{{high}}} w_t \odot {key}_{{j + t}}"
+        at = f"j + t - {self.before[0]}" if self.before[0] else "j + t"
+        return rf"\sum_{{t = 0}}^{{{self.size - 1}}} w_t \odot {key}_{{{at}}}"
 
 
 @dataclass(frozen=True)
 class Conv2d(Convolution):
-    """T(k_j) = sum_ut w_ut k_(j + u width + t), and T(q) = q: keys convolved over a grid.
+    """T(k_j) = sum_ut w_ut k_(j + (u - c) width + t - c), and T(q) = q: keys convolved over a grid.
 
     Attention-Conv2D. The keys of a head, pooled or not, fill a grid row by row, and are convolved
     over it with a square depthwise filter, as of `Conv1d`. It looks ahead, so ``causal`` refuses
@@ -178,7 +178,7 @@ class Conv2d(Convolution):
     height, width : int
         The grid, >= 1: a head has height width keys.
     size : int
-        The filter's height and width, >= 1; key j stands at its middle, (size - 1) // 2.
+        The filter's height and width, >= 1; key j stands at its middle, c = (size - 1) // 2.
     allow_leak : bool
         Permit it under ``causal``.
     """
@@ -208,9 +208,10 @@ class Conv2d(Convolution):
 
     def latex(self, key: str = "k") -> str:
         """T of key j as LaTeX, of keys written `key`."""
-        low, high = -self.before[0], self.size - 1 - self.before[0]
+        c = self.before[0]
+        at = f"j + {self.width}(u - {c}) + t - {c}" if c else f"j + {self.width}u + t"
         return (
-            rf"\sum_{{u, t = {low}}}^{{{high}}} w_{{ut}} \odot {key}_{{j + {self.width}u + t}} "
+            rf"\sum_{{u, t = 0}}^{{{self.size - 1}}} w_{{ut}} \odot {key}_{{{at}}} "
             rf"\ \text{{ within rows }} 0 \text{{ to }} {self.height - 1} \text{{ and columns }} 0 "
             rf"\text{{ to }} {self.width - 1}"
         )

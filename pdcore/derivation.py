@@ -7,6 +7,7 @@ in the arrays: query i is at position p = i + offset, and key j at position j.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -24,6 +25,7 @@ from .kernels import (
 from .mixture import Mixture
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
+from .statistics import Moments
 
 __all__ = ["aligned", "derive", "positive_semidefinite", "sections"]
 
@@ -135,6 +137,10 @@ class _Derivation:
             yield r"\quad R = \{ j : 0 \leq j < M,\ k_j \text{ is real} \}"
         if isinstance(self.spec.normalization, Convolution):
             yield rf"\quad \tilde{{k}}_j = {self.spec.normalization.latex(self._key)}"
+            taps = math.prod(self.spec.normalization.taps)
+            share = rf"1 / {taps}" if taps > 1 else "1"
+            yield (rf"\quad w = \texttt{{weight}} \text{{, or }} {share} \text{{ everywhere "
+                   r"where a call does not give it}")  # fmt: skip
             yield (rf"\quad \text{{with }} {self._key}_l = 0 \text{{ for }} l \notin R \text{{; "
                    r"a query has no neighbours, and is not convolved}")  # fmt: skip
         if not support.restricts:
@@ -183,20 +189,28 @@ class _Derivation:
         }[spec.normaliser]
         yield rf"\quad {self.h}(x) = {normaliser}"
         if spec.parameters():
-            declared = r",\ ".join(_parameter(p.name, p.shapes) for p in spec.parameters())
-            yield rf"\quad \text{{arrays that a call gives: }} {declared}"
+            for gives, wanted in (("gives", True), ("may give", False)):
+                found = [p for p in spec.parameters() if (p.default is None) is wanted]
+                if found:
+                    declared = r",\ ".join(_parameter(p.name, p.shapes) for p in found)
+                    yield rf"\quad \text{{arrays that a call {gives}: }} {declared}"
 
     def _statistics(self) -> Iterator[str]:
         normalization = self.spec.normalization
-        if not isinstance(normalization, Batch):
-            statistics = normalization.statistics_state()
+        key = self.key("j")
+        if isinstance(normalization, Mixture):
+            steps, seed = normalization.steps, normalization.seed
+            yield (rf"\pi_c, \mu_c, \sigma_c^2 \text{{ by {steps} steps of EM on the }} {key},\ "
+                   rf"j \in R \text{{, from centres of seed {seed}}}")  # fmt: skip
+            return
+        statistics = normalization.statistics_state()
+        if not isinstance(normalization, Batch) and type(statistics) is not Moments:
             if statistics is not None:
                 name = _escape(type(statistics).__name__)
                 yield (rf"\text{{by the statistics }} \texttt{{{name}}} \text{{ of the }} "
-                       rf"{self.key('j')},\ j \in R")  # fmt: skip
+                       rf"{key},\ j \in R")  # fmt: skip
             return
-        key = self.key("j")
-        match normalization.statistics:
+        match normalization.statistics if isinstance(normalization, Batch) else "sequence":
             case "running":
                 yield r"\mu, \sigma^2 \text{ given by the call}"
                 return
@@ -211,7 +225,7 @@ class _Derivation:
             case _:
                 over, index = "R", ""
         total, count = rf"\sum_{{j \in {over}}}", f"|{over}|"
-        if normalization.statistics == "batch":
+        if isinstance(normalization, Batch) and normalization.statistics == "batch":
             total, count = rf"\sum_b \sum_{{j \in {over}}}", rf"\sum_b |{over}|"
             key = rf"{key}^{{(b)}}"
         mean = rf"\mu{index}"
@@ -298,20 +312,20 @@ class _Derivation:
         normalization = spec.normalization
         if isinstance(spec.kernel, Exponential) and spec.kernel.softcap is not None:
             found.append("softcap")
-        if isinstance(normalization, Batch):
+        if isinstance(normalization, Batch | InstanceEnhanced | Mixture):
             found.append(
                 rf"the value }} {latex_number(normalization.eps)} \text{{ added to the variance"
             )
             if normalization.beta != 1.0:
                 found.append("the weight of the mean")
-            if normalization.statistics != "sequence":
+            if isinstance(normalization, Batch) and normalization.statistics != "sequence":
                 found.append(f"{normalization.statistics} statistics")
             if self.pooled:
                 found.append("statistics over pooled keys")
         if isinstance(normalization, Convolution):
             found.append("the convolution: of keys alone, depthwise, with zeros beyond them")
         if isinstance(normalization, InstanceEnhanced):
-            found.append("that an instance is one sequence as one head has it")
+            found.append("an instance is one sequence as one head has it; queries get its gate")
         if isinstance(normalization, Mixture):
             found.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
         if self.pooled:

@@ -15,8 +15,15 @@ _TOKEN = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\Z")
 
 
-def read_words(text: str) -> list[tuple[str, str | None]]:
-    """Read words joined by ``+``, each with the text of its arguments, None without any."""
+def read_words(
+    text: str,
+    what: str = "spec",
+    expected: str = "words joined by '+', such as 'softmax+bn(beta=0.5)+causal'",
+) -> list[tuple[str, str | None]]:
+    """Read words joined by ``+``, each with the text of its arguments, None without any.
+
+    A refusal calls the text `what`, and says what was `expected`.
+    """
     found: list[tuple[str, str | None]] = []
     at = 0
     while True:
@@ -25,8 +32,8 @@ def read_words(text: str) -> list[tuple[str, str | None]]:
             where = match.end() if match else at
             rest = text[where : where + 12]
             raise SpecError(
-                f"spec {text!r}: cannot read it at column {where + 1} ({rest!r}); "
-                "expected words joined by '+', such as 'softmax+bn(beta=0.5)+causal'"
+                f"{what} {text!r}: cannot read it at column {where + 1} ({rest!r}); "
+                f"expected {expected}"
             )
         found.append((match[1], match[2]))
         if match.end() == len(text):

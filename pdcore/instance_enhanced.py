@@ -69,7 +69,10 @@ class InstanceEnhanced(Normalization):
 
     def latex(self) -> str:
         """T as LaTeX."""
-        return rf"\mathrm{{sigmoid}}(a \odot \mu + c) \odot {self._batch.latex()}"
+        return (
+            rf"\mathrm{{sigmoid}}(a \odot \mu + c) \odot {self._batch.latex()}, \quad "
+            r"a = \texttt{slope},\ c = \texttt{shift}"
+        )
 
     @property
     def _batch(self) -> Batch:

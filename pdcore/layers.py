@@ -139,18 +139,19 @@ def derive(
     name, normalization = _normalization(layer, arguments)
     spec = AttentionSpec(kernel=_kernel(kernel), normalization=normalization)
     plan = lower(spec, Signature(dim, heads, dtype))
-    return Derivation(name, spec, tuple(_steps(spec, plan)), plan)
+    where = f"For D = {dim}, {heads} key head{'s' * (heads > 1)} and {dtype}:"
+    return Derivation(name, spec, tuple(_steps(spec, plan, where)), plan)
 
 
 def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normalization]:
     """Read a layer: its name, and the normalization with its arguments."""
     if not isinstance(layer, str):
         raise TypeError(f"layer: got {type(layer).__name__}, expected a name of LAYERS")
-    words = read_words(layer)
+    one = "one layer, such as 'batch_norm' or 'mixture_norm(components=3)'"
+    words = read_words(layer, "layer", one)
     name, text = words[0]
     if len(words) > 1:
-        raise SpecError(f"layer: got {layer!r}, expected one layer, such as 'batch_norm' or "
-                        "'mixture_norm(components=3)'")  # fmt: skip
+        raise SpecError(f"layer: got {layer!r}, expected {one}")
     if name not in LAYERS:
         meant = [known for known, cls in LAYERS.items() if name in (cls.word, *cls.aliases)]
         hint = f"did you mean {meant[0]!r}?" if meant else nearest(name, LAYERS)
@@ -177,15 +178,23 @@ def _kernel(kernel: str | Kernel) -> Kernel:
     return spec.kernel
 
 
-def _steps(spec: AttentionSpec, plan: Plan) -> list[Step]:
+def _scale(kernel: Kernel) -> str:
+    """Say what tau is."""
+    if not hasattr(kernel, "scale"):
+        return ""
+    return f", tau = {'1 / sqrt(D)' if kernel.scale is None else f'{kernel.scale:g}'}"
+
+
+def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
     part = sections(spec)
     own = part["own_choices"]
-    alone = (
-        "A convolution is of the key sequence, so it changes the points that the layer is fitted "
-        "on; a query is one point, without neighbours, and T leaves it. "
-        if isinstance(spec.normalization, Convolution)
-        else ""
-    )
+    alone = ""
+    if isinstance(spec.normalization, Convolution):
+        alone = (
+            f"Key j stands at tap c = {spec.normalization.before[0]}. A convolution is of the key "
+            "sequence, so it changes the points that the layer is fitted on; a query is one "
+            "point, without neighbours, and T leaves it. "
+        )
     space = (
         "Phi is needed in inner products alone"
         if positive_semidefinite(spec)
@@ -196,13 +205,14 @@ def _steps(spec: AttentionSpec, plan: Plan) -> list[Step]:
             "The layer",
             "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
             f"{summary(type(spec.normalization))}. {alone}{space}: kappa(x, y) = Phi(x).Phi(y), "
-            f"{summary(type(spec.kernel))}. h(x) = sum_j kappa(T(x), T(k_j)).",
+            f"{summary(type(spec.kernel))}{_scale(spec.kernel)}. h(x) = sum_j kappa(T(x), T(k_j)).",
             aligned([*part["points"], *part["choices"]]),
         ),
         Step(
             "The regression",
-            "Fit it to keys k_j with targets y_j: keep |W|^2 / 2 small, and charge C for what an "
-            "error exceeds epsilon, in every output feature.",
+            f"Fit it{', for every query anew,' * spec.prefix} to keys k_j with targets y_j: keep "
+            "|W|^2 / 2 small, and charge C for what an error exceeds epsilon, in every output "
+            "feature.",
             aligned(part["primal"]),
         ),
         Step(
@@ -218,5 +228,5 @@ def _steps(spec: AttentionSpec, plan: Plan) -> list[Step]:
             f"A transformer learns v and has b = 0: {spec}.",
             aligned([*part["attention"], *own]),
         ),
-        Step("The plan", "\n".join(plan.steps), ""),
+        Step("The plan", "\n".join((where, *plan.steps)), ""),
     ]

@@ -6,6 +6,7 @@ beside a planted wrong variant.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import UnsupportedError
@@ -108,7 +109,8 @@ def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
     over = {"sequence": "the real keys of the sequence",
             "batch": "the real keys of all sequences of the call",
             "prefix": "the real keys up to each position"}  # fmt: skip
-    steps.append(f"statistics: {type(statistics).__name__.lower()} over {over[scope]}")
+    name = re.sub(r"(?<!^)(?=[A-Z])", " ", type(statistics).__name__).lower()
+    steps.append(f"statistics: {name} over {over[scope]}")
     return Summary(statistics, scope)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, ParamSpec
 
 import typer
@@ -27,9 +29,12 @@ P = ParamSpec("P")
 #: A bar appears when a command has run for this long, in seconds.
 PATIENCE = 2.0
 
+#: Whether the running command has printed its JSON, which is one document.
+_emitted: ContextVar[bool] = ContextVar("emitted", default=False)
+
 
 class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet target
-    """Ends a command with an exit code, after its result has been printed.
+    """Ends a command with an exit code, whether or not its result has been printed.
 
     Parameters
     ----------
@@ -84,6 +89,7 @@ def emit(result: Any) -> None:
 
     NaN and infinities, which JSON does not have, become null.
     """
+    _emitted.set(True)
     sys.stdout.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -101,11 +107,13 @@ def _finite(value: Any) -> Any:
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Turn the exceptions of a command into messages and exit codes.
 
-    A command with ``as_json`` set gets its error as JSON on stdout too.
+    A command with ``as_json`` set gets its error as JSON on stdout too, where its result is not
+    there yet.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        _emitted.set(False)
         try:
             with _signals():
                 command(*args, **kwargs)
@@ -114,9 +122,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             code, kind = 128 + caught.number, "Interrupted"
             message = f"ended by {signal.Signals(caught.number).name}"
         except Failed as failed:
-            # Its result, and so its JSON, is out already.
-            note(f"pdcore: {failed}")
-            raise typer.Exit(int(failed.code)) from None
+            code, message = int(failed.code), str(failed)
+            kind = type(failed.__cause__ or failed).__name__
         except ModuleNotFoundError as error:
             if not optional(error):
                 raise
@@ -127,11 +134,14 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             kind, message = type(error).__name__, str(error)
             if isinstance(error, MemoryError):
                 message = message or "out of memory"
-        if kwargs.get("as_json"):
+        if kwargs.get("as_json") and not _emitted.get():
             emit({"error": {"kind": kind, "message": message}, "exit_code": code})
         note(f"pdcore: {message}")
         raise typer.Exit(code)
 
+    # In the help only the first paragraph would be filled anew, and the others keep their lines.
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     return run
 
 

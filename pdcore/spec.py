@@ -147,7 +147,11 @@ class AttentionSpec:
             See `Normalization.check_keys`.
         """
         for scale in sorted(set(self.heads.scales)) or (1,):
-            self.normalization.check_keys(-(-count // scale))
+            try:
+                self.normalization.check_keys(-(-count // scale))
+            except ValueError as error:
+                pooled = f" ({count} keys, pooled by {scale})" if scale > 1 else ""
+                raise ValueError(f"{error}{pooled}") from error
 
     def __str__(self) -> str:
         words = [_word(self.kernel)]

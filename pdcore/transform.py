@@ -204,7 +204,7 @@ class GaussianRows:
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
         shift = self.centre(rows, xp=xp)
-        q, k = rows.q - shift, rows.k - shift
+        q, k = (self.points(x - shift, xp=xp) for x in (rows.q, rows.k))
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
             # The shift is held fixed: the value does not depend on it.
@@ -222,6 +222,10 @@ class GaussianRows:
     def centre(self, rows: Rows, *, xp: Any) -> Any:
         """Give a point amid the keys of each head, see `central`."""
         return central(rows.k, rows.key_mask, xp=xp)
+
+    def points(self, x: Any, *, xp: Any) -> Any:
+        """Give the points between which distances are taken, for a backend that rounds them."""
+        return x
 
 
 @dataclass(frozen=True)

@@ -147,12 +147,12 @@ def _offset(offset: Any, lead: tuple[int, ...], library: str) -> None:
 
 def _params(spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str,
             library: str) -> None:  # fmt: skip
+    if type(params) is not dict and not isinstance(params, Mapping):  # most are, and it is quick
+        raise TypeError(f"params: got {type(params).__name__}, expected a mapping of names to "
+                        "arrays")  # fmt: skip
     declared = {p.name: p for p in spec.parameters()}
     if not declared and not params:
         return
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params: got {type(params).__name__}, expected a mapping of names to "
-                        "arrays")  # fmt: skip
     for name in params:
         if name not in declared:
             raise ValueError(f"params: {spec} has no parameter {name!r}; "

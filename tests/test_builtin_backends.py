@@ -19,7 +19,8 @@ from strategies import Case, cotangents, mapped, normal_case
 
 import pdcore
 from pdcore import plugins
-from pdcore.backend import FEATURES, BackendInfo, Request
+from pdcore.attention import _exchange
+from pdcore.backend import FEATURES, BackendInfo, Inputs, Request
 from pdcore.errors import NoBackendError, UnsupportedError
 from pdcore.validation import FLOATS
 from pdcore_conformance.budget import expect, judge
@@ -232,6 +233,9 @@ def test_torch_does_not_cut_gradients_for_others(torch: Any) -> None:
     x = torch.ones(3, 1, 2, 5, 4, requires_grad=True)
     with pytest.raises(UnsupportedError, match="would cut it; detach them"):
         pdcore.attention(*x, backend="numpy")
+    beta = torch.ones(2, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="would cut it; detach them"):
+        pdcore.attention(*x.detach(), "bn(beta=param)", params={"beta": beta}, backend="numpy")
 
 
 @pytest.mark.torch
@@ -426,8 +430,10 @@ def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cupy, "asarray", lambda x: "copied", raising=False)
     for name, made in {
         "Device": lambda index: Entered(said, "device", index),
-        "ExternalStream": lambda *given: Entered(said, "stream", *given),
-        "Stream": types.SimpleNamespace(null=Entered(said, "default stream")),
+        "Stream": types.SimpleNamespace(
+            null=Entered(said, "default stream"),
+            from_external=lambda x: Entered(said, "stream", *x.__cuda_stream__()),
+        ),
     }.items():
         monkeypatch.setattr(cupy.cuda, name, made, raising=False)
     torch = types.ModuleType("torch")
@@ -451,7 +457,7 @@ def test_cupy_takes_tensors_on_the_current_stream_of_pytorch(
 ) -> None:
     x = Tensor("float16")
     assert cupy_backend.exchange(x).taken is x
-    on = ["enter device 1", "enter stream 1234 1", "from_dlpack", "leave stream 1234 1",
+    on = ["enter device 1", "enter stream 0 1234", "from_dlpack", "leave stream 0 1234",
           "leave device 1"]  # fmt: skip
     assert streams == on
     streams.clear()
@@ -486,6 +492,19 @@ def test_bfloat16_goes_through_dlpack_by_its_bits(cupy_backend: Any, streams: li
     assert np.shares_memory(back, given)
     plain = np.ones(3, np.float16)
     assert np.shares_memory(cupy_backend.give(plain, torch), plain)
+
+
+def test_a_result_that_is_home_is_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(plugins.load_backend("numpy"))
+    monkeypatch.setattr(kind, "exchange", lambda self, x, device=None: np.asarray(x))
+    monkeypatch.setattr(kind, "give", lambda self, x, namespace: pytest.fail("given"))
+    strict = pytest.importorskip("array_api_strict")
+    inputs = Inputs(*[strict.asarray(np.ones((1, 2, 5, 4)))] * 3)
+    backend = plugins.load_backend("numpy")
+    _, back = _exchange(backend, inputs, "array_api_strict", None)
+    x = strict.asarray(np.ones(2))
+    assert back is not None
+    assert back(x) is x
 
 
 def test_a_call_on_foreign_arrays_runs_on_their_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -289,6 +290,43 @@ def test_every_command_has_help_and_json(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--json" in result.stdout
+
+
+def test_the_help_fills_every_paragraph() -> None:
+    helped = [line.strip() for line in run("reproduce", "--help").stdout.splitlines()]
+    first = next(n for n, line in enumerate(helped) if line.startswith("The data are"))
+    paragraph = helped[first : helped.index("", first)]
+    assert len(paragraph) >= 3
+    for line, after in itertools.pairwise(paragraph):
+        assert len(line) + 1 + len(after.split()[0]) > 76  # else that word would be on this line
+
+
+@pytest.mark.parametrize(
+    "arguments", [("bench", "numpy"), ("conform", "numpy"), ("new-backend", "mine")]
+)
+def test_a_missing_extra_is_json_too(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("pdcore_conformance")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pdcore_conformance", None)
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments, "--json")
+    assert result.exit_code == Exit.MISSING
+    told = json.loads(result.stdout)
+    message = "pdcore_conformance is not installed: pip install 'pdcore[conformance]'"
+    assert told["error"] == {"kind": "ModuleNotFoundError", "message": message}
+    assert told["exit_code"] == Exit.MISSING
+    assert message in result.stderr
+
+
+def test_a_result_before_the_failure_is_the_only_json() -> None:
+    result = run("explain", "softmax", "--shape", "2,4,6,8", "--library", "torch",
+                 "--backend", "numpy", "--device", "cuda", "--json")  # fmt: skip
+    assert result.exit_code == Exit.NO_BACKEND
+    told = json.loads(result.stdout)
+    assert "error" not in told
+    assert "no backend can run it" in result.stderr
 
 
 def test_the_help_and_the_documentation_give_the_exit_codes() -> None:

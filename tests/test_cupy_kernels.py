@@ -147,6 +147,35 @@ def test_scalars_of_log_kappa_get_gradients(backend: Any) -> None:
     check(backend, normal_case(spec, dtype=np.float32, n=70, m=20))
 
 
+class WithoutHalfWhere:
+    """NumPy with the `where` of CuPy, which gives float32 for bfloat16."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.xp, name)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        found = self.xp.where(condition, x, y)
+        return found.astype("float32") if found.dtype.name == "bfloat16" else found
+
+
+def test_padding_leaves_bfloat16_as_it_is() -> None:
+    backend = EmulatedBackend()
+    backend._xp = WithoutHalfWhere(backend.xp)
+    name = "causal, an offset each, padding"
+    spec, call = CALLS[name]
+    found = check(backend, normal_case(spec, dtype=dtype_of("bfloat16"), **call))
+    assert {found[n].dtype.name for n in ("out", "d_q", "d_k", "d_v")} == {"bfloat16"}
+
+
+def test_a_pullback_takes_out_before_it_is_rounded(backend: Any) -> None:
+    case = normal_case("causal", dtype=np.float16)
+    assert fused(backend, case).contraction.rounds
+    assert not fused(backend, case, vjp=True).contraction.rounds
+
+
 # --- how it runs ----------------------------------------------------------------------------------
 
 

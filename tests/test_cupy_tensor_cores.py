@@ -180,6 +180,18 @@ def test_rows_that_16_bytes_cannot_be_read_from_are_copied(backend: Any) -> None
         check_forward(backend, replace(case, q=q, k=k, v=v))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distances_of_close_points_far_out(backend: Any, dtype: str) -> None:
+    # Rounded after the squares were taken, the rows' error would grow with their norms.
+    case = case_of("gaussian(gamma=0.03)", dtype, d=64, n=30, m=64, heads=1, group=1, lead=())
+    rng = np.random.default_rng(2)
+    keys = 3 * rng.standard_normal(case.k.shape)
+    near = keys[..., :30, :] + 0.1 * rng.standard_normal(case.q.shape)
+    case = replace(case, q=near.astype(case.q.dtype), k=keys.astype(case.k.dtype))
+    check_forward(backend, case)
+    check_gradients(backend, case)
+
+
 @pytest.mark.parametrize("schedule", cuda_on_cpu.SCHEDULES)
 def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -> None:
     case = case_of("causal", n=70, m=150, offset=60, group=1, bias=normal(1, 150))

@@ -123,7 +123,8 @@ def test_a_derivation_is_data(layer: str) -> None:
     assert [step.title for step in found.steps] == [
         "The layer", "The regression", "Its dual", "The attention", "The plan",
     ]  # fmt: skip
-    assert found.steps[-1].text == "\n".join(found.plan.steps)
+    where = f"For D = {D}, 1 key head and float64:"
+    assert found.steps[-1].text == "\n".join((where, *found.plan.steps))
     assert str(found.spec) in str(found)
     latex = found.latex()
     assert latex.count(r"\begin{align*}") == latex.count(r"\end{align*}") == 4
@@ -132,6 +133,20 @@ def test_a_derivation_is_data(layer: str) -> None:
     whole = [line.removesuffix(r" \\") for line in found.spec.latex().splitlines()[1:-1]]
     assert lines == whole
     assert json.loads(json.dumps(found.to_dict()))["spec"] == str(found.spec)
+
+
+def test_the_text_says_what_tau_is_and_what_is_fitted_by_row() -> None:
+    assert "tau = 1 / sqrt(D)." in str(derive("linear"))
+    assert "tau = 0.5." in str(derive("linear", "softmax(0.5)"))
+    assert "tau" not in str(derive("linear", "relu"))
+    assert "for every query anew" in str(derive("batch_norm(statistics=prefix)"))
+    assert "for every query anew" not in str(derive("batch_norm"))
+
+
+@pytest.mark.parametrize("layer", ["", "conv1d(", "conv1d+bn"])
+def test_what_is_no_layer_is_refused_as_one(layer: str) -> None:
+    with pytest.raises(SpecError, match=r"^layer.* expected one layer, such as 'batch_norm' or"):
+        derive(layer)
 
 
 def test_arguments_are_those_of_the_normalization() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -186,6 +188,7 @@ def test_data_are_found_in_a_folder_or_a_folder_of_folders(tmp_path: Path) -> No
     ("folders", "words"),
     [
         (["nowhere"], "nowhere: no such folder"),
+        (["a/Handwriting/Handwriting_TEST.ts"], "Handwriting_TEST.ts: is no folder"),
         (["."], "no data set in it; expected UWaveGestureLibrary or Handwriting"),
         (["Writing"], "unknown data set 'Writing'; did you mean 'Handwriting'"),
         (["a/Handwriting", "a"], "Handwriting is in a/Handwriting too"),
@@ -310,7 +313,10 @@ def test_a_run_that_was_interrupted_goes_on(
         return real(cell, *given)
 
     monkeypatch.setattr(running, "compute", some)
-    assert run("--out", tmp_path).exit_code != 0
+    ended = run("--out", tmp_path)
+    assert ended.exit_code != 0
+    words = "quick.json: what is finished is kept; the same command goes on from there"
+    assert words in ended.stderr
     kept = json.loads((tmp_path / "quick.json").read_text())["cells"]
     assert list(kept) == [cell.name for cell in calls[:3]]
     assert not (tmp_path / "quick.html").exists()
@@ -333,6 +339,19 @@ def test_another_protocol_starts_anew_and_says_so(
     assert (out / "quick.before.json").read_bytes() == before
     found = json.loads((out / "quick.json").read_text())
     assert {c["epochs"] for n, c in found["cells"].items() if n.startswith("train")} == {1}
+
+
+def test_figures_of_several_protocols_are_all_kept(out: Path) -> None:
+    path, kept = out / "quick.json", []
+    found = json.loads(path.read_text())
+    setting = {name: dict(found[name]) for name in ("protocol", "versions", "machine")}
+    for cpu in ("one", "another", "a third"):
+        kept.append(path.read_text())
+        setting["machine"]["cpu"] = cpu
+        results.Results.open(path, setting)
+        path.write_text(json.dumps(found | {"machine": dict(setting["machine"])}))
+    names = ("quick.before.json", "quick.before-2.json", "quick.before-3.json")
+    assert [(out / name).read_text() for name in names] == kept
 
 
 @pytest.mark.parametrize("part", ["versions", "machine"])
@@ -398,8 +417,8 @@ def test_a_page_that_is_something_else_is_not_replaced(out: Path, tiny: None) ->
 @pytest.mark.parametrize(
     ("specs", "code", "words"),
     [
-        (["sofmax"], Exit.USAGE, "did you mean 'softmax'"),
         (["sh(1,2)"], Exit.USAGE, r"--spec: softmax\+sh\(1,2\): .*4 heads"),
+        (["sotfmax"], Exit.USAGE, "--spec: .*'sotfmax'; did you mean 'softmax'"),
         (["softmax"], Exit.USAGE, "--spec: softmax is what the others are held against"),
         (["bn", "softmax+bn"], Exit.USAGE, r"--spec: softmax\+bn is there twice"),
         (["causal+bn"], Exit.UNSUPPORTED, "future"),
@@ -414,6 +433,20 @@ def test_a_spec_that_does_not_serve_is_an_error(
     assert found.exit_code == code, found.output
     assert re.search(words, found.stderr), found.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_takes_no_files_is_an_error_before_the_work(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**given: Any) -> Any:
+        assert given == {"dir": tmp_path}
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(running, "compute", stopped)
+    found = run("--out", tmp_path)
+    assert found.exit_code == Exit.OUTPUT, found.output
+    assert f"--out: {tmp_path}: cannot write there: Permission denied" in found.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_it(
@@ -434,7 +467,8 @@ def test_a_process_that_dies_is_not_a_traceback(
     monkeypatch.setattr(running, "compute", die)
     found = run("--out", tmp_path)
     assert found.exit_code == Exit.FAILURE, found.output
-    assert "what is finished is kept" in found.stderr
+    assert "a process was ended from outside" in found.stderr
+    assert "is kept" not in found.stderr  # nothing is
 
 
 def _rash(made: Any) -> Any:

@@ -106,7 +106,7 @@ def test_it_is_searched_cloned_and_run_on_a_named_backend() -> None:
         ({"spec": "sofmax"}, pdcore.SpecError, "did you mean 'softmax'"),
         ({"C": "scaled"}, ValueError, "C: got 'scaled', expected a number above 0 or 'scale'"),
         ({"C": -1.0}, ValueError, "C: got -1.0"),
-        ({"n_jobs": 0}, ValueError, "jobs: got 0"),
+        ({"n_jobs": 0}, ValueError, "n_jobs: got 0"),
     ],
 )
 def test_what_does_not_make_sense(

@@ -296,6 +296,8 @@ def test_damage_shows_in_the_certificate() -> None:
 def test_a_tolerance_is_stated_and_decides() -> None:
     keys, targets = next_frames(2, 1)
     expansion = fit(keys, targets, C=1e4, epsilon=0.1)
+    with pytest.raises(ValueError, match="gap: got -1, expected a finite number from 0"):
+        expansion.certificate(gap=-1)
     strict = expansion.certificate(gap=0.0, residual=0.0)
     assert not strict.ok
     assert str(strict).splitlines()[-1].startswith("NOT ok: gap")

@@ -12,7 +12,7 @@ import pytest
 
 import pdcore
 from pdcore import UnsupportedError
-from pdcore.svr import fit, interpret
+from pdcore.svr import certificate, fit, interpret
 
 KEYS, TARGETS = np.ones((4, 3)), np.ones((4, 2))
 
@@ -29,6 +29,11 @@ class Plain(pdcore.FeatureMap):
 
     def latex(self) -> str:
         return "x^T y"
+
+
+def test_a_certificate_of_nothing() -> None:
+    with pytest.raises(TypeError, match=r"expansion: got int, expected what pdcore\.svr\.fit"):
+        certificate(3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,10 @@ def test_specs_that_are_no_regression(spec: Any, reason: str) -> None:
         ({"targets": TARGETS * np.nan}, ValueError, "targets: got NaN or inf"),
         ({"keys": np.ones(4)}, ValueError, "keys: got shape (4,), expected (H, M, D) or (M, D)"),
         ({"keys": np.ones((0, 3)), "targets": np.ones((0, 1))}, ValueError, "none of them 0"),
-        ({"targets": np.ones(4)}, ValueError, "targets: got shape (4,), expected (4, 'Dv')"),
+        ({"targets": np.ones(4)}, ValueError, "targets: got shape (4,), expected (4, Dv)"),
+        ({"targets": np.ones(4)}, ValueError, "of one output, targets[..., None]"),
+        ({"params": np.ones(3)}, TypeError, "params: got ndarray, expected a mapping"),
+        ({"params": 0}, TypeError, "params: got int, expected a mapping"),
         ({"targets": np.ones((4, 0))}, ValueError, "Dv at least 1"),
         ({"targets": np.ones((3, 2))}, ValueError, "targets: got shape (3, 2)"),
         ({"C": 0.0}, ValueError, "C: got 0.0, expected a finite number above 0"),

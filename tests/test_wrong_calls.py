@@ -61,6 +61,10 @@ CALLS: dict[str, Wrong] = {
     "bias is a number": wrong(TypeError, "bias: got builtins.float", bias=0.5),
     "params is a list": wrong(
         TypeError, "params: got list", "mapping", spec="bn(beta=param)", params=[ones(HKV)]),
+    "params is an array": wrong(
+        TypeError, "params: got ndarray", "mapping", spec="conv1d", params=ones(HKV, 3, D)),
+    "params is an empty list": wrong(TypeError, "params: got list", "mapping", params=[]),
+    "params is 0": wrong(TypeError, "params: got int", "mapping", params=0),
     "a param is a number": wrong(
         TypeError, "params['beta']: got builtins.float", spec="bn(beta=param)",
         params={"beta": 0.5}),
@@ -258,6 +262,9 @@ def test_the_same_call_fails_again() -> None:
         raised(lambda: bound(**{**good, "mask": ones(N, M)}), wrong(TypeError, "mask"))
         raised(lambda: bound(**{**good, "offset": ones(3, dtype=np.int64)}),
                wrong(ValueError, "offset: got shape (3,)"))  # fmt: skip
+    plain = pdcore.bind("softmax")
+    assert plain(**operands()).shape == (2, HQ, N, DV)
+    raised(lambda: plain(**operands(), params=[]), wrong(TypeError, "params: got list"))
 
 
 # --- attention_vjp --------------------------------------------------------------------------------

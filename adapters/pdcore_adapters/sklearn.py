@@ -20,6 +20,7 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.convolution import Convolution
 from pdcore.spec import as_spec
 from pdcore.svr import fit
+from pdcore.svr.checks import check_jobs
 from pdcore.svr.head_kernel import head_kernels, refuse
 
 from .bound import Choice
@@ -94,10 +95,11 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         targets = np.asarray(y, dtype=np.float64).reshape(len(X), -1)
         self.C_ = _box(self.C, spec, X)
+        jobs = 1 if self.n_jobs is None else self.n_jobs
+        check_jobs(jobs, "n_jobs")
         self.expansion_ = fit(
-            X, targets, spec, C=self.C_, epsilon=self.epsilon, solver=self.solver,
-            jobs=1 if self.n_jobs is None else self.n_jobs,
-        )  # fmt: skip
+            X, targets, spec, C=self.C_, epsilon=self.epsilon, solver=self.solver, jobs=jobs
+        )
         self.support_ = np.flatnonzero(np.any(self.expansion_.support, axis=1))
         self.support_vectors_ = X[self.support_]
         self.dual_coef_ = self.expansion_.coefficients[self.support_].T

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checks import check_number
+
 if TYPE_CHECKING:
     from .expansion import HeadFit, SupportVectorExpansion
 
@@ -148,7 +150,20 @@ def certificate(
     Returns
     -------
     Certificate
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no expansion, or a tolerance that is no finite number from 0.
     """
+    # `expansion` imports this module.
+    from .expansion import SupportVectorExpansion
+
+    if not isinstance(expansion, SupportVectorExpansion):
+        raise TypeError(f"expansion: got {type(expansion).__name__}, expected what pdcore.svr.fit "
+                        "gives")  # fmt: skip
+    check_number("gap", gap, zero=True)
+    check_number("residual", residual, zero=True)
     C, epsilon = expansion.C, expansion.epsilon
     heads = [_head(head, C, epsilon) for head in expansion.heads]
     stacked = {name: np.stack([head[name] for head in heads]) for name in heads[0]}

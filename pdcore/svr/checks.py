@@ -31,8 +31,10 @@ def check_shapes(keys: Array, targets: Array) -> None:
         raise ValueError(f"keys: got shape {keys.shape}, expected (H, M, D) or (M, D), none of "
                          "them 0")  # fmt: skip
     if targets.shape[:-1] != keys.shape[:-1] or not targets.shape[-1:] > (0,):
-        raise ValueError(f"targets: got shape {targets.shape}, expected {(*keys.shape[:-1], 'Dv')} "
-                         "like keys, Dv at least 1")  # fmt: skip
+        like = ", ".join(map(str, keys.shape[:-1]))
+        one = "; of one output, targets[..., None]" if targets.ndim == keys.ndim - 1 else ""
+        raise ValueError(f"targets: got shape {targets.shape}, expected ({like}, Dv) like keys, "
+                         f"Dv at least 1{one}")  # fmt: skip
 
 
 def check_number(name: str, x: Any, *, zero: bool) -> None:
@@ -43,7 +45,7 @@ def check_number(name: str, x: Any, *, zero: bool) -> None:
         raise ValueError(f"{name}: got {x!r}, expected a finite number {bound}")
 
 
-def check_jobs(jobs: Any) -> None:
+def check_jobs(jobs: Any, name: str = "jobs") -> None:
     """Refuse what is no number of processes."""
     if type(jobs) is not int or (jobs < 1 and jobs != -1):
-        raise ValueError(f"jobs: got {jobs!r}, expected a whole number from 1, or -1")
+        raise ValueError(f"{name}: got {jobs!r}, expected a whole number from 1, or -1")

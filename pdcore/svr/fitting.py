@@ -90,9 +90,8 @@ def fit(
     check_jobs(jobs)
     check_solver(solver)
     x, y = (a if a.ndim == 3 else a[None] for a in (keys, targets))
-    given = dict(params or {})
-    validate(spec, Inputs(x, x, y, params=given), "numpy")  # the scales and params
-    given = {name: p.copy() for name, p in given.items()}
+    validate(spec, Inputs(x, x, y, params={} if params is None else params), "numpy")
+    given = {name: p.copy() for name, p in (params or {}).items()}
     kernels = head_kernels(spec, x, given)
     pooled = [pooling(part, spec, head) for head, part in enumerate(y)]
     tasks = [

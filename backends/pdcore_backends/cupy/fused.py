@@ -24,7 +24,7 @@ from .query_fold import FoldedLoad
 from .runtime import BLOCKS, KernelCache, Runtime, too_old
 from .scores import Compiled, ScoreKernels
 from .statistics import CompiledSummary, MomentKernels, summarised
-from .tensor_cores import TensorCores, folded_in, forward, pullback, unfit
+from .tensor_cores import TensorCores, folded_in, forward, pullback, rounded_in, unfit
 
 __all__ = ["Compiled", "KernelBackend", "limit", "uncapturable"]
 
@@ -52,7 +52,9 @@ class KernelBackend(ArrayBackend):
             step = f"kernel: {self.info.library}'s own operations, O(N + M) memory: {why}"
             return replace(plan, steps=(*plan.steps, step))
         prefix = plan.summary is not None and plan.summary.scope == "prefix"
-        rounds = plan.normaliser == "sum" and not prefix
+        # A pullback takes `out` as it was before it was rounded: what rounding does to
+        # d_out . out, the keys' mean would multiply.
+        rounds = plan.normaliser == "sum" and not prefix and not request.vjp
         if isinstance(c, Features):
             return _fused_features(plan, c, request.dtype, rounds)
         log_w = "scale s" if c.expression is None else str(c.expression)
@@ -63,11 +65,35 @@ class KernelBackend(ArrayBackend):
             if not why:
                 step = f"kernel: tiles of tensor cores in {request.dtype}, with {what} compiled in"
                 found = c.run_as(TensorCores, rounds=rounds, dtype=request.dtype)
-                plan = folded_in(replace(plan, steps=(*plan.steps, step)), request)
+                plan = rounded_in(replace(plan, steps=(*plan.steps, step)), request.dtype)
+                plan = folded_in(plan, request)
                 return replace(plan, contraction=found)
             step += f", {_stored(plan, request.dtype, rounds)}; {why}"
         return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
                        steps=(*plan.steps, step))  # fmt: skip
+
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        """Run a plan on the arrays' device, see `Backend.attention`."""
+        with self.runtime.on(inputs.q):
+            return super().attention(plan, inputs, lse=lse)
+
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Run a plan on the arrays' device and give its pullback, see `Backend.attention_vjp`."""
+        with self.runtime.on(inputs.q):
+            out, lse, vjp = super().attention_vjp(plan, inputs)
+
+        def on_device(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            with self.runtime.on(inputs.q):
+                return vjp(d_out, d_lse)
+
+        return out, lse, on_device
+
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        """Compute the weights on the arrays' device, see `Backend.attention_weights`."""
+        with self.runtime.on(inputs.q):
+            return super().attention_weights(plan, inputs)
 
     def call(self, plan: Plan, inputs: Inputs) -> Call:
         """Take the arrays of a call, see `ArrayBackend.call`."""

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 
@@ -19,6 +19,9 @@ from .launches import Limits, Usage
 from .runtime import SHARED, Kernel
 
 __all__ = ["CupyBackend"]
+
+#: CUDA's cudaErrorStreamCaptureImplicit.
+CAPTURE_IMPLICIT = 906
 
 
 class CupyRuntime:
@@ -41,7 +44,9 @@ class CupyRuntime:
         """Ask the current stream, see `Runtime.capturing`."""
         try:
             return bool(cupy.cuda.get_current_stream().is_capturing())
-        except cupy.cuda.runtime.CUDARuntimeError:
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            if error.status != CAPTURE_IMPLICIT:
+                raise
             return True  # the default stream may not even be asked while another is captured
 
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
@@ -120,10 +125,8 @@ class CupyBackend(KernelBackend):
         if library_of(array, "array") != "torch" or array.device.type != "cuda":
             yield
             return
-        index = array.device.index
         pointer = sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
-        stream = cupy.cuda.ExternalStream(pointer, index) if pointer else cupy.cuda.Stream.null
-        with cupy.cuda.Device(index), stream:
+        with cupy.cuda.Device(array.device.index), _stream(pointer):
             yield
 
     def synchronize(self) -> None:
@@ -136,6 +139,22 @@ class CupyBackend(KernelBackend):
         if _devices()[0]:
             found["cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
         return found
+
+
+class _Stream(NamedTuple):
+    """A stream by the protocol that CuPy asks for; not every PyTorch's own streams have it."""
+
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def _stream(pointer: int) -> Any:
+    """Take a stream of the current device."""
+    if not pointer:
+        return cupy.cuda.Stream.null
+    return cupy.cuda.Stream.from_external(_Stream(pointer))
 
 
 def _bits(array: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from pdcore.arrays import dtype_name
 from pdcore.backend import Request
 from pdcore.plan import Plan, Summary
-from pdcore.statistics import Moments
+from pdcore.statistics import KeySet, Moments
 
 from .columns import ColumnLaunch, limit
 from .operands import NULL, in_rows, one_lead, record, strides_of
@@ -42,7 +42,7 @@ class CompiledSummary(Summary):
 def summarised(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     """Choose the kernels for the statistics of a plan where they compute them."""
     summary = plan.summary
-    if summary is None:
+    if summary is None or isinstance(summary.statistics, KeySet):  # of which nothing is computed
         return plan
     why = _unfit(summary, request, capability)
     if why:

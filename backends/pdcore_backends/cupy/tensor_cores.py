@@ -13,7 +13,7 @@ from pdcore.backend import Request
 from pdcore.normalization import Batch, Identity
 from pdcore.operands import Operands
 from pdcore.plan import Plan, Scores
-from pdcore.transform import Fold
+from pdcore.transform import Fold, GaussianRows
 
 from .operands import NULL
 from .programs import type_of
@@ -23,7 +23,7 @@ from .scores import Compiled, ScoreCall, ScoreKernels
 
 __all__ = [
     "WIDTHS", "TensorCores", "folded_in", "forward", "memory", "pullback", "pullback_memory",
-    "unfit",
+    "rounded_in", "unfit",
 ]  # fmt: skip
 
 #: Columns of queries and of values that tiles are made for.
@@ -89,6 +89,32 @@ def folded_in(plan: Plan, request: Request) -> Plan:
         return plan
     step = "fold: as the kernel reads queries, with c = 0 for keys that are not pooled"
     return replace(plan, transforms=(FoldedLoad(first),), steps=(*plan.steps, step))
+
+
+@dataclass(frozen=True)
+class RoundedGaussian(GaussianRows):
+    """Distances between points as the tensor cores read them.
+
+    Of rows that are rounded afterwards, the squares would not be those of the product: the
+    difference grows with the points' norms, not with their distance.
+
+    Attributes
+    ----------
+    dtype : {"float16", "bfloat16"}
+    """
+
+    dtype: str = "float16"
+
+    def points(self, x: Any, *, xp: Any) -> Any:
+        """Round, and compute with what that gives."""
+        return xp.astype(_rounded(x, self.dtype, xp), x.dtype)
+
+
+def rounded_in(plan: Plan, dtype: str) -> Plan:
+    """Let distances be of rows that are rounded to a dtype already."""
+    steps = tuple(RoundedGaussian(s.gamma, dtype) if isinstance(s, GaussianRows) else s
+                  for s in plan.transforms)  # fmt: skip
+    return replace(plan, transforms=steps)
 
 
 def memory(dim: int, value_dim: int, plain: bool = True) -> int:

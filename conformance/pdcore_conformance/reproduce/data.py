@@ -62,7 +62,8 @@ def load(folders: Sequence[Path], grid: Grid) -> dict[str, Pair]:
 def _within(folder: Path) -> Iterable[tuple[str, Path]]:
     """List the data sets of a folder, which may be one itself."""
     if not folder.is_dir():
-        raise FileError(f"{folder}: no such folder")
+        what = "is no folder" if folder.exists() else "no such folder"
+        raise FileError(f"{folder}: {what}")
     wanted = [name for name in DATA if name not in _WITHOUT_PATH]
     if any(folder.glob("*.ts")):
         name = folder.resolve().name

@@ -56,10 +56,10 @@ class Grid:
 
 GRIDS = {
     "quick": Grid(
-        name="quick", seeds=(0, 1, 2), epochs=100, patience=10,
-        thin=(("UWaveGestureLibrary", 4), ("Handwriting", 2)),
+        name="quick", seeds=(0, 1, 2), epochs=60, patience=8,
+        thin=(("UWaveGestureLibrary", 6), ("Handwriting", 3)),
         sizes=((128, 16), (512, 16), (2048, 16), (512, 64), (512, 128)),
-        rounds=9, repeats=3, shown=60,
+        rounds=7, repeats=3, shown=60,
     ),
     "full": Grid(
         name="full", seeds=(0, 1, 2, 3, 4), epochs=150, patience=30, thin=(),

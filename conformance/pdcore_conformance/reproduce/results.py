@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -57,7 +58,8 @@ class Results:
     ) -> Results:  # fmt: skip
         """Go on from a file, or start anew where there is none, or it was made otherwise.
 
-        A file made with another protocol, version or machine is kept beside, as ``*.before.json``.
+        A file made with another protocol, version or machine is kept beside, as ``*.before.json``
+        or, where there is one, ``*.before-2.json`` and so on.
 
         Parameters
         ----------
@@ -84,7 +86,7 @@ class Results:
             if found[part].get(name) != values.get(name)
         ]
         if differing:
-            before = path.with_suffix(".before.json")
+            before = _free(path.with_suffix(".before.json"))
             try:
                 os.replace(path, before)
             except OSError as error:
@@ -165,6 +167,12 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: damaged: {problem.json_path}: {problem.message[:200]}; --force starts anew"
         )
     return found
+
+
+def _free(path: Path) -> Path:
+    """Give a name that no file has, for figures that took hours."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain((path,), names) if not os.path.lexists(name))
 
 
 def _short(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ def open_results(
     Raises
     ------
     OutputError
-        When the folder cannot be made.
+        When the folder cannot be made, or takes no files.
     FileError
         When there is a file that is damaged, or no file of results.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass  # or the first cell would be lost
     except OSError as error:
         raise OutputError(f"--out: {out}: cannot write there: {error.strerror}") from error
     path = out / f"{grid.name}.json"

@@ -261,7 +261,8 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
         When the folder holds none, or several.
     """
     if not folder.is_dir():
-        raise FileError(f"{folder}: no such folder")
+        what = "is no folder" if folder.exists() else "no such folder"
+        raise FileError(f"{folder}: {what}")
     found = []
     for part in ("TRAIN", "TEST"):
         files = sorted(p for p in folder.glob("*.ts") if p.stem.upper().endswith(f"_{part}"))
