@@ -9,6 +9,7 @@ import numpy as np
 
 __all__ = [
     "compiling", "device_name", "device_of", "dtype_name", "held", "library_of", "remember",
+    "within",
 ]  # fmt: skip
 
 _MODULES = sys.modules
@@ -101,6 +102,14 @@ def constant(x: Any, xp: Any) -> Any:
     if getattr(xp, "__name__", "") == "jax.numpy":
         return sys.modules["jax"].lax.stop_gradient(x)
     return held(x, xp)
+
+
+def within(x: Any, most: int, xp: Any) -> Any:
+    """Keep an array of integers between 0 and `most`.
+
+    A clip whose bounds are numbers waits for the device on CuPy.
+    """
+    return xp.minimum(xp.maximum(x, xp.zeros_like(x)), xp.full_like(x, most))
 
 
 def device_of(x: Any) -> Any:

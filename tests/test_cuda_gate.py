@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import cuda_gate
 import cuda_gate_programs
@@ -11,6 +12,8 @@ import pytest
 
 import pdcore
 from pdcore import kernels
+from pdcore_backends.cupy import feature_programs, tensor_cores
+from pdcore_backends.cupy.programs import COLUMNS, Program, memory, tile
 
 pytestmark = pytest.mark.cuda
 
@@ -82,6 +85,45 @@ def test_products_are_instructions_of_tensor_cores(arch: str, dtype: str) -> Non
     # Two blocks of queries for each 16 columns, then four matrices for two products of each.
     assert found["LDSM"] == 2 * dim // 16 + (of_keys + of_values) // 2
     assert found["LDGSTS"] > 0
+
+
+def hold(program: Program, kernel: str, expected: dict[str, int]) -> None:
+    """Let the compiler compare constants of a kernel's text with what the launches take."""
+    lines = [f'static_assert({name} == {value}, "{name} is not {value}");'
+             for name, value in expected.items()]  # fmt: skip
+    code = "\n".join([program.text(kernel), *lines, "__global__ void none() {}"])
+    cuda_gate.assembled(code, "none", "sm_80")
+
+
+@pytest.mark.parametrize("spec", ["softmax", "polynomial"])
+def test_launches_on_tensor_cores_take_the_shared_memory_of_the_kernels(spec: str) -> None:
+    pytest.importorskip("cupy")
+    expression = cuda_gate_programs.lowered(spec).expression
+    program = replace(cuda_gate_tensor_cores.program(), expression=expression)
+    expected = {"MMA_THREADS": tensor_cores.THREADS}
+    for dim, value_dim in product(tensor_cores.WIDTHS, repeat=2):
+        widths = f"<{dim}, {value_dim}>"
+        expected |= {
+            f"Forward{widths}::BYTES": tensor_cores.memory(dim, value_dim, expression is None),
+            f"Backward{widths}::BYTES": tensor_cores.pullback_memory(dim, value_dim),
+            f"Forward{widths}::ROWS": tensor_cores.ROWS,
+            f"Backward{widths}::OWN": tensor_cores.OWN,
+        }
+    hold(program, "scores_mma_rows<32, 32, float>", expected)
+
+
+@pytest.mark.parametrize("scalar", cuda_gate.SCALARS)
+def test_launches_on_cuda_cores_take_the_shared_memory_of_the_kernels(scalar: str) -> None:
+    pytest.importorskip("cupy")
+    sizes = {f"Memory<{columns}>::BYTES": memory(scalar, columns)
+             for columns in (*COLUMNS, *feature_programs.COLUMNS)}  # fmt: skip
+    hold(Program(scalar), "scores_forward<32>", {"SIZE": tile(scalar), **sizes})
+
+
+def test_shared_memory_that_differs_would_be_seen() -> None:
+    pytest.importorskip("cupy")
+    with pytest.raises(AssertionError, match="SIZE is not 63"):
+        hold(Program("float"), "scores_forward<32>", {"SIZE": 63})
 
 
 BUILT_IN = ("softmax", "gaussian(gamma=0.3)", "cosine", "polynomial")

@@ -28,6 +28,21 @@ class OnDevice(np.ndarray):
     __bool__ = __int__ = __float__ = __index__ = __complex__ = __iter__ = _read
     item = tolist = tobytes = _read
 
+    def __getitem__(self, key: Any) -> Any:
+        _counted(key)
+        return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _counted(key)
+        super().__setitem__(key, value)
+
+
+def _counted(key: Any) -> None:
+    """Refuse what CuPy reads the number of: the entries that a mask selects."""
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, np.ndarray) and part.dtype == np.bool_ and part.ndim:
+            raise AssertionError("the host reads how many entries a mask selects")
+
 
 class Recording(EmulatedRuntime):
     """Notes what a launch is given beside its arguments; all of its memory is `OnDevice`."""
@@ -61,6 +76,11 @@ def run(backend: EmulatedBackend, case: Case, kind: type = np.ndarray) -> None:
     vjp(out, lse)
 
 
+def clip(*args: Any, **more: Any) -> Any:
+    """Stand for a clip on CuPy, whose bounds are copied from the host and masks counted there."""
+    raise AssertionError("a clip waits for the device")
+
+
 @pytest.mark.parametrize(
     ("spec", "call"),
     [
@@ -72,12 +92,18 @@ def run(backend: EmulatedBackend, case: Case, kind: type = np.ndarray) -> None:
         ("causal+sh(1,2)", {}),
         ("bn(beta=param)+h(count)", {"offset": "end"}),
         ("causal+bn(statistics=prefix)", {}),
+        ("causal+h(count)", {}),
+        ("window(2,1)+h(count)", {"offset": np.asarray([1, -2])}),
     ],
 )
-def test_launches_are_on_the_current_stream_and_nothing_is_read(spec: str, call: dict) -> None:
+def test_launches_are_on_the_current_stream_and_nothing_is_read(
+    spec: str, call: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runtime = Recording()
+    backend = EmulatedBackend(runtime)
+    monkeypatch.setattr(backend.xp, "clip", clip)
     case = normal_case(spec, n=5, m=7, dtype=np.float32, **call)
-    run(EmulatedBackend(runtime), case, OnDevice)
+    run(backend, case, OnDevice)
     assert runtime.launches
     # CuPy launches on the current stream where none is named.
     assert all(set(more) == {"shared_mem"} for more in runtime.given)
@@ -87,6 +113,10 @@ def test_what_is_read_would_be_seen() -> None:
     x = np.ones(3).view(OnDevice)
     with pytest.raises(AssertionError, match="the host reads"):
         bool((x > 0).all())
+    with pytest.raises(AssertionError, match="how many entries"):
+        x[x > 0]
+    with pytest.raises(AssertionError, match="how many entries"):
+        x[x > 0] = 1
 
 
 # --- under capture --------------------------------------------------------------------------------

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import select
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import numpy as np
 import pytest
 from test_gpu_command import BIAS, SOFTMAX, command, runs_of
 
+from pdcore import plugins
 from pdcore.cli import Exit
 from pdcore_conformance import gpu_checks
 from pdcore_conformance.gpu_wrappers import Check, Output
@@ -66,6 +72,45 @@ def test_without_the_tool_the_record_says_so(
     assert sanitized("memcheck") == (
         "not claimed", "compute-sanitizer is not on the path; it comes with the CUDA toolkit",
     )  # fmt: skip
+
+
+#: A tool whose child holds the writing end of a pipe, as a program holds the GPU.
+STARTS = '(echo started; exec sleep 60) > "{pipe}" & wait'
+
+
+@pytest.fixture
+def holding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Put such a tool on the path; the end of its pipe that tells when the child has ended."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    os.mkfifo(tmp_path / "pipe")
+    tool(tmp_path, STARTS.format(pipe=tmp_path / "pipe"))
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    yield reading
+    os.close(reading)
+
+
+def heard(pipe: int) -> bytes:
+    """Give what comes through a pipe next; nothing once all who write to it have ended."""
+    ready, _, _ = select.select([pipe], [], [], 20.0)
+    assert ready, "the child of the tool goes on"
+    return os.read(pipe, 100)
+
+
+def test_what_the_tool_has_started_ends_with_its_time(holding: int) -> None:
+    assert sanitized("memcheck", 2.0)[0] == "not claimed"
+    assert heard(holding) == b"started\n"
+    assert heard(holding) == b""
+
+
+def test_what_the_tool_has_started_ends_with_the_checks(holding: int) -> None:
+    command = [sys.executable, "-m", "pdcore_conformance.gpu_checks", "numpy:cpu"]
+    path = os.pathsep.join(filter(None, sys.path))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": path}) as checks:  # fmt: skip
+        assert heard(holding) == b"started\n"
+        checks.terminate()
+    assert checks.returncode == 128 + signal.SIGTERM
+    assert heard(holding) == b""
 
 
 class FakeModule:
@@ -133,6 +178,29 @@ def test_the_wrappers_by_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     })  # fmt: skip
     outcomes = [case["outcome"] for case in gpu_checks.wrapper_cases()]
     assert outcomes == ["passed"] * (1 + len(list(checks())))
+
+
+def kind_of(kernel: str) -> str:
+    """Give an instantiation's name without the widths and the types of its arrays."""
+    return re.sub(r"\b(ptx::\w+|scalar|float|double|\d\d+)\b", "", kernel)
+
+
+@pytest.mark.cuda
+def test_the_small_calls_go_through_every_kernel() -> None:
+    emulated = pytest.importorskip("emulated_cupy")
+    import cuda_gate
+    import cuda_gate_tensor_cores
+
+    emulated.register()
+    try:
+        runtime = plugins.load_backend(emulated.NAME).runtime
+        assert gpu_checks.small_calls(f"{emulated.NAME}:cpu") == len(gpu_checks.CALLS)
+    finally:
+        plugins.unregister_backend(emulated.NAME)
+    launched = set(map(kind_of, runtime.launches))
+    known = {kind_of(name) for name, _ in cuda_gate.kernels()}
+    known |= set(map(kind_of, cuda_gate_tensor_cores.kernels()))
+    assert launched == known
 
 
 # --- as a stage of the command --------------------------------------------------------------------
@@ -225,4 +293,4 @@ def test_checks_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert "failed: device::ptx[ldmatrix.x4.trans]: load<4, true>, argument 1: " in said
     assert "not claimed: device::ptx[mma.m16n8k16, bf16]: the device has compute capability" in said
     assert gpu_checks.main("numpy:cpu", "small") == 0
-    assert capsys.readouterr().out == "6 calls\n"
+    assert capsys.readouterr().out == "13 calls\n"

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .gpu_wrappers import Check
     from .record import Case, Outcome
 
-__all__ = ["BACKENDS", "GROUP", "TOOLS", "cases", "is_check", "is_checked", "main", "small_calls"]
+__all__ = ["BACKENDS", "GROUP", "TOOLS", "cases", "is_check", "is_checked", "main", "small_calls",
+           "unwind_when_ended"]  # fmt: skip
 
 #: The backends whose kernels these are.
 BACKENDS = ("cupy",)
@@ -33,18 +36,48 @@ GROUP = "device"
 #: Of compute-sanitizer.
 TOOLS = ("memcheck", "racecheck")
 #: Seconds for one tool, which makes a kernel tens of times as slow.
-PATIENCE = 120.0
+PATIENCE = 240.0
 #: Its exit code where the tool has found something.
 FOUND = 86
 
-#: A way through every kernel each, a tile and a rest long: spec, dtype and options.
-CALLS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
-    ("causal+sh(1,2)", "float32", {}),
-    ("softmax", "float16", {"bias": (70, 83)}),
-    ("sparse(20,3)", "bfloat16", {}),
-    ("bn", "float32", {}),
-    ("linear+sparse(9,2)", "float64", {}),
-    ("polynomial", "float32", {"key_mask": (1, 83)}),
+
+class Small(NamedTuple):
+    """A call that a sanitizer watches, of 70 queries and 83 keys: a tile and a rest.
+
+    Attributes
+    ----------
+    spec, dtype : str
+    widths : (int, int)
+        Columns of queries and keys, and of values. They say whether tensor cores compute it.
+    bias, key_mask : tuple of int, optional
+        Their shapes.
+    backward : bool
+        Whether gradients are asked for; some kernels run only where they are not.
+    """
+
+    spec: str
+    dtype: str
+    widths: tuple[int, int] = (40, 24)
+    bias: tuple[int, ...] | None = None
+    key_mask: tuple[int, ...] | None = None
+    backward: bool = True
+
+
+#: A way through every kernel.
+CALLS = (
+    Small("causal+sh(1,2)", "float32"),
+    Small("softmax", "float16", bias=(70, 83)),
+    Small("sparse(20,3)", "bfloat16"),
+    Small("bn", "float32"),
+    Small("linear+sparse(9,2)", "float64"),
+    Small("polynomial", "float32", key_mask=(1, 83)),
+    Small("causal+sh(1,2)", "bfloat16", (64, 64)),
+    Small("softmax", "float16", (128, 128), bias=(70, 83)),
+    Small("bn", "bfloat16", (64, 64), backward=False),
+    Small("linear", "float32"),
+    Small("causal+linear", "float32"),
+    Small("causal+random_features(8)", "float32"),
+    Small("causal+bn(statistics=prefix)", "float32"),
 )
 
 
@@ -63,10 +96,16 @@ def main(target: str, what: str = "all") -> int:
     if what == "small":
         print(f"{small_calls(target)} calls")
         return 0
+    unwind_when_ended()
     found = list(cases(target, PATIENCE * len(TOOLS)))
     for case in found:
         print(f"{case['outcome']}: {case['id']}: {case['message'] or ''}")
     return int(any(case["outcome"] in ("failed", "error") for case in found))
+
+
+def unwind_when_ended() -> None:
+    """Let SIGTERM leave as an exception does: what runs under a sanitizer has its own group."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def cases(target: str, seconds: float) -> Iterator[Case]:
@@ -130,8 +169,7 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
     command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5",
                sys.executable, "-m", "pdcore_conformance.gpu_checks", target, "small"]  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False,
-                              env=dict(os.environ))  # fmt: skip
+        done = _run(command, seconds)
     except subprocess.TimeoutExpired:
         return "not claimed", f"compute-sanitizer --tool {tool} was not through in {seconds:.0f} s"
     text = " ".join((done.stdout + done.stderr).split())[-600:]
@@ -142,11 +180,24 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
     return "passed", None
 
 
+def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command; what it has started, which holds the GPU, ends with it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
 def small_calls(target: str) -> int:
-    """Make each of `CALLS` forward and backward, with memory that is allocated for each array."""
+    """Make each of `CALLS`, with memory that is allocated for each array; give their number."""
     import numpy as np
 
-    from pdcore import attention_vjp
+    from pdcore import attention, attention_vjp
 
     from .calls import dtype_of
     from .plugin import parse_backend
@@ -154,28 +205,29 @@ def small_calls(target: str) -> int:
 
     name, device = parse_backend(target)
     subject = Subject(name, device)
+    claimed = [call for call in CALLS if subject.claims(call.dtype)]
     rng = np.random.default_rng(0)
-    count = 0
     with subject.framework.unpooled():
-        for spec, dtype, options in CALLS:
-            if not subject.claims(dtype):
-                continue
+        for call in claimed:
 
-            def given(*shape: int, dtype: str = dtype) -> Any:
+            def given(*shape: int, dtype: str = call.dtype) -> Any:
                 x = rng.standard_normal(shape).astype(dtype_of(dtype))
                 return subject.framework.asarray(x, subject.device)
 
-            more: dict[str, Any] = {}
-            if "bias" in options:
-                more["bias"] = given(*options["bias"])
-            if "key_mask" in options:
-                kept = rng.random(options["key_mask"]) < 0.7
+            more: dict[str, Any] = {"backend": name}
+            if call.bias is not None:
+                more["bias"] = given(*call.bias)
+            if call.key_mask is not None:
+                kept = rng.random(call.key_mask) < 0.7
                 more["key_mask"] = subject.framework.asarray(kept, subject.device)
-            q, k, v = given(1, 4, 70, 40), given(1, 2, 83, 40), given(1, 2, 83, 24)
-            out, _, vjp = attention_vjp(q, k, v, spec, backend=name, **more)
-            subject.framework.synchronize(vjp(out))
-            count += 1
-    return count
+            dim, value_dim = call.widths
+            q, k, v = given(1, 4, 70, dim), given(1, 2, 83, dim), given(1, 2, 83, value_dim)
+            if call.backward:
+                out, _, vjp = attention_vjp(q, k, v, call.spec, **more)
+                subject.framework.synchronize(vjp(out))
+            else:
+                subject.framework.synchronize(attention(q, k, v, call.spec, **more))
+    return len(claimed)
 
 
 def _case(name: str, check: Callable[[], tuple[Outcome, str | None]]) -> Case:

@@ -145,6 +145,7 @@ def checks(job: Job) -> None:
     """Check what only the device can tell, and write after each case, see `gpu_checks`."""
     from . import gpu_checks
 
+    gpu_checks.unwind_when_ended()
     found = []
     for case in gpu_checks.cases(job["target"], job["seconds"]):
         found.append(case)

@@ -27,6 +27,7 @@ struct Source {
   out_type* out;
   float* level;
 };
+static_assert(sizeof(Source) <= 1280, "`Source` has 1280 bytes");
 
 template <int DIM, int VALUE_DIM>
 struct Forward {
@@ -40,7 +41,6 @@ struct Forward {
   static constexpr int Q = ROWS * DIM * 2, K = KEYS * DIM * 2, V = KEYS * VALUE_DIM * 2;
   static constexpr int NEAR = Q + STAGES * (K + V), SOURCE = NEAR + ROWS * int(sizeof(Range));
   static constexpr int BYTES = SOURCE + 1280;
-  static_assert(sizeof(Source) <= 1280, "`Source` has 1280 bytes");
   static_assert(ROWS == MMA_THREADS, "a thread prepares a row");
 };
 
