@@ -88,9 +88,9 @@ def fit(
     for name, number, zero in (("C", C, False), ("epsilon", epsilon, True)):
         check_number(name, number, zero=zero)
     check_jobs(jobs)
-    check_solver(solver)
     x, y = (a if a.ndim == 3 else a[None] for a in (keys, targets))
     validate(spec, Inputs(x, x, y, params={} if params is None else params), "numpy")
+    check_solver(solver)
     given = {name: p.copy() for name, p in (params or {}).items()}
     kernels = head_kernels(spec, x, given)
     pooled = [pooling(part, spec, head) for head, part in enumerate(y)]
