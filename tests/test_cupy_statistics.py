@@ -287,6 +287,7 @@ def test_explain_says_what_runs() -> None:
         assert "statistics: kernels, by a scan of chunks in three passes, in float64" in text
         assert "pooling: kernels, each key and value read once, in float64" in text
         assert "own operations: no kernel computes GaussianMixture" in steps("mixture(2)")
+        assert "own operations: no kernel" not in steps("conv1d")
         text = steps("softmax")
         assert "statistics: " not in text
         assert "pooling: " not in text

@@ -42,7 +42,7 @@ class CompiledSummary(Summary):
 def summarised(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     """Choose the kernels for the statistics of a plan where they compute them."""
     summary = plan.summary
-    if summary is None or isinstance(summary.statistics, KeySet):  # of which nothing is computed
+    if summary is None or type(summary.statistics) is KeySet:  # of which nothing is computed
         return plan
     why = _unfit(summary, request, capability)
     if why:
