@@ -14,7 +14,7 @@ from pdcore.plan import Features, Scores
 
 from .feature_programs import FeatureProgram, columns_for
 from .operands import NULL
-from .programs import memory, tile
+from .programs import tile
 from .scores import THREADS, ScoreCall, ScoreKernels
 
 __all__ = ["CompiledFeatures", "FeatureKernels", "feature_count", "state_blocks"]
@@ -112,7 +112,7 @@ class _Call(ScoreCall):
             return NULL
         tops = self.result(x.batch * x.heads, count + 1, x.dim)
         blocks = x.batch * x.heads * count * -(-x.dim // 32)
-        self.start("features_highest", (blocks,), (*x.arrays, tops, x.shape, self.cut))
+        self.start("features_highest", (blocks,), self.arguments(tops))
         self.scan(2, tops, NULL, x.dim, x.dim, count)
         return tops
 
@@ -128,7 +128,7 @@ class _Call(ScoreCall):
         states = self.result(x.batch * x.heads, cut.chunks + 1, pitch)
         blocks = x.batch * x.heads * cut.chunks
         blocks *= _tiles(x.dim, x.value_dim, tile(self.scalar))
-        given = (*x.arrays, *(cotangents or 3 * (NULL,)), tops, states, x.shape, self.cut)
+        given = self.arguments(*(cotangents or 3 * (NULL,)), tops, states)
         name = f"features_states<{'true' if cotangents else 'false'}>"
         stored = {"d_out": cotangents[0]} if cotangents else {}
         self.start(name, (blocks,), given, **stored)
@@ -144,22 +144,13 @@ class _Call(ScoreCall):
                  np.int32(of.value_dim))  # fmt: skip
         self.start(f"features_scan<{kind}>", (blocks,), (x, tops, *sizes))
 
-    def tiled(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
-              flags: str = "", **stored: Any) -> None:  # fmt: skip
-        """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
-        columns = columns_for(width)
-        # Results without columns have others beside them.
-        grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
-        arguments = (*self.packed.arrays, *more, self.packed.shape, self.cut)
-        shared = memory(self.scalar, columns)
-        self.start(f"{name}<{columns}{flags}>", grid, arguments, shared, **stored)
+    def columns(self, width: int) -> int:
+        """Choose how many columns of a result of `width` a block has."""
+        return columns_for(width)
 
-    def start(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
-              shared: int = 0, **stored: Any) -> None:  # fmt: skip
-        """Launch a kernel unless there is nothing to do."""
-        if all(grid):
-            kernel = self.kernels.cache.kernel(self.program(**stored), name)
-            kernel(grid, (THREADS,), arguments, shared_mem=shared)
+    def arguments(self, *more: Any) -> tuple[Any, ...]:
+        """Give what kernels of the operands are passed, with the chunks last."""
+        return (*super().arguments(*more), self.cut)
 
 
 def _cut(count: int, dim: int, causal: bool) -> _Cut:

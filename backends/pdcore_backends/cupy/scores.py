@@ -97,22 +97,29 @@ class ScoreCall:
         """Count the tiles along an axis."""
         return -(-count // tile(self.scalar))
 
-    def launch(self, name: str, count: int, heads: int, width: int, results: tuple[Any, ...],
-               given: tuple[Any, ...] = (), flags: str = "", **stored: Any) -> None:  # fmt: skip
+    def columns(self, width: int) -> int:
+        """Choose how many columns of a result of `width` a block has."""
+        return columns_for(width)
+
+    def arguments(self, *more: Any) -> tuple[Any, ...]:
+        """Give what kernels of the operands are passed."""
+        return (*self.packed.arrays, *more, self.packed.shape)
+
+    def tiled(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
+              flags: str = "", **stored: Any) -> None:  # fmt: skip
         """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
-        columns = columns_for(width)
+        columns = self.columns(width)
         # Results without columns have others beside them.
         grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
-        self.run(f"{name}<{columns}{flags}>", grid, columns, given + results, **stored)
+        shared = memory(self.scalar, columns)
+        self.start(f"{name}<{columns}{flags}>", grid, self.arguments(*more), shared, **stored)
 
-    def run(self, name: str, grid: tuple[int, ...], columns: int, more: tuple[Any, ...],
-            **stored: Any) -> None:  # fmt: skip
+    def start(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
+              shared: int = 0, **stored: Any) -> None:  # fmt: skip
         """Launch a kernel unless there is nothing to do."""
-        if not all(grid):
-            return
-        kernel = self.kernels.cache.kernel(self.program(**stored), name)
-        arguments = (*self.packed.arrays, *more, self.packed.shape)
-        kernel(grid, (THREADS,), arguments, shared_mem=memory(self.scalar, columns))
+        if all(grid):
+            kernel = self.kernels.cache.kernel(self.program(**stored), name)
+            kernel(grid, (THREADS,), arguments, shared_mem=shared)
 
     def delta(self, out: Any, level: Any, d_out: Any, d_level: Any) -> Any:
         """Give what all keys of a row subtract, as `pdcore.score_contraction.row_delta`."""
@@ -132,7 +139,7 @@ class ScoreCall:
         dq = self.result(*o.q.shape, dtype=o.q.dtype)
         heads, tiles = x.batch * x.heads * x.group, self.tiles(x.rows)
         sums = self.result(heads, tiles, len(names)) if names else NULL
-        self.launch("scores_rows", x.rows, heads, x.dim, (dq, sums), given, d_out=given[0])
+        self.tiled("scores_rows", x.rows, heads, x.dim, (*given, dq, sums), d_out=given[0])
         grads = {n: xp.zeros_like(value) for n, value in o.values.items()}
         if names:
             parts = xp.reshape(sums, (x.batch, x.heads, x.group * tiles, len(names)))
@@ -147,11 +154,11 @@ class ScoreCall:
         if o.key_bias is not None:
             grads["key_bias"] = self.result(*o.key_bias.shape)
         heads = x.batch * x.heads
-        self.launch("scores_keys", x.keys, heads, x.dim, (grads["k"], grads.get("key_bias", NULL)),
-                    given, ", false", d_out=given[0])  # fmt: skip
+        of_keys = (*given, grads["k"], grads.get("key_bias", NULL))
+        self.tiled("scores_keys", x.keys, heads, x.dim, of_keys, ", false", d_out=given[0])
         if x.value_dim:
-            self.launch("scores_keys", x.keys, heads, x.value_dim, (grads["v"], NULL), given,
-                        ", true", d_out=given[0])  # fmt: skip
+            self.tiled("scores_keys", x.keys, heads, x.value_dim, (*given, grads["v"], NULL),
+                       ", true", d_out=given[0])  # fmt: skip
         return grads
 
     def of_bias(self, given: tuple[Any, ...]) -> Any:
@@ -162,6 +169,7 @@ class ScoreCall:
         found = self.result(*extent, dtype=self.o.bias.dtype if whole else None)
         planes = batch * heads * group
         grid = (planes * self.tiles(rows) * self.tiles(keys),)
-        self.run("scores_bias", grid, 32, (*given, found), d_out=given[0], d_bias=found)
+        self.start("scores_bias", grid, self.arguments(*given, found), memory(self.scalar, 32),
+                   d_out=given[0], d_bias=found)  # fmt: skip
         lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(own) - 4)
         return sum_to(self.xp.reshape(found, (*lead, *extent[1:])), own, xp=self.xp)
