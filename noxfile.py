@@ -121,9 +121,15 @@ def example_regressors(session: nox.Session) -> None:
 
 # Numbers, which one Python shows as well as another, and processes by the dozen.
 OF_ONE_PYTHON = (
-    "precision", "invariances", "gradients", "reference", "properties", "mutants", "speed",
+    "precision",
+    "invariances",
+    "gradients",
+    "reference",
+    "properties",
+    "mutants",
+    "speed",
     "gpu_command",
-)  # fmt: skip
+)
 
 
 @nox.session(python=PYTHONS)
@@ -276,9 +282,15 @@ def conform(session: nox.Session, backend: str) -> None:
         merged = RECORDS / "record.json"
         before = [str(merged)] if merged.exists() else []
         session.run(
-            "pdcore", "report", *before, *found, "--merge", str(merged),
-            "--html", str(RECORDS / "record.html"),
-        )  # fmt: skip
+            "pdcore",
+            "report",
+            *before,
+            *found,
+            "--merge",
+            str(merged),
+            "--html",
+            str(RECORDS / "record.html"),
+        )
 
 
 @nox.session(venv_backend="none")
@@ -287,9 +299,13 @@ def gpu(session: nox.Session) -> None:
     roots = [ROOT, *(ROOT / name for name in ("backends", "adapters", "conformance"))]
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
     session.run(
-        sys.executable, "-m", "pdcore_conformance.gpu", *session.posargs,
-        env={"PYTHONPATH": path}, external=True,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "pdcore_conformance.gpu",
+        *session.posargs,
+        env={"PYTHONPATH": path},
+        external=True,
+    )
 
 
 @nox.session(python=FRAMEWORKS_PYTHON)
@@ -323,9 +339,20 @@ for name in {PACKAGES}:
 
 
 OF_FILES = (
-    "packaging", "plugins", "selection", "dispatch", "builtin_backends", "cli", "demo", "files",
-    "conformance", "records", "new_backend", "array_backend", "reference",
-)  # fmt: skip
+    "packaging",
+    "plugins",
+    "selection",
+    "dispatch",
+    "builtin_backends",
+    "cli",
+    "demo",
+    "files",
+    "conformance",
+    "records",
+    "new_backend",
+    "array_backend",
+    "reference",
+)
 
 
 @nox.session

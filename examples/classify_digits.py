@@ -87,7 +87,7 @@ def main(
     For each spec and seed, a stratified part of the training images chooses
     the epoch, by its loss. The weights of that epoch meet the test images
     once. Nothing is chosen by the test images.
-    """  # fmt: skip
+    """
     try:
         import flax
         import jax
@@ -115,18 +115,32 @@ def main(
         )
     chosen = [
         Settings(
-            spec=s, seed=n, epochs=epochs, patience=patience, validation=validation, batch=batch,
-            rate=rate, width=width, layers=layers, heads=heads,
+            spec=s,
+            seed=n,
+            epochs=epochs,
+            patience=patience,
+            validation=validation,
+            batch=batch,
+            rate=rate,
+            width=width,
+            layers=layers,
+            heads=heads,
         )
-        for s in specs for n in numbers
-    ]  # fmt: skip
+        for s in specs
+        for n in numbers
+    ]
     runs = _train(chosen, len(numbers), digits, out, force=force)
     result: dict[str, Any] = {
         "images": {"source": DIGITS, "train": len(digits.train), "test": len(digits.test)},
-        "versions": {"pdcore": pdcore.__version__, "jax": jax.__version__,
-                     "flax": flax.__version__, "python": platform.python_version()},
-        "summary": summarize(runs), "runs": runs,
-    }  # fmt: skip
+        "versions": {
+            "pdcore": pdcore.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "python": platform.python_version(),
+        },
+        "summary": summarize(runs),
+        "runs": runs,
+    }
     title = f"Digits: {len(digits.train)} training and {len(digits.test)} test images, 10 classes"
     result["files"] = write(result, out, title)
     if as_json:

@@ -121,7 +121,7 @@ def main(
     the epoch, by its loss. Then a new model is fitted on all training series
     for so many epochs, and meets the test series once. Nothing is chosen by
     the test series.
-    """  # fmt: skip
+    """
     try:
         import torch
         import training_picture  # noqa: F401 - before any work: matplotlib may be missing
@@ -148,24 +148,44 @@ def main(
     torch.set_num_threads(threads)
     chosen = [
         Settings(
-            spec=s, seed=n, epochs=epochs, patience=patience, validation=validation, batch=batch,
-            rate=rate, dropout=dropout, noise=noise, width=width, layers=layers, heads=heads,
+            spec=s,
+            seed=n,
+            epochs=epochs,
+            patience=patience,
+            validation=validation,
+            batch=batch,
+            rate=rate,
+            dropout=dropout,
+            noise=noise,
+            width=width,
+            layers=layers,
+            heads=heads,
         )
-        for s in specs for n in numbers
-    ]  # fmt: skip
+        for s in specs
+        for n in numbers
+    ]
     for settings in chosen[:: len(numbers)]:
         _try(settings, series)
     runs = _train(chosen, series, out, resume=resume, force=force)
     result = {
         "series": {
-            "name": series.name, "source": series.source, "train": len(series.train.labels),
-            "test": len(series.test.labels), "channels": series.train.frames.shape[2],
-            "length": series.train.frames.shape[1], "classes": len(series.classes),
+            "name": series.name,
+            "source": series.source,
+            "train": len(series.train.labels),
+            "test": len(series.test.labels),
+            "channels": series.train.frames.shape[2],
+            "length": series.train.frames.shape[1],
+            "classes": len(series.classes),
         },
-        "versions": {"pdcore": pdcore.__version__, "torch": str(torch.__version__),
-                     "python": platform.python_version()},
-        "threads": threads, "summary": summarize(runs), "runs": runs,
-    }  # fmt: skip
+        "versions": {
+            "pdcore": pdcore.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        "threads": threads,
+        "summary": summarize(runs),
+        "runs": runs,
+    }
     about = result["series"]
     counted = f"{series.name}: {about['train']} training and {about['test']} test series"
     result["files"] = write(result, out, f"{counted}, {about['classes']} classes")

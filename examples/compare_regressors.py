@@ -69,7 +69,7 @@ def main(
 
     Width and C are chosen by three inner folds of each outer fold's training
     part; every cell meets the same folds and the same grid.
-    """  # fmt: skip
+    """
     try:
         import sklearn
     except ModuleNotFoundError as error:
@@ -90,18 +90,27 @@ def main(
             title = name if not h else f"{name}+h({h})"
             scores[title] = [
                 _nested(X, y, name, h, *INPUTS[label], folds, repeats)
-                for label in INPUTS if h or label != "bn"
-            ]  # fmt: skip
+                for label in INPUTS
+                if h or label != "bn"
+            ]
             means = ", ".join(f"{np.mean(own):.3f}" for own in scores[title])
             note(f"{title}: R^2 {means}")
             done((index + 1) / len(rows))
     result = {
-        "data": SOURCE, "samples": len(X), "features": X.shape[1], "folds": folds,
-        "repeats": repeats, "inputs": list(INPUTS), "scores": scores,
+        "data": SOURCE,
+        "samples": len(X),
+        "features": X.shape[1],
+        "folds": folds,
+        "repeats": repeats,
+        "inputs": list(INPUTS),
+        "scores": scores,
         "differences": _differences(scores, chosen),
-        "versions": {"pdcore": pdcore.__version__, "scikit-learn": sklearn.__version__,
-                     "python": platform.python_version()},
-    }  # fmt: skip
+        "versions": {
+            "pdcore": pdcore.__version__,
+            "scikit-learn": sklearn.__version__,
+            "python": platform.python_version(),
+        },
+    }
     if as_json:
         emit(result)
     else:
@@ -157,9 +166,7 @@ def _maker(
     # bn standardizes by the same numbers, so K and its unit are those of standardized features.
     unit = SVRAttentionRegressor(spec).fit(X, np.zeros(len(X))).C_
     full = spec + ("+bn" if bn else "")
-    return lambda box: SVRAttentionRegressor(
-        full, C=box * unit, epsilon=EPSILON, solver="sklearn"
-    )  # fmt: skip
+    return lambda box: SVRAttentionRegressor(full, C=box * unit, epsilon=EPSILON, solver="sklearn")
 
 
 def _score(
@@ -216,10 +223,12 @@ def _show(result: dict[str, Any]) -> None:
         changes.add_row(name, *shown, f"{own[kinds[-1]]:.1e}")
     stdout().print(changes)
     stdout().print("h is compared on standardized features.")
-    stdout().print(escape(
-        f"epsilon {EPSILON} of standardized targets; width from {WIDTHS} and C from {BOXES}, "
-        "relative, by three inner folds."
-    ))  # fmt: skip
+    stdout().print(
+        escape(
+            f"epsilon {EPSILON} of standardized targets; width from {WIDTHS} and C from {BOXES}, "
+            "relative, by three inner folds."
+        )
+    )
     stdout().print(escape(result["data"]))
 
 

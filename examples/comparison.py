@@ -177,14 +177,17 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for spec in dict.fromkeys(run["spec"] for run in runs):
         own = [run for run in runs if run["spec"] == spec]
         accuracies = [run["test_accuracy"] for run in own]
-        found.append({
-            "spec": spec, "seeds": [run["seed"] for run in own],
-            "test_accuracy": statistics.fmean(accuracies),
-            "deviation": statistics.stdev(accuracies) if len(own) > 1 else None,
-            "validation_accuracy": statistics.fmean(run["validation_accuracy"] for run in own),
-            "epochs": [run["epoch"] for run in own],
-            "seconds": sum(run["seconds"] for run in own),
-        })  # fmt: skip
+        found.append(
+            {
+                "spec": spec,
+                "seeds": [run["seed"] for run in own],
+                "test_accuracy": statistics.fmean(accuracies),
+                "deviation": statistics.stdev(accuracies) if len(own) > 1 else None,
+                "validation_accuracy": statistics.fmean(run["validation_accuracy"] for run in own),
+                "epochs": [run["epoch"] for run in own],
+                "seconds": sum(run["seconds"] for run in own),
+            }
+        )
     return found
 
 
@@ -210,10 +213,12 @@ def show(result: dict[str, Any], title: str, notes: Sequence[str]) -> None:
         deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.1f}"
         each = [r["test_accuracy"] for r in result["runs"] if r["spec"] == row["spec"]]
         table.add_row(
-            escape(row["spec"]), f"{100 * row['test_accuracy']:.1f}{deviation}",
+            escape(row["spec"]),
+            f"{100 * row['test_accuracy']:.1f}{deviation}",
             ", ".join(f"{100 * a:.1f}" for a in each),
-            f"{100 * row['validation_accuracy']:.1f}", f"{row['seconds']:.0f}",
-        )  # fmt: skip
+            f"{100 * row['validation_accuracy']:.1f}",
+            f"{row['seconds']:.0f}",
+        )
     stdout().print(table)
     for line in notes:
         stdout().print(escape(line))

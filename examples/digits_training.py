@@ -228,11 +228,16 @@ def fit(
     # The first look at the test part, and the only one.
     correct = int((predict(model, digits.test).argmax(1) == digits.test_targets).sum())
     return model, {
-        "spec": settings.spec, "seed": settings.seed, "epoch": chosen, "epochs": len(history),
-        "history": history, "validation_accuracy": history[chosen - 1]["accuracy"],
-        "test_accuracy": correct / len(digits.test_targets), "test_correct": correct,
+        "spec": settings.spec,
+        "seed": settings.seed,
+        "epoch": chosen,
+        "epochs": len(history),
+        "history": history,
+        "validation_accuracy": history[chosen - 1]["accuracy"],
+        "test_accuracy": correct / len(digits.test_targets),
+        "test_correct": correct,
         "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+    }
 
 
 def try_spec(settings: Settings) -> None:

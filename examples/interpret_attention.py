@@ -100,15 +100,23 @@ def main(
     read_at = {share: read(q, k, v, settings.spec, share, params) for share in shares}
     found = read_at[epsilon]
     result = {
-        "spec": settings.spec, "seed": seed, "layer": layer, "utterance": chosen,
-        "speaker": run.series.test.labels[chosen], "frames": k.shape[1],
+        "spec": settings.spec,
+        "seed": seed,
+        "layer": layer,
+        "utterance": chosen,
+        "speaker": run.series.test.labels[chosen],
+        "frames": k.shape[1],
         "test_accuracy": run.result["test_accuracy"] if run.result else None,
-        "epsilon": found.expansion.epsilon, "share": epsilon,
-        "C": found.C.tolist(), "needed": found.needed.tolist(), "error": found.error.tolist(),
+        "epsilon": found.expansion.epsilon,
+        "share": epsilon,
+        "C": found.C.tolist(),
+        "needed": found.needed.tolist(),
+        "error": found.error.tolist(),
         "support": found.support.tolist(),
         "counts": {str(s): r.support.sum(axis=1).tolist() for s, r in read_at.items()},
-        "certified": found.expansion.certificate().ok, "source": run.series.source,
-    }  # fmt: skip
+        "certified": found.expansion.certificate().ok,
+        "source": run.series.source,
+    }
     picture, written = out / "interpretation.png", out / "interpretation.json"
     interpretation_picture.write_png(picture, found, result)
     with replacing(written, force=True) as stream:

@@ -74,8 +74,11 @@ def _support(axes: Any, found: Interpretation, head: int) -> None:
     none = np.flatnonzero(~support)
     axes.plot(none, np.full(len(none), 0.03), "x", color=ORANGE, markersize=4, clip_on=False)
     axes.set_ylim(0.0, 1.0)
-    axes.set_title(f"{support.sum()} of {len(support)} frames are support\nvectors, error "
-                   f"{found.error[head]:.2g} at the queries", fontsize=9)  # fmt: skip
+    axes.set_title(
+        f"{support.sum()} of {len(support)} frames are support\nvectors, error "
+        f"{found.error[head]:.2g} at the queries",
+        fontsize=9,
+    )
     axes.set_xlabel("key frame (×: not needed)", fontsize=9)
     _plain(axes)
 

@@ -66,8 +66,15 @@ def _losses(axes: Any, result: Mapping[str, Any], place: int, spec: str) -> None
             axes.plot(epochs, losses, color="#d3d6da", linewidth=0.8, zorder=1)
             continue
         axes.plot(epochs, losses, color=colour, linewidth=1.2, zorder=2)
-        axes.plot(run["epoch"], losses[run["epoch"] - 1], "o", color=colour, markersize=5.5,
-                  markeredgecolor="white", zorder=3)  # fmt: skip
+        axes.plot(
+            run["epoch"],
+            losses[run["epoch"] - 1],
+            "o",
+            color=colour,
+            markersize=5.5,
+            markeredgecolor="white",
+            zorder=3,
+        )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, place: f"{loss:g}"))
@@ -82,15 +89,25 @@ def _accuracies(axes: Any, result: Mapping[str, Any], specs: list[str]) -> None:
     for place, row in enumerate(result["summary"]):
         colour = COLOURS[place % len(COLOURS)]
         own = [100 * run["test_accuracy"] for run in result["runs"] if run["spec"] == row["spec"]]
-        axes.plot(own, [place] * len(own), "o", color=colour, markersize=6, alpha=0.5,
-                  markeredgewidth=0)  # fmt: skip
+        axes.plot(
+            own, [place] * len(own), "o", color=colour, markersize=6, alpha=0.5, markeredgewidth=0
+        )
         mean, deviation = 100 * row["test_accuracy"], row["deviation"]
         spread = None if deviation is None else 100 * deviation
-        axes.errorbar(mean, place, xerr=spread, fmt="|", color=colour, markersize=16,
-                      markeredgewidth=2, capsize=3)  # fmt: skip
+        axes.errorbar(
+            mean,
+            place,
+            xerr=spread,
+            fmt="|",
+            color=colour,
+            markersize=16,
+            markeredgewidth=2,
+            capsize=3,
+        )
         text = f"{mean:.1f} %" if spread is None else f"{mean:.1f} ± {spread:.1f} %"
-        axes.annotate(text, (mean, place), xytext=(0, 12), textcoords="offset points",
-                      ha="center", fontsize=9)  # fmt: skip
+        axes.annotate(
+            text, (mean, place), xytext=(0, 12), textcoords="offset points", ha="center", fontsize=9
+        )
     # A long spec in two lines.
     axes.set_yticks(range(len(specs)), [spec.replace("+", "\n+", 1) for spec in specs])
     for label, colour in zip(axes.get_yticklabels(), COLOURS * len(specs), strict=False):

@@ -143,13 +143,26 @@ class ArrayBackend(Backend):
         assert previous is not None
         return previous
 
-    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
-                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+    def statistics_vjp(
+        self,
+        summary: Summary,
+        keys: Any,
+        mask: Any,
+        final: Mapping[str, Any],
+        cotangent: Mapping[str, Any],
+    ) -> Any:
         """Pull a cotangent of a state back to the keys, see `Statistics.vjp`."""
         return summary.statistics.vjp(keys, mask, final, cotangent, xp=self.xp)
 
-    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
-                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+    def prefix_vjp(
+        self,
+        summary: Summary,
+        keys: Any,
+        mask: Any,
+        rows: Mapping[str, Any],
+        cotangent: Mapping[str, Any],
+        later: Any,
+    ) -> Any:
         """Pull cotangents of the states of many prefixes back, see `Moments.prefix_vjp`."""
         assert isinstance(summary.statistics, Moments)
         return summary.statistics.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
@@ -178,20 +191,29 @@ class ArrayBackend(Backend):
         """Contract every head group by scores; `heads` are its key heads in the caller's order."""
         return Contracted([self.scores(c, o) for o in operands])
 
-    def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
-                   d_level: Any) -> dict[str, Any]:  # fmt: skip
+    def scores_vjp(
+        self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+    ) -> dict[str, Any]:
         """Pull back, see `pdcore.score_contraction.scores_vjp`."""
         return score_contraction.scores_vjp(
-            c, o, out, level, d_out, d_level,
-            xp=self.xp, query_block=self.query_block, key_block=self.key_block,
-        )  # fmt: skip
+            c,
+            o,
+            out,
+            level,
+            d_out,
+            d_level,
+            xp=self.xp,
+            query_block=self.query_block,
+            key_block=self.key_block,
+        )
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
         """Contract by features, see `pdcore.feature_contraction.features`."""
         return feature_contraction.features(c, o, xp=self.xp)
 
-    def features_vjp(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any,
-                     d_level: Any) -> dict[str, Any]:  # fmt: skip
+    def features_vjp(
+        self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+    ) -> dict[str, Any]:
         """Pull back, see `pdcore.feature_contraction.features_vjp`."""
         return feature_contraction.features_vjp(c, o, out, level, d_out, d_level, xp=self.xp)
 
@@ -241,8 +263,9 @@ class ArrayBackend(Backend):
         runs = [finished(*part) for (_, finished), part in zip(taken, found.parts, strict=True)]
         return _Runs(runs, found)
 
-    def _taken(self, call: Call, group: Group, *, vjp: bool
-               ) -> tuple[Operands, Callable[[Any, Any], _GroupRun]]:  # fmt: skip
+    def _taken(
+        self, call: Call, group: Group, *, vjp: bool
+    ) -> tuple[Operands, Callable[[Any, Any], _GroupRun]]:
         """Take one head group to its contraction, and give what is done with (out, L) of that."""
         xp, plan = self.xp, call.plan
         q, k, v = (
@@ -275,10 +298,16 @@ class ArrayBackend(Backend):
         if call.bias is not None:
             bias = call.taken("contraction", call.heads(call.bias, group, -4))
         o = Operands(
-            xp.reshape(rows.q, (*shape, rows.q.shape[-1])), rows.k, call.taken("contraction", v),
-            rows.key_bias, bias, values, visibility,
-            self.dropout(call.inputs.dropout) if call.inputs.dropout else None, rows.fold,
-        )  # fmt: skip
+            xp.reshape(rows.q, (*shape, rows.q.shape[-1])),
+            rows.k,
+            call.taken("contraction", v),
+            rows.key_bias,
+            bias,
+            values,
+            visibility,
+            self.dropout(call.inputs.dropout) if call.inputs.dropout else None,
+            rows.fold,
+        )
         constant = None if rows.row_constant is None else xp.reshape(rows.row_constant, shape)
         c = plan.contraction
         alive = None
@@ -296,9 +325,11 @@ class ArrayBackend(Backend):
                 grads = contract(c, o, out, level, d[0], d[1])  # type: ignore[arg-type]
                 flat_shape = rows.row_constant.shape if constant is not None else None
                 cotangent = Rows(
-                    xp.reshape(grads["q"], rows.q.shape), grads["k"], grads.get("key_bias"),
+                    xp.reshape(grads["q"], rows.q.shape),
+                    grads["k"],
+                    grads.get("key_bias"),
                     None if constant is None else xp.reshape(d[1], flat_shape),
-                )  # fmt: skip
+                )
                 dstate: dict[str, Any] = {}
                 dparams = {n: sum_to(grads[n], values[n].shape, xp=xp) for n in values}
                 for pullback in reversed(pullbacks):
@@ -312,8 +343,9 @@ class ArrayBackend(Backend):
                     k_ = call.taken("statistics_vjp", k)
                     seen = None if real is None else real[..., None]
                     if summary.scope == "prefix":
-                        dk = dk + self._prefixes_vjp(summary, k_, seen, final, dstate, visibility,
-                                                     q.shape)  # fmt: skip
+                        dk = dk + self._prefixes_vjp(
+                            summary, k_, seen, final, dstate, visibility, q.shape
+                        )
                     else:
                         dk = dk + self.statistics_vjp(summary, k_, seen, final, dstate)
                 if pools:
@@ -323,18 +355,27 @@ class ArrayBackend(Backend):
                     found["bias"] = grads["bias"]
                 return found
 
-            return _GroupRun(*finish.result(), pull if vjp else None,
-                             lambda: finish.weights(c, weights, self))  # fmt: skip
+            return _GroupRun(
+                *finish.result(), pull if vjp else None, lambda: finish.weights(c, weights, self)
+            )
 
         return o, finished
 
-    def _prefixes_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
-                      dstate: Mapping[str, Any], visibility: Visibility,
-                      shape: tuple[int, ...]) -> Any:  # fmt: skip
+    def _prefixes_vjp(
+        self,
+        summary: Summary,
+        keys: Any,
+        mask: Any,
+        final: Mapping[str, Any],
+        dstate: Mapping[str, Any],
+        visibility: Visibility,
+        shape: tuple[int, ...],
+    ) -> Any:
         """Pull back the states that each query row read, (*B, H, G N, D)."""
         xp = self.xp
-        cotangent = {n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3)
-                     for n, d in dstate.items()}  # fmt: skip
+        cotangent = {
+            n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3) for n, d in dstate.items()
+        }
         rows = _at_rows(final, visibility, (*shape[:-3], 1, *shape[-2:]), xp)
         return self.prefix_vjp(summary, keys, mask, rows, cotangent, visibility.later_rows())
 
@@ -352,8 +393,9 @@ def _missing_pullbacks(request: Request) -> list[str]:
     return reasons
 
 
-def _at_rows(final: Mapping[str, Any], visibility: Visibility, shape: tuple[int, ...],
-             xp: Any) -> dict[str, Any]:  # fmt: skip
+def _at_rows(
+    final: Mapping[str, Any], visibility: Visibility, shape: tuple[int, ...], xp: Any
+) -> dict[str, Any]:
     """Read each query row's own prefix state, (*B, H, G N, D)."""
     counts = visibility.prefix_counts(0, visibility.rows)
     lead = (*shape[:-3], shape[-3] * shape[-2])
@@ -362,8 +404,9 @@ def _at_rows(final: Mapping[str, Any], visibility: Visibility, shape: tuple[int,
         if visibility.static:
             picked = xp.take(value, counts[:, 0], axis=-2)
         else:
-            index = xp.broadcast_to(counts[..., 0, :, :],
-                                    (*value.shape[:-2], shape[-2], value.shape[-1]))  # fmt: skip
+            index = xp.broadcast_to(
+                counts[..., 0, :, :], (*value.shape[:-2], shape[-2], value.shape[-1])
+            )
             picked = xp.take_along_axis(value, index, axis=-2)
         spread = xp.broadcast_to(picked[..., None, :, :], (*shape[:-1], picked.shape[-1]))
         state[name] = xp.reshape(spread, (*lead, picked.shape[-1]))

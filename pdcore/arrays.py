@@ -8,9 +8,15 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "compiling", "device_name", "device_of", "dtype_name", "held", "library_of", "remember",
+    "compiling",
+    "device_name",
+    "device_of",
+    "dtype_name",
+    "held",
+    "library_of",
+    "remember",
     "within",
-]  # fmt: skip
+]
 
 _MODULES = sys.modules
 # Import names of array libraries whose array types live in another top-level module.
@@ -55,8 +61,10 @@ def library_of(x: Any, name: str) -> str:
 
 def _library(x: Any, kind: type, name: str) -> str:
     if isinstance(x, (np.ma.MaskedArray, np.matrix)):
-        raise TypeError(f"{name}: got {kind.__name__}, whose semantics would be lost; pass a plain "
-                        "numpy.ndarray (and masked keys as key_mask)")  # fmt: skip
+        raise TypeError(
+            f"{name}: got {kind.__name__}, whose semantics would be lost; pass a plain "
+            "numpy.ndarray (and masked keys as key_mask)"
+        )
     roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
     roots = [_ROOTS.get(root, root) for root in roots if root != "builtins"]
     if not roots or not (hasattr(x, "shape") and hasattr(x, "dtype")) or isinstance(x, np.generic):

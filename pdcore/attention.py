@@ -37,11 +37,19 @@ class BoundAttention:
 
     # `jax.jit` keeps weak references to what it compiles.
     __slots__ = (
-        "__weakref__", "_choice", "_device", "_parameters", "_ready", "_settle", "_traced", "spec",
-    )  # fmt: skip
+        "__weakref__",
+        "_choice",
+        "_device",
+        "_parameters",
+        "_ready",
+        "_settle",
+        "_traced",
+        "spec",
+    )
 
-    def __init__(self, spec: str | AttentionSpec, backend: Choice = None,
-                 device: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, spec: str | AttentionSpec, backend: Choice = None, device: str | None = None
+    ) -> None:
         self.spec = as_spec(spec)
         # Settled now: what surrounds a later call, or a trace, does not matter.
         self._choice: Any = backend
@@ -70,10 +78,20 @@ class BoundAttention:
         return self._choice
 
     def __call__(
-        self, q: Any, k: Any, v: Any, *, mask: Any = None, key_mask: Any = None, bias: Any = None,
-        offset: Any = 0, params: Mapping[str, Any] | None = None, return_lse: bool = False,
-        dropout: float = _NO_DROPOUT, axis_name: str | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        mask: Any = None,
+        key_mask: Any = None,
+        bias: Any = None,
+        offset: Any = 0,
+        params: Mapping[str, Any] | None = None,
+        return_lse: bool = False,
+        dropout: float = _NO_DROPOUT,
+        axis_name: str | None = None,
+    ) -> Any:
         """Compute attention; the arguments are those of `attention`."""
         given = _NO_PARAMS if params is None else params
         inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given, dropout, axis_name)
@@ -164,14 +182,24 @@ class BoundAttention:
         from .validation import finite_dropout, validate
 
         q, k, v = inputs.q, inputs.k, inputs.v
-        given = tuple(None if x is None else x.ndim
-                      for x in (inputs.mask, inputs.key_mask, inputs.bias))  # fmt: skip
+        given = tuple(
+            None if x is None else x.ndim for x in (inputs.mask, inputs.key_mask, inputs.bias)
+        )
         dropped = True if finite_dropout(inputs.dropout) else False  # noqa: SIM210 - a symbol
         sizes = (q.shape[-3], k.shape[-3], q.shape[-1], v.shape[-1])
         token = self._settle(
-            str(q.dtype), str(q.device), q.ndim, *map(fixed, sizes), given,
-            _offset_kind(inputs.offset), lse, vjp, weights, dropped, inputs.axis_name,
-        )  # fmt: skip
+            str(q.dtype),
+            str(q.device),
+            q.ndim,
+            *map(fixed, sizes),
+            given,
+            _offset_kind(inputs.offset),
+            lse,
+            vjp,
+            weights,
+            dropped,
+            inputs.axis_name,
+        )
         validate(self.spec, inputs, "torch")
         if self._parameters:
             inputs = _complete(self.spec, inputs, "torch")
@@ -192,11 +220,23 @@ class BoundAttention:
             for x in (inputs.mask, inputs.key_mask, inputs.bias)
         )
         return Request(
-            self.spec, library, dtype_name(q), self._device or device_name(q, library),
-            tuple(q.shape), tuple(inputs.k.shape), tuple(inputs.v.shape), mask, key_mask, bias,
-            _offset_kind(inputs.offset), bool(lse), vjp, weights, finite_dropout(inputs.dropout),
+            self.spec,
+            library,
+            dtype_name(q),
+            self._device or device_name(q, library),
+            tuple(q.shape),
+            tuple(inputs.k.shape),
+            tuple(inputs.v.shape),
+            mask,
+            key_mask,
+            bias,
+            _offset_kind(inputs.offset),
+            bool(lse),
+            vjp,
+            weights,
+            finite_dropout(inputs.dropout),
             inputs.axis_name,
-        )  # fmt: skip
+        )
 
 
 def _offset_kind(offset: Any) -> str:
@@ -345,12 +385,22 @@ def _bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> Bo
 
 
 def attention(
-    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
-    key_mask: Any = None, bias: Any = None, offset: Any = 0,
-    params: Mapping[str, Any] | None = None, return_lse: bool = False,
-    dropout: float = _NO_DROPOUT, axis_name: str | None = None, backend: Choice = None,
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    offset: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    return_lse: bool = False,
+    dropout: float = _NO_DROPOUT,
+    axis_name: str | None = None,
+    backend: Choice = None,
     device: str | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Compute the attention that a spec describes.
 
     Parameters
@@ -410,16 +460,34 @@ def attention(
     (1, 4, 6, 8)
     """
     return _bound(spec, backend, device)(
-        q, k, v, mask=mask, key_mask=key_mask, bias=bias, offset=offset, params=params,
-        return_lse=return_lse, dropout=dropout, axis_name=axis_name,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        mask=mask,
+        key_mask=key_mask,
+        bias=bias,
+        offset=offset,
+        params=params,
+        return_lse=return_lse,
+        dropout=dropout,
+        axis_name=axis_name,
+    )
 
 
 def attention_vjp(
-    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
-    key_mask: Any = None, bias: Any = None, offset: Any = 0,
-    params: Mapping[str, Any] | None = None, backend: Choice = None, device: str | None = None,
-) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:  # fmt: skip
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    offset: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    backend: Choice = None,
+    device: str | None = None,
+) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
     """Compute attention and its vector-Jacobian product.
 
     Parameters
@@ -460,10 +528,19 @@ def attention_vjp(
 
 
 def attention_weights(
-    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
-    key_mask: Any = None, bias: Any = None, offset: Any = 0,
-    params: Mapping[str, Any] | None = None, backend: Choice = None, device: str | None = None,
-) -> Any:  # fmt: skip
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    offset: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    backend: Choice = None,
+    device: str | None = None,
+) -> Any:
     """Compute the weights kappa / h; the only call that builds an (N, M) array.
 
     Parameters
@@ -483,12 +560,22 @@ def attention_weights(
 
 
 def explain(
-    q: Any, k: Any, v: Any, spec: str | AttentionSpec = "softmax", *, mask: Any = None,
-    key_mask: Any = None, bias: Any = None, offset: Any = 0,
-    params: Mapping[str, Any] | None = None, return_lse: bool = False,
-    dropout: float = _NO_DROPOUT, axis_name: str | None = None, backend: Choice = None,
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    offset: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    return_lse: bool = False,
+    dropout: float = _NO_DROPOUT,
+    axis_name: str | None = None,
+    backend: Choice = None,
     device: str | None = None,
-) -> Explanation:  # fmt: skip
+) -> Explanation:
     """Say how a call would run: the plan, the backend, and why not every other one.
 
     Parameters

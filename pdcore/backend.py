@@ -104,15 +104,20 @@ class BackendInfo:
             raise PluginError(f"backend name {self.name!r}: expected an identifier")
         module, colon, cls = self.load.partition(":")
         if not (module and colon and cls):
-            raise PluginError(f"backend {self.name}: load is {self.load!r}, expected "
-                              "'package.module:Class'")  # fmt: skip
+            raise PluginError(
+                f"backend {self.name}: load is {self.load!r}, expected 'package.module:Class'"
+            )
         for feature, support in self.capabilities.items():
             if feature not in FEATURES:
-                raise PluginError(f"backend {self.name}: unknown capability {feature!r}; "
-                                  f"{nearest(feature, FEATURES)}")  # fmt: skip
+                raise PluginError(
+                    f"backend {self.name}: unknown capability {feature!r}; "
+                    f"{nearest(feature, FEATURES)}"
+                )
             if support not in ("full", "unsupported", "not_implemented"):
-                raise PluginError(f"backend {self.name}: {feature} is {support!r}, expected full, "
-                                  "unsupported or not_implemented")  # fmt: skip
+                raise PluginError(
+                    f"backend {self.name}: {feature} is {support!r}, expected full, "
+                    "unsupported or not_implemented"
+                )
 
     def support(self, feature: str) -> Support:
         """Give the declared support for a feature."""
@@ -180,8 +185,10 @@ class Request(NamedTuple):
             for name in ("mask", "key_mask", "bias")
             if getattr(self, name) is not None
         )
-        return (f"q {self.q}, k {self.k}, v {self.v}{given}, {self.library} {self.dtype} on "
-                f"{self.device}")  # fmt: skip
+        return (
+            f"q {self.q}, k {self.k}, v {self.v}{given}, {self.library} {self.dtype} on "
+            f"{self.device}"
+        )
 
     def features(self) -> list[str]:
         """List the `FEATURES` that the call needs."""

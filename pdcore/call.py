@@ -117,9 +117,17 @@ class Call:
         if mask is not None:
             mask = cut_heads(mask, group.heads, -4, xp)
         return Visibility(
-            self.plan.spec.support, xp, self.q.shape[-2], self.k.shape[-2], scale, self.offset,
-            key_mask, real, mask, self.device,
-        ), weights  # fmt: skip
+            self.plan.spec.support,
+            xp,
+            self.q.shape[-2],
+            self.k.shape[-2],
+            scale,
+            self.offset,
+            key_mask,
+            real,
+            mask,
+            self.device,
+        ), weights
 
     def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:
         """Put head groups back in order and query heads on one axis; `whole` is in order."""
@@ -221,16 +229,18 @@ def _added(parts: list[Any]) -> Any:
 class Normaliser:
     """From (out, L) of a contraction to the result and its log-sum-exp, by h."""
 
-    def __init__(self, plan: Plan, o: Operands, out: Any, level: Any, constant: Any, alive: Any,
-                 xp: Any) -> None:  # fmt: skip
+    def __init__(
+        self, plan: Plan, o: Operands, out: Any, level: Any, constant: Any, alive: Any, xp: Any
+    ) -> None:
         self.h, self.signed = plan.normaliser, plan.contraction.signed
         self.o, self.xp, self.alive = o, xp, alive
         self.out, self.inner = out, level
         if alive is not None:
             level = xp.where(alive, level, xp.full_like(level, -xp.inf))
         # L of an empty row stays -inf whatever the row constant is.
-        self.level = level if constant is None else xp.where(
-            level == -xp.inf, level, level + constant)  # fmt: skip
+        self.level = (
+            level if constant is None else xp.where(level == -xp.inf, level, level + constant)
+        )
         self.factor: Any = None
         if self.h == "sum":
             return

@@ -68,10 +68,12 @@ SpecText = Annotated[
 BackendName = Annotated[
     str | None,
     typer.Option(
-        "--backend", "-b", metavar="NAME",
+        "--backend",
+        "-b",
+        metavar="NAME",
         help="Run on this backend or fail; several, joined by commas, are tried in order.",
     ),
-]  # fmt: skip
+]
 DeviceName = Annotated[
     str | None, typer.Option(metavar="DEVICE", help="Move the arrays there, such as 'cuda'.")
 ]
@@ -140,10 +142,17 @@ def attend(
         write_arrays(stream, file_kind(out), outputs, metadata)
     shapes = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in outputs.items()}
     if as_json:
-        emit({
-            "spec": str(parsed), "in": str(source), "out": str(out), "backend": chosen,
-            "arrays": shapes, "pieces": pieces, "seconds": taken,
-        })  # fmt: skip
+        emit(
+            {
+                "spec": str(parsed),
+                "in": str(source),
+                "out": str(out),
+                "backend": chosen,
+                "arrays": shapes,
+                "pieces": pieces,
+                "seconds": taken,
+            }
+        )
     else:
         listed = ", ".join(f"{n} {tuple(x.shape)} {x.dtype}" for n, x in outputs.items())
         stdout().print(
@@ -189,9 +198,12 @@ def backends(as_json: AsJson = False) -> None:
         why = ", ".join(lacking) if b["available"] else b["reason"]
         versions = ", ".join(f"{n} {v}" for n, v in b["versions"].items())
         table.add_row(
-            escape(b["name"]), "yes" if b["available"] else "no", escape(versions),
-            escape(", ".join(b["devices"])), escape(why),
-        )  # fmt: skip
+            escape(b["name"]),
+            "yes" if b["available"] else "no",
+            escape(versions),
+            escape(", ".join(b["devices"])),
+            escape(why),
+        )
     stdout().print(table)
 
 
@@ -255,9 +267,10 @@ def specs(as_json: AsJson = False) -> None:
         form = f"{word['word']}({arguments})" if arguments else word["word"]
         form = " or ".join([form, *word["aliases"]])
         words.add_row(
-            escape(form), word["axis"],
+            escape(form),
+            word["axis"],
             escape(word["meaning"]),
-        )  # fmt: skip
+        )
     stdout().print(presets)
     stdout().print(words)
     stdout().print("An argument in \\[brackets] may be left out and has no default value.")
@@ -323,9 +336,16 @@ def _among(option: str, word: str, known: Any) -> str:
 
 
 def _request(
-    spec: AttentionSpec, shape: str, key_shape: str | None, value_dim: int | None, dtype: str,
-    library: str, device: str | None, given: str, offset: str,
-) -> Request:  # fmt: skip
+    spec: AttentionSpec,
+    shape: str,
+    key_shape: str | None,
+    value_dim: int | None,
+    dtype: str,
+    library: str,
+    device: str | None,
+    given: str,
+    offset: str,
+) -> Request:
     q = _shape("--shape", shape)
     k = q if key_shape is None else _shape("--key-shape", key_shape)
     fits = len(q) == len(k) and q[:-3] == k[:-3] and q[-1] == k[-1] and k[-3] > 0
@@ -344,6 +364,4 @@ def _request(
     v = (*k[:-1], k[-1] if value_dim is None else value_dim)
     present = {_among("--with", word, shapes) for word in words}
     mask, key_mask, bias = (shapes[name] if name in present else None for name in shapes)
-    return Request(
-        spec, library, dtype, device or "cpu", q, k, v, mask, key_mask, bias, offset
-    )  # fmt: skip
+    return Request(spec, library, dtype, device or "cpu", q, k, v, mask, key_mask, bias, offset)

@@ -48,7 +48,7 @@ def bench(
     """Measure speed, growth and memory, interleaved with the peers that compute the same.
 
     Nothing is timed before the numbers are right, and a peer that is missing is named.
-    """  # fmt: skip
+    """
     if grid not in ("quick", "full"):
         raise typer.BadParameter(f"got {grid!r}, expected quick or full", param_hint="--grid")
     try:
@@ -88,14 +88,23 @@ def bench(
     run["precision"] = tested.framework.policy()
     with progress(f"bench of {name}:{device}") as show:
         run["speed"] = found = speed.measure(
-            name, device, grid=grid, peers=against, threads=threads,
+            name,
+            device,
+            grid=grid,
+            peers=against,
+            threads=threads,
             say=lambda title, share: show(share),
-        )  # fmt: skip
+        )
     if report is not None:
-        others = [] if not report.exists() else [
-            other for other in record.load(report)["runs"]
-            if (other["backend"], other["device"]) != (name, device)
-        ]  # fmt: skip
+        others = (
+            []
+            if not report.exists()
+            else [
+                other
+                for other in record.load(report)["runs"]
+                if (other["backend"], other["device"]) != (name, device)
+            ]
+        )
         record.save(report, [*others, run], replace=True)
         note(f"record: {report}")
     if as_json:
@@ -128,17 +137,23 @@ def _run(record: Any, name: str, device: str, report: Path | None) -> Run:
 
 def _list(peers: Any, device: str, as_json: bool) -> None:
     found = [
-        {"peer": peer.name, "computes": list(peer.computes or ()), "backward": peer.backward,
-         "missing": peer.missing(device)}
+        {
+            "peer": peer.name,
+            "computes": list(peer.computes or ()),
+            "backward": peer.backward,
+            "missing": peer.missing(device),
+        }
         for peer in peers.PEERS.values()
-    ]  # fmt: skip
+    ]
     if as_json:
         emit({"peers": found})
         return
     table = Table("peer", "computes", "backward", f"on {device}")
     for entry in found:
         table.add_row(
-            escape(entry["peer"]), escape(", ".join(entry["computes"])),
-            "yes" if entry["backward"] else "", escape(entry["missing"] or "available"),
-        )  # fmt: skip
+            escape(entry["peer"]),
+            escape(", ".join(entry["computes"])),
+            "yes" if entry["backward"] else "",
+            escape(entry["missing"] or "available"),
+        )
     stdout().print(table)

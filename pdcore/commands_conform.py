@@ -71,9 +71,14 @@ def conform(
             return
         with progress(f"conformance of {backend}") as say:
             run, code = running.conform(
-                backend, level=level, grid=grid, cases=case or (), report=report,
-                allow_missing=allow_missing, say=say,
-            )  # fmt: skip
+                backend,
+                level=level,
+                grid=grid,
+                cases=case or (),
+                report=report,
+                allow_missing=allow_missing,
+                say=say,
+            )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if run is None:
@@ -105,9 +110,11 @@ def show(run: Run, report: Path | None) -> None:
         counts = [sum(case["outcome"] == outcome for case in cases) for outcome in outcomes]
         ratios = [case["ratio"] for case in cases if case["ratio"] is not None]
         table.add_row(
-            escape(name), *(str(count or "") for count in counts),
-            f"{max(ratios):.3g}" if ratios else "", f"{sum(c['seconds'] for c in cases):.1f}",
-        )  # fmt: skip
+            escape(name),
+            *(str(count or "") for count in counts),
+            f"{max(ratios):.3g}" if ratios else "",
+            f"{sum(c['seconds'] for c in cases):.1f}",
+        )
     total = [str(run["counts"][outcome]) for outcome in outcomes]
     table.add_section()
     table.add_row("all", *total, "", f"{run['seconds']:.1f}")
@@ -142,6 +149,4 @@ def _name(run: Run) -> str:
 
 def _among(option: str, word: str, known: Any) -> None:
     if word not in known:
-        raise typer.BadParameter(
-            f"got {word!r}, expected {' or '.join(known)}", param_hint=option
-        )  # fmt: skip
+        raise typer.BadParameter(f"got {word!r}, expected {' or '.join(known)}", param_hint=option)

@@ -72,7 +72,7 @@ def reproduce(
     The data are Japanese Vowels and the digits of scikit-learn, which need no path, and
     UWaveGestureLibrary and Handwriting by --data. The quick grid takes less than 20 minutes on two
     cores. Every finished cell is kept in --out, and a run that was interrupted goes on there.
-    """  # fmt: skip
+    """
     try:
         for name in _NEEDED:
             import_module(name)
@@ -142,10 +142,11 @@ def _specs(baseline: str, texts: Sequence[str]) -> list[str]:
             raise typer.BadParameter(str(error), param_hint="--spec") from error
         if own in found:
             raise typer.BadParameter(
-                f"{own} is there twice" if own != baseline else
-                f"{own} is what the others are held against, expected another",
+                f"{own} is there twice"
+                if own != baseline
+                else f"{own} is what the others are held against, expected another",
                 param_hint="--spec",
-            )  # fmt: skip
+            )
         found.append(own)
     return found
 

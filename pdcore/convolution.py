@@ -250,8 +250,10 @@ def convolve_vjp(
     after = tuple(n - 1 - b for n, b in zip(weight.shape[1:-1], before, strict=True))
     dx = convolve(cotangent, xp.flip(weight, axis=axes), after, xp=xp)
     over = tuple(range(-1 - len(before), -1))
-    parts = [xp.sum(cotangent * window, axis=over)
-             for _, window in _windows(x, weight.shape[1:-1], before, xp)]  # fmt: skip
+    parts = [
+        xp.sum(cotangent * window, axis=over)
+        for _, window in _windows(x, weight.shape[1:-1], before, xp)
+    ]
     dweight = xp.stack(parts, axis=-2)
     return dx, xp.reshape(dweight, (*dweight.shape[:-2], *weight.shape[1:]))
 

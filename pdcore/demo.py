@@ -141,12 +141,17 @@ def run_demo(folder: Path, say: Callable[[str], None] = lambda text: None) -> di
         everywhere = [
             redundancy(w[:, :n, :n]) for w, n in zip(weights, vowels.lengths, strict=True)
         ]
-        presets.append({
-            "spec": spec, "meaning": meaning,
-            "redundancy": {"utterance": redundancy(drawn[spec]),
-                           "mean": statistics.fmean(everywhere)},
-            "backends": {name: results[name, spec] for name in names},
-        })  # fmt: skip
+        presets.append(
+            {
+                "spec": spec,
+                "meaning": meaning,
+                "redundancy": {
+                    "utterance": redundancy(drawn[spec]),
+                    "mean": statistics.fmean(everywhere),
+                },
+                "backends": {name: results[name, spec] for name in names},
+            }
+        )
     result = {
         "dataset": ATTRIBUTION,
         "shape": {"q": list(batch.q.shape), "dtype": "float32", "frames": int(vowels.real.sum())},
@@ -227,8 +232,12 @@ def show(result: dict[str, Any], console: Console) -> None:
                 ratio = r["versus_softmax"]
                 error = r["error_over_budget"]
                 colour = "" if error <= 1.0 else "[bold red]"
-                row += [f"{colour}{error:.3f}", f"{r['milliseconds']:.2f}",
-                        "" if ratio is None else f"{ratio:.2f}", distance]  # fmt: skip
+                row += [
+                    f"{colour}{error:.3f}",
+                    f"{r['milliseconds']:.2f}",
+                    "" if ratio is None else f"{ratio:.2f}",
+                    distance,
+                ]
             else:
                 row += [escape(r.get("refused") or r["failed"]), "", "", distance]
             table.add_row(*row)

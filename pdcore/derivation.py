@@ -125,8 +125,10 @@ class _Derivation:
         yield from (rf"\qquad \texttt{{{line}}}" for line in rest)
         if self.pooled:
             yield from (rf"\quad {line}" for line in self._scales())
-            yield (r"\quad R_j = \{ m : js \leq m < (j + 1)s,\ k_m \text{ is real} \}, \quad "
-                   r"R = \{ j : R_j \neq \emptyset \}")  # fmt: skip
+            yield (
+                r"\quad R_j = \{ m : js \leq m < (j + 1)s,\ k_m \text{ is real} \}, \quad "
+                r"R = \{ j : R_j \neq \emptyset \}"
+            )
             if self.spec.heads.pool == "first":
                 pooled = r"\bar{k}_j = k_m, \quad \bar{v}_j = v_m, \quad m = \min R_j"
             else:
@@ -139,10 +141,14 @@ class _Derivation:
             yield rf"\quad \tilde{{k}}_j = {self.spec.normalization.latex(self._key)}"
             taps = math.prod(self.spec.normalization.taps)
             share = rf"1 / {taps}" if taps > 1 else "1"
-            yield (rf"\quad w = \texttt{{weight}} \text{{, or }} {share} \text{{ everywhere "
-                   r"where a call does not give it}")  # fmt: skip
-            yield (rf"\quad \text{{with }} {self._key}_l = 0 \text{{ for }} l \notin R \text{{; "
-                   r"a query has no neighbours, and is not convolved}")  # fmt: skip
+            yield (
+                rf"\quad w = \texttt{{weight}} \text{{, or }} {share} \text{{ everywhere "
+                r"where a call does not give it}"
+            )
+            yield (
+                rf"\quad \text{{with }} {self._key}_l = 0 \text{{ for }} l \notin R \text{{; "
+                r"a query has no neighbours, and is not convolved}"
+            )
         if not support.restricts:
             yield rf"\quad {self.seen} = R{_removed(self.pooled)}"
             return
@@ -177,11 +183,15 @@ class _Derivation:
             yield from (rf"\quad {line}" for line in self._statistics())
         yield rf"\quad \kappa(x, y) = \Phi(x)^\top \Phi(y) = {_tidy(spec.kernel.latex())}"
         if isinstance(spec.kernel, RandomFeatures):
-            yield (rf"\quad \tau = {self.tau}, \quad \Omega_{{fd}} \sim N(0, 1) "
-                   rf"\text{{ drawn once from seed {spec.kernel.seed}}}")  # fmt: skip
+            yield (
+                rf"\quad \tau = {self.tau}, \quad \Omega_{{fd}} \sim N(0, 1) "
+                rf"\text{{ drawn once from seed {spec.kernel.seed}}}"
+            )
         if not positive_semidefinite(spec):
-            yield (r"\quad \text{(} \Phi \text{ exists only where } \kappa \text{ is positive "
-                   r"semidefinite; elsewhere the last lines are a definition)}")  # fmt: skip
+            yield (
+                r"\quad \text{(} \Phi \text{ exists only where } \kappa \text{ is positive "
+                r"semidefinite; elsewhere the last lines are a definition)}"
+            )
         normaliser = {
             "sum": rf"\sum_{{l \in {self.seen}}} {self.kappa('x', self.key('l'))}",
             "count": f"|{self.seen}|",
@@ -200,15 +210,19 @@ class _Derivation:
         key = self.key("j")
         if isinstance(normalization, Mixture):
             steps, seed = normalization.steps, normalization.seed
-            yield (rf"\pi_c, \mu_c, \sigma_c^2 \text{{ by {steps} steps of EM on the }} {key},\ "
-                   rf"j \in R \text{{, from centres of seed {seed}}}")  # fmt: skip
+            yield (
+                rf"\pi_c, \mu_c, \sigma_c^2 \text{{ by {steps} steps of EM on the }} {key},\ "
+                rf"j \in R \text{{, from centres of seed {seed}}}"
+            )
             return
         statistics = normalization.statistics_state()
         if not isinstance(normalization, Batch) and type(statistics) is not Moments:
             if statistics is not None:
                 name = _escape(type(statistics).__name__)
-                yield (rf"\text{{by the statistics }} \texttt{{{name}}} \text{{ of the }} "
-                       rf"{key},\ j \in R")  # fmt: skip
+                yield (
+                    rf"\text{{by the statistics }} \texttt{{{name}}} \text{{ of the }} "
+                    rf"{key},\ j \in R"
+                )
             return
         match normalization.statistics if isinstance(normalization, Batch) else "sequence":
             case "running":
@@ -229,8 +243,10 @@ class _Derivation:
             total, count = rf"\sum_b \sum_{{j \in {over}}}", rf"\sum_b |{over}|"
             key = rf"{key}^{{(b)}}"
         mean = rf"\mu{index}"
-        yield (rf"{mean} = \frac{{1}}{{n}} {total} {key}, \quad \sigma^2{index} = \frac{{1}}{{n}} "
-               rf"{total} ({key} - {mean})^2, \quad n = {count}")  # fmt: skip
+        yield (
+            rf"{mean} = \frac{{1}}{{n}} {total} {key}, \quad \sigma^2{index} = \frac{{1}}{{n}} "
+            rf"{total} ({key} - {mean})^2, \quad n = {count}"
+        )
 
     # The regression.
 
@@ -241,37 +257,51 @@ class _Derivation:
         yield rf"\textbf{{Primal}}\text{{{whose}: a layer with targets }} y_j"
         yield rf"\quad {self.f}(x) = W \frac{{{x}}}{{{self.h}(x)}} + b"
         slack = r"(\xi_{jd} + \xi^{*}_{jd})"
-        yield (r"\quad \min_{W, b, \xi, \xi^{*}} \ \frac{1}{2} \lVert W \rVert_F^2 + C "
-               rf"\sum_{{j \in {self.seen}}} \sum_d {slack}")  # fmt: skip
+        yield (
+            r"\quad \min_{W, b, \xi, \xi^{*}} \ \frac{1}{2} \lVert W \rVert_F^2 + C "
+            rf"\sum_{{j \in {self.seen}}} \sum_d {slack}"
+        )
         fit = rf"w_d^\top \frac{{{z}}}{{{self.h}({self.key('j')})}} - b_d"
-        yield (rf"\quad \text{{subject to }} -(\epsilon + \xi^{{*}}_{{jd}}) \leq y_{{jd}} - {fit} "
-               r"\leq \epsilon + \xi_{jd}, \quad \xi_{jd}, \xi^{*}_{jd} \geq 0")  # fmt: skip
+        yield (
+            rf"\quad \text{{subject to }} -(\epsilon + \xi^{{*}}_{{jd}}) \leq y_{{jd}} - {fit} "
+            r"\leq \epsilon + \xi_{jd}, \quad \xi_{jd}, \xi^{*}_{jd} \geq 0"
+        )
 
     def dual(self) -> Iterator[str]:
         """State the dual problem, and the primal solution by its multipliers."""
         j, k_j, k_l = self.seen, self.key("j"), self.key("l")
         gap, other = r"(\alpha_{jd} - \alpha^{*}_{jd})", r"(\alpha_{ld} - \alpha^{*}_{ld})"
         yield r"\textbf{Dual}\text{: multipliers } \alpha_{jd}, \alpha^{*}_{jd}"
-        yield (r"\quad \max_{\alpha, \alpha^{*}} \ "
-               rf"-\frac{{1}}{{2}} \sum_d \sum_{{j, l \in {j}}} {gap} {other} K_{{jl}} "
-               rf"+ \sum_d \sum_{{j \in {j}}} \left( y_{{jd}} {gap} - "
-               r"\epsilon (\alpha_{jd} + \alpha^{*}_{jd}) \right)")  # fmt: skip
-        yield (r"\quad \text{subject to } 0 \leq \alpha_{jd}, \alpha^{*}_{jd} \leq C, \quad "
-               rf"\sum_{{j \in {j}}} {gap} = 0 \text{{ for every }} d")  # fmt: skip
-        yield (rf"\quad K_{{jl}} = \frac{{{self.kappa(k_j, k_l)}}}{{{self.h}({k_j}) \, "
-               rf"{self.h}({k_l})}}, \quad w_d = \sum_{{j \in {j}}} {gap} "
-               rf"\frac{{{self.phi(k_j)}}}{{{self.h}({k_j})}}")  # fmt: skip
+        yield (
+            r"\quad \max_{\alpha, \alpha^{*}} \ "
+            rf"-\frac{{1}}{{2}} \sum_d \sum_{{j, l \in {j}}} {gap} {other} K_{{jl}} "
+            rf"+ \sum_d \sum_{{j \in {j}}} \left( y_{{jd}} {gap} - "
+            r"\epsilon (\alpha_{jd} + \alpha^{*}_{jd}) \right)"
+        )
+        yield (
+            r"\quad \text{subject to } 0 \leq \alpha_{jd}, \alpha^{*}_{jd} \leq C, \quad "
+            rf"\sum_{{j \in {j}}} {gap} = 0 \text{{ for every }} d"
+        )
+        yield (
+            rf"\quad K_{{jl}} = \frac{{{self.kappa(k_j, k_l)}}}{{{self.h}({k_j}) \, "
+            rf"{self.h}({k_l})}}, \quad w_d = \sum_{{j \in {j}}} {gap} "
+            rf"\frac{{{self.phi(k_j)}}}{{{self.h}({k_j})}}"
+        )
 
     def attention(self) -> Iterator[str]:
         """State the expansion at query i, and what it comes to."""
         v, k, seen = self.value("j"), self.key("j"), self.seen
-        yield (r"\textbf{Attention}\text{: the expansion at query } i \text{; in a transformer } v "
-               r"\text{ is learned and } b = 0")  # fmt: skip
+        yield (
+            r"\textbf{Attention}\text{: the expansion at query } i \text{; in a transformer } v "
+            r"\text{ is learned and } b = 0"
+        )
         total = rf"\sum_{{j \in {seen}}}"
         vd = r"\bar{v}_{jd}" if self.pooled else "v_{jd}"
-        yield (rf"\quad o_i = {self.f}(q_i) = {total} \frac{{{self.kappa('q_i', k)}}}"
-               rf"{{{self.h}(q_i)}} \, {v}, \quad {vd} = \frac{{\alpha_{{jd}} - "
-               rf"\alpha^{{*}}_{{jd}}}}{{{self.h}({k})}}")  # fmt: skip
+        yield (
+            rf"\quad o_i = {self.f}(q_i) = {total} \frac{{{self.kappa('q_i', k)}}}"
+            rf"{{{self.h}(q_i)}} \, {v}, \quad {vd} = \frac{{\alpha_{{jd}} - "
+            rf"\alpha^{{*}}_{{jd}}}}{{{self.h}({k})}}"
+        )
         yield from (rf"\quad {line}" for line in self._closed_form(total, v, k))
         empty = rf"{seen} = \emptyset"
         if self.spec.prefix:
@@ -302,9 +332,11 @@ class _Derivation:
             index = "_p" if spec.prefix else ""
             centre = rf"{_weight(normalization)}\mu{index}"
             scale = rf"\sigma^2{index} + {latex_number(normalization.eps)}"
-            yield (rf"o_i = {total} {softmax}({self.tau} \, q_i'^\top {k}) \, {v}, \quad q_i' = "
-                   rf"\frac{{{_tidy(f'q_i - {centre}')}}}{{{scale}}} \text{{ (terms without }} j "
-                   r"\text{ cancel)}")  # fmt: skip
+            yield (
+                rf"o_i = {total} {softmax}({self.tau} \, q_i'^\top {k}) \, {v}, \quad q_i' = "
+                rf"\frac{{{_tidy(f'q_i - {centre}')}}}{{{scale}}} \text{{ (terms without }} j "
+                r"\text{ cancel)}"
+            )
 
     def own_choices(self) -> Iterator[str]:
         """List what this project chose and the paper did not."""
@@ -339,8 +371,11 @@ class _Derivation:
 
 
 def _removed(pooled: bool) -> str:
-    return (r" \quad \text{(less those with a real key that a mask of the call denies)}" if pooled
-            else r" \quad \text{(less those that a mask of the call denies)}")  # fmt: skip
+    return (
+        r" \quad \text{(less those with a real key that a mask of the call denies)}"
+        if pooled
+        else r" \quad \text{(less those that a mask of the call denies)}"
+    )
 
 
 def positive_semidefinite(spec: AttentionSpec) -> bool:

@@ -24,15 +24,32 @@ from .errors import UnsupportedError
 
 __all__ = ["Expression", "exp", "log", "maximum", "tanh", "trace", "where"]
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">",
-          "ge": ">="}  # fmt: skip
+_INFIX = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+}
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-}  # fmt: skip
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
 _COMPARISONS = frozenset(_COMPARE)
 # op -> CUDA function without its float suffix
-_CUDA_CALLS = {"exp": "exp", "log": "log", "tanh": "tanh", "abs": "fabs", "maximum": "fmax",
-               "pow": "pow"}  # fmt: skip
+_CUDA_CALLS = {
+    "exp": "exp",
+    "log": "log",
+    "tanh": "tanh",
+    "abs": "fabs",
+    "maximum": "fmax",
+    "pow": "pow",
+}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -243,10 +260,17 @@ def _wrap(x: Expression | float) -> Expression:
 
 
 _FOLD: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b, "pow": lambda a, b: a**b, "maximum": max,
-    "exp": math.exp, "log": math.log, "tanh": math.tanh, "abs": abs,
-}  # fmt: skip
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "pow": lambda a, b: a**b,
+    "maximum": max,
+    "exp": math.exp,
+    "log": math.log,
+    "tanh": math.tanh,
+    "abs": abs,
+}
 
 
 def _unary(op: str, x: Expression | float) -> Expression:
@@ -380,8 +404,11 @@ def _cuda(e: Expression, suffix: str) -> str:
     if e.op == "const":
         value = float(e.value)  # type: ignore[arg-type]
         if math.isinf(value):
-            infinity = "__int_as_float(0x7f800000)" if suffix else (
-                "__longlong_as_double(0x7ff0000000000000LL)")  # fmt: skip
+            infinity = (
+                "__int_as_float(0x7f800000)"
+                if suffix
+                else ("__longlong_as_double(0x7ff0000000000000LL)")
+            )
             return infinity if value > 0 else f"(-{infinity})"
         text = f"{value!r}{suffix}"
         return f"({text})" if value < 0 else text

@@ -20,9 +20,14 @@ CHUNK = 64  # rows and keys of a chunk: the (rows, keys) block costs as much as 
 
 
 def features(
-    c: Features, o: Operands, *, xp: Any, size: int = CHUNK, tiled: bool = False,
+    c: Features,
+    o: Operands,
+    *,
+    xp: Any,
+    size: int = CHUNK,
+    tiled: bool = False,
     contract: Callable[..., tuple[Any, Any]] | None = None,
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Any, Any]:
     """Contract by features.
 
     Parameters
@@ -112,16 +117,31 @@ class Products:
 
 
 def features_vjp(
-    c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any,
-    size: int = CHUNK, tiled: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    c: Features,
+    o: Operands,
+    out: Any,
+    level: Any,
+    d_out: Any,
+    d_level: Any,
+    *,
+    xp: Any,
+    size: int = CHUNK,
+    tiled: bool = False,
+) -> dict[str, Any]:
     """Pull (d_out, d_L) back to ``q``, ``k`` and ``v``, in O(N + M); see `features`."""
     if c.log:
         plain, shift = shifted_features(o, xp=xp)
         d = features_vjp(
-            Features(c.kernel), plain, out, level - shift, d_out, d_level,
-            xp=xp, size=size, tiled=tiled,
-        )  # fmt: skip
+            Features(c.kernel),
+            plain,
+            out,
+            level - shift,
+            d_out,
+            d_level,
+            xp=xp,
+            size=size,
+            tiled=tiled,
+        )
         # phi = exp(log phi - shift), and the value does not depend on the shifts.
         return {"q": d["q"] * plain.q, "k": d["k"] * plain.k, "v": d["v"]}
     if c.signed:
@@ -142,10 +162,26 @@ def features_vjp(
         after = xp.flip(seen.later_rows(), axis=-2)
         late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
         step = seen.scale
-        dk, _ = prefix_contract(xp.flip(values, axis=-2), after, late_rows, late_q, xp=xp,
-                                first=seen.first_later, step=step, size=size)  # fmt: skip
-        dv, _ = prefix_contract(xp.flip(k, axis=-2), after, late_q, late_rows, xp=xp,
-                                first=seen.first_later, step=step, size=size)  # fmt: skip
+        dk, _ = prefix_contract(
+            xp.flip(values, axis=-2),
+            after,
+            late_rows,
+            late_q,
+            xp=xp,
+            first=seen.first_later,
+            step=step,
+            size=size,
+        )
+        dv, _ = prefix_contract(
+            xp.flip(k, axis=-2),
+            after,
+            late_q,
+            late_rows,
+            xp=xp,
+            first=seen.first_later,
+            step=step,
+            size=size,
+        )
         dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
     else:
         products = Products(size if tiled else 0, xp)
@@ -198,9 +234,17 @@ def _real_features(o: Operands, xp: Any) -> Any:
 
 
 def prefix_contract(
-    a: Any, counts: Any, k: Any, v: Any, *, xp: Any, first: Callable[[int], int | None],
-    log: bool = False, step: int = 1, size: int = CHUNK,
-) -> tuple[Any, Any]:  # fmt: skip
+    a: Any,
+    counts: Any,
+    k: Any,
+    v: Any,
+    *,
+    xp: Any,
+    first: Callable[[int], int | None],
+    log: bool = False,
+    step: int = 1,
+    size: int = CHUNK,
+) -> tuple[Any, Any]:
     """Compute sum_{j < c_i} (a_i . k_j) v_j for every row i.
 
     Parameters
@@ -263,8 +307,11 @@ def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
     """Cut rows into chunks (..., C, size, F), with `step` + 1 empty ones behind."""
     *lead, length, dim = x.shape
     count = -(-length // size) + step + 1
-    rest = xp.zeros_like(x[..., :1, :]) if length else xp.zeros(
-        (*lead, 1, dim), dtype=x.dtype, device=device_of(x))  # fmt: skip
+    rest = (
+        xp.zeros_like(x[..., :1, :])
+        if length
+        else xp.zeros((*lead, 1, dim), dtype=x.dtype, device=device_of(x))
+    )
     shape = (*lead, count * size - length, dim)
     padded = xp.concat([x, xp.broadcast_to(xp.full_like(rest, fill), shape)], axis=-2)
     return xp.reshape(padded, (*lead, count, size, dim))

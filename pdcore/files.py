@@ -218,10 +218,20 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
             names = list(tensors.keys())
             _check_names(path, names)
             dtypes = {
-                "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-                "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-                "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
-            }  # fmt: skip
+                "F16": "float16",
+                "BF16": "bfloat16",
+                "F32": "float32",
+                "F64": "float64",
+                "BOOL": "bool",
+                "I8": "int8",
+                "I16": "int16",
+                "I32": "int32",
+                "I64": "int64",
+                "U8": "uint8",
+                "U16": "uint16",
+                "U32": "uint32",
+                "U64": "uint64",
+            }
             for name in names:
                 stored = tensors.get_slice(name).get_dtype()
                 _check_dtype_name(path, name, dtypes.get(stored, stored))

@@ -67,8 +67,9 @@ def _value(word: str, text: str) -> Any:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     if text.isidentifier():
         return text
-    raise SpecError(f"{word}: cannot read the argument {text!r}: expected a number, inf, true, "
-                    "false or a name")  # fmt: skip
+    raise SpecError(
+        f"{word}: cannot read the argument {text!r}: expected a number, inf, true, false or a name"
+    )
 
 
 def bind_arguments(
@@ -76,8 +77,10 @@ def bind_arguments(
 ) -> dict[str, Any]:
     """Give every argument its name, and refuse names that are not known."""
     if len(positional) > len(names):
-        raise SpecError(f"{word}: got {len(positional)} arguments, takes {len(names)}"
-                        f"{': ' + ', '.join(names) if names else ''}")  # fmt: skip
+        raise SpecError(
+            f"{word}: got {len(positional)} arguments, takes {len(names)}"
+            f"{': ' + ', '.join(names) if names else ''}"
+        )
     bound = dict(zip(names, positional, strict=False))
     for name, value in named.items():
         if name not in names:
@@ -104,9 +107,10 @@ def made(word: str, cls: type[Any], positional: list[Any], named: dict[str, Any]
     declared = {f.name: f for f in fields(cls) if f.init}
     bound = bind_arguments(word, tuple(declared), positional, named)
     missing = [
-        name for name, f in declared.items()
+        name
+        for name, f in declared.items()
         if name not in bound and f.default is MISSING and f.default_factory is MISSING
-    ]  # fmt: skip
+    ]
     if missing:
         needed = ",".join(f"{name}=..." for name in missing)
         raise SpecError(f"{word}: {' and '.join(missing)} must be given: {word}({needed})")

@@ -36,8 +36,10 @@ class HeadScaling:
         if self.pool not in _POOLS:
             raise SpecError(f"sh: pool is {self.pool!r}; {nearest(str(self.pool), _POOLS)}")
         if self.pool != "mean" and not self.scales:
-            raise SpecError(f"sh: pool={self.pool} without scales pools nothing; expected one "
-                            "scale per key head")  # fmt: skip
+            raise SpecError(
+                f"sh: pool={self.pool} without scales pools nothing; expected one "
+                "scale per key head"
+            )
 
     @property
     def largest(self) -> int:

@@ -62,17 +62,35 @@ def _backend(name: str, reason: str | None, **known: Any) -> dict[str, Any]:
 
 #: The words that set neither kernel nor normalization, with their arguments.
 _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
-    ("sh", ["scaling"], "head scaling",
-     "each key head fitted on keys pooled over windows of its own scale",
-     [("scales", "one whole number >= 1 per key head", True, None),
-      ("pool", "mean or first", False, "mean")]),
+    (
+        "sh",
+        ["scaling"],
+        "head scaling",
+        "each key head fitted on keys pooled over windows of its own scale",
+        [
+            ("scales", "one whole number >= 1 per key head", True, None),
+            ("pool", "mean or first", False, "mean"),
+        ],
+    ),
     ("causal", [], "support", "keys at positions up to the query's only", []),
-    ("sparse", ["window"], "support", "a window of positions around the query's",
-     [("left", "a whole number >= 0, or inf", True, None),
-      ("right", "a whole number >= 0, or inf", True, None)]),
-    ("h", [], "normaliser", "what the weighted sum is divided by",
-     [("normaliser", "sum, count or one", True, None)]),
-]  # fmt: skip
+    (
+        "sparse",
+        ["window"],
+        "support",
+        "a window of positions around the query's",
+        [
+            ("left", "a whole number >= 0, or inf", True, None),
+            ("right", "a whole number >= 0, or inf", True, None),
+        ],
+    ),
+    (
+        "h",
+        [],
+        "normaliser",
+        "what the weighted sum is divided by",
+        [("normaliser", "sum, count or one", True, None)],
+    ),
+]
 
 
 def list_words() -> dict[str, list[dict[str, Any]]]:

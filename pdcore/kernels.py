@@ -22,9 +22,18 @@ from .errors import SpecError, UnsupportedError
 from .expression import Expression, log, tanh, trace
 
 __all__ = [
-    "Cosine", "Elu", "Exponential", "FeatureMap", "Gaussian", "Kernel", "Parameter",
-    "PointwiseKernel", "Polynomial", "RandomFeatures", "Relu",
-]  # fmt: skip
+    "Cosine",
+    "Elu",
+    "Exponential",
+    "FeatureMap",
+    "Gaussian",
+    "Kernel",
+    "Parameter",
+    "PointwiseKernel",
+    "Polynomial",
+    "RandomFeatures",
+    "Relu",
+]
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,10 @@ def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normaliz
         raise SpecError(f"layer: got {name!r}; {hint}")
     positional, named = read_arguments(name, text)
     if arguments and text:
-        raise SpecError(f"layer: got {layer!r} and {', '.join(arguments)} beside it; give all "
-                        "arguments in one place")  # fmt: skip
+        raise SpecError(
+            f"layer: got {layer!r} and {', '.join(arguments)} beside it; give all "
+            "arguments in one place"
+        )
     found: Normalization = made(name, LAYERS[name], positional, {**named, **arguments})
     return name, found
 
@@ -173,8 +175,10 @@ def _kernel(kernel: str | Kernel) -> Kernel:
         )
     spec = parse(kernel)
     if spec != AttentionSpec(kernel=spec.kernel):
-        raise SpecError(f"kernel: got {kernel!r}, expected the word of a kernel alone, such as "
-                        "'gaussian(gamma=0.3)'")  # fmt: skip
+        raise SpecError(
+            f"kernel: got {kernel!r}, expected the word of a kernel alone, such as "
+            "'gaussian(gamma=0.3)'"
+        )
     return spec.kernel
 
 

@@ -70,13 +70,18 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
             f"{signature.heads} key heads of k"
         )
     groups = tuple(Group(*g) for g in spec.heads.groups(signature.heads))
-    steps = [f"heads {list(g.heads)}: keys and values pooled ({spec.heads.pool}) over windows of "
-             f"{g.scale}" for g in groups if g.scale > 1]  # fmt: skip
+    steps = [
+        f"heads {list(g.heads)}: keys and values pooled ({spec.heads.pool}) over windows of "
+        f"{g.scale}"
+        for g in groups
+        if g.scale > 1
+    ]
     summary = _summary(spec, steps)
     transforms, contraction = _contraction(spec, signature, steps)
     if spec.normaliser != "sum":
-        steps.append("h(count): out exp(L - log n)" if spec.normaliser == "count"
-                     else "h(one): out exp(L)")  # fmt: skip
+        steps.append(
+            "h(count): out exp(L - log n)" if spec.normaliser == "count" else "h(one): out exp(L)"
+        )
     return Plan(
         spec=spec,
         groups=groups,
@@ -106,9 +111,11 @@ def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
     if type(statistics) is KeySet:
         steps.append("statistics: none; the keys of the sequence are kept as they are")
         return Summary(statistics, scope)
-    over = {"sequence": "the real keys of the sequence",
-            "batch": "the real keys of all sequences of the call",
-            "prefix": "the real keys up to each position"}  # fmt: skip
+    over = {
+        "sequence": "the real keys of the sequence",
+        "batch": "the real keys of all sequences of the call",
+        "prefix": "the real keys up to each position",
+    }
     name = re.sub(r"(?<!^)(?=[A-Z])", " ", type(statistics).__name__).lower()
     steps.append(f"statistics: {name} over {over[scope]}")
     return Summary(statistics, scope)
@@ -134,8 +141,10 @@ def _contraction(
             "the row constant tau q'.(c - beta mu) goes to L"
         )
         if spec.prefix and signature.dtype in ("float16", "bfloat16"):
-            steps.append(f"{signature.dtype} rows are computed in float32: q' of a short prefix "
-                         "leaves its range")  # fmt: skip
+            steps.append(
+                f"{signature.dtype} rows are computed in float32: q' of a short prefix "
+                "leaves its range"
+            )
         steps.append(f"scores: log kappa = {scale:.6g} q'.k'")
         return tuple(transforms), Scores(scale=scale)
     if not isinstance(normalization, Identity):
@@ -143,8 +152,10 @@ def _contraction(
         steps.append(normalization.step())
     if isinstance(kernel, Gaussian):
         transforms.append(GaussianRows(kernel.gamma))
-        steps.append("gaussian: log kappa = 2 gamma q'.k' + key bias (-gamma |k'|^2) + row "
-                     "constant (-gamma |q'|^2), after a common shift")  # fmt: skip
+        steps.append(
+            "gaussian: log kappa = 2 gamma q'.k' + key bias (-gamma |k'|^2) + row "
+            "constant (-gamma |q'|^2), after a common shift"
+        )
         return tuple(transforms), Scores(scale=2.0 * kernel.gamma)
     if isinstance(kernel, Cosine):
         transforms.append(UnitRows())
@@ -177,8 +188,10 @@ def _features(
     )
     if signature.masked or window:
         why = "a mask" if signature.masked else "a window"
-        steps.append(f"features under {why} run as scores with weights phi(q).phi(k), O(N M): "
-                     "differences of prefix sums would cancel")  # fmt: skip
+        steps.append(
+            f"features under {why} run as scores with weights phi(q).phi(k), O(N M): "
+            "differences of prefix sums would cancel"
+        )
         weight = "log_features" if kernel.log_domain else "features"
         return Scores(weight=weight, signed=kernel.signed)
     causal = " by prefix sums over chunks" if spec.support.causal else ""

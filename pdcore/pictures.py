@@ -139,8 +139,10 @@ def _rows(result: Mapping[str, Any]) -> list[str]:
     rows = []
     for preset in result["presets"]:
         for name, r in preset["backends"].items():
-            start = (f'<th scope="row"><code>{html.escape(preset["spec"])}</code></th>'
-                     f"<td>{html.escape(name)}</td>")  # fmt: skip
+            start = (
+                f'<th scope="row"><code>{html.escape(preset["spec"])}</code></th>'
+                f"<td>{html.escape(name)}</td>"
+            )
             if "milliseconds" in r:
                 low, high = r["spread"]
                 ratio = r["versus_softmax"]

@@ -33,10 +33,20 @@ if TYPE_CHECKING:
     from .discovery import Owner
 
 __all__ = [
-    "BrokenPlugin", "broken", "candidates", "disabled", "discover", "generation", "is_known",
-    "known_failures", "load_backend", "register_backend", "registered", "unavailable_reason",
+    "BrokenPlugin",
+    "broken",
+    "candidates",
+    "disabled",
+    "discover",
+    "generation",
+    "is_known",
+    "known_failures",
+    "load_backend",
+    "register_backend",
+    "registered",
+    "unavailable_reason",
     "unregister_backend",
-]  # fmt: skip
+]
 
 
 class BrokenPlugin(NamedTuple):

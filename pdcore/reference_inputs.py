@@ -107,11 +107,20 @@ def prepare(
             raise UnsupportedError("bias: it has no meaning for pooled keys (a scale above 1)")
         bias = xp.broadcast_to(accumulated(bias), full)
     return Call(
-        xp=xp, spec=spec, dtype=dtype, device=place, q=q, k=k, v=v, real=real, mask=mask,
-        bias=bias, position=_positions(offset, real, rows, key_mask is None, xp, place),
+        xp=xp,
+        spec=spec,
+        dtype=dtype,
+        device=place,
+        q=q,
+        k=k,
+        v=v,
+        real=real,
+        mask=mask,
+        bias=bias,
+        position=_positions(offset, real, rows, key_mask is None, xp, place),
         params=_check_params(given, spec, key_heads, dim, dtype, xp, place),
         rounded=accumulated if round_intermediates is None else rounded,
-    )  # fmt: skip
+    )
 
 
 def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[int, ...], int, int]:

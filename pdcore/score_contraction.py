@@ -36,8 +36,9 @@ def tile(x: Any, start: int, stop: int, first: int, last: int) -> Any:
     return x if x.shape[-1] == 1 else x[..., first:last]
 
 
-def log_weight(c: Scores, s: Any, o: Operands, start: int, stop: int, first: int, last: int,
-               *, xp: Any) -> Any:  # fmt: skip
+def log_weight(
+    c: Scores, s: Any, o: Operands, start: int, stop: int, first: int, last: int, *, xp: Any
+) -> Any:
     """Compute log kappa, biases included, -inf where a key is not visible."""
     logits = c.scale * s if c.expression is None else c.expression({"s": s, **o.values}, xp)
     if isinstance(logits, float):  # a kernel that does not depend on s
@@ -52,8 +53,9 @@ def log_weight(c: Scores, s: Any, o: Operands, start: int, stop: int, first: int
     return xp.where(seen, logits, xp.full_like(logits, -xp.inf))
 
 
-def scores(c: Scores, o: Operands, *, xp: Any, query_block: int = 256,
-           key_block: int = 512) -> tuple[Any, Any]:  # fmt: skip
+def scores(
+    c: Scores, o: Operands, *, xp: Any, query_block: int = 256, key_block: int = 512
+) -> tuple[Any, Any]:
     """Contract by scores: an online softmax over key blocks, or a plain sum of weights.
 
     Returns
@@ -70,8 +72,9 @@ def scores(c: Scores, o: Operands, *, xp: Any, query_block: int = 256,
     return xp.concat(outs, axis=-2), xp.concat(sums, axis=-1)
 
 
-def _score_rows(c: Scores, o: Operands, start: int, stop: int, key_block: int,
-                xp: Any) -> tuple[Any, Any]:  # fmt: skip
+def _score_rows(
+    c: Scores, o: Operands, start: int, stop: int, key_block: int, xp: Any
+) -> tuple[Any, Any]:
     q = o.q[..., start:stop, :]
     total = xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
     peak = total - xp.inf
@@ -162,8 +165,18 @@ def weights(c: Scores, o: Operands, level: Any, *, xp: Any, query_block: int = 2
     return xp.concat(parts, axis=-2)
 
 
-def scores_vjp(c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any,
-               query_block: int = 256, key_block: int = 512) -> dict[str, Any]:  # fmt: skip
+def scores_vjp(
+    c: Scores,
+    o: Operands,
+    out: Any,
+    level: Any,
+    d_out: Any,
+    d_level: Any,
+    *,
+    xp: Any,
+    query_block: int = 256,
+    key_block: int = 512,
+) -> dict[str, Any]:
     """Pull (d_out, d_L) back by recomputing the weights block by block.
 
     Returns
@@ -175,11 +188,23 @@ def scores_vjp(c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level
     if c.weight == "log_features":
         plain, shift = shifted_features(o, xp=xp)
         inner = Scores(weight="features")
-        d = scores_vjp(inner, plain, out, level - shift, d_out, d_level, xp=xp,
-                       query_block=query_block, key_block=key_block)  # fmt: skip
+        d = scores_vjp(
+            inner,
+            plain,
+            out,
+            level - shift,
+            d_out,
+            d_level,
+            xp=xp,
+            query_block=query_block,
+            key_block=key_block,
+        )
         return {**d, "q": d["q"] * plain.q, "k": d["k"] * plain.k}
-    delta = xp.zeros_like(level)[..., None] if c.signed else \
-        row_delta(out, level, d_out, d_level, xp=xp)  # fmt: skip
+    delta = (
+        xp.zeros_like(level)[..., None]
+        if c.signed
+        else row_delta(out, level, d_out, d_level, xp=xp)
+    )
     steps = _Cotangents(o, xp)
     for start, stop in blocks(0, o.q.shape[-2], query_block):
         q, d_o = o.q[..., start:stop, :], d_out[..., start:stop, :]
@@ -202,9 +227,16 @@ def scores_vjp(c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level
     return steps.result(query_block, key_block)
 
 
-def _weight_vjp(c: Scores, o: Operands, s: Any, dp: Any, row: tuple[Any, Any],
-                steps: _Cotangents, at: tuple[int, int, int, int],
-                xp: Any) -> tuple[Any, Any]:  # fmt: skip
+def _weight_vjp(
+    c: Scores,
+    o: Operands,
+    s: Any,
+    dp: Any,
+    row: tuple[Any, Any],
+    steps: _Cotangents,
+    at: tuple[int, int, int, int],
+    xp: Any,
+) -> tuple[Any, Any]:
     """Recompute one block of weights and pull its cotangent back to the inner products."""
     level, delta = row
     zero = xp.zeros_like(s)

@@ -22,8 +22,17 @@ from .kernels import Exponential
 from .normalization import Batch, Identity
 from .spec import AttentionSpec
 
-__all__ = ["Candidate", "Choice", "Selection", "ambient", "choose", "reasons", "resolve", "select",
-           "use_backend"]  # fmt: skip
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Selection",
+    "ambient",
+    "choose",
+    "reasons",
+    "resolve",
+    "select",
+    "use_backend",
+]
 
 VARIABLE = "PDCORE_BACKEND"
 
@@ -211,8 +220,11 @@ def reasons(request: Request, choice: Named = None) -> dict[str, list[str]]:
 def in_words(spec: AttentionSpec) -> str:
     """Describe a spec as error messages do."""
     kernel = spec.kernel
-    given = [f"{f.name} {getattr(kernel, f.name)}" for f in fields(kernel)  # type: ignore[arg-type]
-             if getattr(kernel, f.name) != f.default]  # fmt: skip
+    given = [
+        f"{f.name} {getattr(kernel, f.name)}"
+        for f in fields(kernel)  # type: ignore[arg-type]
+        if getattr(kernel, f.name) != f.default
+    ]
     name = "exponential" if isinstance(kernel, Exponential) else kernel.word
     parts = [f"{name} kernel" + (f" ({', '.join(given)})" if given else "")]
     if spec.normaliser != "sum":

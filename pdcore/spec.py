@@ -78,8 +78,12 @@ class AttentionSpec:
     support: Support = field(default_factory=Support)
 
     def __post_init__(self) -> None:
-        for name, base in (("kernel", Kernel), ("normalization", Normalization),
-                           ("heads", HeadScaling), ("support", Support)):  # fmt: skip
+        for name, base in (
+            ("kernel", Kernel),
+            ("normalization", Normalization),
+            ("heads", HeadScaling),
+            ("support", Support),
+        ):
             value = getattr(self, name)
             if not isinstance(value, base):
                 raise TypeError(
@@ -93,8 +97,10 @@ class AttentionSpec:
             )
         names = [p.name for p in self.parameters()]
         if len(set(names)) != len(names):
-            raise SpecError(f"{self.kernel.word} and {self.normalization.word} declare a "
-                            f"parameter of the same name: {names}")  # fmt: skip
+            raise SpecError(
+                f"{self.kernel.word} and {self.normalization.word} declare a "
+                f"parameter of the same name: {names}"
+            )
         self._refuse()
 
     def _refuse(self) -> None:
@@ -191,8 +197,14 @@ def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
     )
 
 
-_AXES = {"sh": "head scaling", "scaling": "head scaling", "sparse": "window", "window": "window",
-         "causal": "causal", "h": "normaliser"}  # fmt: skip
+_AXES = {
+    "sh": "head scaling",
+    "scaling": "head scaling",
+    "sparse": "window",
+    "window": "window",
+    "causal": "causal",
+    "h": "normaliser",
+}
 
 
 @lru_cache(maxsize=1024)
@@ -257,16 +269,20 @@ def _read(word: str, arguments: str | None) -> tuple[str, Any]:
     if axis == "window":
         bound = bind_arguments(word, ("left", "right"), positional, named)
         if len(bound) != 2:
-            raise SpecError(f"{word}({arguments or ''}): expected left and right, such as "
-                            f"{word}(64,64) or {word}(64,inf)")  # fmt: skip
+            raise SpecError(
+                f"{word}({arguments or ''}): expected left and right, such as "
+                f"{word}(64,64) or {word}(64,inf)"
+            )
         return axis, (_bound(word, bound["left"]), _bound(word, bound["right"]))
     scales = named.pop("scales", None)
     if scales is not None:
         positional.insert(0, scales)
     pool = named.pop("pool", "mean")
     if named or not positional:
-        raise SpecError(f"{word}({arguments or ''}): expected one scale per key head and at most "
-                        f"pool=, such as {word}(1,1,2,2) or {word}(1,2,pool=first)")  # fmt: skip
+        raise SpecError(
+            f"{word}({arguments or ''}): expected one scale per key head and at most "
+            f"pool=, such as {word}(1,1,2,2) or {word}(1,2,pool=first)"
+        )
     return axis, HeadScaling(tuple(positional), pool)
 
 
@@ -284,8 +300,10 @@ def _check_final(name: str, part: Any) -> None:
     for cls in _FINAL:
         if isinstance(part, cls) and type(part) is not cls:
             base = "Normalization" if name == "normalization" else "PointwiseKernel or FeatureMap"
-            raise TypeError(f"{name}: {type(part).__name__} is a subclass of {cls.__name__}, whose "
-                            f"formula is fixed; subclass {base} instead")  # fmt: skip
+            raise TypeError(
+                f"{name}: {type(part).__name__} is a subclass of {cls.__name__}, whose "
+                f"formula is fixed; subclass {base} instead"
+            )
 
 
 def _check_scalars(part: Any) -> None:
@@ -310,8 +328,11 @@ def _text(value: Any) -> str:
 
 
 def _word(part: Any) -> str:
-    given = [f"{f.name}={_text(getattr(part, f.name))}" for f in fields(part)
-             if getattr(part, f.name) != f.default]  # fmt: skip
+    given = [
+        f"{f.name}={_text(getattr(part, f.name))}"
+        for f in fields(part)
+        if getattr(part, f.name) != f.default
+    ]
     return f"{part.word}({','.join(given)})" if given else part.word
 
 

@@ -243,8 +243,10 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any, *, xp: Any) -> State:
         state = {name: xp.concat([head[name], merged[name]], axis=-2) for name in merged}
         step *= 2
     # Of no keys, a sum is a state of zeros, of the right dtype and device.
-    first = {name: value[..., :1, :] if length else xp.sum(value, axis=-2, keepdims=True)
-             for name, value in state.items()}  # fmt: skip
+    first = {
+        name: value[..., :1, :] if length else xp.sum(value, axis=-2, keepdims=True)
+        for name, value in state.items()
+    }
     empty = stats.zero(first, xp=xp)
     return {name: xp.concat([empty[name], value], axis=-2) for name, value in state.items()}
 

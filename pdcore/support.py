@@ -195,8 +195,11 @@ class Visibility:
                 shape = (*seen.shape[:-2], stop - start, last - first)
                 seen = xp.broadcast_to(seen, shape)
                 total = total + xp.sum(xp.astype(seen, xp.int64), axis=-1)
-            parts.append(total if self.keys else xp.zeros(
-                (stop - start,), dtype=xp.int64, device=self.device))  # fmt: skip
+            parts.append(
+                total
+                if self.keys
+                else xp.zeros((stop - start,), dtype=xp.int64, device=self.device)
+            )
         if not parts:
             return xp.zeros((0,), dtype=xp.int64, device=self.device)
         return xp.concat(parts, axis=-1)

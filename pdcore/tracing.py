@@ -40,10 +40,21 @@ def settler(
     names: dict[Request, str] = {}
 
     def settle(
-        dtype: str, place: str, ndim: int, query_heads: int, key_heads: int, dim: int,
-        value_dim: int, given: tuple[int | None, ...], offset: str, lse: bool, vjp: bool,
-        weights: bool, dropped: bool, axis_name: str | None,
-    ) -> str:  # fmt: skip
+        dtype: str,
+        place: str,
+        ndim: int,
+        query_heads: int,
+        key_heads: int,
+        dim: int,
+        value_dim: int,
+        given: tuple[int | None, ...],
+        offset: str,
+        lse: bool,
+        vjp: bool,
+        weights: bool,
+        dropped: bool,
+        axis_name: str | None,
+    ) -> str:
         from .lowering import lower_request
 
         if device is not None and device != place:
@@ -54,11 +65,23 @@ def settler(
         lead = (SYMBOLIC,) * (ndim - 3)
         mask, key_mask, bias = (None if n is None else (SYMBOLIC,) * n for n in given)
         request = Request(
-            spec, "torch", dtype.removeprefix("torch."), place,
-            (*lead, query_heads, SYMBOLIC, dim), (*lead, key_heads, SYMBOLIC, dim),
-            (*lead, key_heads, SYMBOLIC, value_dim), mask, key_mask, bias, offset, lse, vjp,
-            weights, 0.5 if dropped else 0.0, axis_name,
-        )  # fmt: skip
+            spec,
+            "torch",
+            dtype.removeprefix("torch."),
+            place,
+            (*lead, query_heads, SYMBOLIC, dim),
+            (*lead, key_heads, SYMBOLIC, dim),
+            (*lead, key_heads, SYMBOLIC, value_dim),
+            mask,
+            key_mask,
+            bias,
+            offset,
+            lse,
+            vjp,
+            weights,
+            0.5 if dropped else 0.0,
+            axis_name,
+        )
         chosen = selection.choose(request, choice)
         if chosen.backend.info.library != "torch":
             raise UnsupportedError(

@@ -53,8 +53,11 @@ def sum_to(x: Any, shape: tuple[int, ...], *, xp: Any) -> Any:
     extra = x.ndim - len(shape)
     if extra:
         x = xp.sum(x, axis=tuple(range(extra)))
-    axes = tuple(a for a, (have, want) in enumerate(zip(x.shape, shape, strict=True))
-                 if want == 1 and have != 1)  # fmt: skip
+    axes = tuple(
+        a
+        for a, (have, want) in enumerate(zip(x.shape, shape, strict=True))
+        if want == 1 and have != 1
+    )
     return xp.sum(x, axis=axes, keepdims=True) if axes else x
 
 
@@ -213,11 +216,12 @@ class GaussianRows:
             return Rows(dq, dk), {}, {}
 
         return Rows(
-            q, k,
+            q,
+            k,
             key_bias=-self.gamma * xp.sum(k * k, axis=-1),
             row_constant=-self.gamma * xp.sum(q * q, axis=-1),
             key_mask=rows.key_mask,
-        ), pullback  # fmt: skip
+        ), pullback
 
     def centre(self, rows: Rows, *, xp: Any) -> Any:
         """Give a point amid the keys of each head, see `central`."""

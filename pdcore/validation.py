@@ -48,8 +48,9 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
         raise TypeError(f"q: got dtype {dtype}, expected one of {', '.join(FLOATS)}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {dtype_name(x)}, expected {dtype} like q; cast it "
-                            "yourself")  # fmt: skip
+            raise TypeError(
+                f"{name}: got dtype {dtype_name(x)}, expected {dtype} like q; cast it yourself"
+            )
     _shapes(spec, q.shape, k.shape, v.shape)
     lead, heads = tuple(q.shape[:-3]), q.shape[-3]
     full = (*lead, heads, q.shape[-2], k.shape[-2])
@@ -57,8 +58,10 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
         _boolean(inputs.key_mask, "key_mask")
         if tuple(inputs.key_mask.shape) != (*lead, k.shape[-2]):
             expected = (*lead, k.shape[-2])
-            raise ValueError(f"key_mask: got shape {tuple(inputs.key_mask.shape)}, expected "
-                             f"{expected}: True for a real key of each sequence")  # fmt: skip
+            raise ValueError(
+                f"key_mask: got shape {tuple(inputs.key_mask.shape)}, expected "
+                f"{expected}: True for a real key of each sequence"
+            )
     if inputs.mask is not None:
         _boolean(inputs.mask, "mask")
         _broadcastable(inputs.mask, "mask", full)
@@ -71,38 +74,54 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
 def _same_library(x: Any, name: str, library: str) -> None:
     other = library_of(x, name)
     if other != library:
-        raise TypeError(f"{name}: got an array of {other}, expected {library} like q; arrays of "
-                        "different libraries are not mixed, convert one side")  # fmt: skip
+        raise TypeError(
+            f"{name}: got an array of {other}, expected {library} like q; arrays of "
+            "different libraries are not mixed, convert one side"
+        )
 
 
 def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> None:
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) < 3:
-            raise ValueError(f"{name}: got shape {tuple(shape)}, expected at least three axes: "
-                             "(*batch, heads, length, features)")  # fmt: skip
-    if not (len(q) == len(k) == len(v)) or tuple(k[:-3]) != tuple(q[:-3]) \
-            or tuple(v[:-3]) != tuple(q[:-3]):  # fmt: skip
-        raise ValueError(f"q, k, v: got shapes {tuple(q)}, {tuple(k)}, {tuple(v)}, expected the "
-                         "same leading axes (*batch, heads, length, features)")  # fmt: skip
+            raise ValueError(
+                f"{name}: got shape {tuple(shape)}, expected at least three axes: "
+                "(*batch, heads, length, features)"
+            )
+    if (
+        not (len(q) == len(k) == len(v))
+        or tuple(k[:-3]) != tuple(q[:-3])
+        or tuple(v[:-3]) != tuple(q[:-3])
+    ):
+        raise ValueError(
+            f"q, k, v: got shapes {tuple(q)}, {tuple(k)}, {tuple(v)}, expected the "
+            "same leading axes (*batch, heads, length, features)"
+        )
     if v[-3] != k[-3] or v[-2] != k[-2]:
-        raise ValueError(f"v: got shape {tuple(v)}, expected {tuple(k[-3:-1])} heads and keys like "
-                         f"k {tuple(k)}")  # fmt: skip
+        raise ValueError(
+            f"v: got shape {tuple(v)}, expected {tuple(k[-3:-1])} heads and keys like k {tuple(k)}"
+        )
     if q[-1] != k[-1] or q[-1] < 1:
         raise ValueError(f"k: got {k[-1]} features, expected {q[-1]} like q {tuple(q)}, at least 1")
     if k[-3] < 1 or q[-3] < 1 or q[-3] % k[-3]:
-        raise ValueError(f"q: got {q[-3]} heads, expected a multiple of the {k[-3]} heads of k, at "
-                         "least one of each")  # fmt: skip
+        raise ValueError(
+            f"q: got {q[-3]} heads, expected a multiple of the {k[-3]} heads of k, at "
+            "least one of each"
+        )
     scales = spec.heads.scales
     if scales and len(scales) != k[-3]:
-        raise ValueError(f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-                         f"{k[-3]} heads of k")  # fmt: skip
+        raise ValueError(
+            f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
+            f"{k[-3]} heads of k"
+        )
     spec.check_keys(k[-2])
 
 
 def _boolean(x: Any, name: str) -> None:
     if dtype_name(x) != "bool":
-        raise TypeError(f"{name}: got dtype {dtype_name(x)}, expected bool, True where a key may "
-                        "be seen (scores to be added go in bias)")  # fmt: skip
+        raise TypeError(
+            f"{name}: got dtype {dtype_name(x)}, expected bool, True where a key may "
+            "be seen (scores to be added go in bias)"
+        )
 
 
 def _broadcastable(x: Any, name: str, full: tuple[int, ...]) -> None:
@@ -116,11 +135,14 @@ def _broadcastable(x: Any, name: str, full: tuple[int, ...]) -> None:
 
 def _bias(spec: AttentionSpec, bias: Any, dtype: str, full: tuple[int, ...]) -> None:
     if not spec.kernel.has_log:
-        raise UnsupportedError(f"bias: {spec.kernel.word} has no log kappa to add it to; use "
-                               "softmax, gaussian, cosine or polynomial")  # fmt: skip
+        raise UnsupportedError(
+            f"bias: {spec.kernel.word} has no log kappa to add it to; use "
+            "softmax, gaussian, cosine or polynomial"
+        )
     if spec.heads.largest > 1:
-        raise UnsupportedError(f"bias: {spec} pools keys, and a pooled key has no single bias; "
-                               "use scales of 1")  # fmt: skip
+        raise UnsupportedError(
+            f"bias: {spec} pools keys, and a pooled key has no single bias; use scales of 1"
+        )
     if dtype_name(bias) not in ("float32", dtype):
         raise TypeError(f"bias: got dtype {dtype_name(bias)}, expected float32 or {dtype}")
     _broadcastable(bias, "bias", full)
@@ -131,46 +153,58 @@ def _offset(offset: Any, lead: tuple[int, ...], library: str) -> None:
         return
     if isinstance(offset, str):
         if offset != "end":
-            raise ValueError(f"offset: got {offset!r}, expected an integer, an integer array () or "
-                             f"{lead}, or 'end'")  # fmt: skip
+            raise ValueError(
+                f"offset: got {offset!r}, expected an integer, an integer array () or "
+                f"{lead}, or 'end'"
+            )
         return
     if not hasattr(offset, "dtype"):
-        raise TypeError(f"offset: got {type(offset).__name__}, expected an int, an integer array, "
-                        "or 'end'")  # fmt: skip
+        raise TypeError(
+            f"offset: got {type(offset).__name__}, expected an int, an integer array, or 'end'"
+        )
     _same_library(offset, "offset", library)
     if not dtype_name(offset).startswith(("int", "uint")):
         raise TypeError(f"offset: got dtype {dtype_name(offset)}, expected an integer dtype")
     if tuple(offset.shape) not in ((), lead):
-        raise ValueError(f"offset: got shape {tuple(offset.shape)}, expected () or {lead}, one for "
-                         "each sequence")  # fmt: skip
+        raise ValueError(
+            f"offset: got shape {tuple(offset.shape)}, expected () or {lead}, one for each sequence"
+        )
 
 
-def _params(spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str,
-            library: str) -> None:  # fmt: skip
+def _params(
+    spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str, library: str
+) -> None:
     if type(params) is not dict and not isinstance(params, Mapping):  # most are, and it is quick
-        raise TypeError(f"params: got {type(params).__name__}, expected a mapping of names to "
-                        "arrays")  # fmt: skip
+        raise TypeError(
+            f"params: got {type(params).__name__}, expected a mapping of names to arrays"
+        )
     declared = {p.name: p for p in spec.parameters()}
     if not declared and not params:
         return
     for name in params:
         if name not in declared:
-            raise ValueError(f"params: {spec} has no parameter {name!r}; "
-                             f"{nearest(str(name), declared)}")  # fmt: skip
+            raise ValueError(
+                f"params: {spec} has no parameter {name!r}; {nearest(str(name), declared)}"
+            )
     for name, p in declared.items():
         if name not in params:
             if p.default is None:
-                raise ValueError(f"params: {name!r} is missing; {spec} needs it, of shape "
-                                 f"{_choices(p, heads, dim)}")  # fmt: skip
+                raise ValueError(
+                    f"params: {name!r} is missing; {spec} needs it, of shape "
+                    f"{_choices(p, heads, dim)}"
+                )
             continue
         x = params[name]
         _same_library(x, f"params[{name!r}]", library)
         if not any(_equal(x.shape, shape) for shape in _allowed(p, heads, dim)):
-            raise ValueError(f"params[{name!r}]: got shape {tuple(x.shape)}, expected "
-                             f"{_choices(p, heads, dim)}")  # fmt: skip
+            raise ValueError(
+                f"params[{name!r}]: got shape {tuple(x.shape)}, expected {_choices(p, heads, dim)}"
+            )
         if dtype_name(x) != dtype and not (dtype_name(x) == "float32" and dtype != "float64"):
-            raise TypeError(f"params[{name!r}]: got dtype {dtype_name(x)}, expected {dtype}"
-                            f"{' or float32' if dtype in FLOATS[:2] else ''}")  # fmt: skip
+            raise TypeError(
+                f"params[{name!r}]: got dtype {dtype_name(x)}, expected {dtype}"
+                f"{' or float32' if dtype in FLOATS[:2] else ''}"
+            )
 
 
 def _allowed(p: Parameter, heads: int, dim: int) -> list[tuple[int, ...]]:
@@ -200,11 +234,13 @@ def check_cotangent(x: Any, name: str, like: Any) -> None:
     if other != library:
         raise TypeError(f"{name}: got an array of {other}, expected {library} like {result}")
     if tuple(x.shape) != tuple(like.shape):
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {tuple(like.shape)} like "
-                         f"{result}")  # fmt: skip
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, expected {tuple(like.shape)} like {result}"
+        )
     if x.dtype != like.dtype:
-        raise TypeError(f"{name}: got dtype {dtype_name(x)}, expected {dtype_name(like)} like "
-                        f"{result}")  # fmt: skip
+        raise TypeError(
+            f"{name}: got dtype {dtype_name(x)}, expected {dtype_name(like)} like {result}"
+        )
 
 
 def finite_dropout(dropout: Any) -> float:

@@ -23,12 +23,26 @@ from pdcore_backends.cupy.programs import COLUMNS, Program, memory
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cuda-kernels.md"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 SCALARS = ("float", "double")
-TEMPLATES = ("scores_forward<{}>", "scores_rows<{}>", "scores_keys<{}, false>",
-             "scores_keys<{}, true>")  # fmt: skip
-FEATURES = ("features_forward<{}>", "features_rows<{}>", "features_keys<{}, false>",
-            "features_keys<{}, true>")  # fmt: skip
-STATES = ("features_highest", "features_states<false>", "features_states<true>",
-          "features_scan<0>", "features_scan<1>", "features_scan<2>")  # fmt: skip
+TEMPLATES = (
+    "scores_forward<{}>",
+    "scores_rows<{}>",
+    "scores_keys<{}, false>",
+    "scores_keys<{}, true>",
+)
+FEATURES = (
+    "features_forward<{}>",
+    "features_rows<{}>",
+    "features_keys<{}, false>",
+    "features_keys<{}, true>",
+)
+STATES = (
+    "features_highest",
+    "features_states<false>",
+    "features_states<true>",
+    "features_scan<0>",
+    "features_scan<1>",
+    "features_scan<2>",
+)
 #: A block has 256 threads, and a multiprocessor 65,536 registers.
 MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
@@ -56,9 +70,15 @@ def kernels() -> list[tuple[str, str]]:
 
 def row_kernels() -> list[tuple[str, str]]:
     """List the kernels of rows; what reads them reads 16 bits too where sums are in float."""
-    by_dtype = [(instances(dtype), scalar) for dtype, scalar in
-                (("float32", "float"), ("float64", "double"), ("float16", "float"),
-                 ("bfloat16", "float"))]  # fmt: skip
+    by_dtype = [
+        (instances(dtype), scalar)
+        for dtype, scalar in (
+            ("float32", "float"),
+            ("float64", "double"),
+            ("float16", "float"),
+            ("bfloat16", "float"),
+        )
+    ]
     found = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
     return list(dict.fromkeys(found))
 
@@ -152,8 +172,13 @@ def written() -> dict[tuple[str, str], Usage]:
 
 def table(found: dict[tuple[str, str], Usage]) -> str:
     """Write what was measured as a table."""
-    heads = ["kernel", "scalar", *(f"registers, {a}" for a in ARCHITECTURES), "bytes spilled",
-             "shared memory, bytes"]  # fmt: skip
+    heads = [
+        "kernel",
+        "scalar",
+        *(f"registers, {a}" for a in ARCHITECTURES),
+        "bytes spilled",
+        "shared memory, bytes",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for (name, scalar), use in found.items():
         cells = [*map(str, use.registers), str(use.spilled), f"{use.shared:,}"]

@@ -50,8 +50,9 @@ def programs() -> dict[str, Program]:
     for dtype in ("float16", "bfloat16"):
         stored = tuple((name, dtype) for name in STORED)
         found[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
-        found[f"`linear`, arrays of {dtype}"] = FeatureProgram("float", "features", stored=stored,
-                                                               phi=Elu)  # fmt: skip
+        found[f"`linear`, arrays of {dtype}"] = FeatureProgram(
+            "float", "features", stored=stored, phi=Elu
+        )
     for scalar in ("float", "double"):
         found[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)
     return found

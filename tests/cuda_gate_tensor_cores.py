@@ -37,8 +37,11 @@ def kernels() -> list[str]:
     ends = WIDTHS[0], WIDTHS[-1]
     pairs = [*((width, width) for width in WIDTHS), ends, ends[::-1]]
     both = [f"<{dim}, {value_dim}" for dim, value_dim in pairs]
-    endings = {"scores_mma": "", "scores_mma_rows": ", ptx::bf16",
-               "scores_mma_keys": ", ptx::bf16, ptx::bf16"}  # fmt: skip
+    endings = {
+        "scores_mma": "",
+        "scores_mma_rows": ", ptx::bf16",
+        "scores_mma_keys": ", ptx::bf16, ptx::bf16",
+    }
     return [f"{name}{widths}{ending}>" for name, ending in endings.items() for widths in both]
 
 
@@ -79,8 +82,11 @@ def _texts(cubin: bytes) -> list[bytes]:
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
     label = sections[names][4]
-    return [cubin[start : start + length] for name, _, _, _, start, length in sections
-            if cubin.startswith(b".text.", label + name)]  # fmt: skip
+    return [
+        cubin[start : start + length]
+        for name, _, _, _, start, length in sections
+        if cubin.startswith(b".text.", label + name)
+    ]
 
 
 def written() -> dict[str, Usage]:
@@ -95,8 +101,12 @@ def written() -> dict[str, Usage]:
 
 def main() -> None:
     """Write the table of the page anew."""
-    heads = ["kernel", *(f"registers, {a}" for a in ARCHITECTURES), "bytes spilled",
-             "shared memory, bytes"]  # fmt: skip
+    heads = [
+        "kernel",
+        *(f"registers, {a}" for a in ARCHITECTURES),
+        "bytes spilled",
+        "shared memory, bytes",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, use in measured().items():
         cells = [*map(str, use.registers), str(use.spilled), f"{use.shared:,}"]

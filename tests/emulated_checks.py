@@ -38,14 +38,26 @@ def normal(*shape: int) -> Any:
 
 
 def request_of(case: Case, **asked: Any) -> Request:
-    shapes = {n: None if (x := case.call.get(n)) is None else x.shape
-              for n in ("mask", "key_mask", "bias")}  # fmt: skip
-    return Request(case.spec, "numpy", str(case.q.dtype), "cpu", case.q.shape, case.k.shape,
-                   case.v.shape, **shapes, **asked)  # fmt: skip
+    shapes = {
+        n: None if (x := case.call.get(n)) is None else x.shape
+        for n in ("mask", "key_mask", "bias")
+    }
+    return Request(
+        case.spec,
+        "numpy",
+        str(case.q.dtype),
+        "cpu",
+        case.q.shape,
+        case.k.shape,
+        case.v.shape,
+        **shapes,
+        **asked,
+    )
 
 
-def fused(backend: EmulatedBackend, case: Case, kind: Any = Compiled | CompiledFeatures,
-          **asked: Any) -> Plan:  # fmt: skip
+def fused(
+    backend: EmulatedBackend, case: Case, kind: Any = Compiled | CompiledFeatures, **asked: Any
+) -> Plan:
     """Give a case's plan, whose contraction has to be of a kind."""
     plan = backend.fuse(case.plan(), request_of(case, **asked))
     assert isinstance(plan.contraction, kind), plan.steps
@@ -81,7 +93,12 @@ def sanitized(code: str, sanitizer: str) -> str:
     environment = cuda_on_cpu.environment(sanitizer)
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     code += "\nprint(sorted(set(backend.runtime.launches)))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False,
-                          capture_output=True, text=True, env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -83,9 +83,13 @@ class EmulatedBackend(SilentBackend, KernelBackend):
     """What `CupyBackend` is on CuPy."""
 
     info = replace(
-        INFO, name=NAME, library="numpy", load=f"{__name__}:EmulatedBackend", requires=("numpy",),
+        INFO,
+        name=NAME,
+        library="numpy",
+        load=f"{__name__}:EmulatedBackend",
+        requires=("numpy",),
         devices=("cpu",),
-    )  # fmt: skip
+    )
 
     def __init__(self, runtime: EmulatedRuntime | None = None) -> None:
         KernelBackend.__init__(self, runtime or EmulatedRuntime())
@@ -105,8 +109,13 @@ def main() -> int:
     parser.add_argument("--level", choices=("core", "all"), default="core")
     parser.add_argument("--grid", choices=("quick", "full"), default="quick")
     parser.add_argument("--case", action="append", default=[])
-    parser.add_argument("--dtype", choices=DTYPES, action="append", default=[],
-                        help="cases of the level in this dtype only")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        default=[],
+        help="cases of the level in this dtype only",
+    )
     parser.add_argument("--report")
     given = parser.parse_args()
     register()
@@ -115,8 +124,7 @@ def main() -> int:
         named = re.compile(rf"\b({'|'.join(given.dtype)})\b")
         listed = list_cases(NAME, level=given.level, grid=given.grid)
         cases += [name for name in listed if named.search(name)]
-    run, code = conform(NAME, level=given.level, grid=given.grid, cases=cases,
-                        report=given.report)  # fmt: skip
+    run, code = conform(NAME, level=given.level, grid=given.grid, cases=cases, report=given.report)
     if run is not None:
         print(run["counts"], f"{run['seconds']:.0f} s")
         for dtype in DTYPES:

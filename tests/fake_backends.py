@@ -14,9 +14,14 @@ from pdcore.selection import select
 from pdcore.spec import parse
 
 REQUEST = Request(
-    parse("bn+sh(1,1,2,2)"), "numpy", "float32", "cpu",
-    (2, 8, 1024, 64), (2, 4, 1024, 64), (2, 4, 1024, 64),
-)  # fmt: skip
+    parse("bn+sh(1,1,2,2)"),
+    "numpy",
+    "float32",
+    "cpu",
+    (2, 8, 1024, 64),
+    (2, 4, 1024, 64),
+    (2, 4, 1024, 64),
+)
 # The built-in backend refuses it, and so leaves the choice to the others.
 DROPOUT = REQUEST._replace(dropout=0.1)
 

@@ -12,9 +12,12 @@ FULL = {f: "unsupported" if f in _FRAMEWORK else "full" for f in FEATURES}
 
 def info(name, cls, **capabilities):
     return BackendInfo(
-        name=name, load=f"{__name__}:{cls}", library="numpy", requires=("numpy",),
+        name=name,
+        load=f"{__name__}:{cls}",
+        library="numpy",
+        requires=("numpy",),
         capabilities={**FULL, **capabilities},
-    )  # fmt: skip
+    )
 
 
 class Good(ArrayBackend):
@@ -67,7 +70,12 @@ def register():
     for cls in (Good, NoBias, Secretive, Reluctant, NoCausal, Crashing):
         register_backend(cls.info)
     register_backend(
-        BackendInfo(name="absent", load="nowhere:Missing", library="numpy",
-                    requires=("no_such_module",), install="pip install no-such-module",
-                    capabilities=FULL)
-    )  # fmt: skip
+        BackendInfo(
+            name="absent",
+            load="nowhere:Missing",
+            library="numpy",
+            requires=("no_such_module",),
+            install="pip install no-such-module",
+            capabilities=FULL,
+        )
+    )

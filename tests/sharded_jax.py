@@ -29,8 +29,9 @@ jax.config.update("jax_enable_x64", True)
 
 HEADS, ROWS, VECTORS = P("data", "model"), P(None, None, "seq"), P(None, "seq")
 SEQUENCE = Mesh(jax.devices()[:4], ("seq",), axis_types=(AxisType.Auto,))
-GRID = Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("data", "model"),
-            axis_types=(AxisType.Auto,) * 2)  # fmt: skip
+GRID = Mesh(
+    np.reshape(jax.devices()[:4], (2, 2)), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+)
 COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w-]*\("
 )
@@ -54,8 +55,10 @@ class Case(NamedTuple):
             return rng.standard_normal(shape).astype(self.dtype)
 
         found: dict[str, Any] = {
-            "q": draw(2, self.heads, self.rows, 5), "k": draw(2, 2, 24, 5), "v": draw(2, 2, 24, 3),
-        }  # fmt: skip
+            "q": draw(2, self.heads, self.rows, 5),
+            "k": draw(2, 2, 24, 5),
+            "v": draw(2, 2, 24, 3),
+        }
         if "key_mask" in self.given:
             found["key_mask"] = rng.random((2, 24)) > 0.3
         if "late" in self.given:  # the first shard of a sequence is all padding
@@ -71,8 +74,10 @@ class Case(NamedTuple):
         """Draw cotangents of out and lse."""
         rng = np.random.default_rng(1)
         shape = (2, self.heads, self.rows)
-        return (rng.standard_normal((*shape, 3)).astype(self.dtype),
-                rng.standard_normal(shape).astype(self.dtype))  # fmt: skip
+        return (
+            rng.standard_normal((*shape, 3)).astype(self.dtype),
+            rng.standard_normal(shape).astype(self.dtype),
+        )
 
 
 def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
@@ -88,8 +93,9 @@ def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
         more = given if traced else {**given, "offset": offset}
         return pdcore.attention(spec=case.spec, axis_name="seq", return_lse=True, **more)
 
-    split = {name: P() if name in whole else VECTORS if name == "key_mask" else ROWS
-             for name in given}  # fmt: skip
+    split = {
+        name: P() if name in whole else VECTORS if name == "key_mask" else ROWS for name in given
+    }
     run = jax.shard_map(local, mesh=mesh, in_specs=(split,), out_specs=ROWS)
     moving = {name: given[name] for name in ("q", "k", "v")}
     if "beta" in case.given:
@@ -131,22 +137,28 @@ def agree(found: dict[str, Any], wanted: dict[str, Any], relative: float) -> Non
 @pytest.mark.parametrize(
     "case",
     [
-        Case("softmax"), Case("causal", ("key_mask",), heads=4), Case("causal", rows=8, offset=16),
+        Case("softmax"),
+        Case("causal", ("key_mask",), heads=4),
+        Case("causal", rows=8, offset=16),
         Case("causal", ("key_mask",), rows=12, offset="end"),
-        Case("causal", offset=np.array([3, -30])), Case("sparse(7,1)"),
-        Case("causal+sparse(9,0)+h(count)", ("key_mask",)), Case("exponential(softcap=3)+causal"),
-        Case("gaussian(gamma=0.3)+causal", ("late",)), Case("bn", ("late",), heads=4),
+        Case("causal", offset=np.array([3, -30])),
+        Case("sparse(7,1)"),
+        Case("causal+sparse(9,0)+h(count)", ("key_mask",)),
+        Case("exponential(softcap=3)+causal"),
+        Case("gaussian(gamma=0.3)+causal", ("late",)),
+        Case("bn", ("late",), heads=4),
         Case("bn(beta=param,statistics=batch)", ("key_mask", "beta")),
         Case("bn(statistics=running)+causal", ("running",)),
         Case("causal+bn(statistics=prefix,eps=0.1)", ("late",)),
         Case("linear", ("key_mask",), rows=12),
         Case("causal+linear", ("late",), heads=4),
         Case("random_features(16,0)", ("key_mask",)),
-        Case("causal+random_features(8,0)", ("late",)), Case("bn+sh(3,2)", ("key_mask",)),
+        Case("causal+random_features(8,0)", ("late",)),
+        Case("bn+sh(3,2)", ("key_mask",)),
         Case("causal+sh(1,2)"),
     ],
     ids=lambda case: "-".join(map(str, (case.spec, *case.given))),
-)  # fmt: skip
+)
 def test_shards_give_what_the_whole_gives(case: Case) -> None:
     agree(sharded(case), single(case), 1e-12)
 
@@ -168,8 +180,12 @@ def test_float32_keeps_the_budget(spec: str) -> None:
 def test_statistics_of_a_large_mean() -> None:
     rng = np.random.default_rng(2)
     q, k, v = (100 + 0.1 * rng.standard_normal((3, 1, 2, 4096, 8))).astype(np.float32)
-    run = jax.shard_map(lambda *x: pdcore.attention(*x, "bn", axis_name="seq"), mesh=SEQUENCE,
-                        in_specs=ROWS, out_specs=ROWS)  # fmt: skip
+    run = jax.shard_map(
+        lambda *x: pdcore.attention(*x, "bn", axis_name="seq"),
+        mesh=SEQUENCE,
+        in_specs=ROWS,
+        out_specs=ROWS,
+    )
     expected = expect(q[..., :64, :], k, v, "bn")
     found = {"out": np.asarray(jax.jit(run)(q, k, v))[..., :64, :]}
     assert all(verdict.ok for verdict in judge(found, expected).values())
@@ -183,8 +199,9 @@ def test_second_derivatives() -> None:
     def loss(x: Any, **more: Any) -> Any:
         return pdcore.attention(*x, spec, **more)
 
-    cut = jax.shard_map(lambda x: loss(x, axis_name="seq"), mesh=SEQUENCE, in_specs=split,
-                        out_specs=ROWS)  # fmt: skip
+    cut = jax.shard_map(
+        lambda x: loss(x, axis_name="seq"), mesh=SEQUENCE, in_specs=split, out_specs=ROWS
+    )
     found, wanted = (jax.jit(along(lambda x, f=f: (f(x) ** 2).sum()))(x, t) for f in (cut, loss))
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9 * float(abs(wanted).max()))
 
@@ -197,10 +214,15 @@ def along(loss: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
 def test_memory_is_linear_in_the_shard() -> None:
     def needed(length: int, shards: int) -> int:
         mesh = Mesh(jax.devices()[:shards], ("seq",))
-        x = jax.ShapeDtypeStruct((1, 8, length * shards, 64), np.float32,
-                                 sharding=NamedSharding(mesh, ROWS))  # fmt: skip
-        run = jax.shard_map(lambda *x: pdcore.attention(*x, axis_name="seq"), mesh=mesh,
-                            in_specs=ROWS, out_specs=ROWS)  # fmt: skip
+        x = jax.ShapeDtypeStruct(
+            (1, 8, length * shards, 64), np.float32, sharding=NamedSharding(mesh, ROWS)
+        )
+        run = jax.shard_map(
+            lambda *x: pdcore.attention(*x, axis_name="seq"),
+            mesh=mesh,
+            in_specs=ROWS,
+            out_specs=ROWS,
+        )
         grad = jax.jit(jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1, 2)))
         return int(grad.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes)
 
@@ -213,11 +235,15 @@ def test_memory_is_linear_in_the_shard() -> None:
 @pytest.mark.parametrize(
     ("spec", "split"),
     [
-        ("softmax", HEADS), ("causal", HEADS), ("bn", HEADS),
-        ("causal+bn(statistics=prefix)", HEADS), ("linear", HEADS), ("causal+linear", HEADS),
+        ("softmax", HEADS),
+        ("causal", HEADS),
+        ("bn", HEADS),
+        ("causal+bn(statistics=prefix)", HEADS),
+        ("linear", HEADS),
+        ("causal+linear", HEADS),
         ("bn+sh(1,1,2,2)", P(("data", "model"))),
     ],
-)  # fmt: skip
+)
 def test_batch_and_heads_need_no_collectives(spec: str, split: Any) -> None:
     rng = np.random.default_rng(3)
     place = NamedSharding(GRID, split)
@@ -254,8 +280,12 @@ def test_the_pattern_finds_collectives() -> None:
     ],
 )
 def test_no_keys_are_gathered(spec: str, kinds: set[str]) -> None:
-    run = jax.shard_map(lambda *x: pdcore.attention(*x, spec, axis_name="seq"), mesh=SEQUENCE,
-                        in_specs=ROWS, out_specs=ROWS)  # fmt: skip
+    run = jax.shard_map(
+        lambda *x: pdcore.attention(*x, spec, axis_name="seq"),
+        mesh=SEQUENCE,
+        in_specs=ROWS,
+        out_specs=ROWS,
+    )
     x = [jax.device_put(np.ones((1, 2, 24, 4)), NamedSharding(SEQUENCE, ROWS))] * 3
     assert set(COLLECTIVE.findall(jax.jit(run).lower(*x).compile().as_text())) == kinds
 
@@ -306,7 +336,11 @@ def test_an_unknown_axis_is_named() -> None:
 
 def test_explain_says_what_shards_exchange() -> None:
     x = jnp.ones((1, 2, 4, 3))
-    for spec, words in {"bn": "merged by psum", "causal": "a ring of ppermute", "linear": "psum of",
-                        "causal+linear": "an exclusive scan"}.items():  # fmt: skip
+    for spec, words in {
+        "bn": "merged by psum",
+        "causal": "a ring of ppermute",
+        "linear": "psum of",
+        "causal+linear": "an exclusive scan",
+    }.items():
         assert words in str(pdcore.explain(x, x, x, spec, axis_name="seq"))
         assert "shards" not in str(pdcore.explain(x, x, x, spec))

@@ -85,11 +85,13 @@ class Case:
 
     def __repr__(self) -> str:
         shapes = {
-            name: x.tolist() if name == "offset" and isinstance(x, np.ndarray)
-            else {n: p.shape for n, p in x.items()} if isinstance(x, Mapping)
+            name: x.tolist()
+            if name == "offset" and isinstance(x, np.ndarray)
+            else {n: p.shape for n, p in x.items()}
+            if isinstance(x, Mapping)
             else getattr(x, "shape", x)
             for name, x in self.call.items()
-        }  # fmt: skip
+        }
         return f"Case({self.spec}, q {self.q.shape}, k {self.k.shape}, v {self.v.shape}, {shapes})"
 
     @property
@@ -122,22 +124,27 @@ class Case:
     def cast(self, dtype: Any) -> Case:
         """Cast every floating array."""
         return replace(
-            self, q=self.q.astype(dtype), k=self.k.astype(dtype), v=self.v.astype(dtype),
+            self,
+            q=self.q.astype(dtype),
+            k=self.k.astype(dtype),
+            v=self.v.astype(dtype),
             call=mapped(
                 self.call,
                 lambda x: x.astype(dtype) if np.issubdtype(x.dtype, np.floating) else x,
             ),
-        )  # fmt: skip
+        )
 
     def plan(self) -> Plan:
         """Lower the spec for these arrays."""
         return lower(
             self.spec,
             Signature(
-                self.q.shape[-1], self.k.shape[-3], str(self.q.dtype),
+                self.q.shape[-1],
+                self.k.shape[-3],
+                str(self.q.dtype),
                 self.call.get("mask") is not None,
             ),
-        )  # fmt: skip
+        )
 
     def inputs(self, asarray: Callable[[Array], Any] = lambda x: x) -> Inputs:
         """Give the arrays as a backend takes them, in another library by `asarray`."""
@@ -231,15 +238,25 @@ def check_forward(
     size = np.max(want_weights @ values, axis=(-2, -1), keepdims=True, initial=0.0)
     sound = ~fragile(case)
     out, lse = np.asarray(out), np.asarray(lse)
-    assert_close(np.where(sound[..., None], out, 0.0), np.where(sound[..., None], want, 0.0), size,
-                 tolerance, "out")  # fmt: skip
+    assert_close(
+        np.where(sound[..., None], out, 0.0),
+        np.where(sound[..., None], want, 0.0),
+        size,
+        tolerance,
+        "out",
+    )
     level = 1.0 + np.abs(np.where(np.isfinite(want_lse), want_lse, 0.0))
     assert_close(np.where(sound, lse, 0.0), np.where(sound, want_lse, 0.0), level, tolerance, "lse")
     if weights is not None:
         size = np.max(want_weights, axis=(-2, -1), keepdims=True, initial=0.0)
         rows = sound[..., None]
-        assert_close(np.where(rows, np.asarray(weights), 0.0), np.where(rows, case.weights(), 0.0),
-                     size, tolerance, "weights")  # fmt: skip
+        assert_close(
+            np.where(rows, np.asarray(weights), 0.0),
+            np.where(rows, case.weights(), 0.0),
+            size,
+            tolerance,
+            "weights",
+        )
 
 
 def check_budget(case: Case, out: Any, lse: Any) -> None:
@@ -264,8 +281,9 @@ def fragile(case: Case) -> Array:
     return (count > -INF) & (level < -12.0)
 
 
-def central_difference(function: Callable[[Array], Any], x: Array, direction: Array,
-                       step: float = 1e-3) -> float:  # fmt: skip
+def central_difference(
+    function: Callable[[Array], Any], x: Array, direction: Array, step: float = 1e-3
+) -> float:
     """Differentiate along a direction, to fourth order in the step."""
     near = function(x + step * direction) - function(x - step * direction)
     far = function(x + 2 * step * direction) - function(x - 2 * step * direction)
@@ -278,8 +296,14 @@ def bend(function: Callable[[Array], Any], x: Array, direction: Array, step: flo
     return float(abs(sides - 2 * function(x)) / step)
 
 
-def check_gradients(case: Case, gradients: Mapping[str, Any], d_out: Array, d_lse: Array,
-                    seed: int = 0, tolerance: float = 1e-7) -> bool:  # fmt: skip
+def check_gradients(
+    case: Case,
+    gradients: Mapping[str, Any],
+    d_out: Array,
+    d_lse: Array,
+    seed: int = 0,
+    tolerance: float = 1e-7,
+) -> bool:
     """Compare directional derivatives with central differences of the oracle in longdouble.
 
     Returns
@@ -337,8 +361,12 @@ def cotangents(case: Case, lse: Any, seed: int = 1) -> tuple[Array, Array]:
     return d_out, d_lse
 
 
-def run(backend: Backend, case: Case, asarray: Callable[[Array], Any] = lambda x: x,
-        plan: Plan | None = None) -> tuple[Any, Any]:  # fmt: skip
+def run(
+    backend: Backend,
+    case: Case,
+    asarray: Callable[[Array], Any] = lambda x: x,
+    plan: Plan | None = None,
+) -> tuple[Any, Any]:
     """Run a case on a backend, without selection; give out and lse."""
     return backend.attention(plan or case.plan(), case.inputs(asarray), lse=True)
 
@@ -353,12 +381,16 @@ KERNELS: st.SearchStrategy[Kernel] = st.one_of(
     st.builds(Exponential, scale=SCALES, softcap=st.sampled_from([None, 0.7, 3.0])),
     st.builds(Gaussian, gamma=st.sampled_from([0.1, 0.4])),
     st.builds(Cosine, scale=st.sampled_from([1.0, 2.5])),
-    st.builds(Polynomial, degree=st.sampled_from([2, 4]), coef0=st.sampled_from([0.0, 0.5, 1.0]),
-              scale=SCALES),
+    st.builds(
+        Polynomial,
+        degree=st.sampled_from([2, 4]),
+        coef0=st.sampled_from([0.0, 0.5, 1.0]),
+        scale=SCALES,
+    ),
     st.just(Elu()),
     st.just(Relu()),
     st.builds(RandomFeatures, count=st.integers(1, 6), seed=st.integers(0, 3), scale=SCALES),
-)  # fmt: skip
+)
 
 SUPPORTS = st.builds(
     Support,
@@ -398,8 +430,9 @@ def specs(
 
 
 @st.composite
-def values(draw: st.DrawFn, shape: tuple[int, ...], bound: float = 3.0,
-           dense: bool = False) -> Array:  # fmt: skip
+def values(
+    draw: st.DrawFn, shape: tuple[int, ...], bound: float = 3.0, dense: bool = False
+) -> Array:
     """Draw an array: entries of Hypothesis's choice, or dense ones from a normal distribution."""
     if dense or draw(st.booleans()):
         seed = draw(st.integers(0, 2**16))
@@ -410,17 +443,24 @@ def values(draw: st.DrawFn, shape: tuple[int, ...], bound: float = 3.0,
 
 def broadcastable(full: tuple[int, ...]) -> st.SearchStrategy[tuple[int, ...]]:
     """Draw a shape that broadcasts to `full`, of at most its rank."""
-    return st.tuples(st.integers(1, len(full)), st.lists(st.booleans(), min_size=len(full),
-                                                         max_size=len(full))).map(
+    return st.tuples(
+        st.integers(1, len(full)), st.lists(st.booleans(), min_size=len(full), max_size=len(full))
+    ).map(
         lambda drawn: tuple(1 if one else size for one, size in zip(drawn[1], full, strict=True))[
             -drawn[0] :
         ]
-    )  # fmt: skip
+    )
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, largest: int = 9, smallest: int = 0, dense: bool = False,
-          kernels: st.SearchStrategy[Kernel] = KERNELS) -> Case:  # fmt: skip
+def cases(
+    draw: st.DrawFn,
+    *,
+    largest: int = 9,
+    smallest: int = 0,
+    dense: bool = False,
+    kernels: st.SearchStrategy[Kernel] = KERNELS,
+) -> Case:
     """Draw a spec and a call of it, float64, every argument that it can have.
 
     Of queries, keys and values that are not `dense`, many entries are equal or 0.

@@ -155,8 +155,15 @@ def strict(case: Case) -> dict[str, Any]:
     return {**call, "spec": case.spec}
 
 
-@pytest.mark.parametrize("text", ["softmax", "bn(beta=param,eps=0.1)+sh(1,2)", "linear+causal",
-                                  "causal+bn(statistics=prefix,eps=0.1)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax",
+        "bn(beta=param,eps=0.1)+sh(1,2)",
+        "linear+causal",
+        "causal+bn(statistics=prefix,eps=0.1)",
+    ],
+)
 def test_a_registered_backend_serves_its_library(text: str, registered: BackendInfo) -> None:
     case = full_case(text)
     call = strict(case)
@@ -210,9 +217,12 @@ class Forgetful(ArrayBackend):
     """Declares next to nothing."""
 
     info = BackendInfo(
-        "forgetful", f"{__name__}:Forgetful", "numpy", requires=("numpy",),
+        "forgetful",
+        f"{__name__}:Forgetful",
+        "numpy",
+        requires=("numpy",),
         capabilities={"float64": "full", "exponential": "full", "bias": "unsupported"},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,9 +297,12 @@ def same_gradients(got: dict[str, Any], want: dict[str, Array]) -> None:
     for name, x in got.items():
         assert x is not None, name
         np.testing.assert_allclose(
-            np.asarray(x), want[name], rtol=0, atol=1e-11 * max(np.max(np.abs(want[name])), 1.0),
+            np.asarray(x),
+            want[name],
+            rtol=0,
+            atol=1e-11 * max(np.max(np.abs(want[name])), 1.0),
             err_msg=name,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.torch
@@ -313,8 +326,16 @@ def test_torch_autograd(text: str, array_offset: bool) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("text", ["softmax", "bn", "linear+causal", "sh(1,2)+causal+h(count)",
-                                  "causal+bn(statistics=prefix,eps=0.1)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax",
+        "bn",
+        "linear+causal",
+        "sh(1,2)+causal+h(count)",
+        "causal+bn(statistics=prefix,eps=0.1)",
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_torch_dynamo_traces_the_whole(text: str) -> None:
     torch = pytest.importorskip("torch")

@@ -23,14 +23,28 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 FLAGS = (
-    "--headless=new", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--hide-scrollbars",
-)  # fmt: skip
+    "--headless=new",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+)
 SECTIONS = (
-    "outcomes", "failures", "known", "features", "errors", "speed", "growth", "memory",
-    "environment", "cases",
-)  # fmt: skip
+    "outcomes",
+    "failures",
+    "known",
+    "features",
+    "errors",
+    "speed",
+    "growth",
+    "memory",
+    "environment",
+    "cases",
+)
 WIDTHS = (400, 1400)
 SCHEMES = ("light", "dark")
 

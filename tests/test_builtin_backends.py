@@ -35,9 +35,16 @@ HERE = [
     pytest.param("torch", marks=pytest.mark.torch),
     pytest.param("jax", marks=pytest.mark.jax),
 ]
-SPECS = ("softmax(softcap=2)+causal", "gaussian(gamma=0.3)+h(count)", "linear+causal", "bn",
-         "causal+bn(statistics=prefix,eps=0.1)", "bn(beta=param,eps=0.1)+sh(1,2)",
-         "random_features(6,1)+bn", "cosine(scale=2)+sparse(2,1)")  # fmt: skip
+SPECS = (
+    "softmax(softcap=2)+causal",
+    "gaussian(gamma=0.3)+h(count)",
+    "linear+causal",
+    "bn",
+    "causal+bn(statistics=prefix,eps=0.1)",
+    "bn(beta=param,eps=0.1)+sh(1,2)",
+    "random_features(6,1)+bn",
+    "cosine(scale=2)+sparse(2,1)",
+)
 
 
 def infos() -> dict[str, BackendInfo]:
@@ -148,8 +155,10 @@ def test_exchange_with_numpy(name: str) -> None:
 def test_eight_threads(name: str) -> None:
     library = framework(plugins.registered()[name].library)
     with library.precision("float32"):
-        cases = [normal_case(text, seed=i, n=30, m=29, d=4, dtype=np.float32)
-                 for i, text in enumerate(SPECS[:4])]  # fmt: skip
+        cases = [
+            normal_case(text, seed=i, n=30, m=29, d=4, dtype=np.float32)
+            for i, text in enumerate(SPECS[:4])
+        ]
         given = [tuple(map(library.asarray, case.qkv)) for case in cases]
         backend = plugins.load_backend(name)
 
@@ -158,8 +167,9 @@ def test_eight_threads(name: str) -> None:
 
         want = [library.asnumpy(run(i)) for i in range(4)]
         with ThreadPoolExecutor(8) as threads:
-            for index, out in zip(range(64), threads.map(run, [i % 4 for i in range(64)]),
-                                  strict=True):  # fmt: skip
+            for index, out in zip(
+                range(64), threads.map(run, [i % 4 for i in range(64)]), strict=True
+            ):
                 np.testing.assert_allclose(library.asnumpy(out), want[index % 4], rtol=0, atol=1e-6)
         backend.synchronize()
         assert backend.versions()
@@ -222,8 +232,9 @@ def test_torch_vjp_keeps_the_graph(torch: Any) -> None:
     (native,) = torch.autograd.grad(pdcore.attention(*x, "bn"), x, d, create_graph=True)
     torch.testing.assert_close(by_hand, native[0], rtol=0, atol=1e-13)
     # And both can be differentiated again, with the same result.
-    (a,), (b,) = (torch.autograd.grad(g.square().sum(), x, retain_graph=True)
-                  for g in (by_hand, native[0]))  # fmt: skip
+    (a,), (b,) = (
+        torch.autograd.grad(g.square().sum(), x, retain_graph=True) for g in (by_hand, native[0])
+    )
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert a.abs().max() > 0
 
@@ -282,8 +293,9 @@ def test_jax_without_64_bits(jax: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = pdcore.attention(*y, "causal+sh(1,2)", offset=jax.numpy.asarray([1, 3]))
-        pdcore.attention(*y, "linear+causal", offset="end",
-                         key_mask=jax.numpy.ones((2, 5), dtype=bool))  # fmt: skip
+        pdcore.attention(
+            *y, "linear+causal", offset="end", key_mask=jax.numpy.ones((2, 5), dtype=bool)
+        )
     np.testing.assert_allclose(np.asarray(out), want, rtol=0, atol=1e-6)
 
 
@@ -457,8 +469,13 @@ def test_cupy_takes_tensors_on_the_current_stream_of_pytorch(
 ) -> None:
     x = Tensor("float16")
     assert cupy_backend.exchange(x).taken is x
-    on = ["enter device 1", "enter stream 0 1234", "from_dlpack", "leave stream 0 1234",
-          "leave device 1"]  # fmt: skip
+    on = [
+        "enter device 1",
+        "enter stream 0 1234",
+        "from_dlpack",
+        "leave stream 0 1234",
+        "leave device 1",
+    ]
     assert streams == on
     streams.clear()
     with cupy_backend.stream_of(x):
@@ -524,8 +541,16 @@ def test_a_call_on_foreign_arrays_runs_on_their_stream(monkeypatch: pytest.Monke
     out, _ = pdcore.attention(*x, backend="numpy", return_lse=True)
     assert isinstance(out, type(x[0]))
     pdcore.attention_weights(*x, backend="numpy")
-    assert said == [f"enter {module}", "give", "give", f"leave {module}",
-                    f"enter {module}", "attention_weights", "give", f"leave {module}"]  # fmt: skip
+    assert said == [
+        f"enter {module}",
+        "give",
+        "give",
+        f"leave {module}",
+        f"enter {module}",
+        "attention_weights",
+        "give",
+        f"leave {module}",
+    ]
 
 
 def test_cupy_that_is_not_installed_is_a_reason() -> None:

@@ -35,8 +35,12 @@ def run(*arguments: Any) -> Any:
 def process(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pdcore", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False, **options,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
+    )
 
 
 @pytest.fixture
@@ -136,15 +140,24 @@ WRONG_CALLS: dict[str, tuple[list[str], dict[str, Any], Exit, str]] = {
     "two words for one axis": (["bn+identity"], {}, Exit.USAGE, "both set the normalization"),
     "a leak": (["causal+bn"], {}, Exit.UNSUPPORTED, "the future leaks"),
     "prefix of another kernel": (
-        ["cosine+bn(statistics=prefix)"], {}, Exit.UNSUPPORTED, "needs the exponential kernel",
+        ["cosine+bn(statistics=prefix)"],
+        {},
+        Exit.UNSUPPORTED,
+        "needs the exponential kernel",
     ),
     "scales of other heads": (["sh(1,2)"], {}, Exit.INPUT, "2 scales"),
     "a missing parameter": (["bn(beta=param)"], {}, Exit.INPUT, "beta"),
     "an unknown parameter": (
-        ["softmax"], {"params.beta": np.ones(4, np.float32)}, Exit.INPUT, "beta",
+        ["softmax"],
+        {"params.beta": np.ones(4, np.float32)},
+        Exit.INPUT,
+        "beta",
     ),
     "a bias without a log": (
-        ["linear"], {"bias": np.zeros((6, 6), np.float32)}, Exit.UNSUPPORTED, "bias",
+        ["linear"],
+        {"bias": np.zeros((6, 6), np.float32)},
+        Exit.UNSUPPORTED,
+        "bias",
     ),
     "shapes that do not fit": (["softmax"], {"v": QKV["v"][:, :, :5]}, Exit.INPUT, "v: "),
     "mixed dtypes": (["softmax"], {"k": QKV["k"].astype(float)}, Exit.INPUT, "k: got"),
@@ -152,21 +165,33 @@ WRONG_CALLS: dict[str, tuple[list[str], dict[str, Any], Exit, str]] = {
     "too few axes": (["softmax"], {"q": QKV["q"][0, 0]}, Exit.INPUT, "q: "),
     "an unknown array": (["softmax"], {"keymask": np.ones(3, bool)}, Exit.INPUT, "'key_mask'"),
     "an unknown backend": (
-        ["softmax", "--backend", "nunpy"], {}, Exit.USAGE, "unknown backend 'nunpy'; did you",
+        ["softmax", "--backend", "nunpy"],
+        {},
+        Exit.USAGE,
+        "unknown backend 'nunpy'; did you",
     ),
     "no backend": (["softmax", "--backend", ""], {}, Exit.USAGE, "unknown backend ''"),
     "an unknown device": (["softmax", "--device", "tpu"], {}, Exit.NO_BACKEND, "device tpu"),
     "a device that the backend lacks": (
-        ["softmax", "--backend", "numpy:cuda"], {}, Exit.UNSUPPORTED, "device cuda",
+        ["softmax", "--backend", "numpy:cuda"],
+        {},
+        Exit.UNSUPPORTED,
+        "device cuda",
     ),
     "an offset that is no number": (
-        ["causal", "--offset", "last"], {}, Exit.USAGE, "expected a whole number or 'end'",
+        ["causal", "--offset", "last"],
+        {},
+        Exit.USAGE,
+        "expected a whole number or 'end'",
     ),
     "an offset twice": (
-        ["causal", "--offset", "1"], {"offset": np.array(2)}, Exit.INPUT, "has an offset already",
+        ["causal", "--offset", "1"],
+        {"offset": np.array(2)},
+        Exit.INPUT,
+        "has an offset already",
     ),
     "an unknown option": (["softmax", "--lsee"], {}, Exit.USAGE, "--lsee"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG_CALLS)
@@ -210,10 +235,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: int, code: in
     command = ["attend", "softmax", tmp_path / "in.npz", "-o", tmp_path / "out.npz", "--json"]
     with subprocess.Popen(
         [sys.executable, "-m", "pdcore", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # A shell lets what it starts in the background, and all below it, ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as started:  # fmt: skip
+    ) as started:
         try:
             # The temporary file is there from the moment on when the work begins.
             for _ in range(600):
@@ -245,8 +272,10 @@ def test_a_bar_appears_on_a_terminal_and_only_after_a_while() -> None:
     # Without a terminal there is nobody to look at it.
     silent = subprocess.run(
         [sys.executable, "-c", code.format(patience="0.1")],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert silent.stderr == silent.stdout == ""
 
 
@@ -321,8 +350,19 @@ def test_a_missing_extra_is_json_too(
 
 
 def test_a_result_before_the_failure_is_the_only_json() -> None:
-    result = run("explain", "softmax", "--shape", "2,4,6,8", "--library", "torch",
-                 "--backend", "numpy", "--device", "cuda", "--json")  # fmt: skip
+    result = run(
+        "explain",
+        "softmax",
+        "--shape",
+        "2,4,6,8",
+        "--library",
+        "torch",
+        "--backend",
+        "numpy",
+        "--device",
+        "cuda",
+        "--json",
+    )
     assert result.exit_code == Exit.NO_BACKEND
     told = json.loads(result.stdout)
     assert "error" not in told
@@ -354,9 +394,12 @@ def test_backends() -> None:
 
 def test_backends_that_are_missing_or_broken_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     info = pdcore.BackendInfo(
-        name="absent", load="absent.backend:Backend", library="absent", requires=("absent",),
+        name="absent",
+        load="absent.backend:Backend",
+        library="absent",
+        requires=("absent",),
         install="pip install absent",
-    )  # fmt: skip
+    )
     broken = plugins.BrokenPlugin("some-plugin", "1.0", ImportError("no libfoo"))
     plugins.discover()
     monkeypatch.setitem(plugins.broken, "bad", broken)
@@ -392,8 +435,15 @@ def test_specs() -> None:
 
 
 def test_every_listed_word_parses() -> None:
-    values = {"gamma": "0.5", "scales": "1,2", "left": "3", "right": "inf", "normaliser": "count",
-              "height": "4", "width": "4"}  # fmt: skip
+    values = {
+        "gamma": "0.5",
+        "scales": "1,2",
+        "left": "3",
+        "right": "inf",
+        "normaliser": "count",
+        "height": "4",
+        "width": "4",
+    }
     for word in json.loads(run("specs", "--json").stdout)["words"]:
         given = [values[a["name"]] for a in word["arguments"] if a["required"]]
         for name in (word["word"], *word["aliases"]):
@@ -432,8 +482,9 @@ def test_derive_gives_the_steps_as_text_latex_and_data() -> None:
     assert json.loads(run(*base, "--json").stdout)["spec"] == "gaussian(gamma=0.3)+bn"
     found = json.loads(run("derive", "conv2d(14, 14, size=5)", "--json").stdout)
     assert (found["layer"], found["spec"]) == (
-        "conv2d", "softmax+conv2d(height=14,width=14,size=5)",
-    )  # fmt: skip
+        "conv2d",
+        "softmax+conv2d(height=14,width=14,size=5)",
+    )
     for layer, says in (
         ("mixture_norm(compnents=3)", "did you mean 'components'?"),
         ("conv2d", "height and width must be given"),

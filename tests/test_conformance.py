@@ -52,8 +52,14 @@ def run_all(runs, failures=None):
 @pytest.fixture(scope="module")
 def outcomes():
     names = ("good", "no_bias", "secretive", "reluctant", "no_causal", "crashing")
-    cases = [SOFTMAX, GAUSSIAN, BIAS, CAUSAL, "refusals::feature[causal]",
-             "errors::wrong_call_names_its_argument[integers]"]  # fmt: skip
+    cases = [
+        SOFTMAX,
+        GAUSSIAN,
+        BIAS,
+        CAUSAL,
+        "refusals::feature[causal]",
+        "errors::wrong_call_names_its_argument[integers]",
+    ]
     return dict(zip(names, run_all([(name, {"cases": cases}) for name in names]), strict=True))
 
 
@@ -107,8 +113,11 @@ def test_a_crash_is_a_failure_with_its_error(outcomes):
 
 def test_known_failures_are_strict():
     dead = "kernels::no_such_case"
-    runs = [("crashing", {"cases": [SOFTMAX]}), ("good", {"cases": [SOFTMAX]}),
-            ("crashing", {"level": "core"})]  # fmt: skip
+    runs = [
+        ("crashing", {"cases": [SOFTMAX]}),
+        ("good", {"cases": [SOFTMAX]}),
+        ("crashing", {"level": "core"}),
+    ]
     listed = {SOFTMAX: "a planted crash"}
     known, passing, whole = run_all(
         runs, {"crashing": {**listed, dead: "long gone"}, "good": listed}
@@ -145,19 +154,43 @@ def test_core_level_has_core_features_only():
 def pytest_alone(*arguments, cwd):
     """Run the suite by pytest itself, as the docs say."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PDCORE_PLUGINS": "",
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PDCORE_PLUGINS": "",
+    }
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "pdcore_conformance.plugin", "--pyargs",
-         "pdcore_conformance.suite", "-p", "no:cacheprovider", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "pdcore_conformance.plugin",
+            "--pyargs",
+            "pdcore_conformance.suite",
+            "-p",
+            "no:cacheprovider",
+            *arguments,
+        ],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_pytest_runs_the_suite_on_two_processes(tmp_path):
     report = tmp_path / "record.json"
-    done = pytest_alone("--backend", "numpy", "-n", "2", "-k", "test_heads and float32",
-                        "--report", str(report), cwd=tmp_path)  # fmt: skip
+    done = pytest_alone(
+        "--backend",
+        "numpy",
+        "-n",
+        "2",
+        "-k",
+        "test_heads and float32",
+        "--report",
+        str(report),
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     [run] = json.loads(report.read_text())["runs"]
     assert run["counts"]["passed"] == len(run["cases"]) > 50

@@ -94,9 +94,10 @@ def test_a_grid_is_convolved_down_and_across(size: int) -> None:
 
 def test_a_filter_of_one_middle_tap_leaves_the_keys() -> None:
     for text, size, middle in (
-        ("conv1d(size=5)", (5,), (2,)), ("conv1d(size=4,padding=causal)", (4,), (3,)),
+        ("conv1d(size=5)", (5,), (2,)),
+        ("conv1d(size=4,padding=causal)", (4,), (3,)),
         ("conv2d(3,4)", (3, 3), (1, 1)),
-    ):  # fmt: skip
+    ):
         case = normal_case(text, m=12)
         weight = np.zeros((2, *size, 3))
         weight[(slice(None), *middle)] = 1.0
@@ -179,9 +180,10 @@ def test_decoding_step_by_step_is_exact(rest: str) -> None:
     # What is permitted to leak does.
     leaky = parse(str(case.spec).replace("padding=causal", "allow_leak=true"))
     short = (x[..., :8, :] for x in case.qkv)
-    apart = pdcore.attention(*short, leaky, **case.call) - pdcore.attention(
-        *case.qkv, leaky, **case.call
-    )[..., :8, :]  # fmt: skip
+    apart = (
+        pdcore.attention(*short, leaky, **case.call)
+        - pdcore.attention(*case.qkv, leaky, **case.call)[..., :8, :]
+    )
     assert np.abs(apart).max() > 1e-3
 
 

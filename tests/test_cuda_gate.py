@@ -33,9 +33,10 @@ def test_kernels_take_no_more_than_the_page_says() -> None:
     more = {
         key: (use, table[key])
         for key, use in found.items()
-        if use.spilled or use.shared != table[key].shared
+        if use.spilled
+        or use.shared != table[key].shared
         or any(a > b for a, b in zip(use.registers, table[key].registers, strict=True))
-    }  # fmt: skip
+    }
     assert not more, f"if that is meant, run python tests/cuda_gate.py: {more}"
 
 
@@ -67,8 +68,11 @@ def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
     expression = cuda_gate_programs.lowered(spec).expression
     program = replace(cuda_gate_tensor_cores.program("float16"), expression=expression)
     for arch in cuda_gate_tensor_cores.ARCHITECTURES:
-        for name in ("scores_mma<128, 128>", "scores_mma_rows<128, 128, float>",
-                     "scores_mma_keys<128, 128, float, float>"):  # fmt: skip
+        for name in (
+            "scores_mma<128, 128>",
+            "scores_mma_rows<128, 128, float>",
+            "scores_mma_keys<128, 128, float, float>",
+        ):
             assert cuda_gate.compiled(program.text(name), name, arch)[1] == 0, (name, arch)
 
 
@@ -89,8 +93,10 @@ def test_products_are_instructions_of_tensor_cores(arch: str, dtype: str) -> Non
 
 def hold(program: Program, kernel: str, expected: dict[str, int]) -> None:
     """Let the compiler compare constants of a kernel's text with what the launches take."""
-    lines = [f'static_assert({name} == {value}, "{name} is not {value}");'
-             for name, value in expected.items()]  # fmt: skip
+    lines = [
+        f'static_assert({name} == {value}, "{name} is not {value}");'
+        for name, value in expected.items()
+    ]
     code = "\n".join([program.text(kernel), *lines, "__global__ void none() {}"])
     cuda_gate.assembled(code, "none", "sm_80")
 
@@ -115,8 +121,10 @@ def test_launches_on_tensor_cores_take_the_shared_memory_of_the_kernels(spec: st
 @pytest.mark.parametrize("scalar", cuda_gate.SCALARS)
 def test_launches_on_cuda_cores_take_the_shared_memory_of_the_kernels(scalar: str) -> None:
     pytest.importorskip("cupy")
-    sizes = {f"Memory<{columns}>::BYTES": memory(scalar, columns)
-             for columns in (*COLUMNS, *feature_programs.COLUMNS)}  # fmt: skip
+    sizes = {
+        f"Memory<{columns}>::BYTES": memory(scalar, columns)
+        for columns in (*COLUMNS, *feature_programs.COLUMNS)
+    }
     hold(Program(scalar), "scores_forward<32>", {"SIZE": tile(scalar), **sizes})
 
 
@@ -133,10 +141,12 @@ def test_every_built_in_expression_has_a_program() -> None:
     kinds = {type(pdcore.parse(spec).kernel) for spec in BUILT_IN}
     own = [kind for kind in vars(kernels).values() if isinstance(kind, type)]
     assert kinds == {
-        kind for kind in own
-        if issubclass(kind, kernels.Kernel) and not issubclass(kind, kernels.FeatureMap)
+        kind
+        for kind in own
+        if issubclass(kind, kernels.Kernel)
+        and not issubclass(kind, kernels.FeatureMap)
         and kind not in (kernels.Kernel, kernels.PointwiseKernel)
-    }  # fmt: skip
+    }
     for spec in BUILT_IN:
         expression = cuda_gate_programs.lowered(spec).expression
         assert expression is None or expression in cuda_gate_programs.expressions(), spec

@@ -58,26 +58,32 @@ CALLS = {
     "rows that see everything": ("relu+causal", {**LONG, "offset": 100}),
     "far before the keys": ("linear+causal", {"offset": 5 - 2**32}),
     "pooled keys": ("linear+sh(1,3)", PADDED),
-    "pooled keys under causal": ("linear+causal+sh(1,3)", {**PADDED, "n": 200, "m": 200,
-                                                          "key_mask": ones_and_zeros(2, 200)}),
+    "pooled keys under causal": (
+        "linear+causal+sh(1,3)",
+        {**PADDED, "n": 200, "m": 200, "key_mask": ones_and_zeros(2, 200)},
+    ),
     "pooled keys, an offset each": ("relu+causal+sh(2,5)", {**LONG, "offset": np.asarray([9, -9])}),
     "weights that vanish": ("relu+h(one)", {"n": 40, "m": 2, "d": 2}),
     "statistics": ("linear+bn(beta=param)+h(count)", LONG),
     "no keys that are real": ("linear+causal", {"key_mask": np.zeros((2, 7), bool)}),
     "more features and values than a block has": (
-        "linear+causal", {"n": 9, "m": 11, "d": 130, "dv": 133, "heads": 1, "lead": ()},
+        "linear+causal",
+        {"n": 9, "m": 11, "d": 130, "dv": 133, "heads": 1, "lead": ()},
     ),
     "values that vectors can hold": ("linear", {"d": 8, "dv": 8}),
     "log features": ("random_features(5)", PADDED),
     "log features under causal": (
-        "random_features(70)+causal", {**PADDED, "offset": np.asarray([5, -20])},
+        "random_features(70)+causal",
+        {**PADDED, "offset": np.asarray([5, -20])},
     ),
     "log features of several chunks": (
-        "random_features(3)+causal", {"n": 140, "m": 140, "lead": (), "sd": 2.0},
+        "random_features(3)+causal",
+        {"n": 140, "m": 140, "lead": (), "sd": 2.0},
     ),
     "log features far below 0": ("random_features(4)+causal", {**LONG, "mean": 8.0, "sd": 0.1}),
     "log features of no real keys": (
-        "random_features(4)+causal", {**LONG, "key_mask": np.arange(83)[None] >= [[70], [90]]},
+        "random_features(4)+causal",
+        {**LONG, "key_mask": np.arange(83)[None] >= [[70], [90]]},
     ),
     "no rows": ("linear+causal", {"n": 0, "m": 4}),
     "no keys": ("linear", {"n": 4, "m": 0}),
@@ -85,7 +91,7 @@ CALLS = {
     "no sequence": ("linear", {"lead": (0,)}),
     "no values": ("linear+causal", {"n": 3, "m": 4, "dv": 0}),
     "several leading axes": ("linear+causal", {"lead": (2, 2), "offset": 1}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,8 +105,14 @@ def test_forward_and_gradients(
     check(backend, normal_case(spec, dtype=np.dtype(dtype), **call))
 
 
-HALF = ("causal, an offset each, padding", "pooled keys under causal", "statistics",
-        "weights that vanish", "log features under causal", "no values")  # fmt: skip
+HALF = (
+    "causal, an offset each, padding",
+    "pooled keys under causal",
+    "statistics",
+    "weights that vanish",
+    "log features under causal",
+    "no values",
+)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -220,16 +232,20 @@ def test_array_calls_are_left_for_nothing_but_phi() -> None:
     assert plan.transforms == ()
     own.attention(plan, case.inputs())
     assert own.runtime.launches == [
-        "features_states<false>", "features_scan<0>", "features_forward<64>",
-    ]  # fmt: skip
+        "features_states<false>",
+        "features_scan<0>",
+        "features_forward<64>",
+    ]
 
 
 def test_explain_says_what_runs() -> None:
     register()
     try:
         q, k, v = normal(3, 1, 2, 5, 4)
-        for spec, phi in (("linear", "phi compiled in"),
-                          ("random_features(4)+causal", "log phi by array calls")):  # fmt: skip
+        for spec, phi in (
+            ("linear", "phi compiled in"),
+            ("random_features(4)+causal", "log phi by array calls"),
+        ):
             text = str(pdcore.explain(q, k, v, spec, backend=NAME))
             assert f"kernel: states of chunks on CUDA cores in float64, {phi}" in text
         weights = pdcore.attention_weights(q, k, v, "linear", backend=NAME)

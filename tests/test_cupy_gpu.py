@@ -71,9 +71,10 @@ def test_a_call_does_not_wait_for_its_stream() -> None:
     pdcore.attention(*x)
     stream = cupy.cuda.Stream(non_blocking=True)
     busy = cupy.RawKernel(
-        "extern \"C\" __global__ void busy(long long n) { long long t = clock64(); "
-        "while (clock64() - t < n) {} }", "busy",
-    )  # fmt: skip
+        'extern "C" __global__ void busy(long long n) { long long t = clock64(); '
+        "while (clock64() - t < n) {} }",
+        "busy",
+    )
     with stream:
         busy((1,), (1,), (np.int64(2 * 10**9),))  # about a second
         both(*x)

@@ -108,10 +108,19 @@ def test_forward_and_gradients(backend: Any, spec: str, call: dict, dtype: str) 
 
 
 HALF = (
-    "ragged, grouped heads", "causal, an offset each, padding", "pooled keys, padding and mask",
-    "a bias for all rows", "a bias for some leading axes", "key bias", "statistics",
-    "weights phi . phi", "weights that vanish", "no keys", "no values", "no sequence",
-)  # fmt: skip
+    "ragged, grouped heads",
+    "causal, an offset each, padding",
+    "pooled keys, padding and mask",
+    "a bias for all rows",
+    "a bias for some leading axes",
+    "key bias",
+    "statistics",
+    "weights phi . phi",
+    "weights that vanish",
+    "no keys",
+    "no values",
+    "no sequence",
+)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -195,8 +204,17 @@ def test_keys_that_no_row_sees_are_not_read(backend: Any) -> None:
 
 
 def test_arrays_are_read_where_they_lie(backend: Any) -> None:
-    case = normal_case("softmax", n=6, m=7, d=8, dv=4, heads=4, group=1, dtype=np.float32,
-                       bias=np.broadcast_to(normal(1, 4, 1, 7), (2, 4, 6, 7)))  # fmt: skip
+    case = normal_case(
+        "softmax",
+        n=6,
+        m=7,
+        d=8,
+        dv=4,
+        heads=4,
+        group=1,
+        dtype=np.float32,
+        bias=np.broadcast_to(normal(1, 4, 1, 7), (2, 4, 6, 7)),
+    )
     # Sequence before heads, as projections leave them, and columns that are cut out of wider rows.
     q, k, v = (np.ascontiguousarray(np.swapaxes(x, -2, -3)).swapaxes(-2, -3) for x in case.qkv)
     wide = np.concatenate([k, k], axis=-1)
@@ -284,11 +302,16 @@ def test_explain_says_what_runs() -> None:
         plugins.unregister_backend(NAME)
 
 
-def asked(spec: str = "softmax", q: tuple[int, ...] = (2, 4, 100, 8), keys: int = 100,
-          bias: tuple[int, ...] | None = None) -> Request:  # fmt: skip
+def asked(
+    spec: str = "softmax",
+    q: tuple[int, ...] = (2, 4, 100, 8),
+    keys: int = 100,
+    bias: tuple[int, ...] | None = None,
+) -> Request:
     head = (*q[:-2], keys)
-    return Request(pdcore.parse(spec), "cupy", "float32", "cuda:0", q, (*head, q[-1]), (*head, 8),
-                   bias=bias)  # fmt: skip
+    return Request(
+        pdcore.parse(spec), "cupy", "float32", "cuda:0", q, (*head, q[-1]), (*head, 8), bias=bias
+    )
 
 
 @pytest.mark.parametrize(
@@ -321,6 +344,9 @@ def test_a_plan_that_was_not_fused_runs_by_array_calls() -> None:
 
 
 def test_every_program_has_its_own_text() -> None:
-    names = {Program(s, w).text("scores_forward<32>")
-             for s in ("float", "double") for w in ("log", "features")}  # fmt: skip
+    names = {
+        Program(s, w).text("scores_forward<32>")
+        for s in ("float", "double")
+        for w in ("log", "features")
+    }
     assert len(names) == 4

@@ -176,7 +176,7 @@ LIMITS = Limits(threads=1024, registers=65536, shared=48 * 1024, grid=(2**31 - 1
         ((1,), (16, 32), 0, "512 threads of 200 registers each, and a block .* has 65536"),
         ((1,), (256,), 47 * 1024 + 1, "49153 bytes of shared memory, and a block .* has 49152"),
     ],
-)  # fmt: skip
+)
 def test_a_launch_beyond_the_limits_is_refused(
     grid: tuple[int, ...], block: tuple[int, ...], shared: int, reason: str
 ) -> None:

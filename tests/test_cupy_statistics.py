@@ -57,13 +57,22 @@ def launched(backend: EmulatedBackend) -> set[str]:
 # --- calls ----------------------------------------------------------------------------------------
 
 MOMENTS = {"moments_of_chunks", "moments_merged", "moments_vjp"}
-PREFIXES = {"moments_of_chunks", "chunks_scanned", "prefixes", "levels_of_chunks", "suffixes",
-            "prefixes_vjp"}  # fmt: skip
+PREFIXES = {
+    "moments_of_chunks",
+    "chunks_scanned",
+    "prefixes",
+    "levels_of_chunks",
+    "suffixes",
+    "prefixes_vjp",
+}
 POOLS = {"pooled", "pooled_vjp"}
 
 CALLS = {
     "of each sequence, padding": (
-        "bn", {"n": 5, "m": 70, "d": 9, "key_mask": ones_and_zeros(2, 70)}, MOMENTS),
+        "bn",
+        {"n": 5, "m": 70, "d": 9, "key_mask": ones_and_zeros(2, 70)},
+        MOMENTS,
+    ),
     "of all sequences, padding": (
         "bn(statistics=batch)",
         {"n": 5, "m": 70, "lead": (2, 2), "key_mask": ones_and_zeros(2, 2, 70)},
@@ -71,7 +80,10 @@ CALLS = {
     ),
     "by another normalization": ("iebn", {"n": 5, "m": 20}, MOMENTS),
     "a sequence without a real key": (
-        "bn", {"m": 7, "key_mask": np.asarray([[True] * 7, [False] * 7])}, MOMENTS),
+        "bn",
+        {"m": 7, "key_mask": np.asarray([[True] * 7, [False] * 7])},
+        MOMENTS,
+    ),
     "of no keys": ("bn(statistics=batch)", {"m": 0}, {"moments_merged"}),
     "of prefixes, padding, an offset each": (
         "causal+bn(statistics=prefix)",
@@ -79,19 +91,29 @@ CALLS = {
         PREFIXES,
     ),
     "of prefixes, from the end": (
-        "causal+bn(statistics=prefix)", {"n": 70, "m": 70, "d": 33, "offset": "end"}, PREFIXES),
+        "causal+bn(statistics=prefix)",
+        {"n": 70, "m": 70, "d": 33, "offset": "end"},
+        PREFIXES,
+    ),
     "of no prefix": ("causal+bn(statistics=prefix)", {"n": 3, "m": 0}, PREFIXES),
     "of prefixes of no rows": ("causal+bn(statistics=prefix)", {"n": 0, "m": 3}, PREFIXES),
     "pooled": (
-        "sh(3,1)+bn", {"n": 5, "m": 70, "key_mask": ones_and_zeros(2, 70, share=0.4)},
+        "sh(3,1)+bn",
+        {"n": 5, "m": 70, "key_mask": ones_and_zeros(2, 70, share=0.4)},
         MOMENTS | POOLS,
     ),
     "pooled, long windows": ("sh(50,1)", {"n": 5, "m": 83, "d": 9, "dv": 5}, POOLS),
     "pooled, the first key": (
-        "sh(1,4,pool=first)", {"n": 5, "m": 11, "key_mask": ones_and_zeros(2, 11)}, POOLS),
-    "pooled prefixes": ("causal+sh(2,1)+bn(statistics=prefix)", {"n": 20, "m": 33},
-                        PREFIXES | POOLS),
-}  # fmt: skip
+        "sh(1,4,pool=first)",
+        {"n": 5, "m": 11, "key_mask": ones_and_zeros(2, 11)},
+        POOLS,
+    ),
+    "pooled prefixes": (
+        "causal+sh(2,1)+bn(statistics=prefix)",
+        {"n": 20, "m": 33},
+        PREFIXES | POOLS,
+    ),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,8 +150,11 @@ def moments(keys: Any, real: Any, axes: tuple[int, ...]) -> dict[str, Any]:
     keys = keys.astype(np.longdouble)
     n = real.sum(axes, keepdims=True).astype(np.longdouble)
     mean = np.where(real, keys, 0).sum(axes, keepdims=True) / n
-    return {"n": n, "mean": mean,
-            "var": np.where(real, (keys - mean) ** 2, 0).sum(axes, keepdims=True) / n}  # fmt: skip
+    return {
+        "n": n,
+        "mean": mean,
+        "var": np.where(real, (keys - mean) ** 2, 0).sum(axes, keepdims=True) / n,
+    }
 
 
 def close(found: Any, wanted: Any, dtype: str) -> None:

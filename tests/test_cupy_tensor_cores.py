@@ -80,19 +80,33 @@ def test_forward_and_gradients(backend: Any, name: str, dtype: str) -> None:
 @pytest.mark.parametrize("widths", [(64, 64), (96, 32), (32, 128), (128, 128)], ids=str)
 def test_gradients_of_several_tiles(backend: Any, widths: tuple[int, int]) -> None:
     dim, value_dim = widths
-    case = case_of("causal+sparse(90,3)", **LONG, d=dim, dv=value_dim, offset=7, heads=1,
-                   key_mask=ones_and_zeros(2, 150))  # fmt: skip
+    case = case_of(
+        "causal+sparse(90,3)",
+        **LONG,
+        d=dim,
+        dv=value_dim,
+        offset=7,
+        heads=1,
+        key_mask=ones_and_zeros(2, 150),
+    )
     check_gradients(backend, case)
     both = [f"<{dim}, {value_dim}, ptx::bf16", f"<{dim}, {value_dim}, ptx::bf16, ptx::bf16"]
-    assert backend.runtime.launches[-2:] == [f"scores_mma_rows{both[0]}>",
-                                             f"scores_mma_keys{both[1]}>"]  # fmt: skip
+    assert backend.runtime.launches[-2:] == [
+        f"scores_mma_rows{both[0]}>",
+        f"scores_mma_keys{both[1]}>",
+    ]
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["softmax(softcap=2)", "polynomial(degree=2,coef0=1)", "bn", "cosine+bn(statistics=running)",
-     "gaussian(0.2)+sh(1,2)"],
-)  # fmt: skip
+    [
+        "softmax(softcap=2)",
+        "polynomial(degree=2,coef0=1)",
+        "bn",
+        "cosine+bn(statistics=running)",
+        "gaussian(0.2)+sh(1,2)",
+    ],
+)
 def test_gradients_of_expressions_and_transformed_rows(backend: Any, spec: str) -> None:
     check_gradients(backend, case_of(spec, n=35, m=70))
 

@@ -56,8 +56,15 @@ def test_the_recordings_are_what_their_authors_describe() -> None:
 
 def test_the_attribution_is_beside_them() -> None:
     text = (Path(datasets.__file__).parent / "ATTRIBUTION.txt").read_text(encoding="utf-8")
-    for words in ("Kudo", "Toyama", "Shimbo", "UCI Machine Learning Repository", "CC BY 4.0",
-                  "10.24432/C5NS47", "Changes:"):  # fmt: skip
+    for words in (
+        "Kudo",
+        "Toyama",
+        "Shimbo",
+        "UCI Machine Learning Repository",
+        "CC BY 4.0",
+        "10.24432/C5NS47",
+        "Changes:",
+    ):
         assert words in text
     for words in ("Kudo", "CC BY 4.0", "UCI"):
         assert words in datasets.ATTRIBUTION

@@ -279,17 +279,31 @@ def test_derivation_is_of_the_spec_not_its_spelling() -> None:
         ("conv1d(1)", [r"\sum_{t = 0}^{0} w_t \odot k_{j + t}", r"\text{, or } 1 \text{"]),
         ("conv2d(7,9,size=5)", [r"w_{ut} \odot k_{j + 9(u - 2) + t - 2}", "1 / 25"]),
         ("conv1d", [r"\text{arrays that a call may give: } \texttt{weight}"]),
-        ("iebn", [r"a = \texttt{slope},\ c = \texttt{shift}",
-                  r"\mu = \frac{1}{n} \sum_{j \in R} k_j",
-                  r"\text{arrays that a call gives: } \texttt{slope}", "queries get its gate",
-                  r"\text{the value } 10^{-5} \text{ added to the variance}"]),
-        ("iebn(beta=0.5)+sh(2)", [r"\sum_{j \in R} \bar{k}_j", "the weight of the mean",
-                                  "statistics over pooled keys"]),
-        ("mixture(3,steps=5,seed=7)", [r"\sum_{c=1}^{3}", "added to the variance",
-                                       r"by 5 steps of EM on the } k_j,\ j \in R",
-                                       "from centres of seed 7"]),
+        (
+            "iebn",
+            [
+                r"a = \texttt{slope},\ c = \texttt{shift}",
+                r"\mu = \frac{1}{n} \sum_{j \in R} k_j",
+                r"\text{arrays that a call gives: } \texttt{slope}",
+                "queries get its gate",
+                r"\text{the value } 10^{-5} \text{ added to the variance}",
+            ],
+        ),
+        (
+            "iebn(beta=0.5)+sh(2)",
+            [r"\sum_{j \in R} \bar{k}_j", "the weight of the mean", "statistics over pooled keys"],
+        ),
+        (
+            "mixture(3,steps=5,seed=7)",
+            [
+                r"\sum_{c=1}^{3}",
+                "added to the variance",
+                r"by 5 steps of EM on the } k_j,\ j \in R",
+                "from centres of seed 7",
+            ],
+        ),
     ],
-)  # fmt: skip
+)
 def test_normalizations_say_where_their_letters_come_from(spec: str, lines: list[str]) -> None:
     text = parse(spec).latex()
     for line in lines:

@@ -188,9 +188,17 @@ def test_the_request_describes_the_call(add, x):
         )
     request = asked.asked[0]
     assert request == Request(
-        parse("causal"), "numpy", "float64", "cpu", x.shape, x.shape, x.shape,
-        mask=(7, 7), offset="end", lse=True,
-    )  # fmt: skip
+        parse("causal"),
+        "numpy",
+        "float64",
+        "cpu",
+        x.shape,
+        x.shape,
+        x.shape,
+        mask=(7, 7),
+        offset="end",
+        lse=True,
+    )
 
 
 def test_explain_asks_the_same(loopback, x):

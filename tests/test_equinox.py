@@ -100,9 +100,7 @@ def test_process_heads() -> None:
     def turned(q: Any, k: Any, v: Any) -> Any:
         return jnp.cos(q) + jnp.arange(N)[:, None, None], jnp.sin(k), 2 * v
 
-    got, want = (
-        eqx.filter_jit(layer)(x, x, x, process_heads=turned) for layer in (ours, plain)
-    )  # fmt: skip
+    got, want = (eqx.filter_jit(layer)(x, x, x, process_heads=turned) for layer in (ours, plain))
     close(got, want)
     with pytest.raises(ValueError, match=r"process_heads: got shapes .* expected \[\(6, 4, 4\)"):
         ours(x, x, x, process_heads=lambda q, k, v: (q, k[1:], v[1:]))
@@ -136,8 +134,13 @@ def test_leaves_load_both_ways(spec: str) -> None:
     options = SIZES | BIASES | {"dropout_p": 0.25}
     plain = eqx.nn.MultiheadAttention(H, E, **options, key=jax.random.key(0))
     ours = PDMultiheadAttention(H, E, **options, key=jax.random.key(1), spec=spec)
-    paths = [[(jax.tree_util.keystr(path), jnp.shape(leaf)) for path, leaf in
-              jax.tree_util.tree_leaves_with_path(layer)] for layer in (plain, ours)]  # fmt: skip
+    paths = [
+        [
+            (jax.tree_util.keystr(path), jnp.shape(leaf))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(layer)
+        ]
+        for layer in (plain, ours)
+    ]
     assert paths[0] == paths[1]
     for one, other in ((plain, ours), (ours, plain)):
         file = io.BytesIO()
@@ -154,8 +157,10 @@ def test_leaves_load_both_ways(spec: str) -> None:
 
 
 def test_layers_of_one_spec_have_one_structure() -> None:
-    one, other = (PDMultiheadAttention(H, E, spec=spec, key=jax.random.key(i))
-                  for i, spec in enumerate(("bn", "softmax + bn")))  # fmt: skip
+    one, other = (
+        PDMultiheadAttention(H, E, spec=spec, key=jax.random.key(i))
+        for i, spec in enumerate(("bn", "softmax + bn"))
+    )
     assert jax.tree.structure(one) == jax.tree.structure(other)
     softmax = PDMultiheadAttention(H, E, key=jax.random.key(0))
     assert jax.tree.structure(one) != jax.tree.structure(softmax)
@@ -182,15 +187,19 @@ def test_beta_is_a_last_leaf() -> None:
 # --- specs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "sparse(2,1)",
-                                  "gaussian(gamma=0.3)+h(count)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    ["bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "sparse(2,1)", "gaussian(gamma=0.3)+h(count)"],
+)
 def test_specs_are_those_of_the_core(spec: str) -> None:
     plain, _ = pair(**BIASES)
     layer = convert(plain, spec)
     x = drawn(B, N, E)
     real = jnp.arange(N) < jnp.asarray([6, 4, 1])[:, None]
-    heads = [np.asarray(x @ p.weight.T + p.bias).reshape(B, N, H, -1).swapaxes(1, 2)
-             for p in (plain.query_proj, plain.key_proj, plain.value_proj)]  # fmt: skip
+    heads = [
+        np.asarray(x @ p.weight.T + p.bias).reshape(B, N, H, -1).swapaxes(1, 2)
+        for p in (plain.query_proj, plain.key_proj, plain.value_proj)
+    ]
     want = pdcore.attention(*heads, spec, key_mask=np.asarray(real)).swapaxes(1, 2)
     want = want.reshape(B, N, E) @ plain.output_proj.weight.T + plain.output_proj.bias
     poisoned = jnp.where(real[..., None], x, jnp.nan)

@@ -308,8 +308,21 @@ def folder(vowels: Any, tmp_path: Path) -> Path:
 
 def test_the_command_compares_specs(folder: Path) -> None:
     out = folder / "out"
-    given = ("--data", folder, "--out", out, "--epochs", 2, "--width", 16, "--json",
-             "--spec", "softmax", "--spec", "bn")  # fmt: skip
+    given = (
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--epochs",
+        2,
+        "--width",
+        16,
+        "--json",
+        "--spec",
+        "softmax",
+        "--spec",
+        "bn",
+    )
     result = run(*given, "--seeds", "0,1")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -360,16 +373,25 @@ def test_the_table(folder: Path) -> None:
         (["--data", "nowhere"], Exit.INPUT, "--data: nowhere: no such folder"),
         (["--data", "empty"], Exit.INPUT, r"--data: empty: expected one \*_TRAIN.ts, found none"),
         (["--train", "no.ts", "--test", "no.ts"], Exit.INPUT, "--train: no.ts: No such file"),
-        (["--train", "Four_TRAIN.ts", "--test", "bad.ts"], Exit.INPUT,
-         "--test: bad.ts:2: channel 1, step 2: a missing value"),
-        (["--train", "Four_TRAIN.ts", "--test", "narrow.ts"], Exit.INPUT,
-         "--test: narrow.ts: its series have 1 channels, the training series 12"),
+        (
+            ["--train", "Four_TRAIN.ts", "--test", "bad.ts"],
+            Exit.INPUT,
+            "--test: bad.ts:2: channel 1, step 2: a missing value",
+        ),
+        (
+            ["--train", "Four_TRAIN.ts", "--test", "narrow.ts"],
+            Exit.INPUT,
+            "--test: narrow.ts: its series have 1 channels, the training series 12",
+        ),
         (["--train", "one.ts", "--test", "one.ts"], Exit.INPUT, "--train: one.ts: one class, a"),
         (["--train", "narrow.ts", "--test", "one.ts"], Exit.INPUT, "--train: .*none can validate"),
-        (["--train", "two.ts", "--test", "narrow.ts"], Exit.INPUT,
-         "--test: narrow.ts: unknown labels c; the training series have a, b"),
+        (
+            ["--train", "two.ts", "--test", "narrow.ts"],
+            Exit.INPUT,
+            "--test: narrow.ts: unknown labels c; the training series have a, b",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_argument(
     arguments: list[str], code: Exit, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

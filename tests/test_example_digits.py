@@ -99,8 +99,24 @@ def run(*arguments: Any) -> Any:
 
 def test_the_command_compares_specs(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    given = ("--out", out, "--epochs", 1, "--width", 16, "--layers", 1, "--rate", 0.01,
-             "--spec", "softmax", "--spec", "bn+sh(1,1,2,2)", "--seeds", "0,1")  # fmt: skip
+    given = (
+        "--out",
+        out,
+        "--epochs",
+        1,
+        "--width",
+        16,
+        "--layers",
+        1,
+        "--rate",
+        0.01,
+        "--spec",
+        "softmax",
+        "--spec",
+        "bn+sh(1,1,2,2)",
+        "--seeds",
+        "0,1",
+    )
     result = run(*given, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)

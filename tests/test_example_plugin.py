@@ -92,9 +92,12 @@ def test_example_gradients(arrays, library, name):
         return float(np.sum(d_out * literal(**parts, params=point, one=False)))
 
     _, _, vjp = pdcore.attention_vjp(
-        bring(q), bring(k), bring(v), "sigmoid+key_rms",
+        bring(q),
+        bring(k),
+        bring(v),
+        "sigmoid+key_rms",
         params={n: bring(x) for n, x in params.items()},
-    )  # fmt: skip
+    )
     direction = rng.standard_normal(given[name].shape)
     step = 1e-5
     slope = (loss(given[name] + step * direction) - loss(given[name] - step * direction)) / (

@@ -69,8 +69,19 @@ def combined(inner: st.SearchStrategy[Function]) -> st.SearchStrategy[Function]:
         }[name]
 
     binaries = ["+", "-", "*", "/", "max", "where", "where <=", "**"]
-    unaries = ["tanh", "exp", "log", "abs", "neg", "square", "cube", "root", "reverse -",
-               "reverse /", "reverse **"]  # fmt: skip
+    unaries = [
+        "tanh",
+        "exp",
+        "log",
+        "abs",
+        "neg",
+        "square",
+        "cube",
+        "root",
+        "reverse -",
+        "reverse /",
+        "reverse **",
+    ]
     return st.builds(binary, st.sampled_from(binaries), inner, inner) | st.builds(
         unary, st.sampled_from(unaries), inner
     )
@@ -147,9 +158,13 @@ def safe_pow(x: float, y: float) -> float:
 
 
 CUDA: dict[str, Callable[..., float]] = {
-    "exp": math.exp, "log": math.log, "tanh": math.tanh, "fabs": abs, "fmax": max,
+    "exp": math.exp,
+    "log": math.log,
+    "tanh": math.tanh,
+    "fabs": abs,
+    "fmax": max,
     "pow": safe_pow,
-}  # fmt: skip
+}
 
 
 def evaluate_c(text: str, values: dict[str, float], functions: dict[str, Any]) -> float:
@@ -161,8 +176,20 @@ def evaluate_c(text: str, values: dict[str, float], functions: dict[str, Any]) -
     while "?" in python:  # innermost choices first: they have brackets of their own
         python = innermost_choice(python)
     tree = ast.parse(python, mode="eval")
-    allowed = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.IfExp, ast.Call, ast.Name,
-               ast.Constant, ast.operator, ast.unaryop, ast.cmpop, ast.Load)  # fmt: skip
+    allowed = (
+        ast.Expression,
+        ast.BinOp,
+        ast.UnaryOp,
+        ast.Compare,
+        ast.IfExp,
+        ast.Call,
+        ast.Name,
+        ast.Constant,
+        ast.operator,
+        ast.unaryop,
+        ast.cmpop,
+        ast.Load,
+    )
     assert all(isinstance(node, allowed) for node in ast.walk(tree)), python
     scope = {"__builtins__": {}, **values, **functions}
     return float(eval(compile(tree, "cuda", "eval"), scope))  # noqa: S307
@@ -225,12 +252,15 @@ S = Expression("input", (), "s")
         (lambda s: 3.0, "3.0", "0.0"),
         (lambda s: exp(0.0) + log(1.0) + tanh(0.0) + s, "(1.0 + s)", "1.0"),
         (lambda s: abs(s), "abs(s)", "where((s > 0.0), 1.0, where((s < 0.0), -1.0, 0.0))"),
-        (lambda s: where(s >= 1, s, 2.0), "where((s >= 1.0), s, 2.0)",
-         "where((s >= 1.0), 1.0, 0.0)"),
+        (
+            lambda s: where(s >= 1, s, 2.0),
+            "where((s >= 1.0), s, 2.0)",
+            "where((s >= 1.0), 1.0, 0.0)",
+        ),
         (lambda s: maximum(s, 0), "maximum(s, 0.0)", None),
         (lambda s: -s, "(-1.0 * s)", "-1.0"),
     ],
-)  # fmt: skip
+)
 def test_traces_by_hand(function: Any, text: str, slope: str | None) -> None:
     e = one(function)
     if "pow" not in text:

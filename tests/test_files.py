@@ -288,9 +288,12 @@ TENSORS: dict[str, tuple[Any, bytes, int | None, str]] = {
     "integers": (described("I32", [1], 4), bytes(4), None, "q has dtype int32, expected float16"),
     "float8": (described("F8_E4M3", [1], 1), bytes(1), None, "q has dtype F8_E4M3, expected"),
     "a path": (
-        {"../q": described("F32", [1], 4)["q"]}, bytes(4), None, r"unknown array '\.\./q'",
+        {"../q": described("F32", [1], 4)["q"]},
+        bytes(4),
+        None,
+        r"unknown array '\.\./q'",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TENSORS)

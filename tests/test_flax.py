@@ -168,8 +168,10 @@ def test_vmap() -> None:
     close(each(ours), plain(x, mask=mask))
     fn = attention_fn("bn")
     q = drawn(B, N, H, 4)
-    close(jax.vmap(lambda q, m: fn(q, q, q, mask=m))(q, real([6, 4, 2], N)[:, None, None]),
-          fn(q, q, q, mask=real([6, 4, 2], N)[:, None, None]))  # fmt: skip
+    close(
+        jax.vmap(lambda q, m: fn(q, q, q, mask=m))(q, real([6, 4, 2], N)[:, None, None]),
+        fn(q, q, q, mask=real([6, 4, 2], N)[:, None, None]),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -195,8 +197,9 @@ def test_float64_is_float64(wide: None) -> None:
     close(attention_fn()(q, k, v, dtype=jnp.float32), want.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("spec", ["softmax", "bn", "linear", "bn+sh(1,1,2,2)", PREFIX,
-                                  "gaussian(gamma=0.3)+h(count)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec", ["softmax", "bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "gaussian(gamma=0.3)+h(count)"]
+)
 def test_specs_are_those_of_the_core(spec: str) -> None:
     q, k, v = (drawn(B, N, H, 8, seed=n) for n in range(3))
     padding = real([6, 4, 1], N)
@@ -224,10 +227,11 @@ def test_weights_are_sown(spec: str) -> None:
     plain, ours = nnx_pair(spec)
     x, mask = drawn(B, N, E), real([6, 4, 2], N)[:, None, None]
     [found], [want] = (
-        nnx.capture(layer, nnx.Intermediate)(x, mask=mask, sow_weights=True)[1]
-        ["attention_weights"].get_value()
+        nnx.capture(layer, nnx.Intermediate)(x, mask=mask, sow_weights=True)[1][
+            "attention_weights"
+        ].get_value()
         for layer in (ours, plain)
-    )  # fmt: skip
+    )
     assert found.shape == want.shape == (B, H, N, N)
     if spec == "softmax":
         close(found, want)
@@ -253,8 +257,9 @@ def test_dropout_is_refused_in_training() -> None:
     with pytest.raises(UnsupportedError, match=r"dropout_rate: got 0\.5 in training"):
         ours(x, deterministic=False, rngs=nnx.Rngs(dropout=0))
     plain, ours, variables = linen_pair(dropout_rate=0.5)
-    close(ours.apply(variables, x, deterministic=True),
-          plain.apply(variables, x, deterministic=True))  # fmt: skip
+    close(
+        ours.apply(variables, x, deterministic=True), plain.apply(variables, x, deterministic=True)
+    )
     with pytest.raises(UnsupportedError, match=r"dropout_rate: got 0\.5 in training"):
         ours.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
 
@@ -281,11 +286,14 @@ def test_linen_passes_what_it_is_asked_to() -> None:
     for known in (linen.dot_product_attention, nnx.dot_product_attention):
         theirs = inspect.signature(known).parameters
         assert theirs.keys() <= ours.keys()
-        assert all(ours[name].default == theirs[name].default
-                   for name in theirs if name != "promote_dtype")  # fmt: skip
+        assert all(
+            ours[name].default == theirs[name].default for name in theirs if name != "promote_dtype"
+        )
     assert [*ours][:5] == ["query", "key", "value", "bias", "mask"]
-    layer = linen_pair(qk_attn_weights_einsum_cls=lambda: jnp.einsum,
-                       attn_weights_value_einsum_cls=lambda: jnp.einsum)  # fmt: skip
+    layer = linen_pair(
+        qk_attn_weights_einsum_cls=lambda: jnp.einsum,
+        attn_weights_value_einsum_cls=lambda: jnp.einsum,
+    )
     with pytest.raises(UnsupportedError, match="qk_attn_weights_einsum"):
         layer[1].apply(layer[2], drawn(B, N, E))
 
@@ -359,8 +367,10 @@ def test_a_mask_that_is_declared_as_padding(spec: str) -> None:
     want = plain(x, x, x, mask=padding[:, None, None])
     for run in (fn, jax.jit(fn)):
         got = run(x, x, x, mask=mask)
-        close(jnp.where(padding[..., None, None], got, 0.0),
-              jnp.where(padding[..., None, None], want, 0.0))  # fmt: skip
+        close(
+            jnp.where(padding[..., None, None], got, 0.0),
+            jnp.where(padding[..., None, None], want, 0.0),
+        )
         assert not got[1, 4:].any()
         close(run(x, x, x, mask=padding[:, None, None]), want)
 
@@ -376,8 +386,10 @@ def test_a_false_declaration_gives_no_number() -> None:
     assert jnp.isnan(got[1]).all()
     heads = jnp.ones((B, H, 1, N), bool).at[2, 1, 0, 3].set(False)
     assert jnp.isnan(jax.jit(fn)(x, x, x, mask=heads)).any((1, 2, 3)).tolist() == [
-        False, False, True,
-    ]  # fmt: skip
+        False,
+        False,
+        True,
+    ]
 
 
 def test_the_future_is_seen_only_by_permission() -> None:
@@ -428,8 +440,10 @@ def test_nnx_decodes_what_it_computes_at_once(spec: str) -> None:
     close(got, want, tolerance=5e-6)
 
 
-@pytest.mark.parametrize(("spec", "eager"), [(PREFIX, True), (f"{PREFIX}+sh(1,1,2,2)", False),
-                                             ("causal+sparse(2,0)", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "eager"),
+    [(PREFIX, True), (f"{PREFIX}+sh(1,1,2,2)", False), ("causal+sparse(2,0)", False)],
+)
 def test_nnx_decodes_padded_sequences(spec: str, eager: bool) -> None:
     """Padding on the left, in the mask that goes with every step."""
     layer = nnx_pair(spec)[1]

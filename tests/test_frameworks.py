@@ -299,9 +299,10 @@ def test_reverse_mode(library: Framework, arrays: dict[str, np.ndarray]) -> None
         outputs, gradients = library.vjp(product, there, d)
         np.testing.assert_allclose(library.asnumpy(outputs[0]), a * a * b, rtol=1e-14)
         np.testing.assert_allclose(
-            library.asnumpy(gradients["a"]), 2 * a * b * d_out + d_lse / (2 * np.sqrt(a)),
+            library.asnumpy(gradients["a"]),
+            2 * a * b * d_out + d_lse / (2 * np.sqrt(a)),
             rtol=1e-13,
-        )  # fmt: skip
+        )
         np.testing.assert_allclose(library.asnumpy(gradients["b"]), a * a * d_out, rtol=1e-13)
         np.testing.assert_array_equal(library.asnumpy(gradients["c"]), 0.0)  # nothing depends on it
         _, alone = library.vjp(product, there, (d[0], None))
@@ -327,8 +328,9 @@ def test_second_derivatives(library: Framework, arrays: dict[str, np.ndarray]) -
         bend = 2 * b * d_out - d_lse / (4 * a**1.5)
         expected = bend * toward_a + 2 * a * d_out * toward_b
         np.testing.assert_allclose(library.asnumpy(second["a"]), expected, rtol=1e-12)
-        np.testing.assert_allclose(library.asnumpy(second["b"]), 2 * a * d_out * toward_a,
-                                   rtol=1e-12)  # fmt: skip
+        np.testing.assert_allclose(
+            library.asnumpy(second["b"]), 2 * a * d_out * toward_a, rtol=1e-12
+        )
         np.testing.assert_array_equal(library.asnumpy(second["c"]), 0.0)
 
 

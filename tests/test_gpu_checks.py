@@ -70,8 +70,9 @@ def test_without_the_tool_the_record_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitized("memcheck") == (
-        "not claimed", "compute-sanitizer is not on the path; it comes with the CUDA toolkit",
-    )  # fmt: skip
+        "not claimed",
+        "compute-sanitizer is not on the path; it comes with the CUDA toolkit",
+    )
 
 
 #: A tool whose child holds the writing end of a pipe, as a program holds the GPU.
@@ -105,8 +106,9 @@ def test_what_the_tool_has_started_ends_with_its_time(holding: int) -> None:
 def test_what_the_tool_has_started_ends_with_the_checks(holding: int) -> None:
     command = [sys.executable, "-m", "pdcore_conformance.gpu_checks", "numpy:cpu"]
     path = os.pathsep.join(filter(None, sys.path))
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL,
-                          env={**os.environ, "PYTHONPATH": path}) as checks:  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}
+    ) as checks:
         assert heard(holding) == b"started\n"
         checks.terminate()
     assert checks.returncode == 128 + signal.SIGTERM
@@ -126,8 +128,13 @@ def device(capability: int) -> dict[str, Any]:
         x.flags.writeable = False
         return x
 
-    return {"module": FakeModule(), "capability": capability, "array": array, "host": np.asarray,
-            "empty": lambda shape, dtype: np.zeros(shape, dtype)}  # fmt: skip
+    return {
+        "module": FakeModule(),
+        "capability": capability,
+        "array": array,
+        "host": np.asarray,
+        "empty": lambda shape, dtype: np.zeros(shape, dtype),
+    }
 
 
 def test_wrappers_are_cases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +151,12 @@ def test_wrappers_are_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {case["id"]: case for case in gpu_checks.wrapper_cases()}
     outcomes = {name: case["outcome"] for name, case in found.items()}
     assert outcomes == {
-        "device::ptx[compiled]": "passed", "device::ptx[right]": "passed",
-        "device::ptx[wrong]": "failed", "device::ptx[newer]": "not claimed",
+        "device::ptx[compiled]": "passed",
+        "device::ptx[right]": "passed",
+        "device::ptx[wrong]": "failed",
+        "device::ptx[newer]": "not claimed",
         "device::ptx[near]": "passed",
-    }  # fmt: skip
+    }
     assert found["device::ptx[wrong]"]["message"] == (
         "k, argument 1: 1 of 2 entries differ, the first is 1: got 7.0 (0x40e00000), expected 6.5 "
         "(0x40d00000)"
@@ -172,10 +181,17 @@ def test_the_wrappers_by_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
 
     names = dict.fromkeys(check.kernel for check in checks())
     module = cuda.RawModule(source(), options=("-std=c++17",), name_expressions=tuple(names))
-    monkeypatch.setattr(gpu_checks, "compiled", lambda: {
-        "module": module, "capability": 90, "array": np.asarray, "empty": cuda.empty,
-        "host": np.asarray,
-    })  # fmt: skip
+    monkeypatch.setattr(
+        gpu_checks,
+        "compiled",
+        lambda: {
+            "module": module,
+            "capability": 90,
+            "array": np.asarray,
+            "empty": cuda.empty,
+            "host": np.asarray,
+        },
+    )
     outcomes = [case["outcome"] for case in gpu_checks.wrapper_cases()]
     assert outcomes == ["passed"] * (1 + len(list(checks())))
 
@@ -248,8 +264,12 @@ def stand_in(tmp_path: Path) -> Path:
 
 
 EXPONENTIAL, MEMCHECK = "device::ptx[ex2.approx]", "device::compute-sanitizer[memcheck]"
-CASES = ("--only", "numpy", "--no-speed",
-         *(f"--case={name}" for name in (SOFTMAX, EXPONENTIAL, MEMCHECK)))  # fmt: skip
+CASES = (
+    "--only",
+    "numpy",
+    "--no-speed",
+    *(f"--case={name}" for name in (SOFTMAX, EXPONENTIAL, MEMCHECK)),
+)
 
 
 def test_checks_are_a_stage(tmp_path: Path, stand_in: Path) -> None:
@@ -269,8 +289,15 @@ def test_checks_are_a_stage(tmp_path: Path, stand_in: Path) -> None:
 def test_wrong_wrappers_are_red(tmp_path: Path, stand_in: Path) -> None:
     tool(tmp_path, FINDS)
     path = f"{tmp_path}:/usr/bin:/bin"
-    code, text = command(tmp_path / "records", "--only", "numpy", *CASES[3:], path=stand_in,
-                         STAND_IN="wrong", PATH=path)  # fmt: skip
+    code, text = command(
+        tmp_path / "records",
+        "--only",
+        "numpy",
+        *CASES[3:],
+        path=stand_in,
+        STAND_IN="wrong",
+        PATH=path,
+    )
     assert code == Exit.NUMERICS, text
     assert f"failed: {EXPONENTIAL}: exponential, argument 1: " in text
     assert f"failed: {MEMCHECK}: ========= Invalid __global__ read" in text

@@ -77,8 +77,18 @@ def pdcore_known_failures(backend):
 """
 
 #: What a GPU machine need not have.
-OPTIONAL = ("rich", "typer", "scipy", "psutil", "matplotlib", "jsonschema", "copier",
-            "threadpoolctl", "ml_dtypes", "safetensors")  # fmt: skip
+OPTIONAL = (
+    "rich",
+    "typer",
+    "scipy",
+    "psutil",
+    "matplotlib",
+    "jsonschema",
+    "copier",
+    "threadpoolctl",
+    "ml_dtypes",
+    "safetensors",
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +107,22 @@ def command(
     roots = [str(Path(x).resolve()) for x in sys.path if x]
     environment["PYTHONPATH"] = os.pathsep.join([str(path), *roots] if path else roots)
     done = subprocess.run(
-        [sys.executable, "-m", "pdcore_conformance.gpu", "--out", str(out), "--device", device,
-         *arguments],
-        env=environment | more, capture_output=True, text=True, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            "pdcore_conformance.gpu",
+            "--out",
+            str(out),
+            "--device",
+            device,
+            *arguments,
+        ],
+        env=environment | more,
+        capture_output=True,
+        text=True,
+        timeout=300,
         check=False,
-    )  # fmt: skip
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout + done.stderr
 
@@ -246,15 +267,26 @@ def test_nothing_optional_is_needed(tmp_path: Path) -> None:
 def test_without_a_gpu(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    code, text = command(tmp_path / "records", device="cuda", CUDA_VISIBLE_DEVICES="",
-                         JAX_PLATFORMS="cpu", PATH=str(empty))  # fmt: skip
+    code, text = command(
+        tmp_path / "records",
+        device="cuda",
+        CUDA_VISIBLE_DEVICES="",
+        JAX_PLATFORMS="cpu",
+        PATH=str(empty),
+    )
     assert code == Exit.NO_BACKEND, text
     for name in ("torch", "jax", "cupy"):
         assert f"{name}:cuda is not available: " in text
     assert "no GPU: none of torch:cuda, jax:cuda, cupy:cuda can run here" in text
     assert not (tmp_path / "records" / "record.json").exists()
-    code, text = command(tmp_path / "records", "--only", "numpy,cupy", "--allow-missing",
-                         "--no-speed", f"--case={SOFTMAX}")  # fmt: skip
+    code, text = command(
+        tmp_path / "records",
+        "--only",
+        "numpy,cupy",
+        "--allow-missing",
+        "--no-speed",
+        f"--case={SOFTMAX}",
+    )
     assert code == Exit.DONE, text
     assert "cupy:cpu is not available: " in text
     runs = runs_of(tmp_path / "records" / "record.json")
@@ -285,8 +317,9 @@ def test_a_process_that_dies_and_others_that_do_not(tmp_path: Path, planted: Pat
 def test_a_case_without_end_is_ended(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     began = time.monotonic()
-    code, text = command(out, "--only", "slow", "--no-speed", f"--case={SOFTMAX}",
-                         "--budget-s", "20", path=planted)  # fmt: skip
+    code, text = command(
+        out, "--only", "slow", "--no-speed", f"--case={SOFTMAX}", "--budget-s", "20", path=planted
+    )
     assert code == Exit.FAILURE, text
     assert time.monotonic() - began < 40
     assert "slow:cpu, numerics.0: it was ended, because no time was left" in text
@@ -299,10 +332,13 @@ def test_a_case_without_end_is_ended(tmp_path: Path, planted: Path) -> None:
     [
         (["--only", "numpyy"], Exit.USAGE, "unknown backend 'numpyy'"),
         (["--grid", "huge"], Exit.USAGE, "invalid choice: 'huge'"),
-        (["--only", "numpy", "--case", "kernels::nothing", "--no-speed"], Exit.FAILURE,
-         "numpy:cpu: there is no case kernels::nothing"),
+        (
+            ["--only", "numpy", "--case", "kernels::nothing", "--no-speed"],
+            Exit.FAILURE,
+            "numpy:cpu: there is no case kernels::nothing",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_use(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
     found, text = command(tmp_path / "records", *arguments)
     assert found == code, text
@@ -328,8 +364,10 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
 
 def test_processes_are_shared_out_by_cost() -> None:
     assert shares({"torch:cuda": 2800, "jax:cuda": 2800, "cupy:cuda": 2800}, 16) == {
-        "torch:cuda": 2, "jax:cuda": 12, "cupy:cuda": 2,
-    }  # fmt: skip
+        "torch:cuda": 2,
+        "jax:cuda": 12,
+        "cupy:cuda": 2,
+    }
     assert shares({"torch:cuda": 2800, "jax:cuda": 2800}, 2) == {"torch:cuda": 1, "jax:cuda": 1}
     assert shares({"torch:cuda": 0, "jax:cuda": 25}, 16) == {"jax:cuda": 3}
     assert shares({}, 16) == {}
@@ -374,8 +412,9 @@ def test_parts_are_joined() -> None:
 
 
 def test_a_summary_says_what_matters() -> None:
-    cases = [sample_case(f"a::{i}", outcome="failed", message="out: too far\nby much")
-             for i in range(7)]  # fmt: skip
+    cases = [
+        sample_case(f"a::{i}", outcome="failed", message="out: too far\nby much") for i in range(7)
+    ]
     text = "\n".join(summary(sample_run("torch:cuda", cases)))
     assert text.count("failed: a::") == 5
     assert "out: too far by much" in text

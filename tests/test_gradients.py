@@ -36,11 +36,23 @@ def ones(case: Case) -> Array:
 
 # --- axis by axis ---------------------------------------------------------------------------------
 
-KERNELS = ["softmax", "softmax(scale=0.7,softcap=1.5)", "gaussian(gamma=0.3)", "cosine(scale=2)",
-           "polynomial(degree=4,coef0=0.5)", "linear", "relu", "random_features(6,1)"]  # fmt: skip
-NORMALIZATIONS = ["", "bn(beta=param,eps=0.3)", "bn(beta=0.5,eps=0.3,statistics=batch)",
-                  "bn(beta=param,statistics=running)",
-                  "bn(beta=param,eps=0.3,statistics=prefix)"]  # fmt: skip
+KERNELS = [
+    "softmax",
+    "softmax(scale=0.7,softcap=1.5)",
+    "gaussian(gamma=0.3)",
+    "cosine(scale=2)",
+    "polynomial(degree=4,coef0=0.5)",
+    "linear",
+    "relu",
+    "random_features(6,1)",
+]
+NORMALIZATIONS = [
+    "",
+    "bn(beta=param,eps=0.3)",
+    "bn(beta=0.5,eps=0.3,statistics=batch)",
+    "bn(beta=param,statistics=running)",
+    "bn(beta=param,eps=0.3,statistics=prefix)",
+]
 NORMALISERS = ["h(sum)", "h(count)", "h(one)"]
 HEADS = ["", "sh(1,3)", "sh(2,2,pool=first)"]
 SUPPORTS = ["", "causal", "sparse(3,2)"]
@@ -100,8 +112,13 @@ def agrees(text: str, seed: int) -> bool:
     return smooth
 
 
-ENTRYWISE = ["softmax", "bn(beta=param,eps=0.3)+sh(2,1)", "causal+bn(statistics=prefix,eps=0.3)",
-             "linear+causal", "gaussian(gamma=0.3)+h(count)"]  # fmt: skip
+ENTRYWISE = [
+    "softmax",
+    "bn(beta=param,eps=0.3)+sh(2,1)",
+    "causal+bn(statistics=prefix,eps=0.3)",
+    "linear+causal",
+    "gaussian(gamma=0.3)+h(count)",
+]
 
 
 @pytest.mark.parametrize("text", ENTRYWISE)
@@ -145,13 +162,17 @@ def test_a_gradient_that_is_wrong_is_caught() -> None:
     state = {"mean": case.k.mean(axis=-2), "var": case.k.var(axis=-2)}
     shape = {n: x[0] for n, x in state.items()}
     one = replace(case, q=case.q[:1], k=case.k[:1], v=case.v[:1])
-    frozen = replace(one, spec=parse("bn(beta=param,eps=0.3,statistics=running)"),
-                     call={"params": {**shape, "beta": case.call["params"]["beta"]}})  # fmt: skip
+    frozen = replace(
+        one,
+        spec=parse("bn(beta=param,eps=0.3,statistics=running)"),
+        call={"params": {**shape, "beta": case.call["params"]["beta"]}},
+    )
     got = pull(frozen, d_out[:1], d_lse[:1])
     np.testing.assert_allclose(got["q"], gradients["q"][:1], rtol=0, atol=1e-12)
     with pytest.raises(AssertionError, match="gradient of k"):
-        check_gradients(one, {**pull(one, d_out[:1], d_lse[:1]), "k": got["k"]}, d_out[:1],
-                        d_lse[:1])  # fmt: skip
+        check_gradients(
+            one, {**pull(one, d_out[:1], d_lse[:1]), "k": got["k"]}, d_out[:1], d_lse[:1]
+        )
 
 
 # --- cotangents -----------------------------------------------------------------------------------
@@ -209,8 +230,20 @@ def test_cotangents_are_not_written_to() -> None:
             np.testing.assert_array_equal(third[name], x)
 
 
-BIASES = [(), (1,), (7,), (5, 7), (5, 1), (1, 7), (4, 5, 7), (4, 1, 1), (1, 5, 7), (2, 4, 5, 7),
-          (2, 1, 1, 7), (1, 1, 1, 1)]  # fmt: skip
+BIASES = [
+    (),
+    (1,),
+    (7,),
+    (5, 7),
+    (5, 1),
+    (1, 7),
+    (4, 5, 7),
+    (4, 1, 1),
+    (1, 5, 7),
+    (2, 4, 5, 7),
+    (2, 1, 1, 7),
+    (1, 1, 1, 1),
+]
 
 
 @pytest.mark.parametrize("shape", BIASES)
@@ -234,9 +267,12 @@ def test_gradients_have_the_dtypes_of_their_arrays(bias: Any) -> None:
     case = replace(case, call={"params": params, "bias": np.zeros((5, 7), bias)})
     got = pull(case, ones(case))
     assert {n: x.dtype.name for n, x in got.items()} == {
-        "q": "float16", "k": "float16", "v": "float16", "beta": "float32",
+        "q": "float16",
+        "k": "float16",
+        "v": "float16",
+        "beta": "float32",
         "bias": np.dtype(bias).name,
-    }  # fmt: skip
+    }
 
 
 # --- where kappa has no logarithm, a vector no direction, a variance no keys ----------------------
@@ -285,8 +321,17 @@ def test_cosine_at_a_zero_vector() -> None:
     assert all(np.isfinite(x).all() for x in got.values())
 
 
-@pytest.mark.parametrize("text", ["bn", "bn(statistics=batch)", "linear+bn", "bn+sh(1,2)",
-                                  "gaussian(0.3)+bn", "causal+bn(statistics=prefix)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bn",
+        "bn(statistics=batch)",
+        "linear+bn",
+        "bn+sh(1,2)",
+        "gaussian(0.3)+bn",
+        "causal+bn(statistics=prefix)",
+    ],
+)
 def test_a_variance_over_no_keys(text: str) -> None:
     case = normal_case(text)
     real = np.ones((2, 7), dtype=bool)
@@ -300,8 +345,9 @@ def test_a_variance_over_no_keys(text: str) -> None:
             assert not x[0].any(), name
 
 
-@pytest.mark.parametrize("text", ["bn", "bn(statistics=batch,beta=0.5)", "linear+bn",
-                                  "causal+bn(statistics=prefix)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["bn", "bn(statistics=batch,beta=0.5)", "linear+bn", "causal+bn(statistics=prefix)"]
+)
 def test_a_variance_of_zero(text: str) -> None:
     case = normal_case(text)
     case.k[...] = case.k[:, :, :1]
@@ -311,9 +357,20 @@ def test_a_variance_of_zero(text: str) -> None:
         assert np.isfinite(x).all(), name
 
 
-@pytest.mark.parametrize("text", ["softmax", "bn", "linear", "linear+causal", "sh(1,2)",
-                                  "causal+bn(statistics=prefix)", "random_features(4,1)+causal",
-                                  "polynomial+h(count)", "bn(statistics=batch)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax",
+        "bn",
+        "linear",
+        "linear+causal",
+        "sh(1,2)",
+        "causal+bn(statistics=prefix)",
+        "random_features(4,1)+causal",
+        "polynomial+h(count)",
+        "bn(statistics=batch)",
+    ],
+)
 @pytest.mark.parametrize(("n", "m"), [(0, 7), (5, 0), (0, 0)])
 def test_no_queries_or_no_keys(text: str, n: int, m: int) -> None:
     case = normal_case(text, n=n, m=m)
@@ -328,9 +385,19 @@ def test_no_queries_or_no_keys(text: str, n: int, m: int) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 N = 4096
-LONG = ["softmax", "bn", "causal+bn(statistics=prefix)", "linear", "linear+causal", "sh(2)",
-        "gaussian(gamma=0.1)+h(count)", "causal+h(one)", "random_features(8)+causal",
-        "sparse(100,100)", "softmax(softcap=2)"]  # fmt: skip
+LONG = [
+    "softmax",
+    "bn",
+    "causal+bn(statistics=prefix)",
+    "linear",
+    "linear+causal",
+    "sh(2)",
+    "gaussian(gamma=0.1)+h(count)",
+    "causal+h(one)",
+    "random_features(8)+causal",
+    "sparse(100,100)",
+    "softmax(softcap=2)",
+]
 
 
 @pytest.mark.parametrize("text", LONG)

@@ -74,8 +74,16 @@ def pair_close(
         close(x, y, tolerance)
 
 
-KERNELS = ["softmax", "softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine(scale=2)",
-           "polynomial(degree=4)", "linear", "relu", "random_features(6,1)"]  # fmt: skip
+KERNELS = [
+    "softmax",
+    "softmax(softcap=2)",
+    "gaussian(gamma=0.3)",
+    "cosine(scale=2)",
+    "polynomial(degree=4)",
+    "linear",
+    "relu",
+    "random_features(6,1)",
+]
 CAUSAL = [
     "softmax",
     "softmax+sh(2,3)+h(count)",
@@ -105,9 +113,12 @@ def causal(text: str) -> str:
 def part(case: Case, rows: slice, keys: slice, **changed: Any) -> Case:
     """Cut queries and keys."""
     return replace(
-        case, q=case.q[..., rows, :], k=case.k[..., keys, :], v=case.v[..., keys, :],
+        case,
+        q=case.q[..., rows, :],
+        k=case.k[..., keys, :],
+        v=case.v[..., keys, :],
         call={**case.call, **changed},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("text", CAUSAL)
@@ -152,8 +163,9 @@ def test_each_sequence_may_stand_at_its_own_position(text: str, on: Any) -> None
     at = np.asarray([0, 5, -2])
     out, lse = on.forward(replace(case, call={**case.call, "offset": at}))
     for b in range(3):
-        alone = replace(case, q=case.q[b], k=case.k[b], v=case.v[b],
-                        call={**case.call, "offset": int(at[b])})  # fmt: skip
+        alone = replace(
+            case, q=case.q[b], k=case.k[b], v=case.v[b], call={**case.call, "offset": int(at[b])}
+        )
         pair_close(on.forward(alone), (out[b], lse[b]))
 
 
@@ -162,10 +174,11 @@ def test_left_padding_moves_positions_alone(text: str, on: Any) -> None:
     case = normal_case(causal(text), n=6, m=6, d=4)
     filler = np.full((2, 2, 3, 4), np.nan)
     padded = replace(
-        case, k=np.concat([filler, case.k], axis=-2),
+        case,
+        k=np.concat([filler, case.k], axis=-2),
         v=np.concat([filler[..., :2], case.v], axis=-2),
         call={**case.call, "offset": 3, "key_mask": np.asarray([[False] * 3 + [True] * 6] * 2)},
-    )  # fmt: skip
+    )
     pair_close(on.forward(padded), on.forward(case))
 
 
@@ -181,8 +194,12 @@ def test_the_order_of_keys_does_not_matter(kernel: str, bn: str, h: str, on: Any
     case = replace(case, call={"key_mask": np.stack([real, real[::-1]])})
     out, lse = on.forward(case)
     order = np.random.default_rng(7).permutation(13)
-    mixed = replace(case, k=case.k[..., order, :], v=case.v[..., order, :],
-                    call={"key_mask": case.call["key_mask"][:, order]})  # fmt: skip
+    mixed = replace(
+        case,
+        k=case.k[..., order, :],
+        v=case.v[..., order, :],
+        call={"key_mask": case.call["key_mask"][:, order]},
+    )
     again, level = on.forward(mixed)
     close(again, out, 1e-12)
     close(level, lse, 1e-12)
@@ -196,9 +213,17 @@ def test_the_order_of_keys_matters_where_it_should(on: Any) -> None:
         assert np.abs(on.forward(mixed)[0] - on.forward(case)[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("text", ["softmax", "softmax(scale=0.7)+causal", "sh(1,3)", "bn",
-                                  "bn(beta=0.5)+sh(2,1)",
-                                  "causal+bn(statistics=prefix)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax",
+        "softmax(scale=0.7)+causal",
+        "sh(1,3)",
+        "bn",
+        "bn(beta=0.5)+sh(2,1)",
+        "causal+bn(statistics=prefix)",
+    ],
+)
 def test_a_shift_of_all_keys_changes_nothing_under_softmax(text: str, on: Any) -> None:
     case = normal_case(text, d=4)
     shift = np.random.default_rng(3).normal(size=(2, 2, 1, 4))
@@ -218,9 +243,17 @@ def test_a_shift_of_all_keys_changes_nothing_under_softmax(text: str, on: Any) -
         assert np.abs(on.forward(counted)[0] - on.forward(plain)[0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("text", ["softmax", "linear+causal", "gaussian(gamma=0.3)+h(count)",
-                                  "bn(beta=0.5)", "causal+bn(statistics=prefix)",
-                                  "relu+sparse(2,1)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax",
+        "linear+causal",
+        "gaussian(gamma=0.3)+h(count)",
+        "bn(beta=0.5)",
+        "causal+bn(statistics=prefix)",
+        "relu+sparse(2,1)",
+    ],
+)
 def test_scales_of_one_are_plain_attention(text: str, on: Any) -> None:
     case = normal_case(text)
     for heads in ("sh(1,1)", "sh(1,1,pool=first)"):
@@ -240,9 +273,10 @@ def test_unit_statistics_are_softmax(h: str, on: Any) -> None:
     case = replace(base, k=k, spec=parse(f"bn(eps={eps})+h({h})"))
     pair_close(on.forward(case), on.forward(replace(case, spec=parse(f"h({h})"))), 1e-14)
     running = replace(
-        case, spec=parse(f"bn(eps={eps},statistics=running)+h({h})"),
+        case,
+        spec=parse(f"bn(eps={eps},statistics=running)+h({h})"),
         call={"params": {"mean": np.zeros((2, 3)), "var": np.full((2, 3), 1 - eps)}},
-    )  # fmt: skip
+    )
     pair_close(on.forward(running), on.forward(replace(case, spec=parse(f"h({h})"))), 1e-14)
 
 
@@ -274,8 +308,9 @@ def test_padding_may_hold_anything(text: str, poison: float, on: Any) -> None:
         dirty["bias"] = np.where(real[:, None, None, :], call["bias"], poison)
     clean = replace(case, call=call)
     padding = ~real[:, None, :, None]
-    poisoned = replace(case, k=np.where(padding, poison, case.k),
-                       v=np.where(padding, poison, case.v), call=dirty)  # fmt: skip
+    poisoned = replace(
+        case, k=np.where(padding, poison, case.k), v=np.where(padding, poison, case.v), call=dirty
+    )
     out, lse = on.forward(clean)
     again, level = on.forward(poisoned)
     np.testing.assert_array_equal(again, out)
@@ -292,8 +327,18 @@ def test_padding_may_hold_anything(text: str, poison: float, on: Any) -> None:
         assert not got["bias"][np.broadcast_to(~real[:, None, None, :], (2, 1, 7, 9))].any()
 
 
-EMPTIED = ["softmax", "bn(eps=0.3)", "gaussian(gamma=0.3)", "cosine", "polynomial", "linear",
-           "relu", "random_features(6,1)", "sh(1,2)", "bn(eps=0.3,statistics=prefix)"]  # fmt: skip
+EMPTIED = [
+    "softmax",
+    "bn(eps=0.3)",
+    "gaussian(gamma=0.3)",
+    "cosine",
+    "polynomial",
+    "linear",
+    "relu",
+    "random_features(6,1)",
+    "sh(1,2)",
+    "bn(eps=0.3,statistics=prefix)",
+]
 SILENCED = [
     (text, how)
     for text in EMPTIED
@@ -361,9 +406,19 @@ def test_rows_of_vanishing_kernel_values_are_zero(text: str, h: str, on: Any) ->
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("text", [*KERNELS, "bn", "bn(statistics=prefix)+causal", "sh(1,2)",
-                                  "linear+causal", "random_features(6,1)+causal", "linear+bn",
-                                  "sh(2,2)+sparse(3,3)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        *KERNELS,
+        "bn",
+        "bn(statistics=prefix)+causal",
+        "sh(1,2)",
+        "linear+causal",
+        "random_features(6,1)+causal",
+        "linear+bn",
+        "sh(2,2)+sparse(3,3)",
+    ],
+)
 def test_a_nan_never_reaches_another_head_or_sequence(
     text: str, poison: float, which: str, on: Any
 ) -> None:
@@ -413,8 +468,14 @@ def test_blocks_of_keys_merge(kernel: str, support: str, h: str, on: Any) -> Non
     parts = []
     for keys in (slice(0, 4), slice(4, 5), slice(5, 11)):
         # A block that begins at key a has its queries a positions earlier.
-        block = part(case, slice(None), keys, offset=-keys.start, mask=mask[..., keys],
-                     key_mask=real[:, keys])  # fmt: skip
+        block = part(
+            case,
+            slice(None),
+            keys,
+            offset=-keys.start,
+            mask=mask[..., keys],
+            key_mask=real[:, keys],
+        )
         parts.append(on.forward(block))
     if h == "one":
         close(sum(p[0] for p in parts), out)
@@ -453,8 +514,16 @@ def test_sequences_are_independent(case: Case, seed: int) -> None:
         pair_close(on.forward(alone), (out[at], lse[at]), 1e-12)
 
 
-@pytest.mark.parametrize("text", ["softmax", "bn(beta=param)", "sh(1,2,3)", "linear+causal",
-                                  "bn(statistics=prefix)+sh(3,1,3)+causal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax",
+        "bn(beta=param)",
+        "sh(1,2,3)",
+        "linear+causal",
+        "bn(statistics=prefix)+sh(3,1,3)+causal",
+    ],
+)
 def test_heads_are_independent(text: str, on: Any) -> None:
     case = normal_case(text, heads=3, group=2, m=8)
     out, lse = on.forward(case)
@@ -466,14 +535,16 @@ def test_heads_are_independent(text: str, on: Any) -> None:
         call = dict(case.call)
         if "params" in call:
             call["params"] = {n: x[h : h + 1] for n, x in call["params"].items()}
-        alone = Case(spec, case.q[:, 2 * h : 2 * h + 2], case.k[:, h : h + 1],
-                     case.v[:, h : h + 1], call)  # fmt: skip
+        alone = Case(
+            spec, case.q[:, 2 * h : 2 * h + 2], case.k[:, h : h + 1], case.v[:, h : h + 1], call
+        )
         pair_close(on.forward(alone), (out[:, 2 * h : 2 * h + 2], lse[:, 2 * h : 2 * h + 2]))
 
 
 def test_shared_key_heads_are_repeated_key_heads(on: Any) -> None:
-    case = normal_case("bn(beta=0.5)+causal+h(count)".replace("bn(", "bn(allow_leak=true,"),
-                       heads=2, group=3)  # fmt: skip
+    case = normal_case(
+        "bn(beta=0.5)+causal+h(count)".replace("bn(", "bn(allow_leak=true,"), heads=2, group=3
+    )
     repeated = replace(case, k=np.repeat(case.k, 3, axis=1), v=np.repeat(case.v, 3, axis=1))
     pair_close(on.forward(case), on.forward(repeated))
     weights = cotangents(case, on.forward(case)[1])

@@ -33,9 +33,15 @@ def test_a_pooled_key_is_rounded_once(wide: None, length: int) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-13, atol=5e-13)
 
 
-@pytest.mark.parametrize("spec", [
-    "causal", "sparse(inf,8)", "causal+bn(statistics=prefix)", "causal+random_features(16,0)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "causal",
+        "sparse(inf,8)",
+        "causal+bn(statistics=prefix)",
+        "causal+random_features(16,0)",
+    ],
+)
 def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
     layer = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
 
@@ -46,9 +52,14 @@ def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
     assert lines(16384) == lines(8192) < 1.2 * lines(4096)
 
 
-@pytest.mark.parametrize("spec", [
-    "causal+bn(statistics=prefix)", "causal+linear", "causal+random_features(8,0)",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "causal+bn(statistics=prefix)",
+        "causal+linear",
+        "causal+random_features(8,0)",
+    ],
+)
 def test_no_sequences(spec: str) -> None:
     x = jax.numpy.zeros((0, 2, 5, 4))
     assert pdcore.attention(x, x, x, spec).shape == x.shape
@@ -137,12 +148,14 @@ def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
     [
         ("softmax", {"key_mask": np.ones((2, 24), bool)}, "key_mask may leave a row"),
         ("softmax", {"return_lse": True}, "the log-sum-exp is needed"),
-        ("sparse(3,3)", {}, "a window"), ("gaussian(0.3)", {}, "no exp of an inner product"),
+        ("sparse(3,3)", {}, "a window"),
+        ("gaussian(0.3)", {}, "no exp of an inner product"),
         ("bn(statistics=prefix)+causal", {}, "16 bit may not hold"),
         ("softmax+h(count)", {}, "the log-sum-exp is needed"),
-        ("causal+sh(1,2)", {}, "pooled keys under causal"), ("causal", {"offset": 3}, None),
+        ("causal+sh(1,2)", {}, "pooled keys under causal"),
+        ("causal", {"offset": 3}, None),
     ],
-)  # fmt: skip
+)
 def test_what_cudnn_does_not_get(cudnn: Cudnn, spec: str, more: Any, why: str | None) -> None:
     given = {n: jax.numpy.asarray(x) if n == "key_mask" else x for n, x in more.items()}
     found = pdcore.bind(spec)(*halves(), **given)

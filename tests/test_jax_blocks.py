@@ -14,10 +14,19 @@ pytestmark = pytest.mark.jax
 jax: Any = pytest.importorskip("jax")
 
 SPECS = [
-    "softmax", "causal", "sparse(5,3)", "causal+sparse(20,0)", "bn", "gaussian(0.3)",
-    "polynomial(2,1.0)+h(count)", "exponential(softcap=5.0)", "sh(1,2)", "causal+sh(1,2)",
-    "random_features(32,0)+sparse(9,9)", "linear+sparse(4,4)",
-]  # fmt: skip
+    "softmax",
+    "causal",
+    "sparse(5,3)",
+    "causal+sparse(20,0)",
+    "bn",
+    "gaussian(0.3)",
+    "polynomial(2,1.0)+h(count)",
+    "exponential(softcap=5.0)",
+    "sh(1,2)",
+    "causal+sh(1,2)",
+    "random_features(32,0)+sparse(9,9)",
+    "linear+sparse(4,4)",
+]
 GIVEN = ["nothing", "key_mask", "mask", "offset", "bias"]
 CUTS = [(True, 16, 32), (False, 16, 32), (True, 32, 1000)]
 
@@ -121,10 +130,12 @@ def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) 
     q, k, v = (rng.standard_normal((2, h, n, 4)) for h, n in ((4, 150), (2, 201), (2, 201)))
     real = np.arange(201) < np.array([[201], [90]])
     more: dict[str, Any] = {
-        "nothing": {}, "key_mask": {"key_mask": rng.random((2, 201)) > 0.3},
-        "offset": {"offset": np.array(7)}, "offsets": {"offset": np.array([3, -70])},
+        "nothing": {},
+        "key_mask": {"key_mask": rng.random((2, 201)) > 0.3},
+        "offset": {"offset": np.array(7)},
+        "offsets": {"offset": np.array([3, -70])},
         "end": {"offset": "end", "key_mask": real},
-    }[given]  # fmt: skip
+    }[given]
     out, lse, pull = pdcore.attention_vjp(q, k, v, spec, **more)
     d_out = rng.standard_normal(out.shape)
     d_lse = np.where(np.isinf(lse), 0.0, rng.standard_normal(lse.shape))

@@ -28,8 +28,10 @@ GAP -= GAP.mean(axis=0)
 def parameters(found: pdcore.Derivation) -> dict[str, Any]:
     """Draw what a derived attention takes from each call."""
     rng = np.random.default_rng(3)
-    return {p.name: rng.standard_normal(parameter_shape(p.shapes[0], 1, D))
-            for p in found.spec.parameters()}  # fmt: skip
+    return {
+        p.name: rng.standard_normal(parameter_shape(p.shapes[0], 1, D))
+        for p in found.spec.parameters()
+    }
 
 
 def convolved(weight: Any) -> Any:
@@ -38,8 +40,13 @@ def convolved(weight: Any) -> Any:
         padded = np.pad(KEYS, ((1, 1), (0, 0)))
         return np.stack([np.sum(weight * padded[j : j + 3], axis=0) for j in range(M)])
     padded = np.pad(KEYS.reshape(2, 7, D), ((1, 1), (1, 1), (0, 0)))
-    return np.stack([np.sum(weight * padded[r : r + 3, c : c + 3], axis=(0, 1))
-                     for r in range(2) for c in range(7)])  # fmt: skip
+    return np.stack(
+        [
+            np.sum(weight * padded[r : r + 3, c : c + 3], axis=(0, 1))
+            for r in range(2)
+            for c in range(7)
+        ]
+    )
 
 
 def transform(
@@ -121,8 +128,12 @@ def test_a_derivation_is_data(layer: str) -> None:
     params = parameters(found)
     assert found.plan == pdcore.explain(q, k, v, found.spec, params=params).plan
     assert [step.title for step in found.steps] == [
-        "The layer", "The regression", "Its dual", "The attention", "The plan",
-    ]  # fmt: skip
+        "The layer",
+        "The regression",
+        "Its dual",
+        "The attention",
+        "The plan",
+    ]
     where = f"For D = {D}, 1 key head and float64:"
     assert found.steps[-1].text == "\n".join((where, *found.plan.steps))
     assert str(found.spec) in str(found)

@@ -154,11 +154,20 @@ FOLDED = [
     "bn(beta=0.6,eps=0.3,statistics=prefix)+sh(1,2)",
 ]
 FOLD_DEFECTS = [
-    "sigma for sigma squared", "eps after the root", "eps twice", "no eps", "beta forgotten",
-    "query not centred", "keys shifted the other way", "beta forgotten in the constant",
-    "c forgotten in the constant", "beta mu forgotten in the constant", "sign of the constant",
-    "tau forgotten in the constant", "constant dropped",
-]  # fmt: skip
+    "sigma for sigma squared",
+    "eps after the root",
+    "eps twice",
+    "no eps",
+    "beta forgotten",
+    "query not centred",
+    "keys shifted the other way",
+    "beta forgotten in the constant",
+    "c forgotten in the constant",
+    "beta mu forgotten in the constant",
+    "sign of the constant",
+    "tau forgotten in the constant",
+    "constant dropped",
+]
 
 
 @pytest.mark.parametrize("text", FOLDED)
@@ -201,8 +210,10 @@ def test_the_fold_is_the_normalization_applied(text: str) -> None:
         )
 
 
-@pytest.mark.parametrize("text", ["bn(beta=0.6,eps=0.3)", "bn(beta=param,statistics=batch)",
-                                  "bn(beta=0.6,statistics=running)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["bn(beta=0.6,eps=0.3)", "bn(beta=param,statistics=batch)", "bn(beta=0.6,statistics=running)"],
+)
 def test_dividing_both_sides_by_sigma_is_exact_too(text: str) -> None:
     case = padded(spread(normal_case(text)))
     fold = case.plan().transforms[0]
@@ -278,11 +289,13 @@ class DefectiveStatistics(PlainNumpy):
         final = dict(super().statistics(summary, keys, mask))
         match self.defect:
             case "one position early":
-                final = {n: np.concat([x[..., :1, :], x[..., :-1, :]], axis=-2)
-                         for n, x in final.items()}  # fmt: skip
+                final = {
+                    n: np.concat([x[..., :1, :], x[..., :-1, :]], axis=-2) for n, x in final.items()
+                }
             case "one position late":
-                final = {n: np.concat([x[..., 1:, :], x[..., -1:, :]], axis=-2)
-                         for n, x in final.items()}  # fmt: skip
+                final = {
+                    n: np.concat([x[..., 1:, :], x[..., -1:, :]], axis=-2) for n, x in final.items()
+                }
             case "of the whole sequence":
                 final = {n: np.broadcast_to(x[..., -1:, :], x.shape) for n, x in final.items()}
             case "of another head":
@@ -291,15 +304,19 @@ class DefectiveStatistics(PlainNumpy):
 
 
 STATISTICS_DEFECTS = {
-    "padding counted": ["bn(eps=0.3)", "bn(eps=0.3,statistics=batch)",
-                        "bn(eps=0.3,statistics=prefix)", "linear+bn(eps=0.3)"],
+    "padding counted": [
+        "bn(eps=0.3)",
+        "bn(eps=0.3,statistics=batch)",
+        "bn(eps=0.3,statistics=prefix)",
+        "linear+bn(eps=0.3)",
+    ],
     "over the keys before pooling": ["bn(eps=0.3)+sh(2,1)", "gaussian(0.3)+bn(eps=0.3)+sh(1,2)"],
     "weighted by the length of the window": ["bn(eps=0.3)+sh(2,2)"],
     "one position early": ["causal+bn(eps=0.3,statistics=prefix)"],
     "one position late": ["causal+bn(eps=0.3,statistics=prefix)"],
     "of the whole sequence": ["causal+bn(eps=0.3,statistics=prefix)"],
     "of another head": ["bn(eps=0.3)", "bn(eps=0.3,statistics=prefix)"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -422,8 +439,11 @@ class DefectiveGaussian:
         return forward_only(Rows(q, k, key_bias, constant, rows.key_mask))
 
 
-GAUSSIANS = ["gaussian(gamma=0.3)", "gaussian(gamma=0.3)+bn(eps=0.3)+h(count)",
-             "gaussian(gamma=0.3)+sh(1,2)+h(one)"]  # fmt: skip
+GAUSSIANS = [
+    "gaussian(gamma=0.3)",
+    "gaussian(gamma=0.3)+bn(eps=0.3)+h(count)",
+    "gaussian(gamma=0.3)+sh(1,2)+h(one)",
+]
 
 
 @pytest.mark.parametrize("text", GAUSSIANS)
@@ -435,8 +455,13 @@ def test_gaussian_rows(text: str) -> None:
     assert isinstance(case.plan().transforms[at], GaussianRows)
     for harmless in ("none", "no shift"):
         exact(case, with_transform(case, DefectiveGaussian(0.3, harmless), at))
-    for defect in ("keys shifted alone", "no key bias", "half the key bias", "constant dropped",
-                   "square before the shift"):  # fmt: skip
+    for defect in (
+        "keys shifted alone",
+        "no key bias",
+        "half the key bias",
+        "constant dropped",
+        "square before the shift",
+    ):
         caught(case, with_transform(case, DefectiveGaussian(0.3, defect), at))
     plan = case.plan()
     caught(case, replace(plan, contraction=Scores(scale=0.3)))  # gamma for 2 gamma
@@ -514,8 +539,11 @@ def test_unit_rows_of_extreme_lengths() -> None:
         np.testing.assert_allclose(np.sum(x * x, axis=-1), 1.0, rtol=1e-14)
 
 
-POLYNOMIALS = ["polynomial(degree=4,coef0=0.5)", "polynomial(degree=2,coef0=0)+h(count)",
-               "polynomial(degree=2)+bn(eps=0.3)+sh(1,2)"]  # fmt: skip
+POLYNOMIALS = [
+    "polynomial(degree=4,coef0=0.5)",
+    "polynomial(degree=2,coef0=0)+h(count)",
+    "polynomial(degree=2)+bn(eps=0.3)+sh(1,2)",
+]
 
 
 @pytest.mark.parametrize("text", POLYNOMIALS)
@@ -550,9 +578,15 @@ def test_the_cap_of_softmax() -> None:
 
 # --- features -------------------------------------------------------------------------------------
 
-FEATURES = ["linear", "relu+h(count)", "random_features(6,1)+h(one)", "linear+bn(eps=0.3)+sh(1,2)",
-            "linear+causal", "random_features(6,1)+causal+sh(2,3)",
-            "relu+causal+h(one)"]  # fmt: skip
+FEATURES = [
+    "linear",
+    "relu+h(count)",
+    "random_features(6,1)+h(one)",
+    "linear+bn(eps=0.3)+sh(1,2)",
+    "linear+causal",
+    "random_features(6,1)+causal+sh(2,3)",
+    "relu+causal+h(one)",
+]
 
 
 @pytest.mark.parametrize("text", FEATURES)
@@ -583,9 +617,15 @@ def test_masked_features_run_as_scores(text: str) -> None:
     caught(case, without)
 
 
-@pytest.mark.parametrize("text", ["linear+sparse(2,1)", "linear+sparse(inf,1)",
-                                  "random_features(6,1)+sparse(3,inf)",
-                                  "relu+causal+sparse(3,3)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "linear+sparse(2,1)",
+        "linear+sparse(inf,1)",
+        "random_features(6,1)+sparse(3,inf)",
+        "relu+causal+sparse(3,3)",
+    ],
+)
 def test_features_in_a_window_run_as_scores(text: str) -> None:
     case = spread(normal_case(text, n=9, m=9))
     plan = case.plan()
@@ -658,8 +698,10 @@ def test_a_state_of_one_chunk_too_many_is_caught(
 
     def inclusive(*arguments: Any) -> Any:
         states, tops = true(*arguments)
-        later = [None if x is None else np.concat([x[..., 1:, :, :], x[..., -1:, :, :]], axis=-3)
-                 for x in (states, tops)]  # fmt: skip
+        later = [
+            None if x is None else np.concat([x[..., 1:, :, :], x[..., -1:, :, :]], axis=-3)
+            for x in (states, tops)
+        ]
         return tuple(later)
 
     monkeypatch.setattr(feature_contraction, "_running", inclusive)
@@ -667,8 +709,9 @@ def test_a_state_of_one_chunk_too_many_is_caught(
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-@pytest.mark.parametrize("text", ["linear+causal", "random_features(6,1)+causal",
-                                  "causal+bn(eps=0.3,statistics=prefix)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["linear+causal", "random_features(6,1)+causal", "causal+bn(eps=0.3,statistics=prefix)"]
+)
 def test_prefixes_off_by_one_are_caught(
     text: str, shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -706,8 +749,13 @@ def test_feature_maps_on_one_side_are_caught(text: str) -> None:
 
 # --- heads ----------------------------------------------------------------------------------------
 
-SCALED = ["sh(1,2,1)", "sh(3,1,2)+h(count)", "linear+sh(2,1,2)+causal", "bn(eps=0.3)+sh(2,3,2)",
-          "sh(2,1,3,pool=first)+sparse(4,4)"]  # fmt: skip
+SCALED = [
+    "sh(1,2,1)",
+    "sh(3,1,2)+h(count)",
+    "linear+sh(2,1,2)+causal",
+    "bn(eps=0.3)+sh(2,3,2)",
+    "sh(2,1,3,pool=first)+sparse(4,4)",
+]
 
 
 @pytest.mark.parametrize("text", SCALED)
@@ -767,8 +815,9 @@ class DefectivePool(PlainNumpy):
         return super().pool(kind, x, weights)
 
 
-@pytest.mark.parametrize("defect", ["divided by the scale", "sums", "last window dropped",
-                                    "the other pool"])  # fmt: skip
+@pytest.mark.parametrize(
+    "defect", ["divided by the scale", "sums", "last window dropped", "the other pool"]
+)
 @pytest.mark.parametrize("text", ["sh(1,3)", "bn(eps=0.3)+sh(3,3)", "linear+sh(2,3)"])
 def test_pooling(text: str, defect: str) -> None:
     case = padded(spread(normal_case(text, m=8)))
@@ -784,8 +833,9 @@ def test_the_pool_of_the_plan() -> None:
     caught(case, replace(case.plan(), pool="mean"))
 
 
-@pytest.mark.parametrize("text", ["sh(2,3)+causal", "sh(2,1)+sparse(2,1)",
-                                  "linear+sh(2,3)+causal+h(count)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["sh(2,3)+causal", "sh(2,1)+sparse(2,1)", "linear+sh(2,3)+causal+h(count)"]
+)
 def test_a_pooled_key_occupies_its_whole_window(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = spread(normal_case(text, n=8, m=8))
     exact(case)
@@ -820,8 +870,13 @@ def test_a_mask_must_allow_every_real_key_of_a_window(monkeypatch: pytest.Monkey
 
 # --- normalisers ----------------------------------------------------------------------------------
 
-COUNTED = ["softmax+causal", "gaussian(gamma=0.3)+sparse(2,1)", "linear+causal", "sh(1,2)",
-           "bn(eps=0.3)"]  # fmt: skip
+COUNTED = [
+    "softmax+causal",
+    "gaussian(gamma=0.3)+sparse(2,1)",
+    "linear+causal",
+    "sh(1,2)",
+    "bn(eps=0.3)",
+]
 
 
 @pytest.mark.parametrize("text", COUNTED)
@@ -859,8 +914,13 @@ def test_a_bias_of_minus_infinity_is_not_counted(monkeypatch: pytest.MonkeyPatch
 # --- what the plan says ---------------------------------------------------------------------------
 
 STEPS = {
-    "bn": ["statistics: moments over the real keys of the sequence", "fold:", "sigma^2",
-           "goes to L", "scores: log kappa = 0.5 q'.k'"],
+    "bn": [
+        "statistics: moments over the real keys of the sequence",
+        "fold:",
+        "sigma^2",
+        "goes to L",
+        "scores: log kappa = 0.5 q'.k'",
+    ],
     "bn(statistics=batch)": ["of all sequences of the call"],
     "causal+bn(statistics=prefix)": ["up to each position", "c = the first real key"],
     "sh(1,2)": ["heads [1]: keys and values pooled (mean) over windows of 2"],
@@ -870,7 +930,7 @@ STEPS = {
     "linear+causal": ["by prefix sums over chunks"],
     "linear+sparse(1,1)": ["features under a window run as scores", "O(N M)"],
     "polynomial": ["log kappa = (2.0 * log(abs(", "with s = q'.k'"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", STEPS)

@@ -38,8 +38,11 @@ def python(project):
     outside = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     installed = subprocess.run(
         [found, "-m", "pip", "install", "--quiet", "--no-deps", str(project)],
-        capture_output=True, text=True, check=False, env=outside,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=outside,
+    )
     assert installed.returncode == 0, installed.stderr
     # pdcore and all that the tests have are there as well, after the plugin's own.
     script = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -54,8 +57,12 @@ def conform(python, *arguments):
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PDCORE_")}
     done = subprocess.run(
         [python, "-m", "pdcore", "conform", "fresh_one", "--report", str(record), *arguments],
-        capture_output=True, text=True, check=False, env=variables, cwd=Path(python).parent,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=variables,
+        cwd=Path(python).parent,
+    )
     assert record.exists(), done.stdout + done.stderr
     return done, json.loads(record.read_text())["runs"][0]
 

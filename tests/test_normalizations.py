@@ -83,8 +83,10 @@ def test_slope_zero_is_batch_normalization_times_a_constant() -> None:
     open_gate = {"slope": np.zeros_like(shift), "shift": np.full_like(shift, 80.0)}
     np.testing.assert_allclose(
         pdcore.attention(*case.qkv, "iebn", params=open_gate),
-        pdcore.attention(*case.qkv, "bn"), rtol=1e-12, atol=1e-13,
-    )  # fmt: skip
+        pdcore.attention(*case.qkv, "bn"),
+        rtol=1e-12,
+        atol=1e-13,
+    )
 
 
 def test_the_instance_is_the_sequence_as_a_head_has_it() -> None:
@@ -103,8 +105,9 @@ def test_the_instance_is_the_sequence_as_a_head_has_it() -> None:
 
 def test_a_gate_far_out_is_closed_and_has_no_gradient() -> None:
     case = normal_case("iebn")
-    params = {n: np.full_like(x, -1e4 if n == "shift" else 0.0)
-              for n, x in case.call["params"].items()}  # fmt: skip
+    params = {
+        n: np.full_like(x, -1e4 if n == "shift" else 0.0) for n, x in case.call["params"].items()
+    }
     out, _, vjp = pdcore.attention_vjp(*case.qkv, "iebn", params=params)
     mean = np.repeat(case.v.mean(axis=-2, keepdims=True), 2, axis=1)
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), rtol=1e-13)
@@ -212,8 +215,10 @@ def test_blocks_merge_to_the_mixture_of_the_whole() -> None:
     blocks: Any = None
     for _ in range(stats.rounds):
         whole = stats.finalize(stats.of(keys, real, xp=np, previous=whole), xp=np)
-        parts = [stats.of(keys[..., at, :], real[..., at, :], xp=np, previous=blocks)
-                 for at in (slice(0, 7), slice(7, 24))]  # fmt: skip
+        parts = [
+            stats.of(keys[..., at, :], real[..., at, :], xp=np, previous=blocks)
+            for at in (slice(0, 7), slice(7, 24))
+        ]
         merged = stats.merge(stats.zero(parts[0], xp=np), parts[0], xp=np)
         blocks = stats.finalize(stats.merge(merged, parts[1], xp=np), xp=np)
     for name, x in whole.items():

@@ -303,9 +303,10 @@ def test_visibility_by_position(
     drawn: tuple[Visibility, Array], r0: int, r1: int, k0: int, k1: int
 ) -> None:
     seen, want = drawn
-    (start, stop), (first, last) = sorted((min(r0, seen.rows), min(r1, seen.rows))), sorted(
-        (min(k0, seen.keys), min(k1, seen.keys))
-    )  # fmt: skip
+    (start, stop), (first, last) = (
+        sorted((min(r0, seen.rows), min(r1, seen.rows))),
+        sorted((min(k0, seen.keys), min(k1, seen.keys))),
+    )
     tile = want[:, start:stop, first:last]
     block = seen.block(start, stop, first, last)
     if block is None:
@@ -385,14 +386,19 @@ def cut_keys(o: Operands, first: int, last: int) -> Operands:
     mask = seen.mask if seen.mask is None or seen.mask.shape[-1] == 1 else seen.mask[..., cut]
     bias = o.bias if o.bias is None or o.bias.shape[-1] == 1 else o.bias[..., first:last]
     return o._replace(
-        k=o.k[..., first:last, :], v=o.v[..., first:last, :], bias=bias,
+        k=o.k[..., first:last, :],
+        v=o.v[..., first:last, :],
+        bias=bias,
         key_bias=None if o.key_bias is None else o.key_bias[..., first:last],
         visibility=dataclasses.replace(
-            seen, length=end - begin, offset=seen.offset - begin, mask=mask,
+            seen,
+            length=end - begin,
+            offset=seen.offset - begin,
+            mask=mask,
             key_mask=None if seen.key_mask is None else seen.key_mask[..., first:last],
             real=None if seen.real is None else seen.real[..., cut],
         ),
-    )  # fmt: skip
+    )
 
 
 def merge(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -439,10 +445,12 @@ def test_contractions_fall_apart_into_blocks_of_queries(case: Case, size: int) -
                     return x if x is None or x.shape[-2] == 1 else x[..., rows, :]
 
                 part = o._replace(
-                    q=o.q[..., rows, :], bias=own(o.bias),
+                    q=o.q[..., rows, :],
+                    bias=own(o.bias),
                     visibility=dataclasses.replace(
-                        seen, rows=rows.stop - a, offset=seen.offset + a, mask=own(seen.mask)),
-                )  # fmt: skip
+                        seen, rows=rows.stop - a, offset=seen.offset + a, mask=own(seen.mask)
+                    ),
+                )
                 got = contract(c, part)
                 scale = np.max(np.abs(np.where(np.isfinite(o.v), o.v, 0.0)), initial=1.0)
                 assert_close(got[0], out[..., rows, :], scale, 1e-11, "out")
@@ -490,8 +498,18 @@ def sharded(case: Case, plan: Plan, cuts: list[slice]) -> tuple[Array, Array]:
     parts = []
     for at in cuts:
         rows, _ = fold(Rows(q, case.k[..., at, :]), state, {}, xp=np)
-        seen = Visibility(case.spec.support, np, case.q.shape[-2], at.stop - at.start, 1, -at.start,
-                          None, None, None, None)  # fmt: skip
+        seen = Visibility(
+            case.spec.support,
+            np,
+            case.q.shape[-2],
+            at.stop - at.start,
+            1,
+            -at.start,
+            None,
+            None,
+            None,
+            None,
+        )
         queries = rows.q.reshape(*q.shape[:-2], group, -1, q.shape[-1])
         o = Operands(queries, rows.k, case.v[..., at, :], None, None, {}, seen)
         out, level = PlainNumpy().scores(plan.contraction, o)  # type: ignore[arg-type]

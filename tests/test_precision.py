@@ -152,8 +152,9 @@ def test_gradients_in_few_bits(dtype: str, text: str) -> None:
         assert error <= bound * size, f"{name}: {error / size:.3g}"
 
 
-@pytest.mark.parametrize("text", ["softmax", "causal", "bn", "linear+causal",
-                                  "causal+bn(statistics=prefix,eps=0.1)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["softmax", "causal", "bn", "linear+causal", "causal+bn(statistics=prefix,eps=0.1)"]
+)
 def test_one_gradient_over_tile_edges_against_differences(text: str) -> None:
     case = normal_case(text, lead=(1,), heads=1, group=1, n=70, m=135, d=2, dv=1)
     _, lse, vjp = pdcore.attention_vjp(*case.qkv, case.spec, **case.call)
@@ -163,8 +164,14 @@ def test_one_gradient_over_tile_edges_against_differences(text: str) -> None:
 
 # --- hard in 16 bit -------------------------------------------------------------------------------
 
-NORMALIZED = ["bn", "bn(beta=0.5)", "bn(statistics=batch)", "causal+bn(statistics=prefix)",
-              "bn+sh(1,2)", "linear+bn"]  # fmt: skip
+NORMALIZED = [
+    "bn",
+    "bn(beta=0.5)",
+    "bn(statistics=batch)",
+    "causal+bn(statistics=prefix)",
+    "bn+sh(1,2)",
+    "linear+bn",
+]
 LOW = ["float16", "bfloat16", "float32"]
 
 
@@ -183,8 +190,9 @@ def test_a_constant_feature(text: str, dtype: str, value: float) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("text", [*NORMALIZED, "softmax", "linear+causal", "sh(1,2)",
-                                  "gaussian(gamma=0.3)+h(count)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", [*NORMALIZED, "softmax", "linear+causal", "sh(1,2)", "gaussian(gamma=0.3)+h(count)"]
+)
 def test_one_or_two_keys(text: str, dtype: str, n: int) -> None:
     case = normal_case(text, n=n, m=n, d=8, dtype=DTYPES[dtype])
     out, _ = attend(case)
@@ -213,9 +221,14 @@ def test_the_first_causal_row_is_the_first_value(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     "text",
-    [*NORMALIZED, "gaussian(gamma=5)", "gaussian(gamma=0.5)+bn", "gaussian(gamma=5)+sh(1,2)",
-     "causal+bn(statistics=prefix)+sh(2,3)"],
-)  # fmt: skip
+    [
+        *NORMALIZED,
+        "gaussian(gamma=5)",
+        "gaussian(gamma=0.5)+bn",
+        "gaussian(gamma=5)+sh(1,2)",
+        "causal+bn(statistics=prefix)+sh(2,3)",
+    ],
+)
 def test_offset_keys(text: str, dtype: str) -> None:
     case = normal_case(text, n=40, m=300, d=8, mean=100.0, sd=0.1, dtype=DTYPES[dtype])
     out, _ = attend(case)
@@ -254,9 +267,17 @@ def test_the_shift_of_the_gaussian_kernel(mean: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("text", ["softmax(scale=30)", "cosine(scale=60)", "gaussian(gamma=10)",
-                                  "polynomial(degree=16)", "random_features(16,1,scale=8)",
-                                  "causal+softmax(scale=30)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "softmax(scale=30)",
+        "cosine(scale=60)",
+        "gaussian(gamma=10)",
+        "polynomial(degree=16)",
+        "random_features(16,1,scale=8)",
+        "causal+softmax(scale=30)",
+    ],
+)
 def test_logarithms_far_beyond_the_range_of_exp(text: str, dtype: str) -> None:
     case = normal_case(text, n=70, m=70, d=8, dtype=DTYPES[dtype])
     out, lse = attend(case)
@@ -269,8 +290,9 @@ def test_logarithms_far_beyond_the_range_of_exp(text: str, dtype: str) -> None:
 def test_log_features_far_below_the_range_of_exp_under_causal(dtype: str) -> None:
     mean = 30.0 if dtype == "float64" else 10.0
     # 70 rows: the first chunk has no maximum of earlier keys.
-    case = normal_case("random_features(16,1)+causal", n=70, m=70, d=8, mean=mean, sd=0.1,
-                       dtype=DTYPES[dtype])  # fmt: skip
+    case = normal_case(
+        "random_features(16,1)+causal", n=70, m=70, d=8, mean=mean, sd=0.1, dtype=DTYPES[dtype]
+    )
     assert (case.reference()[1] < (-800.0 if dtype == "float64" else -100.0)).all()
     check(case)
 

@@ -62,14 +62,18 @@ def test_infinite_and_undefined_ratios_survive(tmp_path: Path) -> None:
         (b'{"schema": 1, "kind": "pdcore-conf', "the JSON is truncated: it breaks off at "),
         (b"[1, 2]", "not a conformance record: "),
         (b'{"kind": "else"}', "expected an object of kind 'pdcore-conformance'"),
-        (b'{"kind": "pdcore-conformance", "schema": 99, "runs": []}',
-         "written in schema 99, and this pdcore reads up to 1: upgrade pdcore"),
-        (b'{"kind": "pdcore-conformance", "schema": 1, "runs": [], "runs": []}',
-         "damaged: the key 'runs' is twice in one object"),
+        (
+            b'{"kind": "pdcore-conformance", "schema": 99, "runs": []}',
+            "written in schema 99, and this pdcore reads up to 1: upgrade pdcore",
+        ),
+        (
+            b'{"kind": "pdcore-conformance", "schema": 1, "runs": [], "runs": []}',
+            "damaged: the key 'runs' is twice in one object",
+        ),
         (b'{"kind": "pdcore-conformance", "schema": 1, "runs": [NaN]}', "the bare word NaN"),
         (b"[" * 100_000, "record.json: "),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_says_what_is_wrong(content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_bytes(content)

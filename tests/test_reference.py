@@ -259,8 +259,9 @@ def check(text: str, rng: np.random.Generator) -> None:
     given = {**restrictions(text, rng), "params": matched(text, rng)}
     out, lse = reference_attention(q, k, v, text, return_lse=True, **given)
     expected = loops(q, k, v, text, **given)
-    for got, want in zip((out, lse, reference_weights(q, k, v, text, **given)), expected,
-                         strict=True):  # fmt: skip
+    for got, want in zip(
+        (out, lse, reference_weights(q, k, v, text, **given)), expected, strict=True
+    ):
         agree(got, want)
 
 
@@ -434,8 +435,9 @@ def test_growth(spec: str) -> None:
     q, k, v = rng.normal(size=(B, HQ, M, D)), *operands(rng)[1:]
     whole = reference_attention(q, k, v, spec, return_lse=True)
     for m in range(M + 1):
-        part = reference_attention(q[..., :m, :], k[..., :m, :], v[..., :m, :], spec,
-                                   return_lse=True)  # fmt: skip
+        part = reference_attention(
+            q[..., :m, :], k[..., :m, :], v[..., :m, :], spec, return_lse=True
+        )
         agree(part[0], whole[0][..., :m, :], 1e-14)
         agree(part[1], whole[1][..., :m], 1e-14)
         if m:  # and one step of decoding
@@ -454,10 +456,11 @@ def test_disjoint_key_blocks_merge(kernel: str) -> None:
         spec = f"{kernel}+h({h})"
         out, lse = reference_attention(q, k, v, spec, mask=mask, return_lse=True)
         blocks = [
-            reference_attention(q, k[..., at, :], v[..., at, :], spec, mask=mask[..., at],
-                                return_lse=True)
+            reference_attention(
+                q, k[..., at, :], v[..., at, :], spec, mask=mask[..., at], return_lse=True
+            )
             for at in (slice(0, 3), slice(3, M))
-        ]  # fmt: skip
+        ]
         if h == "one":
             agree(blocks[0][0] + blocks[1][0], out)
             np.testing.assert_array_equal(np.maximum(blocks[0][1], blocks[1][1]), lse)
@@ -479,8 +482,10 @@ def test_scales_of_one_and_unit_statistics_change_nothing() -> None:
     np.testing.assert_array_equal(reference_attention(q, k, v, spec, params=unit), plain)
     order = rng.permutation(M)
     for kernel in KERNELS:
-        agree(reference_attention(q, k[..., order, :], v[..., order, :], kernel + "+bn"),
-              reference_attention(q, k, v, kernel + "+bn"))  # fmt: skip
+        agree(
+            reference_attention(q, k[..., order, :], v[..., order, :], kernel + "+bn"),
+            reference_attention(q, k, v, kernel + "+bn"),
+        )
     agree(reference_attention(q, k + rng.normal(size=D), v), plain, 1e-13)
 
 
@@ -515,9 +520,19 @@ def test_masks_and_bias_broadcast() -> None:
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("spec", ["softmax", "bn", "linear", "bn(statistics=prefix)+sh(1,2)",
-                                  "random_features", "cosine+h(count)", "polynomial+h(one)",
-                                  "gaussian(gamma=1)+causal+sparse(2,2)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "softmax",
+        "bn",
+        "linear",
+        "bn(statistics=prefix)+sh(1,2)",
+        "random_features",
+        "cosine+h(count)",
+        "polynomial+h(one)",
+        "gaussian(gamma=1)+causal+sparse(2,2)",
+    ],
+)
 @pytest.mark.parametrize(("n", "m", "b"), [(0, 3, 2), (3, 0, 2), (0, 0, 2), (3, 3, 0)])
 def test_empty(spec: str, n: int, m: int, b: int) -> None:
     q, k, v = np.ones((b, 2, n, D)), np.ones((b, 2, m, D)), np.ones((b, 2, m, DV))
@@ -553,9 +568,13 @@ def test_padding_may_hold_anything(spec: str, poison: float) -> None:
     padding = ~real[:, None, :, None]
     clean = reference_attention(q, k, v, spec, key_mask=real, return_lse=True)
     dirty = reference_attention(
-        q, np.where(padding, poison, k), np.where(padding, poison, v), spec, key_mask=real,
+        q,
+        np.where(padding, poison, k),
+        np.where(padding, poison, v),
+        spec,
+        key_mask=real,
         return_lse=True,
-    )  # fmt: skip
+    )
     for x, y in zip(clean, dirty, strict=True):
         np.testing.assert_array_equal(x, y)
     if spec.startswith(WITH_LOG) and "sh(" not in spec:
@@ -564,8 +583,16 @@ def test_padding_may_hold_anything(spec: str, poison: float) -> None:
         np.testing.assert_array_equal(got, clean[0])
 
 
-NAN_KINDS = (*KERNELS, "relu+h(one)", "linear+h(count)", "softmax+h(one)", "bn(statistics=prefix)",
-             "sh(2,3)", "sh(2,1,pool=first)", "linear+sh(1,2)")  # fmt: skip
+NAN_KINDS = (
+    *KERNELS,
+    "relu+h(one)",
+    "linear+h(count)",
+    "softmax+h(one)",
+    "bn(statistics=prefix)",
+    "sh(2,3)",
+    "sh(2,1,pool=first)",
+    "linear+sh(1,2)",
+)
 
 
 @pytest.mark.parametrize(
@@ -683,9 +710,18 @@ def test_longdouble_against_decimal(normaliser: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "linear", "bn(statistics=prefix)",
-                                  "random_features", "polynomial+h(count)", "sh(2,3,pool=first)",
-                                  ])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "softmax",
+        "bn+sh(1,2)",
+        "linear",
+        "bn(statistics=prefix)",
+        "random_features",
+        "polynomial+h(count)",
+        "sh(2,3,pool=first)",
+    ],
+)
 def test_16_bit_is_float32_rounded_once(spec: str, dtype: Any) -> None:
     q, k, v = (x.astype(dtype) for x in operands(np.random.default_rng(13)))
     out, lse = reference_attention(q, k, v, spec, return_lse=True)
@@ -725,13 +761,15 @@ def test_rounded_intermediates(dtype: Any) -> None:
     # With every key in the past, prefix statistics are those of the sequence; T(q), T(k) show in
     # lse, which is not rounded itself.
     lses = [
-        reference_attention(
-            q, k, v, spec, offset=M, return_lse=True, round_intermediates=rounding
-        )[1]
+        reference_attention(q, k, v, spec, offset=M, return_lse=True, round_intermediates=rounding)[
+            1
+        ]
         for spec, rounding in (
-            ("bn", dtype), ("bn(statistics=prefix)", dtype), ("bn(statistics=prefix)", None)
+            ("bn", dtype),
+            ("bn(statistics=prefix)", dtype),
+            ("bn(statistics=prefix)", None),
         )
-    ]  # fmt: skip
+    ]
     # An ulp of the statistics may tip a rounding here and there.
     assert np.median(np.abs(lses[1] - lses[0])) < 2e-6
     assert np.median(np.abs(lses[1] - lses[2])) > 2e-5
@@ -905,8 +943,10 @@ def test_user_normalization(statistics: str) -> None:
     q, k, v = operands(rng)
     real = rng.random((B, M)) < 0.7
     spec = AttentionSpec(normalization=Standardise(statistics))
-    agree(reference_attention(q, k, v, spec, key_mask=real),
-          reference_attention(q, k, v, "bn", key_mask=real))  # fmt: skip
+    agree(
+        reference_attention(q, k, v, spec, key_mask=real),
+        reference_attention(q, k, v, "bn", key_mask=real),
+    )
     weight = rng.normal(size=(HKV, D))
     got = reference_attention(q, k, v, spec, params={"weight": weight})
     agree(got, reference_attention(q, k, v, "bn(beta=param)", params={"beta": weight}))
@@ -918,7 +958,10 @@ F = np.ones((2, 4, 3))
 REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "bias without log": (UnsupportedError, "bias.*linear", {"spec": "linear", "bias": F[0, 0, 0]}),
     "bias of random features": (
-        UnsupportedError, "bias", {"spec": "random_features", "bias": F[0, 0]}),
+        UnsupportedError,
+        "bias",
+        {"spec": "random_features", "bias": F[0, 0]},
+    ),
     "bias of pooled keys": (UnsupportedError, "pooled", {"spec": "sh(1,2)", "bias": F[0, 0]}),
     "bias dtype": (TypeError, "bias", {"bias": np.ones((4, 4), dtype=np.float16)}),
     "scales": (ValueError, "3 scales.*2 heads", {"spec": "sh(1,2,3)"}),
@@ -930,12 +973,21 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "offset float": (ValueError, "offset", {"offset": 1.5}),
     "offset bool": (ValueError, "offset", {"offset": True}),
     "offset shape": (ValueError, "offset", {"offset": np.zeros((2,), dtype=np.int64)}),
-    "unknown param": (ValueError, "'gamma'.*beta", {
-        "spec": "bn(beta=param)", "params": {"beta": np.ones(2), "gamma": np.ones(2)}}),
-    "missing param": (ValueError, "'var' is missing", {
-        "spec": "bn(statistics=running)", "params": {"mean": np.ones((2, 3))}}),
-    "param shape": (ValueError, "'beta' has shape", {
-        "spec": "bn(beta=param)", "params": {"beta": np.ones(3)}}),
+    "unknown param": (
+        ValueError,
+        "'gamma'.*beta",
+        {"spec": "bn(beta=param)", "params": {"beta": np.ones(2), "gamma": np.ones(2)}},
+    ),
+    "missing param": (
+        ValueError,
+        "'var' is missing",
+        {"spec": "bn(statistics=running)", "params": {"mean": np.ones((2, 3))}},
+    ),
+    "param shape": (
+        ValueError,
+        "'beta' has shape",
+        {"spec": "bn(beta=param)", "params": {"beta": np.ones(3)}},
+    ),
     "heads": (ValueError, "heads", {"q": np.ones((3, 4, 3))}),
     "features": (ValueError, "shapes", {"q": np.ones((2, 4, 2))}),
     "leading axes": (ValueError, "shapes", {"q": np.ones((1, 2, 4, 3))}),
@@ -944,7 +996,7 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "dtypes": (TypeError, "float32", {"v": F.astype(np.float32)}),
     "integers": (TypeError, "int64", {name: F.astype(np.int64) for name in "qkv"}),
     "spec": (TypeError, "spec", {"spec": 3}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

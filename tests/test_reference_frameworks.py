@@ -217,8 +217,9 @@ def test_plain_calls_with_grouped_heads(framework: Framework) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, M), (N, 0)])
-@pytest.mark.parametrize("text", ["bn(statistics=prefix)+sh(1,2)", "linear+sh(1,2)+bn",
-                                  "random_features(count=3)"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["bn(statistics=prefix)+sh(1,2)", "linear+sh(1,2)+bn", "random_features(count=3)"]
+)
 def test_empty(text: str, shape: tuple[int, int], framework: Framework) -> None:
     smooth, _ = arguments("linear")
     smooth = {
@@ -307,10 +308,18 @@ def test_large_inputs_have_finite_gradients(kernel: str, framework: Framework) -
     assert all(np.isfinite(x).all() for x in slopes.values())
 
 
-MASKED = ("softmax", "gaussian(gamma=1)+bn", "cosine+h(count)", "polynomial(coef0=0)+h(one)",
-          "linear+bn(statistics=batch)", "relu", "random_features(count=3)+h(count)",
-          "bn(statistics=prefix)+sh(1,2)", "causal+bn(statistics=prefix)",
-          "sh(2,3,pool=first)+bn")  # fmt: skip
+MASKED = (
+    "softmax",
+    "gaussian(gamma=1)+bn",
+    "cosine+h(count)",
+    "polynomial(coef0=0)+h(one)",
+    "linear+bn(statistics=batch)",
+    "relu",
+    "random_features(count=3)+h(count)",
+    "bn(statistics=prefix)+sh(1,2)",
+    "causal+bn(statistics=prefix)",
+    "sh(2,3,pool=first)+bn",
+)
 
 
 @pytest.mark.parametrize("text", MASKED)
@@ -379,10 +388,13 @@ def test_jax_16_bit_without_64_bit_integers() -> None:
     for offset in (jax.numpy.asarray([1, 2]), "end"):
         function = jax.jit(
             lambda x, offset=offset: call(
-                "causal+sh(1,2)", x, {"offset": offset}, return_lse=True,
+                "causal+sh(1,2)",
+                x,
+                {"offset": offset},
+                return_lse=True,
                 round_intermediates=jax.numpy.bfloat16,
             )
-        )  # fmt: skip
+        )
         out, lse = function(arrays)
         assert out.dtype == jax.numpy.bfloat16
         assert lse.dtype == jax.numpy.float32

@@ -32,9 +32,16 @@ from pdcore_conformance.training import model  # noqa: E402
 pytestmark = pytest.mark.torch
 
 TINY = replace(
-    protocol.GRIDS["quick"], seeds=(0, 1), epochs=2, patience=2, thin=(), sizes=((32, 4),),
-    rounds=3, repeats=2, shown=4,
-)  # fmt: skip
+    protocol.GRIDS["quick"],
+    seeds=(0, 1),
+    epochs=2,
+    patience=2,
+    thin=(),
+    sizes=((32, 4),),
+    rounds=3,
+    repeats=2,
+    shown=4,
+)
 
 
 def part(series: Series, chosen: Any) -> Series:
@@ -138,9 +145,13 @@ def test_processes_side_by_side_give_the_same_figures(vowels: Pair) -> None:
     for jobs in (1, 2):
         found[jobs] = {}
         running.compute_all(
-            cells, TINY, ["softmax", "softmax+bn"], {vowels.name: vowels}, jobs,
+            cells,
+            TINY,
+            ["softmax", "softmax+bn"],
+            {vowels.name: vowels},
+            jobs,
             lambda cell, figures, jobs=jobs: found[jobs].update({cell.name: figures}),
-        )  # fmt: skip
+        )
     assert set(found[1]) == set(found[2]) == {cell.name for cell in cells}
     for cell in cells:
         one, two = ({**found[jobs][cell.name], "seconds": 0} for jobs in (1, 2))
@@ -152,9 +163,13 @@ def test_a_failing_cell_ends_the_processes(vowels: Pair) -> None:
     unknown = protocol.Cell("train", "softmax", "Nowhere", 0)
     with pytest.raises((AttributeError, KeyError)):
         running.compute_all(
-            [unknown, *cells], replace(TINY, epochs=10_000, patience=10_000), ["softmax"],
-            {vowels.name: vowels}, 2, lambda cell, figures: None,
-        )  # fmt: skip
+            [unknown, *cells],
+            replace(TINY, epochs=10_000, patience=10_000),
+            ["softmax"],
+            {vowels.name: vowels},
+            2,
+            lambda cell, figures: None,
+        )
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -180,8 +195,11 @@ def test_data_are_found_in_a_folder_or_a_folder_of_folders(tmp_path: Path) -> No
     assert found["Handwriting"].train.lengths.tolist() == [3] * 6
     assert found["UWaveGestureLibrary"].train.lengths.tolist() == [5] * 6
     assert set(data.absent(["JapaneseVowels"])) == {
-        "UWaveGestureLibrary", "Handwriting", "Digits", "ImageNet"
-    }  # fmt: skip
+        "UWaveGestureLibrary",
+        "Handwriting",
+        "Digits",
+        "ImageNet",
+    }
 
 
 @pytest.mark.parametrize(
@@ -250,11 +268,16 @@ def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
     files = found.pop("files")
     assert found == json.loads((out / "quick.json").read_text())
     assert {Path(path).name for path in files} == {
-        "quick.json", "quick.html", "quick-accuracy.png", "quick-redundancy.png", "quick-cost.png"
-    }  # fmt: skip
-    assert all((out / f"quick-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in (
-        "accuracy", "redundancy", "cost"
-    ))  # fmt: skip
+        "quick.json",
+        "quick.html",
+        "quick-accuracy.png",
+        "quick-redundancy.png",
+        "quick-cost.png",
+    }
+    assert all(
+        (out / f"quick-{n}.png").read_bytes()[:4] == b"\x89PNG"
+        for n in ("accuracy", "redundancy", "cost")
+    )
     assert len(found["findings"]["claims"]) == 9
     assert "UWaveGestureLibrary: not at hand: --data DIR" in result.stderr
 

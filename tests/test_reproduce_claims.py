@@ -23,9 +23,14 @@ SIZES = [[128, 16], [512, 16]]
 
 
 def planted(
-    *, gain: float = 0.0, apart: float = 1.0, cost: float = 1.0, products: float = 1.0,
-    seeds: int = 3, spread: float = 0.01,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    gain: float = 0.0,
+    apart: float = 1.0,
+    cost: float = 1.0,
+    products: float = 1.0,
+    seeds: int = 3,
+    spread: float = 0.01,
+) -> dict[str, Any]:
     """Figures in which every spec differs from softmax by so much, and a little by chance."""
     rng = np.random.default_rng(0)
 
@@ -42,17 +47,22 @@ def planted(
                     for measure in ("maps", "outputs", "relative")
                 }
                 cells[Cell("train", spec, data, seed).name] = {
-                    "epoch": 5, "epochs": 6, "validation_accuracy": 0.5, "seconds": 1.0,
+                    "epoch": 5,
+                    "epochs": 6,
+                    "validation_accuracy": 0.5,
+                    "seconds": 1.0,
                     "test_accuracy": 0.7 + gain * own + 0.5 * spread * rng.standard_normal(),
-                    "trained": found, "untrained": found,
-                }  # fmt: skip
+                    "trained": found,
+                    "untrained": found,
+                }
         for length, dim in SIZES:
             for repeat in range(3):
                 name = Cell("memory", spec, "", repeat, length, dim).name
                 cells[name] = {"mib": about(10.0 * cost**own)}
             cells[Cell("flops", spec, length=length, dim=dim).name] = {
-                "attention": 1000, "model": round(2000 * products**own),
-            }  # fmt: skip
+                "attention": 1000,
+                "model": round(2000 * products**own),
+            }
     for length, dim in SIZES:
         cells[Cell("time", length=length, dim=dim).name] = {
             "seconds": {
@@ -199,12 +209,16 @@ def test_a_figure_is_judged_by_its_interval(
 @pytest.mark.parametrize(
     ("parts", "claim", "joined"),
     [
-        ("c", "confirmed", "confirmed"), ("cc", "confirmed", "confirmed"),
-        ("cd", "in part", "denied"), ("cn", "in part", "not shown"),
-        ("nd", "denied", "denied"), ("nn", "not shown", "not shown"),
-        ("dd", "denied", "denied"), ("pn", "in part", "not shown"),
+        ("c", "confirmed", "confirmed"),
+        ("cc", "confirmed", "confirmed"),
+        ("cd", "in part", "denied"),
+        ("cn", "in part", "not shown"),
+        ("nd", "denied", "denied"),
+        ("nn", "not shown", "not shown"),
+        ("dd", "denied", "denied"),
+        ("pn", "in part", "not shown"),
     ],
-)  # fmt: skip
+)
 def test_several_verdicts_come_to_one(parts: str, claim: str, joined: str) -> None:
     words = {"c": "confirmed", "d": "denied", "n": "not shown", "p": "in part"}
     assert together([words[p] for p in parts]) == claim

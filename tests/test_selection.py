@@ -358,8 +358,13 @@ def test_reasons_ask_what_select_asks(add):
 
 
 def test_nobody_runs(add):
-    add("jax_like", library="numpy", requires=("no_such_module",),
-        install="pip install 'pdcore[jax]'", priority=2)  # fmt: skip
+    add(
+        "jax_like",
+        library="numpy",
+        requires=("no_such_module",),
+        install="pip install 'pdcore[jax]'",
+        priority=2,
+    )
     add("x", answer=("needs a newer driver (found 2)",))
     plugins.broken["cupy_like"] = plugins.BrokenPlugin(
         "pdcore", "0.1", RuntimeError("libcudart.so.13: cannot open")

@@ -37,17 +37,28 @@ ANY_KERNEL: st.SearchStrategy[Kernel] = st.one_of(
     st.builds(Exponential, scale=st.none() | POSITIVE, softcap=st.none() | POSITIVE),
     st.builds(Gaussian, gamma=POSITIVE),
     st.builds(Cosine, scale=POSITIVE),
-    st.builds(Polynomial, degree=st.integers(1, 50).map(lambda n: 2 * n),
-              coef0=st.just(0.0) | POSITIVE, scale=st.none() | POSITIVE),
+    st.builds(
+        Polynomial,
+        degree=st.integers(1, 50).map(lambda n: 2 * n),
+        coef0=st.just(0.0) | POSITIVE,
+        scale=st.none() | POSITIVE,
+    ),
     st.builds(Elu),
     st.builds(Relu),
-    st.builds(RandomFeatures, count=st.integers(1, 10**6), seed=st.integers(0, 2**32 - 1),
-              scale=st.none() | POSITIVE),
-)  # fmt: skip
+    st.builds(
+        RandomFeatures,
+        count=st.integers(1, 10**6),
+        seed=st.integers(0, 2**32 - 1),
+        scale=st.none() | POSITIVE,
+    ),
+)
 
 
-@given(st.integers(1, 5).flatmap(lambda heads: specs(heads, ANY_KERNEL)),
-       st.floats(allow_nan=False, allow_infinity=False), POSITIVE)  # fmt: skip
+@given(
+    st.integers(1, 5).flatmap(lambda heads: specs(heads, ANY_KERNEL)),
+    st.floats(allow_nan=False, allow_infinity=False),
+    POSITIVE,
+)
 def test_a_spec_is_what_its_string_parses_to(spec: AttentionSpec, beta: float, eps: float) -> None:
     if isinstance(spec.normalization, Batch):
         normalization = dataclasses.replace(spec.normalization, beta=beta, eps=eps)
@@ -97,7 +108,8 @@ MEANS: dict[str, AttentionSpec] = {
     "bn(0.5, 1e-3, running)": AttentionSpec(normalization=Batch(0.5, 1e-3, "running")),
     "bn(beta=param)": AttentionSpec(normalization=Batch("param")),
     "bn(allow_leak=true)+causal": AttentionSpec(
-        normalization=Batch(allow_leak=True), support=Support(causal=True)),
+        normalization=Batch(allow_leak=True), support=Support(causal=True)
+    ),
     "bn(allow_leak=false)": AttentionSpec(normalization=BN),
     "sh(1,1,2,2)": AttentionSpec(heads=HeadScaling((1, 1, 2, 2))),
     "scaling(3)": AttentionSpec(heads=HeadScaling((3,))),
@@ -108,11 +120,13 @@ MEANS: dict[str, AttentionSpec] = {
     "window(left=1, right=inf)": AttentionSpec(support=Support(left=1)),
     "causal+sparse(4,0)": AttentionSpec(support=Support(True, 4, 0)),
     "gaussian(gamma=0.3)+bn(beta=0.5)+sparse(64,inf)": AttentionSpec(
-        Gaussian(0.3), normalization=Batch(0.5), support=Support(left=64)),
+        Gaussian(0.3), normalization=Batch(0.5), support=Support(left=64)
+    ),
     "causal+bn(statistics=prefix)": AttentionSpec(
-        normalization=Batch(statistics="prefix"), support=Support(causal=True)),
+        normalization=Batch(statistics="prefix"), support=Support(causal=True)
+    ),
     "linear+bn": AttentionSpec(Elu(), normalization=BN),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", MEANS)
@@ -311,7 +325,10 @@ WRONG_PARTS: dict[str, tuple[Any, type[Exception], str]] = {
     "kernel name": (lambda: AttentionSpec("softmax"), TypeError, "kernel: got str"),
     "kernel class": (lambda: AttentionSpec(Elu), TypeError, "kernel: got ABCMeta"),
     "normalization": (
-        lambda: AttentionSpec(normalization="bn"), TypeError, "normalization: got str"),
+        lambda: AttentionSpec(normalization="bn"),
+        TypeError,
+        "normalization: got str",
+    ),
     "heads": (lambda: AttentionSpec(heads=(1, 2)), TypeError, "heads: got tuple"),
     "support": (lambda: AttentionSpec(support="causal"), TypeError, "support: got str"),
     "normaliser": (lambda: AttentionSpec(normaliser="sums"), SpecError, "did you mean 'sum'"),
@@ -327,7 +344,7 @@ WRONG_PARTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no scales": (lambda: HeadScaling((), "first"), SpecError, "without scales"),
     "window": (lambda: Support(left=-INF), SpecError, "left is -inf"),
     "window type": (lambda: Support(right="1"), SpecError, "right is '1'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG_PARTS)

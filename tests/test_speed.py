@@ -129,8 +129,9 @@ def test_rates_are_beside_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) 
     name = "softmax (1, 2, 64, 8) float32 forward"
     assert figures[name] == (call / 1e12, "TFLOP/s")
     assert figures[f"{name}, of the matrix product's rate"] == (
-        pytest.approx(100 * call / product), "%",
-    )  # fmt: skip
+        pytest.approx(100 * call / product),
+        "%",
+    )
     name = "statistics of float32 keys (1, 2, 64, 8)"
     assert figures[name] == (2 * 64 * 8 * 4 / 0.125 / 1e9, "GB/s")
     assert figures[f"{name}, of the copy's rate"][0] == pytest.approx(
@@ -271,8 +272,10 @@ def test_what_jax_is_promised_on_cuda_is_timed_against_cudnn(grid: str) -> None:
     judged = [w for w in timed if w in found.fastest]
     assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
         (spec, dim, direction)
-        for spec in ("softmax", "bn") for dim in (64, 128) for direction in speed_grid.BOTH
-    }  # fmt: skip
+        for spec in ("softmax", "bn")
+        for dim in (64, 128)
+        for direction in speed_grid.BOTH
+    }
     for workload in judged:
         of = "" if workload.spec == "softmax" else " of softmax"
         peer = PEERS[f"jax.nn.dot_product_attention{of}, cudnn"]

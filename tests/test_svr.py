@@ -51,10 +51,15 @@ def by_clarabel(gram: Any, y: Any, C: float, epsilon: float) -> tuple[Any, float
     found = qpsolvers.solve_qp(
         P=sparse.csc_matrix(np.block([[K, -K], [-K, K]])),
         q=np.concatenate([epsilon - y, epsilon + y]),
-        A=sparse.csc_matrix(np.concatenate([np.ones(n), -np.ones(n)])[None]), b=np.zeros(1),
-        lb=np.zeros(2 * n), ub=np.full(2 * n, C / unit), solver="clarabel",
-        tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11,
-    )  # fmt: skip
+        A=sparse.csc_matrix(np.concatenate([np.ones(n), -np.ones(n)])[None]),
+        b=np.zeros(1),
+        lb=np.zeros(2 * n),
+        ub=np.full(2 * n, C / unit),
+        solver="clarabel",
+        tol_gap_abs=1e-11,
+        tol_gap_rel=1e-11,
+        tol_feas=1e-11,
+    )
     up, low = found[:n], found[n:]
     j = int(np.argmax(np.minimum(up, C / unit - up)))
     return (up - low) * unit, float(y[j] - K[j] @ (up - low) - epsilon)
@@ -135,11 +140,26 @@ def test_gap_and_residuals_on_real_data_and_two_solvers_agree(kernel: str) -> No
 # --- the expansion is attention -------------------------------------------------------------------
 
 SPECS = [
-    "softmax", "softmax(scale=0.5)+h(one)", "gaussian(gamma=0.1)+h(count)", "cosine(scale=2)",
-    "polynomial(degree=4,coef0=1)", "linear", "relu", "random_features(count=32)", "bn(beta=0.5)",
-    "sh(1,3)", "sh(2,1,pool=first)", "bn+sh(2,3)", "linear+bn+sh(1,2)", "bn(statistics=batch)",
-    "sparse(0,0)", "sparse(40,40)", "conv1d(4)", "linear+conv2d(5,5)", "conv1d+sh(1,2)",
-]  # fmt: skip
+    "softmax",
+    "softmax(scale=0.5)+h(one)",
+    "gaussian(gamma=0.1)+h(count)",
+    "cosine(scale=2)",
+    "polynomial(degree=4,coef0=1)",
+    "linear",
+    "relu",
+    "random_features(count=32)",
+    "bn(beta=0.5)",
+    "sh(1,3)",
+    "sh(2,1,pool=first)",
+    "bn+sh(2,3)",
+    "linear+bn+sh(1,2)",
+    "bn(statistics=batch)",
+    "sparse(0,0)",
+    "sparse(40,40)",
+    "conv1d(4)",
+    "linear+conv2d(5,5)",
+    "conv1d+sh(1,2)",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -229,11 +249,14 @@ def test_one_key() -> None:
 
 
 @given(
-    seed=st.integers(0, 2**32 - 1), count=st.integers(2, 14),
-    epsilon=st.sampled_from([0.0, 0.1, 1.0]), C=st.sampled_from([1e-2, 1.0, 1e3]),
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(2, 14),
+    epsilon=st.sampled_from([0.0, 0.1, 1.0]),
+    C=st.sampled_from([1e-2, 1.0, 1e3]),
     spec=st.sampled_from(["softmax", "linear+bn", "cosine+h(one)"]),
-    solver=st.sampled_from(SOLVERS), rounded=st.booleans(),
-)  # fmt: skip
+    solver=st.sampled_from(SOLVERS),
+    rounded=st.booleans(),
+)
 @settings(max_examples=60)
 def test_any_small_problem_is_certified(
     seed: int, count: int, epsilon: float, C: float, spec: str, solver: str, rounded: bool
@@ -279,9 +302,10 @@ def test_damage_shows_in_the_certificate() -> None:
     assert unbalanced.balance > 1e-7
 
     balanced = damaged(
-        expansion, upper=lambda a: moved(a, inside[0], 1e-4),
+        expansion,
+        upper=lambda a: moved(a, inside[0], 1e-4),
         lower=lambda a: moved(a, other[0], 1e-4),
-    )  # fmt: skip
+    )
     assert balanced.balance < 1e-12
     assert balanced.stationarity > 1e-6
     assert balanced.gap > 1e-9

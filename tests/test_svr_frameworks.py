@@ -11,9 +11,19 @@ from pdcore import plugins
 from pdcore.svr import SupportVectorExpansion, fit
 
 SPECS = [
-    "softmax", "gaussian(gamma=0.1)+h(count)", "cosine+h(one)", "polynomial", "linear", "relu",
-    "random_features(count=16)", "bn", "linear+bn", "sh(1,3)", "bn+sh(2,1)", "sparse(0,0)",
-]  # fmt: skip
+    "softmax",
+    "gaussian(gamma=0.1)+h(count)",
+    "cosine+h(one)",
+    "polynomial",
+    "linear",
+    "relu",
+    "random_features(count=16)",
+    "bn",
+    "linear+bn",
+    "sh(1,3)",
+    "bn+sh(2,1)",
+    "sparse(0,0)",
+]
 
 
 def fitted(spec: str) -> tuple[SupportVectorExpansion, Any, Any]:

@@ -86,9 +86,12 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], mess
 
 @pytest.mark.parametrize(
     ("solver", "module", "package"),
-    [("clarabel", "qpsolvers", "qpsolvers"), ("clarabel", "clarabel", "clarabel"),
-     ("sklearn", "sklearn", "scikit-learn")],
-)  # fmt: skip
+    [
+        ("clarabel", "qpsolvers", "qpsolvers"),
+        ("clarabel", "clarabel", "clarabel"),
+        ("sklearn", "sklearn", "scikit-learn"),
+    ],
+)
 def test_without_the_extra_it_says_what_installs_it(
     solver: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

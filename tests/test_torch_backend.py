@@ -98,8 +98,9 @@ def test_the_plain_call_is_the_frameworks_own() -> None:
 @pytest.mark.parametrize("offset", [-3, 0, 2, 9, 40, "end"])
 def test_causal_at_any_offset(offset: Any) -> None:
     q, k, v = (x.double() for x in draw(1, 2, 10, 4))
-    wanted = reference_attention(*(x.numpy() for x in (q[..., :7, :], k, v)), "causal",
-                                 offset=offset)  # fmt: skip
+    wanted = reference_attention(
+        *(x.numpy() for x in (q[..., :7, :], k, v)), "causal", offset=offset
+    )
     assert relative(pdcore.attention(q[..., :7, :], k, v, "causal", offset=offset), wanted) < 1e-14
 
 
@@ -277,9 +278,20 @@ def test_a_mean_far_from_zero_costs_the_fold_by_chunks_no_digits() -> None:
 
 # --- gradients ------------------------------------------------------------------------------------
 
-SPECS = ["softmax", "causal", "bn", "bn(statistics=batch)", "bn+sh(1,2)", "gaussian(gamma=0.3)",
-         "cosine", "causal+bn(statistics=prefix)", "sparse(2,1)", "softmax(softcap=2.0)",
-         "causal+linear", "softmax+h(count)"]  # fmt: skip
+SPECS = [
+    "softmax",
+    "causal",
+    "bn",
+    "bn(statistics=batch)",
+    "bn+sh(1,2)",
+    "gaussian(gamma=0.3)",
+    "cosine",
+    "causal+bn(statistics=prefix)",
+    "sparse(2,1)",
+    "softmax(softcap=2.0)",
+    "causal+linear",
+    "softmax+h(count)",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -301,8 +313,10 @@ def test_the_log_sum_exp_has_gradients(spec: str) -> None:
 @pytest.mark.parametrize("lse", [False, True])
 def test_running_statistics_are_constants(spec: str, lse: bool) -> None:
     q, k, v = draw(1, 2, 5, 3)
-    params = {"mean": torch.zeros(2, 3, requires_grad=True),
-              "var": torch.ones(2, 3, requires_grad=True)}  # fmt: skip
+    params = {
+        "mean": torch.zeros(2, 3, requires_grad=True),
+        "var": torch.ones(2, 3, requires_grad=True),
+    }
     spec = spec.replace("bn", "bn(statistics=running)")
     out = pdcore.attention(q, k, v, spec, params=params, return_lse=lse)
     assert not (out[0] if lse else out).requires_grad
@@ -415,8 +429,10 @@ def test_a_filter_of_as_many_taps_as_features_compiles() -> None:
     weight, layer = torch.randn(2, 3, 3), pdcore.bind("conv1d")
     compiled = torch.compile(
         lambda *x: layer(*x[:3], params={"weight": x[3]}),
-        backend="aot_eager", fullgraph=True, dynamic=True,
-    )  # fmt: skip
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
     want = layer(q, k, v, params={"weight": weight})
     assert relative(compiled(q, k, v, weight), want) < 1e-6
 
@@ -502,10 +518,23 @@ def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
     }
     plan = operators.described("softmax(softcap=2.0)+sparse(3,3)", 4, 2, "float32", False)
     arguments = (
-        q, k, v, more.get("key_bias"), more.get("bias"), [], None, None,
+        q,
+        k,
+        v,
+        more.get("key_bias"),
+        more.get("bias"),
+        [],
+        None,
+        None,
         torch.rand(1, 1, 1, 5, 7) > 0.3 if given.get("mask") else None,
-        given.get("positions"), None, 0, 7, 1, 0.0, plan,
-    )  # fmt: skip
+        given.get("positions"),
+        None,
+        0,
+        7,
+        1,
+        0.0,
+        plan,
+    )
     torch.library.opcheck(torch.ops.pdcore.scores.default, arguments)
 
 

@@ -114,7 +114,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sparse(2,2)", {"shape": (1, 2, 99, 64)}, "not FlexAttention: fewer than 128 queries"),
         ("softmax", {}, "scaled_dot_product_attention (cuDNN, flash or memory-efficient)"),
     ],
-)  # fmt: skip
+)
 def test_the_choice_is_a_step_of_the_plan(gpu: None, spec: str, more: dict, words: str) -> None:
     assert words in steps(spec, **more)
 
@@ -137,21 +137,32 @@ def test_what_a_device_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
 
 SHAPES = {"grouped": (2, 4, 2, 20, 25, 12, 7), "long": (1, 1, 1, 300, 290, 16, 16)}
 SPECS = (
-    "softmax(softcap=2)", "polynomial(2)", "polynomial(degree=4,coef0=1)+causal", "sparse(20,7)",
-    "causal+sparse(130,inf)", "gaussian(gamma=0.3)+sparse(20,7)", "cosine+sparse(5,200)",
-    "bn+sparse(20,7)", "bn+softmax(softcap=3)+sh(3,2)", "causal+sh(1,2)",
+    "softmax(softcap=2)",
+    "polynomial(2)",
+    "polynomial(degree=4,coef0=1)+causal",
+    "sparse(20,7)",
+    "causal+sparse(130,inf)",
+    "gaussian(gamma=0.3)+sparse(20,7)",
+    "cosine+sparse(5,200)",
+    "bn+sparse(20,7)",
+    "bn+softmax(softcap=3)+sh(3,2)",
+    "causal+sh(1,2)",
     "causal+sparse(7,inf)+h(count)",
-)  # fmt: skip
+)
 OPTIONS: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
     "plain": lambda s: {},
     "padding": lambda s: {"key_mask": draw(s[0], s[4], seed=5) > -0.5},
-    "mask": lambda s: {"mask": draw(s[3], s[4], seed=6) > -0.5,
-                       "key_mask": draw(s[0], s[4], seed=5) > -0.5},
+    "mask": lambda s: {
+        "mask": draw(s[3], s[4], seed=6) > -0.5,
+        "key_mask": draw(s[0], s[4], seed=5) > -0.5,
+    },
     "before": lambda s: {"offset": -3},
-    "array": lambda s: {"offset": torch.arange(s[0]) + 2,
-                        "key_mask": draw(s[0], s[4], seed=5) > -0.5},
+    "array": lambda s: {
+        "offset": torch.arange(s[0]) + 2,
+        "key_mask": draw(s[0], s[4], seed=5) > -0.5,
+    },
     "bias": lambda s: {"bias": draw(1, s[1], s[3], 1, seed=7)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -164,14 +175,19 @@ def test_flex_attention_is_the_oracle(cuda: list[str], size: str, spec: str, opt
     if size == "long" and option not in ("plain", "before"):
         pytest.skip("blocks are looked at without more")
     batch, query_heads, heads, rows, keys, dim, width = shape
-    arrays = [draw(batch, query_heads, rows, dim), draw(batch, heads, keys, dim, seed=1),
-              draw(batch, heads, keys, width, seed=2)]  # fmt: skip
+    arrays = [
+        draw(batch, query_heads, rows, dim),
+        draw(batch, heads, keys, dim, seed=1),
+        draw(batch, heads, keys, width, seed=2),
+    ]
     options = OPTIONS[option](shape)
     x = [a.clone().requires_grad_() for a in arrays]
     out, lse = pdcore.attention(*x, spec, return_lse=True, **options)
     assert cuda == ["float32"] * len(lowered_groups(spec))
-    wide = {n: o.double() if isinstance(o, torch.Tensor) and o.is_floating_point() else o
-            for n, o in options.items()}  # fmt: skip
+    wide = {
+        n: o.double() if isinstance(o, torch.Tensor) and o.is_floating_point() else o
+        for n, o in options.items()
+    }
     plain = {n: o.numpy() if isinstance(o, torch.Tensor) else o for n, o in wide.items()}
     wanted = reference_attention(
         *(a.double().numpy() for a in arrays), spec, return_lse=True, **plain
@@ -196,9 +212,14 @@ def lowered_groups(spec: str) -> set[int]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "spec", ["softmax(softcap=2)", "gaussian(gamma=0.3)+sparse(9,9)", "bn+sparse(9,9)",
-             "bn(statistics=prefix)+sparse(9,9)"],
-)  # fmt: skip
+    "spec",
+    [
+        "softmax(softcap=2)",
+        "gaussian(gamma=0.3)+sparse(9,9)",
+        "bn+sparse(9,9)",
+        "bn(statistics=prefix)+sparse(9,9)",
+    ],
+)
 def test_flex_attention_reads_16_bit(cuda: list[str], dtype: Any, spec: str) -> None:
     q, k, v = (draw(1, 2, 30, 16, seed=i, dtype=dtype) for i in range(3))
     out, lse = pdcore.attention(q, k, v, spec, return_lse=True)
@@ -256,9 +277,13 @@ def test_what_flex_attention_does_not_differentiate_goes_by_blocks(
         assert bias.grad is not None
     else:
         layer = pdcore.bind("sparse(3,2)")
-        assert error(torch.compile(layer, fullgraph=True, backend="eager")(q, k, v),
-                     pdcore.bind("sparse(3,2)", backend="torch")(q.double(), k.double(), v.double())
-                     ) < 1e-5  # fmt: skip
+        assert (
+            error(
+                torch.compile(layer, fullgraph=True, backend="eager")(q, k, v),
+                pdcore.bind("sparse(3,2)", backend="torch")(q.double(), k.double(), v.double()),
+            )
+            < 1e-5
+        )
     assert not cuda
 
 
@@ -268,9 +293,15 @@ def test_what_flex_attention_does_not_differentiate_goes_by_blocks(
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("offset", [0, -70, 40, 900])
 @pytest.mark.parametrize(
-    "support", [Support(causal=True), Support(left=20, right=7), Support(left=300),
-                Support(causal=True, left=130), Support(right=200)],
-)  # fmt: skip
+    "support",
+    [
+        Support(causal=True),
+        Support(left=20, right=7),
+        Support(left=300),
+        Support(causal=True, left=130),
+        Support(right=200),
+    ],
+)
 def test_a_mask_of_blocks_is_the_visibility(support: Any, offset: int, scale: int) -> None:
     rows, length = 300, 700
     found = flex.block_mask(support, rows, length, scale, offset, "cpu")
@@ -321,8 +352,9 @@ def test_the_score_map_compiles_without_a_break(cuda: list[str], monkeypatch: An
     spec = "polynomial(degree=2,coef0=1)+sparse(4,3)"
     out = pdcore.attention(q, k, v, spec, key_mask=key_mask)
     assert cuda
-    wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), spec,
-                                 key_mask=key_mask.numpy())  # fmt: skip
+    wanted = reference_attention(
+        *(x.double().numpy() for x in (q, k, v)), spec, key_mask=key_mask.numpy()
+    )
     assert error(out, wanted) < 1e-5
 
 
@@ -354,8 +386,9 @@ def test_the_suite_holds_for_what_cuda_runs(cuda: list[str], module: str) -> Non
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("step", [1, 8])
-def test_the_gradient_of_the_log_sum_exp_is_a_feature(causal: bool, grouped: bool,
-                                                      step: int) -> None:  # fmt: skip
+def test_the_gradient_of_the_log_sum_exp_is_a_feature(
+    causal: bool, grouped: bool, step: int
+) -> None:
     heads = 2 if grouped else 4
     q, k, v = (draw(1, h, 13, 8, seed=i).double() for i, h in enumerate((4, heads, heads)))
     out, lse = flash.attend_with_lse(q, k, v, scale=0.3, causal=causal)
@@ -411,8 +444,14 @@ def test_a_mask_is_laid_out_in_aligned_rows() -> None:
 
 # --- what is kept ---------------------------------------------------------------------------------
 
-KEPT = ["softmax", "bn", "softmax(softcap=2)", "sparse(3,2)", "causal+linear",
-        "causal+bn(statistics=prefix)"]  # fmt: skip
+KEPT = [
+    "softmax",
+    "bn",
+    "softmax(softcap=2)",
+    "sparse(3,2)",
+    "causal+linear",
+    "causal+bn(statistics=prefix)",
+]
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])

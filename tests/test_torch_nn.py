@@ -23,8 +23,14 @@ from pdcore_adapters.torch_nn import PDMultiheadAttention, convert  # noqa: E402
 pytestmark = pytest.mark.torch
 
 E, H, N, M, B = 16, 4, 6, 9, 3
-SPECS = ["softmax", "bn", "linear", "bn+sh(1,1,2,2)", "gaussian(gamma=0.3)+h(count)",
-         "causal+bn(statistics=prefix)"]  # fmt: skip
+SPECS = [
+    "softmax",
+    "bn",
+    "linear",
+    "bn+sh(1,1,2,2)",
+    "gaussian(gamma=0.3)+h(count)",
+    "causal+bn(statistics=prefix)",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -89,12 +95,14 @@ MASKS = {
     "both": lambda b: {"attn_mask": hide(b * H, N, M), "key_padding_mask": hide(b, M)},
     "float padding": lambda b: {"key_padding_mask": torch.randn(b, M)},
     "float mask": lambda b: {"attn_mask": torch.randn(N, M)},
-    "float 3-D": lambda b: {"attn_mask": torch.randn(b * H, N, M).masked_fill(hide(b * H, N, M),
-                                                                               -torch.inf)},
-    "float both": lambda b: {"attn_mask": torch.randn(N, M),
-                             "key_padding_mask": torch.randn(b, M).masked_fill(hide(b, M),
-                                                                               -torch.inf)},
-}  # fmt: skip
+    "float 3-D": lambda b: {
+        "attn_mask": torch.randn(b * H, N, M).masked_fill(hide(b * H, N, M), -torch.inf)
+    },
+    "float both": lambda b: {
+        "attn_mask": torch.randn(N, M),
+        "key_padding_mask": torch.randn(b, M).masked_fill(hide(b, M), -torch.inf),
+    },
+}
 
 
 def inputs(layout: str, sizes: tuple[int, int, int] = (E, E, E)) -> list[Any]:
@@ -130,9 +138,15 @@ def test_softmax_is_nn(layout: str, masks: str, need: str) -> None:
     close(gradients, want_gradients, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {"bias": False}, {"kdim": 5, "vdim": 7}, {"kdim": 5, "bias": False}, {"dtype": torch.float64},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"kdim": 5, "vdim": 7},
+        {"kdim": 5, "bias": False},
+        {"dtype": torch.float64},
+    ],
+)
 def test_constructors_arguments(options: dict[str, Any]) -> None:
     plain, ours = pair(batch_first=True, **options)
     assert ours.state_dict().keys() == plain.state_dict().keys()
@@ -164,8 +178,12 @@ def test_the_causal_hint(floating: bool, need: bool, padded: bool) -> None:
     mask = nn.Transformer.generate_square_subsequent_mask(N) if floating else causal(N)
     padding = torch.zeros(B, N, dtype=mask.dtype)
     padding[1, 4:] = -torch.inf if floating else True
-    options = {"attn_mask": mask, "is_causal": True, "need_weights": need,
-               "key_padding_mask": padding if padded else None}  # fmt: skip
+    options = {
+        "attn_mask": mask,
+        "is_causal": True,
+        "need_weights": need,
+        "key_padding_mask": padding if padded else None,
+    }
     want, want_gradients = with_gradients(plain, [x, x, x], **options)
     got, gradients = with_gradients(ours, [x, x, x], **options)
     close(got, want)
@@ -182,8 +200,11 @@ def test_the_mask_is_read_where_nn_reads_it() -> None:
     biased = torch.randn(N, N).masked_fill(causal(N), -torch.inf)  # the hint says less than this
     padding = torch.zeros(B, N)
     padding[:, 4:] = -torch.inf
-    for options in ({"need_weights": False}, {"need_weights": True},
-                    {"need_weights": False, "key_padding_mask": padding}):  # fmt: skip
+    for options in (
+        {"need_weights": False},
+        {"need_weights": True},
+        {"need_weights": False, "key_padding_mask": padding},
+    ):
         options |= {"attn_mask": biased, "is_causal": True}
         close(ours(x, x, x, **options), plain(x, x, x, **options))
 
@@ -200,8 +221,10 @@ def test_a_row_that_sees_nothing() -> None:
         assert weights is None or not weights[:, 2].any()
         (slope,) = torch.autograd.grad(out.square().sum(), x)
         assert slope.isfinite().all()
-    close(ours(x, x, x, attn_mask=mask, need_weights=False)[0],
-          plain(x, x, x, attn_mask=mask, need_weights=False)[0])  # fmt: skip
+    close(
+        ours(x, x, x, attn_mask=mask, need_weights=False)[0],
+        plain(x, x, x, attn_mask=mask, need_weights=False)[0],
+    )
 
 
 def test_padding_may_hold_anything() -> None:
@@ -252,10 +275,13 @@ def test_every_spec(spec: str) -> None:
     mask[:, 3, 1:3] = mask[H:, 5, :5] = True
     want = by_the_core(layer, x, spec, key_mask=~padding, mask=~mask.reshape(B, H, N, N))
     for floating in (False, True):
-        masks = [torch.zeros(m.shape).masked_fill(m, -torch.inf) if floating else m
-                 for m in (mask, padding)]  # fmt: skip
-        got = layer(x, x, x, attn_mask=masks[0], key_padding_mask=masks[1],
-                    average_attn_weights=False)  # fmt: skip
+        masks = [
+            torch.zeros(m.shape).masked_fill(m, -torch.inf) if floating else m
+            for m in (mask, padding)
+        ]
+        got = layer(
+            x, x, x, attn_mask=masks[0], key_padding_mask=masks[1], average_attn_weights=False
+        )
         close(got, want)
     flipped = layer(x, x, x, key_padding_mask=~padding, average_attn_weights=False)
     assert not torch.allclose(flipped[0], want[0], atol=1e-3)  # the sense of the mask matters
@@ -322,8 +348,10 @@ def test_leaking_statistics_are_refused(spec: str) -> None:
 
 def test_float_masks_without_a_place_for_them() -> None:
     x = torch.randn(B, N, E)
-    for spec, reason in (("linear", "softmax\\+|linear has no log kappa"),
-                         ("sh(1,1,2,2)", "pools keys")):  # fmt: skip
+    for spec, reason in (
+        ("linear", "softmax\\+|linear has no log kappa"),
+        ("sh(1,1,2,2)", "pools keys"),
+    ):
         layer = PDMultiheadAttention(E, H, batch_first=True, spec=spec)
         for name, shape in (("attn_mask", (N, N)), ("key_padding_mask", (B, N))):
             with pytest.raises(UnsupportedError, match=f"{name}: got a float mask.*({reason})"):
@@ -389,19 +417,30 @@ def test_wrong_constructors() -> None:
         PDMultiheadAttention(E, H, spec="bn(statistics=running)")
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    ({"query": torch.zeros(B, N, 5)}, ValueError, r"query: got shape \(3, 6, 5\), expected"),
-    ({"query": torch.zeros(B, N, 1, E)}, ValueError, "query: got shape"),
-    ({"key": torch.zeros(N, E)}, ValueError, "key: got shape"),
-    ({"key": torch.zeros(B, 3, E)}, ValueError, "value: got shape"),
-    ({"query": torch.zeros(1, N, E)}, ValueError, "key: got shape .*, expected the batch"),
-    ({"attn_mask": torch.zeros(N, 5, dtype=torch.bool)}, ValueError, "attn_mask: got shape"),
-    ({"attn_mask": torch.zeros(H, N, N, dtype=torch.bool)}, ValueError, "attn_mask: got shape"),
-    ({"attn_mask": torch.zeros(N, N, dtype=torch.int64)}, TypeError, "attn_mask: got dtype"),
-    ({"attn_mask": torch.zeros(N, N, dtype=torch.float64)}, TypeError, "attn_mask: got dtype"),
-    ({"key_padding_mask": torch.zeros(N, dtype=torch.bool)}, ValueError, "key_padding_mask: got"),
-    ({"key_padding_mask": torch.zeros(B, N, dtype=torch.uint8)}, TypeError, "key_padding_mask: g"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        ({"query": torch.zeros(B, N, 5)}, ValueError, r"query: got shape \(3, 6, 5\), expected"),
+        ({"query": torch.zeros(B, N, 1, E)}, ValueError, "query: got shape"),
+        ({"key": torch.zeros(N, E)}, ValueError, "key: got shape"),
+        ({"key": torch.zeros(B, 3, E)}, ValueError, "value: got shape"),
+        ({"query": torch.zeros(1, N, E)}, ValueError, "key: got shape .*, expected the batch"),
+        ({"attn_mask": torch.zeros(N, 5, dtype=torch.bool)}, ValueError, "attn_mask: got shape"),
+        ({"attn_mask": torch.zeros(H, N, N, dtype=torch.bool)}, ValueError, "attn_mask: got shape"),
+        ({"attn_mask": torch.zeros(N, N, dtype=torch.int64)}, TypeError, "attn_mask: got dtype"),
+        ({"attn_mask": torch.zeros(N, N, dtype=torch.float64)}, TypeError, "attn_mask: got dtype"),
+        (
+            {"key_padding_mask": torch.zeros(N, dtype=torch.bool)},
+            ValueError,
+            "key_padding_mask: got",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(B, N, dtype=torch.uint8)},
+            TypeError,
+            "key_padding_mask: g",
+        ),
+    ],
+)
 def test_wrong_calls(call: dict[str, Any], error: type[Exception], message: str) -> None:
     layer = PDMultiheadAttention(E, H, batch_first=True)
     x = torch.zeros(B, N, E)
@@ -446,8 +485,12 @@ def test_encoder_layer(by: str, norm_first: bool, training: bool, grad: bool) ->
     padding = torch.zeros(B, N, dtype=torch.bool)
     padding[1, 4:] = True
     with torch.set_grad_enabled(grad), counted(ours.self_attn) as calls:
-        for options in ({}, {"src_mask": causal(N)}, {"src_key_padding_mask": padding},
-                        {"src_mask": causal(N), "is_causal": True}):  # fmt: skip
+        for options in (
+            {},
+            {"src_mask": causal(N)},
+            {"src_key_padding_mask": padding},
+            {"src_mask": causal(N), "is_causal": True},
+        ):
             close(ours(x, **options), plain(x, **options))
     assert len(calls) == 4
 
@@ -511,8 +554,11 @@ def test_an_encoder_that_still_makes_nested_tensors() -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_transformer(training: bool, batch_first: bool) -> None:
-    plain = nn.Transformer(E, H, 1, 2, 32, dropout=0.0, batch_first=batch_first).train(training) \
-        if batch_first else None  # fmt: skip
+    plain = (
+        nn.Transformer(E, H, 1, 2, 32, dropout=0.0, batch_first=batch_first).train(training)
+        if batch_first
+        else None
+    )
     if plain is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nested tensors want batch_first
@@ -605,21 +651,26 @@ class Own(nn.MultiheadAttention):
 
 
 def test_what_is_left_as_it_was() -> None:
-    model = nn.ModuleDict({
-        "bias": nn.MultiheadAttention(E, H, add_bias_kv=True),
-        "zero": nn.MultiheadAttention(E, H, add_zero_attn=True),
-        "own": Own(E, H),
-        "replaced": nn.MultiheadAttention(E, H),
-        "good": nn.MultiheadAttention(E, H),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "bias": nn.MultiheadAttention(E, H, add_bias_kv=True),
+            "zero": nn.MultiheadAttention(E, H, add_zero_attn=True),
+            "own": Own(E, H),
+            "replaced": nn.MultiheadAttention(E, H),
+            "good": nn.MultiheadAttention(E, H),
+        }
+    )
     model["replaced"].forward = lambda *_: None
     report = convert(model, "bn(beta=param)")
     assert report.converted == ("good",)
     assert report.parameters == ("good.spec_beta",)
     assert [type(m).__name__ for m in model.values()] == [
-        "MultiheadAttention", "MultiheadAttention", "Own", "MultiheadAttention",
+        "MultiheadAttention",
+        "MultiheadAttention",
+        "Own",
+        "MultiheadAttention",
         "PDMultiheadAttention",
-    ]  # fmt: skip
+    ]
     lines = str(report).splitlines()
     assert lines[:3] == ["converted to softmax+bn(beta=param)", "  good", "left as it was"]
     assert lines[3].startswith("  bias: add_bias_kv: the key that it appends")

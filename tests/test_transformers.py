@@ -27,13 +27,23 @@ PREFIX = "causal+bn(statistics=prefix)"
 CAUSAL_SPECS = [PREFIX, "sh(1,2)", f"{PREFIX}+sh(1,2)", "linear", "gaussian(gamma=0.2)"]
 
 DECODER = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 ENCODER = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def build(name: str) -> Any:
@@ -43,21 +53,37 @@ def build(name: str) -> Any:
         case "llama":  # two query heads for each key head
             model = t.LlamaForCausalLM(t.LlamaConfig(**DECODER))
         case "gpt2":
-            config = t.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4,
-                                  n_positions=64, scale_attn_by_inverse_layer_idx=True,
-                                  bos_token_id=1, eos_token_id=None, pad_token_id=0)  # fmt: skip
+            config = t.GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=64,
+                scale_attn_by_inverse_layer_idx=True,
+                bos_token_id=1,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
             model = t.GPT2LMHeadModel(config)
         case "mistral":  # every layer sees the last four keys
             model = t.MistralForCausalLM(t.MistralConfig(**DECODER, sliding_window=4))
         case "qwen3":  # the second layer sees the last four keys
-            config = t.Qwen3Config(**DECODER, head_dim=8, use_sliding_window=True,
-                                   sliding_window=4, max_window_layers=1)  # fmt: skip
+            config = t.Qwen3Config(
+                **DECODER,
+                head_dim=8,
+                use_sliding_window=True,
+                sliding_window=4,
+                max_window_layers=1,
+            )
             model = t.Qwen3ForCausalLM(config)
         case "gemma2":  # sliding and full layers in turn, a softcap, and a scale of its own
             config = t.Gemma2Config(
-                **DECODER, head_dim=8, sliding_window=4, query_pre_attn_scalar=11,
+                **DECODER,
+                head_dim=8,
+                sliding_window=4,
+                query_pre_attn_scalar=11,
                 attn_logit_softcapping=2.0,
-            )  # fmt: skip
+            )
             model = t.Gemma2ForCausalLM(config)
         case "bert":
             config = t.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64)
@@ -177,11 +203,14 @@ def test_generation_is_eagers(name: str, model_of: Any) -> None:
     for cache in ("dynamic", "static"):
         found = [
             model_of(name, attention).generate(
-                ids, attention_mask=real, max_new_tokens=8, do_sample=False,
+                ids,
+                attention_mask=real,
+                max_new_tokens=8,
+                do_sample=False,
                 cache_implementation=cache,
             )
             for attention in ("eager", "pdcore")
-        ]  # fmt: skip
+        ]
         assert found[0].shape == (B, M + 8)
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -304,10 +333,15 @@ def test_step_by_step_is_the_whole_sequence(spec: str, cache: str, model_of: Any
         kept = transformers.StaticCache(config=model.config, max_cache_len=M + 4)
     steps = [slice(0, 5), *(slice(i, i + 1) for i in range(5, 9)), slice(9, M)]
     found = [
-        logits(model, ids[:, s], real[:, : s.stop], past_key_values=kept,
-               position_ids=positions(real)[:, s])
+        logits(
+            model,
+            ids[:, s],
+            real[:, : s.stop],
+            past_key_values=kept,
+            position_ids=positions(real)[:, s],
+        )
         for s in steps
-    ]  # fmt: skip
+    ]
     close(torch.cat(found, dim=1)[real.bool()], whole[real.bool()])
 
 
@@ -362,8 +396,13 @@ def test_a_cache_that_drops_keys(spec: str, model_of: Any) -> None:
 
     def step(kept: Any, i: int) -> Any:
         at = slice(i, i + 1)
-        return logits(model, ids[:, at], real[:, : i + 1], past_key_values=kept,
-                      position_ids=positions(real)[:, at])  # fmt: skip
+        return logits(
+            model,
+            ids[:, at],
+            real[:, : i + 1],
+            past_key_values=kept,
+            position_ids=positions(real)[:, at],
+        )
 
     # Layers that see four keys keep the last three. The step that would miss one is refused, and
     # those before it are right; so is a sequence at once, and a cache that keeps every key.
@@ -451,9 +490,15 @@ def test_a_mask_turns_into_the_whole_one() -> None:
         transformers.masking_utils.sliding_window_bidirectional_mask_function(2),
     ):
         for side in ("none", "left", "right"):
-            arguments = {"batch_size": B, "q_length": 4, "kv_length": M - 2, "q_offset": 7,
-                         "kv_offset": 2, "mask_function": kind,
-                         "attention_mask": padding(side).bool()}  # fmt: skip
+            arguments = {
+                "batch_size": B,
+                "q_length": 4,
+                "kv_length": M - 2,
+                "q_offset": 7,
+                "kv_offset": 2,
+                "mask_function": kind,
+                "attention_mask": padding(side).bool(),
+            }
             counter = torch.tensor(7)  # a static cache counts in place what it has got
             mask = make(**arguments | {"q_offset": counter})
             counter += 4
@@ -462,8 +507,13 @@ def test_a_mask_turns_into_the_whole_one() -> None:
             assert mask.shape == (B, 1, 4, M - 2)
             assert mask.dtype == torch.bool
             assert "LayerMask((3, 1, 4, 9)" in repr(mask)
-            for use in (lambda x: x & True, lambda x: x[:, :, 1:, :5], lambda x: x.float() - 1,
-                        lambda x: torch.cat([x, x], -1), lambda x: x.clone()):  # fmt: skip
+            for use in (
+                lambda x: x & True,
+                lambda x: x[:, :, 1:, :5],
+                lambda x: x.float() - 1,
+                lambda x: torch.cat([x, x], -1),
+                lambda x: x.clone(),
+            ):
                 assert type(use(mask)) is torch.Tensor
                 torch.testing.assert_close(use(mask), use(whole))
             assert isinstance(mask.contiguous(), LayerMask)  # nothing is computed here
@@ -500,17 +550,28 @@ def call(spec: str = "softmax", mask: Any = None, **others: Any) -> Any:
         ("softmax", {}, "causal"),
         ("softmax", {"is_causal": False}, "softmax"),
         ("softmax", {"scaling": 0.7}, "causal+softmax(scale=0.7)"),
-        ("softmax(scale=0.7)", {"scaling": 0.7, "softcap": 2.0},
-         "causal+softmax(scale=0.7,softcap=2.0)"),
+        (
+            "softmax(scale=0.7)",
+            {"scaling": 0.7, "softcap": 2.0},
+            "causal+softmax(scale=0.7,softcap=2.0)",
+        ),
         ("polynomial", {"scaling": 0.7}, "causal+polynomial(scale=0.7)"),
         ("random_features", {"scaling": 0.7}, "causal+random_features(scale=0.7)"),
         ("linear", {"scaling": 8**-0.5}, "causal+linear"),
         ("softmax", {"sliding_window": 3}, "causal+sparse(2,0)"),
         ("sparse(1,inf)", {"sliding_window": 3}, "causal+sparse(1,0)"),
-        ("sparse(5,inf)", {"sliding_window": 3, "position_ids": torch.arange(5), "cache": None,
-                           "output_attentions": False}, "causal+sparse(2,0)"),
+        (
+            "sparse(5,inf)",
+            {
+                "sliding_window": 3,
+                "position_ids": torch.arange(5),
+                "cache": None,
+                "output_attentions": False,
+            },
+            "causal+sparse(2,0)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str) -> None:
     q, k, v, out, weights = call(spec, **others)
     literally = reference_attention(q, k, v, expected, offset=2)
@@ -529,8 +590,12 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
         ("softmax(softcap=3)", {"softcap": 2.0}, ValueError, "softcap: got 2 .*says 3"),
         (PREFIX, {"softcap": 2.0}, pdcore.UnsupportedError, "Layer with .*without softcap"),
         ("sh(1,8)", {"sliding_window": 3}, pdcore.UnsupportedError, "8 pooled keys never fits"),
-        ("softmax", {"sliding_window": 3, "is_causal": False}, pdcore.UnsupportedError,
-         "sliding_window: got 3"),
+        (
+            "softmax",
+            {"sliding_window": 3, "is_causal": False},
+            pdcore.UnsupportedError,
+            "sliding_window: got 3",
+        ),
         ("softmax", {"position_bias": torch.zeros(1)}, pdcore.UnsupportedError, "position_bias"),
         ("softmax", {"s_aux": torch.zeros(1)}, pdcore.UnsupportedError, "s_aux.*sinks"),
         ("softmax", {"cache": object()}, pdcore.UnsupportedError, "cache: got a object"),
@@ -541,7 +606,7 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
         ("softmax", {"mask": [1]}, TypeError, "attention_mask: got list"),
         ("sh(1,2,2)", {}, ValueError, "3 scales"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(spec: str, others: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         call(spec, **others)

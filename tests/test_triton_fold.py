@@ -51,8 +51,9 @@ def folded(arrays: list[Any], real: Any, split: bool) -> tuple[Any, Any]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 @pytest.mark.parametrize("shape", [(2, 2, 2, 37, 70, 12), (1, 1, 1, 5, 1, 8)])
-def test_fold_and_its_gradients(shape: tuple[int, ...], mean: float, masked: bool,
-                                split: bool) -> None:  # fmt: skip
+def test_fold_and_its_gradients(
+    shape: tuple[int, ...], mean: float, masked: bool, split: bool
+) -> None:
     batch, heads, group, rows, keys, dim = shape
     q = draw(batch, heads * group, rows, dim, mean=mean)
     k = draw(batch, heads, keys, dim, mean=mean, seed=1)

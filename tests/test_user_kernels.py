@@ -398,9 +398,12 @@ def test_parameters_belong_to_their_heads() -> None:
     both = pdcore.attention(*case.qkv, case.spec, params={"slope": slope})
     for h in range(2):
         alone = pdcore.attention(
-            case.q[:, 2 * h : 2 * h + 2], case.k[:, h : h + 1], case.v[:, h : h + 1], case.spec,
+            case.q[:, 2 * h : 2 * h + 2],
+            case.k[:, h : h + 1],
+            case.v[:, h : h + 1],
+            case.spec,
             params={"slope": slope[h : h + 1]},
-        )  # fmt: skip
+        )
         np.testing.assert_allclose(both[:, 2 * h : 2 * h + 2], alone, rtol=1e-13)
 
 
@@ -597,8 +600,9 @@ def test_a_normalization_sees_pooled_keys() -> None:
     plain = spec(normalization=Smoothed())
     np.testing.assert_allclose(
         pdcore.attention(*case.qkv, case.spec, **case.call),
-        pdcore.attention(case.q, pooled, values, plain, **case.call), atol=1e-13,
-    )  # fmt: skip
+        pdcore.attention(case.q, pooled, values, plain, **case.call),
+        atol=1e-13,
+    )
 
 
 @pytest.mark.parametrize("rest", ["", "linear", "cosine+sh(1,2)", "h(count)"])
@@ -624,8 +628,9 @@ def test_rounds_of_merged_blocks_are_rounds_of_the_whole() -> None:
     stats, whole, blocks = Reweighted(), None, None
     for _ in range(stats.rounds):
         whole = stats.finalize(stats.of(keys, None, xp=np, previous=whole), xp=np)
-        parts = [stats.of(keys[:, at], None, xp=np, previous=blocks)
-                 for at in (slice(0, 4), slice(4, 9))]  # fmt: skip
+        parts = [
+            stats.of(keys[:, at], None, xp=np, previous=blocks) for at in (slice(0, 4), slice(4, 9))
+        ]
         blocks = stats.finalize(stats.merge(*parts, xp=np), xp=np)
     assert whole is not None
     assert blocks is not None

@@ -67,19 +67,44 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     _bound: Bound = equinox.field(static=True)
 
     def __init__(
-        self, num_heads: int, query_size: int, key_size: int | None = None,
-        value_size: int | None = None, output_size: int | None = None, qk_size: int | None = None,
-        vo_size: int | None = None, use_query_bias: bool = False, use_key_bias: bool = False,
-        use_value_bias: bool = False, use_output_bias: bool = False, dropout_p: float = 0.0,
-        inference: bool = False, dtype: Any = None, *, key: Any,
-        spec: str | AttentionSpec = "softmax", backend: Choice = None,
-    ) -> None:  # fmt: skip
+        self,
+        num_heads: int,
+        query_size: int,
+        key_size: int | None = None,
+        value_size: int | None = None,
+        output_size: int | None = None,
+        qk_size: int | None = None,
+        vo_size: int | None = None,
+        use_query_bias: bool = False,
+        use_key_bias: bool = False,
+        use_value_bias: bool = False,
+        use_output_bias: bool = False,
+        dropout_p: float = 0.0,
+        inference: bool = False,
+        dtype: Any = None,
+        *,
+        key: Any,
+        spec: str | AttentionSpec = "softmax",
+        backend: Choice = None,
+    ) -> None:
         bound = Bound(spec, backend)
         super().__init__(
-            num_heads, query_size, key_size, value_size, output_size, qk_size, vo_size,
-            use_query_bias, use_key_bias, use_value_bias, use_output_bias, dropout_p, inference,
-            dtype, key=key,
-        )  # fmt: skip
+            num_heads,
+            query_size,
+            key_size,
+            value_size,
+            output_size,
+            qk_size,
+            vo_size,
+            use_query_bias,
+            use_key_bias,
+            use_value_bias,
+            use_output_bias,
+            dropout_p,
+            inference,
+            dtype,
+            key=key,
+        )
         _adopt(self, bound)
 
     @property
@@ -88,10 +113,19 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         return self._bound.spec
 
     def __call__(
-        self, query: Any, key_: Any, value: Any, mask: Any = None, *, key: Any = None,
-        inference: bool | None = None, deterministic: bool | None = None,
-        process_heads: Callable[..., Any] | None = None, key_mask: Any = None, offset: Any = None,
-    ) -> Any:  # fmt: skip
+        self,
+        query: Any,
+        key_: Any,
+        value: Any,
+        mask: Any = None,
+        *,
+        key: Any = None,
+        inference: bool | None = None,
+        deterministic: bool | None = None,
+        process_heads: Callable[..., Any] | None = None,
+        key_mask: Any = None,
+        offset: Any = None,
+    ) -> Any:
         """Attend from `query` to `key_` and `value`.
 
         Parameters
@@ -138,11 +172,14 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         self._refuse_dropout(self.dropout.inference if inference is None else inference)
         for name, x in (("query", query), ("key_", key_), ("value", value)):
             if jnp.ndim(x) != 2:
-                raise ValueError(f"{name}: got shape {jnp.shape(x)}, expected (length, size); use "
-                                 "jax.vmap over a batch")  # fmt: skip
+                raise ValueError(
+                    f"{name}: got shape {jnp.shape(x)}, expected (length, size); use "
+                    "jax.vmap over a batch"
+                )
         if key_.shape[0] != value.shape[0]:
-            raise ValueError(f"value: got {value.shape[0]} elements, expected {key_.shape[0]} like "
-                             "key_")  # fmt: skip
+            raise ValueError(
+                f"value: got {value.shape[0]} elements, expected {key_.shape[0]} like key_"
+            )
         self._check_mask(mask, (query.shape[0], key_.shape[0]))
         heads = (
             self._project(self.query_proj, query),
@@ -153,13 +190,20 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             shapes = [x.shape for x in heads]
             heads = process_heads(*heads)
             if [x.shape for x in heads] != shapes:
-                raise ValueError(f"process_heads: got shapes {[x.shape for x in heads]}, expected "
-                                 f"{shapes}: it must not change them")  # fmt: skip
+                raise ValueError(
+                    f"process_heads: got shapes {[x.shape for x in heads]}, expected "
+                    f"{shapes}: it must not change them"
+                )
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in heads)
         out = self._bound.attention(
-            q, k, v, mask=mask, key_mask=key_mask, offset=self._offset(offset, q, k),
+            q,
+            k,
+            v,
+            mask=mask,
+            key_mask=key_mask,
+            offset=self._offset(offset, q, k),
             params=self.spec_params,
-        )  # fmt: skip
+        )
         out = jnp.swapaxes(out, 0, 1).reshape(query.shape[0], -1)
         return jax.vmap(self.output_proj)(out)
 
@@ -176,8 +220,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             return
         expected = (lengths, (self.num_heads, *lengths))
         if tuple(mask.shape) not in expected:
-            raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected "
-                             f"{' or '.join(map(str, expected))}")  # fmt: skip
+            raise ValueError(
+                f"mask: got shape {tuple(mask.shape)}, expected {' or '.join(map(str, expected))}"
+            )
         spec = self.spec
         if spec.normalization.leaks:
             choice = spec.normalization.causal_choice
@@ -204,10 +249,14 @@ def _adopt(layer: Any, bound: Bound, name: str = "the layer") -> None:
     spec, starts = bound.spec, learned(bound.spec)
     scales = spec.heads.scales
     if scales and len(scales) != layer.num_heads:
-        raise ValueError(f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-                         f"{layer.num_heads} heads of {name}")  # fmt: skip
-    sizes = {p.name: parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size)
-             for p in spec.parameters()}  # fmt: skip
+        raise ValueError(
+            f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
+            f"{layer.num_heads} heads of {name}"
+        )
+    sizes = {
+        p.name: parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size)
+        for p in spec.parameters()
+    }
     dtype = layer.query_proj.weight.dtype
     params = {name: jnp.full(sizes[name], start, dtype) for name, start in starts.items()}
     object.__setattr__(layer, "spec_params", params)
@@ -215,9 +264,12 @@ def _adopt(layer: Any, bound: Bound, name: str = "the layer") -> None:
 
 
 def convert(
-    model: Any, spec: str | AttentionSpec, *, backend: Choice = None,
+    model: Any,
+    spec: str | AttentionSpec,
+    *,
+    backend: Choice = None,
     select: Callable[[str, MultiheadAttention], bool] | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     """Give a model whose `equinox.nn.MultiheadAttention` layers are `PDMultiheadAttention`.
 
     The arrays are those of `model`, which stays as it is.
@@ -271,8 +323,10 @@ def convert(
 
     result = jax.tree_util.tree_map_with_path(become, model, is_leaf=_is_layer)
     if not converted:
-        raise ValueError("model: nothing to convert: no equinox.nn.MultiheadAttention in it"
-                         f"{'' if select is None else ' was selected'}")  # fmt: skip
+        raise ValueError(
+            "model: nothing to convert: no equinox.nn.MultiheadAttention in it"
+            f"{'' if select is None else ' was selected'}"
+        )
     return result
 
 

@@ -136,13 +136,26 @@ class _Attention:
     # Linen passes only arguments that it finds here by name: one that is missing is dropped by it
     # without a word.
     def __call__(
-        self, query: Any, key: Any, value: Any, bias: Any = None, mask: Any = None,
-        broadcast_dropout: bool = True, dropout_rng: Any = None, dropout_rate: float = 0.0,
-        deterministic: bool = False, dtype: Any = None, precision: Any = None, module: Any = None,
-        promote_dtype: Callable[..., Any] | None = None, is_causal: bool = False,
-        force_fp32_for_softmax: bool = False, einsum_dot_general: Any = None,
-        qk_attn_weights_einsum: Any = None, attn_weights_value_einsum: Any = None,
-    ) -> Any:  # fmt: skip
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        bias: Any = None,
+        mask: Any = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Any = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        promote_dtype: Callable[..., Any] | None = None,
+        is_causal: bool = False,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Any = None,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+    ) -> Any:
         """Attend, as `flax.nnx.dot_product_attention` and `flax.linen.dot_product_attention` do.
 
         Parameters
@@ -186,9 +199,10 @@ class _Attention:
             Naming the argument.
         """
         _refuse_products(
-            einsum_dot_general=einsum_dot_general, qk_attn_weights_einsum=qk_attn_weights_einsum,
+            einsum_dot_general=einsum_dot_general,
+            qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
-        )  # fmt: skip
+        )
         _check_precision(precision)
         if not deterministic and dropout_rate > 0.0:
             raise UnsupportedError(
@@ -316,5 +330,7 @@ def _sow(module: Any, weights: Any) -> None:
     elif isinstance(module, linen.Module):
         module.sow("intermediates", "attention_weights", weights)
     else:
-        raise TypeError(f"module: got {type(module).__name__}, expected a flax.nnx.Module or a "
-                        "flax.linen.Module to sow the weights into")  # fmt: skip
+        raise TypeError(
+            f"module: got {type(module).__name__}, expected a flax.nnx.Module or a "
+            "flax.linen.Module to sow the weights into"
+        )

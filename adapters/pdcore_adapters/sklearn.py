@@ -77,10 +77,15 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
     """
 
     def __init__(
-        self, spec: str | AttentionSpec = "bn", *, C: float | str = "scale",
-        epsilon: float = 0.1, solver: str = "clarabel", backend: Choice = None,
+        self,
+        spec: str | AttentionSpec = "bn",
+        *,
+        C: float | str = "scale",
+        epsilon: float = 0.1,
+        solver: str = "clarabel",
+        backend: Choice = None,
         n_jobs: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.spec = spec
         self.C = C
         self.epsilon = epsilon

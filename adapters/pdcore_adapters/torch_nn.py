@@ -71,19 +71,37 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     """
 
     def __init__(
-        self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True,
-        add_bias_kv: bool = False, add_zero_attn: bool = False, kdim: int | None = None,
-        vdim: int | None = None, batch_first: bool = False, device: Any = None,
-        dtype: Any = None, *, spec: str | AttentionSpec = "softmax", backend: Choice = None,
-    ) -> None:  # fmt: skip
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        spec: str | AttentionSpec = "softmax",
+        backend: Choice = None,
+    ) -> None:
         bound = Bound(spec, backend)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise UnsupportedError(f"{name}: got {value!r}, expected False; {_APPENDED}")
         super().__init__(
-            embed_dim, num_heads, dropout=finite_dropout(dropout), bias=bias, kdim=kdim, vdim=vdim,
-            batch_first=batch_first, device=device, dtype=dtype,
-        )  # fmt: skip
+            embed_dim,
+            num_heads,
+            dropout=finite_dropout(dropout),
+            bias=bias,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
         if problem := _misfit(bound.spec, self):
             raise ValueError(problem)
         _adopt(self, bound)
@@ -97,8 +115,12 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """Give the arguments that differ from the defaults, and the spec."""
         words = [f"{self.embed_dim}, {self.num_heads}, spec={str(self.spec)!r}"]
-        for name, default in (("dropout", 0.0), ("kdim", self.embed_dim), ("vdim", self.embed_dim),
-                              ("batch_first", False)):  # fmt: skip
+        for name, default in (
+            ("dropout", 0.0),
+            ("kdim", self.embed_dim),
+            ("vdim", self.embed_dim),
+            ("batch_first", False),
+        ):
             if getattr(self, name) != default:
                 words.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(words)
@@ -113,10 +135,16 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Any, key: Any, value: Any, key_padding_mask: Any = None,
-        need_weights: bool = True, attn_mask: Any = None, average_attn_weights: bool = True,
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        key_padding_mask: Any = None,
+        need_weights: bool = True,
+        attn_mask: Any = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Any, Any]:  # fmt: skip
+    ) -> tuple[Any, Any]:
         """Attend from `query` to `key` and `value`.
 
         Parameters
@@ -174,9 +202,15 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         mask, key_mask, bias = self._masks(attn_mask, key_padding_mask, q, k)
         params = {name: getattr(self, "spec_" + name) for name in self._learned}
         out = attend(
-            q, k, v, mask=mask, key_mask=key_mask, bias=bias, params=params,
+            q,
+            k,
+            v,
+            mask=mask,
+            key_mask=key_mask,
+            bias=bias,
+            params=params,
             dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        )
         out = out.permute((0, 2, 1, 3) if self.batch_first or not batched else (2, 0, 1, 3))
         out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         weights = None
@@ -200,20 +234,27 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                 )
         batched = query.dim() == 3
         axes = "(B, L, E)" if self.batch_first else "(L, B, E)"
-        for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim),
-                              ("value", value, self.vdim)):  # fmt: skip
+        for name, x, size in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != size:
                 raise ValueError(
                     f"{name}: got shape {tuple(x.shape)}, expected {axes}, or (L, E) for all of "
                     f"query, key and value, with E = {size}"
                 )
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"value: got shape {tuple(value.shape)}, expected the batch and "
-                             f"length of key {tuple(key.shape)}")  # fmt: skip
+            raise ValueError(
+                f"value: got shape {tuple(value.shape)}, expected the batch and "
+                f"length of key {tuple(key.shape)}"
+            )
         batch = query.shape[0 if self.batch_first else 1] if batched else 1
         if batched and key.shape[0 if self.batch_first else 1] != batch:
-            raise ValueError(f"key: got shape {tuple(key.shape)}, expected the batch of query "
-                             f"{tuple(query.shape)}")  # fmt: skip
+            raise ValueError(
+                f"key: got shape {tuple(key.shape)}, expected the batch of query "
+                f"{tuple(query.shape)}"
+            )
         along = 1 if batched and self.batch_first else 0
         n, m = query.shape[along], key.shape[along]
         if attn_mask is not None:
@@ -296,8 +337,10 @@ def _misfit(spec: AttentionSpec, layer: Any) -> str:
     """Say why a spec does not fit a layer, "" if it does."""
     scales = spec.heads.scales
     if scales and len(scales) != layer.num_heads:
-        return (f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-                f"{layer.num_heads} heads")  # fmt: skip
+        return (
+            f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
+            f"{layer.num_heads} heads"
+        )
     return ""
 
 
@@ -324,11 +367,14 @@ def _adopt(layer: Any, bound: Bound) -> list[str]:
 
 def _check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{name}: got dtype {mask.dtype}, expected bool, True where it hides, or a "
-                        "floating-point dtype")  # fmt: skip
+        raise TypeError(
+            f"{name}: got dtype {mask.dtype}, expected bool, True where it hides, or a "
+            "floating-point dtype"
+        )
     if tuple(mask.shape) not in shapes:
-        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected "
-                         f"{' or '.join(map(str, shapes))}")  # fmt: skip
+        raise ValueError(
+            f"{name}: got shape {tuple(mask.shape)}, expected {' or '.join(map(str, shapes))}"
+        )
 
 
 def _addend(mask: Any, name: str, q: Any) -> Any:
@@ -402,9 +448,12 @@ def _shown(name: str) -> str:
 
 
 def convert(
-    model: nn.Module, spec: str | AttentionSpec, *, backend: Choice = None,
+    model: nn.Module,
+    spec: str | AttentionSpec,
+    *,
+    backend: Choice = None,
     select: Callable[[str, nn.MultiheadAttention], bool] | None = None,
-) -> Conversion:  # fmt: skip
+) -> Conversion:
     """Make every `nn.MultiheadAttention` of a model a `PDMultiheadAttention`, in place.
 
     The modules stay the same objects, with their parameters, hooks, mode and names, so
@@ -456,8 +505,10 @@ def convert(
         if select is not None and not any(select(name, layer) for name in names):
             why = "not selected"
         elif not why and by_position and layer in cross:
-            why = (f"cross-attention, whose keys have other positions than its queries, and "
-                   f"{bound.spec} goes by position; convert it to another spec")  # fmt: skip
+            why = (
+                f"cross-attention, whose keys have other positions than its queries, and "
+                f"{bound.spec} goes by position; convert it to another spec"
+            )
         if why:
             left.update(dict.fromkeys(names, why))
         elif problem := _misfit(bound.spec, layer):
@@ -495,8 +546,10 @@ def _unconvertible(layer: Any) -> str:
     if _plain(layer) is not nn.MultiheadAttention:
         kind = _plain(layer)
         return f"it is a {kind.__module__}.{kind.__qualname__}, whose meaning is its own"
-    for name, used in (("add_bias_kv", layer.bias_k is not None or layer.bias_v is not None),
-                       ("add_zero_attn", layer.add_zero_attn)):  # fmt: skip
+    for name, used in (
+        ("add_bias_kv", layer.bias_k is not None or layer.bias_v is not None),
+        ("add_zero_attn", layer.add_zero_attn),
+    ):
         if used:
             return f"{name}: {_APPENDED}"
     return ""

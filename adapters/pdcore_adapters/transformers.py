@@ -114,14 +114,18 @@ def register(
     known = AttentionInterface().get(name)
     words = str(name).replace("-", "_")
     if not words.isidentifier() or "flash" in words:
-        raise ValueError(f"name: got {name!r}, expected letters, digits, _ and -, without 'flash', "
-                         "such as 'pdcore'")  # fmt: skip
+        raise ValueError(
+            f"name: got {name!r}, expected letters, digits, _ and -, without 'flash', "
+            "such as 'pdcore'"
+        )
     if name == "eager" or (
         not isinstance(known, _Attention)
         and (known is not None or name in AttentionMaskInterface())
     ):
-        raise ValueError(f"name: got {name!r}, which is an attention of transformers or of another "
-                         "library; expected a new name, such as 'pdcore'")  # fmt: skip
+        raise ValueError(
+            f"name: got {name!r}, which is an attention of transformers or of another "
+            "library; expected a new name, such as 'pdcore'"
+        )
     attention = _Attention(name, bind(spec, backend=backend))
     AttentionInterface.register(name, attention)
     # Without it transformers makes no mask for the name, and padding would be seen.
@@ -167,9 +171,15 @@ class LayerMask(torch.Tensor):  # type: ignore[misc]
 
     @staticmethod
     def __new__(
-        cls, shape: Sequence[int], device: Any, pattern: _Pattern, key_mask: Any, offset: Any,
-        dropped: bool, full: Callable[[], Any],
-    ) -> LayerMask:  # fmt: skip
+        cls,
+        shape: Sequence[int],
+        device: Any,
+        pattern: _Pattern,
+        key_mask: Any,
+        offset: Any,
+        dropped: bool,
+        full: Callable[[], Any],
+    ) -> LayerMask:
         """Wrap the parts of a mask; `full` builds the whole."""
         mask: LayerMask = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=torch.bool, device=device
@@ -197,8 +207,15 @@ class LayerMask(torch.Tensor):  # type: ignore[misc]
         # Checkpoints of activations detach what they keep.
         if func is torch.ops.aten.detach.default:
             mask = args[0]
-            return cls(mask.shape, mask.device, mask.pattern, mask.key_mask, mask.offset,
-                       mask.dropped, mask.full)  # fmt: skip
+            return cls(
+                mask.shape,
+                mask.device,
+                mask.pattern,
+                mask.key_mask,
+                mask.offset,
+                mask.dropped,
+                mask.full,
+            )
         args, kwargs = tree_map(lambda x: x.full() if type(x) is cls else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -230,11 +247,18 @@ def _layer_mask(
 
     def full() -> Any:
         return sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=offset,
-            kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap,
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
             device=device,
-        )  # fmt: skip
+        )
 
     pattern = _recognise(mask_function)
     # The compiler has no notion of a tensor that is not there yet.
@@ -248,9 +272,14 @@ def _layer_mask(
         if bool(key_mask.all()):
             key_mask = None
     return LayerMask(
-        (batch_size, 1, q_length, kv_length), device, pattern, key_mask, offset - kv_offset,
-        kv_offset > 0, full,
-    )  # fmt: skip
+        (batch_size, 1, q_length, kv_length),
+        device,
+        pattern,
+        key_mask,
+        offset - kv_offset,
+        kv_offset > 0,
+        full,
+    )
 
 
 def _recognise(mask_function: Any) -> _Pattern | None:
@@ -371,8 +400,9 @@ class _Attention:
                     f"{where}: sliding_window: got {sliding_window} without a mask in a layer that "
                     "looks both ways, where its meaning differs between models; pass a mask"
                 )
-            pattern = _Pattern(bool(causal), math.inf if sliding_window is None
-                               else sliding_window - 1)  # fmt: skip
+            pattern = _Pattern(
+                bool(causal), math.inf if sliding_window is None else sliding_window - 1
+            )
         else:
             expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
             _check_mask(where, attention_mask, expected)
@@ -402,9 +432,13 @@ class _Attention:
         return out.transpose(1, 2).contiguous(), weights
 
     def _bound(
-        self, where: str, pattern: _Pattern | None, scaling: float | None, softcap: float | None,
+        self,
+        where: str,
+        pattern: _Pattern | None,
+        scaling: float | None,
+        softcap: float | None,
         dim: int,
-    ) -> BoundAttention:  # fmt: skip
+    ) -> BoundAttention:
         """Give the spec bound for the layers that are alike."""
         layer = (pattern, scaling, softcap, dim)
         bound = self._layers.get(layer)
@@ -466,11 +500,14 @@ def _kernel(spec: AttentionSpec, scaling: float | None, softcap: float | None, d
             )
     if softcap is not None:
         if not isinstance(kernel, Exponential):
-            raise UnsupportedError(f"softcap: got {softcap:g}, and {kernel.word} has none; use "
-                                   "softmax for this model")  # fmt: skip
+            raise UnsupportedError(
+                f"softcap: got {softcap:g}, and {kernel.word} has none; use softmax for this model"
+            )
         if kernel.softcap not in (None, softcap):
-            raise ValueError(f"softcap: got {softcap:g} from the layer, and the spec {spec} says "
-                             f"{kernel.softcap:g}; leave it out of the spec")  # fmt: skip
+            raise ValueError(
+                f"softcap: got {softcap:g} from the layer, and the spec {spec} says "
+                f"{kernel.softcap:g}; leave it out of the spec"
+            )
         kernel = replace(kernel, softcap=float(softcap))
     return kernel
 
@@ -481,21 +518,27 @@ def _refuse(where: str, others: Mapping[str, Any]) -> None:
         if given is None or given is False or name in _HARMLESS:
             continue
         instead = _INSTEAD.get(name, "use 'eager' for this model")
-        raise UnsupportedError(f"{where}: {name}: got a {type(given).__name__}, expected None, "
-                               f"since it is not honoured; {instead}")  # fmt: skip
+        raise UnsupportedError(
+            f"{where}: {name}: got a {type(given).__name__}, expected None, "
+            f"since it is not honoured; {instead}"
+        )
 
 
 def _check_mask(where: str, mask: Any, expected: tuple[int, ...]) -> None:
     """Check that a mask is what `AttentionMaskInterface` or a caller may give."""
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{where}: attention_mask: got {type(mask).__name__}, expected a tensor "
-                        f"that broadcasts to {expected}, or None")  # fmt: skip
+        raise TypeError(
+            f"{where}: attention_mask: got {type(mask).__name__}, expected a tensor "
+            f"that broadcasts to {expected}, or None"
+        )
     fits = mask.ndim == 4 and all(
         have in (1, want) for have, want in zip(mask.shape[:2], expected[:2], strict=True)
     )
     if not fits or tuple(mask.shape[2:]) != expected[2:]:
-        raise ValueError(f"{where}: attention_mask: got shape {tuple(mask.shape)}, expected one "
-                         f"that broadcasts to {expected}")  # fmt: skip
+        raise ValueError(
+            f"{where}: attention_mask: got shape {tuple(mask.shape)}, expected one "
+            f"that broadcasts to {expected}"
+        )
 
 
 def _one_dtype(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

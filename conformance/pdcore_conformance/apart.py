@@ -32,13 +32,17 @@ def timed(name: str, workload: Workload, repeat: int, threads: int) -> list[floa
     """Time a backend or a peer by name, in this process; seconds a call."""
     peer = PEERS.get(name)
     library = registered()[name].library if peer is None else peer.library
-    backend = name if peer is None else next(n for n, b in registered().items()
-                                             if b.library == library)  # fmt: skip
+    backend = (
+        name if peer is None else next(n for n, b in registered().items() if b.library == library)
+    )
     bench = Bench(backend, "cpu", "quick", [], threads)
     with bench.limited(), bench.framework.precision(workload.dtype):
         given = bench.arrays(workload, bench.framework)
-        call = bench.call(workload, *given) if peer is None else \
-            bench.peer_call(peer, workload, *given)  # fmt: skip
+        call = (
+            bench.call(workload, *given)
+            if peer is None
+            else bench.peer_call(peer, workload, *given)
+        )
         call()
         found = []
         for _ in range(repeat):
@@ -62,8 +66,15 @@ def apart(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 else reversed(names):
-            text = _run("--worker", name, *_words(workload), "--repeat", str(repeat),
-                        "--threads", str(threads))  # fmt: skip
+            text = _run(
+                "--worker",
+                name,
+                *_words(workload),
+                "--repeat",
+                str(repeat),
+                "--threads",
+                str(threads),
+            )
             times[name].append(statistics.median(json.loads(text.splitlines()[-1])))
     return times
 
@@ -80,8 +91,16 @@ def _run(*words: str) -> str:
 
 
 def _words(workload: Workload) -> list[str]:
-    return ["--spec", workload.spec, "--shape", ",".join(map(str, workload.shape)),
-            "--dtype", workload.dtype, "--direction", workload.direction]  # fmt: skip
+    return [
+        "--spec",
+        workload.spec,
+        "--shape",
+        ",".join(map(str, workload.shape)),
+        "--dtype",
+        workload.dtype,
+        "--direction",
+        workload.direction,
+    ]
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -94,8 +113,13 @@ def _shape(text: str) -> tuple[int, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pdcore_conformance.apart", description=__doc__)
     parser.add_argument("backend", nargs="?", default="jax", help="a backend (default: jax)")
-    parser.add_argument("--against", default="torch SDPA", choices=sorted(PEERS), metavar="PEER",
-                        help="a peer that runs on the CPU (default: torch SDPA)")  # fmt: skip
+    parser.add_argument(
+        "--against",
+        default="torch SDPA",
+        choices=sorted(PEERS),
+        metavar="PEER",
+        help="a peer that runs on the CPU (default: torch SDPA)",
+    )
     parser.add_argument("--spec", default="softmax")
     parser.add_argument("--shape", type=_shape, default=(1, 8, 4096, 64), metavar="B,H,N,D")
     parser.add_argument("--dtype", default="float32")
@@ -116,8 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(timed(options.worker, workload, options.repeat, options.threads)))
         return 0
     where = environment()
-    times = apart((options.backend, options.against), workload, rounds=options.rounds,
-                  repeat=options.repeat, threads=options.threads)  # fmt: skip
+    times = apart(
+        (options.backend, options.against),
+        workload,
+        rounds=options.rounds,
+        repeat=options.repeat,
+        threads=options.threads,
+    )
     pairs = zip(times[options.against], times[options.backend], strict=True)
     ratios = [theirs / ours for theirs, ours in pairs]
     low, middle, high = quartiles(ratios)

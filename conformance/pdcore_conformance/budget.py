@@ -88,14 +88,23 @@ class Verdict(NamedTuple):
         return self.ratio <= 1.0
 
     def __str__(self) -> str:
-        return (f"error {self.error:.3g} is {self.ratio:.3g} of its budget {self.budget:.3g} "
-                f"at {self.head}")  # fmt: skip
+        return (
+            f"error {self.error:.3g} is {self.ratio:.3g} of its budget {self.budget:.3g} "
+            f"at {self.head}"
+        )
 
 
 def expect(
-    q: Any, k: Any, v: Any, spec: Any = "softmax", *, d_out: Any = None, d_lse: Any = None,
-    weights: bool = False, **call: Any,
-) -> Expected:  # fmt: skip
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: Any = "softmax",
+    *,
+    d_out: Any = None,
+    d_lse: Any = None,
+    weights: bool = False,
+    **call: Any,
+) -> Expected:
     """Run the oracle and the reference in the tested dtype.
 
     Parameters
@@ -129,10 +138,13 @@ def expect(
     found = []
     for given, more in zip(inputs, (rounding, {}), strict=True):
         if d_out is None:
-            outputs = dict(zip(
-                ("out", "lse"), reference_attention(spec=spec, return_lse=True, **given, **more),
-                strict=True,
-            ))  # fmt: skip
+            outputs = dict(
+                zip(
+                    ("out", "lse"),
+                    reference_attention(spec=spec, return_lse=True, **given, **more),
+                    strict=True,
+                )
+            )
         else:
             outputs = differentiated(spec, given, more, (d_out, d_lse))
         if weights:
@@ -198,9 +210,15 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
 
 
 def judge_array(
-    got: Any, oracle: Array, low: Array, *, dtype: str, axes: int = 2, name: str = "out",
+    got: Any,
+    oracle: Array,
+    low: Array,
+    *,
+    dtype: str,
+    axes: int = 2,
+    name: str = "out",
     scale: float = 0.0,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Judge one output.
 
     Parameters

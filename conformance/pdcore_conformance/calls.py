@@ -143,10 +143,19 @@ class Call:
         present = self.shapes
         kind = self.offset if isinstance(self.offset, str) else "int"
         return Request(
-            self.parsed, library, self.dtype, device,
-            (*full[:-1], self.dim), present["k"], present["v"],
-            present.get("mask"), present.get("key_mask"), present.get("bias"), kind, **asked,
-        )  # fmt: skip
+            self.parsed,
+            library,
+            self.dtype,
+            device,
+            (*full[:-1], self.dim),
+            present["k"],
+            present["v"],
+            present.get("mask"),
+            present.get("key_mask"),
+            present.get("bias"),
+            kind,
+            **asked,
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -204,8 +213,11 @@ class Call:
             options["offset"] = np.asarray(rng.integers(-2, 5, shape), np.int64)
         elif self.offset != 0:
             options["offset"] = self.offset
-        params = {p.name: self._parameter(rng, p).astype(dtype)
-                  for p in self.parsed.parameters() if self.given or p.default is None}  # fmt: skip
+        params = {
+            p.name: self._parameter(rng, p).astype(dtype)
+            for p in self.parsed.parameters()
+            if self.given or p.default is None
+        }
         if params:
             options["params"] = params
         q, k, v = (_laid_out(x.astype(dtype), self.layout) for x in (q, k, v))

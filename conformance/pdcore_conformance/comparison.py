@@ -21,9 +21,13 @@ GROWN, NEAR = 2.0, 0.5
 
 # Outcomes of one rank are no better and no worse than one another.
 _RANK: Mapping[Outcome, int] = {
-    "passed": 3, "refusal verified": 2, "not claimed": 2, "known failure": 1,
-    "failed": 0, "error": 0,
-}  # fmt: skip
+    "passed": 3,
+    "refusal verified": 2,
+    "not claimed": 2,
+    "known failure": 1,
+    "failed": 0,
+    "error": 0,
+}
 _NOW: Mapping[Outcome, str] = {
     "passed": "passes now",
     "refusal verified": "refused now",
@@ -197,8 +201,9 @@ def _compare_cases(found: Comparison, name: str, old: Run, new: Run) -> None:
     narrower = _narrower(old, new)
     missing = [case for case in was if case not in now]
     if missing and narrower:
-        found.notes.append(f"{name}: {len(missing):,} cases are only in the first record, because "
-                           f"{narrower}")  # fmt: skip
+        found.notes.append(
+            f"{name}: {len(missing):,} cases are only in the first record, because {narrower}"
+        )
     elif missing:
         found.changes += [
             Change("worse", name, "case missing", case, was[case]["outcome"]) for case in missing
@@ -258,8 +263,12 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         **{
             way: [
                 {
-                    "backend": c.where, "kind": c.kind, "what": c.what, "before": c.before,
-                    "after": c.after, "about": "numerics" if c.numerics else "speed",
+                    "backend": c.where,
+                    "kind": c.kind,
+                    "what": c.what,
+                    "before": c.before,
+                    "after": c.after,
+                    "about": "numerics" if c.numerics else "speed",
                 }
                 for c in found.of(way)
             ]
@@ -268,4 +277,4 @@ def as_dict(found: Comparison) -> dict[str, Any]:
         "notes": found.notes,
         "cases_compared": found.compared,
         "exit_code": int(found.exit_code),
-    }  # fmt: skip
+    }

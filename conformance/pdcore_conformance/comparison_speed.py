@@ -166,11 +166,15 @@ def _notes(
         notes.append(f"{name}: speed is compared over other versions: {', '.join(versions)}")
     for which, speed in (("first", was), ("second", now)):
         if speed["load"] is not None and speed["load"] > BUSY:
-            notes.append(f"{name}: the machine of the {which} record was busy before timing "
-                         f"(load {number(speed['load'])})")  # fmt: skip
+            notes.append(
+                f"{name}: the machine of the {which} record was busy before timing "
+                f"(load {number(speed['load'])})"
+            )
     if unjudged:
-        notes.append(f"{name}: {len(unjudged)} figures have no interval, and are not judged: "
-                     f"{'; '.join(unjudged[:3])}{' ...' if len(unjudged) > 3 else ''}")  # fmt: skip
+        notes.append(
+            f"{name}: {len(unjudged)} figures have no interval, and are not judged: "
+            f"{'; '.join(unjudged[:3])}{' ...' if len(unjudged) > 3 else ''}"
+        )
     return notes
 
 

@@ -17,9 +17,16 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "Traced", "binary", "constants", "gradients", "lifted", "multiply", "sum_to", "unary",
+    "Traced",
+    "binary",
+    "constants",
+    "gradients",
+    "lifted",
+    "multiply",
+    "sum_to",
+    "unary",
     "value_of",
-]  # fmt: skip
+]
 
 Array = np.ndarray[Any, Any]
 Pull = Callable[[Array], Array]

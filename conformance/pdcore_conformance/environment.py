@@ -65,13 +65,18 @@ def gpu() -> Gpu | None:
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
-            check=True, capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
         name, memory, driver, capability = map(str.strip, done.stdout.splitlines()[0].split(","))
         return {
-            "name": name, "memory_gib": round(float(memory) / 1024, 1), "driver": driver,
+            "name": name,
+            "memory_gib": round(float(memory) / 1024, 1),
+            "driver": driver,
             "capability": capability,
-        }  # fmt: skip
+        }
     except (OSError, subprocess.SubprocessError, IndexError, ValueError):
         return None
 

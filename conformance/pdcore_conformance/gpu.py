@@ -60,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = plugins.registered()
     for name in names:
         if name not in known:
-            print(f"gpu: --only: unknown backend {name!r}; expected some of {', '.join(known)}",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"gpu: --only: unknown backend {name!r}; expected some of {', '.join(known)}",
+                file=sys.stderr,
+            )
             return int(Exit.USAGE)
     if options.device == "cpu" and not options.only:
         names = [name for name in names if "cpu" in known[name].devices]
@@ -81,22 +83,47 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done; 1 not all was reached; 5 no GPU, or a framework without one; "
         "7 a case fails; 9 a package is missing.",
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu-records"), metavar="FOLDER",
-                        help="where the records go (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--budget-s", type=float, default=480.0, metavar="SECONDS",
-                        help="begin nothing after these (default: %(default)g)")  # fmt: skip
-    parser.add_argument("--only", action="append", metavar="NAME,...",
-                        help=f"only these backends (default: {','.join(TARGETS)})")  # fmt: skip
-    parser.add_argument("--resume", action="store_true",
-                        help="keep what an earlier run of this commit has finished")  # fmt: skip
-    parser.add_argument("--grid", choices=("quick", "full"), default="quick",
-                        help="sizes, dtypes and shapes (default: quick)")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu-records"),
+        metavar="FOLDER",
+        help="where the records go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=480.0,
+        metavar="SECONDS",
+        help="begin nothing after these (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME,...",
+        help=f"only these backends (default: {','.join(TARGETS)})",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what an earlier run of this commit has finished"
+    )
+    parser.add_argument(
+        "--grid",
+        choices=("quick", "full"),
+        default="quick",
+        help="sizes, dtypes and shapes (default: quick)",
+    )
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself")
-    parser.add_argument("--case", action="append", default=[], metavar="ID",
-                        help="only this case; may be given several times")  # fmt: skip
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="only this case; may be given several times",
+    )
     parser.add_argument("--no-speed", action="store_true", help="numerics only")
-    parser.add_argument("--allow-missing", action="store_true",
-                        help="succeed where a backend is not available here")  # fmt: skip
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="succeed where a backend is not available here"
+    )
     return parser
 
 
@@ -156,8 +183,9 @@ class Session:
     def ask_nvidia_smi(self) -> None:
         """Keep what nvidia-smi says beside the records."""
         with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30,
-                                  check=True)  # fmt: skip
+            done = subprocess.run(
+                ["nvidia-smi"], capture_output=True, text=True, timeout=30, check=True
+            )
             (self.out / "nvidia-smi.txt").write_text(done.stdout, encoding="utf-8")
 
     def probe(self) -> None:
@@ -207,8 +235,10 @@ class Session:
         for target, ids in todo.items():
             count = share.get(target, 0)
             kept = len(self.wanted[target]) - len(ids)
-            self.say(f"{target}: {len(ids)} cases in {count} processes"
-                     + (f", {kept} are kept from before" if kept else ""))  # fmt: skip
+            self.say(
+                f"{target}: {len(ids)} cases in {count} processes"
+                + (f", {kept} are kept from before" if kept else "")
+            )
             works[target] = [
                 self.workers.start(
                     f"numerics.{index}", target, self.job(target, ids[index::count], until), room
@@ -223,8 +253,12 @@ class Session:
     def collect(self, target: str, earlier: Run | None, works: list[Work]) -> None:
         """Put the parts of a target together, and name what is missing."""
         wanted = self.wanted[target]
-        found = joined(earlier, [run for work in works if (run := work.run()) is not None], wanted,
-                       selected=bool(self.options.case))  # fmt: skip
+        found = joined(
+            earlier,
+            [run for work in works if (run := work.run()) is not None],
+            wanted,
+            selected=bool(self.options.case),
+        )
         self.unreached += [
             f"{target}, {work.stage}: {work.last_words()}" for work in works if work.failed
         ]
@@ -288,9 +322,11 @@ class Session:
             earlier = str(self.path(target, "speed")) if target in self.speed else None
             self.say(f"{target}: speed, nothing new after {seconds:.0f} s")
             work = self.workers.start(
-                "speed", target, self.job(target, [], seconds, earlier),
+                "speed",
+                target,
+                self.job(target, [], seconds, earlier),
                 variables(self.options.device),
-            )  # fmt: skip
+            )
             self.workers.wait([work], seconds + GRACE)
             run = work.run()
             if work.failed or run is None:
@@ -332,8 +368,13 @@ class Session:
         self, target: str, cases: list[str], seconds: float = 0.0, earlier: str | None = None
     ) -> dict[str, object]:
         """Describe what a process is to do, see `pdcore_conformance.gpu_stage.Job`."""
-        return {"target": target, "grid": self.options.grid, "cases": cases, "seconds": seconds,
-                "earlier": earlier}  # fmt: skip
+        return {
+            "target": target,
+            "grid": self.options.grid,
+            "cases": cases,
+            "seconds": seconds,
+            "earlier": earlier,
+        }
 
     def path(self, target: str, stage: str) -> Path:
         """Name the file of a stage."""

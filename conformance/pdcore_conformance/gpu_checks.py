@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from .gpu_wrappers import Check
     from .record import Case, Outcome
 
-__all__ = ["BACKENDS", "GROUP", "TOOLS", "cases", "is_check", "is_checked", "main", "small_calls",
-           "unwind_when_ended"]  # fmt: skip
+__all__ = [
+    "BACKENDS",
+    "GROUP",
+    "TOOLS",
+    "cases",
+    "is_check",
+    "is_checked",
+    "main",
+    "small_calls",
+    "unwind_when_ended",
+]
 
 #: The backends whose kernels these are.
 BACKENDS = ("cupy",)
@@ -112,8 +121,9 @@ def cases(target: str, seconds: float) -> Iterator[Case]:
     """Check everything, with so many seconds for all of the sanitizer."""
     yield from wrapper_cases()
     for tool in TOOLS:
-        yield _case(f"compute-sanitizer[{tool}]",
-                    partial(_sanitized, tool, target, seconds / len(TOOLS)))  # fmt: skip
+        yield _case(
+            f"compute-sanitizer[{tool}]", partial(_sanitized, tool, target, seconds / len(TOOLS))
+        )
 
 
 def wrapper_cases() -> Iterator[Case]:
@@ -149,16 +159,22 @@ def compiled() -> dict[str, Any]:
 
     capability = int(cupy.cuda.Device().compute_capability)
     names = [check.kernel for check in checks() if check.capability <= capability]
-    module = cupy.RawModule(code=source(), options=("-std=c++17",),
-                            name_expressions=tuple(dict.fromkeys(names)))  # fmt: skip
+    module = cupy.RawModule(
+        code=source(), options=("-std=c++17",), name_expressions=tuple(dict.fromkeys(names))
+    )
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
         made = cupy.empty(shape, dtype)
         made.data.memset(0xFF, made.nbytes)
         return made
 
-    return {"module": module, "capability": capability, "array": cupy.asarray, "empty": empty,
-            "host": cupy.asnumpy}  # fmt: skip
+    return {
+        "module": module,
+        "capability": capability,
+        "array": cupy.asarray,
+        "empty": empty,
+        "host": cupy.asnumpy,
+    }
 
 
 def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | None]:
@@ -166,8 +182,20 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
     program = shutil.which("compute-sanitizer")
     if program is None:
         return "not claimed", "compute-sanitizer is not on the path; it comes with the CUDA toolkit"
-    command = [program, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "5",
-               sys.executable, "-m", "pdcore_conformance.gpu_checks", target, "small"]  # fmt: skip
+    command = [
+        program,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        str(FOUND),
+        "--print-limit",
+        "5",
+        sys.executable,
+        "-m",
+        "pdcore_conformance.gpu_checks",
+        target,
+        "small",
+    ]
     try:
         done = _run(command, seconds)
     except subprocess.TimeoutExpired:
@@ -182,8 +210,9 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
 
 def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
     """Run a command; what it has started, which holds the GPU, ends with it."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          start_new_session=True) as process:  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             out, errors = process.communicate(timeout=seconds)
         except BaseException:
@@ -239,10 +268,16 @@ def _case(name: str, check: Callable[[], tuple[Outcome, str | None]]) -> Case:
     except Exception as error:  # noqa: BLE001 - a check must not keep the others from running
         outcome, message = "error", f"{type(error).__name__}: {error}"
     return {
-        "id": f"{GROUP}::{name}", "group": GROUP, "level": "optional", "features": [],
-        "outcome": outcome, "ratio": None, "verdicts": {}, "message": message,
+        "id": f"{GROUP}::{name}",
+        "group": GROUP,
+        "level": "optional",
+        "features": [],
+        "outcome": outcome,
+        "ratio": None,
+        "verdicts": {},
+        "message": message,
         "seconds": time.perf_counter() - began,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ __all__ = ["absent", "joined", "summary", "with_cases"]
 SHOWN = 5
 
 
-def joined(earlier: Run | None, parts: Sequence[Run], wanted: Sequence[str], *,
-           selected: bool = False) -> Run | None:  # fmt: skip
+def joined(
+    earlier: Run | None, parts: Sequence[Run], wanted: Sequence[str], *, selected: bool = False
+) -> Run | None:
     """Make one run of those that had a part of the cases each.
 
     Parameters
@@ -115,8 +116,10 @@ def summary(run: Run) -> Iterator[str]:
         yield "  speed: the numerics at the timed shapes are red, so nothing was timed"
     for entry in speed["ratios"]:
         shape = "x".join(map(str, entry["shape"]))
-        yield (f"  {entry['spec']} {entry['dtype']} {entry['direction']} ({shape}): "
-               f"{entry['ratio']:.2f} times as fast as {entry['peer']}")  # fmt: skip
+        yield (
+            f"  {entry['spec']} {entry['dtype']} {entry['direction']} ({shape}): "
+            f"{entry['ratio']:.2f} times as fast as {entry['peer']}"
+        )
     for figure in speed["figures"]:
         yield f"  {figure['name']}: {figure['value']:.3g} {figure['unit']}"
     absent: dict[str, list[str]] = {}

@@ -133,9 +133,7 @@ def numerics(job: Job) -> None:
     from . import running
 
     watch = _InTime(job)
-    outcome = running.conform(
-        job["target"], grid=job["grid"], cases=job["cases"], more=[watch]
-    )  # fmt: skip
+    outcome = running.conform(job["target"], grid=job["grid"], cases=job["cases"], more=[watch])
     if outcome.run is None:
         raise RuntimeError(f"the suite did not start: pytest ended with {outcome.code}")
     watch.write(outcome.run)
@@ -177,9 +175,16 @@ def speed(job: Job) -> None:
 
     earlier = record.load(job["earlier"])["runs"][0]["speed"] if job["earlier"] else None
     keep(
-        measure(name, device, grid=job["grid"], deadline=job["seconds"], say=say, keep=keep,
-                earlier=earlier)
-    )  # fmt: skip
+        measure(
+            name,
+            device,
+            grid=job["grid"],
+            deadline=job["seconds"],
+            say=say,
+            keep=keep,
+            earlier=earlier,
+        )
+    )
 
 
 if __name__ == "__main__":

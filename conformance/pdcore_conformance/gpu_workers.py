@@ -40,8 +40,14 @@ class Work:
         Whether it was ended from outside.
     """
 
-    def __init__(self, stage: str, target: str, file: Path, job: Mapping[str, Any],
-                 environment: Mapping[str, str]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        stage: str,
+        target: str,
+        file: Path,
+        job: Mapping[str, Any],
+        environment: Mapping[str, str],
+    ) -> None:
         self.stage, self.target, self.file, self.ended = stage, target, file, False
         self.log = file.with_suffix(".log")
         description = file.with_suffix(".job")
@@ -54,9 +60,12 @@ class Work:
             # A group of its own, so that what it starts ends with it.
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pdcore_conformance.gpu_stage", str(description)],
-                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=dict(environment), start_new_session=True,
-            )  # fmt: skip
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=dict(environment),
+                start_new_session=True,
+            )
 
     @property
     def running(self) -> bool:
@@ -125,8 +134,9 @@ class Workers:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.all: list[Work] = []
 
-    def start(self, stage: str, target: str, job: Mapping[str, Any],
-              environment: Mapping[str, str]) -> Work:  # fmt: skip
+    def start(
+        self, stage: str, target: str, job: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> Work:
         """Start a process."""
         file = self.folder / f"{target.replace(':', '-')}.{stage}.json"
         work = Work(stage, target, file, job, environment)
@@ -137,8 +147,9 @@ class Workers:
         """List the records that processes have left of a stage."""
         return sorted(self.folder.glob(f"{target.replace(':', '-')}.{stage}*.json"))
 
-    def wait(self, works: Iterable[Work], seconds: float,
-             say: Callable[[str], None] = lambda text: None) -> None:  # fmt: skip
+    def wait(
+        self, works: Iterable[Work], seconds: float, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         """Wait for processes, and end those that are not through after so many seconds."""
         works = list(works)
         until = time.monotonic() + seconds
@@ -229,7 +240,8 @@ def variables(device: str, *, threads: int | None = None) -> dict[str, str]:
 
 def _roots() -> list[Path]:
     """Find the folders of a checkout, where the packages come from one and are not installed."""
-    folders = [Path(folder) for name in _PACKAGES
-               for folder in importlib.import_module(name).__path__]  # fmt: skip
+    folders = [
+        Path(folder) for name in _PACKAGES for folder in importlib.import_module(name).__path__
+    ]
     found = dict.fromkeys(folder.resolve().parent for folder in folders)
     return [root for root in found if root.name not in ("site-packages", "dist-packages")]

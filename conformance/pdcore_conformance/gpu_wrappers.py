@@ -147,9 +147,13 @@ def checks() -> Iterator[Check]:
 
 
 def difference(
-    check: Check, module: Any, *, array: Callable[[Array], Any],
-    empty: Callable[[tuple[int, ...], Any], Any], host: Callable[[Any], Array],
-) -> str:  # fmt: skip
+    check: Check,
+    module: Any,
+    *,
+    array: Callable[[Array], Any],
+    empty: Callable[[tuple[int, ...], Any], Any],
+    host: Callable[[Any], Array],
+) -> str:
     """Launch, and say how the results differ from what is expected; nothing if they do not.
 
     Parameters
@@ -187,9 +191,11 @@ def _differs(found: Array, expected: Array, rtol: float) -> str:
     if not wrong.size:
         return ""
     i = wrong[0]
-    return (f"{wrong.size} of {expected.size} entries differ, the first is {i}: got {found[i]} "
-            f"({found.view(bits)[i]:#x}), expected {expected[i]} "
-            f"({expected.view(bits)[i]:#x})")  # fmt: skip
+    return (
+        f"{wrong.size} of {expected.size} entries differ, the first is {i}: got {found[i]} "
+        f"({found.view(bits)[i]:#x}), expected {expected[i]} "
+        f"({expected.view(bits)[i]:#x})"
+    )
 
 
 def narrowed(x: Array, name: str) -> Array:
@@ -226,8 +232,13 @@ def _conversions(name: str) -> Check:
     second = narrow[np.arange(x.size) // 2].astype(np.uint32)
     pairs = narrow | second << np.uint32(16)
     results = [Output(y, y.shape) for y in (narrow, widened(narrow, name), pairs)]
-    return Check(f"conversions, {name}", f"convert<ptx::{name}>", -(-x.size // 256), 256,
-                 (x, *results, np.int32(x.size)))  # fmt: skip
+    return Check(
+        f"conversions, {name}",
+        f"convert<ptx::{name}>",
+        -(-x.size // 256),
+        256,
+        (x, *results, np.int32(x.size)),
+    )
 
 
 def _exponential() -> Check:
@@ -237,8 +248,9 @@ def _exponential() -> Check:
         expected = np.exp2(x)
     expected[expected < 2.0**-126] = 0
     # PTX promises 2 units in the last place.
-    return Check("ex2.approx", "exponential", 1, x.size,
-                 (x, Output(expected, expected.shape, rtol=2.0**-22)))  # fmt: skip
+    return Check(
+        "ex2.approx", "exponential", 1, x.size, (x, Output(expected, expected.shape, rtol=2.0**-22))
+    )
 
 
 def _ldmatrix(count: int, transposed: bool) -> Check:
@@ -246,8 +258,13 @@ def _ldmatrix(count: int, transposed: bool) -> Check:
     rows = np.ascontiguousarray(x.swapaxes(1, 2) if transposed else x)
     expected = rows.reshape(count, 64).view(np.uint32)
     way = ".trans" if transposed else ""
-    return Check(f"ldmatrix.x{count}{way}", f"load<{count}, {str(transposed).lower()}>", 1, 32,
-                 (x, Output(expected, expected.shape)))  # fmt: skip
+    return Check(
+        f"ldmatrix.x{count}{way}",
+        f"load<{count}, {str(transposed).lower()}>",
+        1,
+        32,
+        (x, Output(expected, expected.shape)),
+    )
 
 
 def _mma(name: str) -> Check:
@@ -257,9 +274,14 @@ def _mma(name: str) -> Check:
         rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8))
     )
     expected = a @ b + c
-    return Check(f"mma.m16n8k16, {name}", f"multiply<ptx::{name}>", 1, 32,
-                 (narrowed(a, name), narrowed(b, name), c, Output(expected, expected.shape)),
-                 80)  # fmt: skip
+    return Check(
+        f"mma.m16n8k16, {name}",
+        f"multiply<ptx::{name}>",
+        1,
+        32,
+        (narrowed(a, name), narrowed(b, name), c, Output(expected, expected.shape)),
+        80,
+    )
 
 
 def _cp_async(bytes_: int, read: int) -> Check:
@@ -267,5 +289,11 @@ def _cp_async(bytes_: int, read: int) -> Check:
     expected = np.where(np.arange(bytes_) < read, x, np.int8(0))
     # After the first wait only the first stage is there for certain.
     early, late = Output(expected[0], x.shape), Output(expected, x.shape)
-    return Check(f"cp.async of {bytes_} bytes, {read} read", f"stages<{bytes_}>", 1, 32,
-                 (x, early, late, np.int32(read)), 80)  # fmt: skip
+    return Check(
+        f"cp.async of {bytes_} bytes, {read} read",
+        f"stages<{bytes_}>",
+        1,
+        32,
+        (x, early, late, np.int32(read)),
+        80,
+    )

@@ -95,6 +95,10 @@ def run_python(code: str, **variables: str) -> str:
     """Run code in a fresh interpreter and give what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        check=True, capture_output=True, text=True, timeout=600, env={**os.environ, **variables},
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, **variables},
+    )
     return done.stdout

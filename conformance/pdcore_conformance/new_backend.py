@@ -64,12 +64,19 @@ def new_backend(name: str, folder: Path, *, library: str = "numpy") -> Path:
         lacks += ["float16", "bfloat16"]
     try:
         run_copy(
-            str(TEMPLATE), project, defaults=True, quiet=True, overwrite=True,
+            str(TEMPLATE),
+            project,
+            defaults=True,
+            quiet=True,
+            overwrite=True,
             data={
-                "name": name, "library": library, "lacks": lacks, "pdcore": __version__,
+                "name": name,
+                "library": library,
+                "lacks": lacks,
+                "pdcore": __version__,
                 "requirement": _DISTRIBUTIONS.get(library, library),
             },
-        )  # fmt: skip
+        )
     except OSError as error:
         raise OutputError(f"{project}: {error}") from error
     return project

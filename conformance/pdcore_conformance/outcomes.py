@@ -40,10 +40,16 @@ def new_case(
 ) -> Case:
     """Begin the record of a case."""
     return {
-        "id": name, "group": name.partition("::")[0],
-        "level": "core" if level == "core" else "optional", "features": features,
-        "outcome": outcome, "ratio": None, "verdicts": {}, "message": message, "seconds": 0.0,
-    }  # fmt: skip
+        "id": name,
+        "group": name.partition("::")[0],
+        "level": "core" if level == "core" else "optional",
+        "features": features,
+        "outcome": outcome,
+        "ratio": None,
+        "verdicts": {},
+        "message": message,
+        "seconds": 0.0,
+    }
 
 
 def plain(evidence: Evidence) -> dict[str, Any]:
@@ -54,5 +60,8 @@ def plain(evidence: Evidence) -> dict[str, Any]:
     }
     ratio = max((v["ratio"] for v in verdicts.values()), default=None)
     return {
-        "verdicts": verdicts, "ratio": ratio, "outcome": evidence.outcome, "note": evidence.note
-    }  # fmt: skip
+        "verdicts": verdicts,
+        "ratio": ratio,
+        "outcome": evidence.outcome,
+        "note": evidence.note,
+    }

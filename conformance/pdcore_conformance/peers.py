@@ -143,8 +143,16 @@ def _backend(name: str, info: BackendInfo) -> Peer:
         return lambda x: layer(x["q"], x["k"], x["v"])
 
     differentiates = info.support("autodiff") == "full"
-    return Peer(name, info.library, None, make, tuple(info.devices), tuple(info.requires),
-                info.install, differentiates)  # fmt: skip
+    return Peer(
+        name,
+        info.library,
+        None,
+        make,
+        tuple(info.devices),
+        tuple(info.requires),
+        info.install,
+        differentiates,
+    )
 
 
 def _plain(name: str) -> Callable[[Workload], Attention]:
@@ -263,7 +271,7 @@ def _jax(implementation: str) -> Callable[[Workload], Attention]:
             q, k, v = (x[name].swapaxes(-2, -3) for name in "qkv")
             out = jax.nn.dot_product_attention(
                 q, k, v, is_causal=causal, implementation=implementation
-            )  # fmt: skip
+            )
             return out.swapaxes(-2, -3)
 
         return attend
@@ -289,9 +297,12 @@ def _onnx(workload: Workload) -> Attention:
     names = ("q", "k", "v", "out")
     q, k, v, out = (onnx.helper.make_tensor_value_info(n, element, workload.shape) for n in names)
     node = onnx.helper.make_node(
-        "Attention", names[:3], names[3:], scale=1 / math.sqrt(workload.shape[-1]),
+        "Attention",
+        names[:3],
+        names[3:],
+        scale=1 / math.sqrt(workload.shape[-1]),
         is_causal=int("causal" in workload.spec),
-    )  # fmt: skip
+    )
     graph = onnx.helper.make_graph([node], "attention", [q, k, v], [out])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
     model.ir_version = 11
@@ -318,9 +329,10 @@ def _threads() -> int:
 _SDPA = ("softmax", "causal")
 #: Of PyTorch's fused kernels on CUDA: how a peer and PyTorch call them.
 _KERNELS = (
-    ("flash", "FLASH_ATTENTION"), ("efficient", "EFFICIENT_ATTENTION"),
+    ("flash", "FLASH_ATTENTION"),
+    ("efficient", "EFFICIENT_ATTENTION"),
     ("cudnn", "CUDNN_ATTENTION"),
-)  # fmt: skip
+)
 _TORCH = "pip install 'pdcore[torch]'"
 _JAX = "pip install 'pdcore[jax]'"
 _CUPY = "pip install 'pdcore[cupy]'"
@@ -342,34 +354,117 @@ PEERS: Mapping[str, Peer] = {
             for label, kernel in (*_KERNELS, ("math", "MATH"))
         ),
         *(
-            Peer(f"torch SDPA of softmax, {label}", "torch", ("bn", half_pooled(16)),
-                 _sdpa(kernel), ("cuda",), (), _TORCH, True, "softmax")
+            Peer(
+                f"torch SDPA of softmax, {label}",
+                "torch",
+                ("bn", half_pooled(16)),
+                _sdpa(kernel),
+                ("cuda",),
+                (),
+                _TORCH,
+                True,
+                "softmax",
+            )
             for label, kernel in _KERNELS
         ),
-        Peer("torch SDPA of softmax", "torch", ("bn", half_pooled(8), half_pooled(16)),
-             _sdpa(None), _BOTH, (), _TORCH, True, "softmax"),
-        Peer("torch SDPA of causal softmax", "torch", ("causal+bn(statistics=prefix)",),
-             _sdpa(None), _BOTH, (), _TORCH, True, "causal"),
-        Peer("performer-pytorch", "torch", ("linear", "causal+linear"), _performer, ("cpu",),
-             ("performer_pytorch",), "pip install --no-deps performer-pytorch einops "
-             "local-attention axial-positional-embedding", True),
-        Peer("literal Attention-BN, torch", "torch", ("bn",), _textbook_torch, _BOTH, (), _TORCH,
-             True),
-        Peer("literal Attention-BN, torch SDPA", "torch", ("bn",), _literal_torch, _BOTH, (),
-             _TORCH, True),
+        Peer(
+            "torch SDPA of softmax",
+            "torch",
+            ("bn", half_pooled(8), half_pooled(16)),
+            _sdpa(None),
+            _BOTH,
+            (),
+            _TORCH,
+            True,
+            "softmax",
+        ),
+        Peer(
+            "torch SDPA of causal softmax",
+            "torch",
+            ("causal+bn(statistics=prefix)",),
+            _sdpa(None),
+            _BOTH,
+            (),
+            _TORCH,
+            True,
+            "causal",
+        ),
+        Peer(
+            "performer-pytorch",
+            "torch",
+            ("linear", "causal+linear"),
+            _performer,
+            ("cpu",),
+            ("performer_pytorch",),
+            "pip install --no-deps performer-pytorch einops "
+            "local-attention axial-positional-embedding",
+            True,
+        ),
+        Peer(
+            "literal Attention-BN, torch",
+            "torch",
+            ("bn",),
+            _textbook_torch,
+            _BOTH,
+            (),
+            _TORCH,
+            True,
+        ),
+        Peer(
+            "literal Attention-BN, torch SDPA",
+            "torch",
+            ("bn",),
+            _literal_torch,
+            _BOTH,
+            (),
+            _TORCH,
+            True,
+        ),
         Peer("jax.nn.dot_product_attention", "jax", _SDPA, _jax("xla"), _BOTH, (), _JAX, True),
-        Peer("jax.nn.dot_product_attention, cudnn", "jax", _SDPA, _jax("cudnn"), ("cuda",), (),
-             _JAX, True),
+        Peer(
+            "jax.nn.dot_product_attention, cudnn",
+            "jax",
+            _SDPA,
+            _jax("cudnn"),
+            ("cuda",),
+            (),
+            _JAX,
+            True,
+        ),
         *(
-            Peer(f"jax.nn.dot_product_attention of softmax{label}", "jax",
-                 ("bn", half_pooled(8), half_pooled(16)), _jax(name), devices, (), _JAX, True,
-                 "softmax")
+            Peer(
+                f"jax.nn.dot_product_attention of softmax{label}",
+                "jax",
+                ("bn", half_pooled(8), half_pooled(16)),
+                _jax(name),
+                devices,
+                (),
+                _JAX,
+                True,
+                "softmax",
+            )
             for label, name, devices in (("", "xla", _BOTH), (", cudnn", "cudnn", ("cuda",)))
         ),
-        Peer("jax.nn.dot_product_attention of causal softmax", "jax",
-             ("causal+bn(statistics=prefix)",), _jax("xla"), _BOTH, (), _JAX, True, "causal"),
+        Peer(
+            "jax.nn.dot_product_attention of causal softmax",
+            "jax",
+            ("causal+bn(statistics=prefix)",),
+            _jax("xla"),
+            _BOTH,
+            (),
+            _JAX,
+            True,
+            "causal",
+        ),
         Peer("literal Attention-BN, jax.nn", "jax", ("bn",), _literal_jax, _BOTH, (), _JAX, True),
-        Peer("onnxruntime Attention", "numpy", _SDPA, _onnx, ("cpu",), ("onnx", "onnxruntime"),
-             "pip install onnx onnxruntime"),
+        Peer(
+            "onnxruntime Attention",
+            "numpy",
+            _SDPA,
+            _onnx,
+            ("cpu",),
+            ("onnx", "onnxruntime"),
+            "pip install onnx onnxruntime",
+        ),
     )
-}  # fmt: skip
+}

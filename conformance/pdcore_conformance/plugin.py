@@ -67,15 +67,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the suite."""
     group = parser.getgroup("pdcore conformance")
     group.addoption("--backend", metavar="NAME[:DEVICE]", help="the backend under test")
-    group.addoption("--level", choices=("core", "all"), default="all",
-                    help="core: only what every backend has to have")  # fmt: skip
-    group.addoption("--grid", choices=("quick", "full"), default="quick",
-                    help="full: more sizes, every pair of axes in every dtype")  # fmt: skip
-    group.addoption("--case", action="append", default=[], metavar="ID",
-                    help="run this case alone; may be given several times")  # fmt: skip
+    group.addoption(
+        "--level",
+        choices=("core", "all"),
+        default="all",
+        help="core: only what every backend has to have",
+    )
+    group.addoption(
+        "--grid",
+        choices=("quick", "full"),
+        default="quick",
+        help="full: more sizes, every pair of axes in every dtype",
+    )
+    group.addoption(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run this case alone; may be given several times",
+    )
     group.addoption("--report", metavar="FILE", help="write the record there, as JSON")
-    group.addoption("--allow-missing", action="store_true",
-                    help="succeed where the backend is not available here")  # fmt: skip
+    group.addoption(
+        "--allow-missing",
+        action="store_true",
+        help="succeed where the backend is not available here",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -83,8 +99,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "claims(*features): asks for what a backend may claim")
     config.addinivalue_line("markers", "full_grid: only with --grid full")
     if config.getoption("--backend") is None:
-        raise pytest.UsageError("--backend NAME[:DEVICE] is missing: which backend is to be tested?"
-                                f" One of {', '.join(plugins.registered())}")  # fmt: skip
+        raise pytest.UsageError(
+            "--backend NAME[:DEVICE] is missing: which backend is to be tested?"
+            f" One of {', '.join(plugins.registered())}"
+        )
     try:
         backend = parse_backend(config.getoption("--backend"))
     except ValueError as error:
@@ -157,8 +175,10 @@ class Conformance:
         wanted = self.option("--case")
         for unknown in sorted(set(wanted) - known):
             close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
-            self.refused = (f"unknown case {unknown!r}; did you mean {close}? "
-                            "`pdcore conform NAME --list` has all of them")  # fmt: skip
+            self.refused = (
+                f"unknown case {unknown!r}; did you mean {close}? "
+                "`pdcore conform NAME --list` has all of them"
+            )
             raise pytest.UsageError(f"--case: {self.refused}")
         kept: list[pytest.Item] = []
         dropped: list[pytest.Item] = []
@@ -186,9 +206,12 @@ class Conformance:
         """Fail for the known failures that name no case: they would hide a new one."""
         for name in sorted(ids) if collected and not self.option("--case") else ():
             self._cases[name] = new_case(
-                name, "core", [], "failed",
+                name,
+                "core",
+                [],
+                "failed",
                 message="listed as a known failure, but the suite has no such case: remove it",
-            )  # fmt: skip
+            )
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -258,8 +281,10 @@ class Conformance:
             run["counts"][case["outcome"]] += 1
         path = self.option("--report")
         interrupted = exitstatus in (
-            pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR
-        )  # fmt: skip
+            pytest.ExitCode.INTERRUPTED,
+            pytest.ExitCode.INTERNAL_ERROR,
+            pytest.ExitCode.USAGE_ERROR,
+        )
         if path and not interrupted:
             record.save(Path(path), [run], replace=True)
         if not interrupted and not self.option("collectonly"):
@@ -280,8 +305,7 @@ class Conformance:
         if not run["available"]:
             return f"pdcore conformance: {run['backend']} is not available: {run['reason']}"
         found = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
-        return (f"pdcore conformance: {run['backend']}:{run['device']} ({found}); "
-                f"{run['precision']}")  # fmt: skip
+        return f"pdcore conformance: {run['backend']}:{run['device']} ({found}); {run['precision']}"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say how many cases ended how."""

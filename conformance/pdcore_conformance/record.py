@@ -43,10 +43,32 @@ from .record_types import (
 )
 
 __all__ = [
-    "KIND", "OUTCOMES", "SCHEMA", "Case", "Environment", "Figure", "Gpu", "Growth", "Memory",
-    "MissingPeer", "Numerics", "Outcome", "Ratio", "Record", "RecordError", "Run", "Speed",
-    "Verdict", "load", "merge", "new_run", "revision", "run_alone", "save", "target",
-]  # fmt: skip
+    "KIND",
+    "OUTCOMES",
+    "SCHEMA",
+    "Case",
+    "Environment",
+    "Figure",
+    "Gpu",
+    "Growth",
+    "Memory",
+    "MissingPeer",
+    "Numerics",
+    "Outcome",
+    "Ratio",
+    "Record",
+    "RecordError",
+    "Run",
+    "Speed",
+    "Verdict",
+    "load",
+    "merge",
+    "new_run",
+    "revision",
+    "run_alone",
+    "save",
+    "target",
+]
 
 
 def target(run: Run) -> str:
@@ -90,8 +112,14 @@ def new_run(backend: str, device: str) -> Run:
         "reason": None,
         "versions": {"pdcore": pdcore.__version__},
         "environment": {
-            "cpu": "unknown", "cores": os.cpu_count() or 1, "threads": None, "blas": None,
-            "load": None, "memory_gib": None, "platform": "unknown", "gpu": None,
+            "cpu": "unknown",
+            "cores": os.cpu_count() or 1,
+            "threads": None,
+            "blas": None,
+            "load": None,
+            "memory_gib": None,
+            "platform": "unknown",
+            "gpu": None,
         },
         "precision": "",
         "capabilities": {},
@@ -99,7 +127,7 @@ def new_run(backend: str, device: str) -> Run:
         "seconds": 0.0,
         "cases": [],
         "speed": None,
-    }  # fmt: skip
+    }
 
 
 def revision() -> tuple[str | None, bool | None]:
@@ -122,8 +150,13 @@ def revision() -> tuple[str | None, bool | None]:
     def git(*arguments: str) -> str:
         found = subprocess.run(
             ["git", "--no-optional-locks", *arguments],
-            cwd=root, env=variables, capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
+            cwd=root,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
         return found.stdout.strip()
 
     try:

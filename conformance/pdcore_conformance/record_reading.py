@@ -56,12 +56,16 @@ def load(path: str | Path) -> Record:
     found = _parse(path, _read(path))
     if not isinstance(found, dict) or found.get("kind") != KIND:
         what = f"kind {_short(found.get('kind'))}" if isinstance(found, dict) else _kind(found)
-        raise RecordError(f"{path}: not a conformance record: got {what}, expected an object "
-                          f"of kind {KIND!r}, as `pdcore conform --report` writes")  # fmt: skip
+        raise RecordError(
+            f"{path}: not a conformance record: got {what}, expected an object "
+            f"of kind {KIND!r}, as `pdcore conform --report` writes"
+        )
     number = found.get("schema")
     if type(number) is int and number > SCHEMA:
-        raise RecordError(f"{path}: written in schema {_short(number)}, and this pdcore reads up "
-                          f"to {SCHEMA}: upgrade pdcore")  # fmt: skip
+        raise RecordError(
+            f"{path}: written in schema {_short(number)}, and this pdcore reads up "
+            f"to {SCHEMA}: upgrade pdcore"
+        )
     try:
         return check(found)
     except RecordError as error:
@@ -172,21 +176,26 @@ def _check_sums(record: Record) -> None:
     for index, run in enumerate(record["runs"]):
         place, key = f"$.runs[{index}]", (run["backend"], run["device"])
         if key in seen:
-            raise RecordError(f"{place}: the backend and device of $.runs[{seen[key]}] again; "
-                              "a record has one run for each")  # fmt: skip
+            raise RecordError(
+                f"{place}: the backend and device of $.runs[{seen[key]}] again; "
+                "a record has one run for each"
+            )
         seen[key] = index
         counted = dict.fromkeys(OUTCOMES, 0)
         ids = set()
         for number, case in enumerate(run["cases"]):
             counted[case["outcome"]] += 1
             if case["id"] in ids:
-                raise RecordError(f"{place}.cases[{number}].id: {_short(case['id'])} is there "
-                                  "twice")  # fmt: skip
+                raise RecordError(
+                    f"{place}.cases[{number}].id: {_short(case['id'])} is there twice"
+                )
             ids.add(case["id"])
         for outcome, count in counted.items():
             if run["counts"][outcome] != count:
-                raise RecordError(f"{place}.counts: {run['counts'][outcome]} {outcome}, but "
-                                  f"{count} cases are: damaged or edited")  # fmt: skip
+                raise RecordError(
+                    f"{place}.counts: {run['counts'][outcome]} {outcome}, but "
+                    f"{count} cases are: damaged or edited"
+                )
 
 
 @cache
@@ -213,8 +222,12 @@ def _fit(value: Any, hint: Any, place: str) -> Any:
         _expect(type(value) is dict, value, "an object", place)
         return {_text(k): _fit(v, arguments[1], f"{place}.{k}") for k, v in value.items()}
     if origin is Literal:
-        _expect(value in arguments and type(value) is str, value,
-                f"one of {', '.join(map(repr, arguments))}", place)  # fmt: skip
+        _expect(
+            value in arguments and type(value) is str,
+            value,
+            f"one of {', '.join(map(repr, arguments))}",
+            place,
+        )
         return value
     if hint is float:
         if type(value) is str and value in _WORDS:
@@ -244,8 +257,9 @@ def _check_keys(value: Any, names: Any, place: str) -> None:
             raise RecordError(f"{place}: the key {name!r} is missing")
     if len(value) > len(names):
         unknown = next(name for name in value if name not in names)
-        raise RecordError(f"{place}: unknown key {_short(unknown)}; schema {SCHEMA} has "
-                          f"{', '.join(names)}")  # fmt: skip
+        raise RecordError(
+            f"{place}: unknown key {_short(unknown)}; schema {SCHEMA} has {', '.join(names)}"
+        )
 
 
 def _expect(good: bool, value: Any, expected: str, place: str) -> None:

@@ -9,17 +9,30 @@ from __future__ import annotations
 from typing import Literal, TypedDict, get_args
 
 __all__ = [
-    "KIND", "OUTCOMES", "SCHEMA", "Case", "Environment", "Figure", "Gpu", "Growth", "Memory",
-    "MissingPeer", "Numerics", "Outcome", "Ratio", "Record", "Run", "Speed", "Verdict",
-]  # fmt: skip
+    "KIND",
+    "OUTCOMES",
+    "SCHEMA",
+    "Case",
+    "Environment",
+    "Figure",
+    "Gpu",
+    "Growth",
+    "Memory",
+    "MissingPeer",
+    "Numerics",
+    "Outcome",
+    "Ratio",
+    "Record",
+    "Run",
+    "Speed",
+    "Verdict",
+]
 
 #: The version of the format. A reader refuses a newer one.
 SCHEMA = 1
 KIND: Literal["pdcore-conformance"] = "pdcore-conformance"
 
-Outcome = Literal[
-    "passed", "failed", "refusal verified", "not claimed", "known failure", "error"
-]  # fmt: skip
+Outcome = Literal["passed", "failed", "refusal verified", "not claimed", "known failure", "error"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 Direction = Literal["forward", "forward+backward"]

@@ -135,9 +135,12 @@ def _modules(cases: Sequence[str]) -> list[str]:
 
 
 def _pytest(
-    backend: str, arguments: list[str], watcher: _Watcher, *more: object,
+    backend: str,
+    arguments: list[str],
+    watcher: _Watcher,
+    *more: object,
     modules: Sequence[str] = (plugin.SUITE,),
-) -> int:  # fmt: skip
+) -> int:
     plugin.parse_backend(backend)
     # Plugins that are installed for other purposes have no say in what conforms.
     before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
@@ -146,13 +149,22 @@ def _pytest(
         return int(
             pytest.main(
                 [
-                    "-c", str(SETTINGS), "-p", plugin.__name__, "-p", "no:terminal",
-                    "-p", "no:cacheprovider", "--pyargs", *modules, f"--backend={backend}",
+                    "-c",
+                    str(SETTINGS),
+                    "-p",
+                    plugin.__name__,
+                    "-p",
+                    "no:terminal",
+                    "-p",
+                    "no:cacheprovider",
+                    "--pyargs",
+                    *modules,
+                    f"--backend={backend}",
                     *arguments,
                 ],
                 plugins=[watcher, *more],
             )
-        )  # fmt: skip
+        )
     finally:
         if before is None:
             del os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"]

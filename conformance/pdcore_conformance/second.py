@@ -41,9 +41,14 @@ def directional(
 
 
 def along(
-    q: Array, k: Array, v: Array, spec: str, directions: Mapping[str, Array], d_out: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: str,
+    directions: Mapping[str, Array],
+    d_out: Array,
     d_lse: Array,
-) -> dict[str, Array]:  # fmt: skip
+) -> dict[str, Array]:
     """Differentiate the gradients by q, k and v along directions of q, k and v.
 
     Returns

@@ -134,10 +134,19 @@ class Bench:
         self.grid, self.peers, self.threads = grid, peers, threads
         self.targets: Targets | None = targets(backend, self.device)
         self.speed: Any = {
-            "grid": "full" if grid == "full" else "quick", "threads": threads, "notes": [],
-            "seconds": 0.0, "load": environment()["load"], "numerics": [], "red": False,
-            "ratios": [], "growth": [], "memory": [], "figures": [], "missing_peers": [],
-        }  # fmt: skip
+            "grid": "full" if grid == "full" else "quick",
+            "threads": threads,
+            "notes": [],
+            "seconds": 0.0,
+            "load": environment()["load"],
+            "numerics": [],
+            "red": False,
+            "ratios": [],
+            "growth": [],
+            "memory": [],
+            "figures": [],
+            "missing_peers": [],
+        }
         self._green: set[tuple[str, Workload]] = set()
         self._missing()
 
@@ -190,9 +199,7 @@ class Bench:
             return lambda: framework.finish(function(x, d))
 
         def both() -> Any:
-            out, _, vjp = attention_vjp(
-                x["q"], x["k"], x["v"], workload.spec, backend=self.backend
-            )  # fmt: skip
+            out, _, vjp = attention_vjp(x["q"], x["k"], x["v"], workload.spec, backend=self.backend)
             return framework.finish((out, vjp(d)))
 
         return both
@@ -255,12 +262,16 @@ class Bench:
         return good
 
     def _note(self, by: str, workload: Workload, verdicts: Mapping[str, Verdict]) -> None:
-        self.speed["numerics"].append({
-            "spec": workload.spec, "shape": list(workload.shape), "dtype": workload.dtype,
-            "by": by,
-            "error_over_budget": {name: verdict.ratio for name, verdict in verdicts.items()},
-            "ok": all(verdict.ok for verdict in verdicts.values()),
-        })  # fmt: skip
+        self.speed["numerics"].append(
+            {
+                "spec": workload.spec,
+                "shape": list(workload.shape),
+                "dtype": workload.dtype,
+                "by": by,
+                "error_over_budget": {name: verdict.ratio for name, verdict in verdicts.items()},
+                "ok": all(verdict.ok for verdict in verdicts.values()),
+            }
+        )
 
     def own(self, workload: Workload) -> bool:
         """Check the backend itself: red, and nothing more is measured."""
@@ -306,9 +317,11 @@ class Bench:
         try:
             with library.precision(workload.dtype):
                 good = self.green(
-                    peer.name, workload,
-                    lambda x, d: self.peer_call(peer, workload, x, d), library,
-                )  # fmt: skip
+                    peer.name,
+                    workload,
+                    lambda x, d: self.peer_call(peer, workload, x, d),
+                    library,
+                )
         except Exception as error:  # noqa: BLE001 - a peer may refuse in its own way
             text = " ".join(str(error).split())[:200]
             reason = f"{workload}: {type(error).__name__}: {text}"
@@ -344,13 +357,20 @@ class Bench:
         """Note the median of the ratios of times measured next to one another."""
         ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
         value = statistics.median(ratios)
-        self.speed["ratios"].append({
-            "spec": workload.spec, "shape": list(workload.shape), "dtype": workload.dtype,
-            "direction": workload.direction, "peer": peer, "ratio": value,
-            "interval": interval(ratios), "rounds": len(ratios),
-            "seconds": {"backend": quartiles(ours), "peer": quartiles(theirs)},
-            **judged(value, target),
-        })  # fmt: skip
+        self.speed["ratios"].append(
+            {
+                "spec": workload.spec,
+                "shape": list(workload.shape),
+                "dtype": workload.dtype,
+                "direction": workload.direction,
+                "peer": peer,
+                "ratio": value,
+                "interval": interval(ratios),
+                "rounds": len(ratios),
+                "seconds": {"backend": quartiles(ours), "peer": quartiles(theirs)},
+                **judged(value, target),
+            }
+        )
 
     def against_softmax(self) -> None:
         """Time Attention-BN and Attention-SH against softmax."""
@@ -372,17 +392,25 @@ class Bench:
         promised = self.targets.specs if self.targets and self.grid == "full" else {}
         for spec in ("bn", half):
             self.ratio(
-                tried[spec], "spec softmax", times["softmax"], times[spec],
+                tried[spec],
+                "spec softmax",
+                times["softmax"],
+                times[spec],
                 (promised.get(spec), None),
-            )  # fmt: skip
+            )
 
     def figure(self, name: str, values: list[float], unit: str, target: Target) -> None:
         """Note the median of some values beside its target."""
         value = statistics.median(values)
-        self.speed["figures"].append({
-            "name": name, "value": value, "unit": unit, "interval": interval(values),
-            **judged(value, target),
-        })  # fmt: skip
+        self.speed["figures"].append(
+            {
+                "name": name,
+                "value": value,
+                "unit": unit,
+                "interval": interval(values),
+                **judged(value, target),
+            }
+        )
 
     def _rounds(self, seconds: float) -> int:
         """Spend a few seconds on a comparison, in 5 rounds at the least."""
@@ -405,6 +433,5 @@ def draw(workload: Workload) -> dict[str, Array]:
     rng = np.random.default_rng(0)
     dtype = dtype_of(workload.dtype)
     return {
-        name: rng.standard_normal(workload.shape, dtype=np.float32).astype(dtype)
-        for name in "qkvd"
-    }  # fmt: skip
+        name: rng.standard_normal(workload.shape, dtype=np.float32).astype(dtype) for name in "qkvd"
+    }

@@ -47,18 +47,28 @@ def growth(bench: Bench) -> None:
         first, last = lengths(spec, length)
         before, after = times[f"{spec} {first}"], times[f"{spec} {last}"]
         ratios = [b / a for a, b in zip(before, after, strict=True)]
-        bench.speed["growth"].append({
-            "spec": spec, "dtype": "float32", "direction": "forward", "lengths": [first, last],
-            "seconds": [quartiles(before), quartiles(after)],
-            "factor": statistics.median(ratios), "interval": interval(ratios),
-            "from": first, "to": last,
-            **judged(statistics.median(ratios), target if whole else (None, None)),
-        })  # fmt: skip
+        bench.speed["growth"].append(
+            {
+                "spec": spec,
+                "dtype": "float32",
+                "direction": "forward",
+                "lengths": [first, last],
+                "seconds": [quartiles(before), quartiles(after)],
+                "factor": statistics.median(ratios),
+                "interval": interval(ratios),
+                "from": first,
+                "to": last,
+                **judged(statistics.median(ratios), target if whole else (None, None)),
+            }
+        )
     least = bench.targets.linear if bench.targets and whole else None
     bench.ratio(
-        Workload("linear", shape), "spec softmax", times[f"softmax {length}"],
-        times[f"linear {length}"], (least, None),
-    )  # fmt: skip
+        Workload("linear", shape),
+        "spec softmax",
+        times[f"softmax {length}"],
+        times[f"linear {length}"],
+        (least, None),
+    )
 
 
 def memory(bench: Bench) -> None:
@@ -95,11 +105,18 @@ def memory(bench: Bench) -> None:
 
 def _memory(bench: Bench, workload: Workload, way: Any, mib: float, most: float | None) -> None:
     met = judged(mib, (None, most))
-    bench.speed["memory"].append({
-        "spec": workload.spec, "shape": list(workload.shape), "dtype": workload.dtype,
-        "direction": workload.direction, "way": way, "mib": mib, "at_most": most,
-        "met": met["met"],
-    })  # fmt: skip
+    bench.speed["memory"].append(
+        {
+            "spec": workload.spec,
+            "shape": list(workload.shape),
+            "dtype": workload.dtype,
+            "direction": workload.direction,
+            "way": way,
+            "mib": mib,
+            "at_most": most,
+            "met": met["met"],
+        }
+    )
 
 
 def overhead(bench: Bench) -> None:
@@ -115,8 +132,10 @@ def overhead(bench: Bench) -> None:
                 "bound": lambda: bound(x["q"], x["k"], x["v"]),
                 "attention": lambda: attention(x["q"], x["k"], x["v"], backend=bench.backend),
             },
-            60 if bench.grid == "quick" else 300, warm_up=3, repeat=20,
-        )  # fmt: skip
+            60 if bench.grid == "quick" else 300,
+            warm_up=3,
+            repeat=20,
+        )
     for name, title in (("attention", "attention()"), ("bound", "a bound callable")):
         extra = [1e6 * (a - b) for a, b in zip(times[name], times["direct"], strict=True)]
         most = getattr(bench.targets, f"{name}_us", None)

@@ -38,7 +38,7 @@ _CPU: Mapping[str, tuple[Workload, ...]] = {
         Workload("causal", (1, 8, 4096, 64)),
         Workload("bn", (1, 8, 4096, 64)),
     ),
-}  # fmt: skip
+}
 _SOFTMAX_LIKE = tuple(
     Workload(spec, shape, direction=direction)
     for shape in _SHAPES
@@ -50,10 +50,13 @@ _OWN: Mapping[str, tuple[Workload, ...]] = {
     "jax:cpu": _SOFTMAX_LIKE,
     "torch:cpu": (
         *_SOFTMAX_LIKE,
-        *(Workload(spec, (1, 8, 4096, 64), direction=direction)
-          for spec in ("linear", "causal+linear") for direction in BOTH),
+        *(
+            Workload(spec, (1, 8, 4096, 64), direction=direction)
+            for spec in ("linear", "causal+linear")
+            for direction in BOTH
+        ),
     ),
-}  # fmt: skip
+}
 _CUDA: Mapping[str, tuple[Workload, ...]] = {
     "quick": tuple(
         Workload(spec, (2, 16, 4096, 64), dtype, direction)
@@ -117,19 +120,27 @@ class Targets(NamedTuple):
 
 #: Times as fast as jax.nn on the CPU; what is not here, at least as fast.
 _JAX_LEAST: Mapping[tuple[str, Shape, str], float] = {
-    **{("softmax", shape, BOTH[0]): least
-       for shape, least in zip(_SHAPES, (5.0, 4.0, 3.0, 2.0), strict=True)},
+    **{
+        ("softmax", shape, BOTH[0]): least
+        for shape, least in zip(_SHAPES, (5.0, 4.0, 3.0, 2.0), strict=True)
+    },
     ("softmax", _SHAPES[0], BOTH[1]): 3.0,
-}  # fmt: skip
+}
 _TARGETS: Mapping[str, Targets] = {
     "numpy:cpu": Targets(
         ratios={
-            ("softmax", (1, 8, 4096, 64)): 1.5, ("softmax", (1, 8, 1024, 64)): 1.0,
-            ("softmax", (8, 8, 512, 64)): 1.0, ("softmax", (32, 8, 128, 64)): 1.0,
+            ("softmax", (1, 8, 4096, 64)): 1.5,
+            ("softmax", (1, 8, 1024, 64)): 1.0,
+            ("softmax", (8, 8, 512, 64)): 1.0,
+            ("softmax", (32, 8, 128, 64)): 1.0,
         },
         # bn in 1.10 of softmax's time, half of the heads pooled by 2 in 0.80 of it.
         specs={"bn": 1 / 1.10, half_pooled(8): 1 / 0.80},
-        linear=50.0, memory_mib=64.0, attention_us=20.0, bound_us=8.0, import_ratio=1.5,
+        linear=50.0,
+        memory_mib=64.0,
+        attention_us=20.0,
+        bound_us=8.0,
+        import_ratio=1.5,
     ),
     "torch:cpu": Targets(
         against={
@@ -144,23 +155,29 @@ _TARGETS: Mapping[str, Targets] = {
                 ("linear", "performer-pytorch", 1.0),
             )
             if spec == w.spec and most is not None
-        } | {
+        }
+        | {
             ("bn", (1, 8, 4096, 64), direction, "literal Attention-BN, torch"): 3.0
             for direction in BOTH
         },
-        attention_us=20.0, bound_us=8.0,
+        attention_us=20.0,
+        bound_us=8.0,
     ),
     "jax:cpu": Targets(
         against={
             (w.spec, w.shape, w.direction, "jax.nn.dot_product_attention"): _JAX_LEAST.get(
-                (w.spec, w.shape, w.direction), 1.0)
-            for w in _SOFTMAX_LIKE if w.spec in ("softmax", "causal")
+                (w.spec, w.shape, w.direction), 1.0
+            )
+            for w in _SOFTMAX_LIKE
+            if w.spec in ("softmax", "causal")
         },
-        specs={"bn": 1 / 1.10, half_pooled(8): 1 / 0.82}, memory_mib=96.0,
+        specs={"bn": 1 / 1.10, half_pooled(8): 1 / 0.82},
+        memory_mib=96.0,
     ),
     "jax:cuda": Targets(
         fastest={
-            w: 1 / 1.05 for w in (*_FUSED_CUDA, *_CUDA["full"])
+            w: 1 / 1.05
+            for w in (*_FUSED_CUDA, *_CUDA["full"])
             if w.spec in ("softmax", "bn") and w.dtype == "bfloat16" and w.shape[2] >= 4096
         },
     ),
@@ -171,7 +188,7 @@ _TARGETS: Mapping[str, Targets] = {
             if w.spec in ("bn", half_pooled(16)) and w.dtype == "bfloat16" and w.shape[2] >= 4096
         },
     ),
-}  # fmt: skip
+}
 
 #: Growth of time from N to 4 N, wherever it is measured at full length.
 GROWTH: Mapping[str, Target] = {"softmax": (13.0, 18.0), "linear": (3.4, 5.0)}

@@ -96,8 +96,9 @@ def _copy(bench: Bench, sizes: Sizes) -> float:
     x = library.asarray(np.zeros(sizes.copied // 4, np.float32), bench.device)
     seconds = _fastest(lambda: library.finish(library.xp.asarray(x, copy=True)), sizes.rounds)
     found = 2.0 * sizes.copied / seconds
-    bench.figure(f"copy of {sizes.copied / 2**20:g} MiB, read and written", [found / 1e9], "GB/s",
-                 NONE)  # fmt: skip
+    bench.figure(
+        f"copy of {sizes.copied / 2**20:g} MiB, read and written", [found / 1e9], "GB/s", NONE
+    )
     return found
 
 
@@ -134,20 +135,23 @@ def _calls(bench: Bench, sizes: Sizes, product: float | None) -> None:
             found = operations(workload) / _fastest(call, sizes.rounds)
             bench.figure(str(workload), [found / 1e12], "TFLOP/s", NONE)
             if product is not None:
-                bench.figure(f"{workload}, of the matrix product's rate",
-                             [100 * found / product], "%", NONE)  # fmt: skip
+                bench.figure(
+                    f"{workload}, of the matrix product's rate", [100 * found / product], "%", NONE
+                )
 
 
 def _statistics(bench: Bench, sizes: Sizes, copy: float) -> None:
     """Measure bytes of keys in a second by the statistics of Attention-BN, read once."""
     batch, heads, length, dim = sizes.shape
     runner = bench.runner
-    if not bench.runs(Workload("bn", sizes.shape, sizes.dtype)) \
-            or not isinstance(runner, ArrayBackend):  # fmt: skip
+    if not bench.runs(Workload("bn", sizes.shape, sizes.dtype)) or not isinstance(
+        runner, ArrayBackend
+    ):
         return
     shape = (batch, heads, length, dim)
-    request = Request(as_spec("bn"), bench.framework.library, sizes.dtype, bench.device, shape,
-                      shape, shape)  # fmt: skip
+    request = Request(
+        as_spec("bn"), bench.framework.library, sizes.dtype, bench.device, shape, shape, shape
+    )
     plan = runner.fuse(lower_request(request), request)
     native = "statistics" in runner.native(plan)
     dtype = sizes.dtype if native else plan.accumulate

@@ -21,40 +21,59 @@ def show(run: Run, console: Any) -> None:
     versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
     load = "" if speed["load"] is None else f", load {speed['load']:.2f}"
     machine = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cores']} cores"
-    lines = [f"{run['backend']}:{run['device']}, {speed['threads']} threads on {machine}{load}",
-             versions, *speed["notes"]]  # fmt: skip
+    lines = [
+        f"{run['backend']}:{run['device']}, {speed['threads']} threads on {machine}{load}",
+        versions,
+        *speed["notes"],
+    ]
     console.print(escape("\n".join(lines)), soft_wrap=True)
     _numerics(speed["numerics"], console)
     ratios = Table("call", "against", "times as fast", "95 % interval", "target", "")
     for entry in speed["ratios"]:
         ratios.add_row(
-            escape(_call(entry)), escape(entry["peer"]), f"{entry['ratio']:.3g}",
-            _interval(entry), _target(entry), _met(entry),
-        )  # fmt: skip
+            escape(_call(entry)),
+            escape(entry["peer"]),
+            f"{entry['ratio']:.3g}",
+            _interval(entry),
+            _target(entry),
+            _met(entry),
+        )
     growth = Table("growth of time", "from", "to", "factor", "95 % interval", "target", "")
     for entry in speed["growth"]:
         growth.add_row(
-            escape(entry["spec"]), str(entry["from"]), str(entry["to"]),
-            f"{entry['factor']:.3g}", _interval(entry), _target(entry), _met(entry),
-        )  # fmt: skip
+            escape(entry["spec"]),
+            str(entry["from"]),
+            str(entry["to"]),
+            f"{entry['factor']:.3g}",
+            _interval(entry),
+            _target(entry),
+            _met(entry),
+        )
     memory = Table("peak memory beside inputs and results", "seen by", "MiB", "target", "")
     for entry in speed["memory"]:
         memory.add_row(
-            escape(_call(entry)), entry["way"], f"{entry['mib']:.1f}",
-            _target({"at_least": None, **entry}), _met(entry),
-        )  # fmt: skip
+            escape(_call(entry)),
+            entry["way"],
+            f"{entry['mib']:.1f}",
+            _target({"at_least": None, **entry}),
+            _met(entry),
+        )
     figures = Table("figure", "value", "95 % interval", "target", "")
     for entry in speed["figures"]:
         figures.add_row(
-            escape(entry["name"]), f"{entry['value']:.3g} {entry['unit']}", _interval(entry),
-            _target(entry), _met(entry),
-        )  # fmt: skip
+            escape(entry["name"]),
+            f"{entry['value']:.3g} {entry['unit']}",
+            _interval(entry),
+            _target(entry),
+            _met(entry),
+        )
     for table in (ratios, growth, memory, figures):
         if table.row_count:
             console.print(table)
     for absent in speed["missing_peers"]:
-        console.print(escape(f"not compared with {absent['peer']}: {absent['reason']}"),
-                      soft_wrap=True)  # fmt: skip
+        console.print(
+            escape(f"not compared with {absent['peer']}: {absent['reason']}"), soft_wrap=True
+        )
 
 
 def _numerics(entries: Any, console: Any) -> None:
@@ -63,9 +82,10 @@ def _numerics(entries: Any, console: Any) -> None:
         errors = ", ".join(f"{n} {r:.2g}" for n, r in entry["error_over_budget"].items())
         colour = "" if entry["ok"] else "[bold red]"
         table.add_row(
-            escape(_call({"direction": "", **entry})), escape(entry["by"]),
+            escape(_call({"direction": "", **entry})),
+            escape(entry["by"]),
             f"{colour}{escape(errors)}",
-        )  # fmt: skip
+        )
     console.print(table)
 
 

@@ -22,16 +22,34 @@ __all__ = ["CORE", "PROPERTIES", "Evidence", "Nonconforming", "Subject"]
 Array = np.ndarray[Any, Any]
 
 #: What every backend has to have.
-CORE = frozenset({
-    "float32", "exponential", "batch", "head_scaling", "causal", "mask", "key_mask", "offset",
-    "gqa", "lse",
-})  # fmt: skip
+CORE = frozenset(
+    {
+        "float32",
+        "exponential",
+        "batch",
+        "head_scaling",
+        "causal",
+        "mask",
+        "key_mask",
+        "offset",
+        "gqa",
+        "lse",
+    }
+)
 
 #: Features that no single call asks for: a backend claims them, or nothing is asked of it.
-PROPERTIES = frozenset({
-    "autodiff", "double_backward", "vmap", "jvp", "compile", "deterministic", "batch_invariant",
-    "thread_safe",
-})  # fmt: skip
+PROPERTIES = frozenset(
+    {
+        "autodiff",
+        "double_backward",
+        "vmap",
+        "jvp",
+        "compile",
+        "deterministic",
+        "batch_invariant",
+        "thread_safe",
+    }
+)
 
 
 class Nonconforming(AssertionError):  # noqa: N818 - pytest reports it as a failed assertion
@@ -107,8 +125,11 @@ class Subject:
             When a result is wrong, when something declared is refused, or something runs that is
             not declared.
         """
-        asked = {"vjp": through == "vjp", "weights": through == "weights",
-                 "lse": through == "forward" and self.claims("lse")}  # fmt: skip
+        asked = {
+            "vjp": through == "vjp",
+            "weights": through == "weights",
+            "lse": through == "forward" and self.claims("lse"),
+        }
         features = call.features(**asked)
         if through == "autodiff":
             features.append("autodiff")
@@ -188,9 +209,7 @@ class Subject:
     def attempt(self, arrays: Arrays, spec: str, lse: bool = True, **more: Any) -> dict[str, Array]:
         """Do as `compute`, and let a refusal pass on to the caller."""
         with self.watched(arrays) as (q, k, v, options):
-            result = attention(
-                q, k, v, spec, return_lse=lse, backend=self.name, **options, **more
-            )  # fmt: skip
+            result = attention(q, k, v, spec, return_lse=lse, backend=self.name, **options, **more)
             out, level = result if lse else (result, None)
             found = {"out": self.back(out, "out")}
             if lse:
@@ -211,9 +230,7 @@ class Subject:
             absent = [name for name in wanted if name not in gradients]
             if absent:
                 raise Nonconforming(f"vjp gives no gradient of {', '.join(absent)}")
-            return found | {
-                f"d_{name}": self.back(gradients[name], f"d_{name}") for name in wanted
-            }  # fmt: skip
+            return found | {f"d_{name}": self.back(gradients[name], f"d_{name}") for name in wanted}
 
     def _autodiff(self, call: Call, arrays: Arrays) -> dict[str, Array]:
         with self.watched(arrays) as (q, k, v, options):
@@ -227,9 +244,7 @@ class Subject:
             d = tuple(map(self.there, cotangents(call)))
             (out, lse), gradients = self.framework.vjp(function, {n: given[n] for n in names}, d)
             found = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
-            return found | {
-                f"d_{name}": self.back(gradients[name], f"d_{name}") for name in names
-            }  # fmt: skip
+            return found | {f"d_{name}": self.back(gradients[name], f"d_{name}") for name in names}
 
     def called(
         self, x: Mapping[str, Any], spec: str, options: Mapping[str, Any], backend: str | None = ""

@@ -77,9 +77,13 @@ def interval(values: Sequence[float], level: float = 0.95) -> list[float] | None
     import numpy as np
 
     found = bootstrap(
-        (np.asarray(values),), np.median, confidence_level=level, n_resamples=2000,
-        method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+        (np.asarray(values),),
+        np.median,
+        confidence_level=level,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
     return [float(found.low), float(found.high)]
 
 

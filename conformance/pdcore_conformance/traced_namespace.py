@@ -123,9 +123,7 @@ def _larger(operation: Any, a: Any, b: Any) -> Traced:
         won = np.where(operation(one, other) == one, d, 0)
         return np.where(one == other, d / 2, won).astype(d.dtype)
 
-    return binary(
-        operation, a, b, lambda d, x, y: share(d, x, y), lambda d, x, y: share(d, y, x)
-    )  # fmt: skip
+    return binary(operation, a, b, lambda d, x, y: share(d, x, y), lambda d, x, y: share(d, y, x))
 
 
 def clip(x: Traced, min: Any = None, max: Any = None) -> Traced:

@@ -101,8 +101,9 @@ def _shrunk(x: Array, threshold: float, C: float) -> Array:
 
 def _balancing(x: Array, threshold: float, C: float) -> float:
     """Find the shift at which the shrunk entries sum to 0; the sum falls, in straight pieces."""
-    ends = np.sort(np.concatenate([x - threshold - C, x - threshold, x + threshold,
-                                   x + threshold + C]))  # fmt: skip
+    ends = np.sort(
+        np.concatenate([x - threshold - C, x - threshold, x + threshold, x + threshold + C])
+    )
     low, high = 0, len(ends) - 1
     while high - low > 1:
         middle = (low + high) // 2

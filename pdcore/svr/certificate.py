@@ -92,15 +92,20 @@ class Certificate:
         """Give the same as data, arrays as lists."""
         found = {name: getattr(self, name).tolist() for name, _ in _COLUMNS}
         return found | {
-            "condition": self.condition.tolist(), "residual": self.residual, "ok": self.ok,
-            "gap_tolerance": self.gap_tolerance, "residual_tolerance": self.residual_tolerance,
-        }  # fmt: skip
+            "condition": self.condition.tolist(),
+            "residual": self.residual,
+            "ok": self.ok,
+            "gap_tolerance": self.gap_tolerance,
+            "residual_tolerance": self.residual_tolerance,
+        }
 
     def __str__(self) -> str:
         header, rows = self._table()
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))
-                 for row in (header, *rows)]  # fmt: skip
+        lines = [
+            "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True))
+            for row in (header, *rows)
+        ]
         return "\n".join([*lines, self._verdict()])
 
     def __rich__(self) -> Any:
@@ -160,8 +165,9 @@ def certificate(
     from .expansion import SupportVectorExpansion
 
     if not isinstance(expansion, SupportVectorExpansion):
-        raise TypeError(f"expansion: got {type(expansion).__name__}, expected what pdcore.svr.fit "
-                        "gives")  # fmt: skip
+        raise TypeError(
+            f"expansion: got {type(expansion).__name__}, expected what pdcore.svr.fit gives"
+        )
     check_number("gap", gap, zero=True)
     check_number("residual", residual, zero=True)
     C, epsilon = expansion.C, expansion.epsilon
@@ -187,9 +193,11 @@ def _head(head: HeadFit, C: float, epsilon: float) -> dict[str, Array]:
     unit = np.where(unit > 0, unit, 1.0)
     size, total = np.maximum(up, low), np.sum(up + low, axis=0)
     products = [
-        up * (epsilon + slack_up - r), low * (epsilon + slack_low + r),
-        (C - up) * slack_up, (C - low) * slack_low,
-    ]  # fmt: skip
+        up * (epsilon + slack_up - r),
+        low * (epsilon + slack_low + r),
+        (C - up) * slack_up,
+        (C - low) * slack_low,
+    ]
     larger = np.maximum(np.abs(primal), np.abs(dual))
     rounding = larger <= 4.0 * np.finfo(np.float64).eps * C * np.sum(np.abs(y), axis=0)
     return {

@@ -18,8 +18,10 @@ def float64(name: str, x: Any) -> Array:
     """Refuse what is no NumPy array of finite float64."""
     library = library_of(x, name)
     if library != "numpy" or dtype_name(x) != "float64":
-        raise TypeError(f"{name}: got a {library} array of {dtype_name(x)}, expected NumPy and "
-                        "float64; convert it yourself")  # fmt: skip
+        raise TypeError(
+            f"{name}: got a {library} array of {dtype_name(x)}, expected NumPy and "
+            "float64; convert it yourself"
+        )
     if not np.all(np.isfinite(x)):
         raise ValueError(f"{name}: got NaN or inf, expected finite numbers")
     return np.asarray(x)
@@ -28,13 +30,16 @@ def float64(name: str, x: Any) -> Array:
 def check_shapes(keys: Array, targets: Array) -> None:
     """Refuse keys and targets that do not fit each other."""
     if keys.ndim not in (2, 3) or 0 in keys.shape:
-        raise ValueError(f"keys: got shape {keys.shape}, expected (H, M, D) or (M, D), none of "
-                         "them 0")  # fmt: skip
+        raise ValueError(
+            f"keys: got shape {keys.shape}, expected (H, M, D) or (M, D), none of them 0"
+        )
     if targets.shape[:-1] != keys.shape[:-1] or not targets.shape[-1:] > (0,):
         like = ", ".join(map(str, keys.shape[:-1]))
         one = "; of one output, targets[..., None]" if targets.ndim == keys.ndim - 1 else ""
-        raise ValueError(f"targets: got shape {targets.shape}, expected ({like}, Dv) like keys, "
-                         f"Dv at least 1{one}")  # fmt: skip
+        raise ValueError(
+            f"targets: got shape {targets.shape}, expected ({like}, Dv) like keys, "
+            f"Dv at least 1{one}"
+        )
 
 
 def check_number(name: str, x: Any, *, zero: bool) -> None:

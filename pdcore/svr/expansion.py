@@ -124,10 +124,14 @@ class SupportVectorExpansion:
         """
         x = self._queries(float64("q", q))
         group = len(x) // len(self.heads)
-        return self._shaped([
-            fitted.kernel.rows(row, offset) @ fitted.coefficients + fitted.intercept
-            for row, fitted in zip(x, [h for h in self.heads for _ in range(group)], strict=True)
-        ])  # fmt: skip
+        return self._shaped(
+            [
+                fitted.kernel.rows(row, offset) @ fitted.coefficients + fitted.intercept
+                for row, fitted in zip(
+                    x, [h for h in self.heads for _ in range(group)], strict=True
+                )
+            ]
+        )
 
     def attention(
         self, q: Any, *, backend: Any = None, device: str | None = None, offset: Any = 0
@@ -157,13 +161,16 @@ class SupportVectorExpansion:
         H = len(self.heads)
         largest = max(float(np.max(np.abs(a))) for a in (self.values, self.intercept))
         if largest > float(xp.finfo(q.dtype).max):
-            raise ValueError(f"q: got {dtype_name(q)}, which cannot hold values of {largest:.3g}; "
-                             "expected float32 or float64")  # fmt: skip
+            raise ValueError(
+                f"q: got {dtype_name(q)}, which cannot hold values of {largest:.3g}; "
+                "expected float32 or float64"
+            )
         keys, values = (like(a.reshape(H, -1, a.shape[-1])) for a in (self.keys, self.values))
         params = {name: like(p) for name, p in self.params.items()}
         b = np.repeat(self.intercept.reshape(H, 1, -1), x.shape[0] // H, axis=0)
-        out = attention(x, keys, values, self.spec, offset=offset, params=params,
-                        backend=backend, device=device) + like(b)  # fmt: skip
+        out = attention(
+            x, keys, values, self.spec, offset=offset, params=params, backend=backend, device=device
+        ) + like(b)
         return out if self.keys.ndim == 3 else out[0, ...]
 
     def certificate(self, *, gap: float = 1e-8, residual: float = 1e-6) -> Certificate:
@@ -178,8 +185,9 @@ class SupportVectorExpansion:
         whole = self.keys.ndim
         wanted = f"(Hq, N, {dim}), Hq a multiple of {heads}" if whole == 3 else f"(N, {dim})"
         if len(shape) != whole or shape[-1] != dim or (whole == 3 and shape[0] % heads):
-            raise ValueError(f"q: got shape {shape}, expected {wanted} like the keys that were "
-                             "fitted")  # fmt: skip
+            raise ValueError(
+                f"q: got shape {shape}, expected {wanted} like the keys that were fitted"
+            )
         return q if whole == 3 else q[None, ...]
 
     def _over_keys(self, of: Callable[[HeadFit], Any]) -> Any:

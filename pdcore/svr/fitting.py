@@ -26,10 +26,17 @@ RESIDUAL = 1e-6
 
 
 def fit(
-    keys: Array, targets: Array, spec: str | AttentionSpec = "softmax", *, C: float,
-    epsilon: float, solver: str = "clarabel", params: Mapping[str, Array] | None = None,
-    jobs: int = 1, progress: bool = False,
-) -> SupportVectorExpansion:  # fmt: skip
+    keys: Array,
+    targets: Array,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    C: float,
+    epsilon: float,
+    solver: str = "clarabel",
+    params: Mapping[str, Array] | None = None,
+    jobs: int = 1,
+    progress: bool = False,
+) -> SupportVectorExpansion:
     """Solve the regression behind an attention: values that give the targets at the keys.
 
     Every output of every head is a regression of its own, 1/2 |w|^2 plus C for what an error
@@ -96,8 +103,9 @@ def fit(
     pooled = [pooling(part, spec, head) for head, part in enumerate(y)]
     tasks = [
         (kernel.gram, part[:, d])
-        for kernel, part in zip(kernels, pooled, strict=True) for d in range(part.shape[1])
-    ]  # fmt: skip
+        for kernel, part in zip(kernels, pooled, strict=True)
+        for d in range(part.shape[1])
+    ]
     solutions = solve_all(tasks, C, epsilon, solver, jobs)
     found = list(_shown(solutions, len(tasks), solver) if progress else solutions)
     _warn(tasks, found, y.shape[-1])
@@ -107,9 +115,7 @@ def fit(
         beta = np.stack([s.coefficients for s in own], axis=1)
         b = np.array([s.intercept for s in own])
         heads.append(HeadFit(kernel, part, np.maximum(beta, 0.0), np.maximum(-beta, 0.0), b))
-    return SupportVectorExpansion(
-        spec, keys, float(C), float(epsilon), solver, given, tuple(heads)
-    )  # fmt: skip
+    return SupportVectorExpansion(spec, keys, float(C), float(epsilon), solver, given, tuple(heads))
 
 
 def _warn(tasks: Sequence[tuple[Array, Array]], found: Sequence[Solved], outputs: int) -> None:

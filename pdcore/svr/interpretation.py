@@ -63,9 +63,16 @@ class Interpretation:
 
 
 def interpret(
-    q: Array, k: Array, v: Array, spec: str | AttentionSpec = "softmax", *, epsilon: float,
-    C: float | None = None, solver: str = "clarabel", params: Any = None,
-) -> Interpretation:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    epsilon: float,
+    C: float | None = None,
+    solver: str = "clarabel",
+    params: Any = None,
+) -> Interpretation:
     """Read the values of an attention layer as the multipliers of its regression.
 
     By v = (a - a*) / h(k), any values are an expansion with the multipliers v h(k), though a layer

@@ -94,9 +94,13 @@ def _clarabel(dual: Dual) -> Array:
     )
     # Tighter than the results need: from a looser end the active set may not be found.
     found = qpsolvers.solve_problem(
-        problem, solver="clarabel", max_iter=CLARABEL_STEPS, tol_gap_abs=1e-12, tol_gap_rel=1e-12,
+        problem,
+        solver="clarabel",
+        max_iter=CLARABEL_STEPS,
+        tol_gap_abs=1e-12,
+        tol_gap_rel=1e-12,
         tol_feas=1e-12,
-    )  # fmt: skip
+    )
     if found.x is None or not np.all(np.isfinite(found.x)):
         raise RuntimeError(
             f"solver: clarabel ends with {found.extras.get('status')} and gives no multipliers; "
@@ -109,9 +113,13 @@ def _sklearn(dual: Dual) -> Array:
     """Solve by libsvm, whose Gram matrix is float32."""
     svm = _imported("sklearn.svm")
     model = svm.SVR(
-        kernel="precomputed", C=dual.C, epsilon=dual.epsilon, tol=1e-6, cache_size=500.0,
+        kernel="precomputed",
+        C=dual.C,
+        epsilon=dual.epsilon,
+        tol=1e-6,
+        cache_size=500.0,
         max_iter=LIBSVM_STEPS,
-    ).fit(dual.gram, dual.targets)  # fmt: skip
+    ).fit(dual.gram, dual.targets)
     beta = np.zeros(len(dual.targets))
     beta[model.support_] = model.dual_coef_[0]
     return beta

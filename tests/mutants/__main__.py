@@ -42,11 +42,16 @@ def run(runs: list[tuple[str, list[str]]]) -> dict[str, dict]:
     """Run the suite on some backends, each with its cases, or all of them for none."""
     script = RUN.format(tests=str(ROOT / "tests"), runs=runs)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], check=False, capture_output=True, text=True,
-        env=os.environ | {
-            "PDCORE_PLUGINS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        [sys.executable, "-W", "ignore", "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PDCORE_PLUGINS": "",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         },
-    )  # fmt: skip
+    )
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

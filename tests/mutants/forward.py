@@ -20,11 +20,13 @@ from .registry import Unmutated, planted
 
 def edited(inputs: Any, **functions: Any) -> Any:
     """Change some of the inputs by functions, where they are given."""
-    return inputs._replace(**{
-        name: function(getattr(inputs, name))
-        for name, function in functions.items()
-        if getattr(inputs, name) is not None
-    })  # fmt: skip
+    return inputs._replace(
+        **{
+            name: function(getattr(inputs, name))
+            for name, function in functions.items()
+            if getattr(inputs, name) is not None
+        }
+    )
 
 
 class Inputs(Unmutated):
@@ -129,8 +131,11 @@ class OnePassVariance(Moments):
     """E[x^2] - E[x]^2, which has no correct digit far from 0."""
 
     def moments(self, final: dict[str, Any], keys: Any, mask: Any) -> dict[str, Any]:
-        if final["n"].shape[-2] != 1 or mask is not None or final["mean"].shape[:-3] != \
-                keys.shape[:-3]:  # fmt: skip
+        if (
+            final["n"].shape[-2] != 1
+            or mask is not None
+            or final["mean"].shape[:-3] != keys.shape[:-3]
+        ):
             return final
         square = (keys * keys).mean(-2, keepdims=True) if keys.shape[-2] else final["var"]
         return final | {"var": np.maximum(square - final["mean"] ** 2, 0)}
@@ -152,12 +157,19 @@ class StatisticsOfQueries(Inputs):
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
         q, k = inputs.q, inputs.k
-        if plan.summary is None or plan.summary.scope != "sequence" or not q.shape[-2] \
-                or not k.shape[-2] or inputs.key_mask is not None:  # fmt: skip
+        if (
+            plan.summary is None
+            or plan.summary.scope != "sequence"
+            or not q.shape[-2]
+            or not k.shape[-2]
+            or inputs.key_mask is not None
+        ):
             return plan, inputs
         group = q.shape[-3] // k.shape[-3]
-        mean, sd = (np.repeat(f(k.astype("float64"), -2, keepdims=True), group, -3)
-                    for f in (np.mean, np.std))  # fmt: skip
+        mean, sd = (
+            np.repeat(f(k.astype("float64"), -2, keepdims=True), group, -3)
+            for f in (np.mean, np.std)
+        )
         own = (q - q.mean(-2, keepdims=True)) / (q.std(-2, keepdims=True) + 1e-6)
         return plan, inputs._replace(q=(own * sd + mean).astype(q.dtype))
 
@@ -287,8 +299,9 @@ class SoftcapDropped(Inputs):
         if getattr(spec.kernel, "softcap", None) is None:
             return plan, inputs
         bare = replace(spec, kernel=replace(spec.kernel, softcap=None))
-        signature = Signature(inputs.q.shape[-1], inputs.k.shape[-3], str(inputs.q.dtype),
-                              inputs.mask is not None)  # fmt: skip
+        signature = Signature(
+            inputs.q.shape[-1], inputs.k.shape[-3], str(inputs.q.dtype), inputs.mask is not None
+        )
         return lower(bare, signature), inputs
 
 
@@ -467,8 +480,10 @@ class RandomLastBit(Unmutated):
         return np.where(noise, np.nextafter(out, np.asarray(9, out.dtype)), out), level
 
 
-@planted("behaviour::row_does_not_depend_on_its_batch[softmax-float32-lead=5-rows=70-keys=700-"
-         "dim=32-value_dim=32]")  # fmt: skip
+@planted(
+    "behaviour::row_does_not_depend_on_its_batch[softmax-float32-lead=5-rows=70-keys=700-"
+    "dim=32-value_dim=32]"
+)
 class RowDependsOnBatch(Unmutated):
     """Another order of sums when there are several sequences."""
 

@@ -37,9 +37,12 @@ MUTANTS: dict[str, Mutant] = {}
 
 def _info(name: str, cls: str, module: str, **capabilities: Any) -> BackendInfo:
     return BackendInfo(
-        name=name, load=f"{module}:{cls}", library="numpy", requires=("numpy",),
+        name=name,
+        load=f"{module}:{cls}",
+        library="numpy",
+        requires=("numpy",),
         capabilities={**FULL, **capabilities},
-    )  # fmt: skip
+    )
 
 
 def planted(case: str, **capabilities: Any) -> Callable[[type[Any]], type[Any]]:

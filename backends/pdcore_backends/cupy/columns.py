@@ -59,8 +59,10 @@ class RowProgram:
 def instances(dtype: str) -> dict[str, str]:
     """Give the name of each kernel as it is compiled for rows of a dtype."""
     types = {"T": HALVES.get(dtype, "scalar")}
-    return {kernel: f"{kernel}<{types.get(kind, kind)}>" if kind else kernel
-            for kernel, (_, kind) in KERNELS.items()}  # fmt: skip
+    return {
+        kernel: f"{kernel}<{types.get(kind, kind)}>" if kind else kernel
+        for kernel, (_, kind) in KERNELS.items()
+    }
 
 
 def limit(shape: tuple[int, ...], capability: int) -> str:
@@ -73,8 +75,10 @@ def limit(shape: tuple[int, ...], capability: int) -> str:
     # No kernel has more blocks than rows, but for one a head where there are none.
     width = BESIDE * WIDE["double"]
     if math.prod(lead) * max(rows, 1) > BLOCKS[0] or -(-columns // width) > BLOCKS[1]:
-        return (f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
-                f"row at least and {width} columns")  # fmt: skip
+        return (
+            f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
+            f"row at least and {width} columns"
+        )
     return ""
 
 

@@ -46,12 +46,14 @@ class FeatureProgram(Program):
 
     def _weight(self) -> str:
         value, slope = ("x", "scalar(1)") if self.phi is None else MAPS[self.phi]
-        return "\n".join([
-            super()._weight(),
-            f"#define LOG_FEATURES {int(self.log)}",
-            f"DEVICE scalar phi(scalar x) {{ return {value}; }}",
-            f"DEVICE scalar phi_slope(scalar x) {{ return {slope}; }}",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                super()._weight(),
+                f"#define LOG_FEATURES {int(self.log)}",
+                f"DEVICE scalar phi(scalar x) {{ return {value}; }}",
+                f"DEVICE scalar phi_slope(scalar x) {{ return {slope}; }}",
+            ]
+        )
 
 
 def columns_for(count: int) -> int:

@@ -60,8 +60,9 @@ class FeatureKernels:
             call.tiled("features_forward", x.rows, heads, x.value_dim, given, out=out)
         return out, level
 
-    def pullback(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
-                 *, xp: Any) -> dict[str, Any]:  # fmt: skip
+    def pullback(
+        self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
+    ) -> dict[str, Any]:
         """Pull back, see `pdcore.feature_contraction.features_vjp`, in the operands' dtypes."""
         with self.kernels.runtime.on(o.q):
             call = _Call(self.kernels, c, o, xp)
@@ -69,17 +70,27 @@ class FeatureKernels:
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
             given = (d_out, level, delta)
-            grads = {n: call.result(*a.shape, dtype=a.dtype)
-                     for n, a in (("q", o.q), ("k", o.k), ("v", o.v))}  # fmt: skip
+            grads = {
+                n: call.result(*a.shape, dtype=a.dtype)
+                for n, a in (("q", o.q), ("k", o.k), ("v", o.v))
+            }
             heads, pairs = x.batch * x.heads * x.group, x.batch * x.heads
             seen = (*given, call.states(tops), tops)
             call.tiled("features_rows", x.rows, heads, x.dim, (*seen, grads["q"]), d_out=d_out)
             seen = (*given, call.states(tops, given), tops)
-            call.tiled("features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false",
-                       d_out=d_out)  # fmt: skip
+            call.tiled(
+                "features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false", d_out=d_out
+            )
             if x.value_dim:
-                call.tiled("features_keys", x.keys, pairs, x.value_dim, (*seen, grads["v"]),
-                           ", true", d_out=d_out)  # fmt: skip
+                call.tiled(
+                    "features_keys",
+                    x.keys,
+                    pairs,
+                    x.value_dim,
+                    (*seen, grads["v"]),
+                    ", true",
+                    d_out=d_out,
+                )
         return grads
 
 
@@ -140,8 +151,13 @@ class _Call(ScoreCall):
         """Add up entries, or take their maximum, see `features_scan`."""
         of = self.packed
         blocks = of.batch * of.heads * -(-width // THREADS)
-        sizes = (np.int64(width), np.int64(pitch), np.int32(count), np.int32(of.dim),
-                 np.int32(of.value_dim))  # fmt: skip
+        sizes = (
+            np.int64(width),
+            np.int64(pitch),
+            np.int32(count),
+            np.int32(of.dim),
+            np.int32(of.value_dim),
+        )
         self.start(f"features_scan<{kind}>", (blocks,), (x, tops, *sizes))
 
     def columns(self, width: int) -> int:

@@ -72,8 +72,9 @@ class KernelBackend(ArrayBackend):
                 return replace(plan, contraction=found)
             step += f", {_stored(plan, request.dtype, rounds)}; {why}"
         step += _scales(plan, apart=request.dtype != plan.accumulate)
-        return replace(plan, contraction=c.run_as(Compiled, rounds=rounds),
-                       steps=(*plan.steps, step))  # fmt: skip
+        return replace(
+            plan, contraction=c.run_as(Compiled, rounds=rounds), steps=(*plan.steps, step)
+        )
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan on the arrays' device, see `Backend.attention`."""
@@ -101,14 +102,18 @@ class KernelBackend(ArrayBackend):
     def call(self, plan: Plan, inputs: Inputs) -> Call:
         """Take the arrays of a call, see `ArrayBackend.call`."""
         if self.runtime.capturing() and (why := uncapturable(plan)):
-            raise UnsupportedError(f"backend {self.info.name}: the stream is being captured into a "
-                                   f"CUDA graph, and {why}")  # fmt: skip
+            raise UnsupportedError(
+                f"backend {self.info.name}: the stream is being captured into a "
+                f"CUDA graph, and {why}"
+            )
         return super().call(plan, inputs)
 
     def native(self, plan: Plan) -> frozenset[str]:
         """Read 16-bit arrays where kernels run, see `ArrayBackend.native`."""
-        kernels = {"contraction": isinstance(plan.contraction, Compiled | CompiledFeatures),
-                   "pool": isinstance(plan.pool, CompiledPool)}  # fmt: skip
+        kernels = {
+            "contraction": isinstance(plan.contraction, Compiled | CompiledFeatures),
+            "pool": isinstance(plan.pool, CompiledPool),
+        }
         by_kernel = isinstance(plan.summary, CompiledSummary)
         kernels |= dict.fromkeys(("statistics", "statistics_vjp"), by_kernel)
         folded = all(isinstance(step, FoldedLoad) for step in plan.transforms)
@@ -129,15 +134,28 @@ class KernelBackend(ArrayBackend):
             return self.moments.prefixes(keys, mask, xp=self.xp)
         return self.moments.moments(keys, mask, shared=summary.scope == "batch", xp=self.xp)
 
-    def statistics_vjp(self, summary: Summary, keys: Any, mask: Any, final: Mapping[str, Any],
-                       cotangent: Mapping[str, Any]) -> Any:  # fmt: skip
+    def statistics_vjp(
+        self,
+        summary: Summary,
+        keys: Any,
+        mask: Any,
+        final: Mapping[str, Any],
+        cotangent: Mapping[str, Any],
+    ) -> Any:
         """Pull a state back, by the kernels where they were chosen."""
         if isinstance(summary, CompiledSummary):
             return self.moments.vjp(keys, mask, final, cotangent, xp=self.xp)
         return super().statistics_vjp(summary, keys, mask, final, cotangent)
 
-    def prefix_vjp(self, summary: Summary, keys: Any, mask: Any, rows: Mapping[str, Any],
-                   cotangent: Mapping[str, Any], later: Any) -> Any:  # fmt: skip
+    def prefix_vjp(
+        self,
+        summary: Summary,
+        keys: Any,
+        mask: Any,
+        rows: Mapping[str, Any],
+        cotangent: Mapping[str, Any],
+        later: Any,
+    ) -> Any:
         """Pull the states of prefixes back, by the kernels where they were chosen."""
         if isinstance(summary, CompiledSummary):
             return self.moments.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
@@ -159,8 +177,9 @@ class KernelBackend(ArrayBackend):
             return self.kernels.forward(c, operands, heads, xp=self.xp)
         return super().scores_of_groups(c, operands, heads)
 
-    def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
-                   d_level: Any) -> dict[str, Any]:  # fmt: skip
+    def scores_vjp(
+        self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+    ) -> dict[str, Any]:
         """Pull back, by the kernels where they were chosen."""
         if isinstance(c, TensorCores):
             return pullback(self.kernels, c, o, out, level, d_out, d_level, xp=self.xp)
@@ -174,8 +193,9 @@ class KernelBackend(ArrayBackend):
             return self.feature_kernels.forward(c, o, xp=self.xp)
         return super().features(c, o)
 
-    def features_vjp(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any,
-                     d_level: Any) -> dict[str, Any]:  # fmt: skip
+    def features_vjp(
+        self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+    ) -> dict[str, Any]:
         """Pull back, by the kernels where they were chosen."""
         if isinstance(c, CompiledFeatures):
             return self.feature_kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
@@ -187,9 +207,10 @@ def _fused_features(plan: Plan, c: Features, dtype: str, rounds: bool) -> Plan:
     raw = type(c.kernel) in MAPS
     phi = "phi compiled in" if raw else f"{'log ' if c.log else ''}phi by array calls"
     found = replace(
-        plan, transforms=plan.transforms[:-1] if raw else plan.transforms,
+        plan,
+        transforms=plan.transforms[:-1] if raw else plan.transforms,
         contraction=CompiledFeatures(c.kernel, raw, c.log, c.signed, rounds),
-    )  # fmt: skip
+    )
     step = f"kernel: states of chunks on CUDA cores in {plan.accumulate}, {phi}"
     if dtype != plan.accumulate:
         step += f", {_stored(found, dtype, rounds)}"
@@ -222,11 +243,15 @@ def uncapturable(plan: Plan) -> str:
     """Say why a plan cannot run while its stream is captured, nothing if it can."""
     heads = [head for group in plan.groups for head in group.heads]
     if heads != sorted(heads):
-        return ("heads of different scales alternate, whose indices would be copied from the host; "
-                "put heads of one scale beside each other")  # fmt: skip
+        return (
+            "heads of different scales alternate, whose indices would be copied from the host; "
+            "put heads of one scale beside each other"
+        )
     if any(isinstance(step, FeatureRows) for step in plan.transforms):
-        return ("phi is array calls, which may be matrix products of the library or need arrays of "
-                "the host")  # fmt: skip
+        return (
+            "phi is array calls, which may be matrix products of the library or need arrays of "
+            "the host"
+        )
     if type(plan.contraction) in (Scores, Features):
         return "the call runs by matrix products of the library, which cannot be captured"
     return ""
@@ -262,6 +287,8 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
     columns = feature_columns if isinstance(c, Features) else columns_for
     slices, most = max(-(-n // columns(n)) for n in (dim, value_dim, 1)), columns(2**31)
     if max(longest, blocks) > BLOCKS[0] - size or slices > BLOCKS[1]:
-        return (f"got q {request.q} and v {request.v}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} "
-                f"blocks at most, of {size} rows and keys and {most} columns")  # fmt: skip
+        return (
+            f"got q {request.q} and v {request.v}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} "
+            f"blocks at most, of {size} rows and keys and {most} columns"
+        )
     return ""

@@ -22,11 +22,15 @@ __all__ = ["GROUPS", "GroupCall", "How", "contract", "launches"]
 GROUPS = 8
 GROUP = np.dtype(
     [
-        ("inputs", np.uint64, 10), ("fold", np.uint64, 3), ("results", np.uint64, 2),
-        ("place", np.int64, 2), ("first", np.int64), ("shape", SHAPE),
+        ("inputs", np.uint64, 10),
+        ("fold", np.uint64, 3),
+        ("results", np.uint64, 2),
+        ("place", np.int64, 2),
+        ("first", np.int64),
+        ("shape", SHAPE),
     ],
     align=True,
-)  # fmt: skip
+)
 TABLE = np.dtype([("x", GROUP, GROUPS), ("count", np.int64)], align=True)
 
 
@@ -86,8 +90,7 @@ class _Launched(NamedTuple):
     place: tuple[int, int]
 
 
-def contract(groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]],
-             how: How) -> Contracted:  # fmt: skip
+def contract(groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], how: How) -> Contracted:
     """Contract groups, of one kernel `how`, whose key heads are `heads` of the caller's.
 
     Heads that are equally far apart, in every group, are written where the caller has them.
@@ -134,8 +137,9 @@ def _launch(program: Program, groups: Sequence[_Launched], how: How) -> None:
         given = {"inputs": x.arrays, "fold": one.given.fold, "results": one.results}
         for name, members in given.items():
             start = GROUP.itemsize * i + GROUP.fields[name][1]  # type: ignore[index]
-            arrays.update((start + 8 * n, a) for n, a in enumerate(members)
-                          if not isinstance(a, np.uint64))  # fmt: skip
+            arrays.update(
+                (start + 8 * n, a) for n, a in enumerate(members) if not isinstance(a, np.uint64)
+            )
     if not blocks:
         return
     table["count"] = len(groups)

@@ -79,8 +79,12 @@ class CupyRuntime:
         """Ask the driver, see `Runtime.limits`."""
         found = cupy.cuda.Device().attributes
         grid = tuple(found[f"MaxGridDim{axis}"] for axis in "XYZ")
-        return Limits(found["MaxThreadsPerBlock"], found["MaxRegistersPerBlock"],
-                      found["MaxSharedMemoryPerBlockOptin"], grid)  # fmt: skip
+        return Limits(
+            found["MaxThreadsPerBlock"],
+            found["MaxRegistersPerBlock"],
+            found["MaxSharedMemoryPerBlockOptin"],
+            grid,
+        )
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Allocate from the pool, see `Runtime.empty`."""

@@ -59,8 +59,9 @@ class CheckedKernel:
         """Launch on the current stream."""
         why = self.refusal(grid, block, shared_mem)
         if why:
-            raise UnsupportedError(f"kernel {self.name}: {why}; pass a smaller call, or another "
-                                   "backend")  # fmt: skip
+            raise UnsupportedError(
+                f"kernel {self.name}: {why}; pass a smaller call, or another backend"
+            )
         self.kernel(grid, block, arguments, shared_mem=shared_mem)
 
     def refusal(self, grid: tuple[int, ...], block: tuple[int, ...], shared_mem: int) -> str:
@@ -75,10 +76,11 @@ class CheckedKernel:
         if threads > limits.threads:
             return f"a block of {threads} threads, and the device has {limits.threads} at most"
         if threads > usage.threads or threads * usage.registers > limits.registers:
-            return (f"{threads} threads of {usage.registers} registers each, and a block of the "
-                    f"device has {limits.registers}")  # fmt: skip
+            return (
+                f"{threads} threads of {usage.registers} registers each, and a block of the "
+                f"device has {limits.registers}"
+            )
         shared = shared_mem + usage.shared
         if shared > limits.shared:
-            return (f"{shared} bytes of shared memory, and a block of the device has "
-                    f"{limits.shared}")  # fmt: skip
+            return f"{shared} bytes of shared memory, and a block of the device has {limits.shared}"
         return ""

@@ -19,15 +19,36 @@ NULL = np.uint64(0)
 #: `Shape` of kernels/operands.cuh, member by member.
 SHAPE = np.dtype(
     [
-        ("q", np.int64, 4), ("k", np.int64, 3), ("v", np.int64, 3), ("bias", np.int64, 5),
-        ("mask", np.int64, 5), ("key_mask", np.int64), ("real", np.int64), ("offset", np.int64),
-        ("ahead", np.int64), ("left", np.int64), ("scale", np.float64),
-        *((n, np.int32) for n in ("batch", "heads", "group", "rows", "keys", "length", "span",
-                                  "dim", "value_dim", "has_sign")),
+        ("q", np.int64, 4),
+        ("k", np.int64, 3),
+        ("v", np.int64, 3),
+        ("bias", np.int64, 5),
+        ("mask", np.int64, 5),
+        ("key_mask", np.int64),
+        ("real", np.int64),
+        ("offset", np.int64),
+        ("ahead", np.int64),
+        ("left", np.int64),
+        ("scale", np.float64),
+        *(
+            (n, np.int32)
+            for n in (
+                "batch",
+                "heads",
+                "group",
+                "rows",
+                "keys",
+                "length",
+                "span",
+                "dim",
+                "value_dim",
+                "has_sign",
+            )
+        ),
         ("bias_extent", np.int32, 5),
     ],
     align=True,
-)  # fmt: skip
+)
 
 
 class Packed(NamedTuple):
@@ -81,16 +102,30 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
     given = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
     arrays = tuple(NULL if x is None else x for x in given)
     sizes = (batch, heads, group, rows, keys, dim, value_dim)
-    shape = record(SHAPE, {
-        **{n: strides_of(x)[:-1] for n, x in (("q", q), ("k", k), ("v", v))},
-        **{n: strides_of(x) for n, x in (("bias", bias), ("mask", mask)) if x is not None},
-        **dict(zip(("batch", "heads", "group", "rows", "keys", "dim", "value_dim"), sizes,
-                   strict=True)),
-        "key_mask": seen.keys, "real": seen.length, "offset": seen.offset if seen.static else 0,
-        "ahead": _bound(seen.support.ahead), "left": _bound(seen.support.left),
-        "scale": c.scale, "length": seen.length, "span": seen.scale, "has_sign": c.signed,
-        "bias_extent": extent,
-    })  # fmt: skip
+    shape = record(
+        SHAPE,
+        {
+            **{n: strides_of(x)[:-1] for n, x in (("q", q), ("k", k), ("v", v))},
+            **{n: strides_of(x) for n, x in (("bias", bias), ("mask", mask)) if x is not None},
+            **dict(
+                zip(
+                    ("batch", "heads", "group", "rows", "keys", "dim", "value_dim"),
+                    sizes,
+                    strict=True,
+                )
+            ),
+            "key_mask": seen.keys,
+            "real": seen.length,
+            "offset": seen.offset if seen.static else 0,
+            "ahead": _bound(seen.support.ahead),
+            "left": _bound(seen.support.left),
+            "scale": c.scale,
+            "length": seen.length,
+            "span": seen.scale,
+            "has_sign": c.signed,
+            "bias_extent": extent,
+        },
+    )
     return Packed(arrays, shape, *sizes, extent)
 
 

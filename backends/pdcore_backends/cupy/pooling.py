@@ -25,12 +25,15 @@ ALONE = 8
 #: `Windows` of kernels/pooling.cu, member by member.
 WINDOWS = np.dtype(
     [
-        ("rows", np.int64, 3), ("weights", np.int64),
-        *((n, np.int32) for n in ("heads", "count", "columns", "windows", "scale", "blocks",
-                                  "team", "bits")),
+        ("rows", np.int64, 3),
+        ("weights", np.int64),
+        *(
+            (n, np.int32)
+            for n in ("heads", "count", "columns", "windows", "scale", "blocks", "team", "bits")
+        ),
     ],
     align=True,
-)  # fmt: skip
+)
 
 
 class CompiledPool(str):
@@ -70,19 +73,31 @@ class PoolKernels:
         batch = math.prod(lead)
 
         def layout(strides: tuple[int, ...], blocks: int, team: int) -> Any:
-            return record(WINDOWS, {
-                "rows": strides, "weights": windows * scale if weights.shape[0] > 1 else 0,
-                "heads": heads, "count": rows, "columns": columns, "windows": windows,
-                "scale": scale, "blocks": blocks, "team": team, "bits": launch.bits,
-            })  # fmt: skip
+            return record(
+                WINDOWS,
+                {
+                    "rows": strides,
+                    "weights": windows * scale if weights.shape[0] > 1 else 0,
+                    "heads": heads,
+                    "count": rows,
+                    "columns": columns,
+                    "windows": windows,
+                    "scale": scale,
+                    "blocks": blocks,
+                    "team": team,
+                    "bits": launch.bits,
+                },
+            )
 
         def pullback(cotangent: Any) -> Any:
             with self.cache.runtime.on(cotangent):
                 found = launch.empty(*x.shape)
                 blocks = -(-rows // launch.tile)
-                launch.run("pooled_vjp", batch * heads * blocks, (
-                    weights, xp.ascontiguousarray(cotangent), found, layout((0, 0, 0), blocks, 1)
-                ))  # fmt: skip
+                launch.run(
+                    "pooled_vjp",
+                    batch * heads * blocks,
+                    (weights, xp.ascontiguousarray(cotangent), found, layout((0, 0, 0), blocks, 1)),
+                )
             return found
 
         with self.cache.runtime.on(x):
@@ -90,9 +105,11 @@ class PoolKernels:
             team = _team(scale, launch.lanes)
             blocks = -(-windows // (launch.lanes // team))
             found = launch.empty(*lead, heads, windows, columns)
-            launch.run("pooled", batch * heads * blocks, (
-                given, weights, found, layout(strides_of(given)[:-1], blocks, team)
-            ))  # fmt: skip
+            launch.run(
+                "pooled",
+                batch * heads * blocks,
+                (given, weights, found, layout(strides_of(given)[:-1], blocks, team)),
+            )
         return found, pullback
 
 

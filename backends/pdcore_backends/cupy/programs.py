@@ -98,15 +98,18 @@ class Program:
         sources = ("ptx.cuh", "tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
         ptx, tiles, *rest = (read(name) for name in sources)
         stored = dict(self.stored)
-        types = [f"typedef {self.scalar} scalar;",
-                 *(f"typedef {HALVES.get(stored.get(n, ''), 'scalar')} {n}_type;"
-                   for n in STORED)]  # fmt: skip
+        types = [
+            f"typedef {self.scalar} scalar;",
+            *(f"typedef {HALVES.get(stored.get(n, ''), 'scalar')} {n}_type;" for n in STORED),
+        ]
         return "\n".join([ptx, *types, tiles, self._weight(), *rest])
 
     def _weight(self) -> str:
-        lines = [f"#define LOG_WEIGHT {int(self.weight == 'log')}",
-                 f"#define PLAIN {int(self.expression is None)}",
-                 f"#define VALUES {len(self.values)}"]  # fmt: skip
+        lines = [
+            f"#define LOG_WEIGHT {int(self.weight == 'log')}",
+            f"#define PLAIN {int(self.expression is None)}",
+            f"#define VALUES {len(self.values)}",
+        ]
         if self.expression is None:
             value, slope = "scale * s", "scale"
         else:
@@ -115,10 +118,12 @@ class Program:
             f"DEVICE scalar log_kappa{_SIGNATURE} {{ return {value}; }}",
             f"DEVICE scalar log_kappa_slope{_SIGNATURE} {{ return {slope}; }}",
             f"DEVICE scalar value_slope(int name, {_SIGNATURE[1:]} {{",
-            *(f"  if (name == {n}) return {self._slope(name)};"
-              for n, name in enumerate(self.values)),
+            *(
+                f"  if (name == {n}) return {self._slope(name)};"
+                for n, name in enumerate(self.values)
+            ),
             "  return 0;\n}",
-        ]  # fmt: skip
+        ]
         return "\n".join(lines)
 
     def _slope(self, name: str) -> str:

@@ -16,8 +16,15 @@ from pdcore.errors import UnsupportedError
 from .launches import CheckedKernel, Limits, Usage
 
 __all__ = [
-    "BLOCKS", "CAPABILITY", "SHARED", "Kernel", "KernelCache", "Program", "Runtime", "too_old",
-]  # fmt: skip
+    "BLOCKS",
+    "CAPABILITY",
+    "SHARED",
+    "Kernel",
+    "KernelCache",
+    "Program",
+    "Runtime",
+    "too_old",
+]
 
 #: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
 CAPABILITY = 75
@@ -72,8 +79,10 @@ def too_old(capability: int) -> str:
     """Say that the kernels are not for a device of a compute capability, nothing if they are."""
     if capability >= CAPABILITY:
         return ""
-    return (f"the device has compute capability {capability / 10}, and the kernels are for "
-            f"{CAPABILITY / 10} and later")  # fmt: skip
+    return (
+        f"the device has compute capability {capability / 10}, and the kernels are for "
+        f"{CAPABILITY / 10} and later"
+    )
 
 
 class Program(Protocol):

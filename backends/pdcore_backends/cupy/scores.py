@@ -44,20 +44,32 @@ class ScoreKernels:
     def __init__(self, cache: KernelCache) -> None:
         self.cache, self.runtime = cache, cache.runtime
 
-    def forward(self, c: Compiled, operands: Sequence[Operands], heads: Sequence[tuple[int, ...]],
-                *, xp: Any) -> Contracted:  # fmt: skip
+    def forward(
+        self,
+        c: Compiled,
+        operands: Sequence[Operands],
+        heads: Sequence[tuple[int, ...]],
+        *,
+        xp: Any,
+    ) -> Contracted:
         """Contract, see `ArrayBackend.scores_of_groups`; 16-bit arrays are read as they are."""
         with self.runtime.on(operands[0].q):
             groups = [GroupCall.of(ScoreCall(self, c, o, xp), c.rounds) for o in operands]
             first = groups[0].call
             width, scalar = first.packed.value_dim, first.scalar
             columns = columns_for(width)
-            how = How(f"scores_forward<{columns}>", tile(scalar), THREADS,
-                      memory(scalar, columns), max(1, -(-width // columns)))  # fmt: skip
+            how = How(
+                f"scores_forward<{columns}>",
+                tile(scalar),
+                THREADS,
+                memory(scalar, columns),
+                max(1, -(-width // columns)),
+            )
             return contract(groups, heads, how)
 
-    def pullback(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any,
-                 *, xp: Any) -> dict[str, Any]:  # fmt: skip
+    def pullback(
+        self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
+    ) -> dict[str, Any]:
         """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of.
 
         The bias's is in the accumulation dtype where it has yet to be summed.
@@ -105,8 +117,16 @@ class ScoreCall:
         """Give what kernels of the operands are passed."""
         return (*self.packed.arrays, *more, self.packed.shape)
 
-    def tiled(self, name: str, count: int, heads: int, width: int, more: tuple[Any, ...],
-              flags: str = "", **stored: Any) -> None:  # fmt: skip
+    def tiled(
+        self,
+        name: str,
+        count: int,
+        heads: int,
+        width: int,
+        more: tuple[Any, ...],
+        flags: str = "",
+        **stored: Any,
+    ) -> None:
         """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
         columns = self.columns(width)
         # Results without columns have others beside them.
@@ -114,8 +134,14 @@ class ScoreCall:
         shared = memory(self.scalar, columns)
         self.start(f"{name}<{columns}{flags}>", grid, self.arguments(*more), shared, **stored)
 
-    def start(self, name: str, grid: tuple[int, ...], arguments: tuple[Any, ...],
-              shared: int = 0, **stored: Any) -> None:  # fmt: skip
+    def start(
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        shared: int = 0,
+        **stored: Any,
+    ) -> None:
         """Launch a kernel unless there is nothing to do."""
         if all(grid):
             kernel = self.kernels.cache.kernel(self.program(**stored), name)
@@ -128,8 +154,7 @@ class ScoreCall:
         if rows:
             dtypes = {"out": dtype_name(out), "d_out": dtype_name(d_out)}
             kernel = self.kernels.cache.kernel(Program.of(Scores(), (), dtypes), "scores_delta")
-            arguments = (out, d_out, level, d_level, delta, np.int64(rows),
-                         np.int32(out.shape[-1]))  # fmt: skip
+            arguments = (out, d_out, level, d_level, delta, np.int64(rows), np.int32(out.shape[-1]))
             kernel((-(-rows // (THREADS // 32)),), (THREADS,), arguments, shared_mem=0)
         return delta
 
@@ -157,8 +182,15 @@ class ScoreCall:
         of_keys = (*given, grads["k"], grads.get("key_bias", NULL))
         self.tiled("scores_keys", x.keys, heads, x.dim, of_keys, ", false", d_out=given[0])
         if x.value_dim:
-            self.tiled("scores_keys", x.keys, heads, x.value_dim, (*given, grads["v"], NULL),
-                       ", true", d_out=given[0])  # fmt: skip
+            self.tiled(
+                "scores_keys",
+                x.keys,
+                heads,
+                x.value_dim,
+                (*given, grads["v"], NULL),
+                ", true",
+                d_out=given[0],
+            )
         return grads
 
     def of_bias(self, given: tuple[Any, ...]) -> Any:
@@ -169,7 +201,13 @@ class ScoreCall:
         found = self.result(*extent, dtype=self.o.bias.dtype if whole else None)
         planes = batch * heads * group
         grid = (planes * self.tiles(rows) * self.tiles(keys),)
-        self.start("scores_bias", grid, self.arguments(*given, found), memory(self.scalar, 32),
-                   d_out=given[0], d_bias=found)  # fmt: skip
+        self.start(
+            "scores_bias",
+            grid,
+            self.arguments(*given, found),
+            memory(self.scalar, 32),
+            d_out=given[0],
+            d_bias=found,
+        )
         lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(own) - 4)
         return sum_to(self.xp.reshape(found, (*lead, *extent[1:])), own, xp=self.xp)

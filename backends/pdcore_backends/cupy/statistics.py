@@ -27,11 +27,13 @@ CHUNK = 512
 LAYOUT = np.dtype(
     [
         ("keys", np.int64, 3),
-        *((n, np.int32) for n in ("batch", "heads", "rows", "columns", "chunks", "tiles",
-                                  "shared", "bits")),
+        *(
+            (n, np.int32)
+            for n in ("batch", "heads", "rows", "columns", "chunks", "tiles", "shared", "bits")
+        ),
     ],
     align=True,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
     why = _unfit(summary, request, capability)
     if why:
         return replace(plan, steps=(*plan.steps, f"statistics: {library}'s own operations: {why}"))
-    how = "a scan of chunks in three passes" if summary.scope == "prefix" else \
-        "chunks, each key read once, merged in a fixed order"  # fmt: skip
+    how = (
+        "a scan of chunks in three passes"
+        if summary.scope == "prefix"
+        else "chunks, each key read once, merged in a fixed order"
+    )
     step = f"statistics: kernels, by {how}, in {plan.accumulate}"
     if request.dtype != plan.accumulate and all(group.scale == 1 for group in plan.groups):
         step += f", of keys in {request.dtype}"
@@ -101,8 +106,15 @@ class MomentKernels:
         lead = (1,) * len(call.lead) if shared else call.lead
         return call.named(found, (*lead, call.heads, 1), xp)
 
-    def vjp(self, keys: Any, mask: Any, final: Mapping[str, Any], cotangent: Mapping[str, Any],
-            *, xp: Any) -> Any:  # fmt: skip
+    def vjp(
+        self,
+        keys: Any,
+        mask: Any,
+        final: Mapping[str, Any],
+        cotangent: Mapping[str, Any],
+        *,
+        xp: Any,
+    ) -> Any:
         """Pull back, see `Moments.vjp`."""
         with self.cache.runtime.on(keys):
             call = _Keys(self.cache, keys, mask, xp)
@@ -131,15 +143,28 @@ class MomentKernels:
             call.run("prefixes", chunks, (*call.arrays, *before, *found, layout))
         return call.named(found, (*call.lead, call.heads, call.rows + 1), xp)
 
-    def prefix_vjp(self, keys: Any, mask: Any, rows: Mapping[str, Any],
-                   cotangent: Mapping[str, Any], later: Any, *, xp: Any) -> Any:  # fmt: skip
+    def prefix_vjp(
+        self,
+        keys: Any,
+        mask: Any,
+        rows: Mapping[str, Any],
+        cotangent: Mapping[str, Any],
+        later: Any,
+        *,
+        xp: Any,
+    ) -> Any:
         """Pull back, see `Moments.prefix_vjp`."""
         with self.cache.runtime.on(keys):
             call = _Keys(self.cache, keys, mask, xp)
             queries = _Keys(self.cache, rows["mean"], None, xp)
             first = _first_counting(rows["n"], xp)
-            given = (*map(xp.ascontiguousarray, (rows["n"], rows["mean"], cotangent["mean"],
-                                                 cotangent["var"])), first)  # fmt: skip
+            given = (
+                *map(
+                    xp.ascontiguousarray,
+                    (rows["n"], rows["mean"], cotangent["mean"], cotangent["var"]),
+                ),
+                first,
+            )
             chunks = queries.chunks
             layout = queries.layout(chunks)
             sums = queries.states(chunks)
@@ -151,9 +176,22 @@ class MomentKernels:
             # (M, 1) or (*B, 1, 1, M, 1)
             of_each = 0 if math.prod(later.shape) == call.rows else call.rows
             found = call.launch.empty(*keys.shape)
-            call.run("prefixes_vjp", call.chunks, (
-                *call.arrays, given[1], first, level, slope, xp.ascontiguousarray(later),
-                np.int64(of_each), found, layout, call.layout(call.chunks)))  # fmt: skip
+            call.run(
+                "prefixes_vjp",
+                call.chunks,
+                (
+                    *call.arrays,
+                    given[1],
+                    first,
+                    level,
+                    slope,
+                    xp.ascontiguousarray(later),
+                    np.int64(of_each),
+                    found,
+                    layout,
+                    call.layout(call.chunks),
+                ),
+            )
         return found
 
 
@@ -191,11 +229,20 @@ class _Keys:
 
     def layout(self, chunks: int, tiles: int = 1, shared: bool = False) -> Any:
         """Give a `LAYOUT`, which is passed by value."""
-        return record(LAYOUT, {
-            "keys": self.strides, "batch": self.batch, "heads": self.heads, "rows": self.rows,
-            "columns": self.launch.columns, "chunks": chunks, "tiles": tiles, "shared": shared,
-            "bits": self.launch.bits,
-        })  # fmt: skip
+        return record(
+            LAYOUT,
+            {
+                "keys": self.strides,
+                "batch": self.batch,
+                "heads": self.heads,
+                "rows": self.rows,
+                "columns": self.launch.columns,
+                "chunks": chunks,
+                "tiles": tiles,
+                "shared": shared,
+                "bits": self.launch.bits,
+            },
+        )
 
     def states(self, chunks: int) -> tuple[Any, Any]:
         """Allocate states of chunks, `States` of kernels/columns.cuh."""
@@ -219,8 +266,10 @@ class _Keys:
     def named(self, found: tuple[Any, Any, Any], shape: tuple[int, ...], xp: Any) -> dict[str, Any]:
         """Give finalised states their names and axes."""
         widths = (1, self.launch.columns, self.launch.columns)
-        return {n: xp.reshape(x, (*shape, w))
-                for n, x, w in zip(("n", "mean", "var"), found, widths, strict=True)}  # fmt: skip
+        return {
+            n: xp.reshape(x, (*shape, w))
+            for n, x, w in zip(("n", "mean", "var"), found, widths, strict=True)
+        }
 
 
 def _first_counting(n: Any, xp: Any) -> Any:

@@ -24,9 +24,16 @@ from .runtime import Runtime
 from .scores import Compiled, ScoreCall, ScoreKernels
 
 __all__ = [
-    "WIDTHS", "TensorCores", "folded_in", "forward", "memory", "pullback", "pullback_memory",
-    "rounded_in", "unfit",
-]  # fmt: skip
+    "WIDTHS",
+    "TensorCores",
+    "folded_in",
+    "forward",
+    "memory",
+    "pullback",
+    "pullback_memory",
+    "rounded_in",
+    "unfit",
+]
 
 #: Columns of queries and of values that tiles are made for.
 WIDTHS = (32, 64, 96, 128)
@@ -56,13 +63,17 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
     """Say why tensor cores do not run a 16-bit plan that the kernels run, nothing if they do."""
     c, normalization = plan.contraction, plan.spec.normalization
     if capability < CAPABILITY:
-        return (f"tensor cores are for compute capability {CAPABILITY / 10} and later, the device "
-                f"has {capability / 10}")  # fmt: skip
+        return (
+            f"tensor cores are for compute capability {CAPABILITY / 10} and later, the device "
+            f"has {capability / 10}"
+        )
     if not isinstance(c, Scores) or c.weight != "log":
         return "tensor cores are for weights that have a logarithm, which keeps them within 16 bits"
     if request.q[-1] not in WIDTHS or request.v[-1] not in WIDTHS:
-        return (f"tensor cores are for D and Dv of {', '.join(map(str, WIDTHS))}, got "
-                f"{request.q[-1]} and {request.v[-1]}")  # fmt: skip
+        return (
+            f"tensor cores are for D and Dv of {', '.join(map(str, WIDTHS))}, got "
+            f"{request.q[-1]} and {request.v[-1]}"
+        )
     known = isinstance(normalization, Identity) or (
         isinstance(normalization, Batch) and normalization.statistics != "prefix"
     )
@@ -114,8 +125,10 @@ class RoundedGaussian(GaussianRows):
 
 def rounded_in(plan: Plan, dtype: str) -> Plan:
     """Let distances be of rows that are rounded to a dtype already."""
-    steps = tuple(RoundedGaussian(s.gamma, dtype) if isinstance(s, GaussianRows) else s
-                  for s in plan.transforms)  # fmt: skip
+    steps = tuple(
+        RoundedGaussian(s.gamma, dtype) if isinstance(s, GaussianRows) else s
+        for s in plan.transforms
+    )
     return replace(plan, transforms=steps)
 
 
@@ -132,20 +145,39 @@ def pullback_memory(dim: int, value_dim: int) -> int:
     return 2 * (OWN + stages * by) * (dim + value_dim) + 8 * OWN + 1280
 
 
-def forward(kernels: ScoreKernels, c: TensorCores, operands: Sequence[Operands],
-            heads: Sequence[tuple[int, ...]], *, xp: Any) -> Contracted:  # fmt: skip
+def forward(
+    kernels: ScoreKernels,
+    c: TensorCores,
+    operands: Sequence[Operands],
+    heads: Sequence[tuple[int, ...]],
+    *,
+    xp: Any,
+) -> Contracted:
     """Contract, see `ArrayBackend.scores_of_groups`."""
     with kernels.runtime.on(operands[0].q):
         given = [_handed_over(kernels.runtime, c, o, xp) for o in operands]
         groups = [GroupCall.of(ScoreCall(kernels, c, o, xp), c.rounds, _fold(o, xp)) for o in given]
         x = groups[0].call.packed
-        how = How(f"scores_mma<{x.dim}, {x.value_dim}>", ROWS, THREADS,
-                  memory(x.dim, x.value_dim, c.expression is None))  # fmt: skip
+        how = How(
+            f"scores_mma<{x.dim}, {x.value_dim}>",
+            ROWS,
+            THREADS,
+            memory(x.dim, x.value_dim, c.expression is None),
+        )
         return contract(groups, heads, how)
 
 
-def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level: Any, d_out: Any,
-             d_level: Any, *, xp: Any) -> dict[str, Any]:  # fmt: skip
+def pullback(
+    kernels: ScoreKernels,
+    c: TensorCores,
+    o: Operands,
+    out: Any,
+    level: Any,
+    d_out: Any,
+    d_level: Any,
+    *,
+    xp: Any,
+) -> dict[str, Any]:
     """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of."""
     names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
     like = {name: getattr(o, name) for name in names}
@@ -169,8 +201,13 @@ def pullback(kernels: ScoreKernels, c: TensorCores, o: Operands, out: Any, level
 
         heads, sizes = x.batch * x.heads, f"<{x.dim}, {x.value_dim}"
         launch(f"rows{sizes}, {types['q']}", heads * x.group * -(-x.rows // OWN), grads["q"])
-        launch(f"keys{sizes}, {types['k']}, {types['v']}", heads * -(-x.keys // OWN), grads["k"],
-               grads["v"], grads.get("key_bias", NULL))  # fmt: skip
+        launch(
+            f"keys{sizes}, {types['k']}, {types['v']}",
+            heads * -(-x.keys // OWN),
+            grads["k"],
+            grads["v"],
+            grads.get("key_bias", NULL),
+        )
         if o.bias is not None:
             grads["bias"] = call.of_bias(given)
     return grads
@@ -203,7 +240,8 @@ def _rounded(x: Any, dtype: str, xp: Any) -> Any:
 def _aligned(runtime: Runtime, x: Any, xp: Any) -> Any:
     steps = [s for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1]
     beside = x.strides[-1] == x.itemsize
-    if not math.prod(x.shape) or (beside and not any(s % 16 for s in steps)
-                                  and runtime.address(x) % 16 == 0):  # fmt: skip
+    if not math.prod(x.shape) or (
+        beside and not any(s % 16 for s in steps) and runtime.address(x) % 16 == 0
+    ):
         return x
     return xp.asarray(x, copy=True, order="C")

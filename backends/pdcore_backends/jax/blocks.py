@@ -19,8 +19,17 @@ from pdcore.support import Support, Visibility
 
 from .namespace import NAMESPACE as xp
 
-__all__ = ["Arrays", "Call", "Sizes", "flat", "over_heads", "over_keys", "over_rows", "sizes",
-           "ungrouped"]  # fmt: skip
+__all__ = [
+    "Arrays",
+    "Call",
+    "Sizes",
+    "flat",
+    "over_heads",
+    "over_keys",
+    "over_rows",
+    "sizes",
+    "ungrouped",
+]
 
 Arrays = dict[str, Any]
 
@@ -67,8 +76,9 @@ class Sizes(NamedTuple):
     kept: bool = False
 
 
-def sizes(heads: int, group: int, rows: int, keys: int, *, turns: bool,
-          restricts: bool = False) -> Sizes:  # fmt: skip
+def sizes(
+    heads: int, group: int, rows: int, keys: int, *, turns: bool, restricts: bool = False
+) -> Sizes:
     """Choose blocks by shape.
 
     XLA's matrix products on a CPU are fast where they are large, so heads take turns; many small
@@ -128,14 +138,17 @@ class Call:
 
     def visibility(self, rows: int, keys: int, offset: Any) -> Visibility:
         """Give the support by position alone, of a block whose first key is at position 0."""
-        return Visibility(self.support, xp, rows, keys * self.scale, self.scale, offset,
-                          None, None, None, None)  # fmt: skip
+        return Visibility(
+            self.support, xp, rows, keys * self.scale, self.scale, offset, None, None, None, None
+        )
 
 
 def ungrouped(arrays: Arrays) -> Arrays:
     """Leave out an axis of groups of length 1: XLA's products and fusions are faster without."""
-    return {name: x if name in _OF_KEYS else jnp.squeeze(x, -1 - _BY_GROUP.get(name, 2))
-            for name, x in arrays.items()}  # fmt: skip
+    return {
+        name: x if name in _OF_KEYS else jnp.squeeze(x, -1 - _BY_GROUP.get(name, 2))
+        for name, x in arrays.items()
+    }
 
 
 def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
@@ -204,12 +217,18 @@ def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays
         parts += _band(call, body, arrays, *band)
     if len(parts) == 1:
         return parts[0]
-    return {name: jnp.concat([part[name] for part in parts], axis=_ROWS[name])
-            for name in parts[0]}  # fmt: skip
+    return {name: jnp.concat([part[name] for part in parts], axis=_ROWS[name]) for name in parts[0]}
 
 
-def _band(call: Call, body: Callable[..., Arrays], arrays: Arrays, start: int, stop: int,
-          first: int, last: int) -> list[Arrays]:  # fmt: skip
+def _band(
+    call: Call,
+    body: Callable[..., Arrays],
+    arrays: Arrays,
+    start: int,
+    stop: int,
+    first: int,
+    last: int,
+) -> list[Arrays]:
     """Run the rows ``start:stop`` with the keys ``first:last``; give what has to be joined."""
     whole = call.visibility(call.rows, call.keys, call.offset).whole(start, stop, first, last)
     arrays = _cut(_cut(arrays, _ROWS, start, stop), _KEYS, first, last)
@@ -246,8 +265,13 @@ def _band(call: Call, body: Callable[..., Arrays], arrays: Arrays, start: int, s
     return parts
 
 
-def over_keys(call: Call, body: Callable[..., Any], merge: Callable[[Any, Any], Any],
-              arrays: Arrays, visibility: Visibility) -> Any:  # fmt: skip
+def over_keys(
+    call: Call,
+    body: Callable[..., Any],
+    merge: Callable[[Any, Any], Any],
+    arrays: Arrays,
+    visibility: Visibility,
+) -> Any:
     """Run ``body(arrays, visibility)`` on blocks of keys, and merge what it gives in order."""
     keys, block = arrays["k"].shape[-2], call.sizes.keys
     count = keys // block

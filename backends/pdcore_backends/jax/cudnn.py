@@ -72,8 +72,10 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
         return "pooled keys under causal"
     dim = request.q[-1]
     if dim != request.v[-1] or dim % UNIT or dim > MOST:
-        return (f"{dim} features and {request.v[-1]} of values; it has equally many, multiples of "
-                f"{UNIT} up to {MOST}")  # fmt: skip
+        return (
+            f"{dim} features and {request.v[-1]} of values; it has equally many, multiples of "
+            f"{UNIT} up to {MOST}"
+        )
     return "" if all(request.q + request.k) else "nothing to compute"
 
 
@@ -114,9 +116,12 @@ def cudnn_scores(c: ByCudnn, o: Operands) -> tuple[Any, Any] | None:
         return jnp.swapaxes(x, 1, 2).astype(dtype)
 
     found = _attend(
-        laid(o.q, heads * group), laid(o.k, heads), laid(o.v, heads), scale=c.scale,
+        laid(o.q, heads * group),
+        laid(o.k, heads),
+        laid(o.v, heads),
+        scale=c.scale,
         is_causal=c.causal,
-    )  # fmt: skip
+    )
     out = jnp.reshape(jnp.swapaxes(found, 1, 2), (*lead, heads, group, rows, dim))
     out = out.astype(o.q.dtype)
     return out, jnp.full(out.shape[:-1], jnp.nan, out.dtype)

@@ -27,9 +27,17 @@ __all__ = ["prefix_contract"]
 
 
 def prefix_contract(
-    a: Any, counts: Any, k: Any, v: Any, *, xp: Any, first: Callable[[int], int | None],
-    log: bool = False, step: int = 1, size: int = feature_contraction.CHUNK,
-) -> tuple[Any, Any]:  # fmt: skip
+    a: Any,
+    counts: Any,
+    k: Any,
+    v: Any,
+    *,
+    xp: Any,
+    first: Callable[[int], int | None],
+    log: bool = False,
+    step: int = 1,
+    size: int = feature_contraction.CHUNK,
+) -> tuple[Any, Any]:
     """Compute sum_{j < c_i} (a_i . k_j) v_j, see `feature_contraction.prefix_contract`."""
     rows = a.shape[-2]
     if not (a.size and k.size):
@@ -43,9 +51,10 @@ def prefix_contract(
         "a": cut(a, size),
         # The rows of the padding see what the last row sees; they are cut off.
         "seen": cut(counts, size, mode="edge") - _in_front(index)[..., None, None] * size,
-        "k": _windows(k, index, width), "v": _windows(v, index, width),
+        "k": _windows(k, index, width),
+        "v": _windows(v, index, width),
         "state": _windows(states, index, 1)[..., 0, :, :],
-    }  # fmt: skip
+    }
     if tops is not None:
         given["top"] = _windows(tops, index, 1)[..., 0, :, :]
     summed, exponent = (joined(x, rows) for x in lax.map(_turn, given))
@@ -106,8 +115,9 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
     return jnp.moveaxis(states, 0, -3), jnp.moveaxis(tops, 0, -3)
 
 
-def _places(counts: Any, first: Callable[[int], int | None], rows: int, step: int,
-            size: int) -> tuple[Any, int]:  # fmt: skip
+def _places(
+    counts: Any, first: Callable[[int], int | None], rows: int, step: int, size: int
+) -> tuple[Any, int]:
     """Give the chunk in which the window of each block of rows begins, and its length in chunks."""
     known = [(first(start), first(min(start + size, rows) - 1)) for start in range(0, rows, size)]
     if known[0][0] is None:

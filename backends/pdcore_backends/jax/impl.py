@@ -160,9 +160,11 @@ class JaxBackend(ArrayBackend):
 
 def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
     causal = plan.spec.support.causal
-    step = (f"kernel: cuDNN, which reads {request.dtype}; it has no forward-mode derivatives and "
-            "no gradients of gradients: ask for the log-sum-exp, which goes by blocks, to have "
-            "them")  # fmt: skip
+    step = (
+        f"kernel: cuDNN, which reads {request.dtype}; it has no forward-mode derivatives and "
+        "no gradients of gradients: ask for the log-sum-exp, which goes by blocks, to have "
+        "them"
+    )
     steps = [*plan.steps, step]
     if causal:
         steps.append("causal rows at another offset than 0: blocks of rows and keys")

@@ -37,8 +37,11 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     *lead, length, _ = keys.shape
     if type(stats) is not Moments or not keys.size:
         return statistics.prefix_states(stats, keys, mask, xp=xp)
-    real = jnp.ones((*lead, length, 1), keys.dtype) if mask is None else \
-        jnp.broadcast_to(mask, (*lead, length, 1)).astype(keys.dtype)  # fmt: skip
+    real = (
+        jnp.ones((*lead, length, 1), keys.dtype)
+        if mask is None
+        else jnp.broadcast_to(mask, (*lead, length, 1)).astype(keys.dtype)
+    )
     chunks = tuple(cut(x, CHUNK) for x in (keys, real))
 
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:

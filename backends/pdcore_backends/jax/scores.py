@@ -84,9 +84,14 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
     if group == 1:
         arrays = ungrouped(arrays)
     call = Call(
-        c, seen.support, rows, keys, seen.scale, seen.offset if seen.static else None,
+        c,
+        seen.support,
+        rows,
+        keys,
+        seen.scale,
+        seen.offset if seen.static else None,
         sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=seen.support.restricts),
-    )  # fmt: skip
+    )
     if turns and not call.sizes.mapped:
         # XLA's products of many small matrices are several times as fast with one axis of heads.
         arrays = flat(arrays)
@@ -128,8 +133,9 @@ class _Sums(NamedTuple):
     peak: Any
 
 
-def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *,
-             derived: bool = False) -> Arrays:  # fmt: skip
+def _forward(
+    call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *, derived: bool = False
+) -> Arrays:
     """Contract a block of rows with all keys that it can see; `derived`, where JAX derives it."""
     c, arrays = _scaled(call.contraction, arrays)
 
@@ -149,9 +155,7 @@ def _forward(call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *,
     def merge(a: _Sums, b: _Sums) -> _Sums:
         peak = jnp.maximum(a.peak, b.peak)
         left, right = (jnp.exp(x.peak - _base(peak)) for x in (a, b))
-        return _Sums(
-            a.values * left + b.values * right, a.total * left + b.total * right, peak
-        )  # fmt: skip
+        return _Sums(a.values * left + b.values * right, a.total * left + b.total * right, peak)
 
     found: _Sums = over_keys(call, body, merge, arrays, visibility)
     if c.signed:
@@ -186,8 +190,11 @@ def _contract_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -
 
 def nonzero(tangents: Arrays) -> Arrays:
     """Keep the tangents that are not known to be zero, by the names ``d_q`` and so on."""
-    return {f"d_{name}": t for name, t in tangents.items()
-            if not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0}  # fmt: skip
+    return {
+        f"d_{name}": t
+        for name, t in tangents.items()
+        if not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0
+    }
 
 
 def contract_tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
@@ -218,8 +225,10 @@ def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arr
     features = Scores(weight="features", signed=c.signed)
     level = arrays["level"] - jnp.reshape(shift, q.shape[:-1])
     found = {**arrays, "q": jnp.reshape(plain.q, q.shape), "k": plain.k, "level": level}
-    moves = {name: found[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
-             for name, t in moved.items()}  # fmt: skip
+    moves = {
+        name: found[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
+        for name, t in moved.items()
+    }
     return replace(call, contraction=features), found, moves
 
 
@@ -254,8 +263,11 @@ def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
             moved.append(_product(cut["v"], slope, -2, -1 - rows))
         if "d_v" in cut:
             moved.append(_product(cut["d_v"], p, -2, -1 - rows))
-        total = jnp.zeros_like(level) if slope is None else \
-            jnp.sum(slope, axis=-1 - rows, keepdims=True)  # fmt: skip
+        total = (
+            jnp.zeros_like(level)
+            if slope is None
+            else jnp.sum(slope, axis=-1 - rows, keepdims=True)
+        )
         return sum(moved[1:], moved[0]), total
 
     def merge(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -349,8 +361,9 @@ class _Seen(NamedTuple):
         return _across(seen, self.rows) if self.across and seen is not None else seen
 
 
-def _operands(cut: Arrays, visibility: Visibility, whole: bool, *,
-              across: bool = False) -> Operands:  # fmt: skip
+def _operands(
+    cut: Arrays, visibility: Visibility, whole: bool, *, across: bool = False
+) -> Operands:
     """Give what a block reads; the biases of keys are a part of `bias`.
 
     With `across` what lies along rows and keys has the keys outermost.

@@ -65,13 +65,17 @@ def refusals(request: Request) -> list[str]:
         name = "attention_vjp" if request.vjp else "attention_weights"
         reasons.append(f"{about}: {name} is not written for them; differentiate attention by JAX")
     if isinstance(spec.normalization.statistics_state(), KeySet):
-        reasons.append(f"{about}: {spec.normalization.word} needs all keys of the sequence at "
-                       "once; write it with statistics of a fixed size")  # fmt: skip
+        reasons.append(
+            f"{about}: {spec.normalization.word} needs all keys of the sequence at "
+            "once; write it with statistics of a fixed size"
+        )
     what = _aligned(spec)
     if what is not None:
         if rows != length:
-            reasons.append(f"{about}: {what} with {rows} queries and {length} keys in a shard; "
-                           "give it equally many")  # fmt: skip
+            reasons.append(
+                f"{about}: {what} with {rows} queries and {length} keys in a shard; "
+                "give it equally many"
+            )
         if request.offset not in ("int", "end") or (
             request.offset == "end" and request.key_mask is not None
         ):
@@ -83,12 +87,19 @@ def described(plan: Plan, axis: str) -> Plan:
     """Add to the steps of a plan what shards exchange."""
     steps = []
     if plan.summary is not None:
-        steps.append(f"shards along {axis!r}: statistics "
-                     + ("by an exclusive scan" if plan.summary.scope == "prefix"
-                        else "merged by psum, never a mean of means"))  # fmt: skip
+        steps.append(
+            f"shards along {axis!r}: statistics "
+            + (
+                "by an exclusive scan"
+                if plan.summary.scope == "prefix"
+                else "merged by psum, never a mean of means"
+            )
+        )
     if isinstance(plan.contraction, Scores):
-        steps.append(f"shards along {axis!r}: keys travel round a ring of ppermute; results merge "
-                     "by log-sum-exp")  # fmt: skip
+        steps.append(
+            f"shards along {axis!r}: keys travel round a ring of ppermute; results merge "
+            "by log-sum-exp"
+        )
     else:
         how = "an exclusive scan of" if plan.spec.support.ahead == 0 else "psum of"
         steps.append(f"shards along {axis!r}: {how} the sums of phi(k) v")

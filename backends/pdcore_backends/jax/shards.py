@@ -113,8 +113,9 @@ class Shards:
         local = prefix_states(stats, keys, mask)
         totals = {name: self.gathered(x[..., -1:, :]) for name, x in local.items()}
         none = stats.zero(totals, xp=xp)
-        before = self._reduced(stats, {name: jnp.where(self.earlier(x), x, none[name])
-                                       for name, x in totals.items()})  # fmt: skip
+        before = self._reduced(
+            stats, {name: jnp.where(self.earlier(x), x, none[name]) for name, x in totals.items()}
+        )
         return stats.merge(before, local, xp=xp)
 
     def _reduced(self, stats: Statistics, gathered: State) -> State:
@@ -170,6 +171,14 @@ class _ShardVisibility(Visibility):
             real = jnp.moveaxis(shards.gathered(real), 0, -2)
             real = jnp.reshape(real, (*real.shape[:-2], -1))
         return Visibility(
-            self.support, xp, self.rows, self.length * shards.count, self.scale,
-            self.offset + shards.rank * self.rows, real, None, None, None,
-        ).counts()  # fmt: skip
+            self.support,
+            xp,
+            self.rows,
+            self.length * shards.count,
+            self.scale,
+            self.offset + shards.rank * self.rows,
+            real,
+            None,
+            None,
+            None,
+        ).counts()

@@ -84,9 +84,16 @@ def features_vjp(
         own = _head(o, head)
         phi = _mapped(c, own)
         found = feature_contraction.features_vjp(
-            c, phi, out[values], level[rows], d_out[values], d_level[rows],
-            xp=xp, size=_chunk(phi), tiled=True,
-        )  # fmt: skip
+            c,
+            phi,
+            out[values],
+            level[rows],
+            d_out[values],
+            d_level[rows],
+            xp=xp,
+            size=_chunk(phi),
+            tiled=True,
+        )
         if c.raw:
             for name, x in (("q", own.q), ("k", own.k)):
                 found[name] = c.kernel.features_vjp(x, found[name], xp=xp, params={})[0]

@@ -36,8 +36,9 @@ class NumpyBackend(SilentBackend):
         """Contract by scores in tiles."""
         return super().scores(c, o) if c.weight == "log_features" else scores.scores(c, o)
 
-    def scores_vjp(self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any,
-                   d_level: Any) -> dict[str, Any]:  # fmt: skip
+    def scores_vjp(
+        self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+    ) -> dict[str, Any]:
         """Pull back in tiles; with a bias or with scalars per head, by the generic blocks."""
         if c.weight == "log_features" or o.bias is not None or o.values:
             return super().scores_vjp(c, o, out, level, d_out, d_level)
@@ -47,8 +48,9 @@ class NumpyBackend(SilentBackend):
         """Contract by features, heads beside each other."""
         return features.features(c, o)
 
-    def features_vjp(self, c: Features, o: Operands, out: Any, level: Any, d_out: Any,
-                     d_level: Any) -> dict[str, Any]:  # fmt: skip
+    def features_vjp(
+        self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
+    ) -> dict[str, Any]:
         """Pull back, likewise."""
         return features.features_vjp(c, o, out, level, d_out, d_level)
 

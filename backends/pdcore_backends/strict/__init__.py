@@ -9,9 +9,16 @@ from pluggy import HookimplMarker
 from pdcore.backend import FEATURES, BackendInfo
 
 _ELSEWHERE = {
-    "float16", "bfloat16",  # no dtypes of the standard
-    "autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name",
-}  # fmt: skip
+    "float16",
+    "bfloat16",  # no dtypes of the standard
+    "autodiff",
+    "double_backward",
+    "vmap",
+    "jvp",
+    "compile",
+    "dropout",
+    "axis_name",
+}
 
 INFO = BackendInfo(
     name="strict",

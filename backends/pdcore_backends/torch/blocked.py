@@ -57,11 +57,18 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
     """Keeps nothing of the (N, M) weights: its pullback computes them again, block by block."""
 
     @staticmethod
-    def forward(ctx: Any, c: Scores, fixed: Operands, size: tuple[int, int],
-                names: tuple[str, ...], *arrays: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        c: Scores,
+        fixed: Operands,
+        size: tuple[int, int],
+        names: tuple[str, ...],
+        *arrays: Any,
+    ) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed, ctx.size, ctx.names = c, fixed, size, names
-        out, level = scores(c, _filled(fixed, names, arrays), xp=xp, query_block=size[0],
-                            key_block=size[1])  # fmt: skip
+        out, level = scores(
+            c, _filled(fixed, names, arrays), xp=xp, query_block=size[0], key_block=size[1]
+        )
         ctx.save_for_backward(*arrays, out, level)
         return out, level
 
@@ -78,8 +85,9 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
 
 def _filled(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
     q, k, v, key_bias, bias, *values = arrays
-    return fixed._replace(q=q, k=k, v=v, key_bias=key_bias, bias=bias,
-                          values=dict(zip(names, values, strict=True)))  # fmt: skip
+    return fixed._replace(
+        q=q, k=k, v=v, key_bias=key_bias, bias=bias, values=dict(zip(names, values, strict=True))
+    )
 
 
 def dropout(p: float) -> Dropout:

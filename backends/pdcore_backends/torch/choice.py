@@ -74,8 +74,7 @@ def chosen(plan: Plan, request: Request) -> Plan:
     limit = _not_flex(c, request)
     if not limit:
         return _flexed(plan, c, request, text, why)
-    step = (f"kernel: blocks of our own, O(N + M) memory, for {why}; "
-            f"not FlexAttention: {limit}")  # fmt: skip
+    step = f"kernel: blocks of our own, O(N + M) memory, for {why}; not FlexAttention: {limit}"
     return replace(plan, contraction=c.run_as(Blocked, plan=text), steps=(*plan.steps, step))
 
 
@@ -85,30 +84,49 @@ def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
     plain = not plan.transforms and len(plan.groups) == 1 and plan.groups[0].scale == 1
     contraction = c.run_as(
         Fused,
-        short=short, causal=spec.support.causal, runs=_runs(plan.groups), plan=text,
+        short=short,
+        causal=spec.support.causal,
+        runs=_runs(plan.groups),
+        plan=text,
         dtype=plan.accumulate if kind == "cpu" else _read(plan, request),
-        plain=short and plain and request.key_mask is None and len(request.q) == 4
-        and request.mask is None and request.bias is None and not spec.support.causal
-        and request.q[-1] == request.v[-1] and kind == "cpu" and all(request.q + request.k),
+        plain=short
+        and plain
+        and request.key_mask is None
+        and len(request.q) == 4
+        and request.mask is None
+        and request.bias is None
+        and not spec.support.causal
+        and request.q[-1] == request.v[-1]
+        and kind == "cpu"
+        and all(request.q + request.k),
         grouped=request.q[-3] != request.k[-3],
-    )  # fmt: skip
-    name = "scaled_dot_product_attention" + (" (flash)" if kind == "cpu" else
-                                             " (cuDNN, flash or memory-efficient)")  # fmt: skip
+    )
+    name = "scaled_dot_product_attention" + (
+        " (flash)" if kind == "cpu" else " (cuDNN, flash or memory-efficient)"
+    )
     steps = [*plan.steps, f"kernel: {name}"]
     if kind == "cuda" and not short:
         flash = contraction.dtype != "float32" and request.key_mask is None
-        steps.append(f"here {'flash' if flash else 'memory-efficient'}, in {contraction.dtype}, as "
-                     "the log-sum-exp is asked for or needed")  # fmt: skip
+        steps.append(
+            f"here {'flash' if flash else 'memory-efficient'}, in {contraction.dtype}, as "
+            "the log-sum-exp is asked for or needed"
+        )
     if kind == "cuda" and short and _folds(plan):
         why = device.unfolded(request.device, request.dtype, request.k[-1])
-        steps.append("statistics and fold: two Triton kernels" if not why else
-                     f"statistics and fold: PyTorch's operations, not Triton: {why}")  # fmt: skip
+        steps.append(
+            "statistics and fold: two Triton kernels"
+            if not why
+            else f"statistics and fold: PyTorch's operations, not Triton: {why}"
+        )
     if request.mask is not None or request.bias is not None:
-        steps.append(f"the mask or bias goes there as {request.dtype}; one that requires a "
-                     "gradient goes by blocks of our own")  # fmt: skip
+        steps.append(
+            f"the mask or bias goes there as {request.dtype}; one that requires a "
+            "gradient goes by blocks of our own"
+        )
     if spec.support.causal:
-        steps.append("causal rows at another offset than 0 that see some keys only: blocks of "
-                     "our own")  # fmt: skip
+        steps.append(
+            "causal rows at another offset than 0 that see some keys only: blocks of our own"
+        )
     return replace(plan, contraction=contraction, steps=tuple(steps))
 
 
@@ -116,11 +134,16 @@ def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Pla
     dtype = _read(plan, request)
     steps = [*plan.steps, f"kernel: FlexAttention, compiled, in {dtype}, for {why}"]
     if plan.spec.support.restricts:
-        skipped = "no block is skipped, as positions are arrays" if \
-            _arrays(request) else "blocks that no query sees are skipped"  # fmt: skip
+        skipped = (
+            "no block is skipped, as positions are arrays"
+            if _arrays(request)
+            else "blocks that no query sees are skipped"
+        )
         steps.append(f"blocks of {FLEX_LEAST} by {FLEX_LEAST}: {skipped}")
-    steps.append("traced calls, torch.func, dispatch modes, gradients of gradients, and a bias or "
-                 "parameter that requires a gradient: blocks of our own")  # fmt: skip
+    steps.append(
+        "traced calls, torch.func, dispatch modes, gradients of gradients, and a bias or "
+        "parameter that requires a gradient: blocks of our own"
+    )
     return replace(plan, contraction=c.run_as(Flexed, plan=text, dtype=dtype), steps=tuple(steps))
 
 

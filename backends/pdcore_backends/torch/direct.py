@@ -78,9 +78,16 @@ def direct(plan: Plan, inputs: Inputs) -> Tensor | None:
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])
 
 
-def _group(plan: Plan, group: Group, own: tuple[Tensor, ...], key_mask: Any,
-           extra: tuple[Any, Any], params: dict[str, Any], offset: Any,
-           causal: bool) -> Tensor:  # fmt: skip
+def _group(
+    plan: Plan,
+    group: Group,
+    own: tuple[Tensor, ...],
+    key_mask: Any,
+    extra: tuple[Any, Any],
+    params: dict[str, Any],
+    offset: Any,
+    causal: bool,
+) -> Tensor:
     """Run the heads of one scale; q (B, H, G, N, D)."""
     q, k, v = own
     c: Any = plan.contraction
@@ -94,8 +101,13 @@ def _group(plan: Plan, group: Group, own: tuple[Tensor, ...], key_mask: Any,
         v = v if v.dtype == q.dtype else v.to(q.dtype)
     elif k.dtype != q.dtype:
         k = k.to(q.dtype)
-    allowed = mask if real is None else real[:, :, None, :] if mask is None else \
-        mask & real[:, :, None, :]  # fmt: skip
+    allowed = (
+        mask
+        if real is None
+        else real[:, :, None, :]
+        if mask is None
+        else mask & real[:, :, None, :]
+    )
     added = None if bias is None else bias.to(q.dtype)
     if allowed is not None:
         zero = torch.zeros((), dtype=q.dtype, device=q.device) if added is None else added
@@ -107,19 +119,28 @@ def _group(plan: Plan, group: Group, own: tuple[Tensor, ...], key_mask: Any,
     return out.unflatten(1, q.shape[1:3])
 
 
-def _transformed(plan: Plan, q: Tensor, k: Tensor, real: Any, params: dict[str, Any],
-                 offset: Any) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+def _transformed(
+    plan: Plan, q: Tensor, k: Tensor, real: Any, params: dict[str, Any], offset: Any
+) -> tuple[Tensor, Tensor, Any]:
     first = plan.transforms[0]
     if isinstance(first, Fold) and len(plan.transforms) == 1:
         batch = first.batch
         beta = batch.weight(params)
         if batch.statistics == "running":
-            return *fold_given(q, k, params["mean"], params["var"], beta, eps=batch.eps,
-                               split=first.split), None  # fmt: skip
+            return *fold_given(
+                q, k, params["mean"], params["var"], beta, eps=batch.eps, split=first.split
+            ), None
         if batch.statistics == "prefix":
             return fold_prefix(q, k, real, beta, offset, eps=batch.eps, closed=first.closed)
-        return *fold(q, k, real, beta, eps=batch.eps, split=first.split,
-                     over_batch=batch.statistics == "batch"), None  # fmt: skip
+        return *fold(
+            q,
+            k,
+            real,
+            beta,
+            eps=batch.eps,
+            split=first.split,
+            over_batch=batch.statistics == "batch",
+        ), None
     wide = xp.accumulation(q)
     rows = Rows(q.to(wide).flatten(2, 3), k.to(wide), key_mask=real)
     state: Any = {}

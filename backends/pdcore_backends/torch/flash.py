@@ -36,8 +36,15 @@ def transformed() -> bool:
     return level >= 0 or bool(torch._C._are_functorch_transforms_active())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float,
-           causal: bool = False) -> Tensor:  # fmt: skip
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> Tensor:
     """Compute softmax(scale q.k + mask) v by a fused kernel.
 
     Parameters
@@ -70,8 +77,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale
     return out if out.shape[-1] == width else out[..., :width]
 
 
-def attend_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float,
-                    causal: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attend_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Compute the same, and the log-sum-exp (B, Hq, N) of every row.
 
     The log-sum-exp of a row that sees no key is meaningless.
@@ -115,8 +129,9 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
     """The fused kernel of the CPU; PyTorch's own rule for it has no second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-                causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.scale, ctx.causal = scale, causal
@@ -133,17 +148,27 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
             dims = q.shape[-1]
             if d_lse is not None:
                 q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, 1)
-            grads = _backward(d_out, q, k, v, out, lse, 0.0, ctx.causal,
-                              attn_mask=mask, scale=ctx.scale)  # fmt: skip
+            grads = _backward(
+                d_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
+            )
             grads = tuple(x[..., :dims] for x in grads)
         else:
             grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
         return (*grads, None, None, None)
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool,
-               out: Tensor, lse: Tensor, d_out: Tensor | None,
-               d_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pull cotangents of out and lse back in differentiable calls, rows by rows."""
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
@@ -182,8 +207,9 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
     """A fused kernel of CUDA with PyTorch's own gradient, and a second derivative besides."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-                causal: bool) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
         ctx.scale, ctx.causal = scale, causal
         ctx.inner, [out] = begun(_OnDevice.computed(mask, scale, causal), q, k, v)
         ctx.save_for_backward(q, k, v, mask)
@@ -206,16 +232,19 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
         out, lse = _plain(q, k, v, mask, ctx.scale, ctx.causal)
         return (
             *_gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, None),
-            None, None, None,
-        )  # fmt: skip
+            None,
+            None,
+            None,
+        )
 
 
 class _WithLse(torch.autograd.Function):  # type: ignore[misc]
     """A fused kernel with its log-sum-exp and both gradients; PyTorch has none of the latter's."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-                causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         out, lse, state = lse_forward(q, k, v, mask, scale, causal)
         ctx.scale, ctx.causal, ctx.sizes = scale, causal, state.sizes
         ctx.save_for_backward(q, k, v, mask, out, lse, *state.tensors)
@@ -236,8 +265,9 @@ class _WithLse(torch.autograd.Function):  # type: ignore[misc]
         return (*grads, None, None, None)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-           causal: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Compute out and lse in differentiable calls; for gradients of gradients alone."""
     group = q.shape[1] // k.shape[1]
     wide = xp.accumulation(q)

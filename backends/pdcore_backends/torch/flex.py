@@ -144,8 +144,9 @@ class _Flex(torch.autograd.Function):  # type: ignore[misc]
         *arrays, out, level = ctx.saved_tensors
         if torch.is_grad_enabled():
             o = _filled(ctx.fixed, *arrays)
-            grads = scores_vjp(ctx.c, o, out, level, *d, xp=xp, query_block=BLOCKS[0],
-                               key_block=BLOCKS[1])  # fmt: skip
+            grads = scores_vjp(
+                ctx.c, o, out, level, *d, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1]
+            )
             return (None, None, *(grads.get(name) for name in ("q", "k", "v", "key_bias")))
         # Its record is good for one gradient; whoever asks for another pays for it.
         inner = ctx.inner or Inner(_Flex.computed(ctx.c, ctx.fixed), *arrays)
@@ -168,15 +169,27 @@ def _run(c: Flexed, o: Operands) -> tuple[Tensor, Tensor]:
     placed = seen.support.restricts and seen.static
     blocks = None
     if placed:
-        blocks = block_mask(seen.support, seen.rows, seen.length, seen.scale, seen.offset,
-                            str(q.device))  # fmt: skip
+        blocks = block_mask(
+            seen.support, seen.rows, seen.length, seen.scale, seen.offset, str(q.device)
+        )
     extra = _extra(o, q.shape[0])
     kind = _Kind(
-        c.expression, c.scale, tuple(o.values), group,
-        seen.support if extra.at is not None else None, seen.scale,
-        (c.dtype, *q.shape[1::2], k.shape[1], v.shape[3], str(q.device), torch.is_grad_enabled(),
-         *(x is None for x in (*extra[1:], blocks))),
-    )  # fmt: skip
+        c.expression,
+        c.scale,
+        tuple(o.values),
+        group,
+        seen.support if extra.at is not None else None,
+        seen.scale,
+        (
+            c.dtype,
+            *q.shape[1::2],
+            k.shape[1],
+            v.shape[3],
+            str(q.device),
+            torch.is_grad_enabled(),
+            *(x is None for x in (*extra[1:], blocks)),
+        ),
+    )
     out, level = _program(kind)(q, k, v, extra, blocks)
     level = level.to(wide)
     none = (level == -torch.inf)[..., None]
@@ -203,8 +216,9 @@ def _extra(o: Operands, count: int) -> _Extra:
         tuple(x.reshape(-1).detach() for x in o.values.values()),
         None if seen.key_mask is None else seen.key_mask.reshape(-1, seen.keys),
         None if seen.mask is None else whole(seen.by_mask(0, seen.rows, 0, seen.keys)),
-        whole(o.bias), at,
-    )  # fmt: skip
+        whole(o.bias),
+        at,
+    )
 
 
 @lru_cache(maxsize=128)
@@ -219,14 +233,25 @@ def _program(kind: _Kind) -> Callable[..., tuple[Tensor, Tensor]]:
             return _score(kind, extra, s, b, h, i, j)
 
         out, more = flex_attention(
-            q, k, v, score_mod, blocks, scale=scale, enable_gqa=kind.group > 1,
+            q,
+            k,
+            v,
+            score_mod,
+            blocks,
+            scale=scale,
+            enable_gqa=kind.group > 1,
             return_aux=AuxRequest(lse=True),
-        )  # fmt: skip
+        )
         return out, more.lse
 
     # The compiler counts what it compiles anew by the code, which all closures share.
-    own = FunctionType(attend.__code__.replace(), attend.__globals__, attend.__name__,
-                       attend.__defaults__, attend.__closure__)  # fmt: skip
+    own = FunctionType(
+        attend.__code__.replace(),
+        attend.__globals__,
+        attend.__name__,
+        attend.__defaults__,
+        attend.__closure__,
+    )
     return compiled(own)
 
 
@@ -299,9 +324,12 @@ def block_mask(
 
         columns = -(-seen.keys // BLOCK)
         return BlockMask.from_kv_blocks(
-            *_listed(parts, columns, device), *_listed(wholes, columns, device),
-            BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(rows, seen.keys),
-        )  # fmt: skip
+            *_listed(parts, columns, device),
+            *_listed(wholes, columns, device),
+            BLOCK_SIZE=BLOCK,
+            mask_mod=mask_mod,
+            seq_lengths=(rows, seen.keys),
+        )
 
 
 def _blocks(seen: Visibility, start: int, stop: int) -> tuple[list[int], list[int]]:

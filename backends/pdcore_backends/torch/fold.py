@@ -43,8 +43,16 @@ class _Sums(NamedTuple):
     rest: Tensor
 
 
-def fold(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, *, eps: float, split: bool,
-         over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def fold(
+    q: Tensor,
+    k: Tensor,
+    real: Tensor | None,
+    beta: Any,
+    *,
+    eps: float,
+    split: bool,
+    over_batch: bool,
+) -> tuple[Tensor, Tensor]:
     """Fold the statistics of a sequence or batch, see `pdcore.transform.Fold`.
 
     Parameters
@@ -130,8 +138,16 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
     """The fold with its gradient in as few passes; c is held fixed, as nothing depends on it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float,
-                split: bool, over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        real: Tensor | None,
+        beta: Any,
+        eps: float,
+        split: bool,
+        over_batch: bool,
+    ) -> tuple[Tensor, Tensor]:
         s = _sums(k, real, eps, over_batch)
         ctx.plain = (eps, split, over_batch)
         ctx.beta = None if isinstance(beta, Tensor) else beta
@@ -158,9 +174,16 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
         return (grads[0], grads[1], None, grads[2], None, None, None)
 
 
-def _pull_back(q: Tensor, k: Tensor, real: Tensor | None, beta: Any,
-               plain: tuple[float, bool, bool], s: _Sums, dq: Tensor,
-               dk: Tensor) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+def _pull_back(
+    q: Tensor,
+    k: Tensor,
+    real: Tensor | None,
+    beta: Any,
+    plain: tuple[float, bool, bool],
+    s: _Sums,
+    dq: Tensor,
+    dk: Tensor,
+) -> tuple[Tensor, Tensor, Any]:
     _, split, over_batch = plain
     wide = s.mean.dtype
     q_dtype, q, dq, dk = q.dtype, q.to(wide), dq.to(wide), dk.to(wide)
@@ -192,8 +215,9 @@ def _pull_back(q: Tensor, k: Tensor, real: Tensor | None, beta: Any,
     return (dq * factor[:, :, None]).to(q_dtype), (dk + more).to(k.dtype), d_beta
 
 
-def _plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool,
-           over_batch: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _plain(
+    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool, over_batch: bool
+) -> tuple[Tensor, Tensor]:
     """Fold in plain differentiable calls, which a compiler fuses."""
     wide = xp.accumulation(k)
     dtype, q, k = q.dtype, q.to(wide), k.to(wide)
@@ -216,8 +240,9 @@ def _plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, spl
     return folded.to(dtype), (keys * factor if split else keys).to(dtype)
 
 
-def fold_given(q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, eps: float,
-               split: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def fold_given(
+    q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, eps: float, split: bool
+) -> tuple[Tensor, Tensor]:
     """Fold statistics that are given, (H, 1, D)."""
     wide = xp.accumulation(k)
     dtype, mean, var = q.dtype, mean.to(wide), var.to(wide)
@@ -228,8 +253,9 @@ def fold_given(q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, ep
     return folded.to(dtype), (keys * factor if split else keys).to(dtype)
 
 
-def fold_prefix(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *,
-                eps: float, closed: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+def fold_prefix(
+    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *, eps: float, closed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Fold the statistics of every row's past; the offset is not negative.
 
     Returns
@@ -248,8 +274,9 @@ def fold_prefix(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: in
     return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, kept)
 
 
-def _prefix_plain(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *,
-                  eps: float, closed: bool) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+def _prefix_plain(
+    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *, eps: float, closed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Fold in plain differentiable calls on whole arrays."""
     n, mean, var = prefix_moments(k, real)
     rows, keys = q.shape[-2], k.shape[-2]
@@ -321,8 +348,9 @@ def _before(state: dict[str, Tensor]) -> dict[str, Tensor]:
     while step < length:
         merged = moments.merge(
             {name: x[:, :, :-step] for name, x in state.items()},
-            {name: x[:, :, step:] for name, x in state.items()}, xp=xp,
-        )  # fmt: skip
+            {name: x[:, :, step:] for name, x in state.items()},
+            xp=xp,
+        )
         state = {name: torch.cat([x[:, :, :step], merged[name]], 2) for name, x in state.items()}
         step *= 2
     return {

@@ -50,8 +50,10 @@ class TorchBackend(ArrayBackend):
         if request.dtype == "float32":
             reasons += _reduced_precision(device.partition(":")[0])
         if request.dropout and isinstance(request.spec.kernel, FeatureMap):
-            reasons.append(f"dropout {request.dropout}: {request.spec.kernel.word} has no weights "
-                           "to drop; use a kernel that runs as scores")  # fmt: skip
+            reasons.append(
+                f"dropout {request.dropout}: {request.spec.kernel.word} has no weights "
+                "to drop; use a kernel that runs as scores"
+            )
         return reasons
 
     def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:

@@ -38,8 +38,9 @@ def _order(index: int | None, masked: bool) -> tuple[SDPBackend, ...]:
     return (cudnn, *flash) if newer else (*flash, cudnn)
 
 
-def on_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-              causal: bool) -> Tensor:  # fmt: skip
+def on_device(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
     """Compute softmax(scale q.k + mask) v by the first fused kernel that takes the call."""
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
     if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
@@ -81,8 +82,9 @@ class State(NamedTuple):
     sizes: tuple[Any, ...]
 
 
-def lse_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-                causal: bool) -> tuple[Tensor, Tensor, State]:  # fmt: skip
+def lse_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, State]:
     """Compute attention and its log-sum-exp (B, Hq, N): flash in 16 bit, else memory-efficient."""
     if mask is None and q.dtype != torch.float32 and q.shape[-1] + STEP <= FLASH_MOST:
         out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
@@ -102,9 +104,17 @@ def lse_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: flo
 
 
 def lse_backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, out: Tensor,
-    state: State, d_out: Tensor | None, d_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    state: State,
+    d_out: Tensor | None,
+    d_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pull cotangents of both results of `lse_forward` back."""
     width, heads = q.shape[-1], k.shape[1]
     if d_lse is not None:
@@ -112,25 +122,49 @@ def lse_backward(
     if state.sizes:
         lse, first, second, seed, offset = state.tensors
         grads = _aten._scaled_dot_product_flash_attention_backward(
-            d_out, q, k, v, out, lse, first, second, *state.sizes, 0.0, causal, seed, offset,
+            d_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            first,
+            second,
+            *state.sizes,
+            0.0,
+            causal,
+            seed,
+            offset,
             scale=scale,
-        )  # fmt: skip
+        )
     else:
         lse, seed, offset = state.tensors
         k, v = (_spread(x, q) for x in (k, v))
         bias = _aligned(mask, q, k)
         grads = _aten._scaled_dot_product_efficient_attention_backward(
-            d_out, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False], causal,
+            d_out,
+            q,
+            k,
+            v,
+            bias,
+            out,
+            lse,
+            seed,
+            offset,
+            0.0,
+            [True, True, True, False],
+            causal,
             scale=scale,
-        )  # fmt: skip
+        )
     dq, dk, dv = (x[..., :width] for x in grads[:3])
     if dk.shape[1] != heads:
         dk, dv = (x.unflatten(1, (heads, -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
 
 
-def with_lse(q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor | None, d_lse: Tensor,
-             step: int) -> tuple[Tensor, ...]:  # fmt: skip
+def with_lse(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor | None, d_lse: Tensor, step: int
+) -> tuple[Tensor, ...]:
     """Make the log-sum-exp's cotangent a feature, for a kernel's gradient that knows out's only.
 
     The gradient of the scores is p (d_out.v - d_out.out + d_lse). In a feature more, v is 0, out

@@ -18,9 +18,13 @@ bool = torch.bool
 
 
 def cumulative_sum(
-    x: torch.Tensor, /, *, axis: int | None = None, dtype: Any = None,
+    x: torch.Tensor,
+    /,
+    *,
+    axis: int | None = None,
+    dtype: Any = None,
     include_initial: Any = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Sum along an axis, see the array-API standard."""
     axis = 0 if axis is None else axis
     total = torch.cumsum(x, axis, dtype=dtype)
@@ -49,8 +53,11 @@ def random_matrix(
     return (factor * drawn).to(like)
 
 
-@torch.library.custom_op("pdcore::random_matrix", mutates_args=(),  # type: ignore[untyped-decorator]
-                         schema="(SymInt count, SymInt dim, SymInt seed) -> Tensor")  # fmt: skip
+@torch.library.custom_op(
+    "pdcore::random_matrix",
+    mutates_args=(),  # type: ignore[untyped-decorator]
+    schema="(SymInt count, SymInt dim, SymInt seed) -> Tensor",
+)
 def _random_matrix(count: int, dim: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(kernels.random_matrix(count, dim, seed).copy())
 

@@ -54,10 +54,23 @@ def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tupl
     seen = o.visibility
     static = isinstance(seen.offset, int)
     found: tuple[Tensor, Tensor] = torch.ops.pdcore.scores(
-        o.q, o.k, o.v, o.key_bias, o.bias, list(o.values.values()), seen.key_mask, seen.real,
-        seen.mask, None if static else seen.offset, seed, seen.offset if static else 0,
-        seen.length, seen.scale, p, plan,
-    )  # fmt: skip
+        o.q,
+        o.k,
+        o.v,
+        o.key_bias,
+        o.bias,
+        list(o.values.values()),
+        seen.key_mask,
+        seen.real,
+        seen.mask,
+        None if static else seen.offset,
+        seed,
+        seen.offset if static else 0,
+        seen.length,
+        seen.scale,
+        p,
+        plan,
+    )
     return found
 
 
@@ -74,22 +87,47 @@ def keeper(p: float, seed: int) -> Callable[[int, int, int, int, Tensor], Tensor
 
 
 def _operands(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Any, bias: Any, values: Any, key_mask: Any,
-    real: Any, mask: Any, positions: Any, seed: Any, offset: int, length: int, scale: int,
-    p: float, plan: str,
-) -> tuple[Scores, Operands]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Any,
+    bias: Any,
+    values: Any,
+    key_mask: Any,
+    real: Any,
+    mask: Any,
+    positions: Any,
+    seed: Any,
+    offset: int,
+    length: int,
+    scale: int,
+    p: float,
+    plan: str,
+) -> tuple[Scores, Operands]:
     contraction, support, names = _plan(plan)
-    seen = Visibility(support, xp, q.shape[-2], length, scale,
-                      offset if positions is None else positions, key_mask, real, mask,
-                      q.device)  # fmt: skip
+    seen = Visibility(
+        support,
+        xp,
+        q.shape[-2],
+        length,
+        scale,
+        offset if positions is None else positions,
+        key_mask,
+        real,
+        mask,
+        q.device,
+    )
     keep = None if seed is None else keeper(p, int(seed))
     return contraction, Operands(
         q, k, v, key_bias, bias, dict(zip(names, values, strict=True)), seen, keep
     )
 
 
-@torch.library.custom_op("pdcore::scores", mutates_args=(),  # type: ignore[untyped-decorator]
-                         schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")  # fmt: skip
+@torch.library.custom_op(
+    "pdcore::scores",
+    mutates_args=(),  # type: ignore[untyped-decorator]
+    schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+)
 def _scores(*arguments: Any) -> tuple[Tensor, Tensor]:
     c, o = _operands(*arguments)
     out, level = scores(c, o, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1])
@@ -102,15 +140,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(  # type: ignore[untyped-decorator]
-    "pdcore::scores_backward", mutates_args=(),
+    "pdcore::scores_backward",
+    mutates_args=(),
     schema=f"({_ARGUMENTS}, Tensor out, Tensor level, Tensor d_out, Tensor d_level) -> "
-           "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
-)  # fmt: skip
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+)
 def _scores_backward(*arguments: Any) -> Any:
     *given, out, level, d_out, d_level = arguments
     c, o = _operands(*given)
-    d = scores_vjp(c, o, out, level, d_out, d_level, xp=xp, query_block=BLOCKS[0],
-                   key_block=BLOCKS[1])  # fmt: skip
+    d = scores_vjp(
+        c, o, out, level, d_out, d_level, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1]
+    )
     names = ("q", "k", "v", "key_bias", "bias")
     first = (d[name].contiguous() if name in d else out.new_empty(0) for name in names)
     return *first, [d[name].contiguous() for name in o.values]
@@ -121,10 +161,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, key_bias: Any, bias: Any, values: Any, *r
     like = (q if x is None else x for x in (q, k, v, key_bias, bias))
     first = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
     return (
-        *first[:3], q.new_empty(0) if key_bias is None else first[3],
+        *first[:3],
+        q.new_empty(0) if key_bias is None else first[3],
         q.new_empty(0) if bias is None else first[4],
         [torch.empty_like(x, memory_format=torch.contiguous_format) for x in values],
-    )  # fmt: skip
+    )
 
 
 def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:

@@ -27,8 +27,16 @@ LEAST = 16
 Plain = Callable[..., tuple[Tensor, Tensor, Any]]
 
 
-def fold_rows(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool,
-              plain: Plain, recorded: bool) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+def fold_rows(
+    q: Tensor,
+    k: Tensor,
+    real: Tensor | None,
+    beta: Any,
+    eps: float,
+    closed: bool,
+    plain: Plain,
+    recorded: bool,
+) -> tuple[Tensor, Tensor, Any]:
     """Fold the statistics of every row's past, see `.fold.fold_prefix`; q has a row for each key.
 
     Parameters
@@ -59,8 +67,9 @@ def _counts(real: Tensor | None, k: Tensor) -> Tensor:
     return real.cumsum(-1)[..., None].to(k.dtype)
 
 
-def _forward(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool,
-             keep: bool) -> tuple[Tensor, Tensor, Any, Any]:  # fmt: skip
+def _forward(
+    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool, keep: bool
+) -> tuple[Tensor, Tensor, Any, Any]:
     """Give q', k', and with `keep` every row's mean, less the first key, and 1 / (var + eps)."""
     size, length = _chunk(k), k.shape[2]
     triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
@@ -99,8 +108,16 @@ class _Rows(torch.autograd.Function):  # type: ignore[misc]
     """The fold with its gradient, chunk by chunk from the end; c is held fixed."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float,
-                closed: bool, plain: Plain) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        real: Tensor | None,
+        beta: Any,
+        eps: float,
+        closed: bool,
+        plain: Plain,
+    ) -> tuple[Tensor, Tensor]:
         folded, keys, mean, inverse = _forward(q, k, real, beta, eps, closed, True)
         ctx.beta = None if isinstance(beta, Tensor) else beta
         ctx.rest = (eps, closed, plain)
@@ -115,17 +132,26 @@ class _Rows(torch.autograd.Function):  # type: ignore[misc]
             eps, closed, plain = ctx.rest
             grads = twice(
                 lambda q, k, beta: plain(q, k, real, beta, 0, eps=eps, closed=closed)[:2],
-                q, k, beta, d,
-            )  # fmt: skip
+                q,
+                k,
+                beta,
+                d,
+            )
         else:
             grads = _pull_back(q, k, real, beta, mean, inverse, *d)
         return (grads[0], grads[1], None, grads[2], None, None, None)
 
 
 def _pull_back(
-    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, mean: Tensor, inverse: Tensor,
-    d_q: Tensor, d_k: Tensor,
-) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    real: Tensor | None,
+    beta: Any,
+    mean: Tensor,
+    inverse: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+) -> tuple[Tensor, Tensor, Any]:
     """Pull back as `pdcore.statistics.Moments.prefix_vjp` does, by sums over the later rows."""
     size, length = _chunk(k), k.shape[2]
     triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).triu()
@@ -163,8 +189,9 @@ def of_beta(total: Tensor, beta: Tensor) -> Tensor:
     return (d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)).to(beta.dtype)
 
 
-def twice(plain: Callable[[Tensor, Tensor, Any], Any], q: Tensor, k: Tensor, beta: Any,
-          d: Any) -> tuple[Any, Any, Any]:  # fmt: skip
+def twice(
+    plain: Callable[[Tensor, Tensor, Any], Any], q: Tensor, k: Tensor, beta: Any, d: Any
+) -> tuple[Any, Any, Any]:
     """Give the gradient of ``plain(q, k, beta) -> (q', k')`` in differentiable calls."""
     wanted = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
     wanted = [x if x.requires_grad else x.detach().requires_grad_() for x in wanted]

@@ -37,9 +37,22 @@ def _merged(n, mean, m2, n_more, mean_more, m2_more):  # type: ignore[no-untyped
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pieces(  # type: ignore[no-untyped-def]
-    k, real, means, m2s, counts, keys, heads, at_b, at_h, at_n, dim: tl.constexpr,
-    width: tl.constexpr, rows: tl.constexpr, steps: tl.constexpr, masked: tl.constexpr,
-):  # fmt: skip
+    k,
+    real,
+    means,
+    m2s,
+    counts,
+    keys,
+    heads,
+    at_b,
+    at_h,
+    at_n,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    steps: tl.constexpr,
+    masked: tl.constexpr,
+):
     """Summarise one piece of the keys of one head."""
     pair = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -71,11 +84,38 @@ def _pieces(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _folded(  # type: ignore[no-untyped-def]
-    q, k, beta, means, m2s, counts, q_out, k_out, mean_out, inverse_out, count_out, number, eps,
-    group, queries, keys, heads, pieces, tiles_q, q_b, q_h, q_g, q_n, at_b, at_h, at_n,
-    dim: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, split: tl.constexpr,
+    q,
+    k,
+    beta,
+    means,
+    m2s,
+    counts,
+    q_out,
+    k_out,
+    mean_out,
+    inverse_out,
+    count_out,
+    number,
+    eps,
+    group,
+    queries,
+    keys,
+    heads,
+    pieces,
+    tiles_q,
+    q_b,
+    q_h,
+    q_g,
+    q_n,
+    at_b,
+    at_h,
+    at_n,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    split: tl.constexpr,
     learned: tl.constexpr,
-):  # fmt: skip
+):
     """Merge the pieces of one head, and fold them into a tile of queries or keys."""
     pair = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -87,9 +127,13 @@ def _folded(  # type: ignore[no-untyped-def]
     for piece in range(pieces):
         place = pair * pieces + piece
         n, mean, m2 = _merged(
-            n, mean, m2, tl.load(counts + place), tl.load(means + place * width + d),
+            n,
+            mean,
+            m2,
+            tl.load(counts + place),
+            tl.load(means + place * width + d),
             tl.load(m2s + place * width + d),
-        )  # fmt: skip
+        )
     var = m2 / tl.maximum(n, 1.0)
     inverse = tl.where(n > 1.0, 1.0 / (var + eps), 0.0)
     factor = inverse
@@ -124,10 +168,35 @@ def _folded(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sums(  # type: ignore[no-untyped-def]
-    q, k, real, beta, mean_in, d_q, d_k, sums, number, group, queries, keys, heads, tiles_q,
-    pieces_q, q_b, q_h, q_g, q_n, at_b, at_h, at_n, dim: tl.constexpr, width: tl.constexpr,
-    rows: tl.constexpr, steps: tl.constexpr, masked: tl.constexpr, learned: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    real,
+    beta,
+    mean_in,
+    d_q,
+    d_k,
+    sums,
+    number,
+    group,
+    queries,
+    keys,
+    heads,
+    tiles_q,
+    pieces_q,
+    q_b,
+    q_h,
+    q_g,
+    q_n,
+    at_b,
+    at_h,
+    at_n,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    steps: tl.constexpr,
+    masked: tl.constexpr,
+    learned: tl.constexpr,
+):
     """Sum d_q', d_q' (q - beta mean) over a piece of the queries, or d_k' (k - mean) of keys."""
     pair = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -171,11 +240,35 @@ def _sums(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pulled(  # type: ignore[no-untyped-def]
-    k, real, beta, mean_in, inverse_in, count_in, d_q, d_k, sums, q_out, k_out, moved_out, number,
-    group, queries, keys, heads, pieces, tiles_q, at_b, at_h, at_n, dim: tl.constexpr,
-    width: tl.constexpr, rows: tl.constexpr, split: tl.constexpr, masked: tl.constexpr,
+    k,
+    real,
+    beta,
+    mean_in,
+    inverse_in,
+    count_in,
+    d_q,
+    d_k,
+    sums,
+    q_out,
+    k_out,
+    moved_out,
+    number,
+    group,
+    queries,
+    keys,
+    heads,
+    pieces,
+    tiles_q,
+    at_b,
+    at_h,
+    at_n,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    split: tl.constexpr,
+    masked: tl.constexpr,
     learned: tl.constexpr,
-):  # fmt: skip
+):
     """Give the gradient of a tile of queries or keys."""
     pair = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -227,8 +320,16 @@ def _pulled(  # type: ignore[no-untyped-def]
         tl.store(k_out + of, dk.to(k_out.dtype.element_ty), mask=inside)
 
 
-def fold(q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool,
-         plain: Plain, recorded: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def fold(
+    q: Tensor,
+    k: Tensor,
+    real: Tensor | None,
+    beta: Any,
+    eps: float,
+    split: bool,
+    plain: Plain,
+    recorded: bool,
+) -> tuple[Tensor, Tensor]:
     """Fold the statistics of a sequence, see `.fold.fold`.
 
     Parameters
@@ -252,14 +353,20 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
     """The fold with its gradient; the shift of the keys is held fixed, as nothing depends on it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float,
-                split: bool, plain: Plain) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        real: Tensor | None,
+        beta: Any,
+        eps: float,
+        split: bool,
+        plain: Plain,
+    ) -> tuple[Tensor, Tensor]:
         folded, keys, mean, inverse, count = _forward(q, k, real, beta, eps, split)
         ctx.beta = None if isinstance(beta, Tensor) else beta
         ctx.rest = (eps, split, plain)
-        ctx.save_for_backward(
-            q, k, real, beta if ctx.beta is None else None, mean, inverse, count
-        )  # fmt: skip
+        ctx.save_for_backward(q, k, real, beta if ctx.beta is None else None, mean, inverse, count)
         return folded, keys
 
     @staticmethod
@@ -287,26 +394,58 @@ def _forward(
     means, m2s = (k.new_empty(count, heads, pieces, width, dtype=torch.float32) for _ in range(2))
     counts = k.new_empty(count, heads, pieces, dtype=torch.float32)
     _pieces[(count * heads, pieces)](
-        k, _bytes(real), means, m2s, counts, keys, heads, *k.stride()[:3], dim, width, rows, STEPS,
+        k,
+        _bytes(real),
+        means,
+        m2s,
+        counts,
+        keys,
+        heads,
+        *k.stride()[:3],
+        dim,
+        width,
+        rows,
+        STEPS,
         real is not None,
-    )  # fmt: skip
+    )
     folded, shifted = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     mean, inverse = (k.new_empty(count, heads, 1, dim, dtype=torch.float32) for _ in range(2))
     number = k.new_empty(count, heads, dtype=torch.float32)
     tiles = triton.cdiv(queries, rows)
     _folded[(count * heads, tiles * group + triton.cdiv(keys, rows))](
-        q, k, *_weight(beta, heads, dim, means, m2s, counts, folded, shifted, mean, inverse,
-                       number), eps,
-        group, queries, keys, heads, pieces, tiles, *q.stride()[:4], *k.stride()[:3], dim, width,
-        rows, split, isinstance(beta, Tensor),
-    )  # fmt: skip
+        q,
+        k,
+        *_weight(beta, heads, dim, means, m2s, counts, folded, shifted, mean, inverse, number),
+        eps,
+        group,
+        queries,
+        keys,
+        heads,
+        pieces,
+        tiles,
+        *q.stride()[:4],
+        *k.stride()[:3],
+        dim,
+        width,
+        rows,
+        split,
+        isinstance(beta, Tensor),
+    )
     return folded, shifted, mean, inverse, number
 
 
 def _backward(
-    q: Tensor, k: Tensor, real: Tensor | None, beta: Any, split: bool, mean: Tensor,
-    inverse: Tensor, count: Tensor, d_q: Tensor, d_k: Tensor,
-) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    real: Tensor | None,
+    beta: Any,
+    split: bool,
+    mean: Tensor,
+    inverse: Tensor,
+    count: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+) -> tuple[Tensor, Tensor, Any]:
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     d_q, d_k = d_q.contiguous(), d_k.contiguous()
     lead, heads, group, queries, dim = q.shape
@@ -317,18 +456,46 @@ def _backward(
     sums = k.new_empty(lead, heads, pieces, 2, width, dtype=torch.float32)
     learned, masked, places = isinstance(beta, Tensor), real is not None, k.stride()[:3]
     _sums[(lead * heads, pieces)](
-        q, k, _bytes(real), *_weight(beta, heads, dim, mean, d_q, d_k, sums), group, queries,
-        keys, heads, tiles, of_queries, *q.stride()[:4], *places, dim, width, rows, STEPS, masked,
+        q,
+        k,
+        _bytes(real),
+        *_weight(beta, heads, dim, mean, d_q, d_k, sums),
+        group,
+        queries,
+        keys,
+        heads,
+        tiles,
+        of_queries,
+        *q.stride()[:4],
+        *places,
+        dim,
+        width,
+        rows,
+        STEPS,
+        masked,
         learned,
-    )  # fmt: skip
+    )
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     moved = torch.empty_like(mean)
     tiles = triton.cdiv(group * queries, rows)
     _pulled[(lead * heads, tiles + triton.cdiv(keys, rows))](
-        k, _bytes(real), *_weight(beta, heads, dim, mean, inverse, count, d_q, d_k, sums, dq, dk,
-                                  moved), group,
-        queries, keys, heads, pieces, tiles, *places, dim, width, rows, split, masked, learned,
-    )  # fmt: skip
+        k,
+        _bytes(real),
+        *_weight(beta, heads, dim, mean, inverse, count, d_q, d_k, sums, dq, dk, moved),
+        group,
+        queries,
+        keys,
+        heads,
+        pieces,
+        tiles,
+        *places,
+        dim,
+        width,
+        rows,
+        split,
+        masked,
+        learned,
+    )
     return dq, dk, of_beta(moved, beta) if learned else None
 
 

@@ -248,8 +248,9 @@ class Framework:
         """Whether the library differentiates."""
         return "autodiff" in self.transformations
 
-    def vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
-            ) -> tuple[tuple[Any, Any], dict[str, Any]]:  # fmt: skip
+    def vjp(
+        self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
+    ) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Pull cotangents back by the library's reverse mode.
 
         Parameters
@@ -270,8 +271,9 @@ class Framework:
         """
         raise self._lacks("autodiff")
 
-    def double_vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any],
-                   directions: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    def double_vjp(
+        self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Differentiate gradients: those of sum_n <directions[n], gradient of n>.
 
         Returns
@@ -282,8 +284,9 @@ class Framework:
         """
         raise self._lacks("double_backward")
 
-    def jvp(self, function: Function, arrays: Arrays, directions: Arrays
-            ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:  # fmt: skip
+    def jvp(
+        self, function: Function, arrays: Arrays, directions: Arrays
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """Push directions forward; give (out, lse) and their derivatives along them."""
         raise self._lacks("jvp")
 

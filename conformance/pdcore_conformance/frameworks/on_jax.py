@@ -63,8 +63,11 @@ class JaxFramework(Framework):
                 raise TypeError("JAX has float64 only under precision('float64')")
             if x.dtype == np.int64:
                 x = x.astype(np.int32)
-        target = next(d for name, d in self._devices().items()
-                      if name == device or name.partition(":")[0] == device)  # fmt: skip
+        target = next(
+            d
+            for name, d in self._devices().items()
+            if name == device or name.partition(":")[0] == device
+        )
         return jax.device_put(np.array(x), target)
 
     def asnumpy(self, x: Any) -> Array:
@@ -100,11 +103,14 @@ class JaxFramework(Framework):
 
     def policy(self) -> str:
         """Say how JAX computes under `precision`."""
-        return ("matrix products at precision 'highest' (float32 without TF32); float64 with "
-                "jax_enable_x64, which is off for the other dtypes")  # fmt: skip
+        return (
+            "matrix products at precision 'highest' (float32 without TF32); float64 with "
+            "jax_enable_x64, which is off for the other dtypes"
+        )
 
-    def vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
-            ) -> tuple[tuple[Any, Any], dict[str, Any]]:  # fmt: skip
+    def vjp(
+        self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
+    ) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Pull back by jax.vjp."""
         return self.module.jit(self._pulled(function))(  # type: ignore[no-any-return]
             dict(arrays), cotangents
@@ -115,14 +121,17 @@ class JaxFramework(Framework):
 
         def pull(arrays: Any, cotangents: Any) -> Any:
             outputs, pullback = jax.vjp(function, arrays)
-            filled = tuple(jax.numpy.zeros_like(y) if d is None else d
-                           for y, d in zip(outputs, cotangents, strict=True))  # fmt: skip
+            filled = tuple(
+                jax.numpy.zeros_like(y) if d is None else d
+                for y, d in zip(outputs, cotangents, strict=True)
+            )
             return outputs, pullback(filled)[0]
 
         return pull
 
-    def double_vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any],
-                   directions: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    def double_vjp(
+        self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Pull back, and pull the pullback back."""
         jax, pulled = self.module, self._pulled(function)
 
@@ -134,8 +143,9 @@ class JaxFramework(Framework):
             dict(arrays), cotangents, {name: directions[name] for name in arrays}
         )
 
-    def jvp(self, function: Function, arrays: Arrays, directions: Arrays
-            ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:  # fmt: skip
+    def jvp(
+        self, function: Function, arrays: Arrays, directions: Arrays
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """Push forward by jax.jvp."""
         jax = self.module
         tangents = {n: directions.get(n, jax.numpy.zeros_like(x)) for n, x in arrays.items()}

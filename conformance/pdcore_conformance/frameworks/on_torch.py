@@ -112,8 +112,10 @@ class TorchFramework(Framework):
 
     def policy(self) -> str:
         """Say how PyTorch computes under `precision`."""
-        return ("float32 matrix products in IEEE float32, no TF32 "
-                "(torch.backends.*.fp32_precision = 'ieee'); float64 in float64")  # fmt: skip
+        return (
+            "float32 matrix products in IEEE float32, no TF32 "
+            "(torch.backends.*.fp32_precision = 'ieee'); float64 in float64"
+        )
 
     @contextmanager
     def poisoned(self) -> Iterator[None]:
@@ -122,8 +124,14 @@ class TorchFramework(Framework):
         from torch.utils._python_dispatch import TorchDispatchMode
 
         aten = torch.ops.aten
-        allocators = {aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted,
-                      aten.new_empty, aten.new_empty_strided}  # fmt: skip
+        allocators = {
+            aten.empty,
+            aten.empty_like,
+            aten.empty_strided,
+            aten.empty_permuted,
+            aten.new_empty,
+            aten.new_empty_strided,
+        }
 
         class Poison(TorchDispatchMode):  # type: ignore[misc]
             # What a backend compiles stays compiled: under another mode it would not be.
@@ -133,8 +141,9 @@ class TorchFramework(Framework):
             def ignore_compile_internals(cls) -> bool:
                 return True
 
-            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
-                                   kwargs: Any = None) -> Any:  # fmt: skip
+            def __torch_dispatch__(
+                self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 result = function(*args, **(kwargs or {}))
                 poisoned = getattr(function, "overloadpacket", None) in allocators
                 return _poison(result, torch) if poisoned else result
@@ -142,16 +151,18 @@ class TorchFramework(Framework):
         with Poison():
             yield
 
-    def vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
-            ) -> tuple[tuple[Any, Any], dict[str, Any]]:  # fmt: skip
+    def vjp(
+        self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
+    ) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """Pull back by torch.autograd."""
         leaves = _leaves(arrays)
         outputs = function(leaves)
         gradients = self._grad(outputs, cotangents, leaves)
         return _detached(outputs), {n: g.detach() for n, g in gradients.items()}
 
-    def double_vjp(self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any],
-                   directions: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    def double_vjp(
+        self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Pull back with create_graph, and again."""
         torch, leaves = self.module, _leaves(arrays)
         first = self._grad(function(leaves), cotangents, leaves, create_graph=True)
@@ -160,30 +171,45 @@ class TorchFramework(Framework):
         second: Any = (None,) * len(leaves)
         if names:
             second = torch.autograd.grad(
-                [first[n] for n in names], list(leaves.values()), [directions[n] for n in names],
+                [first[n] for n in names],
+                list(leaves.values()),
+                [directions[n] for n in names],
                 allow_unused=True,
-            )  # fmt: skip
+            )
         return (
             {n: g.detach() for n, g in first.items()},
-            {n: torch.zeros_like(x) if g is None else g.detach()
-             for (n, x), g in zip(leaves.items(), second, strict=True)},
-        )  # fmt: skip
+            {
+                n: torch.zeros_like(x) if g is None else g.detach()
+                for (n, x), g in zip(leaves.items(), second, strict=True)
+            },
+        )
 
-    def _grad(self, outputs: tuple[Any, Any], cotangents: tuple[Any, Any], leaves: dict[str, Any],
-              create_graph: bool = False) -> dict[str, Any]:  # fmt: skip
+    def _grad(
+        self,
+        outputs: tuple[Any, Any],
+        cotangents: tuple[Any, Any],
+        leaves: dict[str, Any],
+        create_graph: bool = False,
+    ) -> dict[str, Any]:
         torch = self.module
         pairs = [
-            (y, d) for y, d in zip(outputs, cotangents, strict=True)
+            (y, d)
+            for y, d in zip(outputs, cotangents, strict=True)
             if d is not None and y.requires_grad
-        ]  # fmt: skip
+        ]
         found: Any = (None,) * len(leaves)
         if pairs:
             found = torch.autograd.grad(
-                [y for y, _ in pairs], list(leaves.values()), [d for _, d in pairs],
-                create_graph=create_graph, allow_unused=True,
-            )  # fmt: skip
-        return {n: torch.zeros_like(x) if g is None else g
-                for (n, x), g in zip(leaves.items(), found, strict=True)}  # fmt: skip
+                [y for y, _ in pairs],
+                list(leaves.values()),
+                [d for _, d in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        return {
+            n: torch.zeros_like(x) if g is None else g
+            for (n, x), g in zip(leaves.items(), found, strict=True)
+        }
 
     @cached_property
     def _forward_mode(self) -> Any:
@@ -193,8 +219,9 @@ class TorchFramework(Framework):
             torch.func.jvp(torch.exp, (torch.zeros(()),), (torch.zeros(()),))
         return torch
 
-    def jvp(self, function: Function, arrays: Arrays, directions: Arrays
-            ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:  # fmt: skip
+    def jvp(
+        self, function: Function, arrays: Arrays, directions: Arrays
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         """Push forward by torch.func.jvp."""
         torch = self._forward_mode
         tangents = {n: directions.get(n, torch.zeros_like(x)) for n, x in arrays.items()}

@@ -143,14 +143,18 @@ def _contents(record: Record) -> dict[str, Any]:
         "missing": measured.missing_by_reason(record),
         "charts": plots.charts(record),
         "frame": {
-            "width": plots.WIDTH, "height": plots.HEIGHT, "left": plots.LEFT,
-            "right": plots.RIGHT, "top": plots.TOP, "bottom": plots.BOTTOM,
+            "width": plots.WIDTH,
+            "height": plots.HEIGHT,
+            "left": plots.LEFT,
+            "right": plots.RIGHT,
+            "top": plots.TOP,
+            "bottom": plots.BOTTOM,
         },
         "memory": measured.memory(record),
         "environment": view.environment(record),
         "cases": cases,
         "left_out": f"The {left_out:,} with the smallest errors are left out." if left_out else "",
-    }  # fmt: skip
+    }
 
 
 def _title(runs: list[Run]) -> str:
@@ -166,8 +170,10 @@ def _about(runs: list[Run]) -> str:
     when = span([run["created"].replace("T", " ").replace("Z", " UTC") for run in runs])
     commits = sorted({view.commit(run) for run in runs})
     machines = sorted({_machine(run) for run in runs})
-    return (f"pdcore {versions}, commit {', '.join(commits)}; {when}; "
-            f"on {cut('; '.join(machines), 400)}.")  # fmt: skip
+    return (
+        f"pdcore {versions}, commit {', '.join(commits)}; {when}; "
+        f"on {cut('; '.join(machines), 400)}."
+    )
 
 
 def _machine(run: Run) -> str:
@@ -190,7 +196,10 @@ def _summary(run: Run) -> _Summary:
     )
     worst = largest(case["ratio"] for case in run["cases"])
     return _Summary(
-        target(run), "" if run["available"] else run["reason"] or "no reason given", counts,
+        target(run),
+        "" if run["available"] else run["reason"] or "no reason given",
+        counts,
         Cell("") if worst is None else Cell(over_budget(worst), f"h{step(worst)}"),
-        seconds(run["seconds"]), view.asked(run),
-    )  # fmt: skip
+        seconds(run["seconds"]),
+        view.asked(run),
+    )

@@ -68,13 +68,16 @@ def figures(run: Run) -> Figures | None:
     about = f"{speed['grid']} grid, threads: {threads}, load before: "
     about += wording.number(speed["load"]) or "unknown"
     rows = tuple(
-        Row(f["name"], (
-            Cell(wording.number(f["value"]) + _unit(f["unit"])),
-            Cell(wording.interval(f["interval"])),
-            _judged("", wording.target(f["at_least"], f["at_most"]), f["met"]),
-        ))
+        Row(
+            f["name"],
+            (
+                Cell(wording.number(f["value"]) + _unit(f["unit"])),
+                Cell(wording.interval(f["interval"])),
+                _judged("", wording.target(f["at_least"], f["at_most"]), f["met"]),
+            ),
+        )
         for f in speed["figures"]
-    )  # fmt: skip
+    )
     return Figures(target(run), about, tuple(speed["notes"]), rows)
 
 
@@ -91,11 +94,19 @@ def gate(record: Record) -> list[Row]:
             f"{e['spec']} {wording.shape(e['shape'])} {e['dtype']} by {e['by']}" for e in bad[:20]
         )
         said = "green" if not speed["red"] else "red: nothing is claimed about its speed"
-        rows.append(Row(target(run), (
-            Cell(f"{len(speed['numerics']):,}"),
-            Cell("") if worst is None else Cell(wording.over_budget(worst), f"h{step(worst)}"),
-            Cell(said, "bad" if speed["red"] else "good"),
-        ), listed))  # fmt: skip
+        rows.append(
+            Row(
+                target(run),
+                (
+                    Cell(f"{len(speed['numerics']):,}"),
+                    Cell("")
+                    if worst is None
+                    else Cell(wording.over_budget(worst), f"h{step(worst)}"),
+                    Cell(said, "bad" if speed["red"] else "good"),
+                ),
+                listed,
+            )
+        )
     return rows
 
 

@@ -124,15 +124,20 @@ def _mark(entry: Ratio, axis: Axis) -> Mark:
         for name, (low, middle, high) in entry["seconds"].items()
     )
     return Mark(
-        entry["spec"], f"{wording.shape(entry['shape'])} {entry['dtype']}, {entry['direction']}",
+        entry["spec"],
+        f"{wording.shape(entry['shape'])} {entry['dtype']}, {entry['direction']}",
         axis.at(ratio),
         None if ends is None else axis.at(ends[0]),
         None if ends is None else axis.at(ends[1]),
         None if least is None else axis.at(least),
         None if most is None else axis.at(most),
-        kind, f"{wording.number(ratio)}×", wording.interval(ends),
-        wording.target(least, most), entry["met"], f"{times}; {entry['rounds']} rounds",
-    )  # fmt: skip
+        kind,
+        f"{wording.number(ratio)}×",
+        wording.interval(ends),
+        wording.target(least, most),
+        entry["met"],
+        f"{times}; {entry['rounds']} rounds",
+    )
 
 
 @dataclass(frozen=True)
@@ -181,9 +186,13 @@ def charts(record: Record) -> list[Chart]:
 
 
 def _chart(
-    run: Run, styles: Mapping[str, int], x: Axis, y: Axis,
-    across: tuple[tuple[float, str], ...], up: tuple[tuple[float, str], ...],
-) -> Chart:  # fmt: skip
+    run: Run,
+    styles: Mapping[str, int],
+    x: Axis,
+    y: Axis,
+    across: tuple[tuple[float, str], ...],
+    up: tuple[tuple[float, str], ...],
+) -> Chart:
     entries = run["speed"]["growth"] if run["speed"] else []
     spans = {(entry["from"], entry["to"]) for entry in entries}
     # Said once where it is the same for all.
@@ -217,11 +226,15 @@ def _curve(entry: Growth, style: int, x: Axis, y: Axis, with_span: bool) -> Curv
     if with_span:
         factor += f" from {entry['from']:,} to {entry['to']:,}"
     return Curve(
-        f"{entry['spec']}, {entry['dtype']}, {entry['direction']}", style,
-        entry["direction"] != "forward", points, " ".join(f"{px},{py}" for px, py, *_ in points),
+        f"{entry['spec']}, {entry['dtype']}, {entry['direction']}",
+        style,
+        entry["direction"] != "forward",
+        points,
+        " ".join(f"{px},{py}" for px, py, *_ in points),
         f"{factor} ({wording.interval(entry['interval'])})",
-        wording.target(entry["at_least"], entry["at_most"]), entry["met"],
-    )  # fmt: skip
+        wording.target(entry["at_least"], entry["at_most"]),
+        entry["met"],
+    )
 
 
 def _guides(x: Axis, y: Axis) -> Iterable[tuple[str, str, float, float]]:

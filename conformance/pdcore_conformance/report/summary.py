@@ -54,8 +54,9 @@ def show(record: Record, console: Any) -> None:
         console.print(table)
     for run in missing:
         reason = run["reason"] or "no reason given"
-        console.print(f"{_plain(target(run), 40)} is not available: {_plain(reason, 400)}",
-                      soft_wrap=True)  # fmt: skip
+        console.print(
+            f"{_plain(target(run), 40)} is not available: {_plain(reason, 400)}", soft_wrap=True
+        )
     found = failures(record)
     for failure in found[:MOST]:
         _show_failure(failure, console)
@@ -64,15 +65,18 @@ def show(record: Record, console: Any) -> None:
     for line in _unmet(record):
         console.print(escape(line), soft_wrap=True)
     for where, peer, reason in missing_peers(record):
-        console.print(f"{_plain(where)}: not measured against {_plain(peer)}: {_plain(reason)}",
-                      soft_wrap=True)  # fmt: skip
+        console.print(
+            f"{_plain(where)}: not measured against {_plain(peer)}: {_plain(reason)}",
+            soft_wrap=True,
+        )
     console.print(_plain(verdict(record).text, 1000), soft_wrap=True)
 
 
 def _show_failure(failure: Failure, console: Any) -> None:
     ratio = f", {failure.ratio} x budget" if failure.ratio else ""
-    console.print(f"[bold red]{failure.outcome}[/]{ratio}: {_plain(failure.message, 400)}",
-                  soft_wrap=True)  # fmt: skip
+    console.print(
+        f"[bold red]{failure.outcome}[/]{ratio}: {_plain(failure.message, 400)}", soft_wrap=True
+    )
     console.print(f"    {escape(visible(failure.command))}", soft_wrap=True)
 
 
@@ -85,20 +89,32 @@ def _unmet(record: Record) -> list[str]:
         if speed["red"]:
             lines.append(f"{name}: numbers over budget at full size; no claim about its speed")
         found = [
-            (f"{r['spec']} {shape(r['shape'])}, {r['direction']}, against {r['peer']}", r["ratio"],
-             aim(r["at_least"], r["at_most"]), r["met"])
+            (
+                f"{r['spec']} {shape(r['shape'])}, {r['direction']}, against {r['peer']}",
+                r["ratio"],
+                aim(r["at_least"], r["at_most"]),
+                r["met"],
+            )
             for r in speed["ratios"]
-        ]  # fmt: skip
+        ]
         found += [
-            (f"{g['spec']}, {g['direction']}, growth", g["factor"],
-             aim(g["at_least"], g["at_most"]), g["met"])
+            (
+                f"{g['spec']}, {g['direction']}, growth",
+                g["factor"],
+                aim(g["at_least"], g["at_most"]),
+                g["met"],
+            )
             for g in speed["growth"]
-        ]  # fmt: skip
+        ]
         found += [
-            (f"{m['spec']} {shape(m['shape'])}, {m['direction']}, peak MiB ({m['way']})", m["mib"],
-             aim(None, m["at_most"]), m["met"])
+            (
+                f"{m['spec']} {shape(m['shape'])}, {m['direction']}, peak MiB ({m['way']})",
+                m["mib"],
+                aim(None, m["at_most"]),
+                m["met"],
+            )
             for m in speed["memory"]
-        ]  # fmt: skip
+        ]
         found += [
             (f["name"], f["value"], aim(f["at_least"], f["at_most"]), f["met"])
             for f in speed["figures"]
@@ -119,17 +135,25 @@ def as_dict(record: Record) -> dict[str, Any]:
         "good": said.good,
         "runs": [
             {
-                "backend": run["backend"], "device": run["device"], "available": run["available"],
-                "reason": run["reason"], "created": run["created"], "commit": run["commit"],
-                "counts": run["counts"], "seconds": run["seconds"],
+                "backend": run["backend"],
+                "device": run["device"],
+                "available": run["available"],
+                "reason": run["reason"],
+                "created": run["created"],
+                "commit": run["commit"],
+                "counts": run["counts"],
+                "seconds": run["seconds"],
                 "largest_error_over_budget": largest(case["ratio"] for case in run["cases"]),
             }
             for run in record["runs"]
         ],
         "failures": [
             {
-                "backend": failure.where, "case": failure.id, "outcome": failure.outcome,
-                "message": failure.message, "command": failure.command,
+                "backend": failure.where,
+                "case": failure.id,
+                "outcome": failure.outcome,
+                "message": failure.message,
+                "command": failure.command,
             }
             for failure in failures(record)
         ],
@@ -138,7 +162,7 @@ def as_dict(record: Record) -> dict[str, Any]:
             {"backends": where, "peer": peer, "reason": reason}
             for where, peer, reason in missing_peers(record)
         ],
-    }  # fmt: skip
+    }
 
 
 def show_comparison(found: Comparison, names: tuple[str, str], console: Any) -> None:
@@ -163,9 +187,12 @@ def show_comparison(found: Comparison, names: tuple[str, str], console: Any) -> 
     numerics = sum(change.numerics for change in worse)
     console.print(
         f"{found.compared:,} cases compared: "
-        + (f"{numerics:,} worse in numerics, {len(worse) - numerics:,} in speed or memory."
-           if worse else "nothing is worse.")
-    )  # fmt: skip
+        + (
+            f"{numerics:,} worse in numerics, {len(worse) - numerics:,} in speed or memory."
+            if worse
+            else "nothing is worse."
+        )
+    )
 
 
 def _changes(changes: list[Change], title: str) -> Table:

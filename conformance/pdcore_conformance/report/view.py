@@ -111,15 +111,24 @@ def failures(record: Record) -> list[Failure]:
 def _failure(run: Run, case: Case) -> Failure:
     outputs = tuple(
         (
-            name, Cell(over_budget(v["ratio"]), f"h{step(v['ratio'])}"),
-            number(v["error"], 2), number(v["budget"], 2),
+            name,
+            Cell(over_budget(v["ratio"]), f"h{step(v['ratio'])}"),
+            number(v["error"], 2),
+            number(v["budget"], 2),
         )
         for name, v in case["verdicts"].items()
-    )  # fmt: skip
+    )
     return Failure(
-        target(run), case["id"], case["outcome"], case["level"], over_budget(case["ratio"]),
-        case["message"] or "no message", run_alone(run, case), outputs, seconds(case["seconds"]),
-    )  # fmt: skip
+        target(run),
+        case["id"],
+        case["outcome"],
+        case["level"],
+        over_budget(case["ratio"]),
+        case["message"] or "no message",
+        run_alone(run, case),
+        outputs,
+        seconds(case["seconds"]),
+    )
 
 
 def with_message(record: Record, outcome: Outcome) -> list[tuple[str, str, str]]:
@@ -138,12 +147,16 @@ def matrix(record: Record) -> list[Row]:
     names = [f for f in FEATURES if f in seen] + sorted(seen - set(FEATURES))
     tallies = [_tally(run) for run in record["runs"]]
     return [
-        Row(name, tuple(
-            _support(run, name, tally[name])
-            for run, tally in zip(record["runs"], tallies, strict=True)
-        ), FEATURES.get(name, ""))
+        Row(
+            name,
+            tuple(
+                _support(run, name, tally[name])
+                for run, tally in zip(record["runs"], tallies, strict=True)
+            ),
+            FEATURES.get(name, ""),
+        )
         for name in names
-    ]  # fmt: skip
+    ]
 
 
 def _tally(run: Run) -> defaultdict[str, dict[Outcome, int]]:
@@ -158,12 +171,18 @@ def _support(run: Run, feature: str, counts: dict[Outcome, int]) -> Cell:
     if not run["available"]:
         return Cell("not there", "off")
     declared = run["capabilities"].get(feature)
-    bad, known, passed = counts["failed"] + counts["error"], counts["known failure"], counts[
-        "passed"
-    ]  # fmt: skip
+    bad, known, passed = (
+        counts["failed"] + counts["error"],
+        counts["known failure"],
+        counts["passed"],
+    )
     ran = bad + known + passed
-    word = {None: "not stated", "full": "", "unsupported": "unsupported",
-            "not_implemented": "not implemented"}[declared]  # fmt: skip
+    word = {
+        None: "not stated",
+        "full": "",
+        "unsupported": "unsupported",
+        "not_implemented": "not implemented",
+    }[declared]
     if bad:
         return Cell(f"✗ {bad:,} of {ran:,} {word}".rstrip(), "bad")
     if declared != "full":

@@ -6,8 +6,16 @@ import math
 from collections.abc import Sequence
 
 __all__ = [
-    "cut", "interval", "number", "over_budget", "seconds", "shape", "span", "target", "visible"
-]  # fmt: skip
+    "cut",
+    "interval",
+    "number",
+    "over_budget",
+    "seconds",
+    "shape",
+    "span",
+    "target",
+    "visible",
+]
 
 
 def _is_harmless(character: str) -> bool:

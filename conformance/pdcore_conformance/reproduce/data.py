@@ -53,9 +53,10 @@ def load(folders: Sequence[Path], grid: Grid) -> dict[str, Pair]:
         else:
             continue
         loaded[name] = read._replace(
-            name=name, train=thinned(read.train, every.get(name, 1)),
+            name=name,
+            train=thinned(read.train, every.get(name, 1)),
             test=thinned(read.test, every.get(name, 1)),
-        )  # fmt: skip
+        )
     return loaded
 
 
@@ -96,4 +97,4 @@ def absent(names: Iterable[str]) -> dict[str, str]:
         name: f"not at hand: --data DIR, with {name}/{name}_TRAIN.ts and {name}_TEST.ts of the "
         "UEA archive"
         for name in missing
-    } | ABSENT  # fmt: skip
+    } | ABSENT

@@ -49,14 +49,18 @@ def findings(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         for claim in (judged.accuracy(spec), judged.redundancy(spec), judged.cost(spec))
     ]
     return {
-        "level": level, "accuracy": judged.accuracies(), "redundancy": judged.redundancies(),
-        "cost": judged.costs(), "claims": claims,
+        "level": level,
+        "accuracy": judged.accuracies(),
+        "redundancy": judged.redundancies(),
+        "cost": judged.costs(),
+        "claims": claims,
         "sentences": [
             {"spec": spec, "verdict": sentence([c["verdict"] for c in claims if c["spec"] == spec])}
-            for spec in specs if spec != BASELINE
+            for spec in specs
+            if spec != BASELINE
         ],
         "absent": absent(names),
-    }  # fmt: skip
+    }
 
 
 class _Judged:
@@ -118,14 +122,19 @@ class _Judged:
                 found = None
                 if spec != BASELINE:
                     found = combined([self.differences(data, spec)], [1.0], self.level)
-                rows.append({
-                    "data": data, "spec": spec, "mean": statistics.fmean(each),
-                    "deviation": statistics.stdev(each), "each": each,
-                    "validation": statistics.fmean(run["validation_accuracy"] for run in runs),
-                    "epochs": [run["epoch"] for run in runs],
-                    "seconds": sum(run["seconds"] for run in runs),
-                    "difference": found and list(found),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "data": data,
+                        "spec": spec,
+                        "mean": statistics.fmean(each),
+                        "deviation": statistics.stdev(each),
+                        "each": each,
+                        "validation": statistics.fmean(run["validation_accuracy"] for run in runs),
+                        "epochs": [run["epoch"] for run in runs],
+                        "seconds": sum(run["seconds"] for run in runs),
+                        "difference": found and list(found),
+                    }
+                )
         return rows
 
     def redundancies(self) -> list[dict[str, Any]]:
@@ -149,15 +158,20 @@ class _Judged:
             for spec in self.specs:
                 memory = self.memory(spec, length, dim)
                 counted = self.operations(spec, length, dim)
-                rows.append({
-                    "length": length, "dim": dim, "spec": spec, "flops": counted,
-                    "attention_ratio": counted["attention"] / base["attention"],
-                    "model_ratio": counted["model"] / base["model"],
-                    "milliseconds": 1e3 * statistics.median(taken[spec]),
-                    "time_ratio": list(self._time(spec, length, dim)),
-                    "mib": memory and statistics.fmean(memory),
-                    "memory_ratio": memory and list(self._memory(spec, length, dim)),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "length": length,
+                        "dim": dim,
+                        "spec": spec,
+                        "flops": counted,
+                        "attention_ratio": counted["attention"] / base["attention"],
+                        "model_ratio": counted["model"] / base["model"],
+                        "milliseconds": 1e3 * statistics.median(taken[spec]),
+                        "time_ratio": list(self._time(spec, length, dim)),
+                        "mib": memory and statistics.fmean(memory),
+                        "memory_ratio": memory and list(self._memory(spec, length, dim)),
+                    }
+                )
         return rows
 
     def _time(self, spec: str, length: int, dim: int) -> Estimate:
@@ -225,8 +239,13 @@ def _claim(claim: str, spec: str, parts: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def _part(what: str, found: Estimate, verdict: str) -> dict[str, Any]:
-    return {"what": what, "value": found.value, "low": found.low, "high": found.high,
-            "verdict": verdict}  # fmt: skip
+    return {
+        "what": what,
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "verdict": verdict,
+    }
 
 
 def _exp(found: Estimate) -> Estimate:

@@ -45,14 +45,23 @@ def page(record: Mapping[str, Any], found: Mapping[str, Any], pngs: Mapping[str,
         "reproduce",
         generator=GENERATOR,
         about=_about(record),
-        sentences=[(text, verdict, KINDS.get(verdict, "")) for text, verdict in
-                   wording.sentences(found)],
+        sentences=[
+            (text, verdict, KINDS.get(verdict, "")) for text, verdict in wording.sentences(found)
+        ],
         claims=_table(wording.CLAIM, wording.claim_rows(found)),
         sections=[
-            ("accuracy", "Accuracy",
-             _table(wording.ACCURACY, wording.accuracy_rows(found)), _ALT["accuracy"]),
-            ("redundancy", "Distance of heads",
-             _table(wording.REDUNDANCY, wording.redundancy_rows(found)), _ALT["redundancy"]),
+            (
+                "accuracy",
+                "Accuracy",
+                _table(wording.ACCURACY, wording.accuracy_rows(found)),
+                _ALT["accuracy"],
+            ),
+            (
+                "redundancy",
+                "Distance of heads",
+                _table(wording.REDUNDANCY, wording.redundancy_rows(found)),
+                _ALT["redundancy"],
+            ),
             ("cost", "Cost", _table(wording.COST, wording.cost_rows(found)), _ALT["cost"]),
         ],
         pictures={
@@ -67,7 +76,7 @@ def page(record: Mapping[str, Any], found: Mapping[str, Any], pngs: Mapping[str,
         machine=record["machine"],
         kinds=KINDS,
         **own_file("style", "style.css"),
-    )  # fmt: skip
+    )
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:

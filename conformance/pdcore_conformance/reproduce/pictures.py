@@ -57,10 +57,25 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], specs: Sequence[str]) -> Figure
         for place, row in enumerate(own):
             colour, mean, spread = COLOURS[place % len(COLOURS)], row["mean"], row["deviation"]
             each = [100 * a for a in row["each"]]
-            axes.plot(each, [place] * len(each), "o", color=colour, markersize=5, alpha=0.45,
-                      markeredgewidth=0)  # fmt: skip
-            axes.errorbar(100 * mean, place, xerr=100 * spread, fmt="|", color=colour,
-                          markersize=14, markeredgewidth=2, capsize=3)  # fmt: skip
+            axes.plot(
+                each,
+                [place] * len(each),
+                "o",
+                color=colour,
+                markersize=5,
+                alpha=0.45,
+                markeredgewidth=0,
+            )
+            axes.errorbar(
+                100 * mean,
+                place,
+                xerr=100 * spread,
+                fmt="|",
+                color=colour,
+                markersize=14,
+                markeredgewidth=2,
+                capsize=3,
+            )
         axes.set_yticks(range(len(own)), [_short(spec) for spec in specs])
         axes.set_ylim(len(own) - 0.5, -0.5)
         axes.margins(x=0.1)
@@ -92,11 +107,17 @@ def _redundancy(rows: Sequence[Mapping[str, Any]], specs: Sequence[str]) -> Figu
                     ]
                     colour = COLOURS[place % len(COLOURS)]
                     axes.plot(
-                        ratios, [at + 0.18 * (2 * layer - len(ratios) + 1) / max(1, len(ratios) - 1)
-                                 for layer in range(len(ratios))],
-                        MARKERS[place % len(MARKERS)], color=colour, markersize=5,
-                        markerfacecolor=colour if filled else "none", linestyle="none",
-                    )  # fmt: skip
+                        ratios,
+                        [
+                            at + 0.18 * (2 * layer - len(ratios) + 1) / max(1, len(ratios) - 1)
+                            for layer in range(len(ratios))
+                        ],
+                        MARKERS[place % len(MARKERS)],
+                        color=colour,
+                        markersize=5,
+                        markerfacecolor=colour if filled else "none",
+                        linestyle="none",
+                    )
             ticks.append(block * (len(specs) + 0.5) + len(specs) / 2)
         axes.axvline(1.0, color="#888c92", linewidth=1)
         axes.set_yticks(ticks, data)
@@ -109,8 +130,9 @@ def _redundancy(rows: Sequence[Mapping[str, Any]], specs: Sequence[str]) -> Figu
     _key(figure, specs, ["none"] + ["marker"] * (len(specs) - 1))
     figure.suptitle(
         "Distance of heads over softmax's; upper to lower mark: first to last layer. Hollow: "
-        "before training", fontsize=10,
-    )  # fmt: skip
+        "before training",
+        fontsize=10,
+    )
     return figure
 
 
@@ -134,19 +156,27 @@ def _cost(
         for axes, (title, ratio) in zip(panels[line], columns, strict=True):
             for place, spec in enumerate(specs[1:], 1):
                 own = sorted(
-                    (row[over], *ratio(row)) for row in rows
+                    (row[over], *ratio(row))
+                    for row in rows
                     if row["spec"] == spec and row[fixed] == value and ratio(row)
-                )  # fmt: skip
-                at, middle, low, high = (list(x) for x in zip(*own, strict=True)) if own else (
-                    [], [], [], []
-                )  # fmt: skip
+                )
+                at, middle, low, high = (
+                    (list(x) for x in zip(*own, strict=True)) if own else ([], [], [], [])
+                )
                 errors = [
                     [m - a for m, a in zip(middle, low, strict=True)],
                     [b - m for m, b in zip(middle, high, strict=True)],
                 ]
-                axes.errorbar(at, middle, yerr=errors, fmt=f"{MARKERS[place % len(MARKERS)]}-",
-                              color=COLOURS[place % len(COLOURS)], markersize=5, linewidth=1.2,
-                              capsize=3)  # fmt: skip
+                axes.errorbar(
+                    at,
+                    middle,
+                    yerr=errors,
+                    fmt=f"{MARKERS[place % len(MARKERS)]}-",
+                    color=COLOURS[place % len(COLOURS)],
+                    markersize=5,
+                    linewidth=1.2,
+                    capsize=3,
+                )
             axes.axhline(1.0, color="#888c92", linewidth=1)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_locator(FixedLocator(sorted({s[line] for s in sizes})))
@@ -170,12 +200,21 @@ def _key(figure: Figure, specs: Sequence[str], kinds: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     marks = [
-        Line2D([], [], color=COLOURS[place % len(COLOURS)], marker=MARKERS[place % len(MARKERS)],
-               linestyle="-" if kind == "line" else "none", label=_short(spec), markersize=5)
-        for place, (spec, kind) in enumerate(zip(specs, kinds, strict=True)) if kind != "none"
-    ]  # fmt: skip
-    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9,
-                  frameon=False)  # fmt: skip
+        Line2D(
+            [],
+            [],
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
+            linestyle="-" if kind == "line" else "none",
+            label=_short(spec),
+            markersize=5,
+        )
+        for place, (spec, kind) in enumerate(zip(specs, kinds, strict=True))
+        if kind != "none"
+    ]
+    figure.legend(
+        handles=marks, loc="outside lower center", ncols=len(marks), fontsize=9, frameon=False
+    )
 
 
 def _short(spec: str) -> str:

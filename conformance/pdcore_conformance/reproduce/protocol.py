@@ -56,18 +56,37 @@ class Grid:
 
 GRIDS = {
     "quick": Grid(
-        name="quick", seeds=(0, 1, 2), epochs=60, patience=8,
+        name="quick",
+        seeds=(0, 1, 2),
+        epochs=60,
+        patience=8,
         thin=(("UWaveGestureLibrary", 6), ("Handwriting", 3)),
         sizes=((128, 16), (512, 16), (2048, 16), (512, 64), (512, 128)),
-        rounds=7, repeats=3, shown=60,
+        rounds=7,
+        repeats=3,
+        shown=60,
     ),
     "full": Grid(
-        name="full", seeds=(0, 1, 2, 3, 4), epochs=150, patience=30, thin=(),
-        sizes=((128, 16), (512, 16), (2048, 16), (4096, 16), (8192, 16),
-               (2048, 32), (2048, 64), (2048, 128)),
-        rounds=15, repeats=5, shown=200,
+        name="full",
+        seeds=(0, 1, 2, 3, 4),
+        epochs=150,
+        patience=30,
+        thin=(),
+        sizes=(
+            (128, 16),
+            (512, 16),
+            (2048, 16),
+            (4096, 16),
+            (8192, 16),
+            (2048, 32),
+            (2048, 64),
+            (2048, 128),
+        ),
+        rounds=15,
+        repeats=5,
+        shown=200,
     ),
-}  # fmt: skip
+}
 
 
 class Cell(NamedTuple):
@@ -137,11 +156,15 @@ def protocol(grid: Grid, specs: Sequence[str]) -> dict[str, Any]:
         if name not in ("spec", "seed", "epochs", "patience")
     }
     found = asdict(grid) | {
-        "specs": list(specs), "settings": settings, "batch_of_a_step": BATCH,
-        "channels_of_a_step": CHANNELS, "threads": 1,
-    }  # fmt: skip
+        "specs": list(specs),
+        "settings": settings,
+        "batch_of_a_step": BATCH,
+        "channels_of_a_step": CHANNELS,
+        "threads": 1,
+    }
     return {
         name: [list(v) if isinstance(v, tuple) else v for v in value]
-        if isinstance(value, tuple) else value
+        if isinstance(value, tuple)
+        else value
         for name, value in found.items()
-    }  # fmt: skip
+    }

@@ -41,9 +41,15 @@ class Results:
     def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
         self.path = path
         self.record: dict[str, Any] = {
-            "kind": KIND, "schema": SCHEMA, "created": _now(), "updated": _now(), "commits": [],
-            **setting, "data": {}, "cells": {},
-        }  # fmt: skip
+            "kind": KIND,
+            "schema": SCHEMA,
+            "created": _now(),
+            "updated": _now(),
+            "commits": [],
+            **setting,
+            "data": {},
+            "cells": {},
+        }
 
     @property
     def cells(self) -> dict[str, Any]:
@@ -53,9 +59,13 @@ class Results:
 
     @classmethod
     def open(
-        cls, path: Path, setting: Mapping[str, Any], *, force: bool = False,
+        cls,
+        path: Path,
+        setting: Mapping[str, Any],
+        *,
+        force: bool = False,
         say: Callable[[str], None] = lambda text: None,
-    ) -> Results:  # fmt: skip
+    ) -> Results:
         """Go on from a file, or start anew where there is none, or it was made otherwise.
 
         A file made with another protocol, version or machine is kept beside, as ``*.before.json``

@@ -60,26 +60,31 @@ def _trained(cell: Cell, grid: Grid, series: Pair) -> dict[str, Any]:
     from ..training.run import Run
     from .heads import distances
 
-    settings = Settings(
-        spec=cell.spec, seed=cell.seed, epochs=grid.epochs, patience=grid.patience
-    )  # fmt: skip
+    settings = Settings(spec=cell.spec, seed=cell.seed, epochs=grid.epochs, patience=grid.patience)
     run = Run(settings, series)
     untrained = distances(run.averaged, series.test, grid.shown)
     found = run.finish()
     return {
-        "epoch": found["epoch"], "epochs": found["epochs"],
+        "epoch": found["epoch"],
+        "epochs": found["epochs"],
         "validation_accuracy": found["validation_accuracy"],
         "validation_loss": found["history"][found["epoch"] - 1]["loss"],
-        "test_accuracy": found["test_accuracy"], "test_correct": found["test_correct"],
-        "seconds": found["seconds"], "untrained": untrained,
+        "test_accuracy": found["test_accuracy"],
+        "test_correct": found["test_correct"],
+        "seconds": found["seconds"],
+        "untrained": untrained,
         "trained": distances(run.averaged, series.test, grid.shown),
-    }  # fmt: skip
+    }
 
 
 def compute_all(
-    wanted: Sequence[Cell], grid: Grid, specs: Sequence[str], series: Mapping[str, Pair],
-    jobs: int, keep: Callable[[Cell, dict[str, Any]], None],
-) -> None:  # fmt: skip
+    wanted: Sequence[Cell],
+    grid: Grid,
+    specs: Sequence[str],
+    series: Mapping[str, Pair],
+    jobs: int,
+    keep: Callable[[Cell, dict[str, Any]], None],
+) -> None:
     """Compute cells, and hand each over when it is done.
 
     Times are taken last, when nothing else of this runs.
@@ -108,9 +113,13 @@ def compute_all(
 
 
 def _side_by_side(
-    wanted: Sequence[Cell], grid: Grid, specs: Sequence[str], series: Mapping[str, Pair],
-    workers: int, keep: Callable[[Cell, dict[str, Any]], None],
-) -> None:  # fmt: skip
+    wanted: Sequence[Cell],
+    grid: Grid,
+    specs: Sequence[str],
+    series: Mapping[str, Pair],
+    workers: int,
+    keep: Callable[[Cell, dict[str, Any]], None],
+) -> None:
     # Spawned: a fork would inherit PyTorch's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_signals)

@@ -21,9 +21,14 @@ __all__ = ["open_results", "run", "write"]
 
 
 def open_results(
-    out: Path, grid: Grid, specs: Sequence[str], series: Mapping[str, Pair], *, force: bool,
+    out: Path,
+    grid: Grid,
+    specs: Sequence[str],
+    series: Mapping[str, Pair],
+    *,
+    force: bool,
     say: Callable[[str], None],
-) -> Results:  # fmt: skip
+) -> Results:
     """Make the folder, and go on from the results in it where they fit.
 
     Raises
@@ -47,16 +52,24 @@ def open_results(
 
 def _about(series: Pair) -> dict[str, Any]:
     return {
-        "digest": series.digest(), "source": series.source, "train": len(series.train.labels),
-        "test": len(series.test.labels), "channels": series.train.frames.shape[2],
-        "length": series.train.frames.shape[1], "classes": len(series.classes),
-    }  # fmt: skip
+        "digest": series.digest(),
+        "source": series.source,
+        "train": len(series.train.labels),
+        "test": len(series.test.labels),
+        "channels": series.train.frames.shape[2],
+        "length": series.train.frames.shape[1],
+        "classes": len(series.classes),
+    }
 
 
 def run(
-    results: Results, grid: Grid, specs: Sequence[str], series: Mapping[str, Pair], jobs: int,
+    results: Results,
+    grid: Grid,
+    specs: Sequence[str],
+    series: Mapping[str, Pair],
+    jobs: int,
     done: Callable[[Cell | None, dict[str, Any] | None, float], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Compute what is missing, and work out the findings.
 
     Parameters

@@ -16,9 +16,17 @@ Row = tuple[str, ...]
 ACCURACY = ("data", "attention", "test %", "seeds", "validation %", "less softmax", "epochs", "s")
 REDUNDANCY = ("data", "attention", *(f"{m}, layer by layer" for m in MEASURES), "untrained maps")
 COST = (
-    "N", "D", "attention", "MFLOP, attention", "MFLOP, model", "× softmax", "ms a step",
-    "time × softmax", "MiB", "memory × softmax",
-)  # fmt: skip
+    "N",
+    "D",
+    "attention",
+    "MFLOP, attention",
+    "MFLOP, model",
+    "× softmax",
+    "ms a step",
+    "time × softmax",
+    "MiB",
+    "memory × softmax",
+)
 CLAIM = ("attention", "claim", "figure", "value", "verdict")
 
 
@@ -64,39 +72,48 @@ def accuracy_rows(found: Mapping[str, Any]) -> list[Row]:
     """Give a line for every data set and spec, as `ACCURACY` names the columns."""
     return [
         (
-            row["data"], row["spec"], f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}",
-            ", ".join(f"{100 * a:.1f}" for a in row["each"]), f"{100 * row['validation']:.1f}",
+            row["data"],
+            row["spec"],
+            f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}",
+            ", ".join(f"{100 * a:.1f}" for a in row["each"]),
+            f"{100 * row['validation']:.1f}",
             "" if row["difference"] is None else _points(row["difference"]),
-            ", ".join(map(str, row["epochs"])), f"{row['seconds']:.0f}",
+            ", ".join(map(str, row["epochs"])),
+            f"{row['seconds']:.0f}",
         )
         for row in found["accuracy"]
-    ]  # fmt: skip
+    ]
 
 
 def redundancy_rows(found: Mapping[str, Any]) -> list[Row]:
     """Give a line for every data set and spec, as `REDUNDANCY` names the columns."""
     return [
         (
-            row["data"], row["spec"],
+            row["data"],
+            row["spec"],
             *(", ".join(f"{d:.3g}" for d in row["trained"][measure]) for measure in MEASURES),
             ", ".join(f"{d:.3g}" for d in row["untrained"]["maps"]),
         )
         for row in found["redundancy"]
-    ]  # fmt: skip
+    ]
 
 
 def cost_rows(found: Mapping[str, Any]) -> list[Row]:
     """Give a line for every size and spec, as `COST` names the columns."""
     return [
         (
-            str(row["length"]), str(row["dim"]), row["spec"],
-            f"{row['flops']['attention'] / 1e6:.1f}", f"{row['flops']['model'] / 1e6:.1f}",
+            str(row["length"]),
+            str(row["dim"]),
+            row["spec"],
+            f"{row['flops']['attention'] / 1e6:.1f}",
+            f"{row['flops']['model'] / 1e6:.1f}",
             f"{row['attention_ratio']:.3f}, {row['model_ratio']:.3f}",
             f"{row['milliseconds']:.1f}",
             "" if row["spec"] == BASELINE else _ratio(row["time_ratio"]),
             "not known" if row["mib"] is None else f"{row['mib']:.1f}",
-            "" if row["spec"] == BASELINE or row["memory_ratio"] is None
+            ""
+            if row["spec"] == BASELINE or row["memory_ratio"] is None
             else _ratio(row["memory_ratio"]),
         )
         for row in found["cost"]
-    ]  # fmt: skip
+    ]

@@ -16,13 +16,26 @@ from ..judging import DTYPES, full, judged
 #: in the call.
 AXES: Mapping[str, tuple[Any, ...]] = {
     "kernel": (
-        "softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine(scale=2)", "polynomial", "linear",
-        "relu", "random_features(count=16)", "conformance_logistic", "conformance_square",
+        "softmax(softcap=2)",
+        "gaussian(gamma=0.3)",
+        "cosine(scale=2)",
+        "polynomial",
+        "linear",
+        "relu",
+        "random_features(count=16)",
+        "conformance_logistic",
+        "conformance_square",
     ),
     "normalization": (
-        "bn", "bn(beta=0.5)", "bn(beta=param)", "bn(statistics=batch)", "bn(statistics=running)",
+        "bn",
+        "bn(beta=0.5)",
+        "bn(beta=param)",
+        "bn(statistics=batch)",
+        "bn(statistics=running)",
         # By one key's variance, 0, a larger eps leaves logits that float32 can hold.
-        "bn(eps=0.1,statistics=prefix)", "conformance_centred", "iebn",
+        "bn(eps=0.1,statistics=prefix)",
+        "conformance_centred",
+        "iebn",
         # Of few keys a component may have one.
         "mixture(eps=0.1)",
     ),
@@ -34,7 +47,7 @@ AXES: Mapping[str, tuple[Any, ...]] = {
     "bias": ({"bias": "full"},),
     "offset": ({"offset": 2}, {"offset": "array"}, {"offset": "sequence"}, {"offset": "end"}),
     "groups": ({"heads": 4},),
-}  # fmt: skip
+}
 
 
 def made(values: tuple[Any, ...], **more: Any) -> Call | None:
@@ -89,10 +102,14 @@ test_pair = judged(
 )
 test_gradient_of_one = judged(
     "Gradients, one axis at a time.",
-    *(call for dtype in ("float32", "float64") for value in SINGLE
-      if (call := made((value,), dtype=dtype))),
+    *(
+        call
+        for dtype in ("float32", "float64")
+        for value in SINGLE
+        if (call := made((value,), dtype=dtype))
+    ),
     through="vjp",
-)  # fmt: skip
+)
 test_gradient_of_pair = judged(
     "Gradients of every pair of values of two axes.", *pairs(), through="vjp"
 )

@@ -17,8 +17,16 @@ from ..subject import Nonconforming, Subject
 
 SMALL = Call()
 LARGE = Call(rows=300, keys=700, dim=32, value_dim=32)
-PLAN = ("softmax", "bn", "linear", "causal", "causal+linear", "bn+sh(1,2)", "gaussian(gamma=0.1)",
-        "causal+bn(statistics=prefix)")  # fmt: skip
+PLAN = (
+    "softmax",
+    "bn",
+    "linear",
+    "causal",
+    "causal+linear",
+    "bn+sh(1,2)",
+    "gaussian(gamma=0.1)",
+    "causal+bn(statistics=prefix)",
+)
 TWICE = [
     *(call.but(spec=text) for call in (SMALL, LARGE) for text in PLAN[:-1]),
     SMALL.but(spec=PLAN[-1]),
@@ -63,13 +71,17 @@ def part(x: np.ndarray, index: slice, lead: int) -> np.ndarray:
 
 
 @claims("batch_invariant")
-@each([
-    *(LARGE.but(spec=text, lead=(5,), rows=70, dtype=d)
-      for text in ("softmax", "bn", "linear", "causal", "gaussian(gamma=0.1)", "bn+sh(1,2)")
-      for d in ("float32", "float16")),
-    SMALL.but(lead=(7,), key_mask="holes"),
-    SMALL.but(lead=(7,), draw="loud"),
-])  # fmt: skip
+@each(
+    [
+        *(
+            LARGE.but(spec=text, lead=(5,), rows=70, dtype=d)
+            for text in ("softmax", "bn", "linear", "causal", "gaussian(gamma=0.1)", "bn+sh(1,2)")
+            for d in ("float32", "float16")
+        ),
+        SMALL.but(lead=(7,), key_mask="holes"),
+        SMALL.but(lead=(7,), draw="loud"),
+    ]
+)
 def test_row_does_not_depend_on_its_batch(call: Call, subject: Subject) -> None:
     """A sequence gives the same bits alone as in a batch."""
     if subject.unclaimed(call.features(lse=True)):

@@ -10,12 +10,23 @@ SMALL = Call()
 test_bias_is_added = judged(
     "The bias multiplies the kernel by exp(bias).",
     *(SMALL.but(bias="full", dtype=d) for d in DTYPES),
-    *(SMALL.but(spec=text, bias="full")
-      for text in ("softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine", "polynomial", "bn",
-                   "causal", "bn(statistics=running)", "causal+bn(statistics=prefix)",
-                   "softmax+h(one)", "conformance_logistic")),
+    *(
+        SMALL.but(spec=text, bias="full")
+        for text in (
+            "softmax(softcap=2)",
+            "gaussian(gamma=0.3)",
+            "cosine",
+            "polynomial",
+            "bn",
+            "causal",
+            "bn(statistics=running)",
+            "causal+bn(statistics=prefix)",
+            "softmax+h(one)",
+            "conformance_logistic",
+        )
+    ),
     SMALL.but(bias="full", rows=70, keys=600),
-)  # fmt: skip
+)
 
 test_bias_is_broadcast = judged(
     "A bias may leave out leading axes or have length 1 in any.",
@@ -27,11 +38,20 @@ test_bias_is_broadcast = judged(
 
 test_infinite_bias_removes_a_key = judged(
     "-inf takes a key out, of h(count) too; a row of -inf is empty.",
-    *(SMALL.but(spec=text, bias="inf")
-      for text in ("softmax", "gaussian(gamma=0.3)", "polynomial", "bn", "softmax+h(count)",
-                   "softmax+h(one)", "causal")),
+    *(
+        SMALL.but(spec=text, bias="inf")
+        for text in (
+            "softmax",
+            "gaussian(gamma=0.3)",
+            "polynomial",
+            "bn",
+            "softmax+h(count)",
+            "softmax+h(one)",
+            "causal",
+        )
+    ),
     SMALL.but(bias="inf", dtype="float16"),
-)  # fmt: skip
+)
 
 test_bias_may_be_float32 = judged(
     "A 16-bit call may have a float32 bias, which is not rounded.",

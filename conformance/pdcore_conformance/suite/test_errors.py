@@ -42,13 +42,9 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "offset_of_floats": (edited(offset=np.zeros(2, "float32")), "offset"),
     "parameter_missing": (edited(spec="bn(statistics=running)"), "mean"),
     "parameter_unknown": (edited(params={"bata": np.ones(2, "float32")}), "bata"),
-    "bias_with_features": (
-        edited(spec="linear", bias=np.zeros((9, 11), "float32")), "bias"
-    ),
-    "bias_with_pooled_keys": (
-        edited(spec="sh(1,2)", bias=np.zeros((9, 11), "float32")), "bias"
-    ),
-}  # fmt: skip
+    "bias_with_features": (edited(spec="linear", bias=np.zeros((9, 11), "float32")), "bias"),
+    "bias_with_pooled_keys": (edited(spec="sh(1,2)", bias=np.zeros((9, 11), "float32")), "bias"),
+}
 
 
 @pytest.mark.claims("float32", "exponential")

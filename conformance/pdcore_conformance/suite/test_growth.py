@@ -16,13 +16,21 @@ CALLS = [
     SMALL.but(spec=text, dtype=d, **how)
     for d, how in (("float32", {}), ("float64", {}), ("float32", {"key_mask": "holes"}))
     for text in (
-        "causal", "causal+linear", "causal+gaussian(gamma=0.3)", "causal+random_features(count=16)",
-        "causal+bn(statistics=prefix)", "causal+bn(statistics=running)", "causal+sh(2,4)",
-        "causal+sh(2,3,pool=first)", "causal+linear+sh(1,4)", "causal+sparse(3,inf)",
-        "causal+bn(statistics=prefix)+sh(1,3)", "causal+h(count)",
+        "causal",
+        "causal+linear",
+        "causal+gaussian(gamma=0.3)",
+        "causal+random_features(count=16)",
+        "causal+bn(statistics=prefix)",
+        "causal+bn(statistics=running)",
+        "causal+sh(2,4)",
+        "causal+sh(2,3,pool=first)",
+        "causal+linear+sh(1,4)",
+        "causal+sparse(3,inf)",
+        "causal+bn(statistics=prefix)+sh(1,3)",
+        "causal+h(count)",
         "causal+conv1d(padding=causal)+sh(1,3)",
     )
-]  # fmt: skip
+]
 
 
 def upto(arrays: Arrays, first: int, last: int, keys: int) -> Arrays:

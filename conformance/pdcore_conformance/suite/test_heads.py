@@ -9,23 +9,32 @@ SMALL = Call(spec="sh(1,2)", keys=12)
 
 test_keys_and_values_are_pooled = judged(
     "Means, or first keys, of consecutive windows, in every dtype.",
-    *(SMALL.but(spec=text, dtype=dtype) for dtype in DTYPES
-      for text in ("sh(1,2)", "sh(2,3)", "sh(2,3,pool=first)", "bn+sh(1,2)", "linear+sh(1,3)")),
-)  # fmt: skip
+    *(
+        SMALL.but(spec=text, dtype=dtype)
+        for dtype in DTYPES
+        for text in ("sh(1,2)", "sh(2,3)", "sh(2,3,pool=first)", "bn+sh(1,2)", "linear+sh(1,3)")
+    ),
+)
 
 test_last_window_may_be_short = judged(
     "M is no multiple of the scale: the last window pools what there is.",
-    *(SMALL.but(spec=text, keys=m) for m in (1, 2, 3, 7, 10, 11)
-      for text in ("sh(2,4)", "sh(3,4,pool=first)", "bn+sh(1,4)")),
+    *(
+        SMALL.but(spec=text, keys=m)
+        for m in (1, 2, 3, 7, 10, 11)
+        for text in ("sh(2,4)", "sh(3,4,pool=first)", "bn+sh(1,4)")
+    ),
     SMALL.but(spec="sh(1,20)", keys=7),
-)  # fmt: skip
+)
 
 test_padding_is_no_part_of_a_pool = judged(
     "A window's mean is over its real keys; a window without any is masked.",
-    *(SMALL.but(spec=text, key_mask=how) for how in ("right", "left", "holes", "one", "none")
-      for text in ("sh(2,3)", "sh(2,3,pool=first)", "bn+sh(2,3)", "linear+sh(2,3)")),
+    *(
+        SMALL.but(spec=text, key_mask=how)
+        for how in ("right", "left", "holes", "one", "none")
+        for text in ("sh(2,3)", "sh(2,3,pool=first)", "bn+sh(2,3)", "linear+sh(2,3)")
+    ),
     SMALL.but(spec="sh(2,3)+h(count)", key_mask="holes"),
-)  # fmt: skip
+)
 
 test_statistics_are_of_pooled_keys = judged(
     "Attention-BN+SH takes its statistics over the pooled keys, each counting once.",

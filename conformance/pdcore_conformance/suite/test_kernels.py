@@ -7,11 +7,22 @@ from ..judging import DTYPES, full, judged
 
 SMALL = Call()
 KERNELS = (
-    "softmax", "softmax(scale=0.5)", "softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine",
-    "cosine(scale=4)", "polynomial", "polynomial(degree=4,coef0=0.5,scale=0.3)", "linear", "relu",
-    "random_features(count=16)", "random_features(count=32,seed=7,scale=0.2)",
-    "conformance_logistic", "conformance_square", "conformance_dot+h(one)",
-)  # fmt: skip
+    "softmax",
+    "softmax(scale=0.5)",
+    "softmax(softcap=2)",
+    "gaussian(gamma=0.3)",
+    "cosine",
+    "cosine(scale=4)",
+    "polynomial",
+    "polynomial(degree=4,coef0=0.5,scale=0.3)",
+    "linear",
+    "relu",
+    "random_features(count=16)",
+    "random_features(count=32,seed=7,scale=0.2)",
+    "conformance_logistic",
+    "conformance_square",
+    "conformance_dot+h(one)",
+)
 
 test_kernel_is_computed = judged(
     "Each kernel, alone, in every dtype.",
@@ -82,10 +93,13 @@ test_normaliser_counts_visible_keys = judged(
         for text in ("softmax", "gaussian(gamma=0.3)", "linear", "conformance_logistic")
         for h in ("count", "one")
         for how in (
-            {}, {"mask": "random"}, {"key_mask": "right"}, {"key_mask": "holes", "mask": "empty"}
+            {},
+            {"mask": "random"},
+            {"key_mask": "right"},
+            {"key_mask": "holes", "mask": "empty"},
         )
     ),
     SMALL.but(spec="softmax+h(count)+causal"),
     SMALL.but(spec="softmax+h(count)+sh(2,3)+causal", keys=11),
     full(SMALL.but(spec="linear+h(one)+causal", rows=300, keys=300)),
-)  # fmt: skip
+)

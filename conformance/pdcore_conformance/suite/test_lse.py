@@ -14,31 +14,45 @@ SMALL = Call()
 
 test_lse_has_every_row_constant = judged(
     "Terms that are constant along a row cancel in out, and are added back to lse.",
-    *(SMALL.but(spec=text, dtype=d) for d in DTYPES
-      for text in ("bn", "bn(beta=0.5)", "gaussian(gamma=0.3)", "bn+sh(1,2)")),
+    *(
+        SMALL.but(spec=text, dtype=d)
+        for d in DTYPES
+        for text in ("bn", "bn(beta=0.5)", "gaussian(gamma=0.3)", "bn+sh(1,2)")
+    ),
     SMALL.but(spec="bn", draw="far", dtype="float64"),
     SMALL.but(spec="bn(statistics=running)"),
     SMALL.but(spec="causal+bn(statistics=prefix)"),
     SMALL.but(spec="gaussian(gamma=0.3)+bn"),
     SMALL.but(spec="random_features(count=16)"),
     SMALL.but(spec="polynomial"),
-)  # fmt: skip
+)
 
 test_lse_is_log_h = judged(
     "log sum kappa for h(sum), log n for h(count), 0 for h(one), -inf in a row that sees no key.",
-    *(SMALL.but(spec=f"{text}{h}", mask="empty") for text in ("softmax", "linear", "bn")
-      for h in ("", "+h(count)", "+h(one)")),
+    *(
+        SMALL.but(spec=f"{text}{h}", mask="empty")
+        for text in ("softmax", "linear", "bn")
+        for h in ("", "+h(count)", "+h(one)")
+    ),
     SMALL.but(spec="causal", offset=-4),
     SMALL.but(spec="causal+h(count)", offset=-4, rows=11),
     SMALL.but(spec="sh(2,3)+h(count)", key_mask="holes"),
-)  # fmt: skip
+)
 
 MERGED = [
     SMALL.but(spec=text, keys=13, dtype=d)
     for d in ("float32", "float64")
-    for text in ("softmax", "gaussian(gamma=0.3)", "linear", "cosine", "polynomial",
-                 "softmax+h(count)", "softmax+h(one)", "bn(statistics=running)")
-]  # fmt: skip
+    for text in (
+        "softmax",
+        "gaussian(gamma=0.3)",
+        "linear",
+        "cosine",
+        "polynomial",
+        "softmax+h(count)",
+        "softmax+h(one)",
+        "bn(statistics=running)",
+    )
+]
 
 
 @each(MERGED)
@@ -50,8 +64,9 @@ def test_blocks_of_keys_merge(call: Call, subject: Subject) -> None:
     arrays = call.arrays()
     parts = []
     for first, last in ((0, 4), (4, 5), (5, 13)):
-        part = Arrays(arrays.q, arrays.k[..., first:last, :], arrays.v[..., first:last, :],
-                      arrays.options)  # fmt: skip
+        part = Arrays(
+            arrays.q, arrays.k[..., first:last, :], arrays.v[..., first:last, :], arrays.options
+        )
         parts.append(subject.compute(part, call.spec))
     outs, levels = (np.stack([part[name] for part in parts]) for name in ("out", "lse"))
     if call.spec.endswith("h(one)"):

@@ -41,9 +41,12 @@ def calls(draw: st.DrawFn) -> Call | None:
 
 @pytest.mark.parametrize("through", ["forward", "vjp"])
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+)
 @given(call=calls())
 def test_any_call(subject: Subject, through: str, call: Call | None) -> None:
     """Whatever the axes, a call is right, or refused."""

@@ -6,35 +6,57 @@ from ..calls import Call
 from ..judging import DTYPES, full, judged
 
 SMALL = Call()
-PLAN = ("softmax", "bn", "linear", "sh(1,2)", "causal", "causal+linear",
-        "causal+bn(statistics=prefix)")  # fmt: skip
+PLAN = (
+    "softmax",
+    "bn",
+    "linear",
+    "sh(1,2)",
+    "causal",
+    "causal+linear",
+    "causal+bn(statistics=prefix)",
+)
 
 test_lengths_are_any = judged(
     "Lengths around and far beyond any block.",
-    *(Call(spec=text, lead=(1,), rows=n, keys=m) for text in PLAN[:6]
-      for n, m in ((1, 1), (1, 65), (63, 64), (64, 65), (65, 63), (65, 257))),
-    *(Call(spec=text, lead=(1,), rows=n, keys=m, dim=16)
-      for text in ("softmax", "bn", "linear") for n, m in ((1, 2000), (33, 2000), (2000, 65))),
-    *(Call(spec=text, lead=(1,), rows=2000, keys=2000, heads=1, key_heads=1, dim=16, value_dim=16)
-      for text in ("causal", "causal+linear")),
-    *(full(Call(spec="bn", dtype=d, lead=(1,), rows=513, keys=2000, dim=64, value_dim=64))
-      for d in DTYPES),
-)  # fmt: skip
+    *(
+        Call(spec=text, lead=(1,), rows=n, keys=m)
+        for text in PLAN[:6]
+        for n, m in ((1, 1), (1, 65), (63, 64), (64, 65), (65, 63), (65, 257))
+    ),
+    *(
+        Call(spec=text, lead=(1,), rows=n, keys=m, dim=16)
+        for text in ("softmax", "bn", "linear")
+        for n, m in ((1, 2000), (33, 2000), (2000, 65))
+    ),
+    *(
+        Call(spec=text, lead=(1,), rows=2000, keys=2000, heads=1, key_heads=1, dim=16, value_dim=16)
+        for text in ("causal", "causal+linear")
+    ),
+    *(
+        full(Call(spec="bn", dtype=d, lead=(1,), rows=513, keys=2000, dim=64, value_dim=64))
+        for d in DTYPES
+    ),
+)
 
 test_features_are_any = judged(
     "D and Dv of 1, odd, different, and large.",
-    *(SMALL.but(spec=text, dim=d, value_dim=dv)
-      for text in ("softmax", "bn", "linear", "gaussian(gamma=0.1)")
-      for d, dv in ((1, 1), (3, 7), (17, 1), (1, 33), (64, 64), (80, 96), (128, 32), (256, 5))),
+    *(
+        SMALL.but(spec=text, dim=d, value_dim=dv)
+        for text in ("softmax", "bn", "linear", "gaussian(gamma=0.1)")
+        for d, dv in ((1, 1), (3, 7), (17, 1), (1, 33), (64, 64), (80, 96), (128, 32), (256, 5))
+    ),
     *(SMALL.but(dim=64, value_dim=64, rows=70, keys=130, dtype=d) for d in DTYPES),
     SMALL.but(value_dim=0),
-)  # fmt: skip
+)
 
 test_leading_axes_are_any = judged(
     "No leading axis, one, two, or one of length 1.",
-    *(SMALL.but(spec=text, lead=lead) for text in PLAN
-      for lead in ((), (1,), (3,), (2, 3), (1, 2, 1))),
-)  # fmt: skip
+    *(
+        SMALL.but(spec=text, lead=lead)
+        for text in PLAN
+        for lead in ((), (1,), (3,), (2, 3), (1, 2, 1))
+    ),
+)
 
 test_empty_sizes_give_empty_or_zero = judged(
     "No query, no key, no sequence: empty results, or zeros.",
@@ -47,18 +69,23 @@ test_empty_sizes_give_empty_or_zero = judged(
 
 test_query_heads_repeat_key_heads = judged(
     "Query head i uses key head i // (Hq // Hkv), so groups are neighbours.",
-    *(SMALL.but(spec=text, heads=hq, key_heads=hkv) for hq, hkv in ((4, 2), (6, 3), (6, 2), (4, 1))
-      for text in ("softmax", "bn", "linear", "causal")),
+    *(
+        SMALL.but(spec=text, heads=hq, key_heads=hkv)
+        for hq, hkv in ((4, 2), (6, 3), (6, 2), (4, 1))
+        for text in ("softmax", "bn", "linear", "causal")
+    ),
     *(SMALL.but(heads=4, dtype=d) for d in DTYPES[1:]),
     SMALL.but(spec="bn+sh(1,2)", heads=6),
     SMALL.but(heads=4, mask="heads"),
     SMALL.but(heads=4, bias="full"),
-)  # fmt: skip
+)
 
 test_memory_layout_does_not_matter = judged(
     "Views as projections and slices leave them, read-only and repeated arrays.",
-    *(SMALL.but(spec=text, layout=how, rows=20, keys=24)
-      for how in ("transposed", "sliced", "reversed", "broadcast", "packed", "readonly")
-      for text in ("softmax", "bn+sh(1,2)", "linear", "causal+linear")),
+    *(
+        SMALL.but(spec=text, layout=how, rows=20, keys=24)
+        for how in ("transposed", "sliced", "reversed", "broadcast", "packed", "readonly")
+        for text in ("softmax", "bn+sh(1,2)", "linear", "causal+linear")
+    ),
     *(SMALL.but(layout=how, dtype="float16") for how in ("transposed", "sliced", "broadcast")),
-)  # fmt: skip
+)

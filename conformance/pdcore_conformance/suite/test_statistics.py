@@ -14,17 +14,29 @@ test_batch_normalization_is_computed = judged(
         SMALL.but(spec=text, dtype=dtype)
         for dtype in DTYPES
         for text in (
-            "bn", "bn(beta=0.5)", "bn(beta=param)", "bn(statistics=batch)",
-            "bn(statistics=running)", "bn(statistics=running,beta=param)", "bn(statistics=prefix)",
-            PREFIX, "gaussian(gamma=0.3)+bn", "cosine+bn", "linear+bn", "conformance_centred",
+            "bn",
+            "bn(beta=0.5)",
+            "bn(beta=param)",
+            "bn(statistics=batch)",
+            "bn(statistics=running)",
+            "bn(statistics=running,beta=param)",
+            "bn(statistics=prefix)",
+            PREFIX,
+            "gaussian(gamma=0.3)+bn",
+            "cosine+bn",
+            "linear+bn",
+            "conformance_centred",
         )
     ),
-)  # fmt: skip
+)
 
 test_instance_enhancement_is_computed = judged(
     "Attention-BN, each feature times the sigmoid of an affine of the instance's own mean.",
-    *(SMALL.but(spec=text, dtype=dtype) for dtype in DTYPES
-      for text in ("iebn", "iebn(beta=0.5)", "linear+iebn", "gaussian(gamma=0.3)+iebn")),
+    *(
+        SMALL.but(spec=text, dtype=dtype)
+        for dtype in DTYPES
+        for text in ("iebn", "iebn(beta=0.5)", "linear+iebn", "gaussian(gamma=0.3)+iebn")
+    ),
     *(SMALL.but(spec="iebn", draw=how) for how in ("far", "constant", "outlier", "loud")),
     *(SMALL.but(spec="iebn", key_mask=how) for how in ("right", "left", "holes", "one", "none")),
     SMALL.but(spec="iebn+sh(1,3)", heads=4, lead=(2, 3)),
@@ -32,31 +44,45 @@ test_instance_enhancement_is_computed = judged(
     SMALL.but(spec="iebn(allow_leak=true)+causal", rows=11),
     SMALL.but(spec="iebn", keys=1),
     SMALL.but(spec="iebn", keys=300, rows=70),
-)  # fmt: skip
+)
 
 test_mixture_is_computed = judged(
     "The keys' sub-populations by EM, from a start that the seed alone decides.",
-    *(SMALL.but(spec=text, dtype=dtype, keys=40) for dtype in DTYPES
-      for text in ("mixture", "mixture(3,steps=2,seed=7)", "linear+mixture",
-                   "gaussian(gamma=0.3)+mixture(beta=0.5)")),
+    *(
+        SMALL.but(spec=text, dtype=dtype, keys=40)
+        for dtype in DTYPES
+        for text in (
+            "mixture",
+            "mixture(3,steps=2,seed=7)",
+            "linear+mixture",
+            "gaussian(gamma=0.3)+mixture(beta=0.5)",
+        )
+    ),
     *(SMALL.but(spec="mixture(components=1)", dtype=dtype) for dtype in DTYPES),
     # Each step multiplies a rounding; eps bounds by how much where a component has few keys.
-    *(SMALL.but(spec="mixture(eps=0.1)", draw=how, keys=40)
-      for how in ("far", "constant", "outlier", "loud", "equal")),
-    *(SMALL.but(spec="mixture(eps=0.1)", key_mask=how)
-      for how in ("right", "left", "holes", "one", "none")),
+    *(
+        SMALL.but(spec="mixture(eps=0.1)", draw=how, keys=40)
+        for how in ("far", "constant", "outlier", "loud", "equal")
+    ),
+    *(
+        SMALL.but(spec="mixture(eps=0.1)", key_mask=how)
+        for how in ("right", "left", "holes", "one", "none")
+    ),
     SMALL.but(spec="mixture(eps=0.1)+sh(1,3)", heads=4, lead=(2, 3), keys=60),
     SMALL.but(spec="mixture", mask="random", keys=40),
     SMALL.but(spec="mixture(allow_leak=true)+causal", rows=40, keys=40),
     SMALL.but(spec="mixture(components=4,eps=0.1)", keys=2),
     SMALL.but(spec="mixture", keys=1),
     SMALL.but(spec="mixture", keys=300, rows=70),
-)  # fmt: skip
+)
 
 test_convolution_is_computed = judged(
     "Keys convolved along their sequence or over a grid, with zeros for padding; not queries.",
-    *(SMALL.but(spec=text, dtype=dtype, keys=12) for dtype in DTYPES
-      for text in ("conv1d", "linear+conv1d(size=4)", "conv2d(3,4)")),
+    *(
+        SMALL.but(spec=text, dtype=dtype, keys=12)
+        for dtype in DTYPES
+        for text in ("conv1d", "linear+conv1d(size=4)", "conv2d(3,4)")
+    ),
     *(SMALL.but(spec="conv1d", key_mask=how) for how in ("right", "left", "holes", "one", "none")),
     SMALL.but(spec="conv2d(3,4)", keys=12, key_mask="holes"),
     SMALL.but(spec="conv2d(5,4,size=2)+gaussian(gamma=0.3)", keys=20),
@@ -69,7 +95,7 @@ test_convolution_is_computed = judged(
     SMALL.but(spec="conv1d", draw="outlier"),
     SMALL.but(spec="conv1d", keys=600, rows=70),
     *(SMALL.but(spec="conv1d", dtype=dtype, given=False) for dtype in DTYPES[:2]),
-)  # fmt: skip
+)
 
 test_variance_is_biased = judged(
     "The variance divides by n. With 2 or 3 keys n - 1 shows.",
@@ -88,12 +114,15 @@ test_eps_is_that_of_the_spec = judged(
 
 test_variance_needs_two_passes = judged(
     "Keys of mean 100 and deviation 0.1: E[x^2] - E[x]^2 has no correct digit in float32.",
-    *(SMALL.but(spec=text, draw="far", dtype=d, keys=200) for d in ("float32", "float64")
-      for text in ("bn", "bn(statistics=batch)", "linear+bn", "gaussian(gamma=0.3)+bn")),
+    *(
+        SMALL.but(spec=text, draw="far", dtype=d, keys=200)
+        for d in ("float32", "float64")
+        for text in ("bn", "bn(statistics=batch)", "linear+bn", "gaussian(gamma=0.3)+bn")
+    ),
     SMALL.but(spec=PREFIX, draw="far", rows=40, keys=40),
     SMALL.but(draw="far", dtype="float16", keys=64),
     SMALL.but(draw="far", dtype="bfloat16", keys=64),
-)  # fmt: skip
+)
 
 test_statistics_survive_an_outlier_first_key = judged(
     "An outlier for a first key ruins sums that are shifted by it.",
@@ -102,23 +131,32 @@ test_statistics_survive_an_outlier_first_key = judged(
 
 test_constant_feature_is_finite = judged(
     "A feature without variance: (var + eps) is small, and float16 cannot hold 1 / (var + eps).",
-    *(SMALL.but(spec=text, draw="constant", dtype=d) for d in DTYPES
-      for text in ("bn", PREFIX, "bn(statistics=batch)")),
-)  # fmt: skip
+    *(
+        SMALL.but(spec=text, draw="constant", dtype=d)
+        for d in DTYPES
+        for text in ("bn", PREFIX, "bn(statistics=batch)")
+    ),
+)
 
 test_one_key_has_no_variance = judged(
     "n = 1: the variance is 0, T of the key itself is 0, and nothing is NaN.",
-    *(SMALL.but(spec=text, keys=1, dtype=d) for d in DTYPES
-      for text in ("bn", "linear+bn", "bn(statistics=batch)")),
+    *(
+        SMALL.but(spec=text, keys=1, dtype=d)
+        for d in DTYPES
+        for text in ("bn", "linear+bn", "bn(statistics=batch)")
+    ),
     *(SMALL.but(spec=PREFIX, keys=5, rows=5, dtype=d) for d in DTYPES),
-)  # fmt: skip
+)
 
 test_padding_is_no_part_of_statistics = judged(
     "key_mask takes a key out of the mean, the variance and their count.",
-    *(SMALL.but(spec=text, key_mask=how) for how in ("right", "left", "holes", "one", "none")
-      for text in ("bn", "bn(statistics=batch)", "linear+bn", "bn(statistics=prefix)")),
+    *(
+        SMALL.but(spec=text, key_mask=how)
+        for how in ("right", "left", "holes", "one", "none")
+        for text in ("bn", "bn(statistics=batch)", "linear+bn", "bn(statistics=prefix)")
+    ),
     *(SMALL.but(key_mask="right", dtype=d) for d in DTYPES[1:]),
-)  # fmt: skip
+)
 
 test_mask_changes_no_statistic = judged(
     "mask and windows say who attends to whom; the statistics are over all real keys.",

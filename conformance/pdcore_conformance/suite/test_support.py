@@ -9,85 +9,143 @@ SMALL = Call()
 
 test_causal_includes_the_present = judged(
     "A query sees the keys at positions up to its own, that one included.",
-    *(SMALL.but(spec=text, rows=11, dtype=d) for d in DTYPES
-      for text in ("causal", "causal+linear", "causal+gaussian(gamma=0.3)")),
-    *(SMALL.but(spec=text, rows=n, keys=n) for n in (1, 2, 65, 130)
-      for text in ("causal", "causal+linear", "causal+random_features(count=16)")),
+    *(
+        SMALL.but(spec=text, rows=11, dtype=d)
+        for d in DTYPES
+        for text in ("causal", "causal+linear", "causal+gaussian(gamma=0.3)")
+    ),
+    *(
+        SMALL.but(spec=text, rows=n, keys=n)
+        for n in (1, 2, 65, 130)
+        for text in ("causal", "causal+linear", "causal+random_features(count=16)")
+    ),
     full(SMALL.but(spec="causal", rows=700, keys=700)),
-)  # fmt: skip
+)
 
 test_causal_is_upper_left = judged(
     "Query 0 sits on key 0 whatever N and M; offset='end' asks for the other corner.",
-    *(SMALL.but(spec=text, rows=n, keys=m) for n, m in ((4, 9), (9, 4), (3, 70), (70, 3))
-      for text in ("causal", "causal+linear")),
-)  # fmt: skip
+    *(
+        SMALL.but(spec=text, rows=n, keys=m)
+        for n, m in ((4, 9), (9, 4), (3, 70), (70, 3))
+        for text in ("causal", "causal+linear")
+    ),
+)
 
 test_offset_moves_the_queries = judged(
     "Query i is at position i + offset: a number, an array, or one for each sequence.",
-    *(SMALL.but(spec=text, offset=offset)
-      for offset in (1, 3, -2, 20, -20, "array", "sequence", "end")
-      for text in ("causal", "causal+linear", "sparse(2,1)")),
-)  # fmt: skip
+    *(
+        SMALL.but(spec=text, offset=offset)
+        for offset in (1, 3, -2, 20, -20, "array", "sequence", "end")
+        for text in ("causal", "causal+linear", "sparse(2,1)")
+    ),
+)
 
 test_end_is_the_last_real_key = judged(
     "offset='end' puts the last query on the last real key of its own sequence.",
-    *(SMALL.but(spec=text, offset="end", key_mask=how) for how in ("right", "left", "holes", "none")
-      for text in ("causal", "causal+linear", "sparse(2,1)")),
+    *(
+        SMALL.but(spec=text, offset="end", key_mask=how)
+        for how in ("right", "left", "holes", "none")
+        for text in ("causal", "causal+linear", "sparse(2,1)")
+    ),
     SMALL.but(spec="causal", offset="end", rows=15, keys=6),
-)  # fmt: skip
+)
 
 test_window_reaches_left_and_right = judged(
     "sparse(l, r) lets a query see the keys from l before its position to r after it.",
-    *(SMALL.but(spec=text, rows=11)
-      for text in ("sparse(0,0)", "sparse(1,2)", "sparse(2,1)", "sparse(3,inf)", "sparse(inf,3)",
-                   "sparse(2,1)+linear", "sparse(2,1)+gaussian(gamma=0.3)",
-                   "causal+sparse(3,inf)", "causal+sparse(3,0)", "sparse(inf,0)")),
+    *(
+        SMALL.but(spec=text, rows=11)
+        for text in (
+            "sparse(0,0)",
+            "sparse(1,2)",
+            "sparse(2,1)",
+            "sparse(3,inf)",
+            "sparse(inf,3)",
+            "sparse(2,1)+linear",
+            "sparse(2,1)+gaussian(gamma=0.3)",
+            "causal+sparse(3,inf)",
+            "causal+sparse(3,0)",
+            "sparse(inf,0)",
+        )
+    ),
     SMALL.but(spec="sparse(20,30)", rows=150, keys=150),
     SMALL.but(spec="causal+sparse(20,inf)", rows=150, keys=150),
     SMALL.but(spec="sparse(2,1)", rows=30, keys=5),
     full(SMALL.but(spec="sparse(100,3)", rows=700, keys=700)),
-)  # fmt: skip
+)
 
 LONG = SMALL.but(rows=140, keys=150, heads=4, dim=16)
 
 test_kernels_that_work_in_blocks_keep_it_all = judged(
     "From 128 queries and keys on, some frameworks have other kernels for score maps and windows.",
-    *(LONG.but(spec=text, key_mask=how) for how in ("", "holes")
-      for text in ("softmax(softcap=2)", "polynomial", "gaussian(gamma=0.3)+sparse(20,7)",
-                   "bn+sparse(20,7)")),
+    *(
+        LONG.but(spec=text, key_mask=how)
+        for how in ("", "holes")
+        for text in (
+            "softmax(softcap=2)",
+            "polynomial",
+            "gaussian(gamma=0.3)+sparse(20,7)",
+            "bn+sparse(20,7)",
+        )
+    ),
     LONG.but(spec="causal+sh(1,2)", dtype="bfloat16"),
     *(LONG.but(spec="sparse(20,7)", offset=offset) for offset in (-30, "sequence")),
     LONG.but(spec="sparse(20,7)", mask="heads", bias="inf"),
-)  # fmt: skip
+)
 
 test_mask_is_true_where_a_query_may_attend = judged(
     "True allows. The masks of some frameworks mean the opposite.",
-    *(SMALL.but(spec=text, mask=how) for how in ("random", "keys", "heads")
-      for text in ("softmax", "linear", "gaussian(gamma=0.3)", "causal")),
+    *(
+        SMALL.but(spec=text, mask=how)
+        for how in ("random", "keys", "heads")
+        for text in ("softmax", "linear", "gaussian(gamma=0.3)", "causal")
+    ),
     *(SMALL.but(mask="random", dtype=d) for d in DTYPES[1:]),
     SMALL.but(mask="random", rows=70, keys=600),
-)  # fmt: skip
+)
 
 test_empty_row_is_zero = judged(
     "A row that sees no key gives zeros and an lse of -inf, never NaN.",
     *(SMALL.but(spec=text, mask="empty", dtype=d) for d in DTYPES for text in ("softmax", "bn")),
-    *(SMALL.but(spec=text, mask="empty")
-      for text in ("linear", "gaussian(gamma=0.3)", "polynomial", "softmax+h(count)",
-                   "softmax+h(one)", "relu", "random_features(count=16)")),
-    *(SMALL.but(spec=text, offset=-5)
-      for text in ("causal", "causal+linear", "causal+bn(statistics=prefix)")),
+    *(
+        SMALL.but(spec=text, mask="empty")
+        for text in (
+            "linear",
+            "gaussian(gamma=0.3)",
+            "polynomial",
+            "softmax+h(count)",
+            "softmax+h(one)",
+            "relu",
+            "random_features(count=16)",
+        )
+    ),
+    *(
+        SMALL.but(spec=text, offset=-5)
+        for text in ("causal", "causal+linear", "causal+bn(statistics=prefix)")
+    ),
     *(SMALL.but(spec=text, key_mask="none") for text in ("softmax", "bn", "linear", "sh(2,3)")),
     SMALL.but(spec="sparse(1,1)", offset=40),
-)  # fmt: skip
+)
 
 test_padding_is_ignored = judged(
     "A masked key may hold NaN and changes nothing.",
-    *(SMALL.but(spec=text, key_mask=how) for how in ("right", "left", "holes", "one")
-      for text in ("softmax", "gaussian(gamma=0.3)", "cosine", "polynomial", "linear", "relu",
-                   "random_features(count=16)", "causal", "causal+linear")),
+    *(
+        SMALL.but(spec=text, key_mask=how)
+        for how in ("right", "left", "holes", "one")
+        for text in (
+            "softmax",
+            "gaussian(gamma=0.3)",
+            "cosine",
+            "polynomial",
+            "linear",
+            "relu",
+            "random_features(count=16)",
+            "causal",
+            "causal+linear",
+        )
+    ),
     *(SMALL.but(key_mask="holes", dtype=d) for d in DTYPES[1:]),
     SMALL.but(key_mask="right", keys=600, rows=40),
-)  # fmt: skip
+)
 
 test_restrictions_combine = judged(
     "A key has to be allowed by all of them.",

@@ -14,8 +14,18 @@ from ..judging import claims, each
 from ..subject import Nonconforming, Subject, cotangents
 
 SMALL = Call(rows=6, keys=7, dim=4, value_dim=3)
-PLAN = ("softmax", "bn", "linear", "causal", "gaussian(gamma=0.3)", "bn+sh(1,2)", "cosine",
-        "causal+linear", "causal+bn(statistics=prefix)", "random_features(count=8)")  # fmt: skip
+PLAN = (
+    "softmax",
+    "bn",
+    "linear",
+    "causal",
+    "gaussian(gamma=0.3)",
+    "bn+sh(1,2)",
+    "cosine",
+    "causal+linear",
+    "causal+bn(statistics=prefix)",
+    "random_features(count=8)",
+)
 CALLS = [SMALL.but(spec=text, dtype=d) for d in ("float32", "float64") for text in PLAN]
 WIDE = [SMALL.but(spec=text, dtype="float64") for text in PLAN]
 
@@ -37,8 +47,10 @@ def directions(call: Call, arrays: Arrays) -> dict[str, np.ndarray]:
 
 def off_bends(arrays: Arrays) -> Arrays:
     """Move q and k off 0, where elu bends: a difference quotient over a bend is no derivative."""
-    q, k = (np.where(np.abs(x) < 0.05, np.copysign(0.05, x), x).astype(x.dtype)
-            for x in (arrays.q, arrays.k))  # fmt: skip
+    q, k = (
+        np.where(np.abs(x) < 0.05, np.copysign(0.05, x), x).astype(x.dtype)
+        for x in (arrays.q, arrays.k)
+    )
     return Arrays(q, k, arrays.v, arrays.options)
 
 
@@ -55,9 +67,11 @@ def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
     with subject.watched(arrays) as (q, k, v, _):
         toward = directions(call, arrays)
         _, second = subject.framework.double_vjp(
-            function(subject, call), {"q": q, "k": k, "v": v},
-            tuple(map(subject.there, d)), {n: subject.there(x) for n, x in toward.items()},
-        )  # fmt: skip
+            function(subject, call),
+            {"q": q, "k": k, "v": v},
+            tuple(map(subject.there, d)),
+            {n: subject.there(x) for n, x in toward.items()},
+        )
         found = {n: subject.back(x, n) for n, x in second.items()}
     wanted = along(arrays.q, arrays.k, arrays.v, call.spec, toward, *d)
     near(found, wanted, 1e-8, "second derivative")
@@ -76,9 +90,10 @@ def test_forward_mode_is_the_derivative(call: Call, subject: Subject) -> None:
     toward = directions(call, arrays)
     with subject.watched(arrays) as (q, k, v, _):
         _, derivatives = subject.framework.jvp(
-            function(subject, call), {"q": q, "k": k, "v": v},
+            function(subject, call),
+            {"q": q, "k": k, "v": v},
             {n: subject.there(x) for n, x in toward.items()},
-        )  # fmt: skip
+        )
         found = {n: subject.back(x, n) for n, x in zip(("out", "lse"), derivatives, strict=True)}
     near(found, directional(arrays.q, arrays.k, arrays.v, call.spec, toward), 1e-9, "derivative")
 

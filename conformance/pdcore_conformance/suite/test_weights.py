@@ -9,22 +9,39 @@ SMALL = Call()
 
 test_weights_are_kappa_over_h = judged(
     "The weights times the values are the attention.",
-    *(SMALL.but(spec=text)
-      for text in ("softmax", "softmax(softcap=2)", "gaussian(gamma=0.3)", "cosine", "polynomial",
-                   "linear", "random_features(count=16)", "bn", "causal", "sparse(2,1)",
-                   "softmax+h(count)", "softmax+h(one)", "causal+bn(statistics=prefix)")),
+    *(
+        SMALL.but(spec=text)
+        for text in (
+            "softmax",
+            "softmax(softcap=2)",
+            "gaussian(gamma=0.3)",
+            "cosine",
+            "polynomial",
+            "linear",
+            "random_features(count=16)",
+            "bn",
+            "causal",
+            "sparse(2,1)",
+            "softmax+h(count)",
+            "softmax+h(one)",
+            "causal+bn(statistics=prefix)",
+        )
+    ),
     *(SMALL.but(spec=text, dtype=d) for d in DTYPES[1:] for text in ("softmax", "bn")),
     SMALL.but(mask="empty"),
     SMALL.but(key_mask="holes"),
     SMALL.but(bias="inf"),
     SMALL.but(heads=4),
     through="weights",
-)  # fmt: skip
+)
 
 test_weight_of_a_pooled_key_is_spread = judged(
     "Evenly over the real keys that it covers; with pool=first it stays on the first.",
-    *(SMALL.but(spec=text, key_mask=how) for how in ("", "holes", "left")
-      for text in ("sh(2,3)", "sh(2,3,pool=first)", "bn+sh(1,4)")),
+    *(
+        SMALL.but(spec=text, key_mask=how)
+        for how in ("", "holes", "left")
+        for text in ("sh(2,3)", "sh(2,3,pool=first)", "bn+sh(1,4)")
+    ),
     SMALL.but(spec="causal+sh(1,3)", rows=11),
     through="weights",
-)  # fmt: skip
+)

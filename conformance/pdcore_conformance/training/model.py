@@ -113,9 +113,12 @@ class Layer(nn.Module):  # type: ignore[misc]
         super().__init__()
         width = settings.width
         self.attention = Attention(settings.spec, width, settings.heads)
-        self.mixer = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(),
-                                   nn.Dropout(settings.dropout),
-                                   nn.Linear(2 * width, width))  # fmt: skip
+        self.mixer = nn.Sequential(
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
+            nn.Dropout(settings.dropout),
+            nn.Linear(2 * width, width),
+        )
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.dropout = nn.Dropout(settings.dropout)
 

@@ -132,9 +132,13 @@ class Run:
         frames, real, targets = self.fitted
         for batch in torch.randperm(len(targets)).split(self.settings.batch):
             descend(
-                self.model, self.optimizer, self.settings, frames[batch], real[batch],
+                self.model,
+                self.optimizer,
+                self.settings,
+                frames[batch],
+                real[batch],
                 targets[batch],
-            )  # fmt: skip
+            )
             self.steps += 1
             # Early on, the average must not be held back by the first weights.
             keep = min(self.settings.average, self.steps / (self.steps + 10))
@@ -162,23 +166,34 @@ class Run:
         frames, real, targets = _tensors(test, self.series.targets(test))
         correct = int((predict(self.averaged, frames, real).argmax(dim=1) == targets).sum())
         self.result = {
-            "spec": self.settings.spec, "seed": self.settings.seed, "epoch": self.chosen,
-            "epochs": len(self.history), "history": self.history,
+            "spec": self.settings.spec,
+            "seed": self.settings.seed,
+            "epoch": self.chosen,
+            "epochs": len(self.history),
+            "history": self.history,
             "validation_accuracy": self.history[self.chosen - 1]["accuracy"],
-            "test_accuracy": correct / len(targets), "test_correct": correct,
+            "test_accuracy": correct / len(targets),
+            "test_correct": correct,
             "seconds": self.seconds,
-        }  # fmt: skip
+        }
 
     def save(self, path: Path) -> None:
         """Write all that the rest of the run depends on, whole or not at all."""
         state = {
-            "settings": asdict(self.settings), "series": self.series.digest(),
+            "settings": asdict(self.settings),
+            "series": self.series.digest(),
             "classes": list(self.series.classes),
-            "phase": self.phase, "epoch": self.epoch, "steps": self.steps,
-            "history": self.history, "result": self.result, "seconds": self.seconds,
-            "model": self.model.state_dict(), "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "random": self.random,
-        }  # fmt: skip
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "history": self.history,
+            "result": self.result,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random,
+        }
         with replacing(path, force=True) as stream:
             torch.save(state, stream)
 
@@ -219,20 +234,23 @@ def adamw(model: nn.Module, settings: Settings) -> Any:
     maps = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if not any(p is weight for weight in maps)]
     return torch.optim.AdamW(
-        [{"params": maps, "weight_decay": settings.decay},
-         {"params": rest, "weight_decay": 0.0}],
+        [{"params": maps, "weight_decay": settings.decay}, {"params": rest, "weight_decay": 0.0}],
         lr=settings.rate,
-    )  # fmt: skip
+    )
 
 
 def descend(
-    model: nn.Module, optimizer: Any, settings: Settings, frames: Tensor, real: Tensor,
+    model: nn.Module,
+    optimizer: Any,
+    settings: Settings,
+    frames: Tensor,
+    real: Tensor,
     targets: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Take one step of training on a batch."""
     loss = functional.cross_entropy(
         model(frames, real), targets, label_smoothing=settings.smoothing
-    )  # fmt: skip
+    )
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

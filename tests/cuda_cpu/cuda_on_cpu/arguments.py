@@ -171,12 +171,15 @@ def _members(structure: Structure, number: int, what: str, parameter: Parameter)
         raise TypeError(f"{what}: got a structure, the kernel's parameter is {parameter}")
     for at, array in structure.arrays.items():
         if at < 0 or at % 8 or at + 8 > structure.value.nbytes:
-            raise ValueError(f"{what}: got a pointer at byte {at}, expected a multiple of 8 in "
-                             f"a structure of {structure.value.nbytes}")  # fmt: skip
+            raise ValueError(
+                f"{what}: got a pointer at byte {at}, expected a multiple of 8 in "
+                f"a structure of {structure.value.nbytes}"
+            )
         if array.dtype.hasobject:
             raise TypeError(f"{what}: got an array of Python objects")
-    return [_Given(number, at, array, array.flags.writeable)
-            for at, array in structure.arrays.items()]  # fmt: skip
+    return [
+        _Given(number, at, array, array.flags.writeable) for at, array in structure.arrays.items()
+    ]
 
 
 def take(name: str, values: Sequence[Any], parameters: Sequence[Parameter]) -> Values:

@@ -58,9 +58,18 @@ class NumbaBackend(ArrayBackend):
             # The threads share the work by heads and rows; a product is one thread's.
             numba.set_num_threads(_threads())
             attend(
-                q, k, v, key_bias, low, high, np.float32(c.scale), group, key_heads * group, out,
+                q,
+                k,
+                v,
+                key_bias,
+                low,
+                high,
+                np.float32(c.scale),
+                group,
+                key_heads * group,
+                out,
                 level,
-            )  # fmt: skip
+            )
         shape = (*lead, key_heads, group, rows)
         return out.reshape(*shape, v.shape[-1]), level.reshape(shape)
 

@@ -74,11 +74,23 @@ _SPAN = types.Array(int64, 2, "C", readonly=True)
 
 @njit(
     void(
-        _ROWS, _ROWS, _ROWS, _ROW, _SPAN, _SPAN, float32, int64, int64, float32[:, :, ::1],
+        _ROWS,
+        _ROWS,
+        _ROWS,
+        _ROW,
+        _SPAN,
+        _SPAN,
+        float32,
+        int64,
+        int64,
+        float32[:, :, ::1],
         float32[:, ::1],
     ),
-    parallel=True, nogil=True, fastmath=ALLOWED, cache=True,
-)  # fmt: skip
+    parallel=True,
+    nogil=True,
+    fastmath=ALLOWED,
+    cache=True,
+)
 def attend(q, k, v, key_bias, low, high, scale, group, sequence, out, level):  # type: ignore[no-untyped-def]
     """Compute softmax attention and the log of the summed weights.
 
