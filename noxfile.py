@@ -415,4 +415,4 @@ def bench(session: nox.Session, what: str) -> None:
     # By itself and first: in an environment that has it, nothing later asks for another build.
     session.install(*pinned("torch"), "torch")
     session.install(*pinned("jax"), ".[cli,conformance,jax]")
-    session.run("python", "-m", "pdcore_conformance.apart", *session.posargs)
+    session.run("python", "-m", "pdcore_conformance.bench.apart", *session.posargs)

@@ -41,13 +41,13 @@ from comparison import (
     tell,
     write,
 )
+from reproduction.training.series import DIGITS
+from reproduction.training.splitting import stratified_split
 
 import pdcore
-from pdcore.cli import Exit
-from pdcore.files import OutputError
-from pdcore.reporting import Failed, emit, progress, reported
-from pdcore_conformance.training.series import DIGITS
-from pdcore_conformance.training.splitting import stratified_split
+from pdcore.cli.files import OutputError
+from pdcore.cli.reporting import Failed, emit, progress, reported
+from pdcore.errors import Exit
 
 if TYPE_CHECKING:
     from digits_training import Digits, Settings

@@ -42,16 +42,16 @@ from comparison import (
     tell,
     write,
 )
+from reproduction.training.series import Pair, find_pair, packaged, pair, read_ts
 
 import pdcore
-from pdcore.cli import Exit
-from pdcore.files import FileError, OutputError
-from pdcore.reporting import Failed, emit, note, progress, reported
-from pdcore_conformance.training.series import Pair, find_pair, packaged, pair, read_ts
+from pdcore.cli.files import FileError, OutputError
+from pdcore.cli.reporting import Failed, emit, note, progress, reported
+from pdcore.errors import Exit
 
 if TYPE_CHECKING:
-    from pdcore_conformance.training.model import Settings
-    from pdcore_conformance.training.run import Run
+    from reproduction.training.model import Settings
+    from reproduction.training.run import Run
 
 __all__ = ["app", "main"]
 
@@ -125,8 +125,7 @@ def main(
     try:
         import torch
         import training_picture  # noqa: F401 - before any work: matplotlib may be missing
-
-        from pdcore_conformance.training.model import Settings
+        from reproduction.training.model import Settings
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -231,7 +230,7 @@ def _load(data: Path | None, train: Path | None, test: Path | None) -> Pair:
 
 def _try(settings: Settings, series: Pair) -> None:
     """Take one step and throw it away, so that a spec that cannot run says so before any work."""
-    from pdcore_conformance.training.run import try_step
+    from reproduction.training.run import try_step
 
     with naming(settings.spec):
         try_step(settings, series)
@@ -241,7 +240,7 @@ def _train(
     chosen: Sequence[Settings], series: Pair, out: Path, *, resume: bool, force: bool
 ) -> list[dict[str, Any]]:
     """Do every run, each with a checkpoint of its own, which keeps the trained model too."""
-    from pdcore_conformance.training.run import Run
+    from reproduction.training.run import Run
 
     make_folder(out)
     checkpoints = [out / f"{s.spec}-seed{s.seed}.pt" for s in chosen]

@@ -21,9 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import pdcore
-from pdcore.cli import Exit
-from pdcore.errors import nearest
-from pdcore.reporting import Failed, emit, note, progress, reported, stdout
+from pdcore.cli.reporting import Failed, emit, note, progress, reported, stdout
+from pdcore.errors import Exit, nearest
 
 __all__ = ["KERNELS", "app", "main"]
 

@@ -14,9 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import pdcore
-from pdcore.cli import Exit
-from pdcore.files import OutputError, replacing
-from pdcore.reporting import Failed, note, stdout
+from pdcore.cli.files import OutputError, replacing
+from pdcore.cli.reporting import Failed, note, stdout
+from pdcore.errors import Exit
 
 __all__ = [
     "CODES",

@@ -18,15 +18,15 @@ import numpy as np
 import typer
 from comparison import CODES, AsJson, Epochs, check_ranges, command_line, finite, make_folder
 from comparison import read_spec as canonical
+from reproduction.training.series import packaged
 from rich.markup import escape
 
-from pdcore.cli import Exit
-from pdcore.files import replacing
-from pdcore.reporting import Failed, emit, note, progress, reported, stdout
-from pdcore_conformance.training.series import packaged
+from pdcore.cli.files import replacing
+from pdcore.cli.reporting import Failed, emit, note, progress, reported, stdout
+from pdcore.errors import Exit
 
 if TYPE_CHECKING:
-    from pdcore_conformance.training.run import Run
+    from reproduction.training.run import Run
 
 __all__ = ["app", "layer_arrays", "main", "read"]
 
@@ -73,9 +73,8 @@ def main(
     try:
         import interpretation_picture
         import torch
-
-        from pdcore_conformance.training.model import Settings
-        from pdcore_conformance.training.run import Run
+        from reproduction.training.model import Settings
+        from reproduction.training.run import Run
 
         import qpsolvers  # noqa: F401 isort: skip - before any work
     except ModuleNotFoundError as error:
@@ -145,8 +144,7 @@ def _train(run: Run, checkpoint: Path | None, out: Path) -> None:
 def layer_arrays(run: Run, layer: int, utterance: int) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Give the layer's q, k, v (H, N, D) for one test utterance, and its arrays, in float64."""
     import torch
-
-    from pdcore_conformance.training.model import layer_heads
+    from reproduction.training.model import layer_heads
 
     length = int(run.series.test.lengths[utterance])
     frames = torch.from_numpy(run.series.test.frames[utterance : utterance + 1, :length]).double()

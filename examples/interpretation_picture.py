@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pdcore.files import replacing
+from pdcore.cli.files import replacing
 from pdcore.svr import Interpretation
 
 __all__ = ["write_png"]

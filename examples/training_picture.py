@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from pdcore.files import replacing
+from pdcore.cli.files import replacing
 
 __all__ = ["write_png"]
 

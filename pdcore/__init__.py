@@ -11,48 +11,122 @@ run it on the backend of your arrays:
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .attention import (
-    BoundAttention,
-    attention,
-    attention_vjp,
-    attention_weights,
-    bind,
-    explain,
-)
-from .backend import SPEC_VERSION, Backend, BackendInfo
-from .convolution import Conv1d, Conv2d
-from .errors import NoBackendError, PluginError, SpecError, UnsupportedError
-from .heads import HeadScaling
-from .instance_enhanced import InstanceEnhanced
-from .kernels import (
-    Cosine,
-    Elu,
-    Exponential,
-    FeatureMap,
-    Gaussian,
-    Kernel,
-    Parameter,
-    PointwiseKernel,
-    Polynomial,
-    RandomFeatures,
-    Relu,
-)
-from .layers import Derivation, derive
-from .mixture import Mixture
-from .normalization import Batch, Identity, Normalization
-from .plugins import register_backend
-from .selection import use_backend
-from .spec import PRESETS, AttentionSpec, parse
-from .statistics import KeySet, Moments, Statistics
-from .support import Support
-from .vocabulary import register_kernel, register_normalization
+# Not lazy: the name is a module of this package too, which its import would leave in its place.
+from .attention import BoundAttention, attention, attention_vjp, attention_weights, bind, explain
 
 if TYPE_CHECKING:
-    from .hookspecs import hookimpl
+    from .backend import (
+        SPEC_VERSION,
+        Backend,
+        BackendInfo,
+    )
+    from .derivation import (
+        Derivation,
+        derive,
+    )
+    from .dispatch import (
+        use_backend,
+    )
+    from .errors import (
+        NoBackendError,
+        PluginError,
+        SpecError,
+        UnsupportedError,
+    )
+    from .plugins import (
+        hookimpl,
+        register_backend,
+    )
+    from .spec import (
+        PRESETS,
+        AttentionSpec,
+        Batch,
+        Conv1d,
+        Conv2d,
+        Cosine,
+        Elu,
+        Exponential,
+        FeatureMap,
+        Gaussian,
+        HeadScaling,
+        Identity,
+        InstanceEnhanced,
+        Kernel,
+        KeySet,
+        Mixture,
+        Moments,
+        Normalization,
+        Parameter,
+        PointwiseKernel,
+        Polynomial,
+        RandomFeatures,
+        Relu,
+        Statistics,
+        Support,
+        parse,
+        register_kernel,
+        register_normalization,
+    )
 
 __version__ = "0.1.0"
+
+# Imported at the first use of one of its names.
+_LAZY = {
+    "backend": (
+        "SPEC_VERSION",
+        "Backend",
+        "BackendInfo",
+    ),
+    "derivation": (
+        "Derivation",
+        "derive",
+    ),
+    "dispatch": ("use_backend",),
+    "errors": (
+        "NoBackendError",
+        "PluginError",
+        "SpecError",
+        "UnsupportedError",
+    ),
+    "plugins": (
+        "register_backend",
+        "hookimpl",
+    ),
+    "spec": (
+        "PRESETS",
+        "AttentionSpec",
+        "Batch",
+        "Conv1d",
+        "Conv2d",
+        "Cosine",
+        "Elu",
+        "Exponential",
+        "FeatureMap",
+        "Gaussian",
+        "HeadScaling",
+        "Identity",
+        "InstanceEnhanced",
+        "Kernel",
+        "KeySet",
+        "Mixture",
+        "Moments",
+        "Normalization",
+        "Parameter",
+        "PointwiseKernel",
+        "Polynomial",
+        "RandomFeatures",
+        "Relu",
+        "Statistics",
+        "Support",
+        "parse",
+        "register_kernel",
+        "register_normalization",
+    ),
+}
+_ROOM_OF = {name: room for room, names in _LAZY.items() for name in names}
 
 __all__ = [
     "PRESETS",
@@ -105,9 +179,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # pluggy would be a fifth of the import; only plugins need it.
-    if name == "hookimpl":
-        from .hookspecs import hookimpl
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module 'pdcore' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{room}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return hookimpl
-    raise AttributeError(f"module 'pdcore' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

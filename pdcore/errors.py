@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import IntEnum
 
 __all__ = ["NoBackendError", "PluginError", "SpecError", "UnsupportedError"]
 
@@ -57,3 +58,37 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"
+
+
+class Exit(IntEnum):
+    """Exit codes of the command line; 128 + n after signal n (130 after Ctrl-C)."""
+
+    DONE = 0
+    FAILURE = 1
+    USAGE = 2
+    INPUT = 3
+    UNSUPPORTED = 4
+    NO_BACKEND = 5
+    OUTPUT = 6
+    NUMERICS = 7
+    UNMET = 8
+    MISSING = 9
+
+    @property
+    def meaning(self) -> str:
+        """What the code says, for the help."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Exit.DONE: "done",
+    Exit.FAILURE: "a defect of pdcore, or too little memory",
+    Exit.USAGE: "usage: an unknown command, option, spec word or backend",
+    Exit.INPUT: "a file cannot be read, or its arrays do not fit",
+    Exit.UNSUPPORTED: "the spec or the named backend does not support it",
+    Exit.NO_BACKEND: "no backend can run it",
+    Exit.OUTPUT: "the result exists already or cannot be written",
+    Exit.NUMERICS: "a case of the suite fails, numerics got worse, or a loss is not finite",
+    Exit.UNMET: "a target is not met, with --strict, or speed or memory got worse",
+    Exit.MISSING: "an optional package is not installed",
+}

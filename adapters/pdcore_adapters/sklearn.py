@@ -17,8 +17,7 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.convolution import Convolution
-from pdcore.spec import as_spec
+from pdcore.spec import Convolution, as_spec
 from pdcore.svr import fit
 from pdcore.svr.checks import check_jobs
 from pdcore.svr.head_kernel import head_kernels, refuse

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.backend import Inputs
-from pdcore.validation import finite_dropout, parameter_shape
+from pdcore.dispatch import finite_dropout, parameter_shape
 
 from .bound import Bound, Choice, learned
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..backend import Inputs
+from ..dispatch import validate
 from ..spec import AttentionSpec, as_spec
-from ..validation import validate
 from .active_set import Solved
 from .checks import check_jobs, check_number, check_shapes, float64
 from .expansion import HeadFit, SupportVectorExpansion

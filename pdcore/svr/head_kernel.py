@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from .. import heads
-from ..convolution import Convolution
-from ..derivation import positive_semidefinite
 from ..errors import UnsupportedError
-from ..heads import HeadScaling
-from ..kernels import Exponential
-from ..normalization import Identity
-from ..reference import reference_attention, reference_weights
-from ..reference_normalizations import reference_keys
-from ..spec import AttentionSpec
+from ..reference import reference_attention, reference_keys, reference_weights
+from ..spec import (
+    AttentionSpec,
+    Convolution,
+    Exponential,
+    HeadScaling,
+    Identity,
+    heads,
+    positive_semidefinite,
+)
 
 __all__ = ["HeadKernel", "head_kernels", "refuse"]
 

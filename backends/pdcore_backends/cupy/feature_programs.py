@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pdcore.kernels import Elu, FeatureMap, Relu
-from pdcore.plan import Features, Scores
+from pdcore.lowering import Features, Scores
+from pdcore.spec import Elu, FeatureMap, Relu
 
 from .programs import Program
 

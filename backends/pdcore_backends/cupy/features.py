@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdcore.arrays import dtype_name
-from pdcore.kernels import FeatureMap, RandomFeatures
-from pdcore.operands import Operands
-from pdcore.plan import Features, Scores
+from pdcore.backend import Operands
+from pdcore.lowering import Features, Scores
+from pdcore.spec import FeatureMap, RandomFeatures
 
 from .feature_programs import FeatureProgram, columns_for
 from .operands import NULL
@@ -48,7 +48,7 @@ class FeatureKernels:
         self.kernels = kernels
 
     def forward(self, c: CompiledFeatures, o: Operands, *, xp: Any) -> tuple[Any, Any]:
-        """Contract, see `pdcore.feature_contraction.features`; 16-bit arrays are read so."""
+        """Contract, see `feature_contraction.features`; 16-bit arrays are read so."""
         with self.kernels.runtime.on(o.q):
             call = _Call(self.kernels, c, o, xp)
             dtype = o.v.dtype if c.rounds else call.dtype
@@ -63,7 +63,7 @@ class FeatureKernels:
     def pullback(
         self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
     ) -> dict[str, Any]:
-        """Pull back, see `pdcore.feature_contraction.features_vjp`, in the operands' dtypes."""
+        """Pull back, see `feature_contraction.features_vjp`, in the operands' dtypes."""
         with self.kernels.runtime.on(o.q):
             call = _Call(self.kernels, c, o, xp)
             x, tops = call.packed, call.tops()

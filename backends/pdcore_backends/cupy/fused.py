@@ -7,13 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Inputs, Request
-from pdcore.call import Call
+from pdcore.backend import ArrayBackend, Call, Contracted, Inputs, Operands, Request
 from pdcore.errors import UnsupportedError
-from pdcore.operands import Contracted, Operands
-from pdcore.plan import Features, Plan, Scores, Summary
-from pdcore.transform import FeatureRows
+from pdcore.lowering import FeatureRows, Features, Plan, Scores, Summary
 
 from .feature_programs import MAPS
 from .feature_programs import columns_for as feature_columns

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pdcore.call import spacing
-from pdcore.operands import Contracted
+from pdcore.backend import Contracted, spacing
 
 from .operands import SHAPE, record
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdcore.operands import Operands
-from pdcore.plan import Scores
+from pdcore.backend import Operands
+from pdcore.lowering import Scores
 
 __all__ = ["NULL", "SHAPE", "Packed", "in_rows", "one_lead", "packed", "record", "strides_of"]
 

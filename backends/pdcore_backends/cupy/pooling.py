@@ -11,7 +11,7 @@ import numpy as np
 
 from pdcore.arrays import dtype_name
 from pdcore.backend import Request
-from pdcore.plan import Plan
+from pdcore.lowering import Plan
 
 from .columns import ColumnLaunch, limit
 from .operands import in_rows, one_lead, record, strides_of
@@ -56,13 +56,13 @@ def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
 
 
 class PoolKernels:
-    """What `pdcore.heads.pool` gives, by the kernels of one runtime."""
+    """What `pdcore.spec.heads.pool` gives, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache = cache
 
     def pool(self, x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """Pool rows (*B, H, M, D) by weights (*B, 1, ceil(M / s), s), see `pdcore.heads.pool`."""
+        """Pool rows (*B, H, M, D) by weights (*B, 1, ceil(M / s), s), see `heads.pool`."""
         *lead, heads, rows, columns = x.shape
         windows, scale = weights.shape[-2:]
         launch = ColumnLaunch(self.cache, dtype_name(x), columns, xp)

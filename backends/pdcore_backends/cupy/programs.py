@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 
-from pdcore.expression import Expression
-from pdcore.plan import Scores
+from pdcore.lowering import Scores
+from pdcore.spec import Expression
 
 __all__ = [
     "COLUMNS",
@@ -60,7 +60,7 @@ class Program:
     scalar : {"float", "double"}
         The type of every sum, and of every array but for `stored`.
     weight : {"log", "features"}
-        As in `pdcore.plan.Scores`.
+        As in `pdcore.lowering.plan.Scores`.
     expression : Expression or None
         log w; scale * s, with the scale an argument, where it is None.
     values : tuple of str

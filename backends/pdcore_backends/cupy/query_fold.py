@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pdcore.errors import UnsupportedError
-from pdcore.transform import Fold, Pullback, Rows
+from pdcore.lowering import Fold, Pullback, Rows
 
 __all__ = ["FoldedLoad", "QueryFold"]
 
@@ -49,7 +49,7 @@ class FoldedLoad:
     fold: Fold
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Say what the load does, see `pdcore.transform.Rows`."""
+        """Say what the load does, see `transforms.Rows`."""
         mean, var = state["mean"], state["var"]
         centre, factor = self.fold.batch.weight(params) * mean, 1.0 / (var + self.fold.batch.eps)
         equal = var <= (LEAST * mean) ** 2
@@ -62,7 +62,7 @@ class FoldedLoad:
         def pullback(d: Rows) -> Any:
             raise UnsupportedError(
                 "the fold in the query load has no pullback; choose the plan of a call with "
-                "gradients by a Request with vjp=True, which keeps pdcore.transform.Fold"
+                "gradients by a Request with vjp=True, which keeps pdcore.lowering.transforms.Fold"
             )
 
         return rows._replace(k=rows.k if exact else rows.k - mean, fold=fold), pullback

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from pdcore.arrays import dtype_name
-from pdcore.operands import Contracted, Operands
-from pdcore.plan import Scores
-from pdcore.transform import sum_to
+from pdcore.backend import Contracted, Operands
+from pdcore.lowering import Scores, sum_to
 
 from .grouped import GroupCall, How, contract
 from .operands import NULL, packed
@@ -70,7 +69,7 @@ class ScoreKernels:
     def pullback(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
     ) -> dict[str, Any]:
-        """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of.
+        """Pull back, see `score_contraction.scores_vjp`; gradients are as what they are of.
 
         The bias's is in the accumulation dtype where it has yet to be summed.
         """
@@ -148,7 +147,7 @@ class ScoreCall:
             kernel(grid, (THREADS,), arguments, shared_mem=shared)
 
     def delta(self, out: Any, level: Any, d_out: Any, d_level: Any) -> Any:
-        """Give what all keys of a row subtract, as `pdcore.score_contraction.row_delta`."""
+        """Give what all keys of a row subtract, as `pdcore.backend.score_contraction.row_delta`."""
         delta = self.result(*level.shape)
         rows = math.prod(level.shape)
         if rows:

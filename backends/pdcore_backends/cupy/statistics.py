@@ -11,8 +11,8 @@ import numpy as np
 
 from pdcore.arrays import dtype_name
 from pdcore.backend import Request
-from pdcore.plan import Plan, Summary
-from pdcore.statistics import KeySet, Moments
+from pdcore.lowering import Plan, Summary
+from pdcore.spec import KeySet, Moments
 
 from .columns import ColumnLaunch, limit
 from .operands import NULL, in_rows, one_lead, record, strides_of
@@ -72,7 +72,7 @@ def _unfit(summary: Summary, request: Request, capability: int) -> str:
 
 
 class MomentKernels:
-    """What `pdcore.statistics.Moments` and `prefix_states` give, by the kernels of one runtime."""
+    """What `Moments` and `prefix_states` give, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache = cache

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from pdcore.arrays import dtype_name
-from pdcore.backend import Request
-from pdcore.normalization import Batch, Identity
-from pdcore.operands import Contracted, Operands
-from pdcore.plan import Plan, Scores
-from pdcore.transform import Fold, GaussianRows
+from pdcore.backend import Contracted, Operands, Request
+from pdcore.lowering import Fold, GaussianRows, Plan, Scores
+from pdcore.spec import Batch, Identity
 
 from .grouped import GroupCall, How, contract
 from .operands import NULL
@@ -178,7 +176,7 @@ def pullback(
     *,
     xp: Any,
 ) -> dict[str, Any]:
-    """Pull back, see `pdcore.score_contraction.scores_vjp`; gradients are as what they are of."""
+    """Pull back, see `score_contraction.scores_vjp`; gradients are as what they are of."""
     names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
     like = {name: getattr(o, name) for name in names}
     with kernels.runtime.on(o.q):

@@ -15,11 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdcore.backend import Request
-from pdcore.kernels import Gaussian
-from pdcore.normalization import Batch, Identity
-from pdcore.operands import Operands
-from pdcore.plan import Plan, Scores
+from pdcore.backend import Operands, Request
+from pdcore.lowering import Plan, Scores
+from pdcore.spec import Batch, Gaussian, Identity
 
 from .device import find
 
@@ -91,7 +89,7 @@ def _missing(device: str) -> str:
 
 
 def cudnn_scores(c: ByCudnn, o: Operands) -> tuple[Any, Any] | None:
-    """Contract by scores, see `pdcore.score_contraction.scores`.
+    """Contract by scores, see `score_contraction.scores`.
 
     Parameters
     ----------

@@ -10,14 +10,17 @@ from typing import Any
 
 import jax
 
-from pdcore import feature_contraction, heads
-from pdcore.array_backend import ArrayBackend
-from pdcore.backend import Inputs, Request
-from pdcore.call import constants_held
+from pdcore.backend import (
+    ArrayBackend,
+    Inputs,
+    Operands,
+    Request,
+    constants_held,
+    feature_contraction,
+)
 from pdcore.errors import UnsupportedError
-from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores
-from pdcore.statistics import Statistics
+from pdcore.lowering import Features, Plan, Scores
+from pdcore.spec import Statistics, heads
 
 from . import INFO
 from .cudnn import ByCudnn, cudnn_scores, unfit
@@ -90,7 +93,7 @@ class JaxBackend(ArrayBackend):
         return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
 
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """Pool keys or values, see `pdcore.heads.pool`."""
+        """Pool keys or values, see `heads.pool`."""
         pooled, pullback = super().pool(kind, x, weights)
         if kind == "mean":
             # The last step must not be a product. XLA repeats it wherever pooled keys are read, and

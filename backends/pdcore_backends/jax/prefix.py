@@ -14,8 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore import statistics
-from pdcore.statistics import Moments, Statistics
+from pdcore.spec import Moments, Statistics, statistics
 
 from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
@@ -32,7 +31,7 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     """Compute the state of every prefix of the keys, the empty one included.
 
     For moments the program does not grow with the number of keys. Parameters and result are those
-    of `pdcore.statistics.prefix_states`.
+    of `pdcore.spec.statistics.prefix_states`.
     """
     *lead, length, _ = keys.shape
     if type(stats) is not Moments or not keys.size:

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pdcore.score_contraction import divide, finite
-from pdcore.support import Support
+from pdcore.backend import divide, finite
+from pdcore.spec import Support
 
 from .blocks import Arrays, Call
 from .namespace import NAMESPACE as xp

@@ -21,12 +21,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from pdcore import score_contraction
-from pdcore.feature_contraction import shifted_features
-from pdcore.operands import Operands
-from pdcore.plan import Scores
-from pdcore.score_contraction import divide, finite, log_weight, relative_features
-from pdcore.support import Visibility, all_of
+from pdcore.backend import (
+    Operands,
+    divide,
+    finite,
+    log_weight,
+    relative_features,
+    score_contraction,
+    shifted_features,
+)
+from pdcore.lowering import Scores
+from pdcore.spec import Visibility, all_of
 
 from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
@@ -55,7 +60,7 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     -------
     out : array (*B, H, G, N, Dv)
     L : array (*B, H, G, N)
-        As `pdcore.score_contraction.scores`.
+        As `pdcore.backend.score_contraction.scores`.
     """
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)

@@ -15,16 +15,18 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore import feature_contraction, score_contraction
-from pdcore.backend import Inputs, Request
+from pdcore.backend import (
+    Inputs,
+    Operands,
+    Request,
+    divide,
+    feature_contraction,
+    finite,
+    score_contraction,
+)
 from pdcore.errors import UnsupportedError
-from pdcore.kernels import FeatureMap
-from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores, Transform
-from pdcore.score_contraction import divide, finite
-from pdcore.spec import AttentionSpec
-from pdcore.statistics import KeySet, Statistics
-from pdcore.transform import Fold, GaussianRows, Rows
+from pdcore.lowering import Features, Fold, GaussianRows, Plan, Rows, Scores, Transform
+from pdcore.spec import AttentionSpec, FeatureMap, KeySet, Statistics
 
 from .impl import Blocked, JaxBackend
 from .namespace import NAMESPACE as xp
@@ -236,7 +238,7 @@ def _sums(c: Features, o: Operands) -> tuple[Any, Any]:
 
 
 def _by_sums(c: Features, q: Any, sums: Any, top: Any) -> tuple[Any, Any]:
-    """Contract queries with sums over keys; see `pdcore.feature_contraction.features`."""
+    """Contract queries with sums over keys; see `feature_contraction.features`."""
     exponent = jnp.zeros_like(q[..., :1])
     if c.log:
         q = q + jnp.matrix_transpose(top)[..., None, :, :]

@@ -13,12 +13,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.backend import Inputs
-from pdcore.call import Call
-from pdcore.plan import Group, Plan
-from pdcore.statistics import Moments, Statistics, reduce_axis
-from pdcore.support import Visibility
-from pdcore.transform import first_real
+from pdcore.backend import Call, Inputs
+from pdcore.lowering import Group, Plan, first_real
+from pdcore.spec import Moments, Statistics, Visibility, reduce_axis
 
 from .namespace import NAMESPACE as xp
 from .prefix import prefix_states

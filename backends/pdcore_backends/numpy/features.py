@@ -8,9 +8,8 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from pdcore import feature_contraction
-from pdcore.operands import Operands
-from pdcore.plan import Features
+from pdcore.backend import Operands, feature_contraction
+from pdcore.lowering import Features
 
 from . import threads
 from .tiles import PRODUCTS
@@ -22,7 +21,7 @@ _LARGE = 2**16  # numbers; below this, waking threads costs more than they save
 
 
 def features(c: Features, o: Operands) -> tuple[Any, Any]:
-    """Contract, see `pdcore.feature_contraction.features`; phi is applied here if rows are raw."""
+    """Contract, see `feature_contraction.features`; phi is applied here if rows are raw."""
     out = np.empty((*o.q.shape[:-1], o.v.shape[-1]), o.v.dtype)
     level = np.empty(o.q.shape[:-1], o.v.dtype)
     whole = o.visibility.support.ahead != 0 and not c.log and c.raw
@@ -75,7 +74,7 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
 def features_vjp(
     c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
 ) -> dict[str, Any]:
-    """Pull back, see `pdcore.feature_contraction.features_vjp`; through phi too if rows are raw."""
+    """Pull back, see `feature_contraction.features_vjp`; through phi too if rows are raw."""
     grads = {"q": np.empty_like(o.q), "k": np.empty_like(o.k), "v": np.empty_like(o.v)}
 
     def run(head: int) -> None:

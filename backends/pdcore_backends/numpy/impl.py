@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.backend import Request
-from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores
-from pdcore.silent_backend import SilentBackend
+from pdcore.backend import Operands, Request, SilentBackend
+from pdcore.lowering import Features, Plan, Scores
 
 from . import INFO, features, scores, threads
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.operands import Operands
-from pdcore.plan import Scores
+from pdcore.backend import Operands
+from pdcore.lowering import Scores
 
 from . import threads
 from .threads import buffer
@@ -24,7 +24,7 @@ _SMALL = 2**16  # scores; below this, waking threads costs more than they save
 
 
 def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
-    """Contract, see `pdcore.score_contraction.scores`; `c` is not in the log-feature domain."""
+    """Contract, see `score_contraction.scores`; `c` is not in the log-feature domain."""
     problem = Problem(c, o)
     shape = problem.q.shape[:3]
     out = np.empty((*shape, problem.v.shape[-1]), problem.dtype)
@@ -160,7 +160,7 @@ def _lower(s: Any, peak: Any, total: Any, summed: Any) -> Any:
 def scores_vjp(
     c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
 ) -> dict[str, Any]:
-    """Pull back, see `pdcore.score_contraction.scores_vjp`.
+    """Pull back, see `score_contraction.scores_vjp`.
 
     For operands without bias and without scalars per head. Each task owns its keys, and the
     query's cotangents of several key ranges are added in a fixed order, so that the bits do not

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.operands import Operands
-from pdcore.plan import Scores
+from pdcore.backend import Operands
+from pdcore.lowering import Scores
 
 from .threads import buffer, run
 

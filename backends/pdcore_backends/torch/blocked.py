@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.operands import Operands
-from pdcore.plan import Scores
-from pdcore.score_contraction import scores, scores_vjp
+from pdcore.backend import Operands, scores, scores_vjp
+from pdcore.lowering import Scores
 
 from . import namespace as xp
 from .flash import recorded, transformed
@@ -37,7 +36,7 @@ class Blocked(Scores):
 
 
 def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
-    """Contract by scores, see `pdcore.score_contraction.scores`."""
+    """Contract by scores, see `score_contraction.scores`."""
     arrays = (o.q, o.k, o.v, o.key_bias, o.bias, *o.values.values())
     query_block, key_block = BLOCKS
     plan = getattr(c, "plan", "")
@@ -102,7 +101,7 @@ def dropout(p: float) -> Dropout:
 
 
 class Dropout:
-    """A dropout of weights, see `pdcore.operands.Operands`.
+    """A dropout of weights, see `pdcore.backend.operands.Operands`.
 
     Attributes
     ----------

@@ -9,12 +9,17 @@ import math
 from dataclasses import dataclass, replace
 
 from pdcore.backend import Request
-from pdcore.convolution import Conv1d, Conv2d
-from pdcore.instance_enhanced import InstanceEnhanced
-from pdcore.kernels import Cosine, Exponential, Gaussian
-from pdcore.normalization import Batch, Identity
-from pdcore.plan import Group, Plan, Scores
-from pdcore.transform import Fold
+from pdcore.lowering import Fold, Group, Plan, Scores
+from pdcore.spec import (
+    Batch,
+    Conv1d,
+    Conv2d,
+    Cosine,
+    Exponential,
+    Gaussian,
+    Identity,
+    InstanceEnhanced,
+)
 
 from . import device
 from .blocked import Blocked

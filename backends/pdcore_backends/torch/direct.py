@@ -1,7 +1,7 @@
 """The short way: plans that are softmax attention of other queries and keys, by a fused kernel.
 
 It keeps the dtype of the inputs, casts and copies nothing that the kernel does not need, and gives
-no log-sum-exp; whatever it declines runs by `pdcore.array_backend`.
+no log-sum-exp; whatever it declines runs by `pdcore.backend.array_backend`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pdcore.backend import Inputs
-from pdcore.call import cut_heads
-from pdcore.heads import pool, pooling_weights
-from pdcore.operands import Operands
-from pdcore.plan import Group, Plan
-from pdcore.transform import Fold, GaussianRows, Rows
+from pdcore.backend import Inputs, Operands, cut_heads
+from pdcore.lowering import Fold, GaussianRows, Group, Plan, Rows
+from pdcore.spec import pool, pooling_weights
 
 from . import namespace as xp
 from .choice import Fused
@@ -148,7 +145,7 @@ def _transformed(
         keep = None if real is None else real[..., None]
         state = plan.summary.statistics.of(rows.k, keep, xp=xp)
         if plan.summary.scope == "batch":
-            from pdcore.statistics import reduce_axis
+            from pdcore.spec import reduce_axis
 
             state = reduce_axis(plan.summary.statistics, state, 0, xp=xp)
         state = plan.summary.statistics.finalize(state, xp=xp)
@@ -162,7 +159,7 @@ def _transformed(
 
 
 def pooled(k: Tensor, v: Tensor, real: Any, scale: int, kind: str) -> tuple[Tensor, Tensor, Any]:
-    """Pool keys and values; see `pdcore.heads`.
+    """Pool keys and values; see `pdcore.spec.heads`.
 
     The keys stay in the accumulation dtype, as statistics would magnify a rounding.
     """
@@ -217,7 +214,7 @@ def fused_scores(c: Fused, o: Operands) -> tuple[Tensor, Tensor] | None:
     Returns
     -------
     (out, L) or None
-        As `pdcore.score_contraction.scores`; None where a mask, a bias or the offset keeps a row
+        As `score_contraction.scores`; None where a mask, a bias or the offset keeps a row
         from being known to see a key or not.
     """
     seen = o.visibility

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.kernels import Elu
-from pdcore.operands import Operands
-from pdcore.plan import Features, Plan
-from pdcore.transform import FeatureRows
+from pdcore.backend import Operands
+from pdcore.lowering import FeatureRows, Features, Plan
+from pdcore.spec import Elu
 
 from .flash import recorded, transformed
 
@@ -25,7 +24,7 @@ CHUNK = 64
 
 
 def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
-    """Contract by features, see `pdcore.feature_contraction.features`.
+    """Contract by features, see `feature_contraction.features`.
 
     Returns
     -------
@@ -65,7 +64,7 @@ class _Elu(Elu):
     """elu + 1 whose pullback reads nothing but its result."""
 
     def features(self, x: Tensor, *, xp: Any, params: Mapping[str, Any]) -> Tensor:
-        """Phi(x), see `pdcore.kernels.FeatureMap.features`."""
+        """Phi(x), see `pdcore.spec.kernels.FeatureMap.features`."""
         if torch.compiler.is_compiling() or transformed():
             return torch.where(x < 0, x.clamp_max(0.0).exp(), x + 1.0)
         if recorded(x):

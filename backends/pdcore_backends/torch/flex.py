@@ -18,11 +18,9 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
-from pdcore.expression import Expression
-from pdcore.operands import Operands
-from pdcore.plan import Scores
-from pdcore.score_contraction import scores_vjp
-from pdcore.support import Support, Visibility
+from pdcore.backend import Operands, scores_vjp
+from pdcore.lowering import Scores
+from pdcore.spec import Expression, Support, Visibility
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed
@@ -93,7 +91,7 @@ class _Extra(NamedTuple):
 
 
 def flex_scores(c: Flexed, o: Operands) -> tuple[Tensor, Tensor] | None:
-    """Contract by scores, see `pdcore.score_contraction.scores`.
+    """Contract by scores, see `score_contraction.scores`.
 
     Returns
     -------

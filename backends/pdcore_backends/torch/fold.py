@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.statistics import Moments
-from pdcore.transform import first_real
+from pdcore.lowering import first_real
+from pdcore.spec import Moments
 
 from . import device
 from . import namespace as xp
@@ -53,7 +53,7 @@ def fold(
     split: bool,
     over_batch: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Fold the statistics of a sequence or batch, see `pdcore.transform.Fold`.
+    """Fold the statistics of a sequence or batch, see `transforms.Fold`.
 
     Parameters
     ----------
@@ -284,7 +284,7 @@ def _prefix_plain(
         past = torch.arange(offset, offset + rows, device=k.device).clamp(max=keys - 1)
         n, mean, var = (x.index_select(-2, past) for x in (n, mean, var))
     inverse = 1.0 / (var + eps)
-    if closed:  # see `pdcore.transform.Fold`
+    if closed:  # see `transforms.Fold`
         inverse = torch.where(n > 1, inverse, 0.0)
     folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]
     origin = first_real(k, real, xp=xp).detach()  # nothing depends on it

@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 
-from pdcore.array_backend import ArrayBackend
 from pdcore.arrays import remember
-from pdcore.backend import Inputs, Request
-from pdcore.call import constants_held
+from pdcore.backend import ArrayBackend, Inputs, Operands, Request, constants_held
 from pdcore.errors import UnsupportedError
-from pdcore.kernels import FeatureMap
-from pdcore.operands import Operands
-from pdcore.plan import Features, Plan, Scores
+from pdcore.lowering import Features, Plan, Scores
+from pdcore.spec import FeatureMap
 
 from . import INFO, namespace
 from .blocked import blocked_scores, dropout
@@ -57,7 +54,7 @@ class TorchBackend(ArrayBackend):
         return reasons
 
     def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
-        """Draw a dropout of weights, see `pdcore.operands.Operands`."""
+        """Draw a dropout of weights, see `pdcore.backend.operands.Operands`."""
         return dropout(p)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:

@@ -2,7 +2,7 @@
 
 array-api-compat's `cumulative_sum` and `clip` look namespaces up in caches, or compare with NaN in
 Python, which a trace cannot follow; all else is theirs. `random_matrix` is asked for by
-`pdcore.kernels.RandomFeatures`.
+`pdcore.spec.kernels.RandomFeatures`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from array_api_compat.torch import *  # noqa: F403
 
-from pdcore import kernels
+from pdcore.spec import kernels
 
 bool = torch.bool
 

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.lowering import Signature, lower
-from pdcore.operands import Operands
-from pdcore.plan import Scores
-from pdcore.score_contraction import scores, scores_vjp
-from pdcore.spec import as_spec
-from pdcore.support import Support, Visibility
+from pdcore.backend import Operands, scores, scores_vjp
+from pdcore.lowering import Scores, Signature, lower
+from pdcore.spec import Support, Visibility, as_spec
 
 from . import namespace as xp
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.transform import first_real
+from pdcore.lowering import first_real
 
 from . import namespace as xp
 
@@ -94,7 +94,7 @@ def _forward(
         mean = away.add_(mean_before)
         mean_before = mean[:, :, -1:].clone()
         inverse = var.add_(eps).reciprocal_()
-        if closed:  # see `pdcore.transform.Fold`
+        if closed:  # see `transforms.Fold`
             inverse.mul_(n > 1)
         centred = q[:, :, :, cut] - (beta * (mean + origin))[:, :, None]
         torch.mul(centred, inverse[:, :, None], out=folded[:, :, :, cut])
@@ -152,7 +152,7 @@ def _pull_back(
     d_q: Tensor,
     d_k: Tensor,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Pull back as `pdcore.statistics.Moments.prefix_vjp` does, by sums over the later rows."""
+    """Pull back as `Moments.prefix_vjp` does, by sums over the later rows."""
     size, length = _chunk(k), k.shape[2]
     triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).triu()
     counts = _counts(real, k)

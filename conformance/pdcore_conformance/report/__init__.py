@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pdcore
-from pdcore.files import replacing
+from pdcore.cli.files import replacing
 
-from ..record import OUTCOMES, Record, Run, target
+from ..record.writing import OUTCOMES, Record, Run, target
 from . import measured, plots, view
 from .heat import LEGEND, largest, step
 from .templating import own_file, render

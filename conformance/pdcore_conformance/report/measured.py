@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..record import Memory, Record, Run, target
+from ..record.writing import Memory, Record, Run, target
 from . import wording
 from .heat import largest, step
 from .view import Cell, Row

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ..record import Growth, Ratio, Record, Run, target
+from ..record.writing import Growth, Ratio, Record, Run, target
 from . import wording
 
 __all__ = ["Axis", "Chart", "Comparison", "charts", "comparisons"]

@@ -7,8 +7,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..comparison import Change, Comparison
-from ..record import OUTCOMES, Record, target
+from ..record.writing import OUTCOMES, Record, target
+from .comparison import Change, Comparison
 from .heat import largest
 from .measured import missing_peers
 from .view import BAD, Failure, failures, verdict

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pdcore.backend import FEATURES
 
-from ..record import OUTCOMES, Case, Outcome, Record, Run, run_alone, target
+from ..record.writing import OUTCOMES, Case, Outcome, Record, Run, run_alone, target
 from .heat import largest, step
 from .wording import cut, number, over_budget, seconds
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from pdcore.errors import SpecError, UnsupportedError
 
-from .. import own_words
-from ..calls import Call
-from ..judging import DTYPES, full, judged
+from ..judge import own_words
+from ..judge.calls import Call
+from ..judge.judging import DTYPES, full, judged
 
 #: The axes, with the values that are not the default. Words make up the spec; the rest is changed
 #: in the call.

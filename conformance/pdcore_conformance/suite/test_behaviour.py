@@ -10,10 +10,10 @@ import numpy as np
 
 from pdcore import attention
 
-from ..budget import judge
-from ..calls import Arrays, Call, drawn
-from ..judging import DTYPES, claims, each, judged
-from ..subject import Nonconforming, Subject
+from ..judge.budget import judge
+from ..judge.calls import Arrays, Call, drawn
+from ..judge.judging import DTYPES, claims, each, judged
+from ..judge.subject import Nonconforming, Subject
 
 SMALL = Call()
 LARGE = Call(rows=300, keys=700, dim=32, value_dim=32)

@@ -8,7 +8,7 @@ import pytest
 
 from pdcore.backend import FEATURES
 
-from ..subject import CORE, Nonconforming, Subject
+from ..judge.subject import CORE, Nonconforming, Subject
 
 
 @pytest.mark.parametrize("feature", sorted(CORE))
@@ -30,7 +30,7 @@ def test_versions_are_given(subject: Subject) -> None:
 
 def test_refusals_are_sentences(subject: Subject) -> None:
     """The reasons of a refusal are strings; a call that can run has none."""
-    from ..calls import Call
+    from ..judge.calls import Call
 
     request = Call().request(subject.info.library, subject.device)
     found = subject.backend.refusals(request)

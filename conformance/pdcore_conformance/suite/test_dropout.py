@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ..budget import judge
-from ..calls import Arrays, Call
-from ..subject import Nonconforming, Subject
+from ..judge.budget import judge
+from ..judge.calls import Arrays, Call
+from ..judge.subject import Nonconforming, Subject
 
 P = 0.3
 

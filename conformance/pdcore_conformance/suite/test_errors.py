@@ -10,8 +10,8 @@ import pytest
 
 from pdcore import attention
 
-from ..calls import Arrays, Call
-from ..subject import Nonconforming, Subject
+from ..judge.calls import Arrays, Call
+from ..judge.subject import Nonconforming, Subject
 
 Edit = Callable[[Arrays], tuple[Arrays, str]]
 

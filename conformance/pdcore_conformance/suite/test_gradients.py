@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..calls import Call
-from ..judging import full, judged
+from ..judge.calls import Call
+from ..judge.judging import full, judged
 
 SMALL = Call()
 

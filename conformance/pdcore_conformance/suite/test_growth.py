@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from ..budget import Expected, judge
-from ..calls import Arrays, Call
-from ..judging import each
-from ..subject import Subject
+from ..judge.budget import Expected, judge
+from ..judge.calls import Arrays, Call
+from ..judge.judging import each
+from ..judge.subject import Subject
 
 SMALL = Call(rows=13, keys=13)
 CALLS = [

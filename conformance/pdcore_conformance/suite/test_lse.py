@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ..budget import judge
-from ..calls import Arrays, Call
-from ..judging import DTYPES, each, judged
-from ..subject import Subject
+from ..judge.budget import judge
+from ..judge.calls import Arrays, Call
+from ..judge.judging import DTYPES, each, judged
+from ..judge.subject import Subject
 
 SMALL = Call()
 

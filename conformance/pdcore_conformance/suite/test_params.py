@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..calls import Call
-from ..judging import DTYPES, judged
+from ..judge.calls import Call
+from ..judge.judging import DTYPES, judged
 
 SMALL = Call()
 

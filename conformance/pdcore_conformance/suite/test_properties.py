@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ..calls import Call
-from ..subject import Subject
+from ..judge.calls import Call
+from ..judge.subject import Subject
 from .test_axes import AXES, made
 
 EXAMPLES = 150

@@ -10,8 +10,8 @@ import pytest
 from pdcore import attention, attention_vjp, attention_weights
 from pdcore.backend import FEATURES
 
-from ..calls import Call, drawn
-from ..subject import PROPERTIES, Nonconforming, Subject
+from ..judge.calls import Call, drawn
+from ..judge.subject import PROPERTIES, Nonconforming, Subject
 
 SMALL = Call()
 

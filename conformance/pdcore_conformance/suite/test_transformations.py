@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ..budget import judge
-from ..calls import Arrays, Call
-from ..judging import claims, each
-from ..subject import Nonconforming, Subject, cotangents
+from ..judge.budget import judge
+from ..judge.calls import Arrays, Call
+from ..judge.judging import claims, each
+from ..judge.subject import Nonconforming, Subject, cotangents
 
 SMALL = Call(rows=6, keys=7, dim=4, value_dim=3)
 PLAN = (
@@ -58,7 +58,7 @@ def off_bends(arrays: Arrays) -> Arrays:
 @each(WIDE)
 def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
     """The derivative of the gradients along a direction, against differences of the oracle's."""
-    from ..second import along
+    from ..judge.second import along
 
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
@@ -81,7 +81,7 @@ def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
 @each(WIDE)
 def test_forward_mode_is_the_derivative(call: Call, subject: Subject) -> None:
     """Derivatives of out and lse along a direction, against differences of the oracle."""
-    from ..second import directional
+    from ..judge.second import directional
 
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)

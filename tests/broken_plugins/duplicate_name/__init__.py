@@ -1,7 +1,7 @@
 """Its backend has the name of another one."""
 
 from pdcore.backend import BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -1,7 +1,7 @@
 """It declares a backend well, whose module then fails."""
 
 from pdcore.backend import BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import pdcore.vocabulary
+import pdcore.spec.vocabulary
 from pdcore.backend import BackendInfo
-from pdcore.hookspecs import hookimpl
-from pdcore.kernels import Exponential, PointwiseKernel
-from pdcore.normalization import Identity
+from pdcore.plugins import hookimpl
+from pdcore.spec import Exponential, Identity, PointwiseKernel
 
 
 class Rational(PointwiseKernel):
@@ -17,7 +16,7 @@ class Rational(PointwiseKernel):
         return "s"
 
 
-@pdcore.vocabulary.register_kernel
+@pdcore.spec.vocabulary.register_kernel
 @dataclass(frozen=True)
 class AtImport(Rational):
     word = "at_import"

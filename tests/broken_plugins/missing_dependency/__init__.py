@@ -1,7 +1,7 @@
 """Nothing is wrong with it, but what its backend runs on is not installed."""
 
 from pdcore.backend import BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Its hook has a name that pdcore never calls."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

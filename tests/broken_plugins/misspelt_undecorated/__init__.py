@@ -1,6 +1,6 @@
 """One hook is right; another is misspelt and not decorated, so that pluggy passes over it."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -1,7 +1,7 @@
 """Its backend is written for an earlier version of the plan contract."""
 
 from pdcore.backend import SPEC_VERSION, BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

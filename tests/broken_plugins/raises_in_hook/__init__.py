@@ -1,6 +1,6 @@
 """Its hook fails."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Its hook forgets to return."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Its hook asks for an argument that there is not."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pdcore.hookspecs import hookimpl
-from pdcore.kernels import PointwiseKernel
+from pdcore.plugins import hookimpl
+from pdcore.spec import PointwiseKernel
 
 
 @dataclass(frozen=True)

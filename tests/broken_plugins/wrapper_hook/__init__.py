@@ -1,6 +1,6 @@
 """Its hook wraps those of other plugins."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl(wrapper=True)

@@ -1,7 +1,7 @@
 """Its declaration has a single string where a sequence belongs: six modules named by a letter."""
 
 from pdcore.backend import BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

@@ -1,6 +1,6 @@
 """Its hook returns a list of something else."""
 
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

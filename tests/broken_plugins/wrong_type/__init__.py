@@ -1,7 +1,7 @@
 """Its hook returns one declaration, not a list of them."""
 
 from pdcore.backend import BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 
 @hookimpl

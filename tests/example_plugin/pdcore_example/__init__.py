@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pdcore.backend import FEATURES, BackendInfo
-from pdcore.hookspecs import hookimpl
+from pdcore.plugins import hookimpl
 
 from .kernel import Sigmoid
 from .normalization import KeyRMS

@@ -10,10 +10,9 @@ import numba
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from pdcore.array_backend import ArrayBackend
-from pdcore.operands import Operands
-from pdcore.plan import Scores
-from pdcore.support import Visibility
+from pdcore.backend import ArrayBackend, Operands
+from pdcore.lowering import Scores
+from pdcore.spec import Visibility
 
 from . import INFO
 from .fused import attend

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdcore.expression import Expression, exp, log, maximum
-from pdcore.kernels import Parameter, PointwiseKernel, default_scale
+from pdcore.spec import Expression, Parameter, PointwiseKernel, default_scale, exp, log, maximum
 
 __all__ = ["Sigmoid"]
 

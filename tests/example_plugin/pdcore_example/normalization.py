@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdcore.errors import SpecError
-from pdcore.kernels import Parameter
-from pdcore.normalization import Normalization
-from pdcore.statistics import Statistics
+from pdcore.spec import Normalization, Parameter, Statistics
 
 __all__ = ["KeyRMS", "MeanSquare"]
 

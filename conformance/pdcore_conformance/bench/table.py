@@ -1,0 +1,113 @@
+"""What `pdcore_conformance.bench.speed` measured, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..record.writing import Run
+
+__all__ = ["show"]
+
+
+def show(run: Run, console: Any) -> None:
+    """Print the speed of a run, on a rich console."""
+    speed: Any = run["speed"]
+    where = run["environment"]
+    versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
+    load = "" if speed["load"] is None else f", load {speed['load']:.2f}"
+    machine = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cores']} cores"
+    lines = [
+        f"{run['backend']}:{run['device']}, {speed['threads']} threads on {machine}{load}",
+        versions,
+        *speed["notes"],
+    ]
+    console.print(escape("\n".join(lines)), soft_wrap=True)
+    _numerics(speed["numerics"], console)
+    ratios = Table("call", "against", "times as fast", "95 % interval", "target", "")
+    for entry in speed["ratios"]:
+        ratios.add_row(
+            escape(_call(entry)),
+            escape(entry["peer"]),
+            f"{entry['ratio']:.3g}",
+            _interval(entry),
+            _target(entry),
+            _met(entry),
+        )
+    growth = Table("growth of time", "from", "to", "factor", "95 % interval", "target", "")
+    for entry in speed["growth"]:
+        growth.add_row(
+            escape(entry["spec"]),
+            str(entry["from"]),
+            str(entry["to"]),
+            f"{entry['factor']:.3g}",
+            _interval(entry),
+            _target(entry),
+            _met(entry),
+        )
+    memory = Table("peak memory beside inputs and results", "seen by", "MiB", "target", "")
+    for entry in speed["memory"]:
+        memory.add_row(
+            escape(_call(entry)),
+            entry["way"],
+            f"{entry['mib']:.1f}",
+            _target({"at_least": None, **entry}),
+            _met(entry),
+        )
+    figures = Table("figure", "value", "95 % interval", "target", "")
+    for entry in speed["figures"]:
+        figures.add_row(
+            escape(entry["name"]),
+            f"{entry['value']:.3g} {entry['unit']}",
+            _interval(entry),
+            _target(entry),
+            _met(entry),
+        )
+    for table in (ratios, growth, memory, figures):
+        if table.row_count:
+            console.print(table)
+    for absent in speed["missing_peers"]:
+        console.print(
+            escape(f"not compared with {absent['peer']}: {absent['reason']}"), soft_wrap=True
+        )
+
+
+def _numerics(entries: Any, console: Any) -> None:
+    table = Table("numerics", "by", "error / budget")
+    for entry in entries:
+        errors = ", ".join(f"{n} {r:.2g}" for n, r in entry["error_over_budget"].items())
+        colour = "" if entry["ok"] else "[bold red]"
+        table.add_row(
+            escape(_call({"direction": "", **entry})),
+            escape(entry["by"]),
+            f"{colour}{escape(errors)}",
+        )
+    console.print(table)
+
+
+def _call(entry: Mapping[str, Any]) -> str:
+    shape = ",".join(map(str, entry["shape"]))
+    back = " and backward" if entry["direction"] == "forward+backward" else ""
+    return f"{entry['spec']} ({shape}) {entry['dtype']}{back}"
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    span = entry["interval"]
+    return "" if span is None else f"{span[0]:.3g} to {span[1]:.3g}"
+
+
+def _target(entry: Mapping[str, Any]) -> str:
+    low, high = entry["at_least"], entry["at_most"]
+    if low is not None and high is not None:
+        return f"{low:g} to {high:g}"
+    if low is None and high is None:
+        return ""
+    return f">= {low:.3g}" if low is not None else f"<= {high:.3g}"
+
+
+def _met(entry: Mapping[str, Any]) -> str:
+    return {True: "met", False: "[bold red]NOT MET", None: ""}[entry["met"]]

@@ -1,0 +1,93 @@
+"""The command ``pdcore report``: records of conformance as a summary, a page, or a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from pdcore.cli.reporting import Failed, emit, note, reported, stdout
+from pdcore.errors import Exit
+
+__all__ = ["report"]
+
+
+@reported
+def report(
+    records: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECORD...", help="Records, as `pdcore conform --report` writes."),
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one self-contained page of all of them."),
+    ] = None,
+    merged: Annotated[
+        Path | None,
+        typer.Option("--merge", metavar="FILE", help="Write one record of all of them."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Replace any FILE, not just a page or a record.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
+    ] = False,
+) -> None:
+    """Sum up a record, or compare two, or lay records out as a page.
+
+    One RECORD, more than two, or any with --html or --merge: prints how each backend fared, what
+    failed, and how to run that alone. Of several runs of one backend the latest counts.
+
+    Two: says what got worse from the first to the second, what got better, what is new and what
+    is gone. Exits with 7 where numerics got worse (a case fails, is missing or is refused that
+    passed before, an error grew, a capability was withdrawn), else with 8 where speed or memory
+    did, else with 0.
+    """
+    from ..record.writing import load, merge, save
+
+    if html is None and merged is None and len(records) == 2:
+        _compare(records[0], records[1], as_json)
+        return
+    from pdcore_conformance.report import summary, write_page
+
+    record = merge([load(path) for path in records], say=note)
+    if merged is not None:
+        save(merged, record["runs"], replace=force)
+    if html is not None:
+        try:
+            write_page(html, record, force=force)
+        except ModuleNotFoundError as error:
+            if error.name not in ("jinja2", "markupsafe"):
+                raise
+            raise Failed(
+                Exit.MISSING, f"{error.name} is not installed: pip install 'pdcore[conformance]'"
+            ) from error
+    if as_json:
+        wrote = {"html": html and str(html), "merged": merged and str(merged)}
+        emit(summary.as_dict(record) | wrote)
+        return
+    console = stdout()
+    summary.show(record, console)
+    for path in (merged, html):
+        if path is not None:
+            console.print(f"wrote {escape(str(path))}", soft_wrap=True)
+
+
+def _compare(before: Path, after: Path, as_json: bool) -> None:
+    from pdcore_conformance.report import summary
+
+    from ..record.writing import load
+    from ..report.comparison import as_dict, compare
+
+    found = compare(load(before), load(after))
+    if as_json:
+        emit({"before": str(before), "after": str(after)} | as_dict(found))
+    else:
+        summary.show_comparison(found, (str(before), str(after)), stdout())
+    code = found.exit_code
+    if code is Exit.NUMERICS:
+        raise Failed(code, "numerics got worse")
+    if code is Exit.UNMET:
+        raise Failed(code, "speed or memory got worse")

@@ -1,0 +1,1 @@
+"""What a call must give: the oracle, its error budget, and the comparison."""

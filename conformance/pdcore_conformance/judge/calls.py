@@ -1,0 +1,304 @@
+"""What a case of the suite calls a backend with: a spec, and inputs that try it.
+
+A `Call` is data: it can be listed, selected and named before any array exists, and it draws the
+same NumPy arrays on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from pdcore.backend import Request
+from pdcore.dispatch import parameter_shape
+from pdcore.spec import AttentionSpec, Parameter, parse
+
+__all__ = ["Arrays", "Call", "dtype_of"]
+
+Array = np.ndarray[Any, Any]
+
+
+def dtype_of(name: str) -> Any:
+    """Give the NumPy dtype of a name; bfloat16 is that of ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """The NumPy arrays of a call.
+
+    Attributes
+    ----------
+    q, k, v : array (*B, Hq, N, D), (*B, Hkv, M, D), (*B, Hkv, M, Dv)
+    options : mapping
+        Those of mask, key_mask, bias, offset and params that the call has.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    options: Mapping[str, Any]
+
+    @property
+    def differentiable(self) -> dict[str, Array]:
+        """What has a gradient, by name: q, k, v, bias and the params given."""
+        found = {"q": self.q, "k": self.k, "v": self.v}
+        if "bias" in self.options:
+            found["bias"] = self.options["bias"]
+        return found | dict(self.options.get("params", {}))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A spec and how its inputs are drawn; the defaults are a small plain call.
+
+    Parameters
+    ----------
+    spec : str
+        What to compute.
+    dtype : str
+        Of q, k and v.
+    lead : tuple of int
+        The leading axes (*B).
+    heads, key_heads : int
+        Hq and Hkv.
+    rows, keys, dim, value_dim : int
+        N, M, D and Dv.
+    key_mask : {"", "right", "left", "holes", "one", "none"}
+        Which keys are real: all; padding at the right, at the left, in the middle; only one; not
+        one in the last sequence. Padding holds NaN.
+    mask : {"", "random", "keys", "heads", "empty"}
+        Whole; one for all rows; one for each head; with rows that see nothing.
+    bias : {"", "full", "keys", "rows", "inf", "float32"}
+        Whole; broadcast over rows; over batch and heads; with -inf and empty rows; float32
+        whatever the dtype.
+    offset : int or {"array", "sequence", "end"}
+        Of the queries: an int, an integer array (), one for each sequence, or the end.
+    given : bool
+        Whether parameters that have a default are given too.
+    draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing"}
+        The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
+        constant feature; with an outlier for a first key; logits in the hundreds; with rows of
+        zeros; all keys equal; norms growing along the sequence.
+    layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
+        How the arrays lie in memory.
+    """
+
+    spec: str = "softmax"
+    dtype: str = "float32"
+    lead: tuple[int, ...] = (2,)
+    heads: int = 2
+    key_heads: int = 2
+    rows: int = 9
+    keys: int = 11
+    dim: int = 8
+    value_dim: int = 5
+    key_mask: str = ""
+    mask: str = ""
+    bias: str = ""
+    offset: int | str = 0
+    given: bool = True
+    draw: str = "normal"
+    layout: str = ""
+    seed: int = field(default=0, compare=True)
+
+    def but(self, **changes: Any) -> Call:
+        """Change some of it."""
+        return replace(self, **changes)
+
+    @property
+    def parsed(self) -> AttentionSpec:
+        """The spec."""
+        return parse(self.spec)
+
+    @property
+    def label(self) -> str:
+        """The spec, the dtype, and whatever else is not the default, for the id of a case."""
+        words = [self.spec.replace(" ", ""), self.dtype]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("spec", "dtype") or value == f.default:
+                continue
+            if isinstance(value, tuple):
+                text = "x".join(map(str, value)) or "none"
+            else:
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+            words.append(f"{f.name}={text}")
+        return "-".join(words)
+
+    def request(self, library: str, device: str, **asked: Any) -> Request:
+        """Describe the call as a backend judges it; `asked` are lse, vjp, weights..."""
+        full = (*self.lead, self.heads, self.rows, self.keys)
+        present = self.shapes
+        kind = self.offset if isinstance(self.offset, str) else "int"
+        return Request(
+            self.parsed,
+            library,
+            self.dtype,
+            device,
+            (*full[:-1], self.dim),
+            present["k"],
+            present["v"],
+            present.get("mask"),
+            present.get("key_mask"),
+            present.get("bias"),
+            kind,
+            **asked,
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arrays, by name."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "q": (*self.lead, self.heads, self.rows, self.dim),
+            "k": (*self.lead, self.key_heads, self.keys, self.dim),
+            "v": (*self.lead, self.key_heads, self.keys, self.value_dim),
+        }
+        full = (*self.lead, self.heads, self.rows, self.keys)
+        if self.key_mask:
+            shapes["key_mask"] = (*self.lead, self.keys)
+        if self.mask:
+            shapes["mask"] = {
+                "keys": (1, self.keys),
+                "heads": (self.heads, self.rows, self.keys),
+            }.get(self.mask, full)
+        if self.bias:
+            shapes["bias"] = {
+                "keys": (*self.lead, self.heads, 1, self.keys),
+                "rows": (self.rows, self.keys),
+            }.get(self.bias, full)
+        return shapes
+
+    def features(self, **asked: Any) -> list[str]:
+        """List the features that the call needs, see `pdcore.backend.FEATURES`."""
+        return self.request("", "cpu", **asked).features()
+
+    def arrays(self) -> Arrays:
+        """Draw the inputs."""
+        # The same values in every dtype and layout.
+        plain = self.but(dtype="float32", layout="").label
+        rng = np.random.default_rng(zlib.crc32(plain.encode()))
+        shapes = self.shapes
+        q, k = self._queries_and_keys(rng)
+        v = rng.standard_normal(shapes["v"])
+        options: dict[str, Any] = {}
+        dtype = dtype_of(self.dtype)
+        if self.key_mask:
+            real = options["key_mask"] = self._real(rng)
+            padding = ~real[..., None, :, None]
+            k, v = (np.where(padding, math.nan, x) for x in (k, v))
+        if self.mask:
+            mask = options["mask"] = rng.random(shapes["mask"]) < 0.6
+            if self.mask == "empty":
+                mask[..., ::3, :] = False
+        if self.bias:
+            bias = rng.standard_normal(shapes["bias"])
+            if self.bias == "inf":
+                bias[..., ::2] = -math.inf
+                bias[..., ::3, :] = -math.inf
+            options["bias"] = bias.astype("float32" if self.bias == "float32" else dtype)
+        if self.offset in ("array", "sequence"):
+            shape = () if self.offset == "array" else self.lead
+            options["offset"] = np.asarray(rng.integers(-2, 5, shape), np.int64)
+        elif self.offset != 0:
+            options["offset"] = self.offset
+        params = {
+            p.name: self._parameter(rng, p).astype(dtype)
+            for p in self.parsed.parameters()
+            if self.given or p.default is None
+        }
+        if params:
+            options["params"] = params
+        q, k, v = (_laid_out(x.astype(dtype), self.layout) for x in (q, k, v))
+        return Arrays(q, k, v, options)
+
+    def _queries_and_keys(self, rng: np.random.Generator) -> tuple[Array, Array]:
+        q, k = (rng.standard_normal(self.shapes[name]) for name in "qk")
+        match self.draw:
+            case "normal":
+                pass
+            case "far":
+                q, k = 100 + 0.1 * q, 100 + 0.1 * k
+            case "constant":
+                k[..., 0] = 3.0
+            case "outlier":
+                k[..., :1, :] = 1e4
+                q *= 1e-2
+            case "loud":
+                q, k = 16 * q, 16 * k
+            case "zeros":
+                q[..., ::2, :], k[..., 1::3, :] = 0.0, 0.0
+            case "equal":
+                k = np.broadcast_to(k[..., :1, :], k.shape).copy()
+            case "growing":
+                k *= np.linspace(0.1, 4.0, self.keys)[:, None]
+            case _:
+                raise ValueError(f"draw: got {self.draw!r}, expected one that Call describes")
+        return q, k
+
+    def _real(self, rng: np.random.Generator) -> Array:
+        real = np.ones((*self.lead, self.keys), bool)
+        lengths = np.arange(math.prod(self.lead)).reshape(self.lead) % 3
+        places = np.arange(self.keys)
+        match self.key_mask:
+            case "right":
+                real = places < self.keys - 2 - lengths[..., None]
+            case "left":
+                real = places >= 2 + lengths[..., None]
+            case "holes":
+                real = rng.random(real.shape) < 0.6
+            case "one":
+                real = np.broadcast_to(places == 1, real.shape).copy()
+            case "none":
+                real[lengths == np.max(lengths, initial=0)] = False
+            case _:
+                raise ValueError(f"key_mask: got {self.key_mask!r}, expected what Call describes")
+        return real
+
+    def _parameter(self, rng: np.random.Generator, p: Parameter) -> Array:
+        shape = parameter_shape(p.shapes[-1], self.key_heads, self.dim)
+        if p.name == "var":
+            return rng.uniform(0.5, 2.0, shape)
+        return rng.standard_normal(shape)
+
+
+def _laid_out(x: Array, layout: str) -> Array:
+    """Give an array of equal values that lies otherwise in memory."""
+    match layout:
+        case "":
+            return x
+        case "transposed":  # (*B, N, H, D) in memory, as projections leave it
+            return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3)
+        case "sliced":
+            wide = np.full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), math.nan, x.dtype)
+            wide[..., ::2, :] = x
+            return wide[..., ::2, :]
+        case "reversed":
+            return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
+        case "broadcast":  # the first sequence again and again, with stride 0
+            return np.broadcast_to(x[:1], x.shape)
+        case "packed":  # q, k and v out of one projection
+            wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), math.nan, x.dtype)
+            wide[..., x.shape[-1] : 2 * x.shape[-1]] = x
+            return wide[..., x.shape[-1] : 2 * x.shape[-1]]
+        case "readonly":
+            x.setflags(write=False)
+            return x
+        case _:
+            raise ValueError(f"layout: got {layout!r}, expected one that Call describes")
+
+
+@lru_cache(maxsize=8)
+def drawn(call: Call) -> Arrays:
+    """Draw a call's inputs, kept for the cases that use the same ones next to each other."""
+    return call.arrays()

@@ -1,0 +1,1 @@
+"""The JSON record of a run: its types, its writing and reading."""

@@ -1,0 +1,1 @@
+"""Run the suite on a backend, and count its outcomes."""

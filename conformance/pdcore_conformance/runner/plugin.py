@@ -1,0 +1,353 @@
+"""The pytest plugin of the suite: which backend, which cases, how they ended, and the record.
+
+::
+
+    pytest -p pdcore_conformance.runner.plugin --pyargs pdcore_conformance.suite --backend torch:cpu
+
+``pdcore conform torch:cpu`` does the same. One process per framework: float64, TF32 and the order
+of imports are global to a process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pdcore.errors import Exit, NoBackendError, nearest
+from pdcore.plugins import registry as plugins
+
+from ..judge import own_words
+from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
+from ..record import writing as record
+from ..record.environment import environment, versions
+from .outcomes import new_case, outcome_of, plain
+
+if TYPE_CHECKING:
+    from ..record.writing import Case, Run
+
+__all__ = ["NAME", "SUITE", "Conformance", "case_id", "parse_backend"]
+
+#: Of this plugin's object in pytest, and of the package with the cases.
+NAME = "pdcore-conformance"
+SUITE = "pdcore_conformance.suite"
+
+
+def parse_backend(text: str) -> tuple[str, str]:
+    """Read ``NAME[:DEVICE]``.
+
+    Returns
+    -------
+    name, device : str
+        The first device that the backend declares, where none is given.
+
+    Raises
+    ------
+    ValueError
+        When no backend has the name, or it declares no such device.
+    """
+    name, _, device = text.partition(":")
+    known = plugins.registered()
+    if name not in known:
+        reason = plugins.broken.get(name) or plugins.disabled.get(name)
+        why = f": {reason}" if reason else f"; {nearest(name, known)}"
+        raise ValueError(f"unknown backend {name!r}{why}")
+    devices = known[name].devices
+    if device and device.partition(":")[0] not in devices:
+        raise ValueError(f"{name} runs on {', '.join(devices)}, got device {device!r}")
+    return name, device or devices[0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the suite."""
+    group = parser.getgroup("pdcore conformance")
+    group.addoption("--backend", metavar="NAME[:DEVICE]", help="the backend under test")
+    group.addoption(
+        "--level",
+        choices=("core", "all"),
+        default="all",
+        help="core: only what every backend has to have",
+    )
+    group.addoption(
+        "--grid",
+        choices=("quick", "full"),
+        default="quick",
+        help="full: more sizes, every pair of axes in every dtype",
+    )
+    group.addoption(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="run this case alone; may be given several times",
+    )
+    group.addoption("--report", metavar="FILE", help="write the record there, as JSON")
+    group.addoption(
+        "--allow-missing",
+        action="store_true",
+        help="succeed where the backend is not available here",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start a run of the suite."""
+    config.addinivalue_line("markers", "claims(*features): asks for what a backend may claim")
+    config.addinivalue_line("markers", "full_grid: only with --grid full")
+    if config.getoption("--backend") is None:
+        raise pytest.UsageError(
+            "--backend NAME[:DEVICE] is missing: which backend is to be tested?"
+            f" One of {', '.join(plugins.registered())}"
+        )
+    try:
+        backend = parse_backend(config.getoption("--backend"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--backend: {error}") from error
+    config.pluginmanager.register(Conformance(config, *backend), NAME)
+
+
+class Conformance:
+    """One run of the suite: outcomes as they come, and the record at the end.
+
+    Attributes
+    ----------
+    run : Run
+        What the record will say.
+    refused : str or None
+        What was wrong with the options.
+    """
+
+    def __init__(self, config: pytest.Config, name: str, device: str) -> None:
+        self.config = config
+        self.option = config.getoption
+        self.under_test: Subject | None = None
+        self.refused: str | None = None
+        self.run: Run = record.new_run(name, device)
+        self.run["level"], self.run["grid"] = self.option("--level"), self.option("--grid")
+        if self.option("--case"):
+            self.run["selection"] = list(self.option("--case"))
+        self.began = time.perf_counter()
+        self._cases: dict[str, Case] = {}
+        own_words.register()
+        self._prepare(name, device)
+
+    @property
+    def cases(self) -> dict[str, Case]:
+        """The cases so far, by id."""
+        return self._cases
+
+    def _prepare(self, name: str, device: str) -> None:
+        """Load the backend, or note why it cannot be had here."""
+        run = self.run
+        run["capabilities"] = {f: plugins.registered()[name].support(f) for f in _features()}
+        try:
+            self.under_test = Subject(name, device)
+            reason = self.under_test.framework.available(device)
+        except NoBackendError as error:
+            reason = str(error).removeprefix(f"backend {name}: ")
+        except ModuleNotFoundError as error:
+            reason = str(error)
+        if reason is not None:
+            self.under_test = None
+            run["available"], run["reason"] = False, reason
+        run["environment"] = environment(device)
+        run["versions"] = versions()
+        if self.under_test is not None:
+            run["versions"] |= self.under_test.backend.versions()
+            run["precision"] = self.under_test.framework.policy()
+
+    # --- collection -------------------------------------------------------------------------------
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep the cases that are asked for, and mark the known failures of the backend."""
+        ours = [item for item in items if item.nodeid and _is_ours(item)]
+        for item in ours:
+            item.stash[_ID] = case_id(item)
+            item.stash[_NEEDS] = _needs(item)
+        known = {item.stash[_ID] for item in ours}
+        failures = plugins.known_failures(self.run["backend"])
+        self._dead(set(failures) - known, bool(ours))
+        wanted = self.option("--case")
+        for unknown in sorted(set(wanted) - known):
+            close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
+            self.refused = (
+                f"unknown case {unknown!r}; did you mean {close}? "
+                "`pdcore conform NAME --list` has all of them"
+            )
+            raise pytest.UsageError(f"--case: {self.refused}")
+        kept: list[pytest.Item] = []
+        dropped: list[pytest.Item] = []
+        for item in items:
+            (kept if item not in ours or self._wanted(item, wanted) else dropped).append(item)
+        for item in kept:
+            reason = failures.get(item.stash.get(_ID, ""))
+            if reason is not None:
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+        if dropped:
+            self.config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+    def _wanted(self, item: pytest.Item, wanted: list[str]) -> bool:
+        if self.under_test is None:
+            return False
+        if wanted:
+            return item.stash[_ID] in wanted
+        if item.get_closest_marker("full_grid") and self.option("--grid") != "full":
+            return False
+        needs = item.stash[_NEEDS]
+        return self.option("--level") == "all" or needs <= CORE
+
+    def _dead(self, ids: set[str], collected: bool) -> None:
+        """Fail for the known failures that name no case: they would hide a new one."""
+        for name in sorted(ids) if collected and not self.option("--case") else ():
+            self._cases[name] = new_case(
+                name,
+                "core",
+                [],
+                "failed",
+                message="listed as a known failure, but the suite has no such case: remove it",
+            )
+
+    # --- running ----------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def subject(self, request: pytest.FixtureRequest) -> Iterator[Subject]:
+        """The backend under test, with new evidence."""
+        assert self.under_test is not None
+        self.under_test.evidence = Evidence()
+        yield self.under_test
+        request.node.user_properties.append(("evidence", plain(self.under_test.evidence)))
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Leave a case out whose feature the backend does not claim, and say so."""
+        if self.under_test is None or _NEEDS not in item.stash:
+            return
+        needs: frozenset[str] = item.stash[_NEEDS]
+        missing = [f for f in needs & PROPERTIES if not self.under_test.claims(f)]
+        if missing:
+            pytest.skip(f"not claimed: {', '.join(sorted(missing))}")
+        if "bfloat16" in needs and find_spec("ml_dtypes") is None:
+            pytest.skip("not judged: NumPy's bfloat16 is that of ml_dtypes, which is not installed")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
+        """Send what the controller of a distributed run needs along with the report."""
+        report = yield
+        if _ID in item.stash:
+            needs: frozenset[str] = item.stash[_NEEDS]
+            level = "core" if needs <= CORE else "optional"
+            report.pdcore = {"id": item.stash[_ID], "level": level, "features": sorted(needs)}
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count an outcome."""
+        about = getattr(report, "pdcore", None)
+        if about is None:
+            return
+        case = self._cases.get(about["id"])
+        if case is None:
+            case = self._cases[about["id"]] = new_case(
+                about["id"], about["level"], about["features"], "error"
+            )
+        case["seconds"] += report.duration
+        evidence: Any = dict(report.user_properties).get("evidence")
+        if evidence and report.when == "teardown":
+            case["verdicts"] = evidence["verdicts"]
+            case["ratio"] = evidence["ratio"]
+            if case["outcome"] == "passed" and evidence["outcome"]:
+                case["outcome"] = evidence["outcome"]
+            case["message"] = case["message"] or evidence["note"]
+        if report.when == "call" or report.outcome != "passed":
+            outcome, message = outcome_of(report)
+            if report.when == "teardown" and case["outcome"] == "failed":
+                return
+            case["outcome"], case["message"] = outcome, message
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the record, and give the run its exit code."""
+        if hasattr(self.config, "workerinput"):
+            return
+        run = self.run
+        run["seconds"] = time.perf_counter() - self.began
+        run["cases"] = [self._cases[name] for name in sorted(self._cases)]
+        for case in run["cases"]:
+            run["counts"][case["outcome"]] += 1
+        path = self.option("--report")
+        interrupted = exitstatus in (
+            pytest.ExitCode.INTERRUPTED,
+            pytest.ExitCode.INTERNAL_ERROR,
+            pytest.ExitCode.USAGE_ERROR,
+        )
+        if path and not interrupted:
+            record.save(Path(path), [run], replace=True)
+        if not interrupted and not self.option("collectonly"):
+            session.exitstatus = self.exit_code()
+
+    def exit_code(self) -> int:
+        """Give 0 only where something ran and nothing failed."""
+        counts = self.run["counts"]
+        if not self.run["available"]:
+            return int(Exit.DONE if self.option("--allow-missing") else Exit.NO_BACKEND)
+        if counts["failed"] or counts["error"]:
+            return int(Exit.NUMERICS)
+        return int(Exit.DONE if counts["passed"] else Exit.FAILURE)
+
+    def pytest_report_header(self) -> str:
+        """Say what is tested, and by which precision."""
+        run = self.run
+        if not run["available"]:
+            return f"pdcore conformance: {run['backend']} is not available: {run['reason']}"
+        found = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
+        return f"pdcore conformance: {run['backend']}:{run['device']} ({found}); {run['precision']}"
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say how many cases ended how."""
+        counts = ", ".join(f"{n} {name}" for name, n in self.run["counts"].items() if n)
+        name = f"{self.run['backend']}:{self.run['device']}"
+        terminalreporter.write_sep("=", f"pdcore conformance of {name}: {counts or 'nothing ran'}")
+        if not self.run["available"]:
+            terminalreporter.write_line(f"not available: {self.run['reason']}")
+
+
+_ID = pytest.StashKey[str]()
+_NEEDS = pytest.StashKey[frozenset[str]]()
+
+
+def case_id(item: pytest.Item) -> str:
+    """Give the id of a case: ``statistics::variance_is_biased[bn-float32]``."""
+    function: Any = item
+    group = function.module.__name__.rpartition(".")[2].removeprefix("test_")
+    name = (getattr(function, "originalname", None) or item.name).removeprefix("test_")
+    callspec = getattr(function, "callspec", None)
+    return f"{group}::{name}" + (f"[{callspec.id}]" if callspec else "")
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    module = getattr(item, "module", None)
+    return module is not None and module.__name__.startswith(f"{SUITE}.")
+
+
+def _needs(item: Any) -> frozenset[str]:
+    """Collect the features that a case asks for."""
+    found = {feature for marker in item.iter_markers("claims") for feature in marker.args}
+    callspec = getattr(item, "callspec", None)
+    if callspec and "call" in callspec.params:
+        through = getattr(item.function, "asked", "forward")
+        asked = {name: True for name in ("vjp", "weights") if name == through}
+        found |= set(callspec.params["call"].features(**asked))
+        if through == "autodiff":
+            found.add("autodiff")
+    return frozenset(found)
+
+
+def _features() -> list[str]:
+    from pdcore.backend import FEATURES
+
+    return list(FEATURES)

@@ -1,0 +1,1 @@
+"""A new backend from a template."""

@@ -1,0 +1,63 @@
+"""Redundancy of heads: how far apart their attention maps and their outputs are."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+
+from pdcore.backend import Inputs
+from pdcore_conformance.cli.demo import redundancy
+
+from .protocol import MEASURES
+from .training.model import Classifier, layer_heads
+from .training.series import Series
+
+__all__ = ["distances"]
+
+
+def distances(model: Classifier, series: Series, most: int) -> dict[str, list[float]]:
+    """Measure the heads of every layer: the mean over pairs of heads, then over series.
+
+    Parameters
+    ----------
+    model : Classifier
+        With two or more heads.
+    series : Series
+    most : int
+        At most so many of them, evenly spread.
+
+    Returns
+    -------
+    dict of str to list of float
+        One figure a layer, by `MEASURES`. The smaller, the more redundant.
+    """
+    count = len(series.labels)
+    chosen = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
+    found: dict[str, list[list[float]]] = {
+        measure: [[] for _ in model.layers] for measure in MEASURES
+    }
+    for index in chosen:
+        length = int(series.lengths[index])
+        frames = torch.from_numpy(series.frames[index : index + 1, :length])
+        real = torch.ones(1, length, dtype=torch.bool)
+        for place, (q, k, v) in enumerate(layer_heads(model, frames, real)):
+            attention = model.layers[place].attention
+            params = dict(attention.arrays.items())
+            with torch.no_grad():
+                maps = attention.attend.weights(Inputs(q, k, v, params=params))
+                outputs = attention.attend(q, k, v, params=params)
+            apart = redundancy(_array(outputs))
+            size = float(np.mean(np.linalg.norm(_array(outputs), axis=(1, 2))))
+            for measure, value in zip(
+                MEASURES, (redundancy(_array(maps)), apart, apart / size), strict=True
+            ):
+                found[measure][place].append(value)
+    return {measure: [statistics.fmean(own) for own in layers] for measure, layers in found.items()}
+
+
+def _array(x: Any) -> Any:
+    """Give one sequence of a batch of one, (H, N, ...)."""
+    return x[0].double().numpy()

@@ -1,0 +1,194 @@
+"""The file of results: every finished cell is in it at once, and is not done again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pdcore.cli.files import FileError, OutputError, replacing
+from pdcore_conformance.record.environment import environment, versions
+from pdcore_conformance.record.writing import revision
+
+from .protocol import Cell
+
+__all__ = ["Results", "setting"]
+
+KIND, SCHEMA = "pdcore-reproduction", 1
+
+
+class Results:
+    """Figures by cell, with all that they depend on.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    setting : mapping
+        As `setting` gives it. Figures made with another are not used.
+
+    Attributes
+    ----------
+    record : dict
+        What the file holds.
+    """
+
+    def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
+        self.path = path
+        self.record: dict[str, Any] = {
+            "kind": KIND,
+            "schema": SCHEMA,
+            "created": _now(),
+            "updated": _now(),
+            "commits": [],
+            **setting,
+            "data": {},
+            "cells": {},
+        }
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """The figures, by the names of cells."""
+        found: dict[str, Any] = self.record["cells"]
+        return found
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        setting: Mapping[str, Any],
+        *,
+        force: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Results:
+        """Go on from a file, or start anew where there is none, or it was made otherwise.
+
+        A file made with another protocol, version or machine is kept beside, as ``*.before.json``
+        or, where there is one, ``*.before-2.json`` and so on.
+
+        Parameters
+        ----------
+        path, setting
+            As in the class.
+        force : bool
+            Start anew whatever is there.
+        say : callable
+            Is told why a file is not used.
+
+        Raises
+        ------
+        FileError
+            When the file cannot be read, or is damaged or no file of results.
+        """
+        results = cls(path, setting)
+        if force or not path.exists():
+            return results
+        found = _read(path)
+        differing = [
+            f"{part} {name}: {_short(found[part].get(name))}, now {_short(values.get(name))}"
+            for part, values in setting.items()
+            for name in {**values, **found[part]}
+            if found[part].get(name) != values.get(name)
+        ]
+        if differing:
+            before = _free(path.with_suffix(".before.json"))
+            try:
+                os.replace(path, before)
+            except OSError as error:
+                raise OutputError(f"{before}: {error.strerror}") from error
+            say(
+                f"{path}: made with other settings ({'; '.join(differing)}), so this starts anew; "
+                f"the old figures are in {before}"
+            )
+            return results
+        results.record = found
+        return results
+
+    def take(self, data: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """Set what the data sets are; figures of a set that has changed are dropped."""
+        known = self.record["data"]
+        for name, about in data.items():
+            if name in known and known[name] != about:
+                say(f"{self.path}: {name} has changed, so its figures are made anew")
+                for cell in [c for c in self.cells if c.startswith(f"train {name} ")]:
+                    del self.cells[cell]
+        for name in [n for n in known if n not in data]:
+            say(f"{self.path}: {name} is not given now; its figures are kept, but not shown")
+        known.update(data)
+
+    def keep(self, cell: Cell, figures: Mapping[str, Any]) -> None:
+        """Add the figures of a cell, and write the file."""
+        commit, dirty = revision()
+        made = f"{commit}{', changed' if dirty else ''}" if commit else "unknown"
+        if made not in self.record["commits"]:
+            self.record["commits"].append(made)
+        self.cells[cell.name] = dict(figures)
+        self.record["updated"] = _now()
+        self._save()
+
+    def conclude(self, found: Mapping[str, Any]) -> None:
+        """Add what the figures come to, and write the file."""
+        self.record["findings"] = dict(found)
+        self._save()
+
+    def _save(self) -> None:
+        with replacing(self.path, force=True) as stream:
+            text = json.dumps(self.record, indent=1, allow_nan=False)
+            stream.write((text + "\n").encode())
+
+
+def setting(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what figures depend on: protocol, versions, machine."""
+    import torch
+
+    where = environment()
+    return {
+        "protocol": dict(protocol),
+        "versions": versions() | {"torch": str(torch.__version__)},
+        "machine": {"cpu": where["cpu"], "cores": where["cores"], "platform": where["platform"]},
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file, which nobody vouches for."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import best_match
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no figure")
+
+    try:
+        found = json.loads(path.read_bytes(), parse_constant=refuse)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: damaged: {error}; --force starts anew") from error
+    if not isinstance(found, dict) or found.get("kind") != KIND:
+        raise FileError(f"{path}: not results of pdcore reproduce; --force writes over it")
+    text = files(__package__).joinpath("results.schema.json").read_text(encoding="utf-8")
+    problem = best_match(Draft202012Validator(json.loads(text)).iter_errors(found))
+    if problem is not None:
+        raise FileError(
+            f"{path}: damaged: {problem.json_path}: {problem.message[:200]}; --force starts anew"
+        )
+    return found
+
+
+def _free(path: Path) -> Path:
+    """Give a name that no file has, for figures that took hours."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain((path,), names) if not os.path.lexists(name))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,119 @@
+"""Figures and verdicts in words, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .findings import CLAIMS
+from .protocol import BASELINE, MEASURES
+
+__all__ = ["accuracy_rows", "claim_rows", "cost_rows", "redundancy_rows", "sentences"]
+
+#: Of a row: texts of its cells; verdicts are words of `reproduction.verdict`.
+Row = tuple[str, ...]
+
+ACCURACY = ("data", "attention", "test %", "seeds", "validation %", "less softmax", "epochs", "s")
+REDUNDANCY = ("data", "attention", *(f"{m}, layer by layer" for m in MEASURES), "untrained maps")
+COST = (
+    "N",
+    "D",
+    "attention",
+    "MFLOP, attention",
+    "MFLOP, model",
+    "× softmax",
+    "ms a step",
+    "time × softmax",
+    "MiB",
+    "memory × softmax",
+)
+CLAIM = ("attention", "claim", "figure", "value", "verdict")
+
+
+def sentences(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Give the sentence for every spec, with its verdict."""
+    whole = " and ".join([", ".join(list(CLAIMS.values())[:-1]), list(CLAIMS.values())[-1]])
+    return [(f"{row['spec']} {whole}", row["verdict"]) for row in found["sentences"]]
+
+
+def claim_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Give a line for every claim, and under it one for every figure that it rests on."""
+    rows: list[Row] = []
+    for claim in found["claims"]:
+        rows.append((claim["spec"], CLAIMS[claim["claim"]], "", "", claim["verdict"]))
+        for part in claim["parts"]:
+            rows.append(("", "", part["what"], _value(claim["claim"], part), part["verdict"]))
+    return rows
+
+
+def _value(claim: str, part: Mapping[str, Any]) -> str:
+    """Write a figure with its interval, and what it was before training."""
+    if claim == "accuracy":
+        return _points([part["value"], part["low"], part["high"]])
+    text = _ratio([part["value"], part["low"], part["high"]])
+    if "untrained" in part:
+        text += f"; untrained {part['untrained'][0]:.2f}"
+    return text
+
+
+def _points(found: Sequence[float]) -> str:
+    value, low, high = (100 * x for x in found)
+    return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+
+
+def _ratio(found: Sequence[float]) -> str:
+    value, low, high = found
+    if low == value == high:
+        return f"{value:.3f}"
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def accuracy_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Give a line for every data set and spec, as `ACCURACY` names the columns."""
+    return [
+        (
+            row["data"],
+            row["spec"],
+            f"{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}",
+            ", ".join(f"{100 * a:.1f}" for a in row["each"]),
+            f"{100 * row['validation']:.1f}",
+            "" if row["difference"] is None else _points(row["difference"]),
+            ", ".join(map(str, row["epochs"])),
+            f"{row['seconds']:.0f}",
+        )
+        for row in found["accuracy"]
+    ]
+
+
+def redundancy_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Give a line for every data set and spec, as `REDUNDANCY` names the columns."""
+    return [
+        (
+            row["data"],
+            row["spec"],
+            *(", ".join(f"{d:.3g}" for d in row["trained"][measure]) for measure in MEASURES),
+            ", ".join(f"{d:.3g}" for d in row["untrained"]["maps"]),
+        )
+        for row in found["redundancy"]
+    ]
+
+
+def cost_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Give a line for every size and spec, as `COST` names the columns."""
+    return [
+        (
+            str(row["length"]),
+            str(row["dim"]),
+            row["spec"],
+            f"{row['flops']['attention'] / 1e6:.1f}",
+            f"{row['flops']['model'] / 1e6:.1f}",
+            f"{row['attention_ratio']:.3f}, {row['model_ratio']:.3f}",
+            f"{row['milliseconds']:.1f}",
+            "" if row["spec"] == BASELINE else _ratio(row["time_ratio"]),
+            "not known" if row["mib"] is None else f"{row['mib']:.1f}",
+            ""
+            if row["spec"] == BASELINE or row["memory_ratio"] is None
+            else _ratio(row["memory_ratio"]),
+        )
+        for row in found["cost"]
+    ]

@@ -1,0 +1,37 @@
+"""The contract of a backend, and `ArrayBackend`, the one executor of plans."""
+
+from __future__ import annotations
+
+from .array_backend import ArrayBackend
+from .call import Call, accumulation, constants_held, cut_heads, spacing
+from .contract import FEATURES, SPEC_VERSION, Backend, BackendInfo, Inputs, Request
+from .feature_contraction import chunks, shifted_features
+from .operands import Contracted, Operands
+from .score_contraction import divide, finite, log_weight, relative_features, scores, scores_vjp
+from .silent_backend import SilentBackend
+
+__all__ = [
+    "ArrayBackend",
+    "Backend",
+    "BackendInfo",
+    "Call",
+    "Contracted",
+    "FEATURES",
+    "Inputs",
+    "Operands",
+    "Request",
+    "SPEC_VERSION",
+    "SilentBackend",
+    "accumulation",
+    "chunks",
+    "constants_held",
+    "cut_heads",
+    "divide",
+    "finite",
+    "log_weight",
+    "relative_features",
+    "scores",
+    "scores_vjp",
+    "shifted_features",
+    "spacing",
+]

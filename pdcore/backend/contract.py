@@ -1,0 +1,335 @@
+"""What a backend plugin declares (`BackendInfo`) and implements (`Backend`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from ..errors import PluginError, nearest
+from ..lowering import Plan, Signature, lower
+from ..spec import (
+    AttentionSpec,
+    Batch,
+    Cosine,
+    Exponential,
+    FeatureMap,
+    Gaussian,
+    Identity,
+    Polynomial,
+)
+
+__all__ = ["FEATURES", "SPEC_VERSION", "Backend", "BackendInfo", "Inputs", "Request"]
+
+#: The version of the plan contract and of `Backend`; a plugin states the one it was written for.
+SPEC_VERSION = 1
+
+Support = Literal["full", "unsupported", "not_implemented"]
+
+#: What a backend may declare support for, each with what it means.
+FEATURES: Mapping[str, str] = {
+    "exponential": "softmax attention",
+    "softcap": "exponential kernel with softcap",
+    "gaussian": "gaussian kernel",
+    "cosine": "cosine kernel",
+    "polynomial": "polynomial kernel",
+    "features": "feature-map kernels",
+    "user_kernel": "kernels registered by users and plugins",
+    "batch": "batch normalization by statistics of this call",
+    "running": "batch normalization by given statistics",
+    "prefix": "batch normalization by prefix statistics",
+    "user_normalization": "normalizations registered by users and plugins",
+    "head_scaling": "heads fitted on pooled keys",
+    "count": "the normalisers h(count) and h(one)",
+    "causal": "causal support",
+    "window": "windows of positions",
+    "mask": "boolean masks",
+    "key_mask": "padding masks",
+    "bias": "additive bias on log kappa",
+    "offset": "query offsets",
+    "gqa": "more query heads than key heads",
+    "lse": "return_lse",
+    "float16": "float16 inputs",
+    "bfloat16": "bfloat16 inputs",
+    "float32": "float32 inputs, no TF32",
+    "float64": "float64 inputs, computed in float64",
+    "vjp": "attention_vjp",
+    "autodiff": "gradients by the framework's automatic differentiation",
+    "double_backward": "gradients of gradients",
+    "vmap": "the framework's vectorising map",
+    "jvp": "forward-mode derivatives",
+    "compile": "the framework's compiler",
+    "weights": "attention_weights",
+    "dropout": "dropout in training",
+    "axis_name": "sequence shards",
+    "deterministic": "the same call twice gives the same bits",
+    "batch_invariant": "a row's result does not depend on its batch",
+    "thread_safe": "calls from several threads",
+}
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """A backend's declaration: data only, so that declaring imports no framework.
+
+    Parameters
+    ----------
+    name : str
+        What users write: ``backend="name"``.
+    load : str
+        ``"package.module:Class"`` of the `Backend`, imported at first use.
+    library : str
+        The import name of the array library whose arrays it takes, such as ``"torch"``.
+    requires : sequence of str
+        Top-level modules that must be importable.
+    install : str
+        The command that installs what it requires.
+    devices : sequence of str
+        Device kinds it runs on.
+    priority : int
+        Orders backends of one library; built-in ones come first whatever it is.
+    capabilities : mapping of str to {"full", "unsupported", "not_implemented"}
+        Support by feature, see `FEATURES`; features left out are ``"not_implemented"``.
+    spec_version : int
+        The `SPEC_VERSION` it was written for.
+    """
+
+    name: str
+    load: str
+    library: str
+    requires: Sequence[str] = ()
+    install: str = ""
+    devices: Sequence[str] = ("cpu",)
+    priority: int = 0
+    capabilities: Mapping[str, Support] = field(default_factory=dict, hash=False)
+    spec_version: int = SPEC_VERSION
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise PluginError(f"backend name {self.name!r}: expected an identifier")
+        module, colon, cls = self.load.partition(":")
+        if not (module and colon and cls):
+            raise PluginError(
+                f"backend {self.name}: load is {self.load!r}, expected 'package.module:Class'"
+            )
+        for feature, support in self.capabilities.items():
+            if feature not in FEATURES:
+                raise PluginError(
+                    f"backend {self.name}: unknown capability {feature!r}; "
+                    f"{nearest(feature, FEATURES)}"
+                )
+            if support not in ("full", "unsupported", "not_implemented"):
+                raise PluginError(
+                    f"backend {self.name}: {feature} is {support!r}, expected full, "
+                    "unsupported or not_implemented"
+                )
+
+    def support(self, feature: str) -> Support:
+        """Give the declared support for a feature."""
+        return self.capabilities.get(feature, "not_implemented")
+
+
+class Inputs(NamedTuple):
+    """The validated arrays of a call, all of one library.
+
+    `offset` is an int, an integer array () or (*B,), or ``"end"``; all arguments are those of
+    `attention`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any = None
+    key_mask: Any = None
+    bias: Any = None
+    offset: Any = 0
+    params: Mapping[str, Any] = {}
+    dropout: float = 0.0
+    axis_name: str | None = None
+
+
+class Request(NamedTuple):
+    """A call as the backends judge it: everything but the values.
+
+    Attributes
+    ----------
+    spec : AttentionSpec
+    library, dtype, device : str
+        Of q, k and v; ``"numpy"``, ``"float32"``, ``"cpu"``.
+    q, k, v : tuple of int
+        Shapes.
+    mask, key_mask, bias : tuple of int or None
+        Shapes of what is given.
+    offset : {"int", "array", "sequence", "end"}
+    lse, vjp, weights : bool
+        What is asked for: log-sum-exp; `attention_vjp`; `attention_weights`.
+    dropout : float
+    axis_name : str or None
+    """
+
+    spec: AttentionSpec
+    library: str
+    dtype: str
+    device: str
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    v: tuple[int, ...]
+    mask: tuple[int, ...] | None = None
+    key_mask: tuple[int, ...] | None = None
+    bias: tuple[int, ...] | None = None
+    offset: str = "int"
+    lse: bool = False
+    vjp: bool = False
+    weights: bool = False
+    dropout: float = 0.0
+    axis_name: str | None = None
+
+    def __str__(self) -> str:
+        given = "".join(
+            f", {name} {getattr(self, name)}"
+            for name in ("mask", "key_mask", "bias")
+            if getattr(self, name) is not None
+        )
+        return (
+            f"q {self.q}, k {self.k}, v {self.v}{given}, {self.library} {self.dtype} on "
+            f"{self.device}"
+        )
+
+    def lower(self) -> Plan:
+        """Lower the spec of the call, see `pdcore.lowering.lower`."""
+        signature = Signature(self.q[-1], self.k[-3], self.dtype, self.mask is not None)
+        return lower(self.spec, signature)
+
+    def features(self) -> list[str]:
+        """List the `FEATURES` that the call needs."""
+        spec, needed = self.spec, [self.dtype]
+        match spec.kernel:
+            case Exponential(softcap=None):
+                needed.append("exponential")
+            case Exponential():
+                needed.append("softcap")
+            case Gaussian() | Cosine() | Polynomial() as kernel:
+                needed.append(kernel.word)
+            case FeatureMap() as kernel if type(kernel).__module__ == FeatureMap.__module__:
+                needed.append("features")
+            case _:
+                needed.append("user_kernel")
+        match spec.normalization:
+            case Identity():
+                pass
+            case Batch(statistics="sequence" | "batch"):
+                needed.append("batch")
+            case Batch() as batch:
+                needed.append(batch.statistics)
+            case _:
+                needed.append("user_normalization")
+        optional = {
+            "head_scaling": spec.heads.largest > 1,
+            "count": spec.normaliser != "sum",
+            "causal": spec.support.causal,
+            "window": spec.support.left + spec.support.right < float("inf")
+            or min(spec.support.left, spec.support.right) < float("inf"),
+            "mask": self.mask is not None,
+            "key_mask": self.key_mask is not None,
+            "bias": self.bias is not None,
+            "offset": self.offset != "int",
+            "gqa": self.q[-3] != self.k[-3],
+            "lse": self.lse,
+            "vjp": self.vjp,
+            "weights": self.weights,
+            "dropout": self.dropout > 0,
+            "axis_name": self.axis_name is not None,
+        }
+        return needed + [name for name, used in optional.items() if used]
+
+
+class Backend(ABC):
+    """Runs plans. A plugin subclasses this, or `ArrayBackend`, which runs every plan already."""
+
+    info: ClassVar[BackendInfo]
+
+    def refusals(self, request: Request) -> list[str]:
+        """Say why the backend cannot run a call; an empty list means that it can.
+
+        The same predicate serves dispatch and `explain`. The default refuses every feature that
+        is not declared ``"full"``, and devices that are not declared.
+        """
+        reasons = []
+        for feature in request.features():
+            support = self.info.support(feature)
+            if support != "full":
+                reasons.append(f"{FEATURES.get(feature, feature)}: {support.replace('_', ' ')}")
+        kind = request.device.partition(":")[0]
+        if kind not in self.info.devices:
+            reasons.append(f"device {request.device}: runs on {', '.join(self.info.devices)}")
+        return reasons
+
+    def fuse(self, plan: Plan, request: Request) -> Plan:
+        """Rewrite a plan as this backend runs it best, without changing what it computes.
+
+        `pdcore.attention` asks once for each kind of call, and `explain` shows the steps of what
+        it gives; plans as they are lowered run too.
+        """
+        return plan
+
+    @abstractmethod
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        """Run a plan.
+
+        Returns
+        -------
+        out : array (*B, Hq, N, Dv)
+        lse : array (*B, Hq, N) or None
+            None unless `lse`.
+        """
+
+    @abstractmethod
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Run a plan and give the pullback ``vjp(d_out, d_lse=None) -> {name: cotangent}``."""
+
+    @abstractmethod
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        """Compute the weights (*B, Hq, N, M) of a plan."""
+
+    def exchange(self, array: Any, device: str | None = None) -> Any:
+        """Take an array of another library by DLPack, without a copy where the device allows.
+
+        Parameters
+        ----------
+        array : array
+            Of another library, or of the backend's own if it is to be moved.
+        device : str, optional
+            Where it is wanted, such as ``"cuda"``, or ``"cpu"`` for a result on its way back.
+        """
+        raise NotImplementedError(f"{self.info.name} does not take arrays of other libraries")
+
+    def give(self, array: Any, namespace: Any) -> Any:
+        """Hand a result to another library by DLPack, the way back of `exchange`.
+
+        Parameters
+        ----------
+        array : array
+            Of the backend's library.
+        namespace : module
+            The other library's, with a ``from_dlpack``.
+        """
+        return namespace.from_dlpack(array)
+
+    def stream_of(self, array: Any) -> AbstractContextManager[Any]:
+        """Run on the stream that another library uses now for an array of its own.
+
+        Entered around a call on arrays that `exchange` took, and around the way back of its
+        results, so that neither has to wait for the other. By default, there is no stream.
+        """
+        return nullcontext()
+
+    def synchronize(self) -> None:  # noqa: B027 - on the CPU there is nothing to wait for
+        """Wait until the device has finished; a no-op on the CPU."""
+
+    def versions(self) -> dict[str, str]:
+        """Give the versions of what the backend runs on, for records."""
+        return {}

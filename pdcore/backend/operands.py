@@ -1,0 +1,65 @@
+"""What a contraction reads, and gives.
+
+Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
+keys and values (*B, H, M, D) and (*B, H, M, Dv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ..spec import Visibility
+
+__all__ = ["Contracted", "Operands"]
+
+
+class Operands(NamedTuple):
+    """What a contraction reads.
+
+    Attributes
+    ----------
+    q : array (*B, H, G, N, D)
+    k : array (*B, H, M, D)
+    v : array (*B, H, M, Dv)
+    key_bias : array (*B, H, M) or None
+    bias : array broadcastable to (*B, H, G, N, M) or None, of the same rank
+    values : mapping of str to array (H, 1, 1, 1)
+        Scalars per head of the log kappa expression.
+    visibility : Visibility
+    keep : callable or None
+        Dropout: ``keep(start, stop, first, last, like)`` gives what the weights of a block are
+        multiplied by, 0 or 1 / (1 - p), and the same whenever it is asked.
+    fold : object or None
+        As in `transforms.Rows`; None unless a backend's own transform leaves it.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    key_bias: Any
+    bias: Any
+    values: Mapping[str, Any]
+    visibility: Visibility
+    keep: Callable[[int, int, int, int, Any], Any] | None = None
+    fold: Any = None
+
+
+class Contracted(NamedTuple):
+    """What the contractions of a plan's head groups give.
+
+    Attributes
+    ----------
+    parts : list of (out, L)
+        (*B, H, G, N, Dv) and (*B, H, G, N) of each group.
+    whole : (out, L) or None
+        Of all heads in the caller's order, where `parts` are cut from them.
+    """
+
+    parts: list[tuple[Any, Any]]
+    whole: tuple[Any, Any] | None = None
+
+
+def blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut a range into consecutive blocks."""
+    return [(a, min(a + size, stop)) for a in range(start, stop, size)]

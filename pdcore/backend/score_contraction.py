@@ -1,0 +1,324 @@
+"""The contraction by scores in array-API calls: blocked, functional, with its pullback.
+
+Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
+keys and values (*B, H, M, D) and (*B, H, M, Dv); L (*B, H, G, N). Nothing here is written in
+place and no array value decides a branch, so a framework can trace and differentiate it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..arrays import held
+from ..lowering import Scores, sum_to
+from ..spec import Visibility
+from .feature_contraction import shifted_features
+from .operands import Operands, blocks
+
+__all__ = ["divide", "finite", "log_weight", "relative_features", "scores", "scores_vjp"]
+
+
+def key_blocks(visibility: Visibility, start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Cut the keys that queries ``start:stop`` may see, on the grid of all blocks."""
+    first, last = visibility.key_range(start, stop)
+    return [b for b in blocks(0, visibility.keys, size) if b[1] > first and b[0] < last]
+
+
+def rows_of(x: Any, start: int, stop: int) -> Any:
+    """Cut the row axis (-2) of an array that may be broadcast along it."""
+    return x if x.shape[-2] == 1 else x[..., start:stop, :]
+
+
+def tile(x: Any, start: int, stop: int, first: int, last: int) -> Any:
+    """Cut the last two axes of an array that may be broadcast along either."""
+    x = rows_of(x, start, stop)
+    return x if x.shape[-1] == 1 else x[..., first:last]
+
+
+def log_weight(
+    c: Scores, s: Any, o: Operands, start: int, stop: int, first: int, last: int, *, xp: Any
+) -> Any:
+    """Compute log kappa, biases included, -inf where a key is not visible."""
+    logits = c.scale * s if c.expression is None else c.expression({"s": s, **o.values}, xp)
+    if isinstance(logits, float):  # a kernel that does not depend on s
+        logits = xp.full_like(s, logits)
+    if o.key_bias is not None:
+        logits = logits + o.key_bias[..., None, None, first:last]
+    if o.bias is not None:
+        logits = logits + tile(o.bias, start, stop, first, last)
+    seen = o.visibility.block(start, stop, first, last)
+    if seen is None:
+        return logits
+    return xp.where(seen, logits, xp.full_like(logits, -xp.inf))
+
+
+def scores(
+    c: Scores, o: Operands, *, xp: Any, query_block: int = 256, key_block: int = 512
+) -> tuple[Any, Any]:
+    """Contract by scores: an online softmax over key blocks, or a plain sum of weights.
+
+    Returns
+    -------
+    out : array (*B, H, G, N, Dv)
+    L : array (*B, H, G, N)
+        The log of the summed weights over the visible keys, -inf where it is 0.
+    """
+    outs, sums = [], []
+    for start, stop in blocks(0, o.q.shape[-2], query_block) or [(0, 0)]:
+        out, total = _score_rows(c, o, start, stop, key_block, xp)
+        outs.append(out)
+        sums.append(total)
+    return xp.concat(outs, axis=-2), xp.concat(sums, axis=-1)
+
+
+def _score_rows(
+    c: Scores, o: Operands, start: int, stop: int, key_block: int, xp: Any
+) -> tuple[Any, Any]:
+    q = o.q[..., start:stop, :]
+    total = xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
+    peak = total - xp.inf
+    value = o.v[..., None, :0, :]
+    summed = xp.matmul(total[..., :0], value)
+    for first, last in key_blocks(o.visibility, start, stop, key_block):
+        k, v = o.k[..., None, first:last, :], o.v[..., None, first:last, :]
+        if c.weight == "log":
+            s = xp.matmul(q, xp.matrix_transpose(k))
+            logits = log_weight(c, s, o, start, stop, first, last, xp=xp)
+            higher = xp.maximum(peak, xp.max(logits, axis=-1, keepdims=True))
+            base = finite(higher, xp)
+            p = xp.exp(logits - base)
+        else:
+            rows, keys, exponent = relative_features(c, q, k, xp=xp)
+            p = xp.matmul(rows, xp.matrix_transpose(keys))
+            seen = o.visibility.block(start, stop, first, last)
+            if seen is not None:
+                p = xp.where(seen, p, xp.zeros_like(p))
+            higher = xp.maximum(peak, exponent)
+            base = finite(higher, xp)
+            p = p * xp.exp(exponent - base)
+        shrink = xp.exp(peak - base)
+        total = total * shrink + xp.sum(p, axis=-1, keepdims=True)
+        if o.keep is not None:
+            p = p * o.keep(start, stop, first, last, p)
+        summed = summed * shrink + xp.matmul(p, v)
+        peak = higher
+    if c.signed:
+        # Only feature maps without a log domain are signed, so every exponent was 0.
+        return summed, xp.zeros_like(total[..., 0])
+    return divide(summed, total, finite(peak, xp), xp=xp)
+
+
+def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, Any]:
+    """Give phi(q), phi(k) and e: the weight is phi(q).phi(k) exp(e), and nothing overflows."""
+    if c.weight == "features":
+        return q, k, xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
+    top = held(xp.max(k, axis=-2, keepdims=True), xp)
+    shifted = q + top
+    exponent = held(xp.max(shifted, axis=-1, keepdims=True), xp)
+    return xp.exp(shifted - exponent), xp.exp(k - top), exponent
+
+
+def divide(summed: Any, total: Any, exponent: Any, *, xp: Any) -> tuple[Any, Any]:
+    """Turn weighted sums into (out, L): zeros and -inf where the weights sum to 0."""
+    none = total == 0
+    divisor = xp.where(none, xp.ones_like(total), total)
+    out = xp.where(none, xp.zeros_like(summed), summed / divisor)
+    level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
+    return out, level[..., 0]
+
+
+def finite(peak: Any, xp: Any) -> Any:
+    """Replace -inf, the maximum of no visible key, by 0: exp(-inf - -inf) is NaN."""
+    return xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
+
+
+def row_delta(out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any) -> Any:
+    """Give what all keys of a row subtract in the pullback of a normalised sum."""
+    delta = xp.sum(d_out * out, axis=-1)
+    return (delta - xp.where(level == -xp.inf, xp.zeros_like(delta), d_level))[..., None]
+
+
+def weights(c: Scores, o: Operands, level: Any, *, xp: Any, query_block: int = 256) -> Any:
+    """Compute every weight of the contraction: an (N, M) array per head.
+
+    Returns
+    -------
+    array (*B, H, G, N, M)
+        Normalised as `out` is.
+    """
+    if c.weight == "log_features":
+        o, shift = shifted_features(o, xp=xp)
+        c, level = Scores(weight="features"), level - shift
+    keys = o.k.shape[-2]
+    parts = []
+    for start, stop in blocks(0, o.q.shape[-2], query_block) or [(0, 0)]:
+        s = xp.matmul(o.q[..., start:stop, :], xp.matrix_transpose(o.k[..., None, :, :]))
+        row = level[..., start:stop, None]
+        if c.weight == "log":
+            w = xp.exp(log_weight(c, s, o, start, stop, 0, keys, xp=xp) - finite(row, xp))
+        else:
+            seen = o.visibility.block(start, stop, 0, keys)
+            inverse = xp.where(row == -xp.inf, xp.zeros_like(row), xp.exp(-row))
+            w = (s if seen is None else xp.where(seen, s, xp.zeros_like(s))) * inverse
+        parts.append(xp.where(row == -xp.inf, xp.zeros_like(w), w))
+    return xp.concat(parts, axis=-2)
+
+
+def scores_vjp(
+    c: Scores,
+    o: Operands,
+    out: Any,
+    level: Any,
+    d_out: Any,
+    d_level: Any,
+    *,
+    xp: Any,
+    query_block: int = 256,
+    key_block: int = 512,
+) -> dict[str, Any]:
+    """Pull (d_out, d_L) back by recomputing the weights block by block.
+
+    Returns
+    -------
+    dict
+        ``q, k, v``, ``key_bias`` and ``bias`` where the operands have them, and one entry per
+        name of ``values``.
+    """
+    if c.weight == "log_features":
+        plain, shift = shifted_features(o, xp=xp)
+        inner = Scores(weight="features")
+        d = scores_vjp(
+            inner,
+            plain,
+            out,
+            level - shift,
+            d_out,
+            d_level,
+            xp=xp,
+            query_block=query_block,
+            key_block=key_block,
+        )
+        return {**d, "q": d["q"] * plain.q, "k": d["k"] * plain.k}
+    delta = (
+        xp.zeros_like(level)[..., None]
+        if c.signed
+        else row_delta(out, level, d_out, d_level, xp=xp)
+    )
+    steps = _Cotangents(o, xp)
+    for start, stop in blocks(0, o.q.shape[-2], query_block):
+        q, d_o = o.q[..., start:stop, :], d_out[..., start:stop, :]
+        row = (level[..., start:stop, None], delta[..., start:stop, :])
+        dq = xp.zeros_like(q)
+        for first, last in key_blocks(o.visibility, start, stop, key_block):
+            k, v = o.k[..., None, first:last, :], o.v[..., None, first:last, :]
+            s = xp.matmul(q, xp.matrix_transpose(k))
+            dp = xp.matmul(d_o, xp.matrix_transpose(v))
+            kept = None if o.keep is None else o.keep(start, stop, first, last, dp)
+            if kept is not None:
+                dp = dp * kept
+            p, ds = _weight_vjp(c, o, s, dp, row, steps, (start, stop, first, last), xp)
+            if kept is not None:
+                p = p * kept
+            dq = dq + xp.matmul(ds, k)
+            steps.add("k", first, xp.matmul(xp.matrix_transpose(ds), q))
+            steps.add("v", first, xp.matmul(xp.matrix_transpose(p), d_o))
+        steps.dq.append(dq)
+    return steps.result(query_block, key_block)
+
+
+def _weight_vjp(
+    c: Scores,
+    o: Operands,
+    s: Any,
+    dp: Any,
+    row: tuple[Any, Any],
+    steps: _Cotangents,
+    at: tuple[int, int, int, int],
+    xp: Any,
+) -> tuple[Any, Any]:
+    """Recompute one block of weights and pull its cotangent back to the inner products."""
+    level, delta = row
+    zero = xp.zeros_like(s)
+    if c.weight == "features":
+        seen = o.visibility.block(*at)
+        inverse = xp.where(level == -xp.inf, xp.zeros_like(level), xp.exp(-level))
+        w = s if seen is None else xp.where(seen, s, zero)
+        ds = (dp - delta) * inverse
+        return w * inverse, ds if seen is None else xp.where(seen, ds, zero)
+    logits = log_weight(c, s, o, *at, xp=xp)
+    p = xp.exp(logits - finite(level, xp))
+    p = xp.where(level == -xp.inf, zero, p)
+    # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
+    none = p == 0
+    dlogit = xp.where(none, zero, p * (dp - delta))
+    if o.key_bias is not None:
+        steps.add("key_bias", at[2], xp.sum(dlogit, axis=-2)[..., None])
+    if o.bias is not None:
+        steps.add_bias(at, dlogit)
+    if c.expression is None:
+        return p, c.scale * dlogit
+    arguments = {"s": s, **o.values}
+    for name in o.values:
+        slope = c.expression.derivative(name)(arguments, xp)
+        steps.add_value(name, xp.where(none, zero, dlogit * slope))
+    slope = c.expression.derivative("s")(arguments, xp)
+    return p, xp.where(none, zero, dlogit * slope)
+
+
+class _Cotangents:
+    """Cotangents gathered block by block on the grid of blocks, without writing in place."""
+
+    def __init__(self, o: Operands, xp: Any) -> None:
+        self.o, self.xp = o, xp
+        self.dq: list[Any] = []
+        self.keys: dict[str, dict[int, Any]] = {"k": {}, "v": {}, "key_bias": {}}
+        self.bias: dict[tuple[int, int], Any] = {}
+        self.values: dict[str, Any] = {n: xp.zeros_like(v) for n, v in o.values.items()}
+
+    def add(self, name: str, first: int, block: Any) -> None:
+        """Add to the keys from `first`, summing over the queries that share a key head."""
+        block = self.xp.sum(block, axis=-3)
+        parts = self.keys[name]
+        parts[first] = parts[first] + block if first in parts else block
+
+    def add_bias(self, at: tuple[int, int, int, int], block: Any) -> None:
+        """Add a block of the bias's cotangent."""
+        b = self.o.bias
+        rows, keys = b.shape[-2] != 1, b.shape[-1] != 1
+        shape = (*b.shape[:-2], block.shape[-2] if rows else 1, block.shape[-1] if keys else 1)
+        place = (at[0] if rows else 0, at[2] if keys else 0)
+        part = sum_to(block, shape, xp=self.xp)
+        self.bias[place] = self.bias[place] + part if place in self.bias else part
+
+    def add_value(self, name: str, block: Any) -> None:
+        """Add to the cotangent of a scalar per head."""
+        self.values[name] = self.values[name] + sum_to(block, self.values[name].shape, xp=self.xp)
+
+    def result(self, query_block: int, key_block: int) -> dict[str, Any]:
+        """Put the parts together; a block that nobody saw is zero."""
+        o, xp = self.o, self.xp
+        grads = dict(self.values)
+        grads["q"] = xp.concat(self.dq, axis=-2) if self.dq else xp.zeros_like(o.q)
+        grid = blocks(0, o.k.shape[-2], key_block)
+        for name, like in (("k", o.k), ("v", o.v), ("key_bias", o.key_bias)):
+            if like is None:
+                continue
+            column = name == "key_bias"
+            target = like[..., None] if column else like
+            parts = [self.keys[name].get(a, xp.zeros_like(target[..., a:b, :])) for a, b in grid]
+            total = xp.concat(parts, axis=-2) if parts else xp.zeros_like(target)
+            grads[name] = total[..., 0] if column else total
+        if o.bias is not None:
+            grads["bias"] = self._bias(query_block, key_block)
+        return grads
+
+    def _bias(self, query_block: int, key_block: int) -> Any:
+        xp, b = self.xp, self.o.bias
+        strips = []
+        for start, stop in blocks(0, b.shape[-2], query_block):
+            row = [
+                self.bias.get((start, first), xp.zeros_like(b[..., start:stop, first:last]))
+                for first, last in blocks(0, b.shape[-1], key_block)
+            ]
+            strips.append(xp.concat(row, axis=-1) if row else b[..., start:stop, :])
+        return xp.concat(strips, axis=-2) if strips else xp.zeros_like(b)

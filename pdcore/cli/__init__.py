@@ -1,0 +1,3 @@
+"""The console script ``pdcore``."""
+
+from __future__ import annotations

@@ -1,0 +1,122 @@
+"""What `pdcore.explain` returns: a call's plan, its backend, and every other one's reasons."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..backend import Request
+from ..lowering import Plan
+from ..plugins import load_backend
+from ..spec import AttentionSpec
+from .selection import Named, in_words, reasons, resolve, table
+
+__all__ = ["Explanation", "explain_request"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a call would run; ``print`` it, or take `to_dict`.
+
+    Attributes
+    ----------
+    spec : AttentionSpec
+    request : Request
+        The call, without its values.
+    backend : str or None
+        The chosen backend, None where none runs.
+    source : str
+        Who chose: ``"backend= in the call"``, ``"use_backend"``, ``"PDCORE_BACKEND"`` or ``"the
+        arrays' library"``.
+    plan : Plan or None
+        What the spec was lowered to, as any backend can run it.
+    steps : tuple of str
+        What the backend does, in order: the plan's steps, and those of the backend's own `fuse`.
+    reasons : dict of str to list of str
+        For every backend, why it cannot run the call; an empty list means that it can.
+    """
+
+    spec: AttentionSpec
+    request: Request
+    backend: str | None
+    source: str
+    plan: Plan | None
+    steps: tuple[str, ...]
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [str(self.spec), f"  {in_words(self.spec)}", f"  {self.request}"]
+        if self.plan is not None:
+            lines.append("plan")
+            steps = (*self.steps, f"sums, statistics and h in {self.plan.accumulate}")
+            lines += [f"  {number}. {step}" for number, step in enumerate(steps, 1)]
+        lines.append(f"backend: {self.backend or 'none'}, by {self.source}")
+        others = {name: why for name, why in self.reasons.items() if name != self.backend}
+        if others:
+            lines.append(table(others))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as plain values, ready for JSON."""
+        request = self.request._asdict()
+        return {
+            "spec": str(self.spec),
+            "request": _plain(request | {"spec": str(self.spec)}),
+            "backend": self.backend,
+            "source": self.source,
+            "plan": None if self.plan is None else _plan(self.plan) | {"steps": list(self.steps)},
+            "reasons": {name: list(why) for name, why in self.reasons.items()},
+        }
+
+
+def explain_request(
+    request: Request, choice: Named = None, plan: Plan | None = None
+) -> Explanation:
+    """Explain a request by the predicate that dispatch uses.
+
+    Parameters
+    ----------
+    request : Request
+        The call, without its values.
+    choice : str, sequence of str, Choice or None
+        The call's ``backend=``, or what it was resolved to.
+    plan : Plan, optional
+        What the spec was lowered to.
+
+    Raises
+    ------
+    ValueError
+        When the choice names no backend.
+    """
+    resolved, found = resolve(choice, request.library), reasons(request, choice)
+    runs = (candidate.name for candidate in resolved.candidates if not found[str(candidate)])
+    name = next(runs, None)
+    steps: tuple[str, ...] = ()
+    if plan is not None:
+        steps = (plan if name is None else load_backend(name).fuse(plan, request)).steps
+    return Explanation(request.spec, request, name, resolved.source, plan, steps, found)
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    contraction = {f: getattr(plan.contraction, f) for f in plan.contraction.__dataclass_fields__}
+    if contraction.get("expression") is not None:
+        contraction["expression"] = str(contraction["expression"])
+    summary = plan.summary
+    return {
+        "groups": [asdict(group) | {"heads": list(group.heads)} for group in plan.groups],
+        "pool": plan.pool,
+        "statistics": None if summary is None else type(summary.statistics).__name__,
+        "scope": None if summary is None else summary.scope,
+        "transforms": [type(transform).__name__ for transform in plan.transforms],
+        "contraction": {"kind": type(plan.contraction).__name__.lower()} | contraction,
+        "normaliser": plan.normaliser,
+        "accumulate": plan.accumulate,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

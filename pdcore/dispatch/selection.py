@@ -1,0 +1,382 @@
+"""Which backend runs a call, and why not the others.
+
+The order of choice: ``backend=`` in the call, `use_backend`, the variable ``PDCORE_BACKEND``, and
+else the library of the arrays, whose built-in backend comes before any third party's. A single
+backend chosen by name runs the call or raises; a list of names falls back in its order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from functools import lru_cache
+from typing import NamedTuple
+
+from ..backend import Backend, Request
+from ..errors import NoBackendError, UnsupportedError, nearest
+from ..plugins import registry as plugins
+from ..spec import AttentionSpec, Batch, Exponential, Identity
+
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Selection",
+    "ambient",
+    "choose",
+    "reasons",
+    "resolve",
+    "select",
+    "use_backend",
+]
+
+VARIABLE = "PDCORE_BACKEND"
+
+
+class Candidate(NamedTuple):
+    """A backend to try, and the device it was named with: ``"torch:cuda"``."""
+
+    name: str
+    device: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.device is None else f"{self.name}:{self.device}"
+
+
+class Choice(NamedTuple):
+    """The candidates of a call, in the order in which they are tried.
+
+    Attributes
+    ----------
+    candidates : tuple of Candidate
+    explicit : bool
+        Whether someone named them; else they are the backends of the arrays' library.
+    source : str
+        Who: ``"backend= in the call"``, ``"use_backend"``, ``"PDCORE_BACKEND"`` or ``"the
+        arrays' library"``.
+    """
+
+    candidates: tuple[Candidate, ...]
+    explicit: bool
+    source: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The backends' names."""
+        return tuple(candidate.name for candidate in self.candidates)
+
+
+class Selection(NamedTuple):
+    """The outcome of a choice.
+
+    Attributes
+    ----------
+    backend : Backend
+        It does not refuse the request.
+    device : str or None
+        Where it was asked to run, if the arrays are elsewhere.
+    source : str
+        As in `Choice`.
+    """
+
+    backend: Backend
+    device: str | None
+    source: str
+
+
+Named = str | Sequence[str] | Choice | None
+
+_chosen: ContextVar[tuple[Candidate, ...] | None] = ContextVar("pdcore_backend", default=None)
+
+
+@contextmanager
+def use_backend(choice: str | Sequence[str] | None) -> Iterator[None]:
+    """Choose the backend of all calls in a ``with`` block.
+
+    The choice is a context variable: asyncio tasks inherit it, new threads do not. Enter the
+    block in the thread, or run the thread's function by ``contextvars.copy_context().run``.
+
+    Parameters
+    ----------
+    choice : str, sequence of str or None
+        A name, with a device if wanted (``"torch"``, ``"torch:cuda"``); a list of them, tried
+        in order; None takes back the choice of a surrounding block.
+
+    Raises
+    ------
+    ValueError
+        When no backend has such a name.
+
+    Examples
+    --------
+    >>> with use_backend("numpy"):
+    ...     resolve(None, "numpy").source
+    'use_backend'
+    """
+    token = _chosen.set(None if choice is None else _named(choice, "use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+#: The choice that no one made: the backends of whatever library the arrays have.
+BY_LIBRARY = Choice((), False, "the arrays' library")
+
+
+def ambient() -> Choice | None:
+    """Give the choice that `use_backend` or ``PDCORE_BACKEND`` makes now, None for none."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return Choice(chosen, True, "use_backend")
+    text = os.environ.get(VARIABLE)
+    if text and not text.isspace():
+        return Choice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
+    return None
+
+
+def resolve(choice: Named, library: str) -> Choice:
+    """Find out which backends a call may use.
+
+    Parameters
+    ----------
+    choice : str, sequence of str, Choice or None
+        The call's ``backend=``, or what it was resolved to before.
+    library : str
+        The library of the arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When the choice is no name or list of names, or names no backend.
+    """
+    if isinstance(choice, Choice):
+        return choice if choice.explicit else _default(plugins.candidates(library))
+    if choice is not None:
+        return Choice(_named(choice, "backend= in the call"), True, "backend= in the call")
+    return ambient() or _default(plugins.candidates(library))
+
+
+def select(request: Request, choice: Named = None) -> Backend:
+    """Give the first candidate that does not refuse a request.
+
+    Parameters
+    ----------
+    request : Request
+        The call, without its values.
+    choice : str, sequence of str, Choice or None
+        As in `resolve`.
+
+    Raises
+    ------
+    ValueError
+        When the choice names no backend.
+    UnsupportedError
+        When a single backend was named and refuses; no other is tried.
+    NoBackendError
+        When a single backend was named and is not installed or does not load; or when there
+        is no candidate that runs. It carries everyone's reasons.
+    """
+    return choose(request, choice).backend
+
+
+def choose(request: Request, choice: Named = None) -> Selection:
+    """Do what `select` does, and say also where the backend was asked to run, and by whom."""
+    resolved = resolve(choice, request.library)
+    for candidate in resolved.candidates:
+        backend, refused = _judge(candidate, request)
+        if backend is not None and not refused:
+            device = candidate.device
+            if device is None or _on(request.device, device):
+                return Selection(backend, None, resolved.source)
+            return Selection(backend, device, resolved.source)
+    raise _failure(request, resolved)
+
+
+def reasons(request: Request, choice: Named = None) -> dict[str, list[str]]:
+    """Say why each backend cannot run a request, by the predicate of `select`.
+
+    Parameters
+    ----------
+    request : Request
+        The call, without its values.
+    choice : str, sequence of str, Choice or None
+        As in `resolve`; backends that it names are asked about the arrays of any library.
+
+    Returns
+    -------
+    dict of str to list of str
+        For every declared backend and every broken or disabled plugin; empty lists mean that
+        the backend can run. Those of other libraries than the arrays' are not imported to ask,
+        unless they are named.
+    """
+    return _reasons(request, resolve(choice, request.library))
+
+
+def in_words(spec: AttentionSpec) -> str:
+    """Describe a spec as error messages do."""
+    kernel = spec.kernel
+    given = [
+        f"{f.name} {getattr(kernel, f.name)}"
+        for f in fields(kernel)  # type: ignore[arg-type]
+        if getattr(kernel, f.name) != f.default
+    ]
+    name = "exponential" if isinstance(kernel, Exponential) else kernel.word
+    parts = [f"{name} kernel" + (f" ({', '.join(given)})" if given else "")]
+    if spec.normaliser != "sum":
+        parts.append(f"h({spec.normaliser})")
+    if isinstance(spec.normalization, Batch):
+        over = spec.normalization.statistics
+        parts.append(f"{'batch' if over == 'sequence' else f'batch ({over})'} normalization")
+    elif not isinstance(spec.normalization, Identity):
+        parts.append(f"{spec.normalization.word} normalization")
+    if spec.heads.scales:
+        first = ", the first key of a window" if spec.heads.pool == "first" else ""
+        parts.append(f"heads ({', '.join(map(str, spec.heads.scales))}){first}")
+    if spec.support.causal:
+        parts.append("causal")
+    if (spec.support.left, spec.support.right) != (float("inf"), float("inf")):
+        parts.append(f"window ({spec.support.left}, {spec.support.right})")
+    return ", ".join(parts)
+
+
+def table(reasons_by_name: dict[str, list[str]]) -> str:
+    """Set reasons in lines, one for each backend, aligned."""
+    width = max((len(name) for name in reasons_by_name), default=0) + 1
+    return "\n".join(
+        f"  {name + ':':<{width}} {'; '.join(why) or 'can run'}"
+        for name, why in reasons_by_name.items()
+    )
+
+
+@lru_cache(maxsize=256)
+def _default(names: tuple[str, ...]) -> Choice:
+    return Choice(tuple(Candidate(name) for name in names), False, "the arrays' library")
+
+
+def _named(choice: object, source: str) -> tuple[Candidate, ...]:
+    if isinstance(choice, str):
+        named = _parsed((choice,), source)
+    elif isinstance(choice, Sequence) and all(isinstance(text, str) for text in choice):
+        named = _parsed(tuple(choice), source)
+    else:
+        raise TypeError(
+            f"{source}: got {choice!r}, expected a backend's name such as 'torch' or "
+            "'torch:cuda', or a list of names"
+        )
+    for name, _ in named:
+        if not plugins.is_known(name):
+            raise ValueError(
+                f"{source}: unknown backend {name!r}; {nearest(name, plugins.registered())}"
+                + (f"; failed to load: {', '.join(plugins.broken)}" if plugins.broken else "")
+            )
+    return named
+
+
+@lru_cache(maxsize=256)
+def _parsed(texts: tuple[str, ...], source: str) -> tuple[Candidate, ...]:
+    named = []
+    for text in texts:
+        name, colon, device = text.strip().partition(":")
+        if not name or (colon and not device):
+            raise ValueError(
+                f"{source}: got {text!r}, expected a backend's name such as 'torch' or 'torch:cuda'"
+            )
+        named.append(Candidate(name, device or None))
+    if not named:
+        raise ValueError(f"{source}: got an empty list, expected the name of a backend")
+    return tuple(named)
+
+
+def _on(device: str, wanted: str) -> bool:
+    """Whether a device is the wanted one: ``"cuda:1"`` is ``"cuda"``, but not ``"cuda:0"``."""
+    return device == wanted or device.partition(":")[0] == wanted
+
+
+def _judge(candidate: Candidate, request: Request) -> tuple[Backend | None, list[str]]:
+    """Ask one backend about one request: it runs if it is there and gives no reasons.
+
+    Returns
+    -------
+    backend : Backend or None
+        None when it cannot be used at all: not installed, or it failed.
+    reasons : list of str
+    """
+    name, device = candidate
+    try:
+        backend = plugins.load_backend(name)
+    except NoBackendError as error:
+        return None, error.reasons[name]
+    if device is not None and not _on(request.device, device):
+        kind = device.partition(":")[0]
+        if kind not in backend.info.devices:
+            return backend, [f"device {device}: runs on {', '.join(backend.info.devices)}"]
+        request = request._replace(device=device)
+    library = backend.info.library
+    if library != request.library:
+        if type(backend).exchange is Backend.exchange:
+            return backend, [f"takes {library} arrays only, got {request.library}"]
+        request = request._replace(library=library)
+    try:
+        refused: object = backend.refusals(request)
+    except Exception as error:  # noqa: BLE001 - one backend's defect must not hide the others
+        text = " ".join(str(error).split())
+        return None, [f"its refusals() raised {type(error).__name__}: {text}"]
+    if not isinstance(refused, list):
+        return None, [f"its refusals() returned {type(refused).__name__}, expected a list of str"]
+    return backend, refused
+
+
+def _reasons(request: Request, resolved: Choice) -> dict[str, list[str]]:
+    found = {}
+    if resolved.explicit:
+        found = {str(c): _judge(c, request)[1] for c in resolved.candidates}
+    named = set(resolved.names) if resolved.explicit else set()
+    for name, info in plugins.registered().items():
+        if name in named:
+            continue
+        unavailable = plugins.unavailable_reason(info)
+        if unavailable is not None:
+            found[name] = [unavailable]
+        elif info.library != request.library:
+            why = f"takes {info.library} arrays, others only if named (backend={name!r})"
+            found[name] = [why]
+        else:
+            found[name] = _judge(Candidate(name), request)[1]
+    for name, failure in plugins.broken.items():
+        if name not in named:
+            found[_free(name, failure.distribution, found)] = [f"failed to load: {failure}"]
+    for name, why in plugins.disabled.items():
+        if name not in named:
+            found[_free(name, "disabled", found)] = [why]
+    return found
+
+
+def _free(name: str, owner: str, taken: dict[str, list[str]]) -> str:
+    # A plugin's name need not be its backend's, so it may be that of another's backend.
+    return name if name not in taken else f"{name} ({owner})"
+
+
+def _failure(request: Request, resolved: Choice) -> Exception:
+    """Make the error for a request that no candidate runs."""
+    about = f"  {request}"
+    if resolved.explicit and len(resolved.candidates) == 1:
+        candidate = resolved.candidates[0]
+        backend, why = _judge(candidate, request)
+        end = (
+            f"{in_words(request.spec)}: {'; '.join(why)}\n{about}\n"
+            f"  no other backend is tried, because {str(candidate)!r} was named by "
+            f"{resolved.source}"
+        )
+        if backend is None:
+            return NoBackendError(f"backend {candidate} cannot run {end}", {str(candidate): why})
+        return UnsupportedError(f"backend {candidate} does not support {end}")
+    found = _reasons(request, resolved)
+    if resolved.explicit:
+        for name in found.keys() - {str(c) for c in resolved.candidates}:
+            found[name] = found[name] or [f"not named by {resolved.source}"]
+    return NoBackendError(
+        f"no backend can run {in_words(request.spec)}\n{about}\n{table(found)}", found
+    )

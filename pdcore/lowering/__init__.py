@@ -1,0 +1,41 @@
+"""From a spec to a `Plan`, by exact rewrites."""
+
+from __future__ import annotations
+
+from .plan import Features, Group, Plan, Scores, Summary, Transform
+from .rewrites import Signature, lower
+from .transforms import (
+    FeatureRows,
+    Fold,
+    GaussianRows,
+    Normalize,
+    Pullback,
+    Rows,
+    UnitRows,
+    add_into,
+    central,
+    first_real,
+    sum_to,
+)
+
+__all__ = [
+    "FeatureRows",
+    "Features",
+    "Fold",
+    "GaussianRows",
+    "Group",
+    "Normalize",
+    "Plan",
+    "Pullback",
+    "Rows",
+    "Scores",
+    "Signature",
+    "Summary",
+    "Transform",
+    "UnitRows",
+    "add_into",
+    "central",
+    "first_real",
+    "lower",
+    "sum_to",
+]

@@ -1,0 +1,198 @@
+"""Lower a spec to a plan by exact rewrites.
+
+Every rewrite here is an identity; `tests/test_lowering.py` holds each against the oracle
+beside a planted wrong variant.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ..errors import UnsupportedError
+from ..spec import (
+    AttentionSpec,
+    Batch,
+    Cosine,
+    Exponential,
+    FeatureMap,
+    Gaussian,
+    Identity,
+    KeySet,
+    PointwiseKernel,
+    default_scale,
+)
+from .plan import Features, Group, Plan, Scores, Summary, Transform
+from .transforms import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
+
+__all__ = ["Signature", "lower"]
+
+
+class Signature(NamedTuple):
+    """What a plan depends on besides the spec; no sequence lengths.
+
+    Attributes
+    ----------
+    dim : int
+        D.
+    heads : int
+        The number of key heads.
+    dtype : str
+        Of q, k and v.
+    masked : bool
+        Whether the call has a `mask`.
+    """
+
+    dim: int
+    heads: int
+    dtype: str
+    masked: bool = False
+
+
+def lower(spec: AttentionSpec, signature: Signature) -> Plan:
+    """Lower a spec.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+        What to compute.
+    signature : Signature
+        The call's feature count, heads and dtype, and whether it has a mask.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    ValueError
+        When the spec has another number of scales than the call has key heads.
+    """
+    scales = spec.heads.scales
+    if scales and len(scales) != signature.heads:
+        raise ValueError(
+            f"spec: {len(scales)} scales in {spec}, expected one for each of the "
+            f"{signature.heads} key heads of k"
+        )
+    groups = tuple(Group(*g) for g in spec.heads.groups(signature.heads))
+    steps = [
+        f"heads {list(g.heads)}: keys and values pooled ({spec.heads.pool}) over windows of "
+        f"{g.scale}"
+        for g in groups
+        if g.scale > 1
+    ]
+    summary = _summary(spec, steps)
+    transforms, contraction = _contraction(spec, signature, steps)
+    if spec.normaliser != "sum":
+        steps.append(
+            "h(count): out exp(L - log n)" if spec.normaliser == "count" else "h(one): out exp(L)"
+        )
+    return Plan(
+        spec=spec,
+        groups=groups,
+        pool=spec.heads.pool,
+        summary=summary,
+        transforms=transforms,
+        contraction=contraction,
+        normaliser=spec.normaliser,
+        accumulate="float32" if signature.dtype in ("float16", "bfloat16") else signature.dtype,
+        steps=tuple(steps),
+    )
+
+
+def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
+    statistics = spec.normalization.statistics_state()
+    if statistics is None:
+        return None
+    scope = "sequence"
+    if isinstance(spec.normalization, Batch):
+        scope = spec.normalization.statistics
+    if type(statistics) is KeySet:
+        steps.append("statistics: none; the keys of the sequence are kept as they are")
+        return Summary(statistics, scope)
+    over = {
+        "sequence": "the real keys of the sequence",
+        "batch": "the real keys of all sequences of the call",
+        "prefix": "the real keys up to each position",
+    }
+    name = re.sub(r"(?<!^)(?=[A-Z])", " ", type(statistics).__name__).lower()
+    steps.append(f"statistics: {name} over {over[scope]}")
+    return Summary(statistics, scope)
+
+
+def _contraction(
+    spec: AttentionSpec, signature: Signature, steps: list[str]
+) -> tuple[tuple[Transform, ...], Scores | Features]:
+    kernel, normalization = spec.kernel, spec.normalization
+    transforms: list[Transform] = []
+    if isinstance(normalization, Batch) and spec.plain_exponential:
+        assert isinstance(kernel, Exponential)
+        scale = default_scale(kernel.scale, signature.dim)
+        # float16 cannot hold (q - beta mu) / (var + eps): its range ends at 65,504.
+        split = signature.dtype == "float16" and not spec.prefix
+        counted = normalization.statistics in ("sequence", "batch")
+        closed = counted or (spec.prefix and spec.support.ahead == 0)
+        transforms.append(Fold(normalization, scale, split, closed))
+        centre = "the first real key" if spec.prefix else "mu"
+        steps.append(
+            f"fold: q' = (q - beta mu) / {'sigma' if split else 'sigma^2'}, "
+            f"k' = (k - c){' / sigma' if split else ''}, c = {centre}; "
+            "the row constant tau q'.(c - beta mu) goes to L"
+        )
+        if spec.prefix and signature.dtype in ("float16", "bfloat16"):
+            steps.append(
+                f"{signature.dtype} rows are computed in float32: q' of a short prefix "
+                "leaves its range"
+            )
+        steps.append(f"scores: log kappa = {scale:.6g} q'.k'")
+        return tuple(transforms), Scores(scale=scale)
+    if not isinstance(normalization, Identity):
+        transforms.append(Normalize(normalization))
+        steps.append(normalization.step())
+    if isinstance(kernel, Gaussian):
+        transforms.append(GaussianRows(kernel.gamma))
+        steps.append(
+            "gaussian: log kappa = 2 gamma q'.k' + key bias (-gamma |k'|^2) + row "
+            "constant (-gamma |q'|^2), after a common shift"
+        )
+        return tuple(transforms), Scores(scale=2.0 * kernel.gamma)
+    if isinstance(kernel, Cosine):
+        transforms.append(UnitRows())
+        steps.append(f"cosine: unit rows; scores: log kappa = {kernel.scale:.6g} q'.k'")
+        return tuple(transforms), Scores(scale=kernel.scale)
+    if isinstance(kernel, FeatureMap):
+        transforms.append(FeatureRows(kernel))
+        return tuple(transforms), _features(spec, kernel, signature, steps)
+    if not isinstance(kernel, PointwiseKernel):
+        raise UnsupportedError(
+            f"{kernel.word}: no formula, as {type(kernel).__name__} is neither a PointwiseKernel "
+            "nor a FeatureMap"
+        )
+    if spec.plain_exponential:
+        assert isinstance(kernel, Exponential)
+        scale = default_scale(kernel.scale, signature.dim)
+        inner = "q'.k'" if transforms else "q.k"
+        steps.append(f"scores: log kappa = {scale:.6g} {inner}")
+        return tuple(transforms), Scores(scale=scale)
+    expression = kernel.expression(signature.dim)
+    steps.append(f"scores: log kappa = {expression} with s = q'.k'")
+    return tuple(transforms), Scores(expression=expression)
+
+
+def _features(
+    spec: AttentionSpec, kernel: FeatureMap, signature: Signature, steps: list[str]
+) -> Scores | Features:
+    window = spec.support.left != float("inf") or (
+        spec.support.right != float("inf") and not spec.support.causal
+    )
+    if signature.masked or window:
+        why = "a mask" if signature.masked else "a window"
+        steps.append(
+            f"features under {why} run as scores with weights phi(q).phi(k), O(N M): "
+            "differences of prefix sums would cancel"
+        )
+        weight = "log_features" if kernel.log_domain else "features"
+        return Scores(weight=weight, signed=kernel.signed)
+    causal = " by prefix sums over chunks" if spec.support.causal else ""
+    steps.append(f"features: phi(q).sum phi(k) v, O(N + M){causal}")
+    return Features(kernel, log=kernel.log_domain, signed=kernel.signed)

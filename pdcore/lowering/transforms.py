@@ -1,0 +1,322 @@
+"""The transforms of a plan: array calls from (state, params, rows) to rows.
+
+Each returns its result and a pullback, so one piece of code states a step and its gradient.
+Frameworks with automatic differentiation ignore the pullback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..arrays import held
+from ..spec import Batch, FeatureMap, Normalization
+
+__all__ = ["FeatureRows", "Fold", "GaussianRows", "Normalize", "Pullback", "Rows", "UnitRows"]
+
+
+class Rows(NamedTuple):
+    """Queries and keys on their way into a contraction; also a cotangent of them.
+
+    Attributes
+    ----------
+    q : array (*B, H, R, D)
+        Query rows; R = G N, the queries of the G heads that share a key head.
+    k : array (*B, H, M, D)
+        Keys.
+    key_bias : array (*B, H, M) or None
+        Added to log kappa of a key.
+    row_constant : array (*B, H, R) or None
+        Added to log kappa of a row; it cancels in the output and is added back to L.
+    key_mask : bool array (*B, 1, M) or None
+        True for a real key.
+    fold : object or None
+        What a backend's own transform leaves for its contraction to do to the queries.
+    """
+
+    q: Any
+    k: Any
+    key_bias: Any = None
+    row_constant: Any = None
+    key_mask: Any = None
+    fold: Any = None
+
+
+Gradients = Mapping[str, Any]
+Pullback = Callable[[Rows], tuple[Rows, Gradients, Gradients]]
+
+
+def sum_to(x: Any, shape: tuple[int, ...], *, xp: Any) -> Any:
+    """Sum a broadcast cotangent back to the shape that was broadcast."""
+    extra = x.ndim - len(shape)
+    if extra:
+        x = xp.sum(x, axis=tuple(range(extra)))
+    axes = tuple(
+        a
+        for a, (have, want) in enumerate(zip(x.shape, shape, strict=True))
+        if want == 1 and have != 1
+    )
+    return xp.sum(x, axis=axes, keepdims=True) if axes else x
+
+
+def add_into(total: dict[str, Any], more: Gradients) -> dict[str, Any]:
+    """Accumulate cotangents by name."""
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value
+    return total
+
+
+def shapes_of(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Remember shapes, for `sum_to`."""
+    return {name: tuple(value.shape) for name, value in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """T applied to queries and keys.
+
+    Attributes
+    ----------
+    normalization : Normalization
+        T.
+    """
+
+    normalization: Normalization
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform; see `Rows`."""
+        t = self.normalization
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            grads = []
+            dstate: dict[str, Any] = {}
+            dparams: dict[str, Any] = {}
+            for x, dx, pull in ((rows.q, d.q, t.apply_vjp), (rows.k, d.k, t.apply_keys_vjp)):
+                grad, ds, dp = pull(x, state, dx, xp=xp, params=params)
+                grads.append(grad)
+                add_into(dstate, {n: sum_to(g, state[n].shape, xp=xp) for n, g in ds.items()})
+                add_into(dparams, {n: sum_to(g, params[n].shape, xp=xp) for n, g in dp.items()})
+            return Rows(*grads), dstate, dparams
+
+        q = t.apply(rows.q, state, xp=xp, params=params)
+        k = t.apply_keys(rows.k, state, xp=xp, params=params)
+        return rows._replace(q=q, k=k), pullback
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Attention-BN with the exponential kernel, folded: softmax attention of other queries.
+
+    tau T(q).T(k) = tau q'.(k - c) + tau q'.(c - beta mu) with q' = (q - beta mu) / (var + eps);
+    the second term is constant along the row. Any shift c gives the same value. c = mu keeps
+    k - c small where |mu| >> sigma. With prefix statistics c may depend on nothing later than
+    the row, so it is the first real key, which satisfies |c - mu_p| <= sqrt(n_p) sigma_p for
+    every row p that sees it.
+
+    Attributes
+    ----------
+    batch : Batch
+        The normalization.
+    scale : float
+        tau.
+    split : bool
+        Divide both sides by sigma instead of the query by sigma^2, whose q' float16 cannot hold.
+    closed : bool
+        Whether a row sees only keys that its statistics count. Then a row that counts one key has
+        k - c = 0 for all that it sees, and the contraction gets q' = 0: its own q', divided by eps
+        alone, would multiply the rounding of the weights' cotangent.
+    """
+
+    batch: Batch
+    scale: float
+    split: bool = False
+    closed: bool = False
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform; see `Rows`."""
+        given = params if self.batch.statistics == "running" else state
+        mean, beta = given["mean"], self.batch.weight(params)
+        inverse = 1.0 / (given["var"] + self.batch.eps)
+        shift = self.first(rows, xp=xp) if self.batch.statistics == "prefix" else mean
+        centre, centred = beta * mean, rows.k - shift
+        root: Any = xp.sqrt(inverse) if self.split else None
+        folded = (rows.q - centre) * (root if self.split else inverse)
+        k = centred * root if self.split else centred
+        gap = self.scale * (shift - centre)
+        if self.split:
+            gap = gap * root
+        constant = xp.sum(folded * gap, axis=-1)
+        several = state["n"] > 1 if self.closed else None
+        seen = folded if several is None else xp.where(several, folded, xp.zeros_like(folded))
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            # c is held fixed: the value does not depend on it. But where q' = 0 was put in the
+            # contraction, c = mu is all there is of the key.
+            drow = d.row_constant[..., None]
+            dq = d.q if several is None else xp.where(several, d.q, xp.zeros_like(d.q))
+            dq = dq + drow * gap
+            factor = root if self.split else inverse
+            dcentre = sum_to(-dq * factor, mean.shape, xp=xp)
+            pull = self.scale * root if self.split else self.scale
+            dcentre = dcentre - sum_to(drow * folded * pull, mean.shape, xp=xp)
+            dfactor = sum_to(dq * (rows.q - centre), mean.shape, xp=xp)
+            dk = d.k
+            if self.split:
+                dfactor = dfactor + sum_to(d.k * centred, mean.shape, xp=xp)
+                dfactor = dfactor + sum_to(
+                    drow * folded * (self.scale * (shift - centre)), mean.shape, xp=xp
+                )
+                dk, dvar = d.k * root, -0.5 * inverse * root * dfactor
+            else:
+                dvar = -inverse * inverse * dfactor
+            dstate: dict[str, Any] = {}
+            dparams: dict[str, Any] = {}
+            if self.batch.statistics != "running":
+                dstate = {"mean": beta * dcentre, "var": dvar}
+                if several is not None:
+                    dshift = xp.where(several, xp.zeros_like(folded), drow * folded * pull)
+                    dstate["mean"] = dstate["mean"] + sum_to(dshift, mean.shape, xp=xp)
+            if self.batch.beta == "param":
+                dparams = {"beta": sum_to(dcentre * mean, params["beta"].shape, xp=xp)}
+            return Rows(dq * factor, dk), dstate, dparams
+
+        return rows._replace(q=seen, k=k, row_constant=constant), pullback
+
+    def first(self, rows: Rows, *, xp: Any) -> Any:
+        """Give the first real key of each head, see `first_real`."""
+        return first_real(rows.k, rows.key_mask, xp=xp)
+
+
+@dataclass(frozen=True)
+class GaussianRows:
+    """-gamma |x - y|^2 as 2 gamma x.y - gamma |y|^2 (key bias) - gamma |x|^2 (row constant).
+
+    A common shift is subtracted first; at a mean of 100 the unshifted form loses four digits in
+    float32.
+
+    Attributes
+    ----------
+    gamma : float
+        As in `pdcore.spec.kernels.Gaussian`.
+    """
+
+    gamma: float
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform; see `Rows`."""
+        shift = self.centre(rows, xp=xp)
+        q, k = (self.points(x - shift, xp=xp) for x in (rows.q, rows.k))
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            # The shift is held fixed: the value does not depend on it.
+            dq = d.q - 2.0 * self.gamma * q * d.row_constant[..., None]
+            dk = d.k - 2.0 * self.gamma * k * d.key_bias[..., None]
+            return Rows(dq, dk), {}, {}
+
+        return Rows(
+            q,
+            k,
+            key_bias=-self.gamma * xp.sum(k * k, axis=-1),
+            row_constant=-self.gamma * xp.sum(q * q, axis=-1),
+            key_mask=rows.key_mask,
+        ), pullback
+
+    def centre(self, rows: Rows, *, xp: Any) -> Any:
+        """Give a point amid the keys of each head, see `central`."""
+        return central(rows.k, rows.key_mask, xp=xp)
+
+    def points(self, x: Any, *, xp: Any) -> Any:
+        """Give the points between which distances are taken, for a backend that rounds them."""
+        return x
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """x / |x|; a zero vector stays zero, with zero gradient."""
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform; see `Rows`."""
+        units, lengths = zip(*(_unit(x, xp) for x in (rows.q, rows.k)), strict=True)
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            grads = [
+                (g - u * xp.sum(u * g, axis=-1, keepdims=True)) * r
+                for u, r, g in zip(units, lengths, (d.q, d.k), strict=True)
+            ]
+            return Rows(*grads), {}, {}
+
+        return rows._replace(q=units[0], k=units[1]), pullback
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """phi(x), or log phi(x) for a feature map in the log domain.
+
+    Attributes
+    ----------
+    kernel : FeatureMap
+        phi.
+    """
+
+    kernel: FeatureMap
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform; see `Rows`."""
+        phi = self.kernel
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            grads = []
+            dparams: dict[str, Any] = {}
+            for x, dx in ((rows.q, d.q), (rows.k, d.k)):
+                grad, dp = phi.features_vjp(x, dx, xp=xp, params=params)
+                grads.append(grad)
+                add_into(dparams, {n: sum_to(g, params[n].shape, xp=xp) for n, g in dp.items()})
+            return Rows(*grads), {}, dparams
+
+        q = phi.features(rows.q, xp=xp, params=params)
+        k = phi.features(rows.k, xp=xp, params=params)
+        return rows._replace(q=q, k=k), pullback
+
+
+def _unit(x: Any, xp: Any) -> tuple[Any, Any]:
+    # Scaled by the largest entry, so that squares neither overflow nor vanish; the inner
+    # `where`s keep automatic differentiation free of NaN at zero vectors.
+    largest = held(xp.max(xp.abs(x), axis=-1, keepdims=True), xp)
+    zero = largest == 0  # not `largest > 0`: a NaN comes through
+    divisor = xp.where(zero, xp.ones_like(largest), largest)
+    scaled = x / divisor
+    square = xp.sum(scaled * scaled, axis=-1, keepdims=True)
+    length = xp.sqrt(xp.where(zero, xp.ones_like(square), square))
+    unit = xp.where(zero, xp.zeros_like(x), scaled / length)
+    return unit, xp.where(zero, xp.zeros_like(length), 1.0 / (length * divisor))
+
+
+def first_real(keys: Any, mask: Any, *, xp: Any) -> Any:
+    """Give the first real key of each head, (*B, H, 1, D); zeros where there is none."""
+    if mask is None or not keys.shape[-2]:
+        return keys[..., :1, :] if keys.shape[-2] else xp.sum(keys, axis=-2, keepdims=True)
+    count = xp.cumulative_sum(xp.astype(mask, xp.int64), axis=-1)
+    chosen = (mask & (count == 1))[..., None]
+    return xp.sum(xp.where(chosen, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
+
+
+def central(keys: Any, mask: Any, *, xp: Any, sample: int = 63) -> Any:
+    """Give a point amid the keys, (*B, H, 1, D): the median of an evenly spaced sample.
+
+    Only conditioning depends on it, so a sample is enough; the median is not moved by an
+    outlier, as the mean would be. A padded key of the sample counts as the mean.
+    """
+    length = keys.shape[-2]
+    if not length:
+        return xp.sum(keys, axis=-2, keepdims=True)
+    step = max(1, length // sample)
+    picked = keys[..., ::step, :]
+    if mask is not None:
+        real = mask[..., None]
+        count = xp.sum(xp.astype(real, keys.dtype), axis=-2, keepdims=True)
+        total = xp.sum(xp.where(real, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
+        mean = total / xp.where(count > 0, count, xp.ones_like(count))
+        picked = xp.where(real[..., ::step, :], picked, mean)
+    middle = picked.shape[-2] // 2
+    return xp.sort(picked, axis=-2)[..., middle : middle + 1, :]

@@ -1,0 +1,213 @@
+"""Finding plugins and reading what one declares; `pdcore.plugins` keeps the result.
+
+Nothing here has state. Every check names what is wrong in a `PluginError`, so that an author
+reads one line instead of a traceback of the host.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import (
+    Distribution,
+    EntryPoint,
+    EntryPoints,
+    distributions,
+    entry_points,
+)
+from itertools import chain
+from typing import Any, NamedTuple
+
+import pluggy
+
+from ..backend import SPEC_VERSION, BackendInfo
+from ..errors import PluginError, nearest
+from . import hookspecs
+
+__all__ = ["Declared", "Owner", "check", "find", "new_manager", "read"]
+
+GROUP = "pdcore"
+HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("pdcore_"))
+
+# Found without an installed distribution too, so that a source tree works as it is.
+_BUILT_IN = {
+    **{name: f"pdcore_backends.{name}" for name in ("numpy", "strict", "torch", "jax", "cupy")},
+    "normalizations": "pdcore.plugins.builtin_normalizations",
+}
+
+
+class Owner(NamedTuple):
+    """The distribution that ships a plugin."""
+
+    distribution: str
+    version: str
+    built_in: bool = False
+
+    def __str__(self) -> str:
+        return f"distribution {self.distribution} {self.version}"
+
+
+class Declared(NamedTuple):
+    """What the hooks of one plugin gave."""
+
+    backends: list[BackendInfo]
+    kernels: list[type]
+    normalizations: list[type]
+    known_failures: Callable[[str], Any] | None
+
+
+def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]]:
+    """List the entry points: the distribution pdcore's first, then the others by name.
+
+    Returns
+    -------
+    found : list of (EntryPoint, Owner)
+    unreadable : dict of str to (Owner, Exception)
+        Distributions whose entry points cannot be read, by name.
+    """
+    points: list[EntryPoint] = []
+    unreadable = {}
+    try:
+        points += entry_points(group=GROUP)
+    except Exception:  # noqa: BLE001 - one unreadable distribution, whosever, hides them all
+        readable: dict[str, EntryPoints | tuple[()]] = {}
+        for distribution in distributions():
+            owner = _owner(distribution)
+            # The first of a name on the path is the one that is imported.
+            if owner.distribution not in readable:
+                try:
+                    readable[owner.distribution] = distribution.entry_points.select(group=GROUP)
+                except Exception as error:  # noqa: BLE001 - it is reported
+                    readable[owner.distribution] = ()
+                    unreadable[owner.distribution] = (owner, error)
+        points += chain.from_iterable(readable.values())
+    found = [(point, _owner(point.dist)) for point in points]
+    installed = {point.name for point, owner in found if owner.built_in}
+    # Their parent package is empty, so that looking for them imports nothing.
+    if importlib.util.find_spec("pdcore_backends") is not None:
+        source_tree = Owner(GROUP, "(source tree)", built_in=True)
+        found += [
+            (EntryPoint(name, module, GROUP), source_tree)
+            for name, module in _BUILT_IN.items()
+            if name not in installed and importlib.util.find_spec(module) is not None
+        ]
+    found.sort(key=lambda f: (not f[1].built_in, f[1].distribution.lower(), f[0].name))
+    return found, unreadable
+
+
+def _owner(distribution: Distribution | None) -> Owner:
+    try:
+        name, version = distribution.name, distribution.version  # type: ignore[union-attr]
+    except Exception:  # noqa: BLE001 - metadata that cannot be read has no name
+        name, version = "", ""
+    name = name or "(unknown)"
+    return Owner(name, version or "", re.sub(r"[-_.]+", "-", name).lower() == GROUP)
+
+
+def new_manager() -> pluggy.PluginManager:
+    """Make a plugin manager that knows the hook specifications."""
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def read(manager: pluggy.PluginManager, plugin: Any) -> Declared:
+    """Check the hooks of one registered plugin, call them, and check what they return.
+
+    Not through the manager's relay: it calls all plugins at once, stops at the first exception,
+    and drops a hook that returns None.
+
+    Raises
+    ------
+    PluginError
+        With what is wrong.
+    """
+    results: dict[str, Any] = {}
+    for caller in manager.get_hookcallers(plugin) or ():
+        for hook in caller.get_hookimpls():
+            if hook.plugin is not plugin:
+                continue
+            if caller.name not in HOOKS:
+                if not hook.optionalhook:
+                    raise _unknown(caller.name)
+            elif hook.wrapper or hook.hookwrapper:
+                raise PluginError(f"{caller.name} is a hook wrapper, expected a plain function")
+            elif caller.name == "pdcore_known_failures":
+                results[caller.name] = _by_position(hook)
+            else:
+                results[caller.name] = _call(caller.name, hook.function)
+    for name in _unmarked(manager, plugin):
+        if name in HOOKS:
+            raise PluginError(f"{name} is not decorated with pdcore.plugins.hookspecs.hookimpl")
+        raise _unknown(name)
+    if not results:
+        raise PluginError(f"it implements no hook; known: {', '.join(HOOKS)}")
+    return Declared(
+        _listed(results, "pdcore_backends", BackendInfo, "BackendInfo"),
+        _listed(results, "pdcore_kernels", type, "Kernel classes"),
+        _listed(results, "pdcore_normalizations", type, "Normalization classes"),
+        results.get("pdcore_known_failures"),
+    )
+
+
+def check(info: BackendInfo) -> None:
+    """Check what `BackendInfo` itself does not.
+
+    Raises
+    ------
+    PluginError
+        When it is for another version of the plan contract, or a sequence is a single string.
+    """
+    if info.spec_version != SPEC_VERSION:
+        older = info.spec_version < SPEC_VERSION
+        raise PluginError(
+            f"backend {info.name!r} is written for version {info.spec_version} of the plan "
+            f"contract, this pdcore has version {SPEC_VERSION}: upgrade "
+            f"{'the plugin' if older else 'pdcore'}"
+        )
+    for name in ("requires", "devices"):
+        value = getattr(info, name)
+        if isinstance(value, str):
+            raise PluginError(
+                f"backend {info.name!r}: {name} is {value!r}, expected a sequence such as "
+                f"({value!r},)"
+            )
+
+
+def _unknown(name: str) -> PluginError:
+    return PluginError(f"unknown hook {name!r}; {nearest(name, HOOKS)}")
+
+
+def _call(name: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        raise PluginError(f"{name} raised {type(error).__name__}: {error}") from error
+
+
+def _by_position(hook: pluggy.HookImpl) -> Callable[[str], Any]:
+    # An implementation may leave out the arguments that it does not need.
+    function, count = hook.function, len(hook.argnames)
+    return lambda backend: function(*(backend,)[:count])
+
+
+def _unmarked(manager: pluggy.PluginManager, plugin: Any) -> Iterator[str]:
+    """Find functions that are named like hooks but not decorated: pluggy passes over them."""
+    for name in dir(plugin):
+        if name.startswith("pdcore_") and manager.parse_hookimpl_opts(plugin, name) is None:
+            value = getattr(plugin, name)
+            if callable(value) and not isinstance(value, type):
+                yield name
+
+
+def _listed(results: Mapping[str, Any], hook: str, kind: type, what: str) -> list[Any]:
+    value = results.get(hook, ())
+    if not isinstance(value, (list, tuple)):
+        raise PluginError(f"{hook} returned {type(value).__name__}, expected a list of {what}")
+    for item in value:
+        if not isinstance(item, kind):
+            raise PluginError(
+                f"{hook} returned a list with {type(item).__name__}, expected a list of {what}"
+            )
+    return list(value)

@@ -1,0 +1,153 @@
+"""What there is to choose from, as plain values: backends, presets and the words of a spec."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ..backend import FEATURES
+from ..errors import NoBackendError
+from ..spec import PRESETS, as_spec, kernel_words, normalization_words
+from . import registry as plugins
+
+__all__ = ["list_backends", "list_words", "summary"]
+
+
+def list_backends() -> list[dict[str, Any]]:
+    """Describe every backend, those included that cannot be used here.
+
+    Returns
+    -------
+    list of dict
+        ``name``, ``available``, ``reason`` (None where available), ``library``, ``versions``,
+        ``devices``, ``priority`` and ``capabilities`` by feature. A plugin that is broken or
+        disabled has a name and a reason only. Available backends are loaded, to ask them for
+        versions.
+    """
+    found = []
+    for name, info in plugins.registered().items():
+        reason, versions = plugins.unavailable_reason(info), {}
+        if reason is None:
+            try:
+                versions = plugins.load_backend(name).versions()
+            except NoBackendError as error:
+                reason = "; ".join(error.reasons.get(name, [str(error)]))
+        found.append(
+            _backend(
+                name,
+                reason,
+                library=info.library,
+                versions=versions,
+                devices=list(info.devices),
+                priority=info.priority,
+                capabilities={feature: info.support(feature) for feature in FEATURES},
+            )
+        )
+    failures = {n: f"failed to load: {failure}" for n, failure in plugins.broken.items()}
+    return found + [_backend(n, why) for n, why in {**failures, **plugins.disabled}.items()]
+
+
+def _backend(name: str, reason: str | None, **known: Any) -> dict[str, Any]:
+    nothing: dict[str, Any] = {
+        "library": None,
+        "versions": {},
+        "devices": [],
+        "priority": None,
+        "capabilities": {},
+    }
+    return {"name": name, "available": reason is None, "reason": reason, **nothing, **known}
+
+
+#: The words that set neither kernel nor normalization, with their arguments.
+_OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
+    (
+        "sh",
+        ["scaling"],
+        "head scaling",
+        "each key head fitted on keys pooled over windows of its own scale",
+        [
+            ("scales", "one whole number >= 1 per key head", True, None),
+            ("pool", "mean or first", False, "mean"),
+        ],
+    ),
+    ("causal", [], "support", "keys at positions up to the query's only", []),
+    (
+        "sparse",
+        ["window"],
+        "support",
+        "a window of positions around the query's",
+        [
+            ("left", "a whole number >= 0, or inf", True, None),
+            ("right", "a whole number >= 0, or inf", True, None),
+        ],
+    ),
+    (
+        "h",
+        [],
+        "normaliser",
+        "what the weighted sum is divided by",
+        [("normaliser", "sum, count or one", True, None)],
+    ),
+]
+
+
+def list_words() -> dict[str, list[dict[str, Any]]]:
+    """Describe the presets and the words of the grammar.
+
+    Returns
+    -------
+    dict
+        ``presets``: ``name``, ``spec`` (canonical) and ``meaning``. ``words``: ``word``,
+        ``aliases``, ``axis``, ``meaning`` and ``arguments``: ``name``, ``expects``,
+        ``required`` and ``default``, None where leaving the argument out has a meaning of its
+        own.
+    """
+    presets = [
+        {"name": name, "spec": str(as_spec(name)), "meaning": meaning}
+        for name, meaning in PRESETS.items()
+    ]
+    words = []
+    axes: dict[str, dict[str, Any]] = {
+        "kernel": dict(kernel_words()),
+        "normalization": dict(normalization_words()),
+    }
+    for axis, table in axes.items():
+        for cls in dict.fromkeys(table.values()):
+            words.append(
+                _word(cls.word, list(cls.aliases), axis, summary(cls), list(_arguments(cls)))
+            )
+    words += [_word(*other) for other in _OTHERS]
+    return {"presets": presets, "words": words}
+
+
+def _word(
+    word: str, aliases: list[str], axis: str, meaning: str, arguments: list[Any]
+) -> dict[str, Any]:
+    return {
+        "word": word,
+        "aliases": aliases,
+        "axis": axis,
+        "meaning": meaning,
+        "arguments": [
+            dict(zip(("name", "expects", "required", "default"), argument, strict=True))
+            for argument in arguments
+        ],
+    }
+
+
+def summary(cls: type[Any]) -> str:
+    """Give the first sentence of a class's documentation."""
+    text = inspect.getdoc(cls) or ""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    # A plugin's frozen dataclass without a docstring shows its signature, which says nothing.
+    return "" if paragraph.startswith(f"{cls.__name__}(") else paragraph.rstrip(".")
+
+
+def _arguments(cls: type[Any]) -> Any:
+    for field in fields(cls):
+        if field.init:
+            kinds = [kind.strip() for kind in str(field.type).split("|")]
+            expects = " or ".join(kind for kind in kinds if kind != "None")
+            required = field.default is MISSING
+            yield field.name, expects, required, None if required else field.default

@@ -1,0 +1,308 @@
+"""The specification executed literally: the oracle that every backend is judged by.
+
+Direct formulas in array-API calls, one head at a time, with (N, M) arrays and no rewrites: no
+folding of the normalization into the query, no blocks, no prefix sums. It runs unchanged on any
+array library, also on ``numpy.longdouble``, and is differentiable by a framework's autodiff: no
+in-place writes, no branch on an array's values, and both branches of a `where` are finite
+wherever a gradient could otherwise be NaN. It is never fast.
+
+Notation: B leading axes, N queries, M keys, W keys after pooling, D and Dv features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..spec import AttentionSpec
+from .inputs import Call, prepare, select
+from .kernels import kappa_of, pointwise
+from .normalizations import prefix_inner_products, transform_of
+
+__all__ = ["reference_attention", "reference_weights"]
+
+INF = math.inf
+
+
+def reference_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    offset: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    return_lse: bool = False,
+    round_intermediates: Any = None,
+) -> Any:
+    """Compute an attention by its formulas: f(x) = sum_j v_j kappa(x, k_j) / h(x).
+
+    A NaN or inf reaches exactly the rows that see it: directly, through a pooled key, or through
+    a statistic. 16-bit inputs are computed in float32 and rounded once, at the end. Gradients by
+    a framework's autodiff are those of kappa, and never NaN for finite inputs; the running `mean`
+    and `var` are not detached, which array-API calls cannot say. Matrix products have the
+    precision that the library is set to.
+
+    Parameters
+    ----------
+    q : array (*B, Hq, N, D)
+        Queries, float16, bfloat16, float32, float64 or NumPy's longdouble.
+    k : array (*B, Hkv, M, D)
+        Keys; query head i uses key head ``i // (Hq // Hkv)``.
+    v : array (*B, Hkv, M, Dv)
+        Values.
+    spec : str or AttentionSpec
+        What to compute.
+    mask : bool array broadcastable to (*B, Hq, N, M), optional
+        True where a query may attend to a key; a pooled key needs it for all its real keys.
+    key_mask : bool array (*B, M), optional
+        True for a real key.
+    bias : float array broadcastable to (*B, Hq, N, M), optional
+        Added to log kappa; -inf removes the key, from ``h(count)`` too.
+    offset : int, integer array () or (*B,), or "end"
+        The position of query 0; ``"end"`` puts the last query on the last real key.
+    params : mapping of str to array, optional
+        The arrays that the spec's kernel and normalization declare.
+    return_lse : bool
+        Return log h too.
+    round_intermediates : dtype, optional
+        A 16-bit dtype of the arrays' library. T(q), T(k), the weights kappa / h and the result
+        are rounded to it while sums stay in float32: the least error of an honest 16-bit
+        implementation.
+
+    Returns
+    -------
+    out : array (*B, Hq, N, Dv)
+        In the dtype of `q`. A row without a visible key is zero.
+    lse : array (*B, Hq, N)
+        With `return_lse`: log sum kappa, log n or 0 for h = sum, count or one; -inf in a row that
+        sees no key, and for sum in a row whose kernel values are all 0. float32 for 16-bit inputs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When the arguments do not fit each other or the spec.
+    UnsupportedError
+        For a bias with pooled keys, or with a kernel that has no logarithm.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k = np.zeros((1, 1, 3)), np.zeros((1, 2, 3))  # kappa = 1 for both keys
+    >>> v = np.asarray([[[1.0], [3.0]]])
+    >>> print(reference_attention(q, k, v))
+    [[[2.]]]
+    """
+    # Only NumPy warns: of overflow, of log 0, and of the NaN that a caller may have put in.
+    with np.errstate(all="ignore"):
+        call = prepare(q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates)
+        xp = call.xp
+        outs, lses = [], []
+        for head in _heads(call):
+            outs.append(_contract(head.weights, head.visible, head.values, xp))
+            lses.append(head.lse)
+        out = xp.astype(call.rounded(xp.stack(outs, axis=-3)), q.dtype)
+        return (out, xp.stack(lses, axis=-2)) if return_lse else out
+
+
+def reference_weights(
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec = "softmax",
+    *,
+    mask: Any = None,
+    key_mask: Any = None,
+    bias: Any = None,
+    offset: Any = 0,
+    params: Mapping[str, Any] | None = None,
+    round_intermediates: Any = None,
+) -> Any:
+    """Compute the weights kappa / h of an attention over the keys as given.
+
+    Parameters
+    ----------
+    q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates
+        As in `reference_attention`.
+
+    Returns
+    -------
+    array (*B, Hq, N, M)
+        In the dtype of `q`. The weight of a pooled key is spread evenly over the real keys that
+        it covers (``pool=first``: it stays on the first), so ``weights @ v`` is the attention.
+
+    Raises
+    ------
+    TypeError, ValueError, UnsupportedError
+        As in `reference_attention`.
+    """
+    with np.errstate(all="ignore"):
+        call = prepare(q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates)
+        xp = call.xp
+        spread = []
+        for head in _heads(call):
+            chosen = head.chosen[..., None, :, :]
+            count = xp.sum(xp.astype(chosen, call.dtype), axis=-1, keepdims=True)
+            share = head.weights[..., None] / select(count > 0, count, 1.0, xp)
+            share = select(chosen, share, 0.0, xp)
+            *lead, windows, scale = share.shape
+            spread.append(xp.reshape(share, (*lead, windows * scale))[..., : k.shape[-2]])
+        return xp.astype(xp.stack(spread, axis=-3), q.dtype)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One query head: its weights over the pooled keys, and what they are taken of."""
+
+    weights: Any  # (*B, N, W), 0 where not visible
+    visible: Any  # bool (*B, N, W)
+    lse: Any  # (*B, N)
+    values: Any  # pooled, (*B, W, Dv)
+    chosen: Any  # bool (*B, W, s): the keys that a pooled key is the mean of
+
+
+def _heads(call: Call) -> Iterator[_Head]:
+    """Go through the query heads in order."""
+    xp, spec = call.xp, call.spec
+    key_heads = call.k.shape[-3]
+    group = call.q.shape[-3] // key_heads
+    for g in range(key_heads):
+        scale = spec.heads.scales[g] if spec.heads.scales else 1
+        member = _cut(call.real[..., None], scale, call)[..., 0]
+        chosen = member
+        if spec.heads.pool == "first":
+            order = xp.cumulative_sum(xp.astype(member, call.dtype), axis=-1)
+            chosen = member & (order == 1)
+        keys = _pool(call.k[..., g, :, :], chosen, call)
+        values = _pool(call.v[..., g, :, :], chosen, call)
+        real = xp.any(member, axis=-1)
+        params = {name: value[g : g + 1, ...] for name, value in call.params.items()}
+        # A pooled key occupies its nominal window, though its last positions may not exist.
+        first = xp.arange(real.shape[-1], device=call.device) * scale
+        allowed = _allowed_by_position(call, first, first + (scale - 1))
+        allowed = allowed & real[..., None, :]
+        # Prefix statistics: mask and window do not restrict them.
+        counted = (first + (scale - 1) <= call.position) & real[..., None, :]
+        transform, y = (None, keys) if spec.prefix else transform_of(call, keys, real, params)
+        y = y if transform is None else call.rounded(y)
+        for i in range(g * group, (g + 1) * group):
+            visible = allowed
+            if call.mask is not None:
+                mask = _cut(xp.matrix_transpose(call.mask[..., i, :, :]), scale, call)
+                denied = xp.any(~mask & member[..., None], axis=-2)
+                visible = visible & ~xp.matrix_transpose(denied)
+            bias = None
+            if call.bias is not None:
+                bias = call.bias[..., i, :, :]
+                visible = visible & (bias != -INF)
+            query = call.q[..., i, :, :]
+            if transform is None:
+                visible = visible & xp.any(counted, axis=-1, keepdims=True)
+                inner = prefix_inner_products(call, query, keys, counted, params)
+                has_log, kappa = True, pointwise(spec.kernel, inner, visible, call, params)
+            else:
+                x = call.rounded(transform(query))
+                has_log, kappa = kappa_of(spec.kernel, x, y, visible, call, params)
+            if bias is not None:
+                kappa = kappa + bias
+            weights, lse = _normalise(kappa, has_log, visible, spec.normaliser, xp)
+            yield _Head(call.rounded(weights), visible, lse, values, chosen)
+
+
+def _allowed_by_position(call: Call, first: Any, last: Any) -> Any:
+    """Apply causal and window: all of the span first..last of a key must be allowed."""
+    position, support = call.position, call.spec.support
+    shape = (*position.shape[:-1], first.shape[0])
+    allowed = call.xp.ones(shape, dtype=call.xp.bool, device=call.device)
+    if support.causal:
+        allowed = allowed & (last <= position)
+    if support.left != INF:
+        allowed = allowed & (first >= position - int(support.left))
+    if support.right != INF:
+        allowed = allowed & (last <= position + int(support.right))
+    return allowed
+
+
+# --- head scaling -----------------------------------------------------------------------------
+
+
+def _cut(x: Any, scale: int, call: Call) -> Any:
+    """Cut rows (*B, M, D) into the windows of head scaling, (*B, W, s, D), zeros at the end."""
+    xp = call.xp
+    *lead, length, dim = x.shape
+    windows = -(-length // scale)
+    missing = xp.zeros((*lead, windows * scale - length, dim), dtype=x.dtype, device=call.device)
+    return xp.reshape(xp.concat([x, missing], axis=-2), (*lead, windows, scale, dim))
+
+
+def _pool(x: Any, chosen: Any, call: Call) -> Any:
+    """Take the mean over the chosen keys of each window, (*B, W, D); 0 where there is none."""
+    xp = call.xp
+    chosen = chosen[..., None]
+    count = xp.sum(xp.astype(chosen, call.dtype), axis=-2)
+    total = xp.sum(select(chosen, _cut(x, chosen.shape[-2], call), 0.0, xp), axis=-2)
+    return total / select(count > 0, count, 1.0, xp)
+
+
+# --- normaliser and contraction ---------------------------------------------------------------
+
+
+def _normalise(
+    kappa: Any, has_log: bool, visible: Any, normaliser: str, xp: Any
+) -> tuple[Any, Any]:
+    """Divide kappa, given as its logarithm if `has_log`, by h.
+
+    Returns
+    -------
+    weights : array (*B, N, W)
+        0 where not visible, and in rows where h is 0.
+    lse : array (*B, N)
+        log h.
+    """
+    seen = xp.sum(xp.astype(visible, kappa.dtype), axis=-1, keepdims=True)
+    top, used = xp.zeros_like(seen), visible
+    if has_log:
+        used = visible & (kappa != -INF)
+        if normaliser == "sum":
+            # The column of -inf gives a row without keys a maximum.
+            logs = [select(used, kappa, -INF, xp), xp.full_like(seen, -INF)]
+            top = xp.max(xp.concat(logs, axis=-1), axis=-1, keepdims=True)
+            top = select(top == -INF, 0.0, top, xp)
+        kappa = xp.exp(xp.where(used, kappa, top) - top)
+    kappa = select(used, kappa, 0.0, xp)
+    if normaliser == "sum":
+        h = xp.sum(kappa, axis=-1, keepdims=True)
+    else:
+        h = seen if normaliser == "count" else select(seen == 0, 0.0, xp.ones_like(seen), xp)
+    zero = h == 0
+    h = select(zero, 1.0, h, xp)
+    lse = select(zero, -INF, top + xp.log(h), xp)
+    return select(used & ~zero, kappa / h, 0.0, xp), lse[..., 0]
+
+
+def _contract(weights: Any, visible: Any, values: Any, xp: Any) -> Any:
+    """Compute weights @ values where a row takes nothing from values that it does not see.
+
+    A product with 0 would carry NaN and inf into every row. They are left out of the product,
+    and what they add to the rows that see them is counted: +inf, -inf, or NaN when they
+    disagree, are NaN, or have weight 0.
+    """
+    finite = xp.isfinite(values)
+    out = xp.matmul(weights, select(finite, values, 0.0, xp))
+    # Counts are exact in float32, whatever the dtype.
+    seen = xp.matmul(xp.astype(visible, xp.float32), xp.astype(~finite, xp.float32))
+    net = xp.matmul(_sign(weights, xp), _sign(select(finite, 0.0, values, xp), xp))
+    added = select(net == -seen, -INF, xp.full_like(out, math.nan), xp)
+    added = select(net == seen, INF, added, xp)
+    return out + select(seen == 0, 0.0, added, xp)
+
+
+def _sign(x: Any, xp: Any) -> Any:
+    return xp.astype(x > 0, xp.float32) - xp.astype(x < 0, xp.float32)

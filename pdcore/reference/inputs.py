@@ -1,0 +1,227 @@
+"""The arguments of the reference: checked lightly, cast to the accumulation dtype.
+
+`pdcore.attention` checks its arguments in full. Here only what would otherwise give a silently
+wrong result is refused.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnsupportedError
+from ..spec import AttentionSpec, Kernel, Normalization, as_spec
+
+__all__ = ["Call", "hook_params", "prepare", "select"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, floats in the accumulation dtype; padding may hold anything."""
+
+    xp: Any
+    spec: AttentionSpec
+    dtype: Any
+    device: Any
+    q: Any
+    k: Any
+    v: Any
+    real: Any  # bool (*B, M)
+    mask: Any  # bool (*B, Hq, N, M) or None
+    bias: Any  # (*B, Hq, N, M) or None
+    position: Any  # integer (N, 1) or (*B, N, 1)
+    params: Mapping[str, Any]  # (Hkv, ...) each
+    rounded: Callable[[Any], Any]
+
+
+def select(condition: Any, x: Any, y: Any, xp: Any) -> Any:
+    """Choose as `where` does; one of x, y may be a Python float, and takes the other's dtype."""
+    if isinstance(x, float):
+        x = xp.full_like(y, x)
+    if isinstance(y, float):
+        y = xp.full_like(x, y)
+    return xp.where(condition, x, y)
+
+
+def prepare(
+    q: Any,
+    k: Any,
+    v: Any,
+    spec: str | AttentionSpec,
+    mask: Any,
+    key_mask: Any,
+    bias: Any,
+    offset: Any,
+    params: Mapping[str, Any] | None,
+    round_intermediates: Any,
+) -> Call:
+    """Check the arguments, and bring them into the accumulation dtype."""
+    from array_api_compat import array_namespace, device
+
+    spec = as_spec(spec)
+    given = dict(params or {})
+    optional = {"mask": mask, "key_mask": key_mask, "bias": bias, **given}
+    arrays = {"q": q, "k": k, "v": v, **{n: x for n, x in optional.items() if x is not None}}
+    for name, x in arrays.items():
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected an array")
+    moving = [] if isinstance(offset, str | numbers.Integral) else [offset]
+    xp, place = array_namespace(*arrays.values(), *moving), device(q)
+    lead, key_heads, dim = _check_shapes(q, k, v, spec)
+    rows, length, query_heads = q.shape[-2], k.shape[-2], q.shape[-3]
+    full = (*lead, query_heads, rows, length)
+    name = _dtype_name(q)
+    dtype = xp.float32 if name in ("float16", "bfloat16") else q.dtype
+
+    def accumulated(x: Any) -> Any:
+        return xp.astype(x, dtype)
+
+    def rounded(x: Any) -> Any:
+        return accumulated(xp.astype(x, round_intermediates))
+
+    q, k, v = accumulated(q), accumulated(k), accumulated(v)
+    real = xp.ones((*lead, length), dtype=xp.bool, device=place)
+    if key_mask is not None:
+        if _dtype_name(key_mask) != "bool" or tuple(key_mask.shape) != (*lead, length):
+            raise ValueError(
+                f"key_mask: got {_dtype_name(key_mask)} {tuple(key_mask.shape)}, expected bool "
+                f"{(*lead, length)}"
+            )
+        real = key_mask
+    if mask is not None:
+        if _dtype_name(mask) != "bool":
+            raise TypeError(f"mask: got {_dtype_name(mask)}, expected bool")
+        mask = xp.broadcast_to(mask, full)
+    if bias is not None:
+        if _dtype_name(bias) not in ("float32", name):
+            raise TypeError(f"bias: got {_dtype_name(bias)}, expected float32 or the dtype of q")
+        if not spec.kernel.has_log:
+            raise UnsupportedError(
+                f"bias: it is added to log kappa, and {spec.kernel.word} has no logarithm"
+            )
+        if spec.heads.largest > 1:
+            raise UnsupportedError("bias: it has no meaning for pooled keys (a scale above 1)")
+        bias = xp.broadcast_to(accumulated(bias), full)
+    return Call(
+        xp=xp,
+        spec=spec,
+        dtype=dtype,
+        device=place,
+        q=q,
+        k=k,
+        v=v,
+        real=real,
+        mask=mask,
+        bias=bias,
+        position=_positions(offset, real, rows, key_mask is None, xp, place),
+        params=_check_params(given, spec, key_heads, dim, dtype, xp, place),
+        rounded=accumulated if round_intermediates is None else rounded,
+    )
+
+
+def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[int, ...], int, int]:
+    """Refuse arrays that do not fit each other; give the leading axes, Hkv and D."""
+    shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim < 3:
+            raise ValueError(f"{name}: got shape {shapes[name]}, expected (*B, H, rows, features)")
+        if x.dtype != q.dtype or "float" not in _dtype_name(x):
+            raise TypeError(f"{name}: got {_dtype_name(x)}, expected one float dtype for q, k, v")
+    lead, key_heads = shapes["k"][:-3], shapes["k"][-3]
+    if shapes["q"][:-3] != lead or shapes["q"][-1] != shapes["k"][-1]:
+        raise ValueError(f"q, k: got shapes {shapes['q']} and {shapes['k']}, which do not fit")
+    if shapes["v"][:-1] != shapes["k"][:-1]:
+        raise ValueError(f"v: got shape {shapes['v']}, expected {(*shapes['k'][:-1], 'Dv')}")
+    if key_heads == 0 or shapes["q"][-3] == 0 or shapes["q"][-3] % key_heads:
+        raise ValueError(
+            f"q: got {shapes['q'][-3]} heads, expected a multiple of the {key_heads} of k"
+        )
+    if spec.heads.scales and len(spec.heads.scales) != key_heads:
+        raise ValueError(
+            f"spec: got {len(spec.heads.scales)} scales, expected one for each of the "
+            f"{key_heads} heads of k"
+        )
+    spec.check_keys(shapes["k"][-2])
+    return lead, key_heads, shapes["k"][-1]
+
+
+def _positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, place: Any) -> Any:
+    """Give the positions of the queries, integers (N, 1) or (*B, N, 1)."""
+    row = xp.arange(rows, device=place)
+    lead, length = tuple(real.shape[:-1]), real.shape[-1]
+    if isinstance(offset, str) and offset == "end":
+        if unmasked:
+            offset = length - rows
+        else:
+            index = xp.broadcast_to(xp.arange(length, device=place), real.shape)
+            index = xp.where(real, index, xp.full_like(index, -1))
+            none = xp.full((*lead, 1), -1, dtype=index.dtype, device=place)
+            offset = xp.max(xp.concat([index, none], axis=-1), axis=-1) - (rows - 1)
+    elif not isinstance(offset, bool) and isinstance(offset, numbers.Integral):
+        offset = int(offset)
+    elif "int" not in _dtype_name(offset) or tuple(getattr(offset, "shape", ())) not in ((), lead):
+        raise ValueError(
+            f"offset: got {offset!r}, expected an int, integers of shape () or {lead}, or 'end'"
+        )
+    if isinstance(offset, int):
+        return row[:, None] + offset
+    return row[:, None] + xp.astype(offset, row.dtype)[..., None, None]
+
+
+def _check_params(
+    given: dict[str, Any],
+    spec: AttentionSpec,
+    key_heads: int,
+    dim: int,
+    dtype: Any,
+    xp: Any,
+    place: Any,
+) -> dict[str, Any]:
+    """Match params with what the spec declares, and fill in the defaults."""
+    declared = {p.name: p for p in spec.parameters()}
+    for name in given:
+        if name not in declared:
+            raise ValueError(f"params: unknown name {name!r}; {spec} takes {sorted(declared)}")
+    found = {}
+    for name, p in declared.items():
+        shapes = [_resolve(shape, key_heads, dim) for shape in p.shapes]
+        if name in given:
+            if tuple(given[name].shape) not in shapes:
+                raise ValueError(
+                    f"params: {name!r} has shape {tuple(given[name].shape)}, expected one of "
+                    f"{shapes}"
+                )
+            found[name] = xp.astype(given[name], dtype)
+        elif p.default is None:
+            raise ValueError(f"params: {name!r} is missing; {spec} needs it")
+        else:
+            found[name] = xp.full(shapes[0], p.default, dtype=dtype, device=place)
+    return found
+
+
+def hook_params(
+    owner: Kernel | Normalization, call: Call, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Shape the parameters of one head as `features` and `apply` expect them."""
+    dim, shaped = call.q.shape[-1], {}
+    for p in owner.parameters():
+        value = params[p.name]
+        fitting = [s for s in p.shapes if _resolve(s, 1, dim) == tuple(value.shape)]
+        if ("H",) in fitting:
+            value = call.xp.reshape(value, (1, 1, 1))
+        elif ("H", "D") in fitting:
+            value = call.xp.reshape(value, (1, 1, dim))
+        shaped[p.name] = value
+    return shaped
+
+
+def _resolve(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, ...]:
+    sizes = {"H": heads, "D": dim}
+    return tuple(sizes[n] if isinstance(n, str) else n for n in shape)
+
+
+def _dtype_name(x: Any) -> str:
+    """Name a dtype alike in every library: ``float16``, ``bfloat16``, ``float64``, ``bool``."""
+    return str(getattr(x, "dtype", None)).rpartition(".")[2]

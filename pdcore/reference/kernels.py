@@ -1,0 +1,145 @@
+"""The kernels by their formulas: part of the oracle.
+
+As in `pdcore.reference`: one head at a time, direct formulas, any array library.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnsupportedError
+from ..spec import kernels
+from .inputs import Call, hook_params, select
+
+__all__ = ["kappa_of", "pointwise"]
+
+INF = math.inf
+
+
+def kappa_of(
+    kernel: kernels.Kernel, x: Any, y: Any, visible: Any, call: Call, params: Mapping[str, Any]
+) -> tuple[bool, Any]:
+    """Evaluate a kernel on every pair of rows.
+
+    Returns
+    -------
+    has_log : bool
+        Whether the second entry is log kappa, else it is kappa.
+    array (*B, N, W)
+    """
+    xp = call.xp
+    if type(kernel) is kernels.Gaussian:
+        square = xp.zeros(visible.shape, dtype=call.dtype, device=call.device)
+        for d in range(x.shape[-1]):
+            difference = x[..., d][..., :, None] - y[..., d][..., None, :]
+            square = square + difference * difference
+        return True, -kernel.gamma * square
+    if type(kernel) is kernels.Cosine:
+        return True, kernel.scale * _inner(_unit(x, xp), _unit(y, xp), xp)
+    if type(kernel) is kernels.RandomFeatures:
+        dim = x.shape[-1]
+        tau = _tau(kernel.scale, dim)
+        drawn = np.random.RandomState(kernel.seed).standard_normal((kernel.count, dim))
+        omega = xp.asarray(drawn, dtype=call.dtype, device=call.device)
+
+        def log_phi(z: Any) -> Any:
+            square = xp.sum(z * z, axis=-1, keepdims=True)
+            projected = math.sqrt(tau) * _inner(z, omega, xp)
+            return projected - tau / 2 * square - math.log(kernel.count) / 2
+
+        return True, _log_sum_of_products(log_phi(x), log_phi(y), xp)
+    if type(kernel) is kernels.Elu:
+        return False, _inner(_elu_plus_one(x, xp), _elu_plus_one(y, xp), xp)
+    if type(kernel) is kernels.Relu:
+        # x <= 0, not x > 0: a NaN must come through. The gradient at 0 is 0.
+        zero = xp.zeros_like
+        x, y = xp.where(x <= 0, zero(x), x), xp.where(y <= 0, zero(y), y)
+        return False, _inner(x, y, xp)
+    if isinstance(kernel, kernels.FeatureMap):
+        own = hook_params(kernel, call, params)
+        phi_x, phi_y = (
+            kernel.features(z[..., None, :, :], xp=xp, params=own)[..., 0, :, :] for z in (x, y)
+        )
+        if kernel.log_domain:
+            return True, _log_sum_of_products(phi_x, phi_y, xp)
+        return False, _inner(phi_x, phi_y, xp)
+    return True, pointwise(kernel, _inner(x, y, xp), visible, call, params)
+
+
+def pointwise(
+    kernel: kernels.Kernel, s: Any, visible: Any, call: Call, params: Mapping[str, Any]
+) -> Any:
+    """Evaluate log kappa from s = x.y, (*B, N, W)."""
+    xp = call.xp
+    dim = call.q.shape[-1]
+    if type(kernel) is kernels.Exponential:
+        z = _tau(kernel.scale, dim) * s
+        return z if kernel.softcap is None else kernel.softcap * xp.tanh(z / kernel.softcap)
+    if type(kernel) is kernels.Polynomial:
+        base = _tau(kernel.scale, dim) * s + kernel.coef0
+        zero = base == 0
+        log = kernel.degree * xp.log(xp.abs(select(zero, xp.ones_like(base), base, xp)))
+        return select(zero, xp.full_like(log, -INF), log, xp)
+    if not isinstance(kernel, kernels.PointwiseKernel):
+        raise UnsupportedError(
+            f"{kernel.word}: the reference has no formula for it, as {type(kernel).__name__} is "
+            "neither a PointwiseKernel nor a FeatureMap"
+        )
+
+    def log_kappa(s: Any) -> Any:
+        values = {"s": s, **{p.name: params[p.name][0, ...] for p in kernel.parameters()}}
+        return xp.zeros_like(s) + kernel.expression(dim)(values, xp)
+
+    if 0 in s.shape:
+        return xp.zeros_like(s)
+    # Where kappa = 0, the derivative of its log is not finite. Evaluate those entries, and the
+    # ones that nobody sees, at an s from elsewhere; the select then gives them gradient 0.
+    log = log_kappa(s)
+    good = visible & xp.isfinite(log)
+    column = xp.full((*s.shape[:-1], 1), -INF, dtype=s.dtype, device=call.device)
+    spare = xp.max(xp.concat([select(good, s, -INF, xp), column], axis=-1))
+    spare = select(spare == -INF, xp.ones_like(spare), spare, xp)
+    safe = visible & (log != -INF)
+    return select(safe, log_kappa(xp.where(safe, s, spare)), -INF, xp)
+
+
+def _inner(x: Any, y: Any, xp: Any) -> Any:
+    return xp.matmul(x, xp.matrix_transpose(y))
+
+
+def _unit(x: Any, xp: Any) -> Any:
+    """Divide rows by their length; a zero row stays zero and has gradient 0."""
+    square = xp.sum(x * x, axis=-1, keepdims=True)
+    zero = square == 0
+    return select(zero, xp.zeros_like(x), x / xp.sqrt(select(zero, 1.0, square, xp)), xp)
+
+
+def _elu_plus_one(x: Any, xp: Any) -> Any:
+    negative = x <= 0
+    return xp.where(negative, xp.exp(select(negative, x, 0.0, xp)), x + 1.0)
+
+
+def _log_sum_of_products(log_x: Any, log_y: Any, xp: Any) -> Any:
+    """Compute log sum_f exp(log_x_f + log_y_f) for every pair of rows, feature by feature."""
+    features = range(log_x.shape[-1])
+
+    def term(f: int) -> Any:
+        return log_x[..., f][..., :, None] + log_y[..., f][..., None, :]
+
+    top = xp.full_like(_inner(log_x, log_y, xp), -INF)
+    for f in features:
+        top = xp.maximum(top, term(f))
+    top = select(top == -INF, 0.0, top, xp)
+    total = xp.zeros_like(top)
+    for f in features:
+        total = total + xp.exp(term(f) - top)
+    zero = total == 0
+    return select(zero, -INF, top + xp.log(select(zero, 1.0, total, xp)), xp)
+
+
+def _tau(scale: float | None, dim: int) -> float:
+    return scale if scale is not None else 1.0 / math.sqrt(max(dim, 1))

@@ -1,0 +1,344 @@
+"""The specification of an attention, and the grammar that it is written in.
+
+An attention is a choice of kernel, normaliser, normalization, head scaling and support. Each
+word of a spec string sets one of these axes; the order of words does not matter.
+
+>>> spec = parse("bn + sh(1,1,2,2)")
+>>> print(spec)
+softmax+bn+sh(1,1,2,2)
+>>> parse(str(spec)) == spec
+True
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any
+
+from ..errors import SpecError, UnsupportedError, nearest
+from .grammar import bind_arguments, build, read_arguments, read_words
+from .heads import HeadScaling
+from .kernels import Cosine, Exponential, Gaussian, Kernel, Parameter
+from .normalizations.base import Identity, Normalization
+from .normalizations.batch import Batch
+from .support import Support
+from .vocabulary import find_kernel, find_normalization, kernel_words, normalization_words
+
+__all__ = ["PRESETS", "AttentionSpec", "as_spec", "parse"]
+
+NORMALISERS = ("sum", "count", "one")
+
+#: Specs worth knowing by name, each with what it is.
+PRESETS: Mapping[str, str] = {
+    "softmax": "scaled dot-product attention",
+    "linear": "linear attention, phi = elu + 1",
+    "sparse(64,64)": "softmax over a window of positions",
+    "bn": "Attention-BN: queries and keys batch-normalized by the key statistics",
+    "sh(1,1,2,2)": "Attention-SH: four heads, two of them fitted on pairs of pooled keys",
+    "bn+sh(1,1,2,2)": "Attention-BN+SH",
+    "causal+bn(statistics=prefix)": "causal Attention-BN by prefix statistics",
+}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What an attention computes: frozen, hashable, picklable, holding scalars only.
+
+    ``str(spec)`` is the canonical string, and ``parse(str(spec)) == spec``.
+
+    Parameters
+    ----------
+    kernel : Kernel
+        kappa(x, y); `Exponential` (softmax) by default.
+    normaliser : {"sum", "count", "one"}
+        h: the sum of kappa over the visible keys, their number, or 1.
+    normalization : Normalization
+        T(x); `Identity` by default.
+    heads : HeadScaling
+        The scale of each key head.
+    support : Support
+        Causal and window.
+
+    Raises
+    ------
+    SpecError
+        When an argument does not make sense.
+    UnsupportedError
+        When the combination is refused: statistics of the future under causal, prefix
+        statistics with another kernel than the plain exponential, a signed kernel with
+        ``h(sum)``, or windows of pooled keys wider than the support.
+    """
+
+    kernel: Kernel = field(default_factory=Exponential)
+    normaliser: str = "sum"
+    normalization: Normalization = field(default_factory=Identity)
+    heads: HeadScaling = field(default_factory=HeadScaling)
+    support: Support = field(default_factory=Support)
+
+    def __post_init__(self) -> None:
+        for name, base in (
+            ("kernel", Kernel),
+            ("normalization", Normalization),
+            ("heads", HeadScaling),
+            ("support", Support),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, base):
+                raise TypeError(
+                    f"{name}: got {type(value).__name__}, expected pdcore.{base.__name__}"
+                )
+            _check_final(name, value)
+            _check_scalars(value)
+        if self.normaliser not in NORMALISERS:
+            raise SpecError(
+                f"h: got {self.normaliser!r}; {nearest(str(self.normaliser), NORMALISERS)}"
+            )
+        names = [p.name for p in self.parameters()]
+        if len(set(names)) != len(names):
+            raise SpecError(
+                f"{self.kernel.word} and {self.normalization.word} declare a "
+                f"parameter of the same name: {names}"
+            )
+        self._refuse()
+
+    def _refuse(self) -> None:
+        normalization, support = self.normalization, self.support
+        if self.kernel.signed and self.normaliser == "sum":
+            raise UnsupportedError(
+                f"{self.kernel.word} may be negative, so its sum is no normaliser: "
+                "add h(count) or h(one)"
+            )
+        if self.prefix and not self.plain_exponential:
+            raise UnsupportedError(
+                f"{normalization.word}(statistics=prefix) needs the exponential kernel without "
+                f"softcap, where it folds into the query; got {_word(self.kernel)}"
+            )
+        if support.ahead == 0 and normalization.leaks:
+            other = normalization.causal_choice
+            raise UnsupportedError(
+                f"{_word(normalization)} is computed from keys that "
+                f"{'causal' if support.causal else 'a window without keys ahead'} hides, so the "
+                f"future leaks: {f'use {other}, or ' if other else ''}permit it with "
+                "allow_leak=true"
+            )
+        if self.heads.largest > support.left + support.right + 1:
+            raise UnsupportedError(
+                f"sh: a window of {self.heads.largest} pooled keys never fits in "
+                f"{_support_words(support)[-1]}: widen it, or use scales up to "
+                f"{int(support.left + support.right + 1)}"
+            )
+
+    @property
+    def plain_exponential(self) -> bool:
+        """Whether the kernel is the exponential without softcap."""
+        return isinstance(self.kernel, Exponential) and self.kernel.softcap is None
+
+    @property
+    def prefix(self) -> bool:
+        """Whether every row has statistics of its own."""
+        return isinstance(self.normalization, Batch) and self.normalization.statistics == "prefix"
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """List the arrays that a call must or may give in `params`."""
+        return (*self.kernel.parameters(), *self.normalization.parameters())
+
+    def check_keys(self, count: int) -> None:
+        """Refuse a number of keys that the normalization of some head does not take.
+
+        Raises
+        ------
+        ValueError
+            See `Normalization.check_keys`.
+        """
+        for scale in sorted(set(self.heads.scales)) or (1,):
+            try:
+                self.normalization.check_keys(-(-count // scale))
+            except ValueError as error:
+                pooled = f" ({count} keys, pooled by {scale})" if scale > 1 else ""
+                raise ValueError(f"{error}{pooled}") from error
+
+    def __str__(self) -> str:
+        words = [_word(self.kernel)]
+        if self.normaliser != "sum":
+            words.append(f"h({self.normaliser})")
+        if not isinstance(self.normalization, Identity):
+            words.append(_word(self.normalization))
+        if self.heads.scales or self.heads.pool != "mean":
+            inside = [str(s) for s in self.heads.scales]
+            if self.heads.pool != "mean":
+                inside.append(f"pool={self.heads.pool}")
+            words.append(f"sh({','.join(inside)})")
+        return "+".join([*words, *_support_words(self.support)])
+
+    def latex(self) -> str:
+        """Derive the attention: the primal problem, its dual, and the expansion, as LaTeX.
+
+        Returns
+        -------
+        str
+            An ``align*`` environment.
+        """
+        from .latex import derivation_latex
+
+        return derivation_latex(self)
+
+
+def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
+    """Accept a spec or its string."""
+    if isinstance(spec, AttentionSpec):
+        return spec
+    if isinstance(spec, str):
+        return parse(spec)
+    raise TypeError(
+        f"spec: got {type(spec).__name__}, expected a string such as 'softmax+bn' or an "
+        "AttentionSpec"
+    )
+
+
+_AXES = {
+    "sh": "head scaling",
+    "scaling": "head scaling",
+    "sparse": "window",
+    "window": "window",
+    "causal": "causal",
+    "h": "normaliser",
+}
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> AttentionSpec:
+    """Parse a spec string.
+
+    Parameters
+    ----------
+    text : str
+        Words joined by ``+``: a kernel, a normalization, ``sh(...)``, ``sparse(left,right)``,
+        ``causal``, ``h(...)``.
+
+    Raises
+    ------
+    SpecError
+        On an unknown word (with the nearest known one), two words for one axis (naming both),
+        or arguments that do not fit.
+    UnsupportedError
+        When the words make sense but not together; see `AttentionSpec`.
+
+    Examples
+    --------
+    >>> parse("gaussian(gamma=0.3)+bn(beta=0.5)+sparse(64,inf)").kernel
+    Gaussian(gamma=0.3)
+    """
+    chosen: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for word, arguments in read_words(text):
+        axis, value = _read(word, arguments)
+        if axis in chosen:
+            raise SpecError(f"{source[axis]!r} and {word!r} both set the {axis} of {text!r}")
+        chosen[axis], source[axis] = value, word
+    left, right = chosen.get("window", (math.inf, math.inf))
+    return AttentionSpec(
+        kernel=chosen.get("kernel", Exponential()),
+        normaliser=chosen.get("normaliser", "sum"),
+        normalization=chosen.get("normalization", Identity()),
+        heads=chosen.get("head scaling", HeadScaling()),
+        support=Support("causal" in chosen, left, right),
+    )
+
+
+def _read(word: str, arguments: str | None) -> tuple[str, Any]:
+    axis = _AXES.get(word)
+    if axis is None:
+        kernel, normalization = find_kernel(word), find_normalization(word)
+        if kernel is not None:
+            return "kernel", build(word, kernel, arguments)
+        if normalization is not None:
+            return "normalization", build(word, normalization, arguments)
+        known = {*_AXES, *kernel_words(), *normalization_words()}
+        raise SpecError(f"unknown word {word!r}; {nearest(word, known)}")
+    positional, named = read_arguments(word, arguments)
+    if axis == "causal":
+        if arguments is not None:
+            raise SpecError(f"causal takes no arguments, got ({arguments})")
+        return axis, True
+    if axis == "normaliser":
+        if named or len(positional) != 1 or positional[0] not in NORMALISERS:
+            raise SpecError(f"h({arguments or ''}): expected h(sum), h(count) or h(one)")
+        return axis, positional[0]
+    if axis == "window":
+        bound = bind_arguments(word, ("left", "right"), positional, named)
+        if len(bound) != 2:
+            raise SpecError(
+                f"{word}({arguments or ''}): expected left and right, such as "
+                f"{word}(64,64) or {word}(64,inf)"
+            )
+        return axis, (_bound(word, bound["left"]), _bound(word, bound["right"]))
+    scales = named.pop("scales", None)
+    if scales is not None:
+        positional.insert(0, scales)
+    pool = named.pop("pool", "mean")
+    if named or not positional:
+        raise SpecError(
+            f"{word}({arguments or ''}): expected one scale per key head and at most "
+            f"pool=, such as {word}(1,1,2,2) or {word}(1,2,pool=first)"
+        )
+    return axis, HeadScaling(tuple(positional), pool)
+
+
+def _bound(word: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise SpecError(f"{word}: {value!r}, expected a whole number >= 0 or inf")
+    return value
+
+
+#: Lowering knows these by their class, and would not call what a subclass overrides.
+_FINAL = (Exponential, Gaussian, Cosine, Batch, Identity)
+
+
+def _check_final(name: str, part: Any) -> None:
+    for cls in _FINAL:
+        if isinstance(part, cls) and type(part) is not cls:
+            base = "Normalization" if name == "normalization" else "PointwiseKernel or FeatureMap"
+            raise TypeError(
+                f"{name}: {type(part).__name__} is a subclass of {cls.__name__}, whose "
+                f"formula is fixed; subclass {base} instead"
+            )
+
+
+def _check_scalars(part: Any) -> None:
+    """Refuse arrays and other objects in fields, which would break hashing and printing."""
+    for f in fields(part):
+        value = getattr(part, f.name)
+        values = value if isinstance(value, tuple) else (value,)
+        for v in values:
+            if not (v is None or type(v) in (bool, int, float, str)):
+                raise TypeError(
+                    f"{type(part).__name__}.{f.name}: got {type(v).__name__}, expected a plain "
+                    "number or name (arrays go in params)"
+                )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() and abs(value) < 1e16 else repr(value)
+    return str(value)
+
+
+def _word(part: Any) -> str:
+    given = [
+        f"{f.name}={_text(getattr(part, f.name))}"
+        for f in fields(part)
+        if getattr(part, f.name) != f.default
+    ]
+    return f"{part.word}({','.join(given)})" if given else part.word
+
+
+def _support_words(support: Support) -> list[str]:
+    words = ["causal"] if support.causal else []
+    if support.left != math.inf or support.right != math.inf:
+        words.append(f"sparse({_text(support.left)},{_text(support.right)})")
+    return words

@@ -1,0 +1,426 @@
+"""A pointwise function of a few scalars, traced once.
+
+A pointwise kernel states log kappa as a Python function of s = x.y. Calling it once on a
+symbol gives an `Expression`, and the expression gives what every backend needs: a callable for
+any array library, the exact derivative, and CUDA source text.
+
+>>> from pdcore.spec.expression import trace, tanh
+>>> bounded = trace(lambda s: tanh(s) + 2.0, ("s",))
+>>> print(bounded)
+(tanh(s) + 2.0)
+>>> print(bounded.derivative("s").cuda())
+(1.0f - (tanhf(s) * tanhf(s)))
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UnsupportedError
+
+__all__ = ["Expression", "exp", "log", "maximum", "tanh", "trace", "where"]
+
+_INFIX = {
+    "add": "+",
+    "sub": "-",
+    "mul": "*",
+    "div": "/",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+}
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
+_COMPARISONS = frozenset(_COMPARE)
+# op -> CUDA function without its float suffix
+_CUDA_CALLS = {
+    "exp": "exp",
+    "log": "log",
+    "tanh": "tanh",
+    "abs": "fabs",
+    "maximum": "fmax",
+    "pow": "pow",
+}
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Expression:
+    """A node of a traced scalar function: immutable, hashable and picklable.
+
+    Attributes
+    ----------
+    op : str
+        ``"input"``, ``"const"``, or the name of an operation.
+    args : tuple of Expression
+        The operands.
+    value : float or str or None
+        The constant, or the input's name.
+    """
+
+    op: str
+    args: tuple[Expression, ...] = ()
+    value: float | str | None = None
+
+    # NumPy must not turn `np.tanh(s)` into an object array; it raises TypeError instead.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Expression | float) -> Expression:
+        return _binary("add", self, other)
+
+    def __radd__(self, other: Expression | float) -> Expression:
+        return _binary("add", other, self)
+
+    def __sub__(self, other: Expression | float) -> Expression:
+        return _binary("sub", self, other)
+
+    def __rsub__(self, other: Expression | float) -> Expression:
+        return _binary("sub", other, self)
+
+    def __mul__(self, other: Expression | float) -> Expression:
+        return _binary("mul", self, other)
+
+    def __rmul__(self, other: Expression | float) -> Expression:
+        return _binary("mul", other, self)
+
+    def __truediv__(self, other: Expression | float) -> Expression:
+        return _binary("div", self, other)
+
+    def __rtruediv__(self, other: Expression | float) -> Expression:
+        return _binary("div", other, self)
+
+    def __pow__(self, other: Expression | float) -> Expression:
+        return _binary("pow", self, other)
+
+    def __rpow__(self, other: Expression | float) -> Expression:
+        return _binary("pow", other, self)
+
+    def __neg__(self) -> Expression:
+        return _binary("mul", -1.0, self)
+
+    def __abs__(self) -> Expression:
+        return _unary("abs", self)
+
+    def __lt__(self, other: Expression | float) -> Expression:
+        return _binary("lt", self, other)
+
+    def __le__(self, other: Expression | float) -> Expression:
+        return _binary("le", self, other)
+
+    def __gt__(self, other: Expression | float) -> Expression:
+        return _binary("gt", self, other)
+
+    def __ge__(self, other: Expression | float) -> Expression:
+        return _binary("ge", self, other)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "the truth of a traced value is not known: use pdcore.spec.expression.where"
+        )
+
+    def __float__(self) -> float:
+        raise TypeError(
+            "a traced value has no number yet: use the functions of pdcore.spec.expression"
+        )
+
+    def __str__(self) -> str:
+        if self.op in ("input", "const"):
+            return str(self.value)
+        if self.op in _INFIX:
+            return f"({self.args[0]} {_INFIX[self.op]} {self.args[1]})"
+        return f"{self.op}({', '.join(map(str, self.args))})"
+
+    def __repr__(self) -> str:
+        return f"Expression({self})"
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The names of the inputs that the expression depends on."""
+        if self.op == "input":
+            return frozenset((str(self.value),))
+        return frozenset().union(*(a.inputs for a in self.args))
+
+    def __call__(self, values: Mapping[str, Any], xp: Any) -> Any:
+        """Evaluate on arrays.
+
+        Parameters
+        ----------
+        values : mapping of str to array
+            One array for each input; they broadcast together.
+        xp : namespace
+            An array-API namespace.
+
+        Returns
+        -------
+        array or float
+            A Python float where the expression is constant.
+        """
+        return _evaluate(self, values, xp, {})
+
+    def derivative(self, name: str) -> Expression:
+        """Differentiate with respect to the input `name`."""
+        return _derivative(self, name, {})
+
+    def cuda(self, dtype: str = "float") -> str:
+        """Give the expression as CUDA C++.
+
+        Parameters
+        ----------
+        dtype : {"float", "double"}
+            The type that the inputs have in the kernel.
+
+        Returns
+        -------
+        str
+            An expression in the input names.
+        """
+        if dtype not in ("float", "double"):
+            raise ValueError(f"dtype: got {dtype!r}, expected 'float' or 'double'")
+        return _cuda(self, "f" if dtype == "float" else "")
+
+
+def trace(
+    function: Callable[..., Any], names: tuple[str, ...], title: str | None = None
+) -> Expression:
+    """Trace a Python function of scalars into an `Expression`.
+
+    Parameters
+    ----------
+    function : callable
+        Called once, with one symbol for each name, by position. It may use ``+ - * / **``,
+        ``abs``, comparisons, and `exp`, `log`, `tanh`, `maximum` and `where` of this module.
+    names : tuple of str
+        The inputs' names.
+    title : str, optional
+        What errors call the function; its own name by default.
+
+    Raises
+    ------
+    UnsupportedError
+        When the function uses anything else.
+    """
+    symbols = tuple(Expression("input", (), name) for name in names)
+    title = title or str(getattr(function, "__qualname__", function))
+    try:
+        result = function(*symbols)
+    except (TypeError, AttributeError) as error:
+        raise UnsupportedError(
+            f"{title} cannot be traced ({error}): a "
+            "pointwise kernel may use + - * / **, abs, comparisons and exp, log, tanh, maximum, "
+            "where of pdcore.spec.expression; write anything else as a FeatureMap"
+        ) from error
+    if not isinstance(result, (Expression, int, float)):
+        raise UnsupportedError(
+            f"{title} cannot be traced: it returned "
+            f"{type(result).__name__}, expected an expression of its arguments"
+        )
+    return _wrap(result)
+
+
+def exp(x: Expression | float) -> Expression:
+    """Trace the exponential."""
+    return _unary("exp", x)
+
+
+def log(x: Expression | float) -> Expression:
+    """Trace the natural logarithm."""
+    return _unary("log", x)
+
+
+def tanh(x: Expression | float) -> Expression:
+    """Trace the hyperbolic tangent."""
+    return _unary("tanh", x)
+
+
+def maximum(x: Expression | float, y: Expression | float) -> Expression:
+    """Trace the larger of two values; at a tie the derivative is the mean of both."""
+    return _binary("maximum", x, y)
+
+
+def where(condition: Any, x: Expression | float, y: Expression | float) -> Expression:
+    """Trace a choice by a comparison."""
+    if not isinstance(condition, Expression) or condition.op not in _COMPARISONS:
+        raise TypeError(f"condition: got {condition!r}, expected a comparison such as s > 0")
+    left, right = condition.args
+    if left.op == right.op == "const":  # arrays have no `where` for a Python bool
+        return _wrap(x if _COMPARE[condition.op](left.value, right.value) else y)
+    return Expression("where", (condition, _wrap(x), _wrap(y)))
+
+
+def _wrap(x: Expression | float) -> Expression:
+    if isinstance(x, Expression):
+        return x
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{type(x).__name__} is not a number or a traced value")
+    return Expression("const", (), float(x))
+
+
+_FOLD: dict[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "pow": lambda a, b: a**b,
+    "maximum": max,
+    "exp": math.exp,
+    "log": math.log,
+    "tanh": math.tanh,
+    "abs": abs,
+}
+
+
+def _unary(op: str, x: Expression | float) -> Expression:
+    a = _wrap(x)
+    if a.op == "const":
+        return Expression("const", (), _fold(op, a.value))
+    return Expression(op, (a,))
+
+
+def _fold(op: str, *values: Any) -> float:
+    try:
+        result = _FOLD[op](*values)
+    except (ArithmeticError, ValueError) as error:
+        raise TypeError(f"{op} of the constants {values} is not defined") from error
+    if isinstance(result, complex):
+        raise TypeError(f"{op} of the constants {values} is not a real number")
+    return float(result)
+
+
+def _binary(op: str, x: Expression | float, y: Expression | float) -> Expression:
+    a, b = _wrap(x), _wrap(y)
+    if a.op == "const" and b.op == "const" and op not in _COMPARISONS:
+        return Expression("const", (), _fold(op, a.value, b.value))
+    zero, one = Expression("const", (), 0.0), Expression("const", (), 1.0)
+    # Only identities that hold for every finite value, so that derivatives stay short.
+    if (op == "add" and a == zero) or (op == "mul" and a == one):
+        return b
+    if (op in ("add", "sub") and b == zero) or (op in ("mul", "div", "pow") and b == one):
+        return a
+    if (op == "mul" and zero in (a, b)) or (op == "div" and a == zero):
+        return zero
+    return Expression(op, (a, b))
+
+
+def _evaluate(e: Expression, values: Mapping[str, Any], xp: Any, seen: dict[int, Any]) -> Any:
+    if e.op == "const":
+        return e.value
+    if e.op == "input":
+        return values[str(e.value)]
+    key = id(e)
+    if key not in seen:
+        args = [_evaluate(a, values, xp, seen) for a in e.args]
+        seen[key] = _apply(e.op, args, next(iter(values.values())), xp)
+    return seen[key]
+
+
+def _apply(op: str, args: list[Any], like: Any, xp: Any) -> Any:
+    if op in ("where", "maximum"):
+        # Unlike + and *, these two do not take Python floats beside each other.
+        args = [xp.full_like(like, a) if isinstance(a, float) else a for a in args]
+        return xp.where(*args) if op == "where" else xp.maximum(*args)
+    a, *rest = args
+    if op == "log" and not isinstance(a, float):
+        # Both branches finite, so that automatic differentiation finds the derivative of a
+        # kernel that is 0 there, which is 0, and not 0 times infinity.
+        zero = a == 0
+        inner = xp.log(xp.where(zero, xp.ones_like(a), a))
+        return xp.where(zero, xp.full_like(a, -xp.inf), inner)
+    if not rest:
+        return getattr(xp, op)(a)
+    b = rest[0]
+    match op:
+        case "add":
+            return a + b
+        case "sub":
+            return a - b
+        case "mul":
+            return a * b
+        case "div":
+            return a / b
+        case "pow":
+            return a**b
+        case "lt":
+            return a < b
+        case "le":
+            return a <= b
+        case "gt":
+            return a > b
+    return a >= b
+
+
+def _derivative(e: Expression, name: str, seen: dict[int, Expression]) -> Expression:
+    if e.op in ("const", "input"):
+        return _wrap(1.0 if e.op == "input" and e.value == name else 0.0)
+    key = id(e)
+    if key not in seen:
+        seen[key] = _rule(e, [_derivative(a, name, seen) for a in e.args])
+    return seen[key]
+
+
+def _rule(e: Expression, d: list[Expression]) -> Expression:
+    """Apply the chain rule for one operation; `d` are the operands' derivatives."""
+    zero = _wrap(0.0)
+    if all(x == zero for x in d) or e.op in _COMPARISONS:
+        return zero
+    a = e.args[0]
+    if e.op == "where":
+        return where(a, d[1], d[2])
+    if len(e.args) == 1:
+        match e.op:
+            case "exp":
+                return e * d[0]
+            case "log":
+                return d[0] / a
+            case "tanh":
+                return (1.0 - e * e) * d[0]
+            case "abs":
+                return where(a > 0, d[0], where(a < 0, -d[0], zero))
+    b = e.args[1]
+    match e.op:
+        case "add":
+            return d[0] + d[1]
+        case "sub":
+            return d[0] - d[1]
+        case "mul":
+            return d[0] * b + a * d[1]
+        case "div":
+            return d[0] / b - a * d[1] / (b * b)
+        case "pow":
+            if d[1] == zero:
+                return b * a ** (b - 1.0) * d[0]
+            return e * (d[1] * log(a) + b * d[0] / a)
+        case "maximum":
+            return where(a > b, d[0], where(a < b, d[1], 0.5 * (d[0] + d[1])))
+    raise AssertionError(f"no derivative rule for {e.op}")
+
+
+def _cuda(e: Expression, suffix: str) -> str:
+    if e.op == "input":
+        return str(e.value)
+    if e.op == "const":
+        value = float(e.value)  # type: ignore[arg-type]
+        if math.isinf(value):
+            infinity = (
+                "__int_as_float(0x7f800000)"
+                if suffix
+                else ("__longlong_as_double(0x7ff0000000000000LL)")
+            )
+            return infinity if value > 0 else f"(-{infinity})"
+        text = f"{value!r}{suffix}"
+        return f"({text})" if value < 0 else text
+    args = [_cuda(a, suffix) for a in e.args]
+    if e.op == "where":
+        return f"({args[0]} ? {args[1]} : {args[2]})"
+    if e.op == "pow" and e.args[1] == _wrap(2.0):
+        return f"({args[0]} * {args[0]})"  # pow of a negative base is slow, and this is exact
+    if e.op in _INFIX:
+        return f"({args[0]} {_INFIX[e.op]} {args[1]})"
+    return f"{_CUDA_CALLS[e.op]}{suffix}({', '.join(args)})"

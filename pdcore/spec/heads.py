@@ -1,0 +1,141 @@
+"""Head scaling (Attention-SH): the pooled keys that a head is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import device_of
+from ..errors import SpecError, nearest
+
+__all__ = ["HeadScaling"]
+
+_POOLS = ("mean", "first")
+
+
+@dataclass(frozen=True)
+class HeadScaling:
+    """Scales of the key heads, and how a window of keys becomes one.
+
+    Parameters
+    ----------
+    scales : tuple of int
+        One scale per key head; empty for plain attention whatever the number of heads.
+    pool : {"mean", "first"}
+        The mean over the window's real keys, or its first real key.
+    """
+
+    scales: tuple[int, ...] = ()
+    pool: str = "mean"
+
+    def __post_init__(self) -> None:
+        for scale in self.scales:
+            if type(scale) is not int or scale < 1:
+                raise SpecError(f"sh: scale {scale!r}, expected whole numbers >= 1")
+        if self.pool not in _POOLS:
+            raise SpecError(f"sh: pool is {self.pool!r}; {nearest(str(self.pool), _POOLS)}")
+        if self.pool != "mean" and not self.scales:
+            raise SpecError(
+                f"sh: pool={self.pool} without scales pools nothing; expected one "
+                "scale per key head"
+            )
+
+    @property
+    def largest(self) -> int:
+        """The largest scale."""
+        return max(self.scales, default=1)
+
+    def groups(self, heads: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Group the heads by scale, since heads of equal scale run as one call.
+
+        Returns
+        -------
+        tuple of (scale, head indices)
+            In the order of the first head of each scale.
+        """
+        scales = self.scales or (1,) * heads
+        found: dict[int, list[int]] = {}
+        for head, scale in enumerate(scales):
+            found.setdefault(scale, []).append(head)
+        return tuple((scale, tuple(indices)) for scale, indices in found.items())
+
+
+def pooling_weights(length: int, real: Any, scale: int, pool: str, like: Any, *, xp: Any) -> Any:
+    """Compute each key's weight in its window.
+
+    Parameters
+    ----------
+    length : int
+        The number of keys M.
+    real : bool array (*B, 1, M) or None
+        True for a real key.
+    scale : int
+        The window's length s.
+    pool : {"mean", "first"}
+        As in `HeadScaling`.
+    like : array
+        Gives the dtype of the weights, and their device.
+    xp : namespace
+        The array-API namespace.
+
+    Returns
+    -------
+    array (*B, 1, ceil(M / s), s), or (1, ceil(M / s), s) without `real`
+        Weights that sum to 1 over a window, or are all 0 where it has no real key.
+    """
+    if real is None:
+        real = xp.ones((1, length), dtype=xp.bool, device=device_of(like))
+    member = xp.astype(windows(real[..., None], scale, xp=xp)[..., 0], like.dtype)
+    if pool == "first":
+        return xp.where(xp.cumulative_sum(member, axis=-1) == 1, member, xp.zeros_like(member))
+    count = xp.sum(member, axis=-1, keepdims=True)
+    return member / xp.where(count > 0, count, xp.ones_like(count))
+
+
+def windows(x: Any, scale: int, *, xp: Any) -> Any:
+    """Cut rows (..., M, D) into windows (..., ceil(M / s), s, D), padded with zeros."""
+    *lead, length, dim = x.shape
+    count = -(-length // scale)
+    missing = count * scale - length
+    if missing:
+        padding = xp.zeros((*lead, missing, dim), dtype=x.dtype, device=device_of(x))
+        x = xp.concat([x, padding], axis=-2)
+    return xp.reshape(x, (*lead, count, scale, dim))
+
+
+def pool(kind: str, x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """Pool rows by the weights of `pooling_weights`.
+
+    Parameters
+    ----------
+    kind : {"mean", "first"}
+        As in `HeadScaling`.
+    x : array (*B, H, M, D)
+        Keys or values, zeros where a key is not real.
+    weights : array (*B, 1, ceil(M / s), s)
+        Each key's weight in its window.
+    xp : namespace
+        The array-API namespace.
+
+    Returns
+    -------
+    pooled : array (*B, H, ceil(M / s), D)
+    pullback : callable
+        Takes a cotangent of `pooled` to one of `x`.
+    """
+    weights = weights[..., None]
+    cut = windows(x, weights.shape[-2], xp=xp)
+    if kind == "mean":
+        # The weights of a window's real keys are equal, and its other keys are zeros.
+        pooled = xp.sum(cut, axis=-2) * xp.max(weights, axis=-2)
+    else:
+        # Select, so that a NaN in a key of weight 0 stays out.
+        pooled = xp.sum(xp.where(weights > 0, cut * weights, xp.zeros_like(cut)), axis=-2)
+
+    def pullback(cotangent: Any) -> Any:
+        grad = cotangent[..., None, :] * weights
+        *lead, count, scale, dim = grad.shape
+        return xp.reshape(grad, (*lead, count * scale, dim))[..., : x.shape[-2], :]
+
+    return pooled, pullback

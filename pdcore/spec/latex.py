@@ -1,0 +1,449 @@
+r"""The derivation of an attention in LaTeX: the regression, its dual, and the expansion.
+
+The derivation follows Nguyen et al. (2023): one head is a support vector regression fitted on
+its keys, and attention is the support vector expansion of its solution. Indices count from 0, as
+in the arrays: query i is at position p = i + offset, and key j at position j.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from .attention_spec import AttentionSpec
+from .kernels import (
+    Cosine,
+    Exponential,
+    FeatureMap,
+    Gaussian,
+    Polynomial,
+    RandomFeatures,
+    latex_number,
+)
+from .normalizations.base import Identity
+from .normalizations.batch import Batch
+from .normalizations.convolution import Convolution
+from .normalizations.instance_enhanced import InstanceEnhanced
+from .normalizations.mixture import Mixture
+from .statistics import Moments
+
+__all__ = ["aligned", "derivation_latex", "positive_semidefinite", "sections"]
+
+
+def derivation_latex(spec: AttentionSpec) -> str:
+    r"""Derive an attention from its regression.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+        The attention. Its kernel and normalization state themselves by their `latex`.
+
+    Returns
+    -------
+    str
+        An ``align*`` environment: the training points, T, kappa and h of the spec; the primal
+        problem; its dual; the attention of query i. It needs the package amsmath only.
+
+    Examples
+    --------
+    >>> from pdcore import parse
+    >>> print(derivation_latex(parse("softmax")).splitlines()[0])
+    \begin{align*}
+    """
+    return aligned([line for lines in sections(spec).values() for line in lines])
+
+
+def sections(spec: AttentionSpec) -> dict[str, list[str]]:
+    """Give the lines of a derivation by what they state, in order.
+
+    Returns
+    -------
+    dict
+        ``points``, ``choices``, ``primal``, ``dual``, ``attention`` and ``own_choices``, each a
+        list of lines of an ``align*`` environment.
+    """
+    part = _Derivation(spec)
+    pieces = (part.points, part.choices, part.primal, part.dual, part.attention, part.own_choices)
+    return {piece.__name__: list(piece()) for piece in pieces}
+
+
+def aligned(lines: list[str]) -> str:
+    """Put lines into an ``align*`` environment."""
+    body = " \\\\\n".join(f"& {line}" for line in lines)
+    return f"\\begin{{align*}}\n{body}\n\\end{{align*}}\n"
+
+
+class _Derivation:
+    """The pieces of one spec's derivation; every piece is a list of lines."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+        self.pooled = spec.heads.largest > 1
+        # A row has a regression of its own where its keys or its statistics are its own.
+        self.by_row = spec.support.restricts or spec.prefix
+        row = "_i" if self.by_row else ""
+        self.f, self.h, self.seen = f"f{row}", f"h{row}", f"S{row}"
+        self.convolved = isinstance(spec.normalization, Convolution)
+        if self.convolved or isinstance(spec.normalization, Identity):
+            self.transform = ""  # a convolution changes the training inputs, and no other point
+        else:
+            self.transform = "T_p" if spec.prefix else "T"
+        self.tau = _tau(spec)
+
+    def key(self, index: str) -> str:
+        """Write a training input."""
+        return rf"\tilde{{k}}_{index}" if self.convolved else rf"{self._key}_{index}"
+
+    @property
+    def _key(self) -> str:
+        """Write a key as the head has it, before a convolution."""
+        return r"\bar{k}" if self.pooled else "k"
+
+    def value(self, index: str) -> str:
+        """Write a value."""
+        return rf"\bar{{v}}_{index}" if self.pooled else f"v_{index}"
+
+    def t(self, x: str) -> str:
+        """Write T of a row."""
+        return f"{self.transform}({x})" if self.transform else x
+
+    def kappa(self, x: str, y: str) -> str:
+        """Write kappa(T(x), T(y))."""
+        return rf"\kappa({self.t(x)}, {self.t(y)})"
+
+    def phi(self, x: str) -> str:
+        """Write Phi(T(x))."""
+        return rf"\Phi({self.t(x)})"
+
+    # The choices that make this attention.
+
+    def points(self) -> Iterator[str]:
+        """State the training points of a head, and which of them a query sees."""
+        support = self.spec.support
+        first, *rest = _wrapped(str(self.spec))
+        yield rf"\textbf{{The attention }} \texttt{{{first}}}"
+        yield from (rf"\qquad \texttt{{{line}}}" for line in rest)
+        if self.pooled:
+            yield from (rf"\quad {line}" for line in self._scales())
+            yield (
+                r"\quad R_j = \{ m : js \leq m < (j + 1)s,\ k_m \text{ is real} \}, \quad "
+                r"R = \{ j : R_j \neq \emptyset \}"
+            )
+            if self.spec.heads.pool == "first":
+                pooled = r"\bar{k}_j = k_m, \quad \bar{v}_j = v_m, \quad m = \min R_j"
+            else:
+                mean = r"\frac{1}{|R_j|} \sum_{m \in R_j}"
+                pooled = rf"\bar{{k}}_j = {mean} k_m, \quad \bar{{v}}_j = {mean} v_m"
+            yield rf"\quad {pooled}"
+        else:
+            yield r"\quad R = \{ j : 0 \leq j < M,\ k_j \text{ is real} \}"
+        if isinstance(self.spec.normalization, Convolution):
+            yield rf"\quad \tilde{{k}}_j = {self.spec.normalization.latex(self._key)}"
+            taps = math.prod(self.spec.normalization.taps)
+            share = rf"1 / {taps}" if taps > 1 else "1"
+            yield (
+                rf"\quad w = \texttt{{weight}} \text{{, or }} {share} \text{{ everywhere "
+                r"where a call does not give it}"
+            )
+            yield (
+                rf"\quad \text{{with }} {self._key}_l = 0 \text{{ for }} l \notin R \text{{; "
+                r"a query has no neighbours, and is not convolved}"
+            )
+        if not support.restricts:
+            yield rf"\quad {self.seen} = R{_removed(self.pooled)}"
+            return
+        yield rf"\quad {self.seen} = \{{ j \in R : {self._allowed()} \}}{_removed(self.pooled)}"
+        yield r"\quad p = i + \text{offset, the position of query } i"
+
+    def _scales(self) -> list[str]:
+        scales = self.spec.heads.scales
+        groups = self.spec.heads.groups(len(scales))
+        if len(groups) == 1:
+            return [f"s = {groups[0][0]}"]
+        lines = [rf"s = {s} \text{{ for key heads {_ranges(heads)}}}" for s, heads in groups]
+        return lines if max(map(len, lines)) > 60 else [r", \quad ".join(lines)]
+
+    def _allowed(self) -> str:
+        """Write what position demands of a key."""
+        support = self.spec.support
+        first, last = ("js", "js + s - 1") if self.pooled else ("j", "j")
+        low = "" if support.left == float("inf") else _offset("p", -int(support.left))
+        high = "" if support.ahead == float("inf") else _offset("p", int(support.ahead))
+        if low and high and first == last:
+            return rf"{low} \leq j \leq {high}"
+        bounds = [rf"{low} \leq {first}"] if low else []
+        bounds += [rf"{last} \leq {high}"] if high else []
+        return r",\ ".join(bounds)
+
+    def choices(self) -> Iterator[str]:
+        """State T, kappa and h."""
+        spec = self.spec
+        if self.transform:
+            yield rf"\quad {self.t('x')} = {_tidy(spec.normalization.latex())}"
+            yield from (rf"\quad {line}" for line in self._statistics())
+        yield rf"\quad \kappa(x, y) = \Phi(x)^\top \Phi(y) = {_tidy(spec.kernel.latex())}"
+        if isinstance(spec.kernel, RandomFeatures):
+            yield (
+                rf"\quad \tau = {self.tau}, \quad \Omega_{{fd}} \sim N(0, 1) "
+                rf"\text{{ drawn once from seed {spec.kernel.seed}}}"
+            )
+        if not positive_semidefinite(spec):
+            yield (
+                r"\quad \text{(} \Phi \text{ exists only where } \kappa \text{ is positive "
+                r"semidefinite; elsewhere the last lines are a definition)}"
+            )
+        normaliser = {
+            "sum": rf"\sum_{{l \in {self.seen}}} {self.kappa('x', self.key('l'))}",
+            "count": f"|{self.seen}|",
+            "one": "1",
+        }[spec.normaliser]
+        yield rf"\quad {self.h}(x) = {normaliser}"
+        if spec.parameters():
+            for gives, wanted in (("gives", True), ("may give", False)):
+                found = [p for p in spec.parameters() if (p.default is None) is wanted]
+                if found:
+                    declared = r",\ ".join(_parameter(p.name, p.shapes) for p in found)
+                    yield rf"\quad \text{{arrays that a call {gives}: }} {declared}"
+
+    def _statistics(self) -> Iterator[str]:
+        normalization = self.spec.normalization
+        key = self.key("j")
+        if isinstance(normalization, Mixture):
+            steps, seed = normalization.steps, normalization.seed
+            yield (
+                rf"\pi_c, \mu_c, \sigma_c^2 \text{{ by {steps} steps of EM on the }} {key},\ "
+                rf"j \in R \text{{, from centres of seed {seed}}}"
+            )
+            return
+        statistics = normalization.statistics_state()
+        if not isinstance(normalization, Batch) and type(statistics) is not Moments:
+            if statistics is not None:
+                name = _escape(type(statistics).__name__)
+                yield (
+                    rf"\text{{by the statistics }} \texttt{{{name}}} \text{{ of the }} "
+                    rf"{key},\ j \in R"
+                )
+            return
+        match normalization.statistics if isinstance(normalization, Batch) else "sequence":
+            case "running":
+                yield r"\mu, \sigma^2 \text{ given by the call}"
+                return
+            case "prefix":
+                last = "js + s - 1" if self.pooled else "j"
+                where = "" if self.spec.support.restricts else r", \quad p = i + \text{offset}"
+                yield rf"P = \{{ j \in R : {last} \leq p \}}{where}"
+                over, index = "P", "_p"
+            case "batch":
+                yield r"\text{sums over the sequences } b \text{ of the call too}"
+                over, index = "R_b" if not self.pooled else "R^{(b)}", ""
+            case _:
+                over, index = "R", ""
+        total, count = rf"\sum_{{j \in {over}}}", f"|{over}|"
+        if isinstance(normalization, Batch) and normalization.statistics == "batch":
+            total, count = rf"\sum_b \sum_{{j \in {over}}}", rf"\sum_b |{over}|"
+            key = rf"{key}^{{(b)}}"
+        mean = rf"\mu{index}"
+        yield (
+            rf"{mean} = \frac{{1}}{{n}} {total} {key}, \quad \sigma^2{index} = \frac{{1}}{{n}} "
+            rf"{total} ({key} - {mean})^2, \quad n = {count}"
+        )
+
+    # The regression.
+
+    def primal(self) -> Iterator[str]:
+        """State the layer and its problem."""
+        x, z = self.phi("x"), self.phi(self.key("j"))
+        whose = r" (one for every query } i \text{)" if self.by_row else ""
+        yield rf"\textbf{{Primal}}\text{{{whose}: a layer with targets }} y_j"
+        yield rf"\quad {self.f}(x) = W \frac{{{x}}}{{{self.h}(x)}} + b"
+        slack = r"(\xi_{jd} + \xi^{*}_{jd})"
+        yield (
+            r"\quad \min_{W, b, \xi, \xi^{*}} \ \frac{1}{2} \lVert W \rVert_F^2 + C "
+            rf"\sum_{{j \in {self.seen}}} \sum_d {slack}"
+        )
+        fit = rf"w_d^\top \frac{{{z}}}{{{self.h}({self.key('j')})}} - b_d"
+        yield (
+            rf"\quad \text{{subject to }} -(\epsilon + \xi^{{*}}_{{jd}}) \leq y_{{jd}} - {fit} "
+            r"\leq \epsilon + \xi_{jd}, \quad \xi_{jd}, \xi^{*}_{jd} \geq 0"
+        )
+
+    def dual(self) -> Iterator[str]:
+        """State the dual problem, and the primal solution by its multipliers."""
+        j, k_j, k_l = self.seen, self.key("j"), self.key("l")
+        gap, other = r"(\alpha_{jd} - \alpha^{*}_{jd})", r"(\alpha_{ld} - \alpha^{*}_{ld})"
+        yield r"\textbf{Dual}\text{: multipliers } \alpha_{jd}, \alpha^{*}_{jd}"
+        yield (
+            r"\quad \max_{\alpha, \alpha^{*}} \ "
+            rf"-\frac{{1}}{{2}} \sum_d \sum_{{j, l \in {j}}} {gap} {other} K_{{jl}} "
+            rf"+ \sum_d \sum_{{j \in {j}}} \left( y_{{jd}} {gap} - "
+            r"\epsilon (\alpha_{jd} + \alpha^{*}_{jd}) \right)"
+        )
+        yield (
+            r"\quad \text{subject to } 0 \leq \alpha_{jd}, \alpha^{*}_{jd} \leq C, \quad "
+            rf"\sum_{{j \in {j}}} {gap} = 0 \text{{ for every }} d"
+        )
+        yield (
+            rf"\quad K_{{jl}} = \frac{{{self.kappa(k_j, k_l)}}}{{{self.h}({k_j}) \, "
+            rf"{self.h}({k_l})}}, \quad w_d = \sum_{{j \in {j}}} {gap} "
+            rf"\frac{{{self.phi(k_j)}}}{{{self.h}({k_j})}}"
+        )
+
+    def attention(self) -> Iterator[str]:
+        """State the expansion at query i, and what it comes to."""
+        v, k, seen = self.value("j"), self.key("j"), self.seen
+        yield (
+            r"\textbf{Attention}\text{: the expansion at query } i \text{; in a transformer } v "
+            r"\text{ is learned and } b = 0"
+        )
+        total = rf"\sum_{{j \in {seen}}}"
+        vd = r"\bar{v}_{jd}" if self.pooled else "v_{jd}"
+        yield (
+            rf"\quad o_i = {self.f}(q_i) = {total} \frac{{{self.kappa('q_i', k)}}}"
+            rf"{{{self.h}(q_i)}} \, {v}, \quad {vd} = \frac{{\alpha_{{jd}} - "
+            rf"\alpha^{{*}}_{{jd}}}}{{{self.h}({k})}}"
+        )
+        yield from (rf"\quad {line}" for line in self._closed_form(total, v, k))
+        empty = rf"{seen} = \emptyset"
+        if self.spec.prefix:
+            empty += r" \text{ or } P = \emptyset"
+        if not _never_zero(self.spec):
+            empty += rf" \text{{ or }} {self.h}(q_i) = 0"
+        yield rf"\quad o_i = 0 \text{{ where }} {empty}"
+
+    def _closed_form(self, total: str, v: str, k: str) -> Iterator[str]:
+        """Write o_i as this kernel lets it be written."""
+        spec, seen = self.spec, self.seen
+        normalization = spec.normalization
+        if isinstance(spec.kernel, FeatureMap):
+            phi_q, phi_k = self.phi("q_i"), self.phi(k)
+            below = {"sum": rf"{phi_q}^\top {total} {phi_k}", "count": f"|{seen}|", "one": ""}
+            above = rf"{phi_q}^\top {total} {phi_k} \, {v}^\top"
+            divisor = below[spec.normaliser]
+            yield (
+                rf"o_i^\top = \frac{{{above}}}{{{divisor}}}" if divisor else rf"o_i^\top = {above}"
+            )
+            return
+        if not spec.plain_exponential or spec.normaliser != "sum":
+            return
+        softmax = rf"\mathrm{{softmax}}_{{j \in {seen}}}"
+        if not self.transform:
+            yield rf"o_i = {total} {softmax}({self.tau} \, q_i^\top {k}) \, {v}"
+        elif isinstance(normalization, Batch):
+            index = "_p" if spec.prefix else ""
+            centre = rf"{_weight(normalization)}\mu{index}"
+            scale = rf"\sigma^2{index} + {latex_number(normalization.eps)}"
+            yield (
+                rf"o_i = {total} {softmax}({self.tau} \, q_i'^\top {k}) \, {v}, \quad q_i' = "
+                rf"\frac{{{_tidy(f'q_i - {centre}')}}}{{{scale}}} \text{{ (terms without }} j "
+                r"\text{ cancel)}"
+            )
+
+    def own_choices(self) -> Iterator[str]:
+        """List what this project chose and the paper did not."""
+        spec, found = self.spec, []
+        normalization = spec.normalization
+        if isinstance(spec.kernel, Exponential) and spec.kernel.softcap is not None:
+            found.append("softcap")
+        if isinstance(normalization, Batch | InstanceEnhanced | Mixture):
+            found.append(
+                rf"the value }} {latex_number(normalization.eps)} \text{{ added to the variance"
+            )
+            if normalization.beta != 1.0:
+                found.append("the weight of the mean")
+            if isinstance(normalization, Batch) and normalization.statistics != "sequence":
+                found.append(f"{normalization.statistics} statistics")
+            if self.pooled:
+                found.append("statistics over pooled keys")
+        if isinstance(normalization, Convolution):
+            found.append("the convolution: of keys alone, depthwise, with zeros beyond them")
+        if isinstance(normalization, InstanceEnhanced):
+            found.append("an instance is one sequence as one head has it; queries get its gate")
+        if isinstance(normalization, Mixture):
+            found.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
+        if self.pooled:
+            if spec.heads.pool == "mean":
+                found.append("pooling by means")
+            if spec.support.restricts:
+                found.append("a pooled key is seen only if all of its window is allowed")
+        if found:
+            yield r"\textbf{Choices of pdcore, not of the paper}"
+            yield from (rf"\quad \text{{{choice}}}" for choice in found)
+
+
+def _removed(pooled: bool) -> str:
+    return (
+        r" \quad \text{(less those with a real key that a mask of the call denies)}"
+        if pooled
+        else r" \quad \text{(less those that a mask of the call denies)}"
+    )
+
+
+def positive_semidefinite(spec: AttentionSpec) -> bool:
+    """Whether kappa is known to be a kernel of a feature space; every feature map is."""
+    kernel = spec.kernel
+    return isinstance(kernel, (FeatureMap, Gaussian, Cosine, Polynomial)) or spec.plain_exponential
+
+
+def _never_zero(spec: AttentionSpec) -> bool:
+    """Whether h is positive wherever a key is visible."""
+    return spec.normaliser != "sum" or isinstance(spec.kernel, (Exponential, Gaussian, Cosine))
+
+
+def _tau(spec: AttentionSpec) -> str:
+    scale = getattr(spec.kernel, "scale", None)
+    return "D^{-1/2}" if scale is None else latex_number(scale)
+
+
+def _weight(batch: Batch) -> str:
+    if batch.beta == "param":
+        return r"\beta \odot "
+    return "" if batch.beta == 1.0 else rf"{latex_number(float(batch.beta))}\,"
+
+
+def _parameter(name: str, shapes: tuple[tuple[str | int, ...], ...]) -> str:
+    forms = [", ".join("H" if n == "H" else str(n) for n in shape) for shape in shapes]
+    written = r" \text{ or } ".join(f"({form})" for form in forms)
+    return rf"\texttt{{{_escape(name)}}} \text{{ of shape }} {written}"
+
+
+def _tidy(text: str) -> str:
+    """Write 1e-05 as a power of ten, for in mathematics "e" is a letter; and "- -2" as "+ 2"."""
+
+    def power(match: re.Match[str]) -> str:
+        factor = "" if match[1] == "1" else rf"{match[1]} \cdot "
+        return rf"{factor}10^{{{int(match[2])}}}"
+
+    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)e([+-]?\d+)", power, text)
+    return re.sub(r"- -(?=[\d.])", "+ ", text)
+
+
+def _offset(name: str, by: int) -> str:
+    return name if not by else f"{name} {'+' if by > 0 else '-'} {abs(by)}"
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    """Write indices as 0, 2--5."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(f"{run[0]}--{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _wrapped(words: str, width: int = 64) -> list[str]:
+    """Break a spec's string between words."""
+    lines = [""]
+    for word in words.split("+"):
+        if lines[-1] and len(lines[-1]) + len(word) > width:
+            lines[-1] += "+"
+            lines.append(word)
+        else:
+            lines[-1] += f"+{word}" if lines[-1] else word
+    return [_escape(line) for line in lines]
+
+
+def _escape(text: str) -> str:
+    return text.replace("_", r"\_")

@@ -1,0 +1,1 @@
+"""Normalizations T(x): one file a contribution, with its statistics."""

@@ -1,0 +1,114 @@
+"""Attention-BN: queries and keys are normalized by the mean and variance of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import SpecError, nearest
+from ..kernels import Parameter, latex_number
+from ..statistics import Moments, State, Statistics
+from .base import Normalization, check_centre, check_eps
+
+__all__ = ["Batch"]
+
+
+_STATISTICS = ("sequence", "batch", "running", "prefix")
+
+
+@dataclass(frozen=True)
+class Batch(Normalization):
+    """Attention-BN: T(x) = (x - beta mu) / sqrt(var + eps), by the keys' statistics.
+
+    mu and the biased var are taken per feature over the head's own real keys, after head
+    scaling (Nguyen et al., 2023); `eps`, the statistics other than ``sequence`` and the weight
+    beta as a parameter are choices of this project.
+
+    Parameters
+    ----------
+    beta : float or "param"
+        The weight of the mean; ``"param"`` takes an array ``beta`` from the call's `params`.
+    eps : float
+        Added to the variance, > 0.
+    statistics : {"sequence", "batch", "running", "prefix"}
+        Over the keys of the sequence; over all leading axes too; given as `params`; or row by
+        row over the keys up to the row's position.
+    allow_leak : bool
+        Permit statistics of the future under ``causal``.
+    """
+
+    beta: float | str = 1.0
+    eps: float = 1e-5
+    statistics: str = "sequence"
+    allow_leak: bool = False
+    word = "bn"
+    aliases = ("batch",)
+    causal_choice = "statistics=prefix or statistics=running"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, str):
+            if self.beta != "param":
+                raise SpecError(f"bn: beta is {self.beta!r}, expected a number or 'param'")
+            check_eps("bn", self.eps)
+        else:
+            check_centre("bn", self.beta, self.eps, " or 'param'")
+        if self.statistics not in _STATISTICS:
+            raise SpecError(
+                f"bn: statistics is {self.statistics!r}; "
+                f"{nearest(str(self.statistics), _STATISTICS)}"
+            )
+
+    @property
+    def leaks(self) -> bool:
+        """Sequence and batch statistics see the future."""
+        return self.statistics in ("sequence", "batch") and not self.allow_leak
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Declare ``beta`` for ``beta=param``, and ``mean`` and ``var`` for running statistics."""
+        declared = []
+        if self.beta == "param":
+            declared.append(Parameter("beta", (("H",), ("H", "D"))))
+        if self.statistics == "running":
+            declared += [Parameter(n, (("H", "D"),), differentiable=False) for n in ("mean", "var")]
+        return tuple(declared)
+
+    def statistics_state(self) -> Statistics | None:
+        """Moments, unless they come as `params`."""
+        return None if self.statistics == "running" else Moments()
+
+    def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """T(x), see `Normalization.apply`."""
+        moments = params if self.statistics == "running" else state
+        return (x - self.weight(params) * moments["mean"]) / xp.sqrt(moments["var"] + self.eps)
+
+    def apply_vjp(
+        self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull back, see `Normalization.apply_vjp`."""
+        moments = params if self.statistics == "running" else state
+        beta = self.weight(params)
+        reciprocal = 1.0 / xp.sqrt(moments["var"] + self.eps)
+        dx = cotangent * reciprocal
+        dstate = {}
+        if self.statistics != "running":
+            centred = x - beta * moments["mean"]
+            dstate = {"mean": -beta * dx, "var": -0.5 * reciprocal * reciprocal * dx * centred}
+        dparams = {"beta": -dx * moments["mean"]} if self.beta == "param" else {}
+        return dx, dstate, dparams
+
+    def weight(self, params: Mapping[str, Any]) -> Any:
+        """Give beta: the spec's number, or the call's array."""
+        return params["beta"] if self.beta == "param" else self.beta
+
+    def latex(self) -> str:
+        """T as LaTeX."""
+        if isinstance(self.beta, str):
+            weight = r"- \beta \odot "
+        else:
+            size = abs(self.beta)
+            sign = "-" if self.beta >= 0 else "+"
+            weight = f"{sign} " if size == 1 else rf"{sign} {latex_number(size)}\,"
+        index = "_p" if self.statistics == "prefix" else ""
+        eps = latex_number(self.eps)
+        return rf"\frac{{x {weight}\mu{index}}}{{\sqrt{{\sigma^2{index} + {eps}}}}}"

@@ -1,0 +1,291 @@
+"""Attention-Conv1D and Attention-Conv2D: keys convolved along their sequence, or over a grid."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...arrays import device_of
+from ...errors import SpecError, nearest
+from ..kernels import Parameter
+from ..statistics import KeySet, State, Statistics
+from .base import Normalization
+
+__all__ = ["Conv1d", "Conv2d", "Convolution"]
+
+_PADDINGS = ("same", "causal")
+
+
+class Convolution(Normalization):
+    """A depthwise convolution of the keys, with zeros beyond them and where a key is not real.
+
+    A convolution is of a sequence. A query is a single point, so it has nothing to be convolved
+    with, and T leaves it: what a layer's convolution changes is the points that it is fitted on.
+    """
+
+    @property
+    @abstractmethod
+    def taps(self) -> tuple[int, ...]:
+        """The sizes of the filter."""
+
+    @property
+    @abstractmethod
+    def before(self) -> tuple[int, ...]:
+        """How many taps lie before the key itself, axis by axis of the filter."""
+
+    @abstractmethod
+    def grid(self, count: int) -> tuple[int, ...]:
+        """Give the sizes of what `count` keys fill in C order."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a key is convolved with later ones."""
+        return any(size - 1 > back for size, back in zip(self.taps, self.before, strict=True))
+
+    @property
+    def leaks(self) -> bool:
+        """Whether T of a key depends on later keys, unless the caller allows it."""
+        return self.looks_ahead and not getattr(self, "allow_leak", False)
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Declare ``weight``: the mean over the filter unless given."""
+        share = 1.0 / math.prod(self.taps)
+        return (Parameter("weight", (("H", *self.taps, "D"),), default=share),)
+
+    def statistics_state(self) -> Statistics:
+        """The keys themselves."""
+        return KeySet()
+
+    def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """T of a query, which is the query."""
+        return x
+
+    def apply_vjp(
+        self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull back, see `Normalization.apply_vjp`."""
+        return cotangent, {}, {}
+
+    def apply_keys(self, keys: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """T of the keys, see `Normalization.apply_keys`."""
+        x = self._laid_out(xp.where(state["mask"], keys, xp.zeros_like(keys)), xp)
+        return xp.reshape(convolve(x, params["weight"], self.before, xp=xp), keys.shape)
+
+    def apply_keys_vjp(
+        self, keys: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull back, see `Normalization.apply_keys_vjp`."""
+        mask, weight = state["mask"], params["weight"]
+        x = self._laid_out(xp.where(mask, keys, xp.zeros_like(keys)), xp)
+        dx, dweight = convolve_vjp(x, weight, self.before, self._laid_out(cotangent, xp), xp=xp)
+        dx = xp.reshape(dx, keys.shape)
+        return xp.where(mask, dx, xp.zeros_like(dx)), {}, {"weight": dweight}
+
+    def check_keys(self, count: int) -> None:
+        """Refuse keys that do not fill the grid."""
+        if math.prod(self.grid(count)) != count:
+            raise ValueError(
+                f"k: got {count} keys in a head, expected "
+                f"{' x '.join(map(str, self.grid(count)))} = {math.prod(self.grid(count))}, the "
+                f"grid of {self.word}: give it the height and width that the keys fill"
+            )
+
+    def step(self) -> str:
+        """Say what is done to keys and queries, see `Normalization.step`."""
+        return f"convolve: keys by {self.word}, zeros beyond them; queries as they are"
+
+    def latex(self, key: str = "k") -> str:
+        """T of key j as LaTeX, of keys written `key`."""
+        return rf"\sum_t w_t \odot {key}_{{j + t}}"
+
+    def _laid_out(self, x: Any, xp: Any) -> Any:
+        """Lay keys (*B, H, M, D) out on the grid."""
+        return xp.reshape(x, (*x.shape[:-2], *self.grid(x.shape[-2]), x.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Conv1d(Convolution):
+    """T(k_j) = sum_t w_t k_(j + t - c), and T(q) = q: keys convolved along their sequence.
+
+    Attention-Conv1D. The filter is depthwise: a weight for each head, tap and feature. Beyond the
+    sequence, and where a key is padding, there are zeros. A query has no neighbours, so T leaves
+    it. With head scaling the keys are the pooled ones. That is this project's own definition.
+
+    The call's `params` may hold ``weight``, (Hkv, size, D), tap by tap in the order of the keys:
+    without it, every tap weighs 1 / size.
+
+    Parameters
+    ----------
+    size : int
+        The number of taps, >= 1.
+    padding : {"same", "causal"}
+        Whether key j stands at the middle tap, c = (size - 1) // 2, or at the last one, so that
+        nothing depends on later keys.
+    allow_leak : bool
+        Permit ``same`` under ``causal``.
+    """
+
+    size: int = 3
+    padding: str = "same"
+    allow_leak: bool = False
+    word = "conv1d"
+    causal_choice = "padding=causal"
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "size")
+        if self.padding not in _PADDINGS:
+            raise SpecError(
+                f"conv1d: padding is {self.padding!r}; {nearest(str(self.padding), _PADDINGS)}"
+            )
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The sizes of the filter."""
+        return (self.size,)
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """How many taps lie before the key itself."""
+        return (self.size - 1 if self.padding == "causal" else (self.size - 1) // 2,)
+
+    def grid(self, count: int) -> tuple[int, ...]:
+        """Any number of keys is a sequence."""
+        return (count,)
+
+    def latex(self, key: str = "k") -> str:
+        """T of key j as LaTeX, of keys written `key`."""
+        at = f"j + t - {self.before[0]}" if self.before[0] else "j + t"
+        return rf"\sum_{{t = 0}}^{{{self.size - 1}}} w_t \odot {key}_{{{at}}}"
+
+
+@dataclass(frozen=True)
+class Conv2d(Convolution):
+    """T(k_j) = sum_ut w_ut k_(j + (u - c) width + t - c), and T(q) = q: keys convolved over a grid.
+
+    Attention-Conv2D. The keys of a head, pooled or not, fill a grid row by row, and are convolved
+    over it with a square depthwise filter, as of `Conv1d`. It looks ahead, so ``causal`` refuses
+    it. That is this project's own definition.
+
+    The call's `params` may hold ``weight``, (Hkv, size, size, D), down and across: without it,
+    every tap weighs 1 / size^2.
+
+    Parameters
+    ----------
+    height, width : int
+        The grid, >= 1: a head has height width keys.
+    size : int
+        The filter's height and width, >= 1; key j stands at its middle, c = (size - 1) // 2.
+    allow_leak : bool
+        Permit it under ``causal``.
+    """
+
+    height: int
+    width: int
+    size: int = 3
+    allow_leak: bool = False
+    word = "conv2d"
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, "height", "width", "size")
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The sizes of the filter."""
+        return self.size, self.size
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """How many taps lie before the key itself, down and across."""
+        return (self.size - 1) // 2, (self.size - 1) // 2
+
+    def grid(self, count: int) -> tuple[int, ...]:
+        """Give the grid, whatever the number of keys."""
+        return self.height, self.width
+
+    def latex(self, key: str = "k") -> str:
+        """T of key j as LaTeX, of keys written `key`."""
+        c = self.before[0]
+        at = f"j + {self.width}(u - {c}) + t - {c}" if c else f"j + {self.width}u + t"
+        return (
+            rf"\sum_{{u, t = 0}}^{{{self.size - 1}}} w_{{ut}} \odot {key}_{{{at}}} "
+            rf"\ \text{{ within rows }} 0 \text{{ to }} {self.height - 1} \text{{ and columns }} 0 "
+            rf"\text{{ to }} {self.width - 1}"
+        )
+
+
+def convolve(x: Any, weight: Any, before: tuple[int, ...], *, xp: Any) -> Any:
+    """Sum weight_t x_(i + t - before) over the taps t, as layers do that are called convolutions.
+
+    Parameters
+    ----------
+    x : array (*B, H, *grid, D)
+        Zeros beyond the grid are put in here.
+    weight : array (H, *taps, D)
+        One axis of taps for each of the grid.
+    before : tuple of int
+        The tap at which a point itself stands, axis by axis.
+    xp : namespace
+        The array-API namespace.
+
+    Returns
+    -------
+    array like `x`
+    """
+    total: Any = None
+    for tap, window in _windows(x, weight.shape[1:-1], before, xp):
+        part = window * _spread(weight[(slice(None), *tap, ...)], len(before), xp)
+        total = part if total is None else total + part
+    return total
+
+
+def convolve_vjp(
+    x: Any, weight: Any, before: tuple[int, ...], cotangent: Any, *, xp: Any
+) -> tuple[Any, Any]:
+    """Pull a cotangent of `convolve` back to x and, unsummed over *B, to weight."""
+    axes = tuple(range(1, weight.ndim - 1))
+    after = tuple(n - 1 - b for n, b in zip(weight.shape[1:-1], before, strict=True))
+    dx = convolve(cotangent, xp.flip(weight, axis=axes), after, xp=xp)
+    over = tuple(range(-1 - len(before), -1))
+    parts = [
+        xp.sum(cotangent * window, axis=over)
+        for _, window in _windows(x, weight.shape[1:-1], before, xp)
+    ]
+    dweight = xp.stack(parts, axis=-2)
+    return dx, xp.reshape(dweight, (*dweight.shape[:-2], *weight.shape[1:]))
+
+
+def _windows(
+    x: Any, taps: tuple[int, ...], before: tuple[int, ...], xp: Any
+) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """Give for every tap what each point of the grid meets there, like x."""
+    first = x.ndim - 1 - len(taps)
+    grid, padded = x.shape[first:-1], x
+    for axis, (size, back) in enumerate(zip(taps, before, strict=True), first):
+        padded = xp.concat(
+            [_zeros(padded, axis, back, xp), padded, _zeros(padded, axis, size - 1 - back, xp)],
+            axis=axis,
+        )
+    for tap in itertools.product(*map(range, taps)):
+        cut = tuple(slice(t, t + n) for t, n in zip(tap, grid, strict=True))
+        yield tap, padded[(..., *cut, slice(None))]
+
+
+def _zeros(x: Any, axis: int, count: int, xp: Any) -> Any:
+    shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+    return xp.zeros(shape, dtype=x.dtype, device=device_of(x))
+
+
+def _spread(weight: Any, axes: int, xp: Any) -> Any:
+    """Give (H, D) the axes of a grid, (H, 1, ..., D)."""
+    return xp.reshape(weight, (weight.shape[0], *(1,) * axes, weight.shape[1]))
+
+
+def _check_sizes(t: Convolution, *names: str) -> None:
+    for name in names:
+        value = getattr(t, name)
+        if type(value) is not int or value < 1:
+            raise SpecError(f"{t.word}: {name} is {value!r}, expected a whole number >= 1")

@@ -1,0 +1,280 @@
+"""Mixture normalization: the statistics of sub-populations of the keys, found by EM."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...arrays import constant
+from ...errors import SpecError
+from ..kernels import latex_number
+from ..statistics import KeySet, State, Statistics
+from .base import Normalization, check_centre
+
+__all__ = ["GaussianMixture", "Mixture", "draws"]
+
+
+@dataclass(frozen=True)
+class Mixture(Normalization):
+    """T(x) = sum_k r_k(x) (x - beta mu_k) / sqrt(var_k + eps): Attention-BN by sub-populations.
+
+    Kalayeh and Shah, Training Faster by Separating Modes of Variation in Batch-normalized Models
+    (2019), normalize by the components of a Gaussian mixture instead of by one mean and variance.
+    Here the mixture, of diagonal covariances, is fitted to the head's own real keys after head
+    scaling by `GaussianMixture`, and r_k(x) is the posterior of component k, for queries and keys
+    alike. That r weights the components as it is, without a factor of their shares, is this
+    project's choice. With one component it is `Batch`.
+
+    Parameters
+    ----------
+    components : int
+        K, >= 1.
+    steps : int
+        EM steps, >= 1.
+    seed : int
+        Of the k-means++ start, >= 0.
+    beta, eps : float
+        As of `Batch`; eps is added to every variance of the mixture too.
+    allow_leak : bool
+        Permit statistics of the future under ``causal``.
+    """
+
+    components: int = 2
+    steps: int = 3
+    seed: int = 0
+    beta: float = 1.0
+    eps: float = 1e-5
+    allow_leak: bool = False
+    word = "mixture"
+
+    def __post_init__(self) -> None:
+        for name, least in (("components", 1), ("steps", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise SpecError(f"mixture: {name} is {value!r}, expected a whole number >= {least}")
+        check_centre(self.word, self.beta, self.eps)
+
+    def statistics_state(self) -> Statistics:
+        """The mixture."""
+        return GaussianMixture(self.components, self.steps, self.seed, self.eps)
+
+    def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """T(x), see `Normalization.apply`."""
+        r = posterior(x, state, self.eps, xp)
+        total = xp.zeros_like(x)
+        for k, mean, var in _components(state):
+            z = (x - self.beta * mean) / xp.sqrt(var + self.eps)
+            total = total + r[..., k : k + 1] * z
+        return total
+
+    def apply_vjp(
+        self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
+        """Pull back, see `Normalization.apply_vjp`."""
+        r = posterior(x, state, self.eps, xp)
+        dx, dr, dmean, dvar = xp.zeros_like(x), [], [], []
+        for k, mean, var in _components(state):
+            root = xp.sqrt(var + self.eps)
+            z = (x - self.beta * mean) / root
+            dz = r[..., k : k + 1] * cotangent / root
+            dx = dx + dz
+            dr.append(xp.sum(cotangent * z, axis=-1, keepdims=True))
+            dmean.append(-self.beta * xp.sum(dz, axis=-2, keepdims=True))
+            dvar.append(xp.sum(-0.5 * dz * z / root, axis=-2, keepdims=True))
+        dlogits = _softmax_vjp(r, xp.concat(dr, axis=-1), xp)
+        more, dstate = _logits_vjp(x, state, self.eps, dlogits, xp)
+        dstate["mean"] = dstate["mean"] + xp.concat(dmean, axis=-2)
+        dstate["var"] = dstate["var"] + xp.concat(dvar, axis=-2)
+        return dx + more, dstate, {}
+
+    def latex(self) -> str:
+        """T as LaTeX."""
+        centre = {1.0: r"\mu_c", 0.0: "0"}.get(self.beta, rf"{latex_number(self.beta)}\,\mu_c")
+        return (
+            rf"\sum_{{c=1}}^{{{self.components}}} r_c(x) \, \frac{{x - {centre}}}"
+            rf"{{\sqrt{{\sigma_c^2 + {latex_number(self.eps)}}}}}, \quad r_c(x) \propto \pi_c \, "
+            rf"N(x; \mu_c, \sigma_c^2 + {latex_number(self.eps)})"
+        )
+
+
+class GaussianMixture(KeySet):
+    """A mixture of Gaussians of diagonal covariance, by EM steps from a k-means++ start.
+
+    The first round keeps the keys, as `KeySet` does, for a centre may be any of them: the start
+    has centres drawn by k-means++, all keys' variance, and equal shares. Every further round is
+    one EM step, whose state has a fixed size and merges by Chan's update. The state has ``mean``
+    and ``var`` (*B, H, K, D) and ``weight`` (*B, H, K, 1), the keys' number times the share.
+
+    Gradients go through the last step alone, its posteriors included: the mixture that it starts
+    from, which is ``from_mean`` and so on in the state, is held constant.
+
+    Parameters
+    ----------
+    components, steps, seed, eps
+        As of `Mixture`.
+    """
+
+    def __init__(self, components: int, steps: int, seed: int, eps: float) -> None:
+        self.components, self.seed, self.eps = components, seed, eps
+        self.rounds = 1 + steps
+
+    def zero(self, like: State, *, xp: Any) -> State:
+        """Give the state of no keys, see `Statistics.zero`."""
+        if "keys" in like:
+            return super().zero(like, xp=xp)
+        return {name: xp.zeros_like(x) for name, x in like.items()}
+
+    def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
+        """Summarise a block, see `Statistics.of`."""
+        if previous is None:
+            return super().of(keys, mask, xp=xp)
+        start = {n: constant(previous[n], xp) for n in ("mean", "var", "weight")}
+        r = self._posterior(keys, mask, start, xp)
+        weights, means, squares = [], [], []
+        for k in range(self.components):
+            share = r[..., k : k + 1]
+            weight = xp.sum(share, axis=-2, keepdims=True)
+            mean = xp.sum(share * keys, axis=-2, keepdims=True) / _nonzero(weight, xp)
+            apart = keys - mean
+            weights.append(weight)
+            means.append(mean)
+            squares.append(xp.sum(share * apart * apart, axis=-2, keepdims=True))
+        parts = (("weight", weights), ("mean", means), ("m2", squares))
+        state = {name: xp.concat(x, axis=-2) for name, x in parts}
+        return {**state, **{f"from_{name}": x for name, x in start.items()}}
+
+    def merge(self, a: State, b: State, *, xp: Any) -> State:
+        """Merge: sets by joining them, moments by Chan's update."""
+        if "keys" in a:
+            return super().merge(a, b, xp=xp)
+        weight = a["weight"] + b["weight"]
+        share = b["weight"] / _nonzero(weight, xp)
+        delta = b["mean"] - a["mean"]
+        merged = {
+            "weight": weight,
+            "mean": a["mean"] + delta * share,
+            "m2": a["m2"] + b["m2"] + delta * delta * (a["weight"] * share),
+        }
+        # All blocks start from one mixture, but the neutral element has none.
+        for name in ("from_weight", "from_mean", "from_var"):
+            merged[name] = xp.where(_any(a, xp), a[name], b[name])
+        return merged
+
+    def finalize(self, state: State, *, xp: Any) -> State:
+        """Give ``mean``, ``var`` and ``weight``; after the first round, of the start."""
+        if "keys" in state:
+            return self._start(state, xp)
+        final = {name: x for name, x in state.items() if name != "m2"}
+        return {**final, "var": state["m2"] / _nonzero(state["weight"], xp)}
+
+    def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
+        """Pull ``mean``, ``var`` and ``weight`` back through the last step."""
+        start = {name: final[f"from_{name}"] for name in ("mean", "var", "weight")}
+        r = self._posterior(keys, mask, start, xp)
+        grad, dr = xp.zeros_like(keys), []
+        for k, mean, var in _components(final):
+            at = slice(k, k + 1)
+            weight = final["weight"][..., at, :]
+            dmean, dvar = (cotangent[n][..., at, :] / _nonzero(weight, xp) for n in ("mean", "var"))
+            apart = keys - mean
+            grad = grad + r[..., at] * (dmean + 2.0 * dvar * apart)
+            moved = xp.sum(dmean * apart + dvar * (apart * apart - var), axis=-1, keepdims=True)
+            dr.append(cotangent["weight"][..., at, :] + moved)
+        dlogits = _softmax_vjp(r, xp.concat(dr, axis=-1), xp)
+        grad = grad + _logits_vjp(keys, start, self.eps, dlogits, xp)[0]
+        return grad if mask is None else xp.where(mask, grad, xp.zeros_like(grad))
+
+    def _posterior(self, keys: Any, mask: Any, start: State, xp: Any) -> Any:
+        r = posterior(keys, start, self.eps, xp)
+        return r if mask is None else xp.where(mask, r, xp.zeros_like(r))
+
+    def _start(self, state: State, xp: Any) -> State:
+        """Draw centres by k-means++: the next one in proportion to the squared distance."""
+        keys, real = state["keys"], xp.astype(state["mask"], state["keys"].dtype)
+        n = xp.sum(real, axis=-2, keepdims=True)
+        mean = xp.sum(real * keys, axis=-2, keepdims=True) / _nonzero(n, xp)
+        apart = keys - mean
+        var = xp.sum(real * apart * apart, axis=-2, keepdims=True) / _nonzero(n, xp)
+        centres: list[Any] = []
+        nearest = real
+        for u in draws(self.components, self.seed):
+            # Where every key is a centre already, any key will do.
+            some = xp.sum(nearest, axis=-2, keepdims=True) > 0
+            reached = xp.cumulative_sum(xp.where(some, nearest, real), axis=-2)
+            hit = reached > u * reached[..., -1:, :]
+            first = hit & (xp.cumulative_sum(xp.astype(hit, xp.int64), axis=-2) == 1)
+            centre = xp.sum(xp.where(first, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
+            apart = keys - centre
+            square = real * xp.sum(apart * apart, axis=-1, keepdims=True)
+            nearest = xp.minimum(nearest, square) if centres else square
+            centres.append(centre)
+        alike = [1.0 * n / self.components] * self.components
+        return {
+            "mean": xp.concat(centres, axis=-2),
+            "var": xp.concat([var] * self.components, axis=-2),
+            "weight": xp.concat(alike, axis=-2),
+        }
+
+
+def draws(count: int, seed: int) -> list[float]:
+    """Draw the uniform numbers of k-means++, the same for every sequence and head."""
+    generator = random.Random(seed)
+    return [generator.random() for _ in range(count)]
+
+
+def posterior(x: Any, state: State, eps: float, xp: Any) -> Any:
+    """Compute r_k(x), (*B, H, R, K), for rows (*B, H, R, D); 0 where no component has weight."""
+    columns = []
+    for k, mean, var in _components(state):
+        weight, spread = state["weight"][..., k : k + 1, :], var + eps
+        apart = x - mean
+        logit = xp.log(_nonzero(weight, xp)) - 0.5 * (
+            xp.sum(apart * apart / spread, axis=-1, keepdims=True)
+            + xp.sum(xp.log(spread), axis=-1, keepdims=True)
+        )
+        columns.append(xp.where(weight > 0, logit, xp.full_like(logit, -float("inf"))))
+    logits = xp.concat(columns, axis=-1)
+    top = constant(xp.max(logits, axis=-1, keepdims=True), xp)
+    top = xp.where(top > -float("inf"), top, xp.zeros_like(top))
+    e = xp.exp(logits - top)
+    return e / _nonzero(xp.sum(e, axis=-1, keepdims=True), xp)
+
+
+def _softmax_vjp(r: Any, cotangent: Any, xp: Any) -> Any:
+    return r * (cotangent - xp.sum(r * cotangent, axis=-1, keepdims=True))
+
+
+def _logits_vjp(
+    x: Any, state: State, eps: float, cotangent: Any, xp: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Pull a cotangent of log weight_k N(x; mean_k, var_k + eps) back to x and the mixture."""
+    dx, parts = xp.zeros_like(x), []
+    for k, mean, var in _components(state):
+        d = cotangent[..., k : k + 1]
+        scaled = (x - mean) / (var + eps)
+        slope = d * scaled
+        dx = dx - slope
+        dvar = 0.5 * (slope * scaled - d / (var + eps))
+        weight = _nonzero(state["weight"][..., k : k + 1, :], xp)
+        parts.append([xp.sum(y, axis=-2, keepdims=True) for y in (slope, dvar, d / weight)])
+    means, variances, weights = zip(*parts, strict=True)
+    return dx, {
+        "mean": xp.concat(means, axis=-2),
+        "var": xp.concat(variances, axis=-2),
+        "weight": xp.concat(weights, axis=-2),
+    }
+
+
+def _components(state: State) -> Iterator[tuple[int, Any, Any]]:
+    for k in range(state["mean"].shape[-2]):
+        yield k, state["mean"][..., k : k + 1, :], state["var"][..., k : k + 1, :]
+
+
+def _nonzero(x: Any, xp: Any) -> Any:
+    return xp.where(x > 0, x, xp.ones_like(x))
+
+
+def _any(state: State, xp: Any) -> Any:
+    return xp.sum(state["weight"], axis=-2, keepdims=True) > 0

@@ -1,0 +1,119 @@
+"""The words of a spec: kernels and normalizations by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from ..errors import PluginError
+from . import kernels as _kernels
+from .kernels import Kernel
+from .normalizations.base import Identity, Normalization
+from .normalizations.batch import Batch
+
+__all__ = ["find_kernel", "find_normalization", "register_kernel", "register_normalization"]
+
+# Words that set the other axes; a kernel or normalization cannot take them.
+RESERVED = frozenset({"sh", "scaling", "sparse", "window", "causal", "h"})
+
+_KERNELS: dict[str, type[Kernel]] = {}
+_NORMALIZATIONS: dict[str, type[Normalization]] = {}
+
+#: Called before a word is declared unknown: each registers the words that it knows of.
+sources: list[Callable[[], None]] = []
+
+_T = TypeVar("_T", type[Kernel], type[Normalization])
+
+
+def register_kernel(kernel: type[Kernel]) -> type[Kernel]:
+    """Add a kernel class to the grammar; usable as a decorator.
+
+    Raises
+    ------
+    PluginError
+        When its word is missing or taken.
+    """
+    return _register(kernel, Kernel, _KERNELS)
+
+
+def register_normalization(normalization: type[Normalization]) -> type[Normalization]:
+    """Add a normalization class to the grammar; usable as a decorator.
+
+    Raises
+    ------
+    PluginError
+        When its word is missing or taken.
+    """
+    return _register(normalization, Normalization, _NORMALIZATIONS)
+
+
+def unregister(word: str) -> None:
+    """Take a word that `register_kernel` or `register_normalization` added back out."""
+    for table in (_KERNELS, _NORMALIZATIONS):
+        cls = table.get(word)
+        for name in (cls.word, *cls.aliases) if cls else ():
+            table.pop(name, None)
+    _forget_parsed()
+
+
+def find_kernel(word: str) -> type[Kernel] | None:
+    """Look a kernel up by word or alias; discovers plugins when it is not built in."""
+    return _KERNELS.get(word) or _discovered(_KERNELS, word)
+
+
+def find_normalization(word: str) -> type[Normalization] | None:
+    """Look a normalization up by word or alias; discovers plugins when it is not built in."""
+    return _NORMALIZATIONS.get(word) or _discovered(_NORMALIZATIONS, word)
+
+
+def kernel_words() -> dict[str, type[Kernel]]:
+    """Give every kernel by each of its words, plugins included."""
+    _discovered(_KERNELS, "")
+    return dict(_KERNELS)
+
+
+def normalization_words() -> dict[str, type[Normalization]]:
+    """Give every normalization by each of its words, plugins included."""
+    _discovered(_NORMALIZATIONS, "")
+    return dict(_NORMALIZATIONS)
+
+
+def _discovered(table: dict[str, _T], word: str) -> _T | None:
+    for discover in sources:
+        discover()
+    return table.get(word)
+
+
+def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
+    candidate: object = cls  # a plugin may hand over anything
+    name = getattr(cls, "__qualname__", repr(cls))
+    if not (isinstance(candidate, type) and issubclass(candidate, base)):
+        raise PluginError(f"{name}: expected a subclass of pdcore.{base.__name__}")
+    words = (getattr(cls, "word", ""), *cls.aliases)
+    for word in words:
+        if not isinstance(word, str) or not word.isidentifier():
+            raise PluginError(f"{name}: its word is {word!r}, expected an identifier")
+        taken = _KERNELS.get(word) or _NORMALIZATIONS.get(word)
+        if word in RESERVED or (taken is not None and taken is not cls):
+            owner = f"{taken.__module__}.{taken.__qualname__}" if taken else "the grammar"
+            raise PluginError(f"{name}: the word {word!r} is taken by {owner}")
+    if not getattr(getattr(cls, "__dataclass_params__", None), "frozen", False):
+        raise PluginError(f"{name}: expected a frozen dataclass, so that specs can be hashed")
+    for word in words:
+        table[word] = cls
+    _forget_parsed()
+    return cls
+
+
+def _forget_parsed() -> None:
+    # A kept spec may hold the class that a word named before.
+    spec = sys.modules.get("pdcore.spec.attention_spec")
+    if spec is not None and hasattr(spec, "parse"):
+        spec.parse.cache_clear()
+
+
+for _name in ("Cosine", "Elu", "Exponential", "Gaussian", "Polynomial", "RandomFeatures", "Relu"):
+    register_kernel(getattr(_kernels, _name))
+for _class in (Batch, Identity):
+    register_normalization(_class)

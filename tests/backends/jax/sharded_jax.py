@@ -1,0 +1,346 @@
+"""Attention on arrays that lie on several devices of the CPU.
+
+`tests/test_jax_sharding.py` runs these in a process of their own, because JAX has the devices that
+it is told of before its first use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import pdcore
+from pdcore.backend import Inputs
+from pdcore.plugins import load_backend
+from pdcore_conformance.judge.budget import expect, judge
+
+pytestmark = pytest.mark.jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_x64", True)
+
+HEADS, ROWS, VECTORS = P("data", "model"), P(None, None, "seq"), P(None, "seq")
+SEQUENCE = Mesh(jax.devices()[:4], ("seq",), axis_types=(AxisType.Auto,))
+GRID = Mesh(
+    np.reshape(jax.devices()[:4], (2, 2)), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+)
+COLLECTIVE = re.compile(
+    r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[\w-]*\("
+)
+
+
+class Case(NamedTuple):
+    """A call of 24 keys; `given` names what it has besides q, k and v."""
+
+    spec: str
+    given: tuple[str, ...] = ()
+    rows: int = 24
+    heads: int = 2
+    offset: Any = 0
+    dtype: str = "float64"
+
+    def arrays(self) -> dict[str, Any]:
+        """Draw what the call reads."""
+        rng = np.random.default_rng(0)
+
+        def draw(*shape: int) -> Any:
+            return rng.standard_normal(shape).astype(self.dtype)
+
+        found: dict[str, Any] = {
+            "q": draw(2, self.heads, self.rows, 5),
+            "k": draw(2, 2, 24, 5),
+            "v": draw(2, 2, 24, 3),
+        }
+        if "key_mask" in self.given:
+            found["key_mask"] = rng.random((2, 24)) > 0.3
+        if "late" in self.given:  # the first shard of a sequence is all padding
+            found["key_mask"] = np.arange(24) >= np.array([[7], [0]])
+        if "beta" in self.given:
+            found["params"] = {"beta": draw(2, 5)}
+        if "running" in self.given:
+            found["params"] = {"mean": draw(2, 5), "var": abs(draw(2, 5)) + 1}
+        found["offset"] = self.offset
+        return found
+
+    def cotangents(self) -> tuple[Any, Any]:
+        """Draw cotangents of out and lse."""
+        rng = np.random.default_rng(1)
+        shape = (2, self.heads, self.rows)
+        return (
+            rng.standard_normal((*shape, 3)).astype(self.dtype),
+            rng.standard_normal(shape).astype(self.dtype),
+        )
+
+
+def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
+    """Run a call in shards, and pull cotangents back."""
+    given = case.arrays()
+    offset = given.pop("offset")
+    traced = isinstance(offset, np.ndarray)
+    if traced:
+        given["offset"] = offset
+    whole = {"params", "offset"}
+
+    def local(given: dict[str, Any]) -> Any:
+        more = given if traced else {**given, "offset": offset}
+        return pdcore.attention(spec=case.spec, axis_name="seq", return_lse=True, **more)
+
+    split = {
+        name: P() if name in whole else VECTORS if name == "key_mask" else ROWS for name in given
+    }
+    run = jax.shard_map(local, mesh=mesh, in_specs=(split,), out_specs=ROWS)
+    moving = {name: given[name] for name in ("q", "k", "v")}
+    if "beta" in case.given:
+        moving["params"] = given["params"]
+
+    @jax.jit
+    def both(moving: Any, cotangents: Any) -> Any:
+        (out, lse), pull = jax.vjp(lambda x: run({**given, **x}), moving)
+        d_out, d_lse = cotangents
+        [d] = pull((d_out, jnp.where(jnp.isinf(lse), 0.0, d_lse).astype(lse.dtype)))
+        return out, lse, d
+
+    out, lse, d = both(moving, case.cotangents())
+    params = d.pop("params", {})
+    grads = {f"d_{name}": np.asarray(x) for name, x in {**d, **params}.items()}
+    return {"out": np.asarray(out), "lse": np.asarray(lse), **grads}
+
+
+def single(case: Case, framework: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
+    """Run a call as a whole."""
+    given = jax.tree.map(lambda x: framework(x) if isinstance(x, np.ndarray) else x, case.arrays())
+    out, lse, pull = pdcore.attention_vjp(spec=case.spec, **given)
+    d_out, d_lse = case.cotangents()
+    d_lse = np.where(np.isinf(np.asarray(lse)), 0, d_lse).astype(d_lse.dtype)
+    d = pull(framework(d_out), framework(d_lse))
+    return {"out": out, "lse": lse, **{f"d_{name}": x for name, x in d.items()}}
+
+
+def agree(found: dict[str, Any], wanted: dict[str, Any], relative: float) -> None:
+    """Compare all that was found with what is wanted."""
+    for name, x in found.items():
+        y = np.asarray(wanted[name])
+        seen = np.isfinite(y)
+        np.testing.assert_array_equal(np.isfinite(x), seen, err_msg=name)
+        scale = np.max(abs(y[seen]), initial=0.0)
+        np.testing.assert_allclose(x[seen], y[seen], rtol=0, atol=relative * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("softmax"),
+        Case("causal", ("key_mask",), heads=4),
+        Case("causal", rows=8, offset=16),
+        Case("causal", ("key_mask",), rows=12, offset="end"),
+        Case("causal", offset=np.array([3, -30])),
+        Case("sparse(7,1)"),
+        Case("causal+sparse(9,0)+h(count)", ("key_mask",)),
+        Case("exponential(softcap=3)+causal"),
+        Case("gaussian(gamma=0.3)+causal", ("late",)),
+        Case("bn", ("late",), heads=4),
+        Case("bn(beta=param,statistics=batch)", ("key_mask", "beta")),
+        Case("bn(statistics=running)+causal", ("running",)),
+        Case("causal+bn(statistics=prefix,eps=0.1)", ("late",)),
+        Case("linear", ("key_mask",), rows=12),
+        Case("causal+linear", ("late",), heads=4),
+        Case("random_features(16,0)", ("key_mask",)),
+        Case("causal+random_features(8,0)", ("late",)),
+        Case("bn+sh(3,2)", ("key_mask",)),
+        Case("causal+sh(1,2)"),
+    ],
+    ids=lambda case: "-".join(map(str, (case.spec, *case.given))),
+)
+def test_shards_give_what_the_whole_gives(case: Case) -> None:
+    agree(sharded(case), single(case), 1e-12)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "causal+bn(statistics=prefix,eps=0.1)"])
+def test_shards_give_what_one_device_gives(spec: str) -> None:
+    case = Case(spec)
+    agree(sharded(case), single(case, jnp.asarray), 1e-12)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "causal+bn(statistics=prefix)", "bn"])
+def test_float32_keeps_the_budget(spec: str) -> None:
+    case = Case(spec, ("key_mask",), dtype="float32")
+    d_out, d_lse = case.cotangents()
+    expected = expect(spec=spec, d_out=d_out, d_lse=d_lse, **case.arrays())
+    assert all(verdict.ok for verdict in judge(sharded(case), expected).values())
+
+
+def test_statistics_of_a_large_mean() -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = (100 + 0.1 * rng.standard_normal((3, 1, 2, 4096, 8))).astype(np.float32)
+    run = jax.shard_map(
+        lambda *x: pdcore.attention(*x, "bn", axis_name="seq"),
+        mesh=SEQUENCE,
+        in_specs=ROWS,
+        out_specs=ROWS,
+    )
+    expected = expect(q[..., :64, :], k, v, "bn")
+    found = {"out": np.asarray(jax.jit(run)(q, k, v))[..., :64, :]}
+    assert all(verdict.ok for verdict in judge(found, expected).values())
+
+
+def test_second_derivatives() -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 1, 1, 8, 2), dtype=np.float64)
+    t = jax.random.normal(jax.random.key(1), x.shape, dtype=np.float64)
+    spec, split = "causal", P(None, None, None, "seq")
+
+    def loss(x: Any, **more: Any) -> Any:
+        return pdcore.attention(*x, spec, **more)
+
+    cut = jax.shard_map(
+        lambda x: loss(x, axis_name="seq"), mesh=SEQUENCE, in_specs=split, out_specs=ROWS
+    )
+    found, wanted = (jax.jit(along(lambda x, f=f: (f(x) ** 2).sum()))(x, t) for f in (cut, loss))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9 * float(abs(wanted).max()))
+
+
+def along(loss: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """Give the derivative of a gradient along a direction."""
+    return lambda x, t: jax.jvp(jax.grad(loss), (x,), (t,))[1]
+
+
+def test_memory_is_linear_in_the_shard() -> None:
+    def needed(length: int, shards: int) -> int:
+        mesh = Mesh(jax.devices()[:shards], ("seq",))
+        x = jax.ShapeDtypeStruct(
+            (1, 8, length * shards, 64), np.float32, sharding=NamedSharding(mesh, ROWS)
+        )
+        run = jax.shard_map(
+            lambda *x: pdcore.attention(*x, axis_name="seq"),
+            mesh=mesh,
+            in_specs=ROWS,
+            out_specs=ROWS,
+        )
+        grad = jax.jit(jax.grad(lambda *x: run(*x).sum(), argnums=(0, 1, 2)))
+        return int(grad.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes)
+
+    local = needed(1024, 4)
+    assert needed(4096, 4) < 4.2 * local
+    # Keys and values kept for every step would be 16 MiB more.
+    assert needed(1024, 8) < local + (1 << 22)
+
+
+@pytest.mark.parametrize(
+    ("spec", "split"),
+    [
+        ("softmax", HEADS),
+        ("causal", HEADS),
+        ("bn", HEADS),
+        ("causal+bn(statistics=prefix)", HEADS),
+        ("linear", HEADS),
+        ("causal+linear", HEADS),
+        ("bn+sh(1,1,2,2)", P(("data", "model"))),
+    ],
+)
+def test_batch_and_heads_need_no_collectives(spec: str, split: Any) -> None:
+    rng = np.random.default_rng(3)
+    place = NamedSharding(GRID, split)
+    shapes = ((4, 8, 70, 8), (4, 4, 70, 8), (4, 4, 70, 8))
+    x = [rng.standard_normal(shape) for shape in shapes]
+    d_out = rng.standard_normal(shapes[0])
+    there = [jax.device_put(a, place) for a in (*x, d_out)]
+    layer = pdcore.bind(spec)
+
+    def both(q: Any, k: Any, v: Any, d: Any) -> Any:
+        out, pull = jax.vjp(layer, q, k, v)
+        return out, *pull(d)
+
+    compiled = jax.jit(both, out_shardings=place).lower(*there).compile()
+    assert not COLLECTIVE.findall(compiled.as_text())
+    out, _, pull = pdcore.attention_vjp(*x, spec)
+    for got, want in zip(compiled(*there), (out, *pull(d_out).values()), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12 * abs(want).max())
+
+
+def test_the_pattern_finds_collectives() -> None:
+    place, everywhere = NamedSharding(GRID, HEADS), NamedSharding(GRID, P())
+    x = jax.device_put(np.ones((4, 4, 8, 8)), place)
+    compiled = jax.jit(lambda x: x * 2, out_shardings=everywhere).lower(x).compile()
+    assert COLLECTIVE.findall(compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("spec", "kinds"),
+    [
+        ("softmax", {"collective-permute"}),
+        ("bn", {"collective-permute", "all-reduce"}),
+        ("linear", {"all-reduce"}),
+    ],
+)
+def test_no_keys_are_gathered(spec: str, kinds: set[str]) -> None:
+    run = jax.shard_map(
+        lambda *x: pdcore.attention(*x, spec, axis_name="seq"),
+        mesh=SEQUENCE,
+        in_specs=ROWS,
+        out_specs=ROWS,
+    )
+    x = [jax.device_put(np.ones((1, 2, 24, 4)), NamedSharding(SEQUENCE, ROWS))] * 3
+    assert set(COLLECTIVE.findall(jax.jit(run).lower(*x).compile().as_text())) == kinds
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "words"),
+    [
+        ("sh(1,4)", {}, "6 keys in a shard are no multiple of the scale 4"),
+        ("softmax", {"mask": np.ones((1, 1), bool)}, "mask has entries for pairs"),
+        ("softmax", {"bias": np.zeros((1, 1))}, "bias has entries for pairs"),
+        ("causal+linear", {"offset": 3}, "offset: got 3, expected 0"),
+        ("causal+linear", {"offset": np.array(1)}, "causal features with an offset"),
+        ("bn(statistics=prefix)", {"rows": 12}, "3 queries and 6 keys in a shard"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(spec: str, more: dict[str, Any], words: str) -> None:
+    given = dict(more)
+    arrays = Case(spec, rows=given.pop("rows", 24)).arrays()
+    x = [arrays[name] for name in ("q", "k", "v")]
+    more = {n: jnp.asarray(a) if isinstance(a, np.ndarray) else a for n, a in given.items()}
+
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return pdcore.attention(q, k, v, spec, axis_name="seq", backend="jax", **more)
+
+    run = jax.shard_map(call, mesh=SEQUENCE, in_specs=ROWS, out_specs=ROWS)
+    with pytest.raises(pdcore.UnsupportedError, match=re.escape(words)):
+        run(*x)
+    if not isinstance(more.get("offset"), int):
+        local = (a[..., : a.shape[-2] // 4, :] for a in x)
+        found = pdcore.explain(*map(jnp.asarray, local), spec, axis_name="seq", **more)
+        assert words in " ".join(found.reasons["jax"])
+        assert found.backend is None
+
+
+def test_only_attention_runs_in_shards() -> None:
+    x = jnp.ones((1, 2, 4, 3))
+    backend, plan = load_backend("jax"), pdcore.explain(x, x, x, axis_name="seq").plan
+    for method in (backend.attention_vjp, backend.attention_weights):
+        with pytest.raises(pdcore.UnsupportedError, match="only attention runs in shards"):
+            method(plan, Inputs(x, x, x, axis_name="seq"))
+
+
+def test_an_unknown_axis_is_named() -> None:
+    x = jnp.ones((1, 2, 4, 3))
+    with pytest.raises(ValueError, match="axis_name: got 'rows', expected the name of a mapped"):
+        pdcore.attention(x, x, x, axis_name="rows")
+
+
+def test_explain_says_what_shards_exchange() -> None:
+    x = jnp.ones((1, 2, 4, 3))
+    for spec, words in {
+        "bn": "merged by psum",
+        "causal": "a ring of ppermute",
+        "linear": "psum of",
+        "causal+linear": "an exclusive scan",
+    }.items():
+        assert words in str(pdcore.explain(x, x, x, spec, axis_name="seq"))
+        assert "shards" not in str(pdcore.explain(x, x, x, spec))

@@ -1,0 +1,170 @@
+"""The JAX backend's own code: memory, programs, roundings, cuDNN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pdcore
+
+pytestmark = pytest.mark.jax
+jax: Any = pytest.importorskip("jax")
+
+
+@pytest.mark.parametrize("spec", ["softmax", "causal", "causal+sparse(64,0)"])
+def test_gradients_keep_no_scores(spec: str) -> None:
+    x = [jax.ShapeDtypeStruct((1, 4, 4096, 16), np.float32)] * 3
+    grad = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
+    needed = jax.jit(grad).lower(*x).compile().memory_analysis().temp_size_in_bytes
+    assert needed < 4 * 4096 * 4096 * 4 / 2  # half of what all scores take
+
+
+@pytest.mark.parametrize("length", [9, 12, 13])
+def test_a_pooled_key_is_rounded_once(wide: None, length: int) -> None:
+    # Less itself it is 0, where a variance of 0 would make any rest of it 1e5 times as large.
+    rng = np.random.default_rng(4)
+    x = [rng.standard_normal((2, 2, length, 8)) for _ in range(3)]
+    spec = "causal+bn(statistics=prefix)+sh(1,3)"
+    _, want = pdcore.attention(*x, spec, return_lse=True)
+    _, got = pdcore.attention(*map(jax.numpy.asarray, x), spec, return_lse=True)
+    np.testing.assert_allclose(got, want, rtol=1e-13, atol=5e-13)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "causal",
+        "sparse(inf,8)",
+        "causal+bn(statistics=prefix)",
+        "causal+random_features(16,0)",
+    ],
+)
+def test_a_program_does_not_grow_with_the_keys(spec: str) -> None:
+    layer = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
+
+    def lines(length: int) -> int:
+        x = [jax.ShapeDtypeStruct((1, 4, length, 16), np.float32)] * 3
+        return int(jax.jit(layer).lower(*x).as_text().count("\n"))
+
+    assert lines(16384) == lines(8192) < 1.2 * lines(4096)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "causal+bn(statistics=prefix)",
+        "causal+linear",
+        "causal+random_features(8,0)",
+    ],
+)
+def test_no_sequences(spec: str) -> None:
+    x = jax.numpy.zeros((0, 2, 5, 4))
+    assert pdcore.attention(x, x, x, spec).shape == x.shape
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 37])
+def test_prefix_moments_of_chunks(wide: None, length: int) -> None:
+    from pdcore.spec import statistics
+    from pdcore_backends.jax.prefix import prefix_states
+
+    rng = np.random.default_rng(length)
+    keys = jax.numpy.asarray(rng.standard_normal((2, 3, length, 5)))
+    for mask in (None, jax.numpy.asarray(rng.random((2, 1, length, 1)) > 0.3)):
+        want = statistics.prefix_states(statistics.Moments(), keys, mask, xp=jax.numpy)
+        got = prefix_states(statistics.Moments(), keys, mask)
+        for name, x in want.items():
+            assert got[name].dtype == x.dtype
+            np.testing.assert_allclose(got[name], x, atol=1e-14 * (1 + length), err_msg=name)
+
+
+def test_a_bound_call_compiles() -> None:
+    x = jax.numpy.ones((1, 2, 4, 3))
+    layer = pdcore.bind("bn")
+    np.testing.assert_allclose(jax.jit(layer)(x, x, x), layer(x, x, x), rtol=1e-6)
+
+
+def test_given_statistics_are_constants() -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 1, 2, 6, 4))
+    params = {"mean": jax.numpy.ones((2, 4)), "var": 2 * jax.numpy.ones((2, 4))}
+    grad = jax.grad(lambda p: pdcore.attention(*x, "bn(statistics=running)", params=p).sum())
+    assert all((g == 0).all() for g in grad(params).values())
+
+
+class Cudnn:
+    """What was asked of cuDNN, and why it was not."""
+
+    def __init__(self) -> None:
+        self.causal: list[bool] = []
+        self.reasons: list[str] = []
+
+
+@pytest.fixture
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
+    """Choose as on a GPU, and let XLA compute what cuDNN would get."""
+    from pdcore_backends.jax import cudnn, impl
+
+    asked = Cudnn()
+
+    def attend(*arrays: Any, **options: Any) -> Any:
+        asked.causal.append(options["is_causal"])
+        return jax.nn.dot_product_attention(*arrays, implementation="xla", **options)
+
+    def unfit(*arguments: Any) -> str:
+        asked.reasons.append(cudnn.unfit(*arguments))
+        return asked.reasons[-1]
+
+    jax.clear_caches()
+    monkeypatch.setattr(cudnn, "_missing", lambda device: "")
+    monkeypatch.setattr(cudnn, "_attend", attend)
+    monkeypatch.setattr(impl, "unfit", unfit)
+    yield asked
+    jax.clear_caches()
+
+
+def halves() -> tuple[Any, ...]:
+    rng = np.random.default_rng(3)
+    shapes = (2, 4, 24, 8), (2, 2, 24, 8), (2, 2, 24, 8)
+    return tuple(jax.numpy.asarray(rng.standard_normal(s), jax.numpy.bfloat16) for s in shapes)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn", "causal", "sh(1,2)", "cosine(2.0)"])
+def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
+    from pdcore_conformance.judge.budget import expect, judge
+
+    x = halves()
+    out = pdcore.bind(spec)(*x)
+    assert set(cudnn.causal) == {spec == "causal"}
+    wanted = expect(*map(np.asarray, x), spec)
+    assert judge({"out": np.asarray(out)}, wanted)["out"].ok
+    grads = jax.grad(lambda *a: pdcore.bind(spec)(*a).sum(), argnums=(0, 1, 2))(*x)
+    assert all(jax.numpy.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "why"),
+    [
+        ("softmax", {"key_mask": np.ones((2, 24), bool)}, "key_mask may leave a row"),
+        ("softmax", {"return_lse": True}, "the log-sum-exp is needed"),
+        ("sparse(3,3)", {}, "a window"),
+        ("gaussian(0.3)", {}, "no exp of an inner product"),
+        ("bn(statistics=prefix)+causal", {}, "16 bit may not hold"),
+        ("softmax+h(count)", {}, "the log-sum-exp is needed"),
+        ("causal+sh(1,2)", {}, "pooled keys under causal"),
+        ("causal", {"offset": 3}, None),
+    ],
+)
+def test_what_cudnn_does_not_get(cudnn: Cudnn, spec: str, more: Any, why: str | None) -> None:
+    given = {n: jax.numpy.asarray(x) if n == "key_mask" else x for n, x in more.items()}
+    found = pdcore.bind(spec)(*halves(), **given)
+    assert cudnn.causal == []
+    assert (why or "") in cudnn.reasons[-1]
+    assert bool(cudnn.reasons[-1]) == (why is not None)
+    assert all(not jax.numpy.isnan(x).any() for x in jax.tree.leaves(found))
+
+
+def test_explain_names_the_kernel() -> None:
+    x = jax.numpy.ones((1, 2, 4, 3))
+    assert "blocks of rows and keys" in str(pdcore.explain(x, x, x, "softmax"))

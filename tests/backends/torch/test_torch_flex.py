@@ -1,0 +1,488 @@
+"""What PyTorch runs on CUDA, forced onto CPU tensors: the choice, FlexAttention, fused kernels.
+
+FlexAttention runs on the CPU as it is written, whole and slow, and its gradient with it; compiled
+it has no gradient and no log-sum-exp there.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.attention.flex_attention as framework  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import pdcore  # noqa: E402
+from pdcore.backend import Request  # noqa: E402
+from pdcore.plugins import registry as plugins  # noqa: E402
+from pdcore.reference import reference_attention  # noqa: E402
+from pdcore.spec import (  # noqa: E402
+    Support,
+    Visibility,
+    parse,
+)
+from pdcore_backends.torch import choice, device, flash, flex, kernels, namespace  # noqa: E402
+from pdcore_conformance.runner import conforming as running  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+CASES = cache(lambda: running.list_cases("torch:cpu"))
+FLEX = "kernel: FlexAttention, compiled, in "
+
+
+def forget() -> None:
+    """Forget which kernel was chosen for which call."""
+    pdcore.attention.__globals__["_BOUND"].clear()
+    flex._program.cache_clear()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Choose as on CUDA, and run FlexAttention as it is written; gives the calls of it."""
+    forget()
+    calls: list[str] = []
+    run = flex._run
+
+    def noted(c: Any, o: Any) -> Any:
+        calls.append(c.dtype)
+        return run(c, o)
+
+    monkeypatch.setattr(device, "kind", lambda name: "cuda")
+    monkeypatch.setattr(device, "without_flex", lambda name: "")
+    monkeypatch.setattr(device, "without_triton", lambda name: "no Triton in this test")
+    monkeypatch.setattr(choice, "FLEX_LEAST", 1)
+    monkeypatch.setattr(flex, "compiled", lambda function: function)
+    monkeypatch.setattr(flex, "_run", noted)
+    monkeypatch.setattr(framework, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(framework, "_validate_device", lambda *tensors: None)
+    yield calls
+    forget()
+
+
+def draw(*shape: int, seed: int = 0, dtype: Any = torch.float32) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def error(found: Any, wanted: Any) -> float:
+    found, wanted = found.detach(), torch.as_tensor(wanted).detach().double()
+    finite = torch.isfinite(wanted)
+    assert torch.equal(torch.isfinite(found), finite)
+    gap = torch.where(finite, found.double() - wanted, 0.0).abs().max()
+    return float(gap / torch.where(finite, wanted, 0.0).abs().max().clamp_min(1.0))
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def steps(spec: str, place: str = "cuda:0", dtype: str = "float32", **more: Any) -> str:
+    shape = more.pop("shape", (1, 2, 300, 64))
+    request = Request(parse(spec), "torch", dtype, place, shape, shape, shape, **more)
+    return "\n".join(plugins.load_backend("torch").fuse(request.lower(), request).steps)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that has everything."""
+    monkeypatch.setattr(device, "without_flex", lambda name: "")
+    monkeypatch.setattr(device, "without_triton", lambda name: "")
+
+
+@pytest.mark.parametrize(
+    ("spec", "more", "words"),
+    [
+        ("softmax(softcap=2)", {}, FLEX + "float32, for weights that are no exp"),
+        ("polynomial", {"dtype": "bfloat16"}, FLEX + "bfloat16, for weights"),
+        ("sparse(20,7)", {}, "blocks that no query sees are skipped"),
+        ("sparse(20,7)", {"offset": "array"}, "no block is skipped, as positions are arrays"),
+        ("causal+sh(1,2)", {}, FLEX + "float32, for pooled keys under causal"),
+        ("bn(statistics=prefix)+sparse(9,9)", {"dtype": "float16"}, FLEX + "float32, for a window"),
+        ("bn", {}, "two Triton kernels"),
+        ("bn", {"dtype": "bfloat16", "lse": True}, "here flash, in bfloat16"),
+        ("softmax", {"lse": True}, "here memory-efficient, in float32"),
+        ("bn", {"dtype": "float64"}, "not FlexAttention: its kernels have no float64"),
+        ("softmax", {"dropout": 0.1}, "dropout; not FlexAttention: it drops no weights"),
+        ("sparse(2,2)+linear", {}, "not FlexAttention: weights that are no exp of scores"),
+        ("sparse(2,2)", {"vjp": True}, "not FlexAttention: attention_vjp and attention_weights"),
+        ("sparse(2,2)", {"shape": (1, 2, 300, 264)}, "not FlexAttention: more than 256 features"),
+        ("sparse(2,2)", {"shape": (1, 2, 99, 64)}, "not FlexAttention: fewer than 128 queries"),
+        ("softmax", {}, "scaled_dot_product_attention (cuDNN, flash or memory-efficient)"),
+    ],
+)
+def test_the_choice_is_a_step_of_the_plan(gpu: None, spec: str, more: dict, words: str) -> None:
+    assert words in steps(spec, **more)
+
+
+def test_what_a_device_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in (device.without_flex, device.without_triton):
+        function.cache_clear()
+    assert "not FlexAttention: PyTorch has no gradients of it on cpu" in steps("sparse(2,2)", "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: (7, 5))
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    assert "not Triton: the package triton is not installed" in steps("bn")
+    device.without_triton.cache_clear()
+    monkeypatch.setattr(device, "find_spec", lambda name: object())
+    assert "not FlexAttention: compute capability 7.5 is below 8.0" in steps("sparse(2,2)")
+    for function in (device.without_flex, device.without_triton):
+        function.cache_clear()
+
+
+# --- FlexAttention against the oracle -------------------------------------------------------------
+
+SHAPES = {"grouped": (2, 4, 2, 20, 25, 12, 7), "long": (1, 1, 1, 300, 290, 16, 16)}
+SPECS = (
+    "softmax(softcap=2)",
+    "polynomial(2)",
+    "polynomial(degree=4,coef0=1)+causal",
+    "sparse(20,7)",
+    "causal+sparse(130,inf)",
+    "gaussian(gamma=0.3)+sparse(20,7)",
+    "cosine+sparse(5,200)",
+    "bn+sparse(20,7)",
+    "bn+softmax(softcap=3)+sh(3,2)",
+    "causal+sh(1,2)",
+    "causal+sparse(7,inf)+h(count)",
+)
+OPTIONS: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
+    "plain": lambda s: {},
+    "padding": lambda s: {"key_mask": draw(s[0], s[4], seed=5) > -0.5},
+    "mask": lambda s: {
+        "mask": draw(s[3], s[4], seed=6) > -0.5,
+        "key_mask": draw(s[0], s[4], seed=5) > -0.5,
+    },
+    "before": lambda s: {"offset": -3},
+    "array": lambda s: {
+        "offset": torch.arange(s[0]) + 2,
+        "key_mask": draw(s[0], s[4], seed=5) > -0.5,
+    },
+    "bias": lambda s: {"bias": draw(1, s[1], s[3], 1, seed=7)},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("size", SHAPES)
+def test_flex_attention_is_the_oracle(cuda: list[str], size: str, spec: str, option: str) -> None:
+    shape = SHAPES[size]
+    if "sh(" in spec and (option == "bias" or shape[2] == 1):
+        pytest.skip("no such call")
+    if size == "long" and option not in ("plain", "before"):
+        pytest.skip("blocks are looked at without more")
+    batch, query_heads, heads, rows, keys, dim, width = shape
+    arrays = [
+        draw(batch, query_heads, rows, dim),
+        draw(batch, heads, keys, dim, seed=1),
+        draw(batch, heads, keys, width, seed=2),
+    ]
+    options = OPTIONS[option](shape)
+    x = [a.clone().requires_grad_() for a in arrays]
+    out, lse = pdcore.attention(*x, spec, return_lse=True, **options)
+    assert cuda == ["float32"] * len(lowered_groups(spec))
+    wide = {
+        n: o.double() if isinstance(o, torch.Tensor) and o.is_floating_point() else o
+        for n, o in options.items()
+    }
+    plain = {n: o.numpy() if isinstance(o, torch.Tensor) else o for n, o in wide.items()}
+    wanted = reference_attention(
+        *(a.double().numpy() for a in arrays), spec, return_lse=True, **plain
+    )
+    assert error(out, wanted[0]) < 1e-5
+    assert error(lse, wanted[1]) < 1e-5
+
+    def slopes(inputs: list[Any], out: Any, lse: Any) -> tuple[Any, ...]:
+        results = [r for r in (out, lse) if r.requires_grad]
+        d = [draw(*r.shape, seed=8).to(r.dtype) for r in results]
+        return torch.autograd.grad(results, inputs, d)
+
+    y = [a.double().requires_grad_() for a in arrays]
+    exact = slopes(y, *pdcore.attention(*y, spec, return_lse=True, **wide))  # float64: our blocks
+    for found, slope in zip(slopes(x, out, lse), exact, strict=True):
+        assert error(found, slope) < 1e-5
+
+
+def lowered_groups(spec: str) -> set[int]:
+    return set(parse(spec).heads.scales) or {1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "softmax(softcap=2)",
+        "gaussian(gamma=0.3)+sparse(9,9)",
+        "bn+sparse(9,9)",
+        "bn(statistics=prefix)+sparse(9,9)",
+    ],
+)
+def test_flex_attention_reads_16_bit(cuda: list[str], dtype: Any, spec: str) -> None:
+    q, k, v = (draw(1, 2, 30, 16, seed=i, dtype=dtype) for i in range(3))
+    out, lse = pdcore.attention(q, k, v, spec, return_lse=True)
+    assert cuda == ["float32" if "prefix" in spec else str(dtype).removeprefix("torch.")]
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), spec)
+    assert error(out, wanted) < 8 * torch.finfo(dtype).eps
+
+
+def test_rows_without_keys_are_zero_with_a_gradient_of_zero(cuda: list[str]) -> None:
+    q, k, v = (draw(1, 1, 10, 16, seed=i).requires_grad_() for i in range(3))
+    out, lse = pdcore.attention(q, k, v, "sparse(1,1)", offset=6, return_lse=True)
+    assert cuda
+    assert torch.equal(lse[0, 0, 5:], torch.full((5,), -torch.inf))
+    assert not out[0, 0, 5:].any()
+    grads = torch.autograd.grad((out.sum(), lse[..., :3].sum()), (q, k, v))
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert not grads[0][0, 0, 5:].any()
+
+
+def test_gradients_of_gradients_are_those_of_our_blocks(cuda: list[str]) -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = [draw(1, 1, 9, 16, seed=i).to(dtype).requires_grad_() for i in range(3)]
+        out = pdcore.attention(*x, "sparse(3,2)")
+        first = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), x))
+    assert cuda == ["float32"]
+    for ours, wanted in zip(*found, strict=True):
+        assert error(ours, wanted) < 1e-5
+
+
+def test_a_second_backward_computes_the_record_again(cuda: list[str]) -> None:
+    x = [draw(1, 1, 9, 16, seed=i).requires_grad_() for i in range(3)]
+    out = pdcore.attention(*x, "sparse(3,2)")
+    first = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    second = torch.autograd.grad(out.sum(), x)
+    assert cuda == ["float32", "float32"]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bias", "traced", "func", "mode"])
+def test_what_flex_attention_does_not_differentiate_goes_by_blocks(
+    cuda: list[str], kind: str
+) -> None:
+    q, k, v = (draw(1, 1, 9, 16, seed=i) for i in range(3))
+    if kind == "func":
+        torch.func.vmap(lambda q: pdcore.attention(q, k, v, "sparse(3,2)"))(q[None])
+    elif kind == "mode":
+        with FlopCounterMode(display=False):
+            pdcore.attention(q, k, v, "sparse(3,2)")
+    elif kind == "bias":
+        bias = draw(9, 9, seed=3).requires_grad_()
+        pdcore.attention(q, k, v, "sparse(3,2)", bias=bias).sum().backward()
+        assert bias.grad is not None
+    else:
+        layer = pdcore.bind("sparse(3,2)")
+        assert (
+            error(
+                torch.compile(layer, fullgraph=True, backend="eager")(q, k, v),
+                pdcore.bind("sparse(3,2)", backend="torch")(q.double(), k.double(), v.double()),
+            )
+            < 1e-5
+        )
+    assert not cuda
+
+
+# --- masks of blocks, and programs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("offset", [0, -70, 40, 900])
+@pytest.mark.parametrize(
+    "support",
+    [
+        Support(causal=True),
+        Support(left=20, right=7),
+        Support(left=300),
+        Support(causal=True, left=130),
+        Support(right=200),
+    ],
+)
+def test_a_mask_of_blocks_is_the_visibility(support: Any, offset: int, scale: int) -> None:
+    rows, length = 300, 700
+    found = flex.block_mask(support, rows, length, scale, offset, "cpu")
+    seen = Visibility(support, namespace, rows, length, scale, offset, None, None, None, "cpu")
+    exact = seen.by_position(0, rows, 0, seen.keys).expand(rows, seen.keys)
+    wanted = framework.create_block_mask(
+        lambda b, h, i, j: exact[i, j], None, None, rows, seen.keys, device="cpu"
+    )
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    index = [torch.arange(n) for n in (rows, seen.keys)]
+    assert torch.equal(found.mask_mod(0, 0, index[0][:, None], index[1]), exact)
+    full = framework.BlockMask.from_kv_blocks(found.full_kv_num_blocks, found.full_kv_indices)
+    for row, block in full.to_dense()[0, 0].nonzero().tolist():
+        part = exact[128 * row : 128 * (row + 1), 128 * block : 128 * (block + 1)]
+        assert part.shape == (128, 128)
+        assert part.all()
+
+
+def test_masks_of_blocks_are_kept_within_bounds() -> None:
+    flex.block_mask.cache_clear()
+    for offset in range(40):
+        flex.block_mask(Support(causal=True), 130, 130, 1, offset, "cpu")
+    assert flex.block_mask.cache_info().currsize == flex.block_mask.cache_info().maxsize == 16
+    with torch.inference_mode():
+        found = flex.block_mask(Support(causal=True), 131, 131, 1, 0, "cpu")
+    assert not found.kv_indices.is_inference()
+
+
+def test_one_score_map_is_one_program(cuda: list[str]) -> None:
+    for rows in (9, 10):
+        q, k, v = (draw(1, 1, rows, 16, seed=i) for i in range(3))
+        pdcore.attention(q, k, v, "sparse(3,2)")
+    assert flex._program.cache_info().currsize == 1
+    kind = flex._Kind(None, 1.0, (), 1, None, 1, ())
+    programs = [flex._program(kind._replace(pooled=n)) for n in (1, 2)]
+    # The compiler's limit on what it compiles anew is one for all functions of the same code.
+    assert programs[0].__code__ is not programs[1].__code__
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_score_map_compiles_without_a_break(cuda: list[str], monkeypatch: Any) -> None:
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    monkeypatch.setattr(flex, "compiled", compiled)
+    q, k, v = (draw(1, 2, 20, 16, seed=i) for i in range(3))
+    key_mask = draw(1, 20, seed=5) > -0.5
+    spec = "polynomial(degree=2,coef0=1)+sparse(4,3)"
+    out = pdcore.attention(q, k, v, spec, key_mask=key_mask)
+    assert cuda
+    wanted = reference_attention(
+        *(x.double().numpy() for x in (q, k, v)), spec, key_mask=key_mask.numpy()
+    )
+    assert error(out, wanted) < 1e-5
+
+
+# --- conformance, as on CUDA ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module", ["support", "kernels", "heads", "bias", "lse", "statistics", "gradients"]
+)
+def test_the_suite_holds_for_what_cuda_runs(cuda: list[str], module: str) -> None:
+    cases = [name for name in CASES() if name.startswith(f"{module}::")]
+    # A share of a long one, and what FlexAttention runs in each.
+    share = max(1, len(cases) // 25)
+    cases = [name for i, name in enumerate(cases) if i % share == 0 or "softcap" in name]
+    run, code = running.conform("torch:cpu", cases=cases)
+    assert run is not None
+    wrong = [
+        f"{c['id']}: {c['message']}" for c in run["cases"] if c["outcome"] in ("failed", "error")
+    ]
+    assert not wrong, "\n".join(wrong[:20])
+    assert code == 0
+    assert run["counts"]["passed"] > 20
+    assert cuda
+
+
+# --- fused kernels --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("step", [1, 8])
+def test_the_gradient_of_the_log_sum_exp_is_a_feature(
+    causal: bool, grouped: bool, step: int
+) -> None:
+    heads = 2 if grouped else 4
+    q, k, v = (draw(1, h, 13, 8, seed=i).double() for i, h in enumerate((4, heads, heads)))
+    out, lse = flash.attend_with_lse(q, k, v, scale=0.3, causal=causal)
+    d_out, d_lse = draw(*out.shape, seed=4).double(), draw(*lse.shape, seed=5).double()
+    wanted = flash._gradients(q, k, v, None, 0.3, causal, out, lse, d_out, d_lse)
+    wide = kernels.with_lse(q, k, v, out, d_out, d_lse, step)
+    assert {x.shape[-1] for x in wide} == {9 if step == 1 else 16}
+    q_, k_, v_, out_, d_ = wide
+    found = flash._backward(d_, q_, k_, v_, out_, lse, 0.0, causal, attn_mask=None, scale=0.3)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert error(ours[..., :8], exact) < 1e-13
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_kernels_of_cuda_are_called_as_they_are_declared(
+    masked: bool, dtype: Any, heads: int
+) -> None:
+    with torch.device("meta"):
+        q = torch.empty(2, 4, 40, 64, dtype=dtype)
+        k, v = (torch.empty(2, heads, 50, 64, dtype=dtype) for _ in range(2))
+        mask = torch.empty(2, 1, 1, 50, dtype=dtype) if masked else None
+        out, lse, state = kernels.lse_forward(q, k, v, mask, 0.1, False)
+        assert bool(state.sizes) == (dtype == torch.bfloat16 and not masked)  # flash
+        assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
+        for d_out, d_lse in ((out, None), (out, lse), (None, lse)):
+            grads = kernels.lse_backward(q, k, v, mask, 0.1, False, out, state, d_out, d_lse)
+            assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.parametrize(("capability", "first"), [((8, 0), "FLASH"), ((9, 0), "CUDNN")])
+def test_the_order_of_the_fused_kernels(
+    capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels._order.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    orders = [[kernel.name for kernel in kernels._order(0, masked)] for masked in (False, True)]
+    kernels._order.cache_clear()
+    assert orders[0][0] == f"{first}_ATTENTION"
+    assert len(set(orders[0])) == 3
+    assert "MATH" not in orders[0]
+    assert orders[1] == ["EFFICIENT_ATTENTION"]
+
+
+def test_a_mask_is_laid_out_in_aligned_rows() -> None:
+    mask = draw(2, 1, 1, 50)
+    laid = kernels._aligned(mask, draw(2, 4, 40, 8), draw(2, 4, 50, 8))
+    assert laid.shape == (2, 4, 40, 50)
+    assert torch.equal(laid, mask.expand(2, 4, 40, 50))
+    assert all(n % (16 // 4) == 0 for n in laid.stride()[:-1])
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+KEPT = [
+    "softmax",
+    "bn",
+    "softmax(softcap=2)",
+    "sparse(3,2)",
+    "causal+linear",
+    "causal+bn(statistics=prefix)",
+]
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("spec", KEPT)
+def test_checkpointing_computes_once_more_and_keeps_nothing(
+    spec: str, place: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "cuda":
+        request.getfixturevalue("cuda")
+        # The function of CUDA's kernels, on the CPU's.
+        monkeypatch.setattr(flash._OnCpu, "apply", lambda *a: (flash._OnDevice.apply(*a), None))
+    layer = pdcore.bind(spec)
+    ran, made = 0, []
+
+    def part(q: Any, k: Any, v: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        q, k, v = (x * 1.5 for x in (q, k, v))
+        made.extend(weakref.ref(x) for x in (q, k, v))
+        return layer(q, k, v)
+
+    x = [draw(1, 2, 11, 16, seed=i).requires_grad_() for i in range(3)]
+    wanted = torch.autograd.grad(part(*x).square().sum(), x)
+    ran, made = 0, []
+    out = checkpoint(part, *x, use_reentrant=False)
+    gc.collect()
+    assert ran == 1
+    assert [ref() for ref in made] == [None] * 3
+    grads = torch.autograd.grad(out.square().sum(), x)
+    assert ran == 2
+    for found, exact in zip(grads, wanted, strict=True):
+        assert error(found, exact) < 1e-6

@@ -1,0 +1,236 @@
+"""Records: what is read, what is refused and how, merging, comparing, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_records import full_record, sample_case, sample_record, sample_run, sample_speed
+from typer.testing import CliRunner
+
+from pdcore.cli.commands import app
+from pdcore.errors import Exit
+from pdcore_conformance.record.writing import RecordError, load, merge, save
+from pdcore_conformance.report.comparison import compare
+
+CASES = ["axes::one[softmax]", "axes::two[bn]", "lse::three[bn]"]
+
+
+def run_of(name: str = "numpy:cpu", **more: Any) -> Any:
+    return sample_run(name, [sample_case(case) for case in CASES], **more)
+
+
+def written(folder: Path, *runs: Any, name: str = "record.json") -> Path:
+    save(folder / name, list(runs))
+    return folder / name
+
+
+def changed(folder: Path, change: Any) -> Path:
+    """Write a record, change what is in it, and write it again as plain JSON."""
+    path = written(folder, run_of(speed=sample_speed()))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    record = full_record(every=7)
+    save(tmp_path / "record.json", record["runs"])
+    assert load(tmp_path / "record.json") == record
+
+
+def test_infinite_and_undefined_ratios_survive(tmp_path: Path) -> None:
+    run = sample_run("numpy:cpu", [sample_case("a::b", outcome="failed", ratio=float("inf"))])
+    path = written(tmp_path, run)
+    assert '"inf"' in path.read_text()
+    [case] = load(path)["runs"][0]["cases"]
+    assert case["ratio"] == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty, expected a record"),
+        (b"\xff\xfe\x00", "not UTF-8 text: byte 0xff at 0"),
+        (b"{'a': 1}", "not JSON: "),
+        (b'{"schema": 1, "kind": "pdcore-conf', "the JSON is truncated: it breaks off at "),
+        (b"[1, 2]", "not a conformance record: "),
+        (b'{"kind": "else"}', "expected an object of kind 'pdcore-conformance'"),
+        (
+            b'{"kind": "pdcore-conformance", "schema": 99, "runs": []}',
+            "written in schema 99, and this pdcore reads up to 1: upgrade pdcore",
+        ),
+        (
+            b'{"kind": "pdcore-conformance", "schema": 1, "runs": [], "runs": []}',
+            "damaged: the key 'runs' is twice in one object",
+        ),
+        (b'{"kind": "pdcore-conformance", "schema": 1, "runs": [NaN]}', "the bare word NaN"),
+        (b"[" * 100_000, "record.json: "),
+    ],
+)
+def test_a_damaged_file_says_what_is_wrong(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(RecordError) as error:
+        load(path)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda c: c["runs"][0].pop("cases"), "runs[0]"),
+        (lambda c: c["runs"][0]["cases"][1].update(outcome="fine"), "cases[1]"),
+        (lambda c: c["runs"][0]["cases"][0].update(seconds="long"), "cases[0]"),
+        (lambda c: c["runs"][0]["counts"].update(passed=7), "counts"),
+        (lambda c: c["runs"][0]["speed"]["ratios"][0].update(ratio=[1]), "ratios[0]"),
+        (lambda c: c["runs"].append(c["runs"][0]), "runs[1]"),
+    ],
+)
+def test_what_does_not_follow_the_schema_says_where(
+    change: Any, place: str, tmp_path: Path
+) -> None:
+    path = changed(tmp_path, change)
+    with pytest.raises(RecordError) as error:
+        load(path)
+    assert place in str(error.value)
+
+
+def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="is a directory"):
+        load(tmp_path)
+    with pytest.raises(RecordError, match="No such file"):
+        load(tmp_path / "none.json")
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def test_the_later_run_counts() -> None:
+    early, late = (run_of(created=f"2026-11-{day}T05:00:00Z") for day in (20, 24))
+    late["cases"][0]["seconds"] = 9.0
+    told: list[str] = []
+    for order in ([early, late], [late, early]):
+        merged = merge([sample_record(run) for run in order], say=told.append)
+        assert merged["runs"] == [late]
+    assert len(told) == 2
+    assert "replaces" in told[0]
+
+
+def test_a_run_that_was_not_available_replaces_nothing() -> None:
+    there = run_of("torch:cuda", created="2026-11-20T05:00:00Z")
+    gone = sample_run("torch:cuda", [], available=False, reason="no GPU", capabilities={})
+    assert merge([sample_record(there), sample_record(gone)])["runs"] == [there]
+
+
+def test_runs_of_several_backends_stand_side_by_side() -> None:
+    merged = merge([sample_record(run_of("numpy:cpu")), sample_record(run_of("torch:cpu"))])
+    assert [run["backend"] for run in merged["runs"]] == ["numpy", "torch"]
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def test_a_record_is_no_worse_than_itself() -> None:
+    record = full_record(every=5)
+    found = compare(record, record)
+    assert found.exit_code == Exit.DONE
+    assert not found.changes
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda run: run["cases"][0].update(outcome="failed"), "fails now"),
+        (lambda run: run["cases"][0].update(outcome="refusal verified"), "refused now"),
+        (lambda run: run["cases"].pop(), "case missing"),
+        (lambda run: run["cases"][0].update(ratio=0.9), "error / budget grew"),
+        (lambda run: run["capabilities"].update(bias="unsupported"), "capability withdrawn"),
+        (lambda run: run.update(available=False, reason="gone"), "not available any more"),
+    ],
+)
+def test_what_got_worse_is_said(change: Any, kind: str) -> None:
+    after = run_of()
+    change(after)
+    found = compare(sample_record(run_of()), sample_record(after))
+    assert kind in [c.kind for c in found.of("worse")]
+    assert found.exit_code == Exit.NUMERICS
+    back = compare(sample_record(after), sample_record(run_of()))
+    assert back.exit_code == Exit.DONE
+
+
+def test_slower_is_worse_where_the_intervals_lie_apart() -> None:
+    fast, slow = (run_of(speed=sample_speed(scale=scale)) for scale in (1.0, 0.5))
+    found = compare(sample_record(fast), sample_record(slow))
+    assert found.exit_code == Exit.UNMET
+    assert not compare(sample_record(slow), sample_record(fast)).of("worse")
+
+
+def test_speed_of_another_machine_is_not_compared() -> None:
+    fast, slow = (run_of(speed=sample_speed(scale=scale)) for scale in (1.0, 0.5))
+    slow["environment"] = {**slow["environment"], "cpu": "another"}
+    found = compare(sample_record(fast), sample_record(slow))
+    assert found.exit_code == Exit.DONE
+    assert found.notes
+
+
+def test_nothing_in_common_is_an_error() -> None:
+    with pytest.raises(RecordError, match="numpy:cpu, the second torch:cpu"):
+        compare(sample_record(run_of()), sample_record(run_of("torch:cpu")))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def test_a_summary_and_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    save(path, full_record(every=9)["runs"])
+    found = command(path, "--html", tmp_path / "page.html")
+    assert found.exit_code == Exit.DONE, found.output
+    assert "torch:cuda" in found.output
+    assert "cupy:cuda is not available" in found.output
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_two_records_are_compared(tmp_path: Path) -> None:
+    worse = run_of()
+    worse["cases"][0].update(outcome="failed", ratio=7.0)
+    worse["counts"].update(passed=2, failed=1)
+    before = written(tmp_path, run_of(), name="before.json")
+    after = written(tmp_path, worse, name="after.json")
+    found = command(before, after)
+    assert found.exit_code == Exit.NUMERICS
+    assert "fails now" in found.output
+    found = command(before, after, "--json")
+    assert json.loads(found.stdout)["worse"][0]["what"] == CASES[0]
+    assert command(after, before).exit_code == Exit.DONE
+
+
+def test_a_damaged_record_is_an_error_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text('{"schema": 1')
+    found = command(tmp_path / "record.json")
+    assert found.exit_code not in (Exit.DONE, Exit.NUMERICS)
+    assert "the JSON is truncated" in found.output
+
+
+def test_text_of_a_record_is_escaped_in_the_page(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>\x1b[31m"
+    run = sample_run("numpy:cpu", [sample_case("a::b", outcome="failed", message=hostile)])
+    path = written(tmp_path, run)
+    found = command(path, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\x1b" not in found.output

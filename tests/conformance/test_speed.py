@@ -1,0 +1,388 @@
+"""The bench: what it refuses, how it judges, and that its measurements measure."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from pdcore.cli.commands import app
+from pdcore.errors import Exit
+from pdcore_backends.numpy.impl import NumpyBackend
+from pdcore_conformance.bench import (
+    figures as speed_figures,
+)
+from pdcore_conformance.bench import (
+    grid as speed_grid,
+)
+from pdcore_conformance.bench import (
+    peers,
+    speed,
+)
+from pdcore_conformance.bench import (
+    rates as speed_rates,
+)
+from pdcore_conformance.bench.memory import WAYS, peak_memory
+from pdcore_conformance.bench.peers import PEERS, Peer, Workload, choose_peers
+from pdcore_conformance.bench.timing import (
+    interleaved,
+    interval,
+    judged,
+    quartiles,
+    threads_limited,
+)
+from pdcore_conformance.frameworks import framework
+from pdcore_conformance.record import writing as record
+
+TINY = Workload("softmax", (1, 8, 64, 16))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes that take no time, and no fresh processes."""
+    tiny = (TINY, TINY._replace(direction="forward+backward"), TINY._replace(spec="bn"))
+    monkeypatch.setattr(speed_grid, "_CPU", {"quick": tiny, "full": tiny})
+    for module in (speed_grid, speed_figures):
+        monkeypatch.setattr(module, "long_shape", lambda device, grid: (1, 8, 128, 16))
+    figures = {n: f for n, f in speed.FIGURES.items() if n not in ("memory", "import")}
+    monkeypatch.setattr(speed, "FIGURES", figures)
+
+
+def test_calls_are_interleaved_and_counted() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = interleaved(calls, 3, warm_up=1, repeat=2)
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3}
+    assert len(order) == 2 * 2 * (3 + 1)
+    assert order[:8] in (list("aabbbbaa"), list("bbaaaabb"))
+
+
+def test_times_are_seconds_a_call() -> None:
+    times = interleaved({"sleep": lambda: time.sleep(0.01)}, 3, repeat=3)
+    assert all(0.009 < t < 5 for t in times["sleep"])
+
+
+def test_summaries() -> None:
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([1.0]) == [1.0, 1.0, 1.0]
+    span = interval([1.0, 1.1, 0.9, 1.05, 0.95, 1.02])
+    assert span is not None
+    assert 0.9 <= span[0] < 1.01 < span[1] <= 1.1
+    assert interval([1.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"),
+    [
+        (1.6, (1.5, None), True),
+        (1.4, (1.5, None), False),
+        (1.2, (None, 1.1), False),
+        (15.0, (13.0, 18.0), True),
+        (12.9, (13.0, 18.0), False),
+        (float("nan"), (1.5, None), False),
+        (1.0, (None, None), None),
+    ],
+)
+def test_figures_are_met_or_not(value: float, target: Any, met: bool | None) -> None:
+    assert judged(value, target)["met"] is met
+
+
+def bench(peers: list[str] | None = None) -> speed.Bench:
+    return speed.Bench("numpy", None, "quick", choose_peers(peers), 2)
+
+
+@pytest.mark.parametrize("name", [n for n, p in PEERS.items() if p.library == "numpy"])
+def test_the_peers_compute_what_they_say(name: str) -> None:
+    peer = PEERS[name]
+    if peer.missing("cpu") is not None:
+        assert "pip install" in str(peer.missing("cpu"))
+        return
+    bench_ = bench([name])
+    for spec in peer.computes or ():
+        workload = TINY._replace(spec=spec)
+        assert bench_._peer(peer, workload) is not None, bench_.speed["missing_peers"]
+
+
+def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    for spec in ("softmax", "causal"):
+        peer = replace(PEERS["matmul and softmax, CuPy"], library="numpy")
+        found = bench()
+        workload = TINY._replace(spec=spec)
+        assert found._peer(peer, workload) is not None, found.speed["missing_peers"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "direction", "operations"),
+    [
+        ("softmax", "forward", 4 * 6 * 100 * 8),
+        ("causal", "forward", 2 * 6 * 100 * 8),
+        ("softmax", "forward+backward", 14 * 6 * 100 * 8),
+        ("sh(1,1,4)", "forward", 4 * 2 * 10 * (10 + 10 + 3) * 8),
+    ],
+)
+def test_operations_are_counted(spec: str, direction: str, operations: float) -> None:
+    assert speed_rates.operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
+
+
+def test_rates_are_beside_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.5, 0.25, *[2.0] * 8, 0.125])
+    monkeypatch.setattr(speed_rates, "_fastest", lambda call, rounds: [call(), next(seconds)][1])
+    monkeypatch.setattr(speed_rates.framework("torch"), "available", lambda device: "not here")
+    found = bench()
+    speed_rates.rates(found)
+    assert not found.speed["figures"]  # no GPU
+    sizes = speed_rates.Sizes((1, 2, 64, 8), "float32", copied=2**20, side=128, rounds=1)
+    speed_rates.rates_at(found, sizes)
+    figures = {f["name"]: (f["value"], f["unit"]) for f in found.speed["figures"]}
+    assert figures["copy of 1 MiB, read and written"] == (2 * 2**20 / 0.5 / 1e9, "GB/s")
+    product = 2 * 128**3 / 0.25
+    assert figures["float32 matrix product of 128, numpy"] == (product / 1e12, "TFLOP/s")
+    call = 4 * 2 * 64 * 64 * 8 / 2.0
+    name = "softmax (1, 2, 64, 8) float32 forward"
+    assert figures[name] == (call / 1e12, "TFLOP/s")
+    assert figures[f"{name}, of the matrix product's rate"] == (
+        pytest.approx(100 * call / product),
+        "%",
+    )
+    name = "statistics of float32 keys (1, 2, 64, 8)"
+    assert figures[name] == (2 * 64 * 8 * 4 / 0.125 / 1e9, "GB/s")
+    assert figures[f"{name}, of the copy's rate"][0] == pytest.approx(
+        100 * (2 * 64 * 8 * 4 / 0.125) / (2 * 2**20 / 0.5)
+    )
+    assert len(figures) == 2 + 8 * 2 + 2
+
+
+def test_a_library_that_does_not_multiply_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed_rates.framework("torch"), "available", lambda device: "not here")
+
+    def fails(*given: Any) -> Any:
+        raise TypeError("no bfloat16")
+
+    monkeypatch.setattr(speed_rates, "_array", fails)
+    found = bench()
+    assert speed_rates._product(found, speed_rates.Sizes(side=8)) is None
+    assert found.speed["notes"][-1] == (
+        "no bfloat16 matrix product of 8: torch: not here; numpy: TypeError: no bfloat16"
+    )
+
+
+def test_a_peer_that_computes_something_else_is_left_out_and_named() -> None:
+    wrong = Peer("wrong", "numpy", ("softmax",), lambda w: lambda x: 1.01 * x["v"])
+    found = bench()
+    assert found._peer(wrong, TINY) is None
+    [entry] = [e for e in found.speed["missing_peers"] if e["peer"] == "wrong"]
+    assert "over the budget" in entry["reason"]
+    assert not found.speed["red"]
+
+
+def test_a_peer_that_fails_is_named() -> None:
+    def make(workload: Workload) -> Any:
+        raise RuntimeError("no such kernel")
+
+    found = bench()
+    assert found._peer(Peer("failing", "numpy", ("softmax",), make), TINY) is None
+    assert "no such kernel" in found.speed["missing_peers"][-1]["reason"]
+
+
+def test_missing_peers_are_named_with_what_installs_them(small: None) -> None:
+    absent = Peer("absent", "no_such_library", ("softmax",), lambda w: None, install="pip x")
+    assert absent.missing("cpu") == "not installed: no_such_library (pip x)"
+    assert PEERS["torch SDPA, flash"].missing("cpu") == "runs on cuda only"
+    listed = {entry["peer"] for entry in bench().speed["missing_peers"]}
+    assert "torch SDPA, flash" in listed
+
+
+def test_an_unknown_peer_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'torch SDPA'"):
+        choose_peers(["torch SDP"])
+    [other] = choose_peers(["backend numpy"])
+    assert other.takes(Workload("polynomial", (1, 1, 2, 2)))
+
+
+def test_red_numerics_give_no_figures(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = NumpyBackend.attention
+
+    def off(self: Any, plan: Any, inputs: Any, *, lse: bool = False) -> Any:
+        out, level = attention(self, plan, inputs, lse=lse)
+        return out * np.float32(1.01), level
+
+    monkeypatch.setattr(NumpyBackend, "attention", off)
+    found = speed.measure("numpy")
+    assert found["red"]
+    assert not found["ratios"]
+    assert not found["growth"]
+    assert not found["figures"]
+    assert any("the numerics are red" in note for note in found["notes"])
+
+
+def test_a_wrong_gradient_is_red(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention_vjp = NumpyBackend.attention_vjp
+
+    def off(self: Any, plan: Any, inputs: Any) -> Any:
+        out, level, vjp = attention_vjp(self, plan, inputs)
+        return out, level, lambda *d: {n: 1.01 * g for n, g in vjp(*d).items()}
+
+    monkeypatch.setattr(NumpyBackend, "attention_vjp", off)
+    assert speed.measure("numpy")["red"]
+
+
+def test_a_whole_measurement_is_a_record(small: None, tmp_path: Any) -> None:
+    seen: list[float] = []
+    found = speed.measure("numpy", say=lambda title, share: seen.append(share))
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    against = {(r["spec"], r["peer"], r["direction"]) for r in found["ratios"]}
+    assert ("softmax", "textbook NumPy", "forward") in against
+    assert ("bn", "literal Attention-BN, NumPy", "forward") in against
+    assert ("bn", "spec softmax", "forward") in against
+    assert {g["spec"] for g in found["growth"]} == {"softmax", "linear"}
+    assert all(row["ok"] for row in found["numerics"])
+    back = [row for row in found["numerics"] if "d_k" in row["error_over_budget"]]
+    assert back
+    run = record.new_run("numpy", "cpu")
+    run["speed"] = found
+    record.save(tmp_path / "record.json", [run])
+    assert record.load(tmp_path / "record.json")["runs"][0]["speed"] == found
+
+
+def test_a_deadline_leaves_the_rest_out_and_says_so(small: None) -> None:
+    found = speed.measure("numpy", deadline=0.0)
+    assert not found["ratios"]
+    assert any("no time was left" in note for note in found["notes"])
+
+
+def test_what_was_found_is_kept_before_each_step(small: None) -> None:
+    kept: list[Any] = []
+    found = speed.measure("numpy", keep=kept.append)
+    ended = [[n for n in one["notes"] if "the process was ended" in n] for one in kept]
+    assert [len(notes) for notes in ended] == list(range(len(kept), 0, -1))
+    assert not kept[0]["numerics"]
+    assert 0 < len(kept[1]["ratios"]) < len(found["ratios"])
+    assert not any("the process was ended" in note for note in found["notes"])
+
+
+def test_targets_are_those_of_a_named_backend() -> None:
+    assert speed_grid.targets("numpy", "cpu") is not None
+    assert speed_grid.targets("strict", "cpu") is None
+    for backend in ("torch", "jax"):
+        found = speed_grid.targets(backend, "cpu")
+        assert found is not None
+        timed = set(speed_grid.workloads(backend, "cpu", "full"))
+        for spec, shape, direction, peer in found.against:
+            assert Workload(spec, shape, direction=direction) in timed
+            assert PEERS[peer].takes(Workload(spec, shape, direction=direction))
+    assert peers.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
+    assert speed_grid.lengths("linear", 8) == [8, 32]
+    assert speed_grid.lengths("softmax", 8) == [2, 8]
+
+
+@pytest.mark.parametrize("grid", ["quick", "full"])
+def test_what_jax_is_promised_on_cuda_is_timed_against_cudnn(grid: str) -> None:
+    found = speed_grid.targets("jax", "cuda")
+    assert found is not None
+    timed = speed_grid.workloads("jax", "cuda", grid)
+    judged = [w for w in timed if w in found.fastest]
+    assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
+        (spec, dim, direction)
+        for spec in ("softmax", "bn")
+        for dim in (64, 128)
+        for direction in speed_grid.BOTH
+    }
+    for workload in judged:
+        of = "" if workload.spec == "softmax" else " of softmax"
+        peer = PEERS[f"jax.nn.dot_product_attention{of}, cudnn"]
+        assert peer.takes(workload)
+        assert peer.name.startswith(speed.FUSED)
+
+
+@pytest.mark.parametrize("grid", ["quick", "full"])
+def test_what_cuda_is_promised_is_timed_against_every_fused_kernel(grid: str) -> None:
+    found = speed_grid.targets("torch", "cuda:0")
+    assert found is not None
+    timed = speed_grid.workloads("torch", "cuda:0", grid)
+    judged = {w: found.fastest[w] for w in timed if w in found.fastest}
+    assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
+        (spec, dim, direction)
+        for spec in ("bn", peers.half_pooled(16))
+        for dim in (64, 128)
+        for direction in speed_grid.BOTH
+    }
+    for workload, least in judged.items():
+        assert least == (1 / 1.05 if workload.spec == "bn" else 1 / 0.80)
+        for kernel in ("flash", "efficient", "cudnn"):
+            peer = PEERS[f"torch SDPA of softmax, {kernel}"]
+            assert peer.takes(workload)
+            assert peer.own(workload) in timed
+    literal = PEERS["literal Attention-BN, torch SDPA"]
+    assert all(literal.takes(w) for w in judged if w.spec == "bn")
+
+
+def test_the_fastest_kernel_is_what_a_promise_is_held_against() -> None:
+    bench_ = bench()
+    workload = Workload("bn", (2, 16, 4096, 64), "bfloat16")
+    bench_.targets = speed_grid.targets("torch", "cuda")
+    names = [f"torch SDPA of softmax{kernel}" for kernel in ("", ", flash", ", cudnn")]
+    slower = {name: [time] * 3 for name, time in zip(names, (1.0, 0.98, 0.9), strict=True)}
+    bench_._ratios(workload, {bench_.backend: [1.0] * 3, **slower})
+    found = {r["peer"]: r for r in bench_.speed["ratios"]}
+    assert [found[name]["at_least"] for name in names] == [None, None, 1 / 1.05]
+    assert found[names[2]]["met"] is False
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_peak_memory_sees_an_array(way: str) -> None:
+    found = peak_memory("numpy", (1, 8, 512, 64), way, 2)
+    assert found is not None
+    assert 0 < found < 64
+
+
+def test_threads_are_limited_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("PDCORE_NUM_THREADS", "7")
+    with threads_limited(1):
+        assert os.environ["PDCORE_NUM_THREADS"] == "1"
+    assert os.environ["PDCORE_NUM_THREADS"] == "7"
+
+
+def test_the_command_prints_and_adds_to_a_record(small: None, tmp_path: Any) -> None:
+    path = tmp_path / "record.json"
+    run = record.new_run("numpy", "cpu")
+    run["seconds"] = 12.5
+    record.save(path, [run])
+    result = CliRunner().invoke(app, ["bench", "numpy", "--report", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "textbook" in result.output
+    assert "not compared with" in result.output
+    [found] = json.loads(path.read_text())["runs"]
+    assert found["seconds"] == 12.5
+    assert found["speed"]["ratios"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "code"),
+    [
+        (["numpi"], "did you mean 'numpy'", Exit.USAGE),
+        (["numpy", "--against", "textbok NumPy"], "textbook NumPy", Exit.USAGE),
+        (["numpy", "--grid", "huge"], "quick or full", Exit.USAGE),
+        (["numpy", "--report", "no/such/folder/x.json"], "no folder", Exit.OUTPUT),
+    ],
+)
+def test_wrong_options(arguments: list[str], said: str, code: int) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == code
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+def test_peers_are_listed() -> None:
+    result = CliRunner().invoke(app, ["bench", "numpy", "--list-peers", "--json"])
+    found = json.loads(result.output)["peers"]
+    assert [entry["peer"] for entry in found] == list(peers.PEERS)
+    assert framework("numpy").available("cpu") is None

@@ -1,0 +1,96 @@
+"""The compile gate over programs: every built-in log kappa, and arrays of 16 bits.
+
+A program is another text of the same kernels. `python tests/cuda_gate_programs.py` writes its table
+of docs/cuda-kernels.md anew, a line for each: what the widest instantiations take at most.
+"""
+
+from __future__ import annotations
+
+import re
+
+from cuda_gate import (
+    ARCHITECTURES,
+    FEATURES,
+    PAGE,
+    STATES,
+    TEMPLATES,
+    compiled,
+    on_two_cores,
+    write,
+)
+
+import pdcore
+from pdcore.lowering import Scores, Signature, lower
+from pdcore.spec import Elu, Expression
+from pdcore_backends.cupy import feature_programs
+from pdcore_backends.cupy.feature_programs import FeatureProgram
+from pdcore_backends.cupy.programs import COLUMNS, STORED, Program
+
+#: Calls whose log kappa, or weight, is not ``scale * s``.
+SPECS = ("softmax(softcap=20)", "polynomial", "linear+sparse(9,2)")
+#: Every kernel at its widest, where registers are scarcest.
+KERNELS = (*(name.format(COLUMNS[-1]) for name in TEMPLATES), "scores_bias", "scores_delta")
+OF_FEATURES = (*(name.format(feature_programs.COLUMNS[-1]) for name in FEATURES), *STATES)
+_START, _END = "<!-- written by tests/cuda_gate_programs.py -->\n", "<!-- end of programs -->\n"
+_ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<cells>\d+ \| \d+ \| \d+ \| \d+) \|$", re.M)
+
+
+def lowered(spec: str) -> Scores:
+    """Give the contraction of a spec, at 64 features."""
+    plan = lower(pdcore.parse(spec), Signature(64, 4, "float32", masked=False))
+    assert isinstance(plan.contraction, Scores), spec
+    return plan.contraction
+
+
+def programs() -> dict[str, Program]:
+    """List the programs beside ``scale * s``, by what is said of them on the page."""
+    found = {f"`{spec}`": Program.of(lowered(spec), (), {}) for spec in SPECS}
+    for dtype in ("float16", "bfloat16"):
+        stored = tuple((name, dtype) for name in STORED)
+        found[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
+        found[f"`linear`, arrays of {dtype}"] = FeatureProgram(
+            "float", "features", stored=stored, phi=Elu
+        )
+    for scalar in ("float", "double"):
+        found[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)
+    return found
+
+
+def usage(program: Program) -> tuple[int, ...]:
+    """Give the most registers by architecture, and the bytes spilled in all."""
+    most, spilled = [], 0
+    kernels = OF_FEATURES if isinstance(program, FeatureProgram) else KERNELS
+    for arch in ARCHITECTURES:
+        found = [compiled(program.text(name), name, arch) for name in kernels]
+        most.append(max(registers for registers, *_ in found))
+        spilled += sum(bytes_ for _, bytes_, _ in found)
+    return (*most, spilled)
+
+
+def measured() -> dict[str, tuple[int, ...]]:
+    """Compile all of them."""
+    known = programs()
+    return on_two_cores(lambda name: usage(known[name]), list(known))
+
+
+def written() -> dict[str, tuple[int, ...]]:
+    """Read the page's table."""
+    page = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
+    return {row["what"]: tuple(map(int, row["cells"].split(" | "))) for row in _ROW.finditer(page)}
+
+
+def expressions() -> set[Expression]:
+    """Give the expressions that some program has."""
+    return {p.expression for p in programs().values() if p.expression is not None}
+
+
+def main() -> None:
+    """Write the table of the page anew."""
+    heads = ["program", *(f"registers, {a}" for a in ARCHITECTURES), "bytes spilled"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines += [f"| {what} | {' | '.join(map(str, use))} |" for what, use in measured().items()]
+    write(_START, _END, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

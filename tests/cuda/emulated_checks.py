@@ -1,0 +1,104 @@
+"""What the tests of the CUDA kernels share: calls on the emulator, held against the oracle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from strategies import Case, cotangents
+
+from pdcore.backend import Request
+from pdcore.lowering import Plan
+from pdcore_backends.cupy.features import CompiledFeatures
+from pdcore_backends.cupy.fused import Compiled
+from pdcore_conformance.judge.budget import expect, judge
+
+cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
+if shutil.which("g++") is None:
+    pytest.skip("no g++", allow_module_level=True)
+
+from emulated_cupy import EmulatedBackend  # noqa: E402
+
+TESTS = Path(__file__).resolve().parent
+DTYPES = ("float32", "float64")
+
+
+def ones_and_zeros(*shape: int, share: float = 0.7) -> Any:
+    return np.random.default_rng(5).random(shape) < share
+
+
+def normal(*shape: int) -> Any:
+    return np.random.default_rng(6).standard_normal(shape)
+
+
+def request_of(case: Case, **asked: Any) -> Request:
+    shapes = {
+        n: None if (x := case.call.get(n)) is None else x.shape
+        for n in ("mask", "key_mask", "bias")
+    }
+    return Request(
+        case.spec,
+        "numpy",
+        str(case.q.dtype),
+        "cpu",
+        case.q.shape,
+        case.k.shape,
+        case.v.shape,
+        **shapes,
+        **asked,
+    )
+
+
+def fused(
+    backend: EmulatedBackend, case: Case, kind: Any = Compiled | CompiledFeatures, **asked: Any
+) -> Plan:
+    """Give a case's plan, whose contraction has to be of a kind."""
+    plan = backend.fuse(case.plan(), request_of(case, **asked))
+    assert isinstance(plan.contraction, kind), plan.steps
+    return plan
+
+
+def check(backend: EmulatedBackend, case: Case, plan: Plan | None = None) -> dict[str, Any]:
+    """Hold out, lse and all gradients against their budgets."""
+    plan = fused(backend, case) if plan is None else plan
+    out, lse, vjp = backend.attention_vjp(plan, case.inputs())
+    d_out, d_lse = (x.astype(case.q.dtype) for x in cotangents(case, lse))
+    found = {"out": out, "lse": lse}
+    found |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
+    wanted = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
+    for name, verdict in judge({n: found[n] for n in wanted.oracle}, wanted).items():
+        assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
+    return found
+
+
+def same_bits(backend: EmulatedBackend, case: Case, plan: Plan, schedule: str) -> None:
+    """Hold what a schedule of threads gives against what threads in lockstep do, bit by bit."""
+    results = []
+    for how in ("lockstep", schedule):
+        with cuda_on_cpu.using(schedule=how, seed=3):
+            out, lse, vjp = backend.attention_vjp(plan, case.inputs())
+            results.append([out, lse, *vjp(out, lse).values()])
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def sanitized(code: str, sanitizer: str) -> str:
+    """Run code whose ``backend`` launches kernels under a sanitizer; give their names."""
+    environment = cuda_on_cpu.environment(sanitizer)
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
+    code += "\nprint(sorted(set(backend.runtime.launches)))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -1,0 +1,143 @@
+"""The CuPy backend's kernels and launch code on NumPy arrays, by the emulator of tests/cuda_cpu.
+
+`python tests/emulated_cupy.py --level core` is ``pdcore conform`` on it; with `--level all` and
+`--dtype bfloat16`, all cases of the suite in that dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import cuda_on_cpu
+
+import pdcore
+from pdcore.backend import SilentBackend
+from pdcore_backends.cupy import INFO
+from pdcore_backends.cupy.fused import KernelBackend
+from pdcore_backends.cupy.launches import Limits, Usage
+from pdcore_backends.cupy.runtime import SHARED, Kernel
+
+NAME = "cupy_emulated"
+
+
+class EmulatedRuntime:
+    """A device on the CPU."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self._capability = capability
+        self.launches: list[str] = []
+        self.captured = False
+        self.asked, self.shared = 0, 227 * 1024
+
+    def on(self, array: Any) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def device(self) -> int:
+        return 0
+
+    def capability(self, device: str) -> int:
+        return self._capability
+
+    def capturing(self) -> bool:
+        return self.captured
+
+    def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
+        options = ("-std=c++17",)
+        module = cuda_on_cpu.RawModule(code, options=options, name_expressions=(name,))
+        kernel = module.get_function(name)
+        if shared > SHARED:
+            kernel.max_dynamic_shared_size_bytes = shared
+
+        def launch(*arguments: Any, **more: Any) -> None:
+            self.launches.append(name)
+            kernel(*arguments, **more)
+
+        return launch
+
+    def address(self, array: Any) -> int:
+        return int(array.ctypes.data)
+
+    def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
+        return cuda_on_cpu.Structure(value, arrays)
+
+    def usage(self, kernel: Kernel) -> Usage:
+        return Usage(registers=64, threads=1024, shared=0)
+
+    def limits(self) -> Limits:
+        self.asked += 1
+        return Limits(1024, 65536, self.shared, (2**31 - 1, 65535, 65535))
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return cuda_on_cpu.empty(shape, dtype)
+
+
+class EmulatedBackend(SilentBackend, KernelBackend):
+    """What `CupyBackend` is on CuPy."""
+
+    info = replace(
+        INFO,
+        name=NAME,
+        library="numpy",
+        load=f"{__name__}:EmulatedBackend",
+        requires=("numpy",),
+        devices=("cpu",),
+    )
+
+    def __init__(self, runtime: EmulatedRuntime | None = None) -> None:
+        KernelBackend.__init__(self, runtime or EmulatedRuntime())
+
+
+def register() -> None:
+    """Let calls name the backend."""
+    pdcore.register_backend(EmulatedBackend.info)
+
+
+def main() -> int:
+    """Judge the backend by the conformance suite."""
+    from pdcore_conformance.judge.judging import DTYPES
+    from pdcore_conformance.runner.conforming import conform, list_cases
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--level", choices=("core", "all"), default="core")
+    parser.add_argument("--grid", choices=("quick", "full"), default="quick")
+    parser.add_argument("--case", action="append", default=[])
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        default=[],
+        help="cases of the level in this dtype only",
+    )
+    parser.add_argument("--report")
+    given = parser.parse_args()
+    register()
+    cases = list(given.case)
+    if given.dtype:
+        named = re.compile(rf"\b({'|'.join(given.dtype)})\b")
+        listed = list_cases(NAME, level=given.level, grid=given.grid)
+        cases += [name for name in listed if named.search(name)]
+    run, code = conform(NAME, level=given.level, grid=given.grid, cases=cases, report=given.report)
+    if run is not None:
+        print(run["counts"], f"{run['seconds']:.0f} s")
+        for dtype in DTYPES:
+            outcomes = Counter(c["outcome"] for c in run["cases"] if dtype in c["features"])
+            if outcomes:
+                print(f"{dtype}: {', '.join(f'{n} {name}' for name, n in outcomes.items())}")
+        for case in run["cases"]:
+            if case["outcome"] in ("failed", "error"):
+                print(case["id"], case["message"], sep="\n  ")
+    return code
+
+
+if __name__ == "__main__":
+    import emulated_cupy  # a backend is loaded by its module's name
+
+    sys.exit(emulated_cupy.main())

@@ -1,0 +1,57 @@
+"""Planted defects of CUDA kernels: each is caught, by what the emulator's README says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda_on_cpu")
+if shutil.which("g++") is None:
+    pytest.skip("no g++", allow_module_level=True)
+
+from cuda_on_cpu import zoo
+from cuda_on_cpu.zoo.__main__ import table
+from cuda_on_cpu.zoo.observe import DETECTORS, observe
+
+pytestmark = pytest.mark.cuda
+
+README = Path(__file__).parents[1] / "cuda_cpu" / "README.md"
+#: What each way to run can report.
+WAYS = {
+    "": {"launch", "check", "result", "schedule"},
+    "address": {"address", "undefined"},
+    "thread": {"thread"},
+}
+
+
+@pytest.fixture(scope="module")
+def listed():
+    """The README's table: detectors by defect."""
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*) \|$", README.read_text("utf-8"), re.MULTILINE)
+    return {
+        name: {d for d, mark in zip(DETECTORS, marks.split("|"), strict=True) if mark.strip()}
+        for name, marks in rows
+    }
+
+
+@pytest.mark.parametrize("sanitize", WAYS, ids=["plain", "address", "thread"])
+def test_what_is_caught_is_what_is_listed(sanitize, listed):
+    found = observe(sanitize)
+    assert {name: set(how["planted"]) for name, how in found.items()} == {
+        name: detectors & WAYS[sanitize] for name, detectors in listed.items()
+    }
+    assert {name: how["correct"] for name, how in found.items() if how["correct"]} == {}
+
+
+def test_every_defect_is_caught(listed):
+    assert len(zoo.DEFECTS) > 35
+    assert set(listed) == set(zoo.DEFECTS)
+    assert [name for name, detectors in listed.items() if not detectors] == []
+    assert set().union(*listed.values()) == set(DETECTORS)
+
+
+def test_the_table_is_of_these_defects(listed):
+    assert table(listed) in README.read_text("utf-8")

@@ -1,0 +1,122 @@
+"""The wrappers of PTX: the emulator's, by what they have to give; NVRTC's without a GPU."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+cuda = pytest.importorskip("cuda_on_cpu")
+bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+if shutil.which("g++") is None:
+    pytest.skip("no g++", allow_module_level=True)
+
+import pdcore_backends.cupy  # noqa: E402
+from pdcore_conformance.gpu.wrappers import (  # noqa: E402
+    CODE,
+    checks,
+    difference,
+    floats,
+    narrowed,
+    source,
+    widened,
+)
+
+pytestmark = pytest.mark.cuda
+
+FOLDER = Path(pdcore_backends.cupy.__file__).parent / "kernels"
+KINDS = ("ptx::f16", "ptx::bf16")
+TURING = [
+    *(f"convert<{kind}>" for kind in KINDS),
+    *(f"load<{n}, {transposed}>" for n in (1, 2, 4) for transposed in ("false", "true")),
+]
+AMPERE = [
+    *(f"multiply<{kind}>" for kind in KINDS),
+    *(f"stages<{size}>" for size in (4, 8, 16)),
+]
+OPTIONS = ("-std=c++17", f"-I{FOLDER}")
+MODULE = cuda.RawModule(CODE, options=OPTIONS, name_expressions=TURING + AMPERE)
+CHECKS = list(checks())
+ON_CPU = {"array": np.ascontiguousarray, "empty": cuda.empty, "host": np.asarray}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=[check.name for check in CHECKS])
+def test_the_emulator_gives_what_is_expected(check: Any) -> None:
+    for schedule in cuda.SCHEDULES if check.block == 32 else ("lockstep",):
+        with cuda.using(schedule=schedule):
+            assert difference(check, MODULE, **ON_CPU) == ""
+
+
+def test_every_kernel_is_checked() -> None:
+    assert {check.kernel for check in CHECKS} == {"exponential", *TURING, *AMPERE}
+    assert {check.kernel for check in CHECKS if check.capability > 75} == set(AMPERE)
+
+
+def test_a_wrapper_that_is_wrong_is_seen() -> None:
+    [check] = [check for check in CHECKS if check.kernel == "convert<ptx::f16>"]
+    code = CODE.replace("ptx::pack<T>(x[i], x[i / 2])", "ptx::pack<T>(x[i / 2], x[i])")
+    module = cuda.RawModule(code, options=OPTIONS, name_expressions=[check.kernel])
+    said = difference(check, module, **ON_CPU)
+    assert re.match(r"convert<ptx::f16>, argument 3: \d+ of 212992 entries differ, the first", said)
+    [check] = [check for check in CHECKS if check.kernel == "exponential"]
+    code = CODE.replace(
+        "= ptx::exp2_approximate(x[threadIdx.x])", "= 1.001f * exp2f(x[threadIdx.x])"
+    )
+    module = cuda.RawModule(code, options=OPTIONS, name_expressions=())
+    assert "got 1.00" in difference(check, module, **ON_CPU)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_what_is_expected_of_conversions_is_that_of_ml_dtypes(kind: str) -> None:
+    dtype = np.dtype(np.float16 if kind == "float16" else bfloat16)
+    name = {"float16": "f16", "bfloat16": "bf16"}[kind]
+    x = floats(name)
+    known = ~np.isnan(x)
+    assert (narrowed(x, name)[known] == x.astype(dtype).view(np.uint16)[known]).all()
+    bits = narrowed(x, name)
+    np.testing.assert_array_equal(widened(bits, name), bits.view(dtype).astype(np.float32))
+
+
+def test_the_first_stage_is_there_before_the_second() -> None:
+    [check] = [check for check in CHECKS if check.name == "cp.async of 16 bytes, 16 read"]
+    x, early, late, read = check.arguments
+    found = [cuda.empty(out.shape, np.int8) for out in (early, late)]
+    MODULE.get_function(check.kernel)((1,), (32,), (x, *found, read))
+    assert (found[0][1] == -1).all()  # NaN as a float, or two halves
+
+
+def test_turing_has_neither_mma_nor_cp_async():
+    code = CODE.replace("__CUDA_ARCH__ >= 800", "1")
+    module = cuda.RawModule(code, options=OPTIONS, name_expressions=["multiply<ptx::f16>"])
+    with cuda.using(compute_capability="75"):
+        cuda.RawModule(CODE, options=OPTIONS, name_expressions=TURING).compile()
+        with pytest.raises(cuda.CompileError, match="mma_m16n8k16"):
+            module.compile()
+
+
+def test_inline_ptx_is_in_one_header():
+    for path in FOLDER.iterdir():
+        inline = re.search(r"\basm\b", path.read_text("utf-8"))
+        assert (inline is not None) == (path.name == "ptx.cuh"), path
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90"])
+def test_nvrtc_compiles_the_wrappers_without_cuda_headers(arch):
+    compiler = pytest.importorskip("cupy.cuda.compiler")
+    log = io.StringIO()
+    program = compiler._NVRTCProgram(
+        source(),
+        "wrappers.cu",
+        name_expressions=TURING + (AMPERE if arch != "sm_75" else []),
+        method="cubin",
+    )
+    cubin, _ = program.compile((f"-arch={arch}", "-std=c++17", "--ptxas-options=-v"), log)
+    assert cubin[:4] == b"\x7fELF"
+    said = log.getvalue()
+    assert said.count(" 0 bytes spill stores") == said.count("spill stores") > 8

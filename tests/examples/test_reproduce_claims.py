@@ -1,0 +1,236 @@
+"""What `pdcore reproduce` concludes from planted figures, whichever way they point."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from reproduction.findings import findings
+from reproduction.protocol import BASELINE, DATA, Cell
+from reproduction.verdict import Estimate, combined, judge, sentence, together
+from typer.testing import CliRunner
+
+from pdcore.cli.commands import app
+from pdcore.errors import Exit
+
+scipy_stats = pytest.importorskip("scipy.stats")
+
+SPECS = [BASELINE, "softmax+bn", "softmax+sh(1,1,2,2)"]
+SIZES = [[128, 16], [512, 16]]
+
+
+def planted(
+    *,
+    gain: float = 0.0,
+    apart: float = 1.0,
+    cost: float = 1.0,
+    products: float = 1.0,
+    seeds: int = 3,
+    spread: float = 0.01,
+) -> dict[str, Any]:
+    """Figures in which every spec differs from softmax by so much, and a little by chance."""
+    rng = np.random.default_rng(0)
+
+    def about(value: float) -> float:
+        return float(value * math.exp(spread * rng.standard_normal()))
+
+    cells: dict[str, Any] = {}
+    for place, spec in enumerate(SPECS):
+        own = place > 0
+        for seed in range(seeds):
+            for data in DATA:
+                found = {
+                    measure: [about(apart**own * layer) for layer in (1.0, 2.0)]
+                    for measure in ("maps", "outputs", "relative")
+                }
+                cells[Cell("train", spec, data, seed).name] = {
+                    "epoch": 5,
+                    "epochs": 6,
+                    "validation_accuracy": 0.5,
+                    "seconds": 1.0,
+                    "test_accuracy": 0.7 + gain * own + 0.5 * spread * rng.standard_normal(),
+                    "trained": found,
+                    "untrained": found,
+                }
+        for length, dim in SIZES:
+            for repeat in range(3):
+                name = Cell("memory", spec, "", repeat, length, dim).name
+                cells[name] = {"mib": about(10.0 * cost**own)}
+            cells[Cell("flops", spec, length=length, dim=dim).name] = {
+                "attention": 1000,
+                "model": round(2000 * products**own),
+            }
+    for length, dim in SIZES:
+        cells[Cell("time", length=length, dim=dim).name] = {
+            "seconds": {
+                spec: [about(0.1 * cost ** (place > 0)) for _ in range(9)]
+                for place, spec in enumerate(SPECS)
+            }
+        }
+    protocol = {"specs": SPECS, "sizes": SIZES, "seeds": list(range(seeds)), "repeats": 3}
+    return {"protocol": protocol, "cells": cells}
+
+
+def verdicts(record: dict[str, Any]) -> dict[str, set[str]]:
+    """All verdicts of each claim; the planted specs are alike."""
+    found = findings(record, DATA)
+    every: dict[str, set[str]] = {"sentence": {row["verdict"] for row in found["sentences"]}}
+    for claim in found["claims"]:
+        every.setdefault(claim["claim"], set()).add(claim["verdict"])
+    return every
+
+
+def test_what_is_planted_for_the_claims_is_confirmed() -> None:
+    found = verdicts(planted(gain=0.05, apart=1.5, cost=0.8, products=0.9))
+    assert found == {key: {"confirmed"} for key in ("sentence", "accuracy", "redundancy", "cost")}
+
+
+def test_what_is_planted_against_them_is_denied() -> None:
+    found = verdicts(planted(gain=-0.05, apart=0.7, cost=1.2, products=1.1))
+    assert found == {key: {"denied"} for key in ("sentence", "accuracy", "redundancy", "cost")}
+
+
+def test_one_part_that_fails_denies_the_sentence() -> None:
+    found = verdicts(planted(gain=0.05, apart=1.5, cost=1.2, products=1.1))
+    assert found["accuracy"] == found["redundancy"] == {"confirmed"}
+    assert found["cost"] == found["sentence"] == {"denied"}
+
+
+def test_no_difference_is_not_shown() -> None:
+    found = verdicts(planted(products=0.9, spread=0.03))
+    assert found["accuracy"] == found["redundancy"] == {"not shown"}
+    # Fewer operations, which are exact, and neither time nor memory that follow.
+    assert found["cost"] == {"in part"}
+    assert found["sentence"] == {"not shown"}
+
+
+def test_equal_operations_are_not_fewer() -> None:
+    record = planted(gain=0.05, apart=1.5, cost=0.8)
+    assert verdicts(record)["cost"] == {"in part"}
+    parts = next(c for c in findings(record, DATA)["claims"] if c["claim"] == "cost")["parts"]
+    operations = [part for part in parts if part["what"].startswith("operations")]
+    assert [(p["value"], p["verdict"]) for p in operations] == [(1.0, "denied")] * 2
+
+
+def test_a_system_that_does_not_tell_memory() -> None:
+    record = planted(cost=0.8, products=0.9)
+    for name, figures in record["cells"].items():
+        if name.startswith("memory"):
+            figures["mib"] = None
+    found = findings(record, DATA)
+    assert all(row["mib"] is None and row["memory_ratio"] is None for row in found["cost"])
+    claim = next(c for c in found["claims"] if c["claim"] == "cost")
+    assert claim["verdict"] == "confirmed"
+    assert not any("memory" in part["what"] for part in claim["parts"])
+
+
+def test_data_sets_that_are_missing_are_named_and_not_counted() -> None:
+    record = planted(gain=0.05)
+    for name in [n for n in record["cells"] if "Handwriting" in n]:
+        del record["cells"][name]
+    found = findings(record, [name for name in DATA if name != "Handwriting"])
+    assert set(found["absent"]) == {"Handwriting", "ImageNet"}
+    assert "Handwriting" not in {row["data"] for row in found["accuracy"]}
+
+
+def test_the_figures_are_those_of_the_cells() -> None:
+    record = planted(gain=0.05, apart=1.5)
+    found = findings(record, DATA)
+    assert found["level"] == pytest.approx(1 - 0.05 / 2)
+    row = next(r for r in found["accuracy"] if (r["data"], r["spec"]) == (DATA[1], SPECS[1]))
+    own, other = (
+        [record["cells"][Cell("train", s, DATA[1], n).name]["test_accuracy"] for n in range(3)]
+        for s in (SPECS[1], BASELINE)
+    )
+    assert row["mean"] == pytest.approx(np.mean(own))
+    assert row["deviation"] == pytest.approx(np.std(own, ddof=1))
+    # One group is Student's paired interval.
+    paired = scipy_stats.ttest_rel(own, other).confidence_interval(found["level"])
+    assert row["difference"] == pytest.approx([np.mean(own) - np.mean(other), *paired])
+
+
+# --- intervals --------------------------------------------------------------------------------
+
+
+def test_the_interval_of_two_groups_is_that_of_welch() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(2, 1, 4).tolist(), rng.normal(0, 3, 6).tolist()
+    found = combined([a, b], [1.0, -1.0], 0.9)
+    theirs = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
+    assert found == pytest.approx((np.mean(a) - np.mean(b), theirs.low, theirs.high))
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    scales = np.array([0.5, 1.0, 2.0, 4.0])[:, None]
+    draws = 1.0 + scales * rng.standard_normal((1500, 4, 3))
+    covered = [
+        low <= 1.0 <= high
+        for _, low, high in (combined(d.tolist(), [0.25] * 4, 0.95) for d in draws)
+    ]
+    # Four standard errors, and Welch's approximation errs to the safe side.
+    assert 0.93 <= np.mean(covered) <= 0.995
+
+
+def test_values_that_are_all_the_same_have_no_interval() -> None:
+    assert combined([[0.1, 0.1, 0.1]], [1.0], 0.95) == pytest.approx((0.1, 0.1, 0.1))
+    assert combined([[0.0, 0.0]], [1.0], 0.95) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("groups", [[], [[1.0, 2.0], [1.0]]])
+def test_a_group_without_a_variance_is_refused(groups: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="two or more in each"):
+        combined(groups, [1.0] * len(groups), 0.95)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "more", "exact", "verdict"),
+    [
+        (0.1, 0.3, True, False, "confirmed"),
+        (0.1, 0.3, False, False, "denied"),
+        (-0.3, -0.1, True, False, "denied"),
+        (-0.3, -0.1, False, False, "confirmed"),
+        (-0.1, 0.1, True, False, "not shown"),
+        (0.0, 0.1, True, False, "not shown"),
+        (0.0, 0.0, False, True, "denied"),
+        (-0.1, -0.1, False, True, "confirmed"),
+    ],
+)
+def test_a_figure_is_judged_by_its_interval(
+    low: float, high: float, more: bool, exact: bool, verdict: str
+) -> None:
+    found = judge(Estimate((low + high) / 2, low, high), 0.0, more=more, exact=exact)
+    assert found == verdict
+
+
+@pytest.mark.parametrize(
+    ("parts", "claim", "joined"),
+    [
+        ("c", "confirmed", "confirmed"),
+        ("cc", "confirmed", "confirmed"),
+        ("cd", "in part", "denied"),
+        ("cn", "in part", "not shown"),
+        ("nd", "denied", "denied"),
+        ("nn", "not shown", "not shown"),
+        ("dd", "denied", "denied"),
+        ("pn", "in part", "not shown"),
+    ],
+)
+def test_several_verdicts_come_to_one(parts: str, claim: str, joined: str) -> None:
+    words = {"c": "confirmed", "d": "denied", "n": "not shown", "p": "in part"}
+    assert together([words[p] for p in parts]) == claim
+    assert sentence([words[p] for p in parts]) == joined
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = CliRunner().invoke(app, ["reproduce"])
+    assert found.exit_code == Exit.MISSING
+    words = "torch is not installed: pip install 'pdcore[cli,conformance,svr,torch]'"
+    assert words in found.stderr.replace("\n", " ")

@@ -1,0 +1,70 @@
+"""The planted defects by name, and the case of the suite that tells what is wrong with each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pdcore import register_backend
+from pdcore.backend import FEATURES, ArrayBackend, BackendInfo
+
+__all__ = ["MUTANTS", "PARENT", "Mutant", "planted", "register"]
+
+_FRAMEWORK = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
+FULL: Mapping[str, Any] = {f: "unsupported" if f in _FRAMEWORK else "full" for f in FEATURES}
+#: The backend without a defect, on which every telling case must pass.
+PARENT = "unmutated"
+
+
+class Mutant(NamedTuple):
+    """A planted defect.
+
+    Attributes
+    ----------
+    cls : type
+        The backend.
+    case : str
+        The case whose name tells what is wrong.
+    """
+
+    cls: type[ArrayBackend]
+    case: str
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def _info(name: str, cls: str, module: str, **capabilities: Any) -> BackendInfo:
+    return BackendInfo(
+        name=name,
+        load=f"{module}:{cls}",
+        library="numpy",
+        requires=("numpy",),
+        capabilities={**FULL, **capabilities},
+    )
+
+
+def planted(case: str, **capabilities: Any) -> Callable[[type[Any]], type[Any]]:
+    """Register a class as a mutant, with the case that tells."""
+
+    def add(cls: type[Any]) -> type[Any]:
+        words = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).strip("_")
+        cls.info = _info(f"mutant_{words}", cls.__name__, cls.__module__, **capabilities)
+        MUTANTS[words] = Mutant(cls, case)
+        return cls
+
+    return add
+
+
+class Unmutated(ArrayBackend):
+    """`ArrayBackend` on NumPy."""
+
+    info = _info(PARENT, "Unmutated", __name__)
+
+
+def register() -> None:
+    """Add the mutants, and what they were made of, to this process."""
+    from . import backward, forward  # noqa: F401 - they fill the table
+
+    for cls in (Unmutated, *(mutant.cls for mutant in MUTANTS.values())):
+        register_backend(cls.info)
