@@ -1,6 +1,6 @@
 """``python -m pdcore`` is the same as ``pdcore``."""
 
-from .cli.main import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,3 +1,38 @@
-"""The console script ``pdcore``."""
+"""The console script ``pdcore``; the commands are in `pdcore.cli.commands`.
+
+This module imports without the extra ``cli``, so that it can say what is missing.
+"""
 
 from __future__ import annotations
+
+import sys
+
+from ..errors import Exit
+
+__all__ = ["EXTRA", "main"]
+
+#: What the extra ``cli`` brings, by import name.
+EXTRA = ("matplotlib", "ml_dtypes", "rich", "safetensors", "typer")
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    try:
+        from .commands import app
+    except ModuleNotFoundError as error:
+        if not optional(error):
+            raise
+        print(missing(error), file=sys.stderr)
+        raise SystemExit(int(Exit.MISSING)) from None
+    app(prog_name="pdcore")
+
+
+def optional(error: ModuleNotFoundError) -> bool:
+    """Whether what was not found belongs to the extra ``cli``."""
+    return (error.name or "").partition(".")[0] in EXTRA
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Say that an optional package is missing, and what installs it."""
+    package = (error.name or "").partition(".")[0]
+    return f"pdcore: {package} is not installed: pip install 'pdcore[cli]'"

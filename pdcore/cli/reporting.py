@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..errors import Exit, NoBackendError, PluginError, SpecError, UnsupportedError
+from . import missing, optional
 from .files import FileError, OutputError
-from .main import missing, optional
 
 __all__ = ["Failed", "emit", "note", "progress", "reported", "stdout"]
 

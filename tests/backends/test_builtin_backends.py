@@ -18,9 +18,9 @@ import pytest
 from strategies import Case, cotangents, mapped, normal_case
 
 import pdcore
-from pdcore.attention import _exchange
 from pdcore.backend import FEATURES, BackendInfo, Inputs, Request
 from pdcore.dispatch import FLOATS
+from pdcore.dispatch.binding import _exchange
 from pdcore.errors import NoBackendError, UnsupportedError
 from pdcore.plugins import registry as plugins
 from pdcore_conformance.frameworks import framework

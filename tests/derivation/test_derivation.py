@@ -19,7 +19,6 @@ from pdcore import (
     PointwiseKernel,
     parse,
 )
-from pdcore.derivation import derive
 
 KERNELS = [
     "softmax",
@@ -253,7 +252,7 @@ def test_only_where_kappa_is_positive_semidefinite_there_is_a_phi() -> None:
 
 
 def test_user_kernels_and_normalizations_state_themselves() -> None:
-    text = derive(OWN)
+    text = OWN.latex()
     assert r"\texttt{bounded\_kernel+convolved}" in text
     assert r"T(x) = x - \sum_t c_t k_{j - t}" in text
     assert r"\texttt{KeySet}" in text

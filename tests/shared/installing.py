@@ -21,7 +21,8 @@ VARIABLES = ("PDCORE_BACKEND", "PDCORE_BLOCK", "PDCORE_PLUGINS")
 #: Prints what a fresh interpreter finds.
 REPORT = """
 import json, sys
-from pdcore import plugins, vocabulary
+from pdcore.plugins import registry as plugins
+from pdcore.spec import vocabulary
 registered = plugins.registered()
 third_party = [n for n in registered if not plugins._entries[n].owner.built_in]
 print(json.dumps({

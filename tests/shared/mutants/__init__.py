@@ -1,6 +1,6 @@
 """Backends with one planted defect each, which the conformance suite has to catch.
 
-`MUTANTS` lists them; each class says what an author might get wrong. ``python -m tests.mutants``
+`MUTANTS` lists them; each class says what an author might get wrong. ``python -m mutants``
 runs the suite on them and writes the table of docs/mutants.md.
 """
 

@@ -88,7 +88,7 @@ def main() -> None:
     """Run, and write."""
     from .registry import MUTANTS, register
 
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
     parser.add_argument("--whole", action="store_true", help="count all failing cases too")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     arguments = parser.parse_args()
