@@ -25,7 +25,7 @@ CAUSAL = "declaration::core_feature_is_declared[causal]"
 RUN = """
 import json, sys
 import planted_backends
-from pdcore import plugins
+from pdcore.plugins import registry as plugins
 from pdcore_conformance.runner.conforming import conform
 planted_backends.register()
 for name, failures in {failures!r}.items():
