@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 # Not lazy: the name is a module of this package too, which its import would leave in its place.
 from .attention import BoundAttention, attention, attention_vjp, attention_weights, bind, explain
+from .moved import attribute as _attribute
+from .moved import install as _install
 
 if TYPE_CHECKING:
     from .backend import (
@@ -177,11 +179,14 @@ __all__ = [
     "use_backend",
 ]
 
+# Modules of 0.1 import for one more release.
+_install()
+
 
 def __getattr__(name: str) -> Any:
     room = _ROOM_OF.get(name)
     if room is None:
-        raise AttributeError(f"module 'pdcore' has no attribute {name!r}")
+        return _attribute(__name__, name)
     value = getattr(importlib.import_module(f".{room}", __name__), name)
     globals()[name] = value
     return value

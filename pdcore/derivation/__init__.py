@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from ..moved import attribute as _attribute
 from .layers import LAYERS, Derivation, derive
 
 __all__ = [
@@ -9,3 +12,8 @@ __all__ = [
     "LAYERS",
     "derive",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return _attribute(__name__, name)  # a name of 0.1

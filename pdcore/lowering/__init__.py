@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from ..moved import attribute as _attribute
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .rewrites import Signature, lower
 from .transforms import (
@@ -39,3 +42,8 @@ __all__ = [
     "lower",
     "sum_to",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        return _attribute(__name__, name)  # a name of 0.1
