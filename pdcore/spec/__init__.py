@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attention_spec import PRESETS, AttentionSpec, as_spec, parse
 from .expression import Expression, exp, log, maximum, tanh, trace, where
 from .grammar import made, read_arguments, read_words
-from .heads import HeadScaling, pool, pooling_weights
+from .heads import HeadScaling, pool, pooling_weights, windows
 from .kernels import (
     Cosine,
     Elu,
@@ -20,6 +20,7 @@ from .kernels import (
     Relu,
     default_scale,
     latex_number,
+    random_matrix,
 )
 from .latex import aligned, derivation_latex, positive_semidefinite, sections
 from .normalizations.base import Identity, Normalization
@@ -35,6 +36,7 @@ from .vocabulary import (
     normalization_words,
     register_kernel,
     register_normalization,
+    unregister,
 )
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "pool",
     "pooling_weights",
     "prefix_states",
+    "random_matrix",
     "read_arguments",
     "read_words",
     "reduce_axis",
@@ -95,5 +98,7 @@ __all__ = [
     "register_normalization",
     "tanh",
     "trace",
+    "unregister",
     "where",
+    "windows",
 ]
