@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pluggy import HookimplMarker
 
-from pdcore.backend import FEATURES, BackendInfo
+from pdcore.extend import FEATURES, BackendInfo
 
 _ELSEWHERE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
 _NOT_YET = {"deterministic", "batch_invariant", "thread_safe"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pdcore.lowering import Features, Scores
-from pdcore.spec import Elu, FeatureMap, Relu
+from pdcore.extend import Elu, FeatureMap, Features, Relu, Scores
 
 from .programs import Program
 

@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdcore.arrays import dtype_name
-from pdcore.backend import Operands
-from pdcore.lowering import Features, Scores
-from pdcore.spec import FeatureMap, RandomFeatures
+from pdcore.extend import FeatureMap, Features, Operands, RandomFeatures, Scores, dtype_name
 
 from .feature_programs import FeatureProgram, columns_for
 from .operands import NULL

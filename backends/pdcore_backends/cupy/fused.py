@@ -7,9 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pdcore.backend import ArrayBackend, Call, Contracted, Inputs, Operands, Request
-from pdcore.errors import UnsupportedError
-from pdcore.lowering import FeatureRows, Features, Plan, Scores, Summary
+from pdcore.extend import (
+    ArrayBackend,
+    Call,
+    Contracted,
+    FeatureRows,
+    Features,
+    Inputs,
+    Operands,
+    Plan,
+    Request,
+    Scores,
+    Summary,
+    UnsupportedError,
+)
 
 from .feature_programs import MAPS
 from .feature_programs import columns_for as feature_columns

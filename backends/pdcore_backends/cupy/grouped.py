@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pdcore.backend import Contracted, spacing
+from pdcore.extend import Contracted, spacing
 
 from .operands import SHAPE, record
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from pdcore.arrays import device_name, dtype_name, library_of
-from pdcore.backend import Request
+from pdcore.extend import Request, device_name, dtype_name, library_of
 
 from . import INFO
 from .fused import KernelBackend

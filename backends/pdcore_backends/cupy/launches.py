@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pdcore.errors import UnsupportedError
+from pdcore.extend import UnsupportedError
 
 __all__ = ["CheckedKernel", "Limits", "Usage"]
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdcore.backend import Operands
-from pdcore.lowering import Scores
+from pdcore.extend import Operands, Scores
 
 __all__ = ["NULL", "SHAPE", "Packed", "in_rows", "one_lead", "packed", "record", "strides_of"]
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.arrays import dtype_name
-from pdcore.backend import Request
-from pdcore.lowering import Plan
+from pdcore.extend import Plan, Request, dtype_name
 
 from .columns import ColumnLaunch, limit
 from .operands import in_rows, one_lead, record, strides_of
@@ -56,7 +54,7 @@ def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
 
 
 class PoolKernels:
-    """What `pdcore.spec.heads.pool` gives, by the kernels of one runtime."""
+    """What `pdcore.extend.pool` gives, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache = cache

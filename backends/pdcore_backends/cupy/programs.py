@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 
-from pdcore.lowering import Scores
-from pdcore.spec import Expression
+from pdcore.extend import Expression, Scores
 
 __all__ = [
     "COLUMNS",
@@ -60,7 +59,7 @@ class Program:
     scalar : {"float", "double"}
         The type of every sum, and of every array but for `stored`.
     weight : {"log", "features"}
-        As in `pdcore.lowering.plan.Scores`.
+        As in `pdcore.extend.Scores`.
     expression : Expression or None
         log w; scale * s, with the scale an argument, where it is None.
     values : tuple of str

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pdcore.errors import UnsupportedError
-from pdcore.lowering import Fold, Pullback, Rows
+from pdcore.extend import Fold, Pullback, Rows, UnsupportedError
 
 __all__ = ["FoldedLoad", "QueryFold"]
 

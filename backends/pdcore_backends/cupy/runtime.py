@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Any, Protocol
 
-from pdcore.errors import UnsupportedError
+from pdcore.extend import UnsupportedError
 
 from .launches import CheckedKernel, Limits, Usage
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.arrays import dtype_name
-from pdcore.backend import Contracted, Operands
-from pdcore.lowering import Scores, sum_to
+from pdcore.extend import Contracted, Operands, Scores, dtype_name, sum_to
 
 from .grouped import GroupCall, How, contract
 from .operands import NULL, packed
@@ -147,7 +145,7 @@ class ScoreCall:
             kernel(grid, (THREADS,), arguments, shared_mem=shared)
 
     def delta(self, out: Any, level: Any, d_out: Any, d_level: Any) -> Any:
-        """Give what all keys of a row subtract, as `pdcore.backend.score_contraction.row_delta`."""
+        """Give what all keys of a row subtract, as `score_contraction.row_delta`."""
         delta = self.result(*level.shape)
         rows = math.prod(level.shape)
         if rows:

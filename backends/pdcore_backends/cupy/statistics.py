@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.arrays import dtype_name
-from pdcore.backend import Request
-from pdcore.lowering import Plan, Summary
-from pdcore.spec import KeySet, Moments
+from pdcore.extend import KeySet, Moments, Plan, Request, Summary, dtype_name
 
 from .columns import ColumnLaunch, limit
 from .operands import NULL, in_rows, one_lead, record, strides_of

@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.arrays import dtype_name
-from pdcore.backend import Contracted, Operands, Request
-from pdcore.lowering import Fold, GaussianRows, Plan, Scores
-from pdcore.spec import Batch, Identity
+from pdcore.extend import (
+    Batch,
+    Contracted,
+    Fold,
+    GaussianRows,
+    Identity,
+    Operands,
+    Plan,
+    Request,
+    Scores,
+    dtype_name,
+)
 
 from .grouped import GroupCall, How, contract
 from .operands import NULL

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.spec import Support, Visibility
+from pdcore.extend import Support, Visibility
 
 from .namespace import NAMESPACE as xp
 

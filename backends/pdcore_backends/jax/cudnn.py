@@ -15,9 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pdcore.backend import Operands, Request
-from pdcore.lowering import Plan, Scores
-from pdcore.spec import Batch, Gaussian, Identity
+from pdcore.extend import Batch, Gaussian, Identity, Operands, Plan, Request, Scores
 
 from .device import find
 

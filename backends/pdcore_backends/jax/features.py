@@ -1,6 +1,6 @@
 """Causal sums of feature maps, chunk by chunk, by programs that do not grow with the sequence.
 
-The scheme is that of `pdcore.backend.feature_contraction.prefix_contract`, whose loops run here as
+The scheme is that of `feature_contraction.prefix_contract`, whose loops run here as
 `lax.scan` and `lax.map`. Every turn is checkpointed: a derivative keeps the state before each chunk
 and what it was given, O(N + M).
 """
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pdcore.arrays import held
-from pdcore.backend import chunks, feature_contraction, finite
+from pdcore.extend import chunks, feature_contraction, finite, held
 
 from .chunks import cut, joined
 from .namespace import NAMESPACE as xp

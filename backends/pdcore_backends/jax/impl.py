@@ -10,17 +10,20 @@ from typing import Any
 
 import jax
 
-from pdcore.backend import (
+from pdcore.extend import (
     ArrayBackend,
+    Features,
     Inputs,
     Operands,
+    Plan,
     Request,
+    Scores,
+    Statistics,
+    UnsupportedError,
     constants_held,
     feature_contraction,
+    windows,
 )
-from pdcore.errors import UnsupportedError
-from pdcore.lowering import Features, Plan, Scores
-from pdcore.spec import Statistics, heads
 
 from . import INFO
 from .cudnn import ByCudnn, cudnn_scores, unfit
@@ -99,7 +102,7 @@ class JaxBackend(ArrayBackend):
             # The last step must not be a product. XLA repeats it wherever pooled keys are read, and
             # rounds it or not: the first key less itself would not be 0, and a variance of 0 makes
             # that large.
-            cut = heads.windows(x, weights.shape[-1], xp=self.xp)
+            cut = windows(x, weights.shape[-1], xp=self.xp)
             pooled = jax.numpy.sum(cut * weights[..., None], axis=-2)
         return pooled, pullback
 

@@ -14,7 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.spec import Moments, Statistics, statistics
+from pdcore.extend import Moments, Statistics
+from pdcore.extend import prefix_states as states_of_any
 
 from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
@@ -31,11 +32,11 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     """Compute the state of every prefix of the keys, the empty one included.
 
     For moments the program does not grow with the number of keys. Parameters and result are those
-    of `pdcore.spec.statistics.prefix_states`.
+    of `pdcore.extend.prefix_states`.
     """
     *lead, length, _ = keys.shape
     if type(stats) is not Moments or not keys.size:
-        return statistics.prefix_states(stats, keys, mask, xp=xp)
+        return states_of_any(stats, keys, mask, xp=xp)
     real = (
         jnp.ones((*lead, length, 1), keys.dtype)
         if mask is None

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pdcore.backend import divide, finite
-from pdcore.spec import Support
+from pdcore.extend import Support, divide, finite
 
 from .blocks import Arrays, Call
 from .namespace import NAMESPACE as xp

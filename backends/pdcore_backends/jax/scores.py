@@ -21,8 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from pdcore.backend import (
+from pdcore.extend import (
     Operands,
+    Scores,
+    Visibility,
+    all_of,
     divide,
     finite,
     log_weight,
@@ -30,8 +33,6 @@ from pdcore.backend import (
     score_contraction,
     shifted_features,
 )
-from pdcore.lowering import Scores
-from pdcore.spec import Visibility, all_of
 
 from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
@@ -60,7 +61,7 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     -------
     out : array (*B, H, G, N, Dv)
     L : array (*B, H, G, N)
-        As `pdcore.backend.score_contraction.scores`.
+        As `pdcore.extend.scores`.
     """
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)

@@ -15,18 +15,27 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.backend import (
+from pdcore.extend import (
+    AttentionSpec,
+    FeatureMap,
+    Features,
+    Fold,
+    GaussianRows,
     Inputs,
+    KeySet,
     Operands,
+    Plan,
     Request,
+    Rows,
+    Scores,
+    Statistics,
+    Transform,
+    UnsupportedError,
     divide,
     feature_contraction,
     finite,
     score_contraction,
 )
-from pdcore.errors import UnsupportedError
-from pdcore.lowering import Features, Fold, GaussianRows, Plan, Rows, Scores, Transform
-from pdcore.spec import AttentionSpec, FeatureMap, KeySet, Statistics
 
 from .impl import Blocked, JaxBackend
 from .namespace import NAMESPACE as xp

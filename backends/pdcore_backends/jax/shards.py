@@ -13,9 +13,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.backend import Call, Inputs
-from pdcore.lowering import Group, Plan, first_real
-from pdcore.spec import Moments, Statistics, Visibility, reduce_axis
+from pdcore.extend import (
+    Call,
+    Group,
+    Inputs,
+    Moments,
+    Plan,
+    Statistics,
+    Visibility,
+    first_real,
+    reduce_axis,
+)
 
 from .namespace import NAMESPACE as xp
 from .prefix import prefix_states

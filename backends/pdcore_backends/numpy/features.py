@@ -8,8 +8,7 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from pdcore.backend import Operands, feature_contraction
-from pdcore.lowering import Features
+from pdcore.extend import Features, Operands, feature_contraction
 
 from . import threads
 from .tiles import PRODUCTS

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.backend import Operands, Request, SilentBackend
-from pdcore.lowering import Features, Plan, Scores
+from pdcore.extend import Features, Operands, Plan, Request, Scores, SilentBackend
 
 from . import INFO, features, scores, threads
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.backend import Operands
-from pdcore.lowering import Scores
+from pdcore.extend import Operands, Scores
 
 from . import threads
 from .threads import buffer

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pluggy import HookimplMarker
 
-from pdcore.backend import FEATURES, BackendInfo
+from pdcore.extend import FEATURES, BackendInfo
 
 _ELSEWHERE = {
     "float16",

@@ -5,7 +5,7 @@ The library has nothing but the standard, so what runs here needs nothing else o
 
 from __future__ import annotations
 
-from pdcore.backend import SilentBackend
+from pdcore.extend import SilentBackend
 
 from . import INFO
 

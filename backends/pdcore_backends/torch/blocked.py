@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.backend import Operands, scores, scores_vjp
-from pdcore.lowering import Scores
+from pdcore.extend import Operands, Scores, scores, scores_vjp
 
 from . import namespace as xp
 from .flash import recorded, transformed

@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from pdcore.backend import Request
-from pdcore.lowering import Fold, Group, Plan, Scores
-from pdcore.spec import (
+from pdcore.extend import (
     Batch,
     Conv1d,
     Conv2d,
     Cosine,
     Exponential,
+    Fold,
     Gaussian,
+    Group,
     Identity,
     InstanceEnhanced,
+    Plan,
+    Request,
+    Scores,
 )
 
 from . import device

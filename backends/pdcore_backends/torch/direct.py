@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pdcore.backend import Inputs, Operands, cut_heads
-from pdcore.lowering import Fold, GaussianRows, Group, Plan, Rows
-from pdcore.spec import pool, pooling_weights
+from pdcore.extend import (
+    Fold,
+    GaussianRows,
+    Group,
+    Inputs,
+    Operands,
+    Plan,
+    Rows,
+    cut_heads,
+    pool,
+    pooling_weights,
+)
 
 from . import namespace as xp
 from .choice import Fused
@@ -145,7 +154,7 @@ def _transformed(
         keep = None if real is None else real[..., None]
         state = plan.summary.statistics.of(rows.k, keep, xp=xp)
         if plan.summary.scope == "batch":
-            from pdcore.spec import reduce_axis
+            from pdcore.extend import reduce_axis
 
             state = reduce_axis(plan.summary.statistics, state, 0, xp=xp)
         state = plan.summary.statistics.finalize(state, xp=xp)

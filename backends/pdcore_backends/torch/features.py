@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.backend import Operands
-from pdcore.lowering import FeatureRows, Features, Plan
-from pdcore.spec import Elu
+from pdcore.extend import Elu, FeatureRows, Features, Operands, Plan
 
 from .flash import recorded, transformed
 

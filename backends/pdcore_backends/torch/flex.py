@@ -18,9 +18,7 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
-from pdcore.backend import Operands, scores_vjp
-from pdcore.lowering import Scores
-from pdcore.spec import Expression, Support, Visibility
+from pdcore.extend import Expression, Operands, Scores, Support, Visibility, scores_vjp
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.lowering import first_real
-from pdcore.spec import Moments
+from pdcore.extend import Moments, first_real
 
 from . import device
 from . import namespace as xp

@@ -8,11 +8,19 @@ from typing import Any
 
 import torch
 
-from pdcore.arrays import remember
-from pdcore.backend import ArrayBackend, Inputs, Operands, Request, constants_held
-from pdcore.errors import UnsupportedError
-from pdcore.lowering import Features, Plan, Scores
-from pdcore.spec import FeatureMap
+from pdcore.extend import (
+    ArrayBackend,
+    FeatureMap,
+    Features,
+    Inputs,
+    Operands,
+    Plan,
+    Request,
+    Scores,
+    UnsupportedError,
+    constants_held,
+    remember,
+)
 
 from . import INFO, namespace
 from .blocked import blocked_scores, dropout

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from array_api_compat.torch import *  # noqa: F403
 
-from pdcore.spec import kernels
+from pdcore import extend
 
 bool = torch.bool
 
@@ -59,7 +59,7 @@ def random_matrix(
     schema="(SymInt count, SymInt dim, SymInt seed) -> Tensor",
 )
 def _random_matrix(count: int, dim: int, seed: int) -> torch.Tensor:
-    return torch.from_numpy(kernels.random_matrix(count, dim, seed).copy())
+    return torch.from_numpy(extend.random_matrix(count, dim, seed).copy())
 
 
 @_random_matrix.register_fake  # type: ignore[untyped-decorator]

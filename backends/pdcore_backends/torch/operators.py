@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.backend import Operands, scores, scores_vjp
-from pdcore.lowering import Scores, Signature, lower
-from pdcore.spec import Support, Visibility, as_spec
+from pdcore.extend import (
+    Operands,
+    Scores,
+    Signature,
+    Support,
+    Visibility,
+    as_spec,
+    lower,
+    scores,
+    scores_vjp,
+)
 
 from . import namespace as xp
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.lowering import first_real
+from pdcore.extend import first_real
 
 from . import namespace as xp
 
