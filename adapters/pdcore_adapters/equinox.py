@@ -21,7 +21,7 @@ from equinox.nn import MultiheadAttention
 from jax import numpy as jnp
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.dispatch import parameter_shape
+from pdcore.extend import parameter_shape
 
 from .bound import Bound, Choice, learned
 

@@ -24,7 +24,7 @@ from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
 from jax import numpy as jnp
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.backend import Inputs
+from pdcore.extend import Inputs
 
 from .bound import Bound, Choice
 

@@ -17,10 +17,8 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.spec import Convolution, as_spec
-from pdcore.svr import fit
-from pdcore.svr.checks import check_jobs
-from pdcore.svr.head_kernel import head_kernels, refuse
+from pdcore.extend import Convolution, as_spec
+from pdcore.svr import check_jobs, fit, head_kernels, refuse
 
 from .bound import Choice
 

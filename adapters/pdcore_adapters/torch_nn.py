@@ -21,8 +21,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.backend import Inputs
-from pdcore.dispatch import finite_dropout, parameter_shape
+from pdcore.extend import Inputs, finite_dropout, parameter_shape
 
 from .bound import Bound, Choice, learned
 

@@ -31,7 +31,7 @@ from transformers.masking_utils import (
 )
 
 from pdcore import AttentionSpec, BoundAttention, Exponential, Support, UnsupportedError, bind
-from pdcore.backend import Inputs
+from pdcore.extend import Inputs
 
 __all__ = ["LayerMask", "register"]
 

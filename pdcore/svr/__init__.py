@@ -19,16 +19,23 @@ True
 from __future__ import annotations
 
 from .certificate import Certificate, certificate
+from .checks import check_jobs
 from .expansion import HeadFit, SupportVectorExpansion
 from .fitting import fit
+from .head_kernel import HeadKernel, head_kernels, refuse
 from .interpretation import Interpretation, interpret
 
 __all__ = [
-    "Certificate",
-    "HeadFit",
-    "Interpretation",
-    "SupportVectorExpansion",
-    "certificate",
     "fit",
+    "SupportVectorExpansion",
+    "HeadFit",
+    "certificate",
+    "Certificate",
     "interpret",
+    "Interpretation",
+    # for estimators of other libraries
+    "HeadKernel",
+    "head_kernels",
+    "check_jobs",
+    "refuse",
 ]
