@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pdcore.backend import FEATURES, BackendInfo
-from pdcore.plugins import hookimpl
+from pdcore.extend import FEATURES, BackendInfo, hookimpl
 
 from .kernel import Sigmoid
 from .normalization import KeyRMS

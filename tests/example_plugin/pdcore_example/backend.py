@@ -10,9 +10,7 @@ import numba
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from pdcore.backend import ArrayBackend, Operands
-from pdcore.lowering import Scores
-from pdcore.spec import Visibility
+from pdcore.extend import ArrayBackend, Operands, Scores, Visibility
 
 from . import INFO
 from .fused import attend

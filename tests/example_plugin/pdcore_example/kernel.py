@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pdcore.spec import Expression, Parameter, PointwiseKernel, default_scale, exp, log, maximum
+from pdcore.extend import Expression, Parameter, PointwiseKernel, default_scale, exp, log, maximum
 
 __all__ = ["Sigmoid"]
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdcore.errors import SpecError
-from pdcore.spec import Normalization, Parameter, Statistics
+from pdcore.extend import Normalization, Parameter, SpecError, Statistics
 
 __all__ = ["KeyRMS", "MeanSquare"]
 
