@@ -139,7 +139,7 @@ def read(manager: pluggy.PluginManager, plugin: Any) -> Declared:
                 results[caller.name] = _call(caller.name, hook.function)
     for name in _unmarked(manager, plugin):
         if name in HOOKS:
-            raise PluginError(f"{name} is not decorated with pdcore.plugins.hookspecs.hookimpl")
+            raise PluginError(f"{name} is not decorated with pdcore.hookimpl")
         raise _unknown(name)
     if not results:
         raise PluginError(f"it implements no hook; known: {', '.join(HOOKS)}")

@@ -16,7 +16,7 @@ REASONS = {
     "raises_in_hook": "pdcore_backends raised ZeroDivisionError: counted the devices wrongly",
     "misspelt_hook": "unknown hook 'pdcore_backend'; did you mean 'pdcore_backends'? known: ",
     "misspelt_undecorated": "unknown hook 'pdcore_kernel'; did you mean 'pdcore_kernels'? known: ",
-    "undecorated_hook": "pdcore_backends is not decorated with pdcore.plugins.hookspecs.hookimpl",
+    "undecorated_hook": "pdcore_backends is not decorated with pdcore.hookimpl",
     "unknown_argument": "Argument(s) {'dtype'} are declared in the hookimpl but can not be found",
     "wrapper_hook": "pdcore_backends is a hook wrapper, expected a plain function",
     "no_hooks": "it implements no hook; known: pdcore_backends, pdcore_kernels, ",
