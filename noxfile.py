@@ -317,10 +317,11 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and likely mistakes (ruff)."""
-    session.install(*pinned("tools"), "ruff")
+    """Check style and likely mistakes (ruff), and who imports whom (import-linter)."""
+    session.install(*pinned("numpy", "tools"), "-e", ".", "import-linter", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
 
 
 @nox.session
