@@ -1,11 +1,16 @@
 """The names of version 0.1 that have another place now: one table, and an import finder.
 
-Old modules import for one release, as the modules that hold their names now, with a
-`DeprecationWarning` that names the new place. Rooms that kept the name of an old module, such as
-`pdcore.lowering`, ask `attribute` for the names that left them. Objects pickled by 0.1 load: a
-pickle names a module and a class, and both resolve here.
+Old modules import for one release, with a `DeprecationWarning` that names the new place, and have
+the objects of the modules that hold their names now. Rooms that kept the name of an old module,
+such as `pdcore.lowering`, ask `attribute` for the names that left them. Objects pickled by 0.1
+load: a pickle names a module and a class, and both resolve here.
 
-This module imports nothing of pdcore, and nothing but rooms and the package itself imports it.
+This module imports nothing of pdcore. A room or module that lost a name ends with
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(name: str) -> Any:
+            return _attribute(__name__, name)  # a name of 0.1
 """
 
 from __future__ import annotations
@@ -99,7 +104,7 @@ MODULES = {
     "pdcore_conformance.traced_namespace": "pdcore_conformance.judge.traced_namespace",
 }
 
-#: Names that left a module which kept its own name, and where they are now.
+#: Names of 0.1 that are called otherwise now, or left a module which kept its own name.
 NAMES = {
     "pdcore.derivation.aligned": "pdcore.spec.aligned",
     "pdcore.derivation.positive_semidefinite": "pdcore.spec.positive_semidefinite",
@@ -144,15 +149,26 @@ OUTSIDE = {
 
 
 class _Loader(Loader):
-    """Load an old module as the module that holds its names now."""
+    """Load an old module as an empty one that looks its names up where they are now."""
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = MODULES[old]
         # Level 2 is the statement that imports: frames of the import system do not count.
         warnings.warn(_message(old, new), DeprecationWarning, stacklevel=2)
-        # The import system takes the module that it finds here.
-        sys.modules[old] = importlib.import_module(new)
+        today = importlib.import_module(new)
+
+        def lookup(name: str) -> Any:
+            if f"{old}.{name}" in NAMES or name.startswith("__"):
+                return attribute(old, name)
+            return getattr(today, name)
+
+        vars(module).update(
+            __doc__=today.__doc__,
+            __all__=list(getattr(today, "__all__", ())),
+            __getattr__=lookup,
+            __dir__=lambda: dir(today),
+        )
 
 
 class _Finder(MetaPathFinder):

@@ -27,7 +27,7 @@ EXPORTED = {
     )
 }
 # The names of 0.1 whose place is another object of the same name now, and what 0.1 meant.
-REPLACED = {"pdcore.derivation.derive": "pdcore.spec.derivation_latex"}
+REPLACED = {"pdcore.derivation.derive": "pdcore.spec.latex.derivation_latex"}
 
 
 def imported(module: str):
@@ -63,7 +63,12 @@ def test_moved_module_holds_every_name_and_warns(old, monkeypatch):
     with pytest.warns(DeprecationWarning, match=f"^{old} is now {new};"):
         module = importlib.import_module(old)
     for name in EXPORTED.get(old, ()):
-        assert getattr(module, name) is getattr(today, name), name
+        path = moved.NAMES.get(f"{old}.{name}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if path else "error", DeprecationWarning)
+            value = getattr(module, name)
+        assert value is (resolved(path) if path else getattr(today, name)), name
+    assert not hasattr(module, "__path__")
 
 
 @pytest.mark.parametrize("module", sorted(set(EXPORTED) - set(moved.MODULES)))
@@ -97,6 +102,23 @@ def test_replaced_name_is_reachable_elsewhere(old, new):
 def test_every_module_is_a_room_or_in_the_table():
     for module in EXPORTED:
         assert module in moved.MODULES or importlib.util.find_spec(module), module
+
+
+def test_renamed_name_of_a_moved_module(monkeypatch):
+    monkeypatch.setitem(moved.NAMES, "pdcore.kernels.Elup", "pdcore.spec.kernels.Elu")
+    monkeypatch.delitem(sys.modules, "pdcore.kernels", raising=False)
+    with pytest.warns(DeprecationWarning, match=r"pdcore.kernels is now"):
+        module = importlib.import_module("pdcore.kernels")
+    with pytest.warns(DeprecationWarning, match=r"kernels.Elup is now pdcore.spec.kernels.Elu;"):
+        assert module.Elup is pdcore.Elu
+
+
+def test_star_import_of_a_moved_module(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pdcore.kernels", raising=False)
+    namespace: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match=r"pdcore.kernels is now"):
+        exec("from pdcore.kernels import *", namespace)
+    assert set(EXPORTED["pdcore.kernels"]) <= set(namespace)
 
 
 @pytest.mark.parametrize(
