@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .backend import Inputs
-from .dispatch.binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, bound
+from .dispatch import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, bound
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:

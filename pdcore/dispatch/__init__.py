@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, bound
 from .explanation import Explanation, explain_request
 from .selection import choose, reasons, resolve, select, use_backend
-from .tracing import Traced, fixed, settler
 from .validation import FLOATS, check_cotangent, finite_dropout, parameter_shape, validate
 
 __all__ = [
-    "Explanation",
-    "FLOATS",
-    "Traced",
-    "check_cotangent",
+    # binding
+    "BoundAttention",
+    "Choice",
+    "NO_DROPOUT",
+    "NO_PARAMS",
+    "bound",
+    # selection
     "choose",
-    "explain_request",
-    "finite_dropout",
-    "fixed",
-    "parameter_shape",
     "reasons",
     "resolve",
     "select",
-    "settler",
     "use_backend",
+    # validation
+    "FLOATS",
+    "check_cotangent",
+    "finite_dropout",
+    "parameter_shape",
     "validate",
+    # explanation
+    "Explanation",
+    "explain_request",
 ]

@@ -21,21 +21,24 @@ from .registry import (
 )
 
 __all__ = [
-    "BrokenPlugin",
-    "broken",
-    "candidates",
-    "disabled",
+    # plug-ins
+    "hookimpl",
     "discover",
     "generation",
-    "hookimpl",
+    "BrokenPlugin",
+    "broken",
+    "disabled",
+    # backends
+    "register_backend",
+    "unregister_backend",
+    "registered",
     "is_known",
+    "candidates",
+    "load_backend",
+    "unavailable_reason",
     "known_failures",
+    # inventory
     "list_backends",
     "list_words",
-    "load_backend",
-    "register_backend",
-    "registered",
     "summary",
-    "unavailable_reason",
-    "unregister_backend",
 ]

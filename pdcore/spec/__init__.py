@@ -19,15 +19,22 @@ from .kernels import (
     RandomFeatures,
     Relu,
     default_scale,
-    latex_number,
     random_matrix,
 )
-from .latex import aligned, derivation_latex, positive_semidefinite, sections
-from .normalizations.base import Identity, Normalization
-from .normalizations.batch import Batch
-from .normalizations.convolution import Conv1d, Conv2d, Convolution, convolve
-from .normalizations.instance_enhanced import InstanceEnhanced
-from .normalizations.mixture import GaussianMixture, Mixture, draws
+from .latex import aligned, positive_semidefinite, sections
+from .normalizations import (
+    Batch,
+    Conv1d,
+    Conv2d,
+    Convolution,
+    GaussianMixture,
+    Identity,
+    InstanceEnhanced,
+    Mixture,
+    Normalization,
+)
+from .normalizations.convolution import convolve
+from .normalizations.mixture import draws
 from .statistics import KeySet, Moments, Statistics, prefix_states, reduce_axis
 from .support import Support, Visibility, all_of
 from .vocabulary import (
@@ -40,65 +47,72 @@ from .vocabulary import (
 )
 
 __all__ = [
+    # the specification and its text
     "AttentionSpec",
-    "Batch",
-    "Conv1d",
-    "Conv2d",
-    "Convolution",
+    "PRESETS",
+    "as_spec",
+    "parse",
+    "made",
+    "read_arguments",
+    "read_words",
+    # its words
+    "find_kernel",
+    "kernel_words",
+    "normalization_words",
+    "register_kernel",
+    "register_normalization",
+    "unregister",
+    # kernels
+    "Kernel",
+    "PointwiseKernel",
+    "FeatureMap",
+    "Parameter",
     "Cosine",
     "Elu",
     "Exponential",
-    "Expression",
-    "FeatureMap",
     "Gaussian",
-    "GaussianMixture",
-    "HeadScaling",
-    "Identity",
-    "InstanceEnhanced",
-    "Kernel",
-    "KeySet",
-    "Mixture",
-    "Moments",
-    "Normalization",
-    "PRESETS",
-    "Parameter",
-    "PointwiseKernel",
     "Polynomial",
     "RandomFeatures",
     "Relu",
-    "Statistics",
-    "Support",
-    "Visibility",
-    "aligned",
-    "all_of",
-    "derivation_latex",
-    "positive_semidefinite",
-    "sections",
-    "as_spec",
-    "convolve",
     "default_scale",
-    "draws",
-    "exp",
-    "find_kernel",
-    "kernel_words",
-    "latex_number",
-    "log",
-    "made",
-    "maximum",
-    "normalization_words",
-    "parse",
-    "pool",
-    "pooling_weights",
-    "prefix_states",
     "random_matrix",
-    "read_arguments",
-    "read_words",
-    "reduce_axis",
-    "register_kernel",
-    "register_normalization",
+    # log kappa as an expression
+    "Expression",
+    "exp",
+    "log",
+    "maximum",
     "tanh",
     "trace",
-    "unregister",
     "where",
+    # normalizations
+    "Normalization",
+    "Identity",
+    "Batch",
+    "InstanceEnhanced",
+    "Mixture",
+    "GaussianMixture",
+    "Convolution",
+    "Conv1d",
+    "Conv2d",
+    "convolve",
+    "draws",
+    # statistics of keys
+    "Statistics",
+    "Moments",
+    "KeySet",
+    "prefix_states",
+    "reduce_axis",
+    # head scaling
+    "HeadScaling",
+    "pool",
+    "pooling_weights",
     "windows",
+    # support
+    "Support",
+    "Visibility",
+    "all_of",
+    # formulas
+    "aligned",
+    "positive_semidefinite",
+    "sections",
 ]

@@ -21,7 +21,8 @@ from ..spec import (
     Exponential,
     HeadScaling,
     Identity,
-    heads,
+    pool,
+    pooling_weights,
     positive_semidefinite,
 )
 
@@ -154,8 +155,8 @@ def pooling(x: Array, spec: AttentionSpec, head: int) -> Array:
     if scale == 1:
         return x
     kind = spec.heads.pool
-    weights = heads.pooling_weights(len(x), None, scale, kind, x, xp=np)
-    return np.asarray(heads.pool(kind, x[None], weights, xp=np)[0][0])
+    weights = pooling_weights(len(x), None, scale, kind, x, xp=np)
+    return np.asarray(pool(kind, x[None], weights, xp=np)[0][0])
 
 
 def _head_kernel(
