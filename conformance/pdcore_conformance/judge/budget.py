@@ -28,7 +28,7 @@ import numpy as np
 from pdcore.reference import reference_attention, reference_weights
 from pdcore.spec import as_spec
 
-from .differentiate import constants, gradients
+from .gradients import constants, gradients
 
 __all__ = ["FACTORS", "Expected", "Verdict", "differentiated", "expect", "judge", "judge_array"]
 
