@@ -1,9 +1,11 @@
-"""autograd.numpy as an array-API namespace: what the reference calls while it is differentiated.
+"""An array-API namespace over `autograd.numpy`: what the reference calls to be differentiated.
 
 `autograd.numpy` has the names of NumPy, but no gradient rule for several of the newer ones. Some of
 its rules return a float64 cotangent for a float32 array, and that of `where` does not sum over what
-was broadcast. The functions below replace these; every other name is that of `autograd.numpy`,
+was broadcast. The functions below replace those; every other name is that of `autograd.numpy`,
 where a function without a gradient rule raises `NotImplementedError`.
+
+A cotangent is called d, the second cotangent of a pullback's own pullback e.
 
 Names of the standard hide those of Python here.
 """
@@ -16,15 +18,18 @@ from typing import Any
 
 import autograd.numpy as anp
 import numpy as np
-from autograd.extend import defvjp, primitive
-from autograd.numpy.numpy_vjps import unbroadcast_f
+from autograd import extend
+from autograd.extend import defvjp
 from autograd.tracer import getval
 
 # ruff: noqa: D103 - each function is the standard's
 
-int32, int64 = np.dtype("int32"), np.dtype("int64")  # autograd wraps these two, NumPy's types do
+# autograd's own are subclasses, which are no dtypes.
+int32, int64 = np.dtype("int32"), np.dtype("int64")
 
 Pullback = Callable[[Any], Any]
+
+primitive: Callable[[Callable[..., Any]], Callable[..., Any]] = extend.primitive
 
 
 def __getattr__(name: str) -> Any:
@@ -69,17 +74,40 @@ defvjp(_cast, lambda ans, x, dtype: lambda d: _cast(_cast(d, dtype), anp.result_
 
 
 def astype(x: Any, dtype: Any, *, copy: Any = True, device: Any = None) -> Any:
-    return _cast(x.value if isinstance(x, Argument) else x, dtype)
+    x = x.value if isinstance(x, Argument) else x
+    return _cast(getval(x) if np.dtype(dtype).kind in "biu" else x, dtype)
 
 
 def stop_gradient(x: Any) -> Any:
     return getval(x)
 
 
+@primitive
+def broadcast_to(x: Any, shape: tuple[int, ...]) -> Any:
+    return np.broadcast_to(x, shape)
+
+
+@primitive
+def _unbroadcast(d: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Sum a cotangent to the shape of the operand that was broadcast."""
+    if d.shape != shape:
+        lead = d.ndim - len(shape)
+        axes = [lead + i for i, n in enumerate(shape) if n == 1 and d.shape[lead + i] != 1]
+        d = np.sum(d, axis=(*range(lead), *axes), keepdims=True).reshape(shape)
+    return np.asarray(d).astype(dtype, copy=False)
+
+
 def _like(x: Any, pullback: Pullback) -> Pullback:
     """Return a pullback whose results have the shape and the dtype of an operand."""
-    dtype, summed = anp.result_type(x), unbroadcast_f(x, pullback)
-    return lambda d: _cast(summed(d), dtype)
+    shape, dtype = np.shape(getval(x)), np.result_type(getval(x))
+    return lambda d: _unbroadcast(pullback(d), shape, dtype)
+
+
+defvjp(broadcast_to, lambda ans, x, shape: _like(x, lambda d: d))
+defvjp(
+    _unbroadcast,
+    lambda ans, d, shape, dtype: lambda e: _cast(broadcast_to(e, d.shape), d.dtype),
+)
 
 
 # --- element by element ---------------------------------------------------------------------------
@@ -162,14 +190,6 @@ def cumulative_sum(x: Any, *, axis: int = -1, dtype: Any = None) -> Any:
 
 
 # --- shapes ---------------------------------------------------------------------------------------
-
-
-@primitive
-def broadcast_to(x: Any, shape: tuple[int, ...]) -> Any:
-    return np.broadcast_to(x, shape)
-
-
-defvjp(broadcast_to, lambda ans, x, shape: unbroadcast_f(x, lambda d: d))
 
 
 def reshape(x: Any, shape: tuple[int, ...], *, copy: Any = None) -> Any:
