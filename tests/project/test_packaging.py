@@ -15,6 +15,7 @@ DISTRIBUTION = metadata.distribution("pdcore")
 
 # Needed at first use only. Of array_api_compat, the namespaces of single libraries.
 LATE = {
+    "autograd",
     "clarabel",
     "click",
     "cupy",

@@ -15,7 +15,7 @@ from pdcore.errors import SpecError, UnsupportedError
 from pdcore.plugins import registry as plugins
 from pdcore.reference import reference_attention
 from pdcore.spec import GaussianMixture, Mixture, parse
-from pdcore_conformance.judge.differentiate import constants, gradients
+from pdcore_conformance.judge.gradients import constants, gradients
 
 D = 3  # of `normal_case`
 

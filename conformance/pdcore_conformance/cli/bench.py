@@ -54,13 +54,13 @@ def bench(
     try:
         from ..bench import peers, speed
         from ..bench import table as speed_table
-        from ..judge import subject
+        from ..judge import gradients, subject  # noqa: F401 - without autograd, say so at once
         from ..record import environment
         from ..record import writing as record
         from ..runner import plugin
     except ModuleNotFoundError as error:
         needed = (error.name or "").partition(".")[0]
-        if needed not in ("pdcore_conformance", "pytest", "hypothesis"):
+        if needed not in ("pdcore_conformance", "pytest", "hypothesis", "autograd"):
             raise
         raise Failed(
             Exit.MISSING, f"{needed} is not installed: pip install 'pdcore[conformance]'"

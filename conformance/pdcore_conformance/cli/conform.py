@@ -54,10 +54,11 @@ def conform(
     _among("--level", level, ("core", "all"))
     _among("--grid", grid, ("quick", "full"))
     try:
+        from ..judge import gradients  # noqa: F401 - without autograd, say so at once
         from ..runner import conforming as running
     except ModuleNotFoundError as error:
         needed = (error.name or "").partition(".")[0]
-        if needed not in ("pdcore_conformance", "pytest", "hypothesis"):
+        if needed not in ("pdcore_conformance", "pytest", "hypothesis", "autograd"):
             raise
         raise Failed(
             Exit.MISSING, f"{needed} is not installed: pip install 'pdcore[conformance]'"

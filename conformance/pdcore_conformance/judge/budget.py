@@ -1,4 +1,4 @@
-"""The error that a backend is allowed, from the oracle and never from the backend.
+"""The error that a backend is allowed: computed from the oracle, never from the backend.
 
 Per sequence and head, and for each output (out, lse, each gradient), an honest computation may
 differ from the oracle by
@@ -12,10 +12,9 @@ than their own maximum, for a reason each:
 
 - lse is a logarithm: a relative error eps of h is an absolute eps of lse, so its scale is at
   least 1.
-- Gradients cancel, down to nothing in a row that sees one key, so their scale is the largest
-  gradient of the call. Whoever does not keep the weights computes them again from lse, whose own
-  rounding is relative to its size, so that scale is multiplied by max(1, max|lse|), and so is that
-  of the weights.
+- Gradients cancel, to 0 in a row that sees one key, so their scale is the largest gradient of the
+  call. A backend that does not keep the weights computes them again from lse, whose rounding is
+  relative to its size, so the scale of gradients and of weights is multiplied by max(1, max|lse|).
 """
 
 from __future__ import annotations
@@ -28,16 +27,24 @@ import numpy as np
 from pdcore.reference import reference_attention, reference_weights
 from pdcore.spec import as_spec
 
-from .differentiate import constants, gradients
-
-__all__ = ["FACTORS", "Expected", "Verdict", "differentiated", "expect", "judge", "judge_array"]
+__all__ = [
+    "EPS",
+    "FACTORS",
+    "Expected",
+    "Verdict",
+    "expect",
+    "judge",
+    "judge_array",
+    "outputs_and_gradients",
+    "worst",
+]
 
 Array = np.ndarray[Any, Any]
 
 #: F by tested dtype.
 FACTORS: Mapping[str, float] = {"float16": 2.0, "bfloat16": 2.0, "float32": 10.0, "float64": 10.0}
 
-#: The spacing of 1 by tested dtype; NumPy itself does not know bfloat16's.
+#: The machine epsilon by tested dtype; NumPy does not know that of bfloat16.
 EPS: Mapping[str, float] = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
@@ -47,16 +54,16 @@ EPS: Mapping[str, float] = {
 
 
 class Expected(NamedTuple):
-    """What a call should give.
+    """The outputs that a call should have.
 
     Attributes
     ----------
     dtype : str
-        The tested dtype, of q, k and v.
+        The tested dtype: that of q, k and v.
     oracle : mapping of str to array
-        Outputs of the reference in float64, or in longdouble for float64.
+        The outputs of the reference in float64, or in longdouble where the tested dtype is float64.
     low : mapping of str to array
-        Outputs of the reference in the tested dtype.
+        The outputs of the reference in the tested dtype.
     """
 
     dtype: str
@@ -65,16 +72,16 @@ class Expected(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How one output did, at the sequence and head where it did worst.
+    """The error of one output, at the sequence and head where it is largest by its budget.
 
     Attributes
     ----------
     ratio : float
-        Error over budget: up to 1 is honest; inf for a NaN or an inf in a wrong place.
+        Error over budget: up to 1 passes; inf for a NaN or an inf in a wrong place.
     error, budget : float
-        Of that sequence and head.
+        The error and the budget of that sequence and head.
     head : tuple of int
-        Its index into the leading axes of the output.
+        The index of that sequence and head into the leading axes of the output.
     """
 
     ratio: float
@@ -105,74 +112,92 @@ def expect(
     weights: bool = False,
     **call: Any,
 ) -> Expected:
-    """Run the oracle and the reference in the tested dtype.
+    """Compute the outputs of a call, in the wide dtype of the oracle and in the tested dtype.
 
     Parameters
     ----------
     q, k, v : array
-        NumPy arrays, float16, bfloat16 (by ml_dtypes), float32 or float64.
+        NumPy arrays, float16, bfloat16 (of ml_dtypes), float32 or float64.
     spec : str or AttentionSpec
         What to compute.
     d_out : array (*B, Hq, N, Dv), optional
-        Cotangent of out, in q's dtype: asks for gradients.
+        Cotangent of out, in the dtype of q; with it the gradients are computed too.
     d_lse : array (*B, Hq, N), optional
-        Cotangent of lse, with `d_out`.
+        Cotangent of lse, with `d_out`; zeros by default.
     weights : bool
-        Ask for the weights too.
+        Compute the weights too.
     **call
         `mask`, `key_mask`, `bias`, `offset` and `params` as in `pdcore.attention`.
 
     Returns
     -------
     Expected
-        Of ``out`` (*B, Hq, N, Dv) and ``lse`` (*B, Hq, N). With `d_out` also of ``d_q``, ``d_k``,
+        ``out`` (*B, Hq, N, Dv) and ``lse`` (*B, Hq, N). With `d_out` also ``d_q``, ``d_k``,
         ``d_v``, ``d_bias`` where there is a bias, and ``d_NAME`` for each differentiable
-        parameter that is given, in the shape and dtype of what they belong to. With `weights`
-        also of ``weights`` (*B, Hq, N, M).
+        parameter in `params`, each in the shape and dtype of its array. With `weights` also
+        ``weights`` (*B, Hq, N, M).
     """
     dtype = str(q.dtype)
     wide = np.longdouble if dtype == "float64" else np.float64
     rounding = {"round_intermediates": q.dtype} if EPS[dtype] > EPS["float32"] else {}
     arrays = {"q": q, "k": k, "v": v}
     inputs = ({**arrays, **call}, {name: _widened(x, wide) for name, x in (arrays | call).items()})
-    found = []
-    for given, more in zip(inputs, (rounding, {}), strict=True):
+    outputs = []
+    for arguments, options in zip(inputs, (rounding, {}), strict=True):
         if d_out is None:
-            outputs = dict(
-                zip(
-                    ("out", "lse"),
-                    reference_attention(spec=spec, return_lse=True, **given, **more),
-                    strict=True,
-                )
-            )
+            out, lse = reference_attention(spec=spec, return_lse=True, **arguments, **options)
+            by_name = {"out": out, "lse": lse}
         else:
-            outputs = differentiated(spec, given, more, (d_out, d_lse))
+            by_name = outputs_and_gradients(spec, arguments, options, (d_out, d_lse))
         if weights:
-            outputs["weights"] = reference_weights(spec=spec, **given, **more)
-        found.append(outputs)
-    low, oracle = found
+            by_name["weights"] = reference_weights(spec=spec, **arguments, **options)
+        outputs.append(by_name)
+    low, oracle = outputs
     return Expected(dtype, oracle, low)
 
 
-def differentiated(
-    spec: Any, given: Mapping[str, Any], more: Mapping[str, Any], cotangents: tuple[Any, Any]
+def outputs_and_gradients(
+    spec: Any,
+    arguments: Mapping[str, Any],
+    options: Mapping[str, Any],
+    cotangents: tuple[Any, Any],
 ) -> dict[str, Array]:
-    """Run the reference, and pull cotangents of its results back."""
-    params = dict(given.get("params") or {})
-    constant = {p.name for p in as_spec(spec).parameters() if not p.differentiable}
-    arrays = {name: given[name] for name in ("q", "k", "v", "bias") if given.get(name) is not None}
-    arrays |= {name: x for name, x in params.items() if name not in constant}
-    others = {name: x for name, x in given.items() if name not in (*arrays, "params")}
+    """Run the reference, and pull cotangents of out and lse back to its arguments.
+
+    Parameters
+    ----------
+    spec : str or AttentionSpec
+        What to compute.
+    arguments : mapping
+        The arrays of the call by name, `params` a mapping among them; in the dtype to compute in.
+    options : mapping
+        Further keyword arguments of `reference_attention`.
+    cotangents : tuple of array or None
+        Of out and lse.
+
+    Returns
+    -------
+    dict of str to array
+        See `expect`.
+    """
+    # Here, as judging without gradients needs no autograd.
+    from .gradients import constants, gradients
+
+    params = dict(arguments.get("params") or {})
+    fixed = {p.name for p in as_spec(spec).parameters() if not p.differentiable}
+    arrays = {n: arguments[n] for n in ("q", "k", "v", "bias") if arguments.get(n) is not None}
+    arrays |= {name: x for name, x in params.items() if name not in fixed}
+    others = {name: x for name, x in arguments.items() if name not in (*arrays, "params")}
 
     def function(x: Mapping[str, Any]) -> Any:
         call = {name: constants(other) for name, other in others.items()}
         call |= {name: x[name] for name in ("q", "k", "v", "bias") if name in x}
         if params:
             call["params"] = {n: x[n] if n in x else constants(p) for n, p in params.items()}
-        return reference_attention(spec=spec, return_lse=True, **call, **more)
+        return reference_attention(spec=spec, return_lse=True, **call, **options)
 
-    (out, lse), found = gradients(function, arrays, cotangents)
-    return {"out": out, "lse": lse} | {f"d_{name}": x for name, x in found.items()}
+    (out, lse), by_name = gradients(function, arrays, cotangents)
+    return {"out": out, "lse": lse} | {f"d_{name}": x for name, x in by_name.items()}
 
 
 def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
@@ -181,9 +206,9 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
     Parameters
     ----------
     got : mapping of str to array
-        Some of the outputs that are expected, as the backend gave them, in NumPy.
+        Some of the outputs in `expected`, as the backend returned them, in NumPy.
     expected : Expected
-        See `expect`.
+        The outputs that the call should have.
 
     Returns
     -------
@@ -192,8 +217,8 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
     Raises
     ------
     TypeError, ValueError
-        When an output has another dtype or shape than the reference's: that is no matter of
-        rounding.
+        When an output has another dtype or shape than that of the reference, which no rounding
+        explains.
     """
     return {
         name: judge_array(
@@ -226,16 +251,16 @@ def judge_array(
     got : array
         The output under test.
     oracle, low : array
-        Of its shape; `low` has its dtype too.
+        Of the shape of `got`, `low` also of its dtype.
     dtype : str
         The tested dtype.
     axes : int
         How many trailing axes belong to one head: 2 for out and the gradients of q, k and v, 1
-        for lse. Each index of the others has a budget of its own.
+        for lse. Each index of the leading axes has a budget of its own.
     name : str
-        Of the output, for messages.
+        The name of the output, for messages.
     scale : float
-        What eps is multiplied by at least, where max|oracle| is smaller.
+        The least factor of eps, used where max|oracle| is smaller.
 
     Returns
     -------
@@ -245,7 +270,7 @@ def judge_array(
     -----
     Where the oracle, rounded to the output's dtype, is NaN or infinite, the output must be the
     same; a NaN or inf anywhere else is an infinite error. Such entries, and entries where `low`
-    overflows, are left out of the maxima, so they never widen a budget.
+    overflows, are left out of the maxima, so that they never widen a budget.
     """
     got = np.asarray(got)
     if got.dtype != low.dtype:
@@ -266,27 +291,27 @@ def judge_array(
         cost = abs(low.astype(wide) - oracle)
     usable = finite & np.isfinite(cost)
     trailing = tuple(range(len(lead), got.ndim))
-    most = np.max(error, axis=trailing)
+    largest = np.max(error, axis=trailing)
     budget = FACTORS[dtype] * (
         np.max(np.where(usable, cost, 0.0), axis=trailing)
         + EPS[dtype] * np.maximum(np.max(np.where(finite, abs(oracle), 0.0), axis=trailing), scale)
     )
-    ratio = np.where(most == 0.0, 0.0, np.inf)
-    np.divide(most, budget, out=ratio, where=budget > 0.0, casting="unsafe")
-    worst = np.unravel_index(int(np.argmax(ratio)), lead) if lead else ()
-    head = tuple(int(i) for i in worst)
-    return Verdict(float(ratio[head]), float(most[head]), float(budget[head]), head)
+    ratio = np.where(largest == 0.0, 0.0, np.inf)
+    np.divide(largest, budget, out=ratio, where=budget > 0.0, casting="unsafe")
+    index = np.unravel_index(int(np.argmax(ratio)), lead) if lead else ()
+    head = tuple(int(i) for i in index)
+    return Verdict(float(ratio[head]), float(largest[head]), float(budget[head]), head)
 
 
 def _axes(name: str, x: Array) -> int:
-    """Count the trailing axes of one head: those of rows and columns, or a parameter's own."""
+    """Return the number of trailing axes of one head: rows and columns, or those of a parameter."""
     if name in ("out", "weights", "d_q", "d_k", "d_v", "d_bias"):
         return min(2, x.ndim)
     return 1
 
 
 def _scale(name: str, oracle: Mapping[str, Array]) -> float:
-    """Give the least scale of an output, see the module."""
+    """Return the least scale of an output, see the module."""
     if name == "lse":
         return 1.0
     if name == "out":
@@ -298,17 +323,18 @@ def _scale(name: str, oracle: Mapping[str, Array]) -> float:
 
 
 def _largest(x: Array) -> float:
+    """Return the largest finite magnitude, 0 where there is none."""
     with np.errstate(all="ignore"):
         return float(np.max(np.where(np.isfinite(x), abs(x), 0.0), initial=0.0))
 
 
 def worst(verdicts: Mapping[str, Verdict]) -> float:
-    """Give the largest error over budget of some outputs, 0 for none."""
+    """Return the largest error over budget of some outputs, 0 for none."""
     return max((verdict.ratio for verdict in verdicts.values()), default=0.0)
 
 
 def _widened(value: Any, wide: Any) -> Any:
-    """Cast floating arrays of a call, `params` included; masks and offsets stay."""
+    """Cast the floating arrays of a call, `params` included, but no mask and no offset."""
     if isinstance(value, Mapping):
         return {name: _widened(entry, wide) for name, entry in value.items()}
     if getattr(value, "dtype", None) is None or str(value.dtype) not in EPS:
