@@ -97,27 +97,38 @@ def _number(kind: type, value: Any) -> Number:
         raise ValueError("a number beyond any float") from None
 
 
+_VIOLATION = re.compile(r"(?P<text>.*) - at (?P<key>`key` in )?`(?P<place>\$.*)`", re.DOTALL)
+
+
 def _violation(message: str, kind: Any) -> str:
     """Put the place before the message of msgspec, and the choices of a literal after it."""
-    text, _, place = message.rpartition(" - at ")
-    if not text:
+    parts = _VIOLATION.fullmatch(message)
+    if parts is None:
         return f"$: {shortened(message)}"
-    path = place.strip("`").removeprefix("key in `")
-    if choices := _choices(path, kind):
-        text += f", expected one of {', '.join(map(repr, choices))}"
-    return f"{shortened(path)}: {shortened(text)}"
+    text, place = shortened(parts["text"]), parts["place"]
+    if text.startswith("Invalid enum value"):
+        choices = _choices(_type_at(place, kind), 0 if parts["key"] else -1)
+        text += f", expected one of {', '.join(map(repr, choices))}" if choices else ""
+    return f"{shortened(place)}: {text}"
 
 
-def _choices(path: str, kind: Any) -> tuple[Any, ...]:
-    """Return the values of the literal type at a place; none where it has another type."""
-    for name in re.findall(r"\.(\w+)|\[", path):
+def _type_at(place: str, kind: Any) -> Any:
+    """Return the declared type of the entry at a place of a record."""
+    for name in re.findall(r"\.(\w+)|\[", place):
         kind = _without_none(kind)
-        if is_typeddict(kind):
-            kind = get_type_hints(kind).get(name)
-        else:
-            kind = (get_args(kind) or (None,))[-1]
-    kind = _without_none(kind)
+        kind = get_type_hints(kind).get(name) if is_typeddict(kind) else _argument(kind, -1)
+    return _without_none(kind)
+
+
+def _choices(kind: Any, argument: int) -> tuple[Any, ...]:
+    """Return the values of a literal type, or of that argument of a mapping; else none."""
+    if get_origin(kind) is dict:
+        kind = _argument(kind, argument)
     return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _argument(kind: Any, index: int) -> Any:
+    return (get_args(kind) or (None,))[index]
 
 
 def _without_none(kind: Any) -> Any:
