@@ -95,9 +95,7 @@ def test_a_damaged_file_says_what_is_wrong(content: bytes, message: str, tmp_pat
         (lambda c: c["runs"].append(c["runs"][0]), "runs[1]"),
     ],
 )
-def test_a_violation_of_the_schema_says_where(
-    change: Any, place: str, tmp_path: Path
-) -> None:
+def test_a_violation_of_the_schema_says_where(change: Any, place: str, tmp_path: Path) -> None:
     path = changed(tmp_path, change)
     with pytest.raises(RecordError) as error:
         load(path)
