@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["reproduce"]
 
 EXTRAS = "pip install 'pdcore[cli,conformance,svr,torch]'"
-_NEEDED = ("torch", "scipy", "sklearn", "jinja2", "jsonschema")
+_NEEDED = ("torch", "scipy", "sklearn", "jinja2", "msgspec")
 
 
 @reported

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pdcore
-from pdcore_conformance.report.templating import own_file, render
+from pdcore_conformance.report.templating import asset, render
 
 from . import wording
 from .verdict import CONFIRMED, DENIED
@@ -75,7 +75,7 @@ def page(record: Mapping[str, Any], found: Mapping[str, Any], pngs: Mapping[str,
         versions=record["versions"],
         machine=record["machine"],
         kinds=KINDS,
-        **own_file("style", "style.css"),
+        **asset("style", "style.css"),
     )
 
 

@@ -7,14 +7,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from msgspec import ValidationError, convert
 
 from pdcore.cli.files import FileError, OutputError, replacing
 from pdcore_conformance.record.environment import environment, versions
 from pdcore_conformance.record.writing import revision
 
+from .declaration import CELLS, File
 from .protocol import Cell
 
 __all__ = ["Results", "setting"]
@@ -156,8 +158,6 @@ def setting(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Read a file, which nobody vouches for."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no figure")
@@ -170,13 +170,27 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: damaged: {error}; --force starts anew") from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise FileError(f"{path}: not results of pdcore reproduce; --force writes over it")
-    text = files(__package__).joinpath("results.schema.json").read_text(encoding="utf-8")
-    problem = best_match(Draft202012Validator(json.loads(text)).iter_errors(found))
-    if problem is not None:
-        raise FileError(
-            f"{path}: damaged: {problem.json_path}: {problem.message[:200]}; --force starts anew"
-        )
+    try:
+        _check(found)
+    except ValueError as error:
+        raise FileError(f"{path}: damaged: {str(error)[:300]}; --force starts anew") from error
     return found
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Raise a ValueError that names the place where the content is not as declared."""
+    place = "$"
+    try:
+        convert(content, File)
+        for name, figures in content["cells"].items():
+            kind, _, rest = name.partition(" ")
+            if kind not in CELLS or not rest:
+                raise ValueError(f"$.cells: unknown cell {name[:100]!r}")
+            place = f"$.cells[{name[:100]!r}]"
+            convert(figures, CELLS[kind])
+    except ValidationError as error:
+        message, _, inner = str(error).partition(" - at ")
+        raise ValueError(f"{place}{inner.strip('`').removeprefix('$')}: {message}") from None
 
 
 def _free(path: Path) -> Path:

@@ -83,7 +83,7 @@ OPTIONAL = (
     "scipy",
     "psutil",
     "matplotlib",
-    "jsonschema",
+    "jinja2",
     "copier",
     "threadpoolctl",
     "ml_dtypes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,15 @@ from pdcore.cli.reporting import Failed, emit, note, reported, stdout
 from pdcore.errors import Exit
 
 __all__ = ["report"]
+
+
+def _print_schema(wanted: bool) -> None:
+    """Print the JSON Schema of a record and exit, where the option asks for it."""
+    if wanted:
+        from ..record import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+        raise typer.Exit
 
 
 @reported
@@ -28,11 +38,26 @@ def report(
         Path | None,
         typer.Option("--merge", metavar="FILE", help="Write one record of all of them."),
     ] = None,
+    compact: Annotated[
+        bool,
+        typer.Option(
+            "--compact", help="Let --merge write the small form that a repository can keep."
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace any FILE, not just a page or a record.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            help="Print the JSON Schema of a record, and exit.",
+            is_eager=True,
+            callback=_print_schema,
+        ),
     ] = False,
 ) -> None:
     """Sum up a record, or compare two, or lay records out as a page.
@@ -54,7 +79,7 @@ def report(
 
     record = merge([load(path) for path in records], say=note)
     if merged is not None:
-        save(merged, record["runs"], replace=force)
+        save(merged, record["runs"], replace=force, compact=compact)
     if html is not None:
         try:
             write_page(html, record, force=force)
@@ -81,12 +106,12 @@ def _compare(before: Path, after: Path, as_json: bool) -> None:
     from ..record.writing import load
     from ..report.comparison import as_dict, compare
 
-    found = compare(load(before), load(after))
+    comparison = compare(load(before), load(after))
     if as_json:
-        emit({"before": str(before), "after": str(after)} | as_dict(found))
+        emit({"before": str(before), "after": str(after)} | as_dict(comparison))
     else:
-        summary.show_comparison(found, (str(before), str(after)), stdout())
-    code = found.exit_code
+        summary.show_comparison(comparison, (str(before), str(after)), stdout())
+    code = comparison.exit_code
     if code is Exit.NUMERICS:
         raise Failed(code, "numerics got worse")
     if code is Exit.UNMET:

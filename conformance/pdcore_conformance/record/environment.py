@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["environment", "gpu", "versions"]
 
-#: Distributions whose versions decide numbers or speed; those of the backend come from itself.
+#: Distributions whose versions decide numbers or speed. A backend reports those of its framework.
 _PACKAGES = ("pdcore", "numpy", "array-api-compat", "ml_dtypes", "scipy", "threadpoolctl")
 
 
 def environment(device: str = "cpu") -> Environment:
-    """Describe the machine.
+    """Return a description of the machine.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def environment(device: str = "cpu") -> Environment:
     Returns
     -------
     dict
-        `pdcore_conformance.record.Environment`; None for what cannot be found out.
+        `pdcore_conformance.record.Environment`; None for what the system does not report.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     blas, threads = _blas()
@@ -47,30 +47,32 @@ def environment(device: str = "cpu") -> Environment:
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of Python and of what pdcore needs."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that pdcore needs."""
+    numbers = {"python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    if "pdcore" not in found:  # a checkout that is not installed
+            numbers[name] = importlib.metadata.version(name)
+    if "pdcore" not in numbers:  # a checkout that is not installed
         from pdcore import __version__
 
-        found["pdcore"] = __version__
-    return found
+        numbers["pdcore"] = __version__
+    return numbers
 
 
 def gpu() -> Gpu | None:
-    """Describe the first GPU, by nvidia-smi."""
+    """Return a description of the first GPU, by nvidia-smi; None where there is none."""
     query = "name,memory.total,driver_version,compute_cap"
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
             check=True,
             capture_output=True,
             text=True,
             timeout=30,
         )
-        name, memory, driver, capability = map(str.strip, done.stdout.splitlines()[0].split(","))
+        name, memory, driver, capability = map(
+            str.strip, completed.stdout.splitlines()[0].split(",")
+        )
         return {
             "name": name,
             "memory_gib": round(float(memory) / 1024, 1),

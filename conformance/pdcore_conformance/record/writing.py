@@ -1,8 +1,7 @@
 """The record of conformance runs: what ran where, how it ended, and how fast it was.
 
-A record is one JSON file, described by ``record.schema.json`` beside this module and by
-``docs/records.md``. It has one run for each backend and device. Writing one needs no optional
-package.
+A record is one JSON file, declared by `pdcore_conformance.record.types` and described by
+``docs/records.md``. It has one run for each backend and device.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 import pdcore
 from pdcore.cli.files import OutputError, replacing
 
+from .compact import compacted
 from .reading import RecordError, is_record, load
 from .types import (
     KIND,
@@ -71,19 +71,31 @@ __all__ = [
 ]
 
 
+#: Entries of a record, a run or its speed of which each item has a line of its own.
+_LINE_BY_LINE = (
+    "cases",
+    "numerics",
+    "ratios",
+    "growth",
+    "memory",
+    "figures",
+    "missing_peers",
+)
+
+
 def target(run: Run) -> str:
-    """Name what a run is about: ``torch:cpu``."""
+    """Return the backend and device of a run: ``torch:cpu``."""
     return f"{run['backend']}:{run['device']}"
 
 
 def run_alone(run: Run, case: Case) -> str:
-    """Give the command that runs one case alone, quoted for a shell."""
+    """Return the command that runs one case alone, quoted for a shell."""
     grid = " --grid full" if run["grid"] == "full" else ""
     return f"pdcore conform {shlex.quote(target(run))}{grid} --case {shlex.quote(case['id'])}"
 
 
 def new_run(backend: str, device: str) -> Run:
-    """Start the run of a backend: created now, at this commit, with nothing in it yet.
+    """Return a new run of a backend: created now, at this commit, without cases and speed.
 
     Parameters
     ----------
@@ -95,8 +107,8 @@ def new_run(backend: str, device: str) -> Run:
     Returns
     -------
     Run
-        Valid as it is. `environment`, `versions`, `precision` and `capabilities` are to be filled
-        in by whoever knows them.
+        Valid as it is. The caller fills in `environment`, `versions`, `precision` and
+        `capabilities`.
     """
     commit, dirty = revision()
     return {
@@ -131,7 +143,7 @@ def new_run(backend: str, device: str) -> Run:
 
 
 def revision() -> tuple[str | None, bool | None]:
-    """Look up the commit that pdcore is imported from, and whether tracked files differ from it.
+    """Return the commit that pdcore is imported from, and whether tracked files differ from it.
 
     Returns
     -------
@@ -142,13 +154,14 @@ def revision() -> tuple[str | None, bool | None]:
     """
     root = Path(pdcore.__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        # Installed: an enclosing repository, such as a project with its .venv, is another's.
+        # pdcore is installed: a repository around it, such as a project with its .venv, is not
+        # pdcore's.
         return None, None
-    # In a git hook these name whichever repository the hook runs for.
+    # In a git hook these variables name the repository that the hook runs for.
     variables = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
-        found = subprocess.run(
+        completed = subprocess.run(
             ["git", "--no-optional-locks", *arguments],
             cwd=root,
             env=variables,
@@ -157,7 +170,7 @@ def revision() -> tuple[str | None, bool | None]:
             timeout=30,
             check=True,
         )
-        return found.stdout.strip()
+        return completed.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
@@ -165,7 +178,13 @@ def revision() -> tuple[str | None, bool | None]:
         return None, None
 
 
-def save(path: str | os.PathLike[str], runs: Sequence[Run], *, replace: bool = False) -> None:
+def save(
+    path: str | os.PathLike[str],
+    runs: Sequence[Run],
+    *,
+    replace: bool = False,
+    compact: bool = False,
+) -> None:
     """Write a record; it appears whole, or not at all.
 
     Parameters
@@ -177,6 +196,9 @@ def save(path: str | os.PathLike[str], runs: Sequence[Run], *, replace: bool = F
         checks.
     replace : bool
         Whether to replace also a file that is not a record.
+    compact : bool
+        Whether to write the compact form, for a repository; see
+        `pdcore_conformance.record.compact`.
 
     Raises
     ------
@@ -189,25 +211,22 @@ def save(path: str | os.PathLike[str], runs: Sequence[Run], *, replace: bool = F
     path = Path(path)
     if path.is_file() and path.stat().st_size and not replace and not is_record(path):
         raise OutputError(f"{path}: exists and is not a conformance record; choose another name")
-    text = "".join(_lines(runs))
+    document = compacted(runs) if compact else {"schema": SCHEMA, "kind": KIND, "runs": runs}
+    text = _layout("record", document) + "\n"
     with replacing(path, force=True) as stream:
         stream.write(text.encode("ascii"))
 
 
-def _lines(runs: Sequence[Run]) -> Iterator[str]:
-    """Lay a record out with a case on each line, for people and for diffs."""
-    yield f'{{"schema": {SCHEMA}, "kind": "{KIND}", "runs": ['
-    for number, run in enumerate(runs):
-        yield ",\n{" if number else "\n{"
-        for index, (name, value) in enumerate(run.items()):
-            yield ",\n" if index else "\n"
-            yield f"{json.dumps(name)}: "
-            if name == "cases" and isinstance(value, list) and value:
-                yield "[\n" + ",\n".join(map(_json, value)) + "\n]"
-            else:
-                yield _json(value)
-        yield "\n}"
-    yield "\n]}\n"
+def _layout(name: str, value: Any) -> str:
+    """Lay an entry out, for people and for diffs: a case, and a measurement, on each line."""
+    if name in ("record", "run", "speed") and isinstance(value, Mapping):
+        entries = [f"{json.dumps(key)}: {_layout(key, item)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(entries) + "\n}"
+    if name == "runs":
+        return "[\n" + ",\n".join(_layout("run", run) for run in value) + "\n]"
+    if name in _LINE_BY_LINE and isinstance(value, list) and value:
+        return "[\n" + ",\n".join(map(_json, value)) + "\n]"
+    return _json(value)
 
 
 def _json(value: Any) -> str:
@@ -215,7 +234,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn NumPy's numbers into Python's, and what JSON has no number for into a word."""
+    """Return NumPy's numbers as Python's, and numbers that JSON lacks as words."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -228,19 +247,19 @@ def _plain(value: Any) -> Any:
 
 
 def merge(records: Sequence[Record], say: Callable[[str], None] = lambda text: None) -> Record:
-    """Make one record of several, with one run for each backend and device.
+    """Return one record of several, with one run for each backend and device.
 
-    The later run takes the place of the earlier, by `created` and then by position; but a run in
-    which the backend was not available, or only some cases were selected, never takes the place
-    of one in which it was, or all were. Cases and speed may come from two runs: where one of them
-    has no cases, or no speed, the other's are kept, with a note.
+    The later run replaces the earlier, by `created` and then by position. A run in which the
+    backend was not available never replaces one in which it was, nor does a run of selected cases
+    replace a run of all cases. Cases and speed may come from two runs: where one of the runs has
+    no cases, or no speed, those of the other are kept, with a note.
 
     Parameters
     ----------
     records : sequence of Record
-        Whatever `load` or `save` know.
+        As `load` returns them.
     say : callable
-        Is told of each run that gives way to another.
+        Called with a sentence about each run that another replaces.
 
     Returns
     -------
@@ -259,26 +278,29 @@ def merge(records: Sequence[Record], say: Callable[[str], None] = lambda text: N
 
 
 def _standing(run: Run) -> tuple[bool, bool, bool, str]:
-    """Order runs of one backend; what has no cases at all comes before what has."""
+    """Return a key that sorts the runs of one backend: the last one replaces the others."""
     return run["available"], bool(run["cases"]), run["selection"] is None, run["created"]
 
 
 def _combined(before: Run, after: Run, say: Callable[[str], None]) -> Run:
-    kept, gone = _described(after), _described(before)
+    kept, replaced = _description(after), _description(before)
     speed = before["speed"]
-    # Only a run of nothing but measurements lends its speed to another's cases: figures that were
-    # gated by older cases go with them.
-    lends = speed is not None and not before["cases"]
-    if speed is None or not lends or (after["speed"] and after["created"] >= before["created"]):
-        say(f"{target(after)}: {kept} replaces {gone}")
+    # Speed is joined to the cases of another run only where it was measured without cases: speed
+    # that was measured after older cases had passed is replaced together with them.
+    is_separate = speed is not None and not before["cases"]
+    is_newer = after["speed"] and after["created"] >= before["created"]
+    if speed is None or not is_separate or is_newer:
+        say(f"{target(after)}: {kept} replaces {replaced}")
         return after
-    say(f"{target(after)}: the cases are those of {kept}, the speed is that of {gone}")
-    origin = f"measured in another run than the cases: {gone}, on {before['environment']['cpu']}"
+    say(f"{target(after)}: the cases are those of {kept}, the speed is that of {replaced}")
+    origin = (
+        f"measured in another run than the cases: {replaced}, on {before['environment']['cpu']}"
+    )
     notes = speed["notes"] if origin in speed["notes"] else [*speed["notes"], origin]
     return {**after, "speed": {**speed, "notes": notes}}
 
 
-def _described(run: Run) -> str:
+def _description(run: Run) -> str:
     text = f"the run of {run['created']}"
     if run["commit"]:
         text += f" at {run['commit'][:10]}"

@@ -13,16 +13,16 @@ from pdcore.cli.files import replacing
 from ..record.writing import OUTCOMES, Record, Run, target
 from . import measured, plots, view
 from .heat import LEGEND, largest, step
-from .templating import own_file, render
+from .templating import asset, render
 from .view import Cell
 from .wording import cut, over_budget, seconds, span
 
 __all__ = ["page", "write_page"]
 
-# By this a page is known for one that may be replaced.
+# A file with this text at its beginning is a page, which may be replaced.
 _GENERATOR = "pdcore conformance report"
 
-# Labels of the axis that are nearer to one another, in percent, would touch at 400 px.
+# Labels of the axis would touch at 400 px if they were nearer than this, in percent.
 _APART = 14.0
 
 
@@ -34,9 +34,9 @@ def write_page(path: str | os.PathLike[str], record: Record, *, force: bool = Fa
     path : path
         Where to. A page of a record that is there is replaced.
     record : Record
-        As `pdcore_conformance.record.load` gives it.
+        As `pdcore_conformance.record.load` returns it.
     force : bool
-        Whether to replace also a file that is no such page.
+        Whether to replace also a file that is not a page.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def write_page(path: str | os.PathLike[str], record: Record, *, force: bool = Fa
 
 
 def _is_page(path: Path) -> bool:
-    """Tell whether a file is a page of a record (or empty, and so nobody's work)."""
+    """Return whether a file is a page of a record, or empty."""
     try:
         with path.open("rb") as stream:
             return (start := stream.read(1024)) == b"" or _GENERATOR.encode() in start
@@ -70,7 +70,7 @@ class _Tick:
 @dataclass(frozen=True)
 class _Timed:
     figures: measured.Figures
-    comparisons: list[plots.Comparison]
+    comparisons: list[plots.PeerPlot]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class _Summary:
 
 
 def page(record: Record) -> str:
-    """Lay a record out as HTML that needs nothing else: no network, no script, no font.
+    """Return a record as HTML that needs nothing else: no network, no script, no font.
 
     Parameters
     ----------
     record : Record
-        As `pdcore_conformance.record.load` gives it. Its texts are taken as hostile: they are
+        As `pdcore_conformance.record.load` returns it. Its texts may be hostile: they are
         escaped everywhere, and control and direction characters are shown as escapes.
 
     Returns
@@ -104,16 +104,16 @@ def page(record: Record) -> str:
     return render(
         "report",
         **_contents(record),
-        # These two files are our own; the policy admits them, by their hashes, and nothing else.
-        **own_file("style", "style.css"),
-        **own_file("script", "behaviour.js"),
+        # The page's security policy admits these two files, by their hashes, and nothing else.
+        **asset("style", "style.css"),
+        **asset("script", "behaviour.js"),
     )
 
 
 def _contents(record: Record) -> dict[str, Any]:
     runs = record["runs"]
     axis = plots.ratio_axis(record)
-    found = view.failures(record)
+    failures = view.failures(record)
     cases = view.all_cases(record)
     left_out = sum(group.left_out for group in cases)
     return {
@@ -122,11 +122,11 @@ def _contents(record: Record) -> dict[str, Any]:
         "generator": _GENERATOR,
         "version": pdcore.__version__,
         "names": [target(run) for run in runs],
-        "verdict": view.verdict(record),
+        "verdict": view.conclusion(record),
         "outcomes": OUTCOMES,
         "summary": [_summary(run) for run in runs],
-        "failures": found[: view.MOST_FAILURES],
-        "failure_count": _counted(len(found)),
+        "failures": failures[: view.MOST_FAILURES],
+        "failure_count": _counted(len(failures)),
         "most_message": view.MOST_MESSAGE,
         "known": view.with_message(record, "known failure")[: view.MOST_FAILURES],
         "matrix": view.matrix(record),

@@ -1,5 +1,5 @@
 "use strict";
-// The page is complete without this: it adds buttons that copy a command, and a filter of the cases.
+// The page is complete without this script, which adds buttons that copy a command, and a filter of the cases.
 for (const command of document.querySelectorAll(".command")) {
   const text = command.querySelector("pre");
   const button = document.createElement("button");
@@ -39,14 +39,14 @@ if (cases) {
       const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
       let total = 0;
       for (const { group, rows } of groups) {
-        let found = 0;
+        let shown = 0;
         for (const { row, text } of rows) {
           row.hidden = !words.every((word) => text.includes(word));
-          found += row.hidden ? 0 : 1;
+          shown += row.hidden ? 0 : 1;
         }
-        group.hidden = found === 0;
-        group.open = words.length > 0 && found > 0;
-        total += found;
+        group.hidden = shown === 0;
+        group.open = words.length > 0 && shown > 0;
+        total += shown;
       }
       count.textContent = words.length ? total.toLocaleString("en") + " cases" : "";
     }, 120);

@@ -1,4 +1,4 @@
-"""Two records side by side: what got worse, what got better, what is new and what is gone."""
+"""Comparison of two records: what got worse, what got better, what is new and what is gone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .wording import over_budget
 
 __all__ = ["Change", "Comparison", "as_dict", "compare"]
 
-#: An error is news when it has grown so many times, and has come so near to its budget.
+#: A change of an error is reported when the error grew by more than the first factor, to more than
+#: the second number of budgets.
 GROWN, NEAR = 2.0, 0.5
 
-# Outcomes of one rank are no better and no worse than one another.
+# Outcomes of equal rank are neither better nor worse than one another.
 _RANK: Mapping[Outcome, int] = {
     "passed": 3,
     "refusal verified": 2,
@@ -78,7 +79,7 @@ class Comparison:
     changes : list of Change
         By backend, in the order of the records.
     notes : list of str
-        What was not compared and why, and what to know when reading the rest.
+        What was not compared and why, and what else a reader should know.
     compared : int
         How many cases were in both.
     """
@@ -88,7 +89,7 @@ class Comparison:
     compared: int = 0
 
     def of(self, way: Way) -> list[Change]:
-        """Give the changes of one kind, numerics first."""
+        """Return the changes of one kind, numerics first."""
         return sorted((c for c in self.changes if c.way == way), key=lambda c: not c.numerics)
 
     @property
@@ -106,7 +107,7 @@ def compare(before: Record, after: Record) -> Comparison:
     Parameters
     ----------
     before, after : Record
-        As `pdcore_conformance.record.load` gives them.
+        As `pdcore_conformance.record.load` returns them.
 
     Returns
     -------
@@ -132,43 +133,49 @@ def compare(before: Record, after: Record) -> Comparison:
         raise RecordError(
             f"nothing to compare: the first record has {_listed(old)}, the second {_listed(new)}"
         )
-    found = Comparison()
+    comparison = Comparison()
     for name in common:
-        _compare_runs(found, name, old[name], new[name])
-    found.changes += [Change("gone", n, "run", n) for n in old if n not in new]
-    found.changes += [Change("new", n, "run", n) for n in new if n not in old]
-    return found
+        _compare_runs(comparison, name, old[name], new[name])
+    comparison.changes += [Change("gone", n, "run", n) for n in old if n not in new]
+    comparison.changes += [Change("new", n, "run", n) for n in new if n not in old]
+    return comparison
 
 
 def _listed(runs: Mapping[str, Run]) -> str:
     return ", ".join(list(runs)[:10]) or "no run"
 
 
-def _compare_runs(found: Comparison, name: str, old: Run, new: Run) -> None:
+def _compare_runs(comparison: Comparison, name: str, old: Run, new: Run) -> None:
     if not new["available"]:
         if old["available"]:
             reason = new["reason"] or "no reason given"
-            found.changes.append(Change("worse", name, "not available any more", name, "", reason))
+            comparison.changes.append(
+                Change("worse", name, "not available any more", name, "", reason)
+            )
         return
     if not old["available"]:
-        found.changes.append(Change("better", name, "available now", name, old["reason"] or ""))
+        comparison.changes.append(
+            Change("better", name, "available now", name, old["reason"] or "")
+        )
         return
-    found.changes += _capabilities(name, old, new)
-    _compare_cases(found, name, old, new)
+    comparison.changes += _capabilities(name, old, new)
+    _compare_cases(comparison, name, old, new)
     if old["speed"] is None or new["speed"] is None:
         if (old["speed"] is None) != (new["speed"] is None):
             which = "second" if old["speed"] is None else "first"
-            found.notes.append(f"{name}: only the {which} record has speed, so none is compared")
+            comparison.notes.append(
+                f"{name}: only the {which} record has speed, so none is compared"
+            )
         return
     if new["speed"]["red"] != old["speed"]["red"]:
         worse = new["speed"]["red"]
         states = ("green", "red") if worse else ("red", "green")
         kind = "over budget at full size" if worse else "within budget at full size now"
         way: Way = "worse" if worse else "better"
-        found.changes.append(Change(way, name, kind, "numbers before timing", *states))
+        comparison.changes.append(Change(way, name, kind, "numbers before timing", *states))
     differences, notes = compare_speed(name, old, new)
-    found.notes += notes
-    found.changes += [
+    comparison.notes += notes
+    comparison.changes += [
         Change(d.way, name, d.kind, d.what, d.before, d.after, numerics=False) for d in differences
     ]
 
@@ -189,23 +196,23 @@ def _capabilities(name: str, old: Run, new: Run) -> Iterator[Change]:
             yield Change(way, name, "capability", feature, texts[0], texts[1])
 
 
-def _compare_cases(found: Comparison, name: str, old: Run, new: Run) -> None:
+def _compare_cases(comparison: Comparison, name: str, old: Run, new: Run) -> None:
     was = {case["id"]: case for case in old["cases"]}
     now = {case["id"]: case for case in new["cases"]}
     common = [case for case in was if case in now]
-    found.compared += len(common)
+    comparison.compared += len(common)
     for case in common:
         change = _case(name, was[case], now[case])
         if change is not None:
-            found.changes.append(change)
+            comparison.changes.append(change)
     narrower = _narrower(old, new)
     missing = [case for case in was if case not in now]
     if missing and narrower:
-        found.notes.append(
+        comparison.notes.append(
             f"{name}: {len(missing):,} cases are only in the first record, because {narrower}"
         )
     elif missing:
-        found.changes += [
+        comparison.changes += [
             Change("worse", name, "case missing", case, was[case]["outcome"]) for case in missing
         ]
     for case in now:
@@ -213,11 +220,11 @@ def _compare_cases(found: Comparison, name: str, old: Run, new: Run) -> None:
             outcome = now[case]["outcome"]
             way: Way = "worse" if outcome in BAD else "new"
             kind = "new and fails" if outcome in BAD else "case"
-            found.changes.append(Change(way, name, kind, case, "", outcome))
+            comparison.changes.append(Change(way, name, kind, case, "", outcome))
 
 
 def _narrower(old: Run, new: Run) -> str:
-    """Say why cases of the old run were not asked for in the new one; nothing if they were."""
+    """Return why cases of the old run were not asked for in the new one; empty if they were."""
     if new["selection"] is not None:
         return "only some cases were selected in the second"
     if (old["grid"], new["grid"]) == ("full", "quick"):
@@ -256,8 +263,8 @@ def _comparable(ratio: float) -> float:
     return math.inf if math.isnan(ratio) else ratio
 
 
-def as_dict(found: Comparison) -> dict[str, Any]:
-    """Give a comparison as plain objects, for JSON."""
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain objects, for JSON."""
     ways: Sequence[Way] = ("worse", "better", "other", "new", "gone")
     return {
         **{
@@ -270,11 +277,11 @@ def as_dict(found: Comparison) -> dict[str, Any]:
                     "after": c.after,
                     "about": "numerics" if c.numerics else "speed",
                 }
-                for c in found.of(way)
+                for c in comparison.of(way)
             ]
             for way in ways
         },
-        "notes": found.notes,
-        "cases_compared": found.compared,
-        "exit_code": int(found.exit_code),
+        "notes": comparison.notes,
+        "cases_compared": comparison.compared,
+        "exit_code": int(comparison.exit_code),
     }

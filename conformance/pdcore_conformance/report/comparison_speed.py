@@ -1,4 +1,4 @@
-"""What changed between two measurements of one backend on one machine."""
+"""Comparison of two measurements of one backend on one machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .wording import interval, number, shape
 
 __all__ = ["Difference", "compare_speed"]
 
-#: A time is news when it is apart by more than this share, and its interval too.
+#: A change of a time is reported when it is larger than this share, and the intervals are apart.
 SLOWER = 0.05
 
-#: Memory is news when it has changed by more than this share, and by so many MiB.
+#: A change of memory is reported when it is larger than this share, and than so many MiB.
 HEAVIER, MIB = 0.10, 1.0
 
-#: A load average before timing from which figures may be off.
+#: Above this load average before timing the figures may be wrong.
 BUSY = 0.5
 
 
@@ -34,7 +34,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A measured value, in whichever list of the record it is."""
+    """A measured value, from any list of the record."""
 
     value: float
     ends: Sequence[float] | None
@@ -52,7 +52,7 @@ def compare_speed(name: str, old: Run, new: Run) -> tuple[list[Difference], list
     Parameters
     ----------
     name : str
-        Of the backend, for the notes.
+        The name of the backend, for the notes.
     old, new : Run
         Both with speed.
 
@@ -61,7 +61,7 @@ def compare_speed(name: str, old: Run, new: Run) -> tuple[list[Difference], list
     differences : list of Difference
         None where the machines differ, or the numbers of a run are red.
     notes : list of str
-        What was not compared, and what differs besides.
+        What was not compared, and what else differs.
     """
     was, now = old["speed"], new["speed"]
     if was is None or now is None or was["red"] or now["red"]:
@@ -77,12 +77,12 @@ def compare_speed(name: str, old: Run, new: Run) -> tuple[list[Difference], list
         if before.ends is None or after.ends is None:
             unjudged.append(what)
             continue
-        found = _judged(what, before, after)
-        differences += [found] if found else []
+        difference = _judged(what, before, after)
+        differences += [difference] if difference else []
     memory_before, memory_after = _memory(was), _memory(now)
     for what in (name for name in memory_before if name in memory_after):
-        found = _heavier(what, memory_before[what], memory_after[what])
-        differences += [found] if found else []
+        difference = _heavier(what, memory_before[what], memory_after[what])
+        differences += [difference] if difference else []
     differences += [
         Difference("gone", "figure", what)
         for what in [*times_before, *memory_before]
@@ -99,7 +99,7 @@ def compare_speed(name: str, old: Run, new: Run) -> tuple[list[Difference], list
 
 
 def _machines(old: Run, new: Run, was: Speed, now: Speed) -> str:
-    """Say in what two machines differ that decides speed."""
+    """Return the differences of two machines that decide speed, as text; empty without any."""
     a, b = old["environment"], new["environment"]
     pairs = {
         "processor": (a["cpu"], b["cpu"]),
@@ -111,19 +111,19 @@ def _machines(old: Run, new: Run, was: Speed, now: Speed) -> str:
 
 
 def _times(speed: Speed) -> dict[str, _Figure]:
-    found = {}
+    figures = {}
     for r in speed["ratios"]:
         call = f"{r['spec']} {shape(r['shape'])} {r['dtype']}, {r['direction']}"
-        found[f"{call}, against {r['peer']}"] = _Figure(r["ratio"], r["interval"], True, "×")
+        figures[f"{call}, against {r['peer']}"] = _Figure(r["ratio"], r["interval"], True, "×")
     for g in speed["growth"]:
         what = f"{g['spec']} {g['dtype']}, {g['direction']}, growth from {g['from']} to {g['to']}"
-        found[what] = _Figure(g["factor"], g["interval"], False, "×")
+        figures[what] = _Figure(g["factor"], g["interval"], False, "×")
     for f in speed["figures"]:
-        # Which way is better is known from the target alone.
+        # Only the target says whether higher or lower is better.
         one_sided = (f["at_least"] is None) != (f["at_most"] is None)
         higher = f["at_least"] is not None if one_sided else None
-        found[f["name"]] = _Figure(f["value"], f["interval"], higher, f" {f['unit']}")
-    return found
+        figures[f["name"]] = _Figure(f["value"], f["interval"], higher, f" {f['unit']}")
+    return figures
 
 
 def _judged(what: str, before: _Figure, after: _Figure) -> Difference | None:

@@ -1,4 +1,4 @@
-"""What the page shows of measurements beside the plots: tables and notes."""
+"""The tables and notes of measurements that the page shows beside the plots."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def _judged(text: str, aim: str, met: bool | None) -> Cell:
 
 
 def _unit(unit: str) -> str:
-    """Write a unit as it stands after a number; the cells of numbers have one line each."""
+    """Return a unit as text after a number, short enough for a cell of one line."""
     return {"us": " µs", "x": "×"}.get(unit, f" {wording.cut(unit, 16)}")
 
 
 def memory(record: Record) -> tuple[list[str], list[Row]]:
-    """Give the peak memory of each call: who measured it, and a line for each call."""
+    """Return the names of the runs that measured peak memory, and a row for each call."""
     runs = [run for run in record["runs"] if run["speed"] and run["speed"]["memory"]]
     lines: dict[tuple[str, str], dict[int, Memory]] = {}
     for index, run in enumerate(runs):
@@ -37,13 +37,13 @@ def memory(record: Record) -> tuple[list[str], list[Row]]:
             )
             lines.setdefault((entry["spec"], detail), {})[index] = entry
     rows = []
-    for (spec, detail), found in lines.items():
+    for (spec, detail), entries in lines.items():
         cells = []
         for index in range(len(runs)):
-            if (entry_or_none := found.get(index)) is None:
+            if (entry_or_none := entries.get(index)) is None:
                 cells.append(Cell(""))
                 continue
-            aim = wording.target(None, entry_or_none["at_most"])
+            aim = wording.aim(None, entry_or_none["at_most"])
             cells.append(_judged(wording.number(entry_or_none["mib"]), aim, entry_or_none["met"]))
         rows.append(Row(spec, tuple(cells), detail))
     return [target(run) for run in runs], rows
@@ -51,7 +51,7 @@ def memory(record: Record) -> tuple[list[str], list[Row]]:
 
 @dataclass(frozen=True)
 class Figures:
-    """The other figures of a run, and what to know about all of its figures."""
+    """The other figures of a run, with notes that apply to all of its figures."""
 
     name: str
     about: str
@@ -60,7 +60,7 @@ class Figures:
 
 
 def figures(run: Run) -> Figures | None:
-    """Give what a run measured besides; None where it measured nothing."""
+    """Return the other figures of a run; None where nothing was measured."""
     speed = run["speed"]
     if speed is None:
         return None
@@ -73,7 +73,7 @@ def figures(run: Run) -> Figures | None:
             (
                 Cell(wording.number(f["value"]) + _unit(f["unit"])),
                 Cell(wording.interval(f["interval"])),
-                _judged("", wording.target(f["at_least"], f["at_most"]), f["met"]),
+                _judged("", wording.aim(f["at_least"], f["at_most"]), f["met"]),
             ),
         )
         for f in speed["figures"]
@@ -82,7 +82,7 @@ def figures(run: Run) -> Figures | None:
 
 
 def gate(record: Record) -> list[Row]:
-    """Say for each run that was timed how its numbers stood before."""
+    """Return a row for each run that was timed: how its numbers were before."""
     rows = []
     for run in record["runs"]:
         speed = run["speed"]
@@ -93,7 +93,7 @@ def gate(record: Record) -> list[Row]:
         listed = "; ".join(
             f"{e['spec']} {wording.shape(e['shape'])} {e['dtype']} by {e['by']}" for e in bad[:20]
         )
-        said = "green" if not speed["red"] else "red: nothing is claimed about its speed"
+        state = "green" if not speed["red"] else "red: nothing is claimed about its speed"
         rows.append(
             Row(
                 target(run),
@@ -102,7 +102,7 @@ def gate(record: Record) -> list[Row]:
                     Cell("")
                     if worst is None
                     else Cell(wording.over_budget(worst), f"h{step(worst)}"),
-                    Cell(said, "bad" if speed["red"] else "good"),
+                    Cell(state, "bad" if speed["red"] else "good"),
                 ),
                 listed,
             )
@@ -111,32 +111,32 @@ def gate(record: Record) -> list[Row]:
 
 
 def missing_peers(record: Record) -> list[tuple[str, str, str]]:
-    """List who could not be measured against, by which backends, and why."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Return the peers that could not be measured: the backends concerned, the peer, why."""
+    backends: dict[tuple[str, str], list[str]] = {}
     for run in record["runs"]:
         for entry in run["speed"]["missing_peers"] if run["speed"] else ():
-            found.setdefault((entry["peer"], entry["reason"]), []).append(target(run))
-    return [(", ".join(where), peer, reason) for (peer, reason), where in found.items()]
+            backends.setdefault((entry["peer"], entry["reason"]), []).append(target(run))
+    return [(", ".join(where), peer, reason) for (peer, reason), where in backends.items()]
 
 
 def missing_by_reason(record: Record) -> list[tuple[str, list[str], str]]:
-    """List the same with the peers together that are missing for one reason."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Return the missing peers with those together that are missing for the same reason."""
+    peers: dict[tuple[str, str], list[str]] = {}
     for where, peer, reason in missing_peers(record):
-        found.setdefault((where, reason), []).append(peer)
-    return [(where, peers, reason) for (where, reason), peers in found.items()]
+        peers.setdefault((where, reason), []).append(peer)
+    return [(where, names, reason) for (where, reason), names in peers.items()]
 
 
 def uneven(record: Record) -> str:
-    """Say what differs between the machines of runs that were timed, or nothing."""
+    """Return the differences between the machines of runs that were timed, or an empty text."""
     timed = [run["environment"] for run in record["runs"] if run["speed"]]
     differing = [
         name
-        for name, found in (
+        for name, values in (
             ("processors", {e["cpu"] for e in timed}),
             ("numbers of cores", {e["cores"] for e in timed}),
             ("GPUs", {e["gpu"]["name"] if e["gpu"] else None for e in timed}),
         )
-        if len(found) > 1
+        if len(values) > 1
     ]
     return ", ".join(differing)

@@ -1,4 +1,4 @@
-"""Layout of the plots: where each mark goes. The template draws them as SVG."""
+"""Layout of the plots: the place of each mark. The template draws the plots as SVG."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from itertools import pairwise
 from ..record.writing import Growth, Ratio, Record, Run, target
 from . import wording
 
-__all__ = ["Axis", "Chart", "Comparison", "charts", "comparisons"]
+__all__ = ["Axis", "Chart", "PeerPlot", "charts", "comparisons"]
 
 # Figures beyond these are drawn at the edge; the text beside them has the value.
 SMALLEST, LARGEST = 1e-9, 1e9
 
-#: Of a chart, in the units of its viewBox; the inner edges are where the axes are.
+#: Sizes of a chart, in the units of its viewBox; the axes are at the inner edges.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 254, 54, 338, 18, 216
 
-#: How many colours and markers there are for curves; more curves begin anew.
+#: The number of colours and markers of curves; further curves reuse them.
 STYLES = 6
 
 
@@ -32,7 +32,7 @@ class Axis:
     stop: float = 100.0
 
     def at(self, value: float) -> float:
-        """Place a value; what is beyond the axis, or is no positive number, at its edge."""
+        """Return the place of a value; beyond the axis, or not positive, that of its edge."""
         if math.isnan(value) or value <= self.low:
             return self.start
         if value >= self.high:
@@ -41,7 +41,7 @@ class Axis:
         return round(self.start + share * (self.stop - self.start), 2)
 
     def ticks(self, apart: float) -> list[float]:
-        """Choose round values whose places are at least `apart`."""
+        """Return round values whose places are at least `apart` from one another."""
         first = math.floor(math.log10(self.low) + 1e-9)
         last = math.ceil(math.log10(self.high) - 1e-9)
         steps: list[tuple[int, Sequence[int]]] = [(1, (1, 2, 5)), (1, (1, 3)), (1, (1,))]
@@ -61,8 +61,8 @@ def _usable(values: Iterable[float]) -> list[float]:
 
 
 def _around(values: Iterable[float], margin: float) -> tuple[float, float]:
-    found = _usable(values)
-    return min(found) / margin, max(found) * margin
+    usable = _usable(values)
+    return min(usable) / margin, max(usable) * margin
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A backend against one peer."""
+class PeerPlot:
+    """The ratios of a backend against one peer."""
 
     peer: str
     marks: tuple[Mark, ...]
 
 
 def ratio_axis(record: Record) -> Axis:
-    """Give the axis that all comparisons of a record share, so that they can be compared."""
+    """Return the axis of all ratios of a record, so that a reader can compare the plots."""
     values = [0.5, 2.0]
     for run in record["runs"]:
         for entry in run["speed"]["ratios"] if run["speed"] else ():
@@ -103,17 +103,17 @@ def ratio_axis(record: Record) -> Axis:
     return Axis(*_around(values, 1.12))
 
 
-def comparisons(run: Run, axis: Axis) -> list[Comparison]:
-    """Lay out the ratios of a run, peer by peer, in the order of the record."""
+def comparisons(run: Run, axis: Axis) -> list[PeerPlot]:
+    """Return the plots of the ratios of a run, peer by peer, in the order of the record."""
     peers: dict[str, list[Mark]] = {}
     for entry in run["speed"]["ratios"] if run["speed"] else ():
         peers.setdefault(entry["peer"], []).append(_mark(entry, axis))
-    return [Comparison(peer, tuple(marks)) for peer, marks in peers.items()]
+    return [PeerPlot(peer, tuple(marks)) for peer, marks in peers.items()]
 
 
 def _mark(entry: Ratio, axis: Axis) -> Mark:
     ends, ratio = entry["interval"], entry["ratio"]
-    # Without an interval nothing is said about which one is faster.
+    # Without an interval the plot does not say which one is faster.
     kind = "even"
     if ends is not None:
         kind = "faster" if ends[0] > 1 else "slower" if ends[1] < 1 else "even"
@@ -134,7 +134,7 @@ def _mark(entry: Ratio, axis: Axis) -> Mark:
         kind,
         f"{wording.number(ratio)}×",
         wording.interval(ends),
-        wording.target(least, most),
+        wording.aim(least, most),
         entry["met"],
         f"{times}; {entry['rounds']} rounds",
     )
@@ -167,7 +167,7 @@ class Chart:
 
 
 def charts(record: Record) -> list[Chart]:
-    """Lay out the growth of time of every run that has measured it."""
+    """Return a chart of the growth of time for every run that measured it."""
     runs = [run for run in record["runs"] if run["speed"] and run["speed"]["growth"]]
     entries = [entry for run in runs if run["speed"] for entry in run["speed"]["growth"]]
     lengths = _usable(float(n) for entry in entries for n in entry["lengths"])
@@ -195,7 +195,7 @@ def _chart(
 ) -> Chart:
     entries = run["speed"]["growth"] if run["speed"] else []
     spans = {(entry["from"], entry["to"]) for entry in entries}
-    # Said once where it is the same for all.
+    # A span that all curves share is in the caption, in place of each curve's text.
     [span] = [f"{a:,} to {b:,}" for a, b in spans] if len(spans) == 1 else [""]
     curves = tuple(_curve(entry, styles[entry["spec"]], x, y, not span) for entry in entries)
     return Chart(target(run), span, curves, across, up, tuple(_guides(x, y)))
@@ -203,13 +203,13 @@ def _chart(
 
 def _short(value: float) -> str:
     if value >= 100:
-        # Beside an axis there is no room for minutes and seconds.
+        # Beside an axis there is no room for minutes and seconds together.
         return f"{value:,.0f} s"
     return wording.seconds(value).replace(".00", "").replace(".0 ", " ")
 
 
 def _apart(values: Sequence[int], axis: Axis, apart: float) -> list[int]:
-    """Keep the values whose labels do not run into one another, from the last one down."""
+    """Return the values whose labels do not overlap, chosen from the last one down."""
     kept: list[int] = []
     for value in reversed(values):
         if not kept or abs(axis.at(value) - axis.at(kept[-1])) >= apart:
@@ -232,13 +232,13 @@ def _curve(entry: Growth, style: int, x: Axis, y: Axis, with_span: bool) -> Curv
         points,
         " ".join(f"{px},{py}" for px, py, *_ in points),
         f"{factor} ({wording.interval(entry['interval'])})",
-        wording.target(entry["at_least"], entry["at_most"]),
+        wording.aim(entry["at_least"], entry["at_most"]),
         entry["met"],
     )
 
 
 def _guides(x: Axis, y: Axis) -> Iterable[tuple[str, str, float, float]]:
-    """Draw what grows like N and like N², from the lower left corner."""
+    """Yield the lines that grow like N and like N², from the lower left corner."""
     for power, label in ((1, "N"), (2, "N²")):
         low, high = math.log(x.low), math.log(x.high)
         room = math.log(y.high / y.low)

@@ -1,4 +1,4 @@
-"""A record, and a comparison of two, on a terminal; needs rich."""
+"""A record, or the comparison of two, as text on a terminal; needs rich."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from ..record.writing import OUTCOMES, Record, target
 from .comparison import Change, Comparison
 from .heat import largest
 from .measured import missing_peers
-from .view import BAD, Failure, failures, verdict
-from .wording import cut, number, over_budget, shape, visible
-from .wording import target as aim
+from .view import BAD, Failure, conclusion, failures
+from .wording import aim, cut, number, over_budget, shape, visible
 
 __all__ = ["as_dict", "show", "show_comparison"]
 
-#: A terminal gets so many failures, and so many changes of each kind; JSON and the page have more.
+#: The most failures, and changes of each kind, on a terminal; JSON and the page have more.
 MOST = 25
 
 
 def _plain(text: object, length: int = 200) -> str:
-    """Make foreign text harmless to a terminal and to rich's markup."""
+    """Return text of a record with escapes for what acts on a terminal or in rich's markup."""
     return escape(visible(cut(text, length)))
 
 
@@ -31,7 +30,7 @@ def show(record: Record, console: Any) -> None:
     table = Table()
     longest = max((len(target(run)) for run in record["runs"]), default=0)
     table.add_column("backend", overflow="fold", min_width=min(longest, 20))
-    # Columns of zeros would take the room that names need.
+    # Columns of zeros would leave too little width for names.
     always = ("passed", "failed")
     outcomes = [
         o for o in OUTCOMES if o in always or any(run["counts"][o] for run in record["runs"])
@@ -57,11 +56,11 @@ def show(record: Record, console: Any) -> None:
         console.print(
             f"{_plain(target(run), 40)} is not available: {_plain(reason, 400)}", soft_wrap=True
         )
-    found = failures(record)
-    for failure in found[:MOST]:
+    failed = failures(record)
+    for failure in failed[:MOST]:
         _show_failure(failure, console)
-    if len(found) > MOST:
-        console.print(f"... and {len(found) - MOST:,} more failures: see --html or --json")
+    if len(failed) > MOST:
+        console.print(f"... and {len(failed) - MOST:,} more failures: see --html or --json")
     for line in _unmet(record):
         console.print(escape(line), soft_wrap=True)
     for where, peer, reason in missing_peers(record):
@@ -69,7 +68,7 @@ def show(record: Record, console: Any) -> None:
             f"{_plain(where)}: not measured against {_plain(peer)}: {_plain(reason)}",
             soft_wrap=True,
         )
-    console.print(_plain(verdict(record).text, 1000), soft_wrap=True)
+    console.print(_plain(conclusion(record).text, 1000), soft_wrap=True)
 
 
 def _show_failure(failure: Failure, console: Any) -> None:
@@ -88,7 +87,7 @@ def _unmet(record: Record) -> list[str]:
             continue
         if speed["red"]:
             lines.append(f"{name}: numbers over budget at full size; no claim about its speed")
-        found = [
+        figures = [
             (
                 f"{r['spec']} {shape(r['shape'])}, {r['direction']}, against {r['peer']}",
                 r["ratio"],
@@ -97,7 +96,7 @@ def _unmet(record: Record) -> list[str]:
             )
             for r in speed["ratios"]
         ]
-        found += [
+        figures += [
             (
                 f"{g['spec']}, {g['direction']}, growth",
                 g["factor"],
@@ -106,7 +105,7 @@ def _unmet(record: Record) -> list[str]:
             )
             for g in speed["growth"]
         ]
-        found += [
+        figures += [
             (
                 f"{m['spec']} {shape(m['shape'])}, {m['direction']}, peak MiB ({m['way']})",
                 m["mib"],
@@ -115,24 +114,24 @@ def _unmet(record: Record) -> list[str]:
             )
             for m in speed["memory"]
         ]
-        found += [
+        figures += [
             (f["name"], f["value"], aim(f["at_least"], f["at_most"]), f["met"])
             for f in speed["figures"]
         ]
         lines += [
             f"{name}: target not met: {visible(cut(what))}: {number(value)}, wanted {wanted}"
-            for what, value, wanted, met in found
+            for what, value, wanted, met in figures
             if met is False
         ]
     return lines
 
 
 def as_dict(record: Record) -> dict[str, Any]:
-    """Give the summary of a record as plain objects, for JSON."""
-    said = verdict(record)
+    """Return the summary of a record as plain objects, for JSON."""
+    overall = conclusion(record)
     return {
-        "verdict": said.text,
-        "good": said.good,
+        "verdict": overall.text,
+        "good": overall.good,
         "runs": [
             {
                 "backend": run["backend"],
@@ -165,28 +164,28 @@ def as_dict(record: Record) -> dict[str, Any]:
     }
 
 
-def show_comparison(found: Comparison, names: tuple[str, str], console: Any) -> None:
+def show_comparison(comparison: Comparison, names: tuple[str, str], console: Any) -> None:
     """Print what changed between two records, the worse first."""
     before, after = (_plain(name, 100) for name in names)
     console.print(f"before: {before}\nafter:  {after}", soft_wrap=True)
     for way, title in (("worse", "Worse"), ("better", "Better"), ("other", "Otherwise changed")):
-        changes = found.of(way)  # type: ignore[arg-type]
+        changes = comparison.of(way)  # type: ignore[arg-type]
         if changes:
             console.print(_changes(changes, f"{title}: {len(changes):,}"))
     for way, which in (("new", "after"), ("gone", "before")):
-        changes = found.of(way)  # type: ignore[arg-type]
+        changes = comparison.of(way)  # type: ignore[arg-type]
         if changes:
             listed = "; ".join(
                 f"{c.kind} {_plain(c.what)} of {_plain(c.where)}" for c in changes[:5]
             )
             more = "; ..." if len(changes) > 5 else ""
             console.print(f"Only {which}: {len(changes):,}: {listed}{more}", soft_wrap=True)
-    for note in found.notes:
+    for note in comparison.notes:
         console.print(f"Note: {_plain(note, 600)}", soft_wrap=True)
-    worse = found.of("worse")
+    worse = comparison.of("worse")
     numerics = sum(change.numerics for change in worse)
     console.print(
-        f"{found.compared:,} cases compared: "
+        f"{comparison.compared:,} cases compared: "
         + (
             f"{numerics:,} worse in numerics, {len(worse) - numerics:,} in speed or memory."
             if worse

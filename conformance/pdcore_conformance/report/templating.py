@@ -1,4 +1,4 @@
-"""How pages are made: templates that escape everything, and our own style and script by hash."""
+"""Rendering of pages: templates that escape everything, and the style and script by their hash."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 from .wording import cut, visible
 
-__all__ = ["own_file", "render"]
+__all__ = ["asset", "render"]
 
-# After these a long name may go on in the next line; none of them occurs in an escape such as &lt;.
+# After these characters a long name may break into the next line; none of them occurs in an escape
+# such as &lt;.
 _JOINT = re.compile(r"(::|[_=]|\.(?=[^\W\d]))")
 
 
 def render(folder: str, **contents: Any) -> str:
-    """Fill in the ``page.html.jinja`` of a folder of this package.
+    """Return the ``page.html.jinja`` of a folder of this package, filled in.
 
     Parameters
     ----------
     folder : str
         Such as ``"report"``.
     **contents
-        Texts among them are taken as hostile: they are escaped everywhere, and control and
+        Values by name. Texts may be hostile: they are escaped everywhere, and control and
         direction characters are shown as escapes.
 
     Raises
@@ -54,8 +55,8 @@ def render(folder: str, **contents: Any) -> str:
     return environment.get_template("page.html.jinja").render(**contents)
 
 
-def own_file(variable: str, name: str) -> dict[str, Any]:
-    """Give one of the pages' own files, and the hash by which their policy admits it.
+def asset(variable: str, name: str) -> dict[str, Any]:
+    """Return a file of this package for a page, and the hash by which the page's policy admits it.
 
     Returns
     -------

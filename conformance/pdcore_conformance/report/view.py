@@ -1,4 +1,4 @@
-"""What the page shows of a record, in the order in which it shows it."""
+"""The contents of a record's page, in the order of the page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..record.writing import OUTCOMES, Case, Outcome, Record, Run, run_alone, ta
 from .heat import largest, step
 from .wording import cut, number, over_budget, seconds
 
-__all__ = ["BAD", "Cell", "Failure", "Verdict", "failures", "verdict"]
+__all__ = ["BAD", "Cell", "Conclusion", "Failure", "conclusion", "failures"]
 
 BAD: frozenset[Outcome] = frozenset({"failed", "error"})
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-#: The page holds so many failures with their messages, and so many cases. The record has all.
+#: The most failures, cases and characters of a message on the page. The record has all.
 MOST_FAILURES, MOST_CASES, MOST_MESSAGE = 200, 5000, 2000
 
 
@@ -31,7 +31,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """The outcome of the whole record in one sentence."""
 
     good: bool
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table with a heading of its own."""
+    """A row of a table, with its heading."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -72,8 +72,8 @@ class Group:
     left_out: int = 0
 
 
-def verdict(record: Record) -> Verdict:
-    """Say in one sentence how it went."""
+def conclusion(record: Record) -> Conclusion:
+    """Return the outcome of a record in one sentence."""
     runs = [run for run in record["runs"] if run["available"]]
     ran = sum(sum(run["counts"].values()) for run in runs)
     bad = {target(run): sum(run["counts"][o] for o in BAD) for run in runs}
@@ -91,7 +91,7 @@ def verdict(record: Record) -> Verdict:
         text += f"; numbers over their budget at full size: {', '.join(red)}"
     if missing:
         text += f"; {_count(missing, 'backend')} not available"
-    return Verdict(bool(ran) and not failing and not red, f"{text}.")
+    return Conclusion(bool(ran) and not failing and not red, f"{text}.")
 
 
 def _count(many: int, what: str) -> str:
@@ -99,13 +99,13 @@ def _count(many: int, what: str) -> str:
 
 
 def failures(record: Record) -> list[Failure]:
-    """List what failed, worst first, by backend."""
-    found = []
+    """Return the cases that failed, by backend, the largest error first."""
+    failed = []
     for run in record["runs"]:
         cases = [case for case in run["cases"] if case["outcome"] in BAD]
         cases.sort(key=lambda case: (-(largest([case["ratio"]]) or 0.0), case["id"]))
-        found += [_failure(run, case) for case in cases]
-    return found
+        failed += [_failure(run, case) for case in cases]
+    return failed
 
 
 def _failure(run: Run, case: Case) -> Failure:
@@ -132,7 +132,7 @@ def _failure(run: Run, case: Case) -> Failure:
 
 
 def with_message(record: Record, outcome: Outcome) -> list[tuple[str, str, str]]:
-    """List the cases that ended so: where, id, message."""
+    """Return the backend, id and message of the cases with an outcome."""
     return [
         (target(run), case["id"], case["message"] or "")
         for run in record["runs"]
@@ -142,7 +142,7 @@ def with_message(record: Record, outcome: Outcome) -> list[tuple[str, str, str]]
 
 
 def matrix(record: Record) -> list[Row]:
-    """Set what each backend declares beside what its cases showed, feature by feature."""
+    """Return what each backend declares and what its cases showed, feature by feature."""
     seen = {f for run in record["runs"] for f in run["capabilities"]}
     names = [f for f in FEATURES if f in seen] + sorted(seen - set(FEATURES))
     tallies = [_tally(run) for run in record["runs"]]
@@ -193,7 +193,7 @@ def _support(run: Run, feature: str, counts: dict[Outcome, int]) -> Cell:
 
 
 def heat_map(record: Record) -> list[Row]:
-    """Give the largest error over budget, group by group, with a line for each dtype below."""
+    """Return the largest error over budget of each group, with a row for each dtype below."""
     ratios: dict[str, dict[str, dict[int, list[float | None]]]] = {}
     for index, run in enumerate(record["runs"]):
         for case in run["cases"]:
@@ -203,8 +203,8 @@ def heat_map(record: Record) -> list[Row]:
                 group.setdefault(name, {}).setdefault(index, []).append(case["ratio"])
     runs = range(len(record["runs"]))
 
-    def row(name: str, found: dict[int, list[float | None]]) -> Row:
-        return Row(name, tuple(_heat(largest(found.get(index, []))) for index in runs))
+    def row(name: str, by_run: dict[int, list[float | None]]) -> Row:
+        return Row(name, tuple(_heat(largest(by_run.get(index, []))) for index in runs))
 
     rows = []
     for title in sorted(ratios):
@@ -234,7 +234,7 @@ _WORDS: dict[Outcome, Cell] = {
 def _outcome(case: Case) -> Cell:
     word, ratio = _WORDS[case["outcome"]], case["ratio"]
     if case["outcome"] in ("passed", "failed") and ratio is not None:
-        # A failure for another reason than its error keeps the word.
+        # A case that failed for another reason than its error keeps the word.
         if case["outcome"] == "passed" or ratio > 1:
             return _heat(ratio)
         return Cell(f"{word.text}, {over_budget(ratio)}", word.kind)
@@ -242,7 +242,7 @@ def _outcome(case: Case) -> Cell:
 
 
 def all_cases(record: Record) -> list[Group]:
-    """List every case, group by group; where there are too many, those that matter least go."""
+    """Return the cases of each group; of more than `MOST_CASES`, those with the largest errors."""
     by_id: dict[str, dict[int, Case]] = {}
     for index, run in enumerate(record["runs"]):
         for case in run["cases"]:
@@ -252,14 +252,14 @@ def all_cases(record: Record) -> list[Group]:
         shown = set(sorted(by_id, key=lambda name: _weight(by_id[name].values()))[-MOST_CASES:])
     groups: dict[str, Group] = {}
     for name in sorted(by_id):
-        found = by_id[name]
-        first = next(iter(found.values()))
+        by_run = by_id[name]
+        first = next(iter(by_run.values()))
         group = groups.setdefault(first["group"], Group(first["group"]))
         if name not in shown:
             group.left_out += 1
             continue
         cells = tuple(
-            _outcome(found[index]) if index in found else Cell("")
+            _outcome(by_run[index]) if index in by_run else Cell("")
             for index in range(len(record["runs"]))
         )
         short = name.removeprefix(f"{first['group']}::")
@@ -268,13 +268,13 @@ def all_cases(record: Record) -> list[Group]:
 
 
 def _weight(cases: Iterable[Case]) -> tuple[bool, float]:
-    found = list(cases)
-    bad = any(case["outcome"] in BAD or case["outcome"] == "known failure" for case in found)
-    return bad, largest(case["ratio"] for case in found) or 0.0
+    listed = list(cases)
+    bad = any(case["outcome"] in BAD or case["outcome"] == "known failure" for case in listed)
+    return bad, largest(case["ratio"] for case in listed) or 0.0
 
 
 def environment(record: Record) -> list[tuple[str, list[str]]]:
-    """Describe where each run ran, a line for each thing."""
+    """Return the lines about machine and versions: a name, and the text of each run."""
     runs = record["runs"]
     lines: list[tuple[str, list[str]]] = []
 
@@ -302,10 +302,10 @@ def environment(record: Record) -> list[tuple[str, list[str]]]:
     add("driver", [(g["driver"] or "") if g else "" for g in gpus])
     add("compute capability", [(g["capability"] or "") if g else "" for g in gpus])
     names = list(dict.fromkeys(name for run in runs for name in run["versions"]))
-    said = {name for name, _ in lines}
+    names_above = {name for name, _ in lines}
     for name in names:
-        # A backend may report something of its own that bears the name of another line.
-        label = f"{name} (the backend's own)" if name in said else name
+        # A backend may report a version under the name of another line.
+        label = f"{name} (the backend's own)" if name in names_above else name
         add(label, [run["versions"].get(name, "") for run in runs])
     return lines
 

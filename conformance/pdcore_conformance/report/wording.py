@@ -1,4 +1,4 @@
-"""How figures and foreign text are written, in the page and on a terminal."""
+"""The text of figures, and of strings from a record, in the page and on a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 __all__ = [
+    "aim",
     "cut",
     "interval",
     "number",
@@ -13,7 +14,6 @@ __all__ = [
     "seconds",
     "shape",
     "span",
-    "target",
     "visible",
 ]
 
@@ -29,7 +29,7 @@ def _is_harmless(character: str) -> bool:
 
 
 def visible(text: object) -> str:
-    r"""Write text so that nothing in it acts: control and direction characters as escapes.
+    r"""Return text with escapes for its control and direction characters, so that none acts.
 
     Examples
     --------
@@ -40,7 +40,7 @@ def visible(text: object) -> str:
 
 
 def cut(text: object, length: int = 160) -> str:
-    """Shorten text in its middle, which is where ids are most alike."""
+    """Return text shortened in its middle, where ids differ least."""
     whole = str(text)
     if len(whole) <= length:
         return whole
@@ -49,7 +49,7 @@ def cut(text: object, length: int = 160) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number with so many significant digits, and without an exponent where it is short.
+    """Return a number with so many significant digits, and without an exponent where it is short.
 
     Examples
     --------
@@ -72,7 +72,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def over_budget(ratio: float | None) -> str:
-    """Write an error over its budget, with two significant digits.
+    """Return an error over its budget, with two significant digits.
 
     Examples
     --------
@@ -92,7 +92,7 @@ def over_budget(ratio: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Write a time in the unit that suits it.
+    """Return a time in the unit that suits it.
 
     Examples
     --------
@@ -113,21 +113,21 @@ def seconds(value: float | None) -> str:
 
 
 def shape(sizes: Sequence[int]) -> str:
-    """Write a shape as a tuple."""
+    """Return a shape as the text of a tuple."""
     return f"({', '.join(map(str, sizes))})"
 
 
 def interval(ends: Sequence[float] | None) -> str:
-    """Write an interval, or that there is none."""
+    """Return the text of an interval, or "no interval"."""
     return "no interval" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
 
 
-def target(low: float | None, high: float | None) -> str:
-    """Write what a figure should be, or nothing.
+def aim(low: float | None, high: float | None) -> str:
+    """Return the target of a figure as text, empty without one.
 
     Examples
     --------
-    >>> [target(2, None), target(None, 64), target(13, 18), target(None, None)]
+    >>> [aim(2, None), aim(None, 64), aim(13, 18), aim(None, None)]
     ['≥ 2', '≤ 64', '13 to 18', '']
     """
     if low is None:
@@ -136,6 +136,8 @@ def target(low: float | None, high: float | None) -> str:
 
 
 def span(texts: Sequence[str]) -> str:
-    """Write the first and last of sorted texts, or the only one."""
-    found = sorted(set(texts))
-    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else ""
+    """Return the first and last of sorted texts, or the only one."""
+    ordered = sorted(set(texts))
+    if len(ordered) > 1:
+        return f"{ordered[0]} to {ordered[-1]}"
+    return "".join(ordered)
