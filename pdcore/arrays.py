@@ -12,9 +12,9 @@ __all__ = [
     "device_name",
     "device_of",
     "dtype_name",
-    "held",
+    "stop_gradient",
     "library_of",
-    "remember",
+    "register_array_type",
     "within",
 ]
 
@@ -31,7 +31,7 @@ def compiling() -> bool:
     return torch is not None and torch.compiler.is_compiling()
 
 
-def remember(kind: type, library: str) -> None:
+def register_array_type(kind: type, library: str) -> None:
     """Note whose array a type is, for calls that are traced, which cannot find out."""
     _LIBRARIES[kind] = library
 
@@ -90,7 +90,7 @@ def dtype_name(x: Any) -> str:
     return name
 
 
-def held(x: Any, xp: Any) -> Any:
+def stop_gradient(x: Any, xp: Any) -> Any:
     """Keep a framework's own differentiation out of a value that cancels in every result.
 
     What its gradient adds is 0 in exact arithmetic, and may be NaN in a program: where a compiler
@@ -109,7 +109,7 @@ def constant(x: Any, xp: Any) -> Any:
         return x.detach()
     if getattr(xp, "__name__", "") == "jax.numpy":
         return sys.modules["jax"].lax.stop_gradient(x)
-    return held(x, xp)
+    return stop_gradient(x, xp)
 
 
 def within(x: Any, most: int, xp: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pdcore.arrays import remember
+from pdcore.arrays import register_array_type
 from pdcore.backend import ArrayBackend, Inputs, Operands, Request, constants_held
 from pdcore.errors import UnsupportedError
 from pdcore.lowering import Features, Plan, Scores
@@ -36,7 +36,7 @@ class TorchBackend(ArrayBackend):
         super().__init__()
         self._xp = namespace
         for kind in (torch.Tensor, torch.nn.Parameter):
-            remember(kind, "torch")
+            register_array_type(kind, "torch")
 
     def refusals(self, request: Request) -> list[str]:
         """Say why the backend cannot run a call, see `Backend.refusals`."""
