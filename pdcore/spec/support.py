@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from ..arrays import within
+from ..arrays import clip_integers
 from ..errors import SpecError
 from .heads import windows
 
@@ -150,7 +150,7 @@ class Visibility:
             For each query, between 0 and the number of keys.
         """
         count = (self.positions(start, stop) + (1 + ahead)) // self.scale
-        return within(count, self.keys, self.xp)
+        return clip_integers(count, self.keys, self.xp)
 
     def later_rows(self) -> Any:
         """Count, for each key, the queries at whose position it is wholly in the past.
@@ -162,7 +162,7 @@ class Visibility:
         """
         xp = self.xp
         end = (xp.arange(self.keys, dtype=xp.int64, device=self.device) + 1) * self.scale - 1
-        return within(self.rows - (end[:, None] - self.offset), self.rows, xp)
+        return clip_integers(self.rows - (end[:, None] - self.offset), self.rows, xp)
 
     def counts(self, bias: Any = None) -> Any:
         """Count the visible keys of each query.
@@ -213,7 +213,7 @@ class Visibility:
         low = xp.zeros_like(position)
         if self.support.left != math.inf:
             first = position - int(self.support.left)
-            low = within(-(-first // self.scale), self.keys, xp)
+            low = clip_integers(-(-first // self.scale), self.keys, xp)
         low = xp.minimum(low, high)
         if self.key_mask is None:
             return (high - low)[..., 0]
