@@ -21,8 +21,8 @@ from ..spec import (
     Kernel,
     Mixture,
     Normalization,
-    aligned,
-    made,
+    align_environment,
+    instantiate,
     parse,
     positive_semidefinite,
     read_arguments,
@@ -172,8 +172,10 @@ def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normaliz
             f"layer: got {layer!r} and {', '.join(arguments)} beside it; give all "
             "arguments in one place"
         )
-    found: Normalization = made(name, LAYERS[name], positional, {**named, **arguments})
-    return name, found
+    normalization: Normalization = instantiate(
+        name, LAYERS[name], positional, {**named, **arguments}
+    )
+    return name, normalization
 
 
 def _kernel(kernel: str | Kernel) -> Kernel:
@@ -201,7 +203,6 @@ def _scale(kernel: Kernel) -> str:
 
 def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
     part = sections(spec)
-    own = part["own_choices"]
     alone = ""
     if isinstance(spec.normalization, Convolution):
         alone = (
@@ -220,27 +221,27 @@ def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
             "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
             f"{summary(type(spec.normalization))}. {alone}{space}: kappa(x, y) = Phi(x).Phi(y), "
             f"{summary(type(spec.kernel))}{_scale(spec.kernel)}. h(x) = sum_j kappa(T(x), T(k_j)).",
-            aligned([*part["points"], *part["choices"]]),
+            align_environment([*part["points"], *part["choices"]]),
         ),
         Step(
             "The regression",
             f"Fit it{', for every query anew,' * spec.prefix} to keys k_j with targets y_j: keep "
             "|W|^2 / 2 small, and charge C for what an error exceeds epsilon, in every output "
             "feature.",
-            aligned(part["primal"]),
+            align_environment(part["primal"]),
         ),
         Step(
             "Its dual",
             "Multipliers a_jd and a*_jd between 0 and C, whose differences sum to 0 over the keys; "
             "the solution is w_d = sum_j (a_jd - a*_jd) Phi(T(k_j)) / h(k_j).",
-            aligned(part["dual"]),
+            align_environment(part["dual"]),
         ),
         Step(
             "The attention",
             "With w_d put into the layer, f(x) = sum_j v_j kappa(T(x), T(k_j)) / h(x) + b, "
             "v_jd = (a_jd - a*_jd) / h(k_j): x is a query, k_j are the keys, v_j the values. "
             f"A transformer learns v and has b = 0: {spec}.",
-            aligned([*part["attention"], *own]),
+            align_environment([*part["attention"], *part["project_choices"]]),
         ),
         Step("The plan", "\n".join((where, *plan.steps)), ""),
     ]

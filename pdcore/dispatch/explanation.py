@@ -59,7 +59,6 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, ready for JSON."""
         request = self.request._asdict()
-        plan = self.plan
         return {
             "spec": str(self.spec),
             "request": _plain(request | {"spec": str(self.spec)}),

@@ -20,7 +20,7 @@ from ..spec import (
     InstanceEnhanced,
     Mixture,
     Normalization,
-    draws,
+    uniform_draws,
 )
 from .inputs import Call, hook_params, prepare, select
 
@@ -206,7 +206,7 @@ def _centres(t: Mixture, keys: Any, included: Any, xp: Any) -> Any:
     """Draw the centres of k-means++, (*B, K, D), by inverting distribution functions."""
     chance = xp.astype(included[..., 0], keys.dtype)  # (*B, W): the first is any real key
     everyone, nearest, centres = chance, xp.full_like(chance, math.inf), []
-    for u in draws(t.components, t.seed):
+    for u in uniform_draws(t.components, t.seed):
         total = xp.cumulative_sum(chance, axis=-1)
         above = total > u * total[..., -1:]
         chosen = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-1) == 1)

@@ -1,10 +1,10 @@
-"""What an attention is: words, grammar, and the axes that they set."""
+"""The specification of an attention: its words, their grammar, and the axes that they set."""
 
 from __future__ import annotations
 
-from .attention_spec import PRESETS, AttentionSpec, as_spec, parse
+from .attention_spec import PRESETS, AttentionSpec, as_spec, parse, positive_semidefinite
 from .expression import Expression, exp, log, maximum, tanh, trace, where
-from .grammar import made, read_arguments, read_words
+from .grammar import instantiate, read_arguments, read_words
 from .heads import HeadScaling, pool, pooling_weights
 from .kernels import (
     Cosine,
@@ -19,14 +19,14 @@ from .kernels import (
     RandomFeatures,
     Relu,
     default_scale,
-    latex_number,
 )
-from .latex import aligned, derivation_latex, positive_semidefinite, sections
+from .latex import align_environment, derivation_latex, sections
+from .latex_text import latex_number
 from .normalizations.base import Identity, Normalization
 from .normalizations.batch import Batch
 from .normalizations.convolution import Conv1d, Conv2d, Convolution, convolve
 from .normalizations.instance_enhanced import InstanceEnhanced
-from .normalizations.mixture import GaussianMixture, Mixture, draws
+from .normalizations.mixture import GaussianMixture, Mixture, uniform_draws
 from .statistics import KeySet, Moments, Statistics, prefix_states, reduce_axis
 from .support import Support, Visibility, all_of
 from .vocabulary import (
@@ -67,7 +67,7 @@ __all__ = [
     "Statistics",
     "Support",
     "Visibility",
-    "aligned",
+    "align_environment",
     "all_of",
     "derivation_latex",
     "positive_semidefinite",
@@ -75,13 +75,13 @@ __all__ = [
     "as_spec",
     "convolve",
     "default_scale",
-    "draws",
+    "uniform_draws",
     "exp",
     "find_kernel",
     "kernel_words",
     "latex_number",
     "log",
-    "made",
+    "instantiate",
     "maximum",
     "normalization_words",
     "parse",

@@ -235,7 +235,7 @@ def test_normalisers() -> None:
     assert "h(q_i) = 0" not in parse("softmax").latex()
 
 
-def test_own_choices_are_named_as_such() -> None:
+def test_choices_of_the_project_are_named_as_such() -> None:
     own = "Choices of pdcore, not of the paper"
     says("softmax(softcap=20)", own, "softcap")
     says("bn", own, r"10^{-5} \text{ added to the variance}")
