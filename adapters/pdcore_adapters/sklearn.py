@@ -20,7 +20,7 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.spec import Convolution, as_spec
 from pdcore.svr import fit
 from pdcore.svr.checks import check_jobs
-from pdcore.svr.head_kernel import head_kernels, refuse
+from pdcore.svr.head_kernel import check_regression, head_kernels
 
 from .bound import Choice
 
@@ -125,7 +125,7 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
 
 
 def _check_spec(spec: AttentionSpec) -> None:
-    refuse(spec)
+    check_regression(spec)
     convolves = isinstance(spec.normalization, Convolution)
     if spec.heads.scales or spec.support.restricts or convolves:
         raise UnsupportedError(

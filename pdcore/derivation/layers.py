@@ -1,4 +1,4 @@
-"""From a layer of a neural network to its attention, step by step and as data."""
+"""Derivation of an attention from a layer of a neural network, step by step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ..spec import (
 
 __all__ = ["LAYERS", "Derivation", "Step", "derive"]
 
-#: The layers by name, each with the normalization that its input goes through.
+#: The layers by name, each with the normalization T of its input.
 LAYERS: Mapping[str, type[Normalization]] = {
     "linear": Identity,
     "batch_norm": Batch,
@@ -50,9 +50,9 @@ class Step:
     Attributes
     ----------
     title, text : str
-        What is done, and what it gives, in words and plain formulas.
+        What the step does, and its result, in words and plain formulas.
     latex : str
-        The same as an ``align*`` environment; empty where the step has no formulas of its own.
+        The formulas as an ``align*`` environment; empty for a step without formulas.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Derivation:
-    """The attention of a layer, and how it comes from it.
+    """The attention of a layer, and the steps that derive it.
 
     Attributes
     ----------
@@ -71,9 +71,9 @@ class Derivation:
     spec : AttentionSpec
         The attention.
     steps : tuple of Step
-        From the layer to the attention, and how that runs.
+        The steps from the layer to the attention and its plan.
     plan : Plan
-        What the attention is lowered to.
+        The plan that the attention is lowered to.
     """
 
     layer: str
@@ -87,11 +87,11 @@ class Derivation:
         )
 
     def latex(self) -> str:
-        """Give the formulas of all steps, one ``align*`` environment for each step with any."""
+        """Return the formulas of all steps, one ``align*`` environment for each step with any."""
         return "\n".join(step.latex for step in self.steps if step.latex)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values: ``layer``, ``spec``, ``steps`` and ``plan`` (its steps)."""
+        """Return plain values: ``layer``, ``spec``, ``steps`` and ``plan`` (the plan's steps)."""
         return {
             "layer": self.layer,
             "spec": str(self.spec),
@@ -114,14 +114,14 @@ def derive(
     Parameters
     ----------
     layer : str
-        What T is: a name of `LAYERS`, which may have the arguments of its normalization, as in
-        ``"mixture_norm(components=3)"``.
+        The layer, which determines T: a name of `LAYERS`, with or without arguments of its
+        normalization, as in ``"mixture_norm(components=3)"``.
     kernel : str or Kernel
-        Phi, by its inner products kappa: a kernel or its word, such as ``"gaussian(0.3)"``.
+        The kernel kappa, which determines Phi, or its word, such as ``"gaussian(0.3)"``.
     dim, heads, dtype
-        Features, key heads and dtype of the call that the plan is for.
+        The number of features, number of key heads and dtype of the call that the plan is for.
     **arguments
-        Those of the layer's normalization by name, such as ``components=3``.
+        Arguments of the layer's normalization by name, such as ``components=3``.
 
     Returns
     -------
@@ -130,9 +130,9 @@ def derive(
     Raises
     ------
     SpecError
-        For an unknown layer, a kernel with other words, or arguments that do not fit.
+        For an unknown layer, a kernel beside other words, or arguments that do not fit.
     UnsupportedError
-        For a kernel that may be negative, of which h is no normaliser.
+        For a kernel that may be negative, so that its sum h is no normaliser.
 
     Examples
     --------
@@ -154,7 +154,7 @@ def derive(
 
 
 def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normalization]:
-    """Read a layer: its name, and the normalization with its arguments."""
+    """Return the name of a layer, and its normalization with arguments."""
     if not isinstance(layer, str):
         raise TypeError(f"layer: got {type(layer).__name__}, expected a name of LAYERS")
     one = "one layer, such as 'batch_norm' or 'mixture_norm(components=3)'"
@@ -163,8 +163,8 @@ def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normaliz
     if len(words) > 1:
         raise SpecError(f"layer: got {layer!r}, expected {one}")
     if name not in LAYERS:
-        meant = [known for known, cls in LAYERS.items() if name in (cls.word, *cls.aliases)]
-        hint = f"did you mean {meant[0]!r}?" if meant else nearest(name, LAYERS)
+        layers = [known for known, cls in LAYERS.items() if name in (cls.word, *cls.aliases)]
+        hint = f"did you mean {layers[0]!r}?" if layers else nearest(name, LAYERS)
         raise SpecError(f"layer: got {name!r}; {hint}")
     positional, named = read_arguments(name, text)
     if arguments and text:
@@ -195,7 +195,7 @@ def _kernel(kernel: str | Kernel) -> Kernel:
 
 
 def _scale(kernel: Kernel) -> str:
-    """Say what tau is."""
+    """Return the text that defines tau, empty for a kernel without tau."""
     if not hasattr(kernel, "scale"):
         return ""
     return f", tau = {'1 / sqrt(D)' if kernel.scale is None else f'{kernel.scale:g}'}"
