@@ -90,10 +90,8 @@ class _Point:
         system = np.ones((len(free) + 1, len(free) + 1))
         system[:-1, :-1] = gram[np.ix_(free, free)] + damping * np.eye(len(free))
         system[-1, -1] = 0.0
-        constants = (
-            targets[free] - epsilon * sign[free] - gram[free] @ new + damping * self.beta[free]
-        )
-        new[free] = np.linalg.solve(system, np.append(constants, -np.sum(new)))[:-1]
+        right = targets[free] - epsilon * sign[free] - gram[free] @ new + damping * self.beta[free]
+        new[free] = np.linalg.solve(system, np.append(right, -np.sum(new)))[:-1]
         return new
 
 

@@ -98,8 +98,8 @@ def fit(
     x, y = (a if a.ndim == 3 else a[None] for a in (keys, targets))
     validate(spec, Inputs(x, x, y, params={} if params is None else params), "numpy")
     check_solver(solver)
-    arrays = {name: p.copy() for name, p in (params or {}).items()}
-    kernels = head_kernels(spec, x, arrays)
+    params_copy = {name: p.copy() for name, p in (params or {}).items()}
+    kernels = head_kernels(spec, x, params_copy)
     pooled = [pool_rows(part, spec, head) for head, part in enumerate(y)]
     tasks = [
         (kernel.gram, part[:, d])
@@ -116,7 +116,7 @@ def fit(
         b = np.array([s.intercept for s in outputs])
         heads.append(HeadFit(kernel, part, np.maximum(beta, 0.0), np.maximum(-beta, 0.0), b))
     return SupportVectorExpansion(
-        spec, keys, float(C), float(epsilon), solver, arrays, tuple(heads)
+        spec, keys, float(C), float(epsilon), solver, params_copy, tuple(heads)
     )
 
 

@@ -208,7 +208,7 @@ def _check_definite(kernel: HeadKernel, spec: AttentionSpec, head: int) -> None:
         return
     matrix = "masked Gram matrix" if spec.support.restricts else "Gram matrix"
     raise UnsupportedError(
-        f"spec: the {matrix} of head {head} under {spec} is not positive semidefinite: its smallest "
-        f"eigenvalue is {low:.4g}, its largest {high:.4g}, so no regression belongs to it; use "
+        f"spec: the {matrix} of head {head} under {spec} is not positive semidefinite: its "
+        f"smallest eigenvalue is {low:.4g}, its largest {high:.4g}, so no regression belongs to it; use "
         f"{'no window, or other keys' if spec.support.restricts else 'another kernel'}"
     )

@@ -93,7 +93,8 @@ def interpret(
     epsilon : float
         The size of errors that cost nothing, >= 0, in units of the layer's outputs.
     C : float, optional
-        The bound of the multipliers of the regression; by default the largest of `Interpretation.C`.
+        The bound of the multipliers of the regression, the largest of `Interpretation.C` by
+        default.
     solver, params
         As in `fit`.
 
