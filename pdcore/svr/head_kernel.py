@@ -209,6 +209,6 @@ def _check_definite(kernel: HeadKernel, spec: AttentionSpec, head: int) -> None:
     matrix = "masked Gram matrix" if spec.support.restricts else "Gram matrix"
     raise UnsupportedError(
         f"spec: the {matrix} of head {head} under {spec} is not positive semidefinite: its "
-        f"smallest eigenvalue is {low:.4g}, its largest {high:.4g}, so no regression belongs to it; use "
-        f"{'no window, or other keys' if spec.support.restricts else 'another kernel'}"
+        f"smallest eigenvalue is {low:.4g}, its largest {high:.4g}, so no regression belongs "
+        f"to it; use {'no window, or other keys' if spec.support.restricts else 'another kernel'}"
     )

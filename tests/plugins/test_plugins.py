@@ -82,7 +82,7 @@ def test_of_two_versions_the_first_on_the_path_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(discovery, "entry_points", fail)
     found = importlib.metadata.distributions(path=list(map(str, folders)))
     monkeypatch.setattr(discovery, "distributions", lambda: found)
-    points, unreadable = discovery.find()
+    points, unreadable = discovery.find_entry_points()
     assert [point.value for point, owner in points if not owner.built_in] == ["m2"]
     assert unreadable == {}
 
@@ -126,11 +126,13 @@ def test_discovery_happens_once_whatever_the_threads(monkeypatch, rediscover, tm
 
 
 def test_an_interrupted_discovery_starts_over(monkeypatch, rediscover):
-    find = discovery.find
-    monkeypatch.setattr(discovery, "find", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    find = discovery.find_entry_points
+    monkeypatch.setattr(
+        discovery, "find_entry_points", lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         plugins.discover()
-    monkeypatch.setattr(discovery, "find", find)
+    monkeypatch.setattr(discovery, "find_entry_points", find)
     assert "numpy" in plugins.registered()
 
 
