@@ -39,7 +39,7 @@ class BoundSpec:
         self.causal_refusal = ""
         try:
             support = replace(self.spec.support, causal=True)
-            # BoundSpec here, since a traced call cannot select a backend.
+            # Bound here, since a traced call cannot select a backend.
             self.causal = bind(replace(self.spec, support=support), backend=self.attention.choice)
         except UnsupportedError as error:
             self.causal_refusal = str(error)

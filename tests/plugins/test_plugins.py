@@ -1,4 +1,4 @@
-"""Discovery and the registry: what is found, what is left out, and what that costs."""
+"""Discovery and the registry: which plugins are found or disabled, and what is imported."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_a_blocked_module_counts_as_missing(monkeypatch, rediscover):
 
 @pytest.fixture
 def with_failures(monkeypatch, rediscover, tmp_path):
-    """Have a plugin whose hook answers with what the test puts into a list."""
+    """Install a plugin whose hook returns the list that the test fills."""
     answers = []
 
     @pdcore.hookimpl
