@@ -1,4 +1,4 @@
-"""Whose array is this: library, dtype and device by name, without importing a framework."""
+"""Library, dtype and device of an array by name, without importing a framework."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "clip_integers",
     "compiling",
+    "constant",
     "device_name",
     "device_of",
     "dtype_name",
-    "held",
+    "stop_gradient",
     "library_of",
-    "remember",
-    "within",
+    "register_array_type",
 ]
 
 _MODULES = sys.modules
@@ -26,18 +27,18 @@ _DTYPES: dict[tuple[type, Any], str] = {}
 
 
 def compiling() -> bool:
-    """Whether the compiler of PyTorch traces this call; other compilers run it as it is."""
+    """Return whether ``torch.compile`` or ``torch.export`` is tracing the running code."""
     torch = _MODULES.get("torch")
     return torch is not None and torch.compiler.is_compiling()
 
 
-def remember(kind: type, library: str) -> None:
-    """Note whose array a type is, for calls that are traced, which cannot find out."""
+def register_array_type(kind: type, library: str) -> None:
+    """Record the library of an array type, for traced code, which cannot look it up."""
     _LIBRARIES[kind] = library
 
 
 def library_of(x: Any, name: str) -> str:
-    """Give the import name of the library that an array belongs to.
+    """Return the import name of the library that an array belongs to.
 
     Parameters
     ----------
@@ -54,12 +55,12 @@ def library_of(x: Any, name: str) -> str:
     kind = type(x)
     library = _LIBRARIES.get(kind)
     if library is None:
-        library = _library(x, kind, name)
+        library = _find_library(x, kind, name)
         _LIBRARIES[kind] = library
     return library
 
 
-def _library(x: Any, kind: type, name: str) -> str:
+def _find_library(x: Any, kind: type, name: str) -> str:
     if isinstance(x, (np.ma.MaskedArray, np.matrix)):
         raise TypeError(
             f"{name}: got {kind.__name__}, whose semantics would be lost; pass a plain "
@@ -79,9 +80,10 @@ def _library(x: Any, kind: type, name: str) -> str:
 
 
 def dtype_name(x: Any) -> str:
-    """Give an array's dtype as ``"float32"``, ``"bfloat16"``, ``"bool"`` and so on."""
+    """Return an array's dtype as ``"float32"``, ``"bfloat16"``, ``"bool"`` and so on."""
     dtype = x.dtype
-    # With its type: dtypes of two libraries may have one hash, and comparing them may warn.
+    # The type is part of the key: dtypes of two libraries may hash alike, and comparing such
+    # dtypes may warn.
     key = (type(dtype), dtype)
     name = _DTYPES.get(key)
     if name is None:
@@ -90,49 +92,51 @@ def dtype_name(x: Any) -> str:
     return name
 
 
-def held(x: Any, xp: Any) -> Any:
-    """Keep a framework's own differentiation out of a value that cancels in every result.
+def stop_gradient(x: Any, xp: Any) -> Any:
+    """Stop the gradient through a value that cancels in the result, where `xp` offers it.
 
-    What its gradient adds is 0 in exact arithmetic, and may be NaN in a program: where a compiler
-    computes an array twice, rounded in two ways, no entry equals the maximum.
+    The gradient through such a value is 0 in exact arithmetic, but may be NaN in a compiled
+    program: if the compiler computes an array twice, rounded in two ways, no entry of the array
+    equals its maximum. A namespace without ``stop_gradient`` returns `x` unchanged.
     """
     stop = getattr(xp, "stop_gradient", None)
     return x if stop is None else stop(x)
 
 
 def constant(x: Any, xp: Any) -> Any:
-    """Keep a framework's own differentiation out of what a formula says is held constant.
+    """Make an array a constant for automatic differentiation, in any library.
 
-    Where a library has no way to differentiate by itself, the array as it is.
+    Used where a formula says that a value is held constant. An array of a library without
+    automatic differentiation is returned unchanged.
     """
     if hasattr(x, "detach"):
         return x.detach()
     if getattr(xp, "__name__", "") == "jax.numpy":
         return sys.modules["jax"].lax.stop_gradient(x)
-    return held(x, xp)
+    return stop_gradient(x, xp)
 
 
-def within(x: Any, most: int, xp: Any) -> Any:
-    """Keep an array of integers between 0 and `most`.
+def clip_integers(x: Any, largest: int, xp: Any) -> Any:
+    """Clip an array of integers to the range from 0 to `largest`.
 
-    A clip whose bounds are numbers waits for the device on CuPy.
+    ``xp.clip`` with Python numbers as bounds would synchronize with the device on CuPy.
     """
-    return xp.minimum(xp.maximum(x, xp.zeros_like(x)), xp.full_like(x, most))
+    return xp.minimum(xp.maximum(x, xp.zeros_like(x)), xp.full_like(x, largest))
 
 
 def device_of(x: Any) -> Any:
-    """Give the device to make other arrays on: None, the default one, for JAX's tracers."""
+    """Return the device on which to create other arrays; None, the default, for JAX tracers."""
     return getattr(x, "device", None)
 
 
 def device_name(x: Any, library: str) -> str:
-    """Give an array's device as ``"cpu"`` or ``"cuda:0"``."""
+    """Return an array's device as ``"cpu"`` or ``"cuda:0"``."""
     if library == "numpy":
         return "cpu"
     if library == "jax":
         try:
             device = next(iter(x.devices()))
-        except (AttributeError, TypeError):  # a tracer has none: it runs on the default device
+        except (AttributeError, TypeError):  # a tracer has no device and runs on the default one
             device = sys.modules["jax"].devices()[0]
         kind = "cuda" if device.platform == "gpu" else device.platform
         return "cpu" if kind == "cpu" else f"{kind}:{device.id}"

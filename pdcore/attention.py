@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .backend import Inputs
-from .dispatch import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, bound
+from .dispatch import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, cached_bind
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -18,17 +18,17 @@ __all__ = ["BoundAttention", "attention", "attention_vjp", "attention_weights", 
 def bind(
     spec: str | AttentionSpec = "softmax", *, backend: Choice = None, device: str | None = None
 ) -> BoundAttention:
-    """Parse a spec and settle the choice of backend once.
+    """Parse a spec and choose the backend once, for many calls.
 
     Parameters
     ----------
     spec : str or AttentionSpec
         What to compute, such as ``"softmax+bn"``.
     backend : str or sequence of str, optional
-        A backend's name, or names to try in order. By default what `use_backend` or
-        ``PDCORE_BACKEND`` say now, else the built-in backend of the arrays' library.
+        A backend's name, or names to try in order. By default the choice of `use_backend` or
+        ``PDCORE_BACKEND`` at this moment, else the built-in backend of the arrays' library.
     device : str, optional
-        Move the arrays there and the results back; never done unless asked for.
+        Move the arrays to this device and the results back; without it, nothing is moved.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def attention(
     spec : str or AttentionSpec
         The attention, such as ``"softmax"``, ``"bn+sh(1,1,2,2)"`` or ``"causal+linear"``.
     mask : bool array broadcastable to (*B, Hq, N, M), optional
-        True where a query may attend; changes no statistic.
+        True where a query may attend to a key; statistics do not depend on it.
     key_mask : bool array (*B, M), optional
         True for a real key; padding is removed from attention, statistics and pooling.
     bias : array broadcastable to (*B, Hq, N, M), optional
@@ -86,16 +86,16 @@ def attention(
     params : mapping of str to array, optional
         The arrays that the spec declares, such as ``beta`` for ``bn(beta=param)``.
     return_lse : bool
-        Also return log h, which merges results over disjoint keys.
+        Also return log h, by which results over disjoint keys can be merged.
     dropout : float
         Dropout of the weights in training; most backends refuse it.
     axis_name : str, optional
         The mapped axis along which the sequence is cut, inside ``jax.shard_map``; the arrays are
         those of one shard. Most backends refuse it.
     backend : str or sequence of str, optional
-        A backend by name, which runs or raises; or several, tried in order.
+        A backend by name, which runs the call or raises; or several names, tried in order.
     device : str, optional
-        Where to run, when the arrays may be moved.
+        The device to run on; the arrays are moved there and the results back.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def attention(
     >>> attention(q, k, v, "bn+sh(1,1,2,2)").shape
     (1, 4, 6, 8)
     """
-    return bound(spec, backend, device)(
+    return cached_bind(spec, backend, device)(
         q,
         k,
         v,
@@ -162,7 +162,7 @@ def attention_vjp(
     out : array (*B, Hq, N, Dv)
     lse : array (*B, Hq, N)
     vjp : callable
-        ``vjp(d_out, d_lse=None)`` gives the cotangents of ``q``, ``k``, ``v``, of ``bias`` where
+        ``vjp(d_out, d_lse=None)`` returns the cotangents of ``q``, ``k``, ``v``, of ``bias`` where
         there is one, and of every parameter, by name. Memory is O(N + M) per head, apart from
         the cotangent of a bias, which has the bias's shape.
 
@@ -174,9 +174,9 @@ def attention_vjp(
     >>> sorted(vjp(np.ones_like(out)))
     ['k', 'q', 'v']
     """
-    given = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given)
-    out, lse, pull = bound(spec, backend, device).vjp(inputs)
+    params = NO_PARAMS if params is None else params
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params)
+    out, lse, pullback = cached_bind(spec, backend, device).vjp(inputs)
     from .dispatch import check_cotangent
 
     def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def attention_vjp(
             if x is None and name == "d_lse":
                 continue
             check_cotangent(x, name, like)
-        return pull(d_out, d_lse)
+        return pullback(d_out, d_lse)
 
     return out, lse, vjp
 
@@ -203,7 +203,7 @@ def attention_weights(
     backend: Choice = None,
     device: str | None = None,
 ) -> Any:
-    """Compute the weights kappa / h; the only call that builds an (N, M) array.
+    """Compute the weights kappa / h, the only public call that builds an (N, M) array.
 
     Parameters
     ----------
@@ -214,11 +214,11 @@ def attention_weights(
     -------
     array (*B, Hq, N, M)
         The weight of a pooled key is spread evenly over the real keys that it covers
-        (``pool=first``: onto that key).
+        (with ``pool=first``, all of it is on the first real key).
     """
-    given = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given)
-    return bound(spec, backend, device).weights(inputs)
+    params = NO_PARAMS if params is None else params
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params)
+    return cached_bind(spec, backend, device).weights(inputs)
 
 
 def explain(
@@ -238,7 +238,7 @@ def explain(
     backend: Choice = None,
     device: str | None = None,
 ) -> Explanation:
-    """Say how a call would run: the plan, the backend, and why not every other one.
+    """Explain how a call would run: its plan, its backend, and what each other backend refuses.
 
     Parameters
     ----------
@@ -249,12 +249,12 @@ backend, device
     Returns
     -------
     Explanation
-        Prints as text; ``to_dict()`` gives the same as data.
+        Prints as text; ``to_dict()`` returns the same as plain data.
     """
     from .dispatch import explain_request
 
-    layer = bound(spec, backend, device)
-    given = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given, dropout, axis_name)
+    layer = cached_bind(spec, backend, device)
+    params = NO_PARAMS if params is None else params
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name)
     request = layer.request(inputs, lse=return_lse)
     return explain_request(request, layer.choice, request.lower())

@@ -38,7 +38,7 @@ class PluginError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Say what the nearest known word is, and list the known ones.
+    """Suggest the nearest known word, and list all known words.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     str
         For example ``"did you mean 'softmax'? known: cosine, softmax"``.
     """
-    import difflib  # for errors only
+    import difflib  # needed for error messages only
 
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
@@ -76,7 +76,7 @@ class Exit(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """What the code says, for the help."""
+        """What the code means, as the help prints it."""
         return _MEANINGS[self]
 
 

@@ -22,7 +22,7 @@ Nothing in pdcore imports this module.
 
 from __future__ import annotations
 
-from .arrays import device_name, dtype_name, held, library_of, remember
+from .arrays import device_name, dtype_name, library_of, register_array_type, stop_gradient
 from .backend import (
     FEATURES,
     SPEC_VERSION,
@@ -216,9 +216,9 @@ __all__ = [
     # arrays
     "device_name",
     "dtype_name",
-    "held",
+    "stop_gradient",
     "library_of",
-    "remember",
+    "register_array_type",
     # try
     "broken",
     "load_backend",

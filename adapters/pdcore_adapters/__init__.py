@@ -1,6 +1,6 @@
-"""Adapters that put a pdcore attention inside other libraries' layers and models.
+"""Adapters that put a pdcore attention inside the layers and models of other libraries.
 
-One module for each library, importing that library when the module itself is imported and never
-before: `pdcore_adapters.torch_nn` for `torch.nn`, and `transformers`, `flax`, `equinox` and
-`sklearn` for the libraries of that name.
+There is one module for each library: `pdcore_adapters.torch_nn` for `torch.nn`, and `transformers`,
+`flax`, `equinox` and `sklearn` for the libraries of these names. Only importing such a module
+imports its library.
 """

@@ -23,7 +23,7 @@ from jax import numpy as jnp
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape
 
-from .bound import Bound, Choice, learned
+from .bound import BoundSpec, Choice, learned_parameters
 
 __all__ = ["PDMultiheadAttention", "convert"]
 
@@ -31,9 +31,9 @@ __all__ = ["PDMultiheadAttention", "convert"]
 class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     """Multi-head attention whose heads compute the attention of a spec.
 
-    Arguments, call and leaves are those of `equinox.nn.MultiheadAttention`, so leaves that were
-    serialised by one load into the other; with ``spec="softmax"`` the numbers are the same too.
-    What it cannot honour it refuses.
+    Arguments, call and leaves are those of `equinox.nn.MultiheadAttention`, so leaves that one
+    class serialised can be loaded by the other; with ``spec="softmax"`` results are equal too.
+    Arguments that have no meaning for a spec are refused.
 
     Parameters
     ----------
@@ -42,29 +42,30 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     use_query_bias, use_key_bias, use_value_bias, use_output_bias, inference, dtype, key
         As in `equinox.nn.MultiheadAttention`.
     dropout_p : float
-        Above 0 it is kept, as a leaf, and a call in training is refused.
+        A value above 0 is kept as a leaf, and a call in training is then refused.
     spec : str or AttentionSpec
-        The attention of every head. A scale for each of the `num_heads` heads, if it has scales.
+        The attention of every head, with one scale for each of the `num_heads` heads or none.
         ``bn(beta=param)`` adds a last leaf, ``spec_params["beta"]`` (num_heads,), which starts at
         1; no other spec changes the leaves.
     backend : str or sequence of str, optional
-        As in `pdcore.bind`, settled now.
+        As in `pdcore.bind`; the choice is made when the layer is created.
 
     Raises
     ------
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For specs whose parameters the layer does not keep: running statistics.
+        For a spec with running statistics, which the layer does not keep.
 
     Notes
     -----
-    A query that sees no key gets zeros from the attention; there it gets the mean of the values.
-    ``bn(statistics=batch)`` takes the statistics of one sequence under `jax.vmap`.
+    The attention of a query that sees no key is zero; in `equinox.nn.MultiheadAttention` it is the
+    mean of the values. Under `jax.vmap`, ``bn(statistics=batch)`` takes the statistics of one
+    sequence.
     """
 
     spec_params: dict[str, Any]
-    _bound: Bound = equinox.field(static=True)
+    _bound: BoundSpec = equinox.field(static=True)
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
     ) -> None:
-        bound = Bound(spec, backend)
+        bound = BoundSpec(spec, backend)
         super().__init__(
             num_heads,
             query_size,
@@ -105,7 +106,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             dtype,
             key=key,
         )
-        _adopt(self, bound)
+        _attach_spec(self, bound)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -134,21 +135,21 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         key_ : array (M, key_size)
         value : array (M, value_size)
         mask : bool array (N, M) or (num_heads, N, M), optional
-            True where a query may attend. It changes no statistic.
+            True where a query may attend to a key. Statistics do not depend on it.
         key : PRNG key, optional
-            Not read: there is no dropout.
+            Ignored, since there is no dropout.
         inference : bool, optional
             As in `equinox.nn.Dropout`.
         deterministic : bool, optional
             The old name of `inference`.
         process_heads : callable, optional
-            As in `equinox.nn.MultiheadAttention`: changes the heads (N or M, num_heads, size), not
-            their shapes.
+            As in `equinox.nn.MultiheadAttention`: a function of the heads (N or M, num_heads,
+            size), which must not change their shapes.
         key_mask : bool array (M,), optional
-            True for a real key. Padding is no part of attention, statistics and pooling.
+            True for a real key. Padding is excluded from attention, statistics and pooling.
         offset : int or integer array (), optional
-            The position of the first query among the keys, 0 where there are as many queries as
-            keys; needed by specs that go by position where there are not.
+            The position of the first query among the keys; by default 0. Required, if there are
+            not as many queries as keys, by specs that depend on positions.
 
         Returns
         -------
@@ -159,8 +160,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         TypeError, ValueError
             For a wrong argument.
         UnsupportedError
-            For dropout in training, and for a mask where statistics of the whole sequence could
-            see a future that it hides: unless the spec has ``allow_leak=true``.
+            For dropout in training, and for a mask with statistics of the whole sequence, which
+            may depend on a future that the mask hides, unless the spec has ``allow_leak=true``.
         """
         if deterministic is not None:
             inference = deterministic
@@ -244,9 +245,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         return 0
 
 
-def _adopt(layer: Any, bound: Bound, name: str = "the layer") -> None:
-    """Give a new layer its spec."""
-    spec, starts = bound.spec, learned(bound.spec)
+def _attach_spec(layer: Any, bound: BoundSpec, name: str = "the layer") -> None:
+    """Set the spec and its parameters on a new layer."""
+    spec, starts = bound.spec, learned_parameters(bound.spec)
     scales = spec.heads.scales
     if scales and len(scales) != layer.num_heads:
         raise ValueError(
@@ -270,9 +271,9 @@ def convert(
     backend: Choice = None,
     select: Callable[[str, MultiheadAttention], bool] | None = None,
 ) -> Any:
-    """Give a model whose `equinox.nn.MultiheadAttention` layers are `PDMultiheadAttention`.
+    """Return a model with `PDMultiheadAttention` for each `equinox.nn.MultiheadAttention`.
 
-    The arrays are those of `model`, which stays as it is.
+    The new model has the arrays of `model`, which is not changed.
 
     Parameters
     ----------
@@ -291,8 +292,8 @@ def convert(
     Raises
     ------
     SpecError, UnsupportedError, ValueError
-        For a wrong spec, or one that does not fit the heads of a layer; where there is no layer to
-        convert; and for a selected layer that is of another subclass, whose meaning is its own.
+        For a wrong spec, or one that does not fit the heads of a layer; for a model without a
+        layer to convert; and for a selected layer of another subclass.
 
     Examples
     --------
@@ -300,10 +301,10 @@ def convert(
     >>> str(convert(plain, "bn").spec)
     'softmax+bn'
     """
-    bound = Bound(spec, backend)
+    bound = BoundSpec(spec, backend)
     converted = 0
 
-    def become(path: Any, layer: Any) -> Any:
+    def convert_node(path: Any, layer: Any) -> Any:
         nonlocal converted
         name = jax.tree_util.keystr(path)
         if not _is_layer(layer) or not (select is None or select(name, layer)):
@@ -318,10 +319,10 @@ def convert(
         new = object.__new__(PDMultiheadAttention)
         for f in fields(MultiheadAttention):
             object.__setattr__(new, f.name, getattr(layer, f.name))
-        _adopt(new, bound, name)
+        _attach_spec(new, bound, name)
         return new
 
-    result = jax.tree_util.tree_map_with_path(become, model, is_leaf=_is_layer)
+    result = jax.tree_util.tree_map_with_path(convert_node, model, is_leaf=_is_layer)
     if not converted:
         raise ValueError(
             "model: nothing to convert: no equinox.nn.MultiheadAttention in it"

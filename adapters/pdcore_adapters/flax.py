@@ -6,9 +6,9 @@
 >>> layer(jax.numpy.ones((2, 10, 16))).shape
 (2, 10, 16)
 
-Flax hands its attention one mask. Padding, a causal pattern and the entries of a cache that are
-not written yet are all in it, and statistics have to tell them apart. This module reads a mask by
-its shape, and refuses to guess where the shape does not say enough; `attention_fn` lists how.
+Flax passes one mask to its attention. Padding, a causal pattern and unwritten entries of a cache
+are all part of it, and statistics have to tell them apart. This module interprets a mask by its
+shape, and refuses a mask whose shape is ambiguous; `attention_fn` lists the rules.
 
 Notation: *B leading axes, H query heads, Hkv key heads, N queries, M keys.
 """
@@ -26,7 +26,7 @@ from jax import numpy as jnp
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs
 
-from .bound import Bound, Choice
+from .bound import BoundSpec, Choice
 
 __all__ = ["attention_fn"]
 
@@ -34,60 +34,59 @@ __all__ = ["attention_fn"]
 def attention_fn(
     spec: str | AttentionSpec = "softmax", *, backend: Choice = None, padding: bool = False
 ) -> Callable[..., Any]:
-    """Make the `attention_fn` of `flax.nnx.MultiHeadAttention` and of Linen's attention layers.
+    """Build the `attention_fn` of `flax.nnx.MultiHeadAttention` and of Linen's attention layers.
 
     Parameters
     ----------
     spec : str or AttentionSpec
         The attention of the heads; head scaling has one scale for each key head.
     backend : str or sequence of str, optional
-        As in `pdcore.bind`, settled now.
+        As in `pdcore.bind`; the choice is made by this call.
     padding : bool
-        Says that masks hide padding and nothing else: every query of a sequence sees the same
-        keys, or none. A mask that does more is then an error, and where it is traced, under
-        `jax.jit`, its sequence becomes NaN.
+        Whether masks hide padding only: each query of a sequence sees the same keys, or none. Any
+        other mask is then an error; under `jax.jit`, the results of its sequence are NaN.
 
     Returns
     -------
     callable
-        With the arguments of `flax.nnx.dot_product_attention` and
-        `flax.linen.dot_product_attention`. Two that were made from the same arguments are equal.
+        A function with the arguments of `flax.nnx.dot_product_attention` and
+        `flax.linen.dot_product_attention`. Functions built from equal arguments are equal.
 
     Raises
     ------
     SpecError
         For a spec that is wrong.
     UnsupportedError
-        For a spec with arrays as parameters, ``bn(beta=param)`` or ``bn(statistics=running)``: a
-        function has no place for them.
+        For a spec with arrays as parameters, ``bn(beta=param)`` or ``bn(statistics=running)``,
+        which `attention_fn` cannot take.
 
     Notes
     -----
-    Specs with statistics, pooled keys, ``causal`` or windows need to know which keys are real and
-    where the queries stand. They read it off the mask and the lengths:
+    For specs with statistics, pooled keys, ``causal`` or windows it matters which keys are real and
+    at which positions the queries are. Both follow from the mask and the lengths:
 
-    - a key that no query sees is padding, or an entry of a cache that is not written: no part of
+    - a key that no query sees is padding, or an unwritten entry of a cache, and is excluded from
       attention, statistics and pooling;
-    - as many queries as keys have the positions of the keys;
-    - one query against several keys is a step of decoding: it stands at the last key that the
-      mask shows it. Other lengths are refused by specs that go by position.
+    - if there are as many queries as keys, the queries have the positions of the keys;
+    - one query with several keys is a step of decoding: its position is that of the last key that
+      it sees. Specs that depend on positions refuse other lengths.
 
-    A mask with a row for each query, (*B, H or 1, N, M), may be causal. Specs that take sequence
-    statistics, which would then see the future, or pool keys without being causal, refuse it
-    unless `padding` is True; one row for all queries, (*B, H or 1, 1, M), they take. ``causal``
-    in the spec makes a causal mask unnecessary, and harmless.
+    A mask with a row for each query, (*B, H or 1, N, M), may be causal. Specs with statistics of
+    the sequence, which would then depend on the future, and specs that pool keys without being
+    causal, refuse such a mask unless `padding` is True. They accept one row for all queries,
+    (*B, H or 1, 1, M). If ``causal`` is in the spec, a causal mask is unnecessary, but allowed.
     """
     return _Attention(spec, backend, padding)
 
 
 class _Keys(NamedTuple):
-    """What a mask and the lengths say: the arguments of `pdcore.attention`."""
+    """The arguments of `pdcore.attention` that follow from a mask and the lengths."""
 
     mask: Any
     key_mask: Any
     offset: int | str
-    #: Sequences (*B,) whose mask is not what it was declared to be; None if that is known.
-    wrong: Any
+    #: True for sequences (*B,) with a mask other than padding; None where this was checked.
+    invalid: Any
 
 
 class _Attention:
@@ -96,7 +95,7 @@ class _Attention:
     __slots__ = ("__weakref__", "_bound", "_by_position", "_needs_keys", "_padding", "_strict")
 
     def __init__(self, spec: str | AttentionSpec, backend: Choice, padding: bool) -> None:
-        self._bound = Bound(spec, backend)
+        self._bound = BoundSpec(spec, backend)
         self._padding = padding
         spec = self.spec
         if spec.parameters():
@@ -108,7 +107,7 @@ class _Attention:
         pools = spec.heads.largest > 1
         self._needs_keys = pools or spec.normalization.statistics_state() is not None
         self._by_position = spec.support.restricts or spec.prefix
-        #: Whether a causal mask would make another attention of it than the spec says.
+        #: Whether the spec refuses masks that may be causal.
         self._strict = spec.support.ahead != 0 and (pools or spec.normalization.leaks)
 
     @property
@@ -117,8 +116,8 @@ class _Attention:
         return self._bound.spec
 
     def __repr__(self) -> str:
-        said = ", padding=True" if self._padding else ""
-        return f"<pdcore attention_fn({str(self.spec)!r}{said})>"
+        padding = ", padding=True" if self._padding else ""
+        return f"<pdcore attention_fn({str(self.spec)!r}{padding})>"
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -133,8 +132,7 @@ class _Attention:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Attention, (self.spec, self._bound.attention.choice, self._padding)
 
-    # Linen passes only arguments that it finds here by name: one that is missing is dropped by it
-    # without a word.
+    # Linen passes only the arguments that are named in this signature, and silently drops others.
     def __call__(
         self,
         query: Any,
@@ -166,28 +164,28 @@ class _Attention:
         bias : array broadcastable to (*B, H, N, M), optional
             Added to log kappa; -inf removes a key, but it stays in statistics.
         mask : array broadcastable to (*B, H, N, M), optional
-            Any dtype; where it is not zero, a query may attend.
+            Of any dtype; a query may attend to a key where it is not zero.
         broadcast_dropout, dropout_rng : optional
-            How dropout would be drawn, so not read.
+            Ignored, since there is no dropout.
         dropout_rate : float
             Refused above 0 in training.
         deterministic : bool
-            Whether this is no training.
+            True outside training.
         dtype : dtype, optional
-            Of the computation; query, key and value are cast to it.
+            The dtype of the computation, to which query, key and value are cast.
         precision : optional
-            A `jax.lax.Precision` by any of its names: what products have at least. They always
-            have the full precision of their dtype.
+            A `jax.lax.Precision` or one of its names: the least precision of products. Products
+            always have the full precision of their dtype.
         module : flax.nnx.Module or flax.linen.Module, optional
-            Gets the weights, (*B, H, N, M), sown as ``attention_weights``.
+            The module into which the weights, (*B, H, N, M), are sown as ``attention_weights``.
         promote_dtype : callable, optional
             As in `flax.nnx.dot_product_attention`.
         is_causal : bool
-            Adds ``causal`` to the spec.
+            Whether to add ``causal`` to the spec.
         force_fp32_for_softmax : bool
-            Holds for 16- and 32-bit inputs in any case; refused for float64.
+            Refused for float64; no effect for 16- and 32-bit inputs, computed in float32 anyway.
         einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum : optional
-            Refused: the scores are not made by one product.
+            Refused, since the scores are not computed by one product.
 
         Returns
         -------
@@ -196,7 +194,7 @@ class _Attention:
         Raises
         ------
         TypeError, ValueError, UnsupportedError
-            Naming the argument.
+            For a wrong argument; the message names it.
         """
         _refuse_products(
             einsum_dot_general=einsum_dot_general,
@@ -224,20 +222,20 @@ class _Attention:
         q, k, v = (jnp.swapaxes(jnp.asarray(x), -2, -3) for x in (query, key, value))
         attend = self._bound.attention
         if is_causal:
-            if self._bound.leak:
-                raise UnsupportedError(f"is_causal: {self._bound.leak}")
+            if self._bound.causal_refusal:
+                raise UnsupportedError(f"is_causal: {self._bound.causal_refusal}")
             attend = self._bound.causal
         keys = self._keys(q, k, mask, bias, is_causal)
-        given = {"mask": keys.mask, "key_mask": keys.key_mask, "bias": bias, "offset": keys.offset}
+        masks = {"mask": keys.mask, "key_mask": keys.key_mask, "bias": bias, "offset": keys.offset}
         if module is not None:
-            _sow(module, attend.weights(Inputs(q, k, v, **given)))
-        out = jnp.swapaxes(attend(q, k, v, **given), -2, -3)
-        if keys.wrong is not None:
-            out = jnp.where(keys.wrong[..., None, None, None], jnp.nan, out)
+            _sow(module, attend.weights(Inputs(q, k, v, **masks)))
+        out = jnp.swapaxes(attend(q, k, v, **masks), -2, -3)
+        if keys.invalid is not None:
+            out = jnp.where(keys.invalid[..., None, None, None], jnp.nan, out)
         return out
 
     def _keys(self, q: Any, k: Any, mask: Any, bias: Any, is_causal: bool) -> _Keys:
-        """Read the mask of a call."""
+        """Interpret the mask of a call."""
         lead, n, m = q.shape[:-3], q.shape[-2], k.shape[-2]
         strict = self._strict and not is_causal
         if strict and bias is not None and _rows(bias) > 1:
@@ -247,7 +245,7 @@ class _Attention:
                 "it with bn(allow_leak=true)"
             )
         by_position = self._by_position or is_causal
-        step = by_position and n == 1 < m
+        decoding = by_position and n == 1 < m
         if by_position and n != m and (n != 1 or mask is None):
             raise UnsupportedError(
                 f"query: got {n} queries for {m} keys{'' if n > 1 else ' without a mask'}, and "
@@ -271,21 +269,21 @@ class _Attention:
                 "keys, or say attention_fn(padding=True)"
             )
         key_mask = jnp.any(full, (-3, -2))
-        wrong = _undeclared(full, key_mask) if self._padding else None
-        if not (self._needs_keys or step):
-            return _Keys(mask, None, 0, wrong)
+        invalid = _not_padding(full, key_mask) if self._padding else None
+        if not (self._needs_keys or decoding):
+            return _Keys(mask, None, 0, invalid)
         key_mask = jnp.broadcast_to(key_mask, (*lead, m))
-        alike = full.shape[-2] == full.shape[-3] == 1
-        return _Keys(None if alike else mask, key_mask, "end" if step else 0, wrong)
+        one_row = full.shape[-2] == full.shape[-3] == 1
+        return _Keys(None if one_row else mask, key_mask, "end" if decoding else 0, invalid)
 
 
-def _undeclared(mask: Any, key_mask: Any) -> Any:
-    """Find the sequences (*B,) in which queries see other keys than one another."""
+def _not_padding(mask: Any, key_mask: Any) -> Any:
+    """Return the sequences (*B,) whose queries see different keys; raise unless it is traced."""
     same = jnp.all(mask == key_mask[..., None, None, :], -1) | ~jnp.any(mask, -1)
-    wrong = ~jnp.all(same, (-2, -1))
-    if isinstance(wrong, jax.core.Tracer):
-        return wrong
-    if wrong.any():
+    invalid = ~jnp.all(same, (-2, -1))
+    if isinstance(invalid, jax.core.Tracer):
+        return invalid
+    if invalid.any():
         raise ValueError(
             "mask: queries of one sequence see other keys than one another, and "
             "attention_fn(padding=True) says that masks hide padding only; put causal or a window "
@@ -295,13 +293,14 @@ def _undeclared(mask: Any, key_mask: Any) -> Any:
 
 
 def _rows(x: Any) -> int:
-    """Give the length of the axis of queries of a mask or bias."""
+    """Return the length of the query axis of a mask or bias."""
     shape = jnp.shape(x)
     return int(shape[-2]) if len(shape) > 1 else 1
 
 
-def _refuse_products(**given: Any) -> None:
-    for name, product in given.items():
+def _refuse_products(**products: Any) -> None:
+    """Raise for functions that would replace the products of queries, keys and values."""
+    for name, product in products.items():
         if product is not None:
             raise UnsupportedError(
                 f"{name}: got {product!r}, expected None: the scores are made block by block, not "
@@ -310,7 +309,7 @@ def _refuse_products(**given: Any) -> None:
 
 
 def _check_precision(precision: Any) -> None:
-    """Refuse what names an algorithm instead of a precision to have at least."""
+    """Raise for a `precision` that names an algorithm instead of a `jax.lax.Precision`."""
     if precision is None or isinstance(precision, jax.lax.Precision):
         return
     parts = precision if isinstance(precision, tuple) else (precision,)

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Convolution, as_spec
-from pdcore.svr import check_jobs, fit, head_kernels, refuse
+from pdcore.svr import check_jobs, check_regression, fit, head_kernels
 
 from .bound import Choice
 
@@ -30,8 +30,8 @@ Array = np.ndarray[Any, Any]
 class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Support vector regression whose prediction is an attention over the training samples.
 
-    It is `sklearn.svm.SVR` with the kernel K(x, y) = kappa(T(x), T(y)) / (h(x) h(y)) of a spec:
-    the samples are the keys, and what `predict` is given are the queries.
+    It is `sklearn.svm.SVR` with the kernel K(x, y) = kappa(T(x), T(y)) / (h(x) h(y)) of a spec.
+    The samples of `fit` are the keys, and the samples of `predict` are the queries.
 
     Parameters
     ----------
@@ -41,28 +41,28 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
         causal are refused.
     C : float or "scale"
         As in `pdcore.svr.fit`. ``"scale"`` is 1 over the mean of K(x, x) over the samples, which
-        suits any h; targets are best standardized then.
+        suits any h if the targets are standardized.
     epsilon : float
-        Errors up to it cost nothing.
+        The size of errors that cost nothing.
     solver : {"clarabel", "sklearn"}
         As in `pdcore.svr.fit`.
     backend : str or sequence of str, optional
         As in `pdcore.attention`, for `predict`.
     n_jobs : int, optional
-        Processes that solve several outputs side by side; None is 1.
+        The number of processes that solve several outputs in parallel; None is 1.
 
     Attributes
     ----------
     dual_coef_ : array (n_outputs, n_support)
-        a - a* of the support vectors; of several outputs, those of any.
+        a - a* of the samples in `support_`.
     support_ : int array (n_support,)
         The samples that are support vectors of at least one output.
     support_vectors_ : array (n_support, n_features)
     intercept_ : array (n_outputs,)
     C_ : float
-        The box that was used.
+        The value of C that was used.
     expansion_ : pdcore.svr.SupportVectorExpansion
-        With the certificate.
+        The solution, with its certificate.
     n_features_in_ : int
 
     Raises
@@ -70,7 +70,7 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
     ValueError
         For arguments that do not make sense.
     UnsupportedError
-        For a spec that is refused.
+        For a spec that is not one regression over samples without order.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
         self.n_jobs = n_jobs
 
     def fit(self, X: Any, y: Any) -> SVRAttentionRegressor:
-        """Fit; X (n_samples, n_features), y (n_samples,) or (n_samples, n_outputs)."""
+        """Fit to X (n_samples, n_features) and y (n_samples,) or (n_samples, n_outputs)."""
         spec = as_spec(self.spec)
         _check_spec(spec)
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
@@ -110,7 +110,7 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
         return self
 
     def predict(self, X: Any) -> Array:
-        """Predict by attention; X (n_samples, n_features).
+        """Compute predictions by attention, for X (n_samples, n_features).
 
         Returns
         -------
@@ -118,12 +118,12 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
         """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        found = np.asarray(self.expansion_.attention(X, backend=self.backend))
-        return found[:, 0] if self._single else found
+        outputs = np.asarray(self.expansion_.attention(X, backend=self.backend))
+        return outputs[:, 0] if self._single else outputs
 
 
 def _check_spec(spec: AttentionSpec) -> None:
-    refuse(spec)
+    check_regression(spec)
     convolves = isinstance(spec.normalization, Convolution)
     if spec.heads.scales or spec.support.restricts or convolves:
         raise UnsupportedError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..arrays import device_of, held
+from ..arrays import device_of, stop_gradient
 from ..lowering import Features
 from .operands import Operands, blocks
 
@@ -212,7 +212,7 @@ def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
         k = xp.where(real, k, xp.full_like(k, -xp.inf))
     top = highest(k, xp)
     q = o.q + top[..., None, :, :]
-    shift = held(xp.max(q, axis=-1, keepdims=True), xp)
+    shift = stop_gradient(xp.max(q, axis=-1, keepdims=True), xp)
     plain = o._replace(q=xp.exp(q - shift), k=xp.exp(k - top))
     return plain, shift[..., 0]
 
@@ -221,7 +221,7 @@ def highest(k: Any, xp: Any) -> Any:
     """Give the largest log feature of the keys (..., M, F), 0 where it is -inf: (..., 1, F)."""
     if not k.shape[-2]:
         return xp.sum(k, axis=-2, keepdims=True)
-    return _finite(held(xp.max(k, axis=-2, keepdims=True), xp), xp)
+    return _finite(stop_gradient(xp.max(k, axis=-2, keepdims=True), xp), xp)
 
 
 def _finite(top: Any, xp: Any) -> Any:
@@ -289,9 +289,9 @@ def prefix_contract(
             # Not `highest`: a 0 for no keys would be far above log features far below 0.
             running = at.state(tops)
             top = xp.maximum(running, xp.max(keys, axis=-2, keepdims=True))
-            top = _finite(held(top, xp), xp)
+            top = _finite(stop_gradient(top, xp), xp)
             x = x + top
-            exponent = held(xp.max(x, axis=-1, keepdims=True), xp)
+            exponent = stop_gradient(xp.max(x, axis=-1, keepdims=True), xp)
             x, keys = xp.exp(x - exponent), xp.exp(keys - top)
             state = state * xp.matrix_transpose(xp.exp(running - top))
         else:
@@ -333,7 +333,7 @@ def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
         states.append(state)
         tops.append(top)
         block = k[..., chunk, :, :]
-        higher = held(xp.maximum(top, xp.max(block, axis=-2, keepdims=True)), xp)
+        higher = stop_gradient(xp.maximum(top, xp.max(block, axis=-2, keepdims=True)), xp)
         base = _finite(higher, xp)
         state = state * xp.matrix_transpose(xp.exp(top - base))
         state = state + xp.matmul(xp.matrix_transpose(xp.exp(block - base)), v[..., chunk, :, :])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..arrays import held
+from ..arrays import stop_gradient
 from ..lowering import Scores, sum_to
 from ..spec import Visibility
 from .feature_contraction import shifted_features
@@ -112,9 +112,9 @@ def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, 
     """Give phi(q), phi(k) and e: the weight is phi(q).phi(k) exp(e), and nothing overflows."""
     if c.weight == "features":
         return q, k, xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
-    top = held(xp.max(k, axis=-2, keepdims=True), xp)
+    top = stop_gradient(xp.max(k, axis=-2, keepdims=True), xp)
     shifted = q + top
-    exponent = held(xp.max(shifted, axis=-1, keepdims=True), xp)
+    exponent = stop_gradient(xp.max(shifted, axis=-1, keepdims=True), xp)
     return xp.exp(shifted - exponent), xp.exp(k - top), exponent
 
 

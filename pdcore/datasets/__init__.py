@@ -1,4 +1,4 @@
-"""Real recordings that come with the package, so that the demo needs no network."""
+"""Recordings that are shipped with the package, so that the demo needs no network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class JapaneseVowels(NamedTuple):
 
     @property
     def real(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which frames are not padding, (640, 29): the `key_mask` of a batch."""
+        """Whether each frame is real, not padding, (640, 29): the `key_mask` of a batch."""
         return np.arange(self.frames.shape[1]) < self.lengths[:, None]
 
 

@@ -1,4 +1,4 @@
-"""The regression behind an attention, in LaTeX."""
+"""Derivation of an attention from a layer: the regression, its dual and the expansion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a layer of a neural network to its attention, step by step and as data."""
+"""Derivation of an attention from a layer of a neural network, step by step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..spec import (
     Kernel,
     Mixture,
     Normalization,
-    aligned,
-    made,
+    align_environment,
+    instantiate,
     parse,
     positive_semidefinite,
     read_arguments,
@@ -32,7 +32,7 @@ from ..spec import (
 
 __all__ = ["LAYERS", "Derivation", "Step", "derive"]
 
-#: The layers by name, each with the normalization that its input goes through.
+#: The layers by name, each with the normalization T of its input.
 LAYERS: Mapping[str, type[Normalization]] = {
     "linear": Identity,
     "batch_norm": Batch,
@@ -50,9 +50,9 @@ class Step:
     Attributes
     ----------
     title, text : str
-        What is done, and what it gives, in words and plain formulas.
+        What the step does, and its result, in words and plain formulas.
     latex : str
-        The same as an ``align*`` environment; empty where the step has no formulas of its own.
+        The formulas as an ``align*`` environment; empty for a step without formulas.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Derivation:
-    """The attention of a layer, and how it comes from it.
+    """The attention of a layer, and the steps that derive it.
 
     Attributes
     ----------
@@ -71,9 +71,9 @@ class Derivation:
     spec : AttentionSpec
         The attention.
     steps : tuple of Step
-        From the layer to the attention, and how that runs.
+        The steps from the layer to the attention and its plan.
     plan : Plan
-        What the attention is lowered to.
+        The plan that the attention is lowered to.
     """
 
     layer: str
@@ -87,11 +87,11 @@ class Derivation:
         )
 
     def latex(self) -> str:
-        """Give the formulas of all steps, one ``align*`` environment for each step with any."""
+        """Return the formulas of all steps, one ``align*`` environment for each step with any."""
         return "\n".join(step.latex for step in self.steps if step.latex)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values: ``layer``, ``spec``, ``steps`` and ``plan`` (its steps)."""
+        """Return plain values: ``layer``, ``spec``, ``steps`` and ``plan`` (the plan's steps)."""
         return {
             "layer": self.layer,
             "spec": str(self.spec),
@@ -114,14 +114,14 @@ def derive(
     Parameters
     ----------
     layer : str
-        What T is: a name of `LAYERS`, which may have the arguments of its normalization, as in
-        ``"mixture_norm(components=3)"``.
+        The layer, which determines T: a name of `LAYERS`, with or without arguments of its
+        normalization, as in ``"mixture_norm(components=3)"``.
     kernel : str or Kernel
-        Phi, by its inner products kappa: a kernel or its word, such as ``"gaussian(0.3)"``.
+        The kernel kappa, which determines Phi, or its word, such as ``"gaussian(0.3)"``.
     dim, heads, dtype
-        Features, key heads and dtype of the call that the plan is for.
+        The number of features, number of key heads and dtype of the call that the plan is for.
     **arguments
-        Those of the layer's normalization by name, such as ``components=3``.
+        Arguments of the layer's normalization by name, such as ``components=3``.
 
     Returns
     -------
@@ -130,9 +130,9 @@ def derive(
     Raises
     ------
     SpecError
-        For an unknown layer, a kernel with other words, or arguments that do not fit.
+        For an unknown layer, a kernel beside other words, or arguments that do not fit.
     UnsupportedError
-        For a kernel that may be negative, of which h is no normaliser.
+        For a kernel that may be negative, so that its sum h is no normaliser.
 
     Examples
     --------
@@ -154,7 +154,7 @@ def derive(
 
 
 def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normalization]:
-    """Read a layer: its name, and the normalization with its arguments."""
+    """Return the name of a layer, and its normalization with arguments."""
     if not isinstance(layer, str):
         raise TypeError(f"layer: got {type(layer).__name__}, expected a name of LAYERS")
     one = "one layer, such as 'batch_norm' or 'mixture_norm(components=3)'"
@@ -163,8 +163,8 @@ def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normaliz
     if len(words) > 1:
         raise SpecError(f"layer: got {layer!r}, expected {one}")
     if name not in LAYERS:
-        meant = [known for known, cls in LAYERS.items() if name in (cls.word, *cls.aliases)]
-        hint = f"did you mean {meant[0]!r}?" if meant else nearest(name, LAYERS)
+        layers = [known for known, cls in LAYERS.items() if name in (cls.word, *cls.aliases)]
+        hint = f"did you mean {layers[0]!r}?" if layers else nearest(name, LAYERS)
         raise SpecError(f"layer: got {name!r}; {hint}")
     positional, named = read_arguments(name, text)
     if arguments and text:
@@ -172,8 +172,10 @@ def _normalization(layer: str, arguments: dict[str, Any]) -> tuple[str, Normaliz
             f"layer: got {layer!r} and {', '.join(arguments)} beside it; give all "
             "arguments in one place"
         )
-    found: Normalization = made(name, LAYERS[name], positional, {**named, **arguments})
-    return name, found
+    normalization: Normalization = instantiate(
+        name, LAYERS[name], positional, {**named, **arguments}
+    )
+    return name, normalization
 
 
 def _kernel(kernel: str | Kernel) -> Kernel:
@@ -193,7 +195,7 @@ def _kernel(kernel: str | Kernel) -> Kernel:
 
 
 def _scale(kernel: Kernel) -> str:
-    """Say what tau is."""
+    """Return the text that defines tau, empty for a kernel without tau."""
     if not hasattr(kernel, "scale"):
         return ""
     return f", tau = {'1 / sqrt(D)' if kernel.scale is None else f'{kernel.scale:g}'}"
@@ -201,7 +203,6 @@ def _scale(kernel: Kernel) -> str:
 
 def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
     part = sections(spec)
-    own = part["own_choices"]
     alone = ""
     if isinstance(spec.normalization, Convolution):
         alone = (
@@ -220,27 +221,27 @@ def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
             "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
             f"{summary(type(spec.normalization))}. {alone}{space}: kappa(x, y) = Phi(x).Phi(y), "
             f"{summary(type(spec.kernel))}{_scale(spec.kernel)}. h(x) = sum_j kappa(T(x), T(k_j)).",
-            aligned([*part["points"], *part["choices"]]),
+            align_environment([*part["points"], *part["choices"]]),
         ),
         Step(
             "The regression",
             f"Fit it{', for every query anew,' * spec.prefix} to keys k_j with targets y_j: keep "
             "|W|^2 / 2 small, and charge C for what an error exceeds epsilon, in every output "
             "feature.",
-            aligned(part["primal"]),
+            align_environment(part["primal"]),
         ),
         Step(
             "Its dual",
             "Multipliers a_jd and a*_jd between 0 and C, whose differences sum to 0 over the keys; "
             "the solution is w_d = sum_j (a_jd - a*_jd) Phi(T(k_j)) / h(k_j).",
-            aligned(part["dual"]),
+            align_environment(part["dual"]),
         ),
         Step(
             "The attention",
             "With w_d put into the layer, f(x) = sum_j v_j kappa(T(x), T(k_j)) / h(x) + b, "
             "v_jd = (a_jd - a*_jd) / h(k_j): x is a query, k_j are the keys, v_j the values. "
             f"A transformer learns v and has b = 0: {spec}.",
-            aligned([*part["attention"], *own]),
+            align_environment([*part["attention"], *part["project_choices"]]),
         ),
         Step("The plan", "\n".join((where, *plan.steps)), ""),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, bound
+from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, cached_bind
 from .explanation import Explanation, explain_request
 from .selection import choose, reasons, resolve, select, use_backend
 from .validation import FLOATS, check_cotangent, finite_dropout, parameter_shape, validate
@@ -13,7 +13,7 @@ __all__ = [
     "Choice",
     "NO_DROPOUT",
     "NO_PARAMS",
-    "bound",
+    "cached_bind",
     # selection
     "choose",
     "reasons",

@@ -17,23 +17,24 @@ from ..lowering import Plan
 from ..plugins import registry as plugins
 from ..spec import AttentionSpec, as_spec
 from . import selection
-from .tracing import Traced, fixed, settler
+from .tracing import TracedSelections, concrete_size, make_traced_selector
 
-__all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice", "bound"]
+__all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice", "cached_bind"]
 
 Choice = str | Sequence[str] | None
 
 NO_PARAMS: Mapping[str, Any] = {}
-NO_DROPOUT = 0.0  # the very object that is the default, so that no value is compared
+# The default itself, compared by identity: the value of a dropout may be traced.
+NO_DROPOUT = 0.0
 
 
 class BoundAttention:
-    """A spec bound to a backend: a pure function of arrays, made by `bind`.
+    """A spec bound to a backend: a pure function of arrays, returned by `bind`.
 
     Attributes
     ----------
     spec : AttentionSpec
-        What it computes.
+        The attention that the function computes.
     """
 
     # `jax.jit` keeps weak references to what it compiles.
@@ -41,9 +42,9 @@ class BoundAttention:
         "__weakref__",
         "_choice",
         "_device",
-        "_parameters",
-        "_ready",
-        "_settle",
+        "_has_parameters",
+        "_prepared",
+        "_select_traced",
         "_traced",
         "spec",
     )
@@ -52,18 +53,18 @@ class BoundAttention:
         self, spec: str | AttentionSpec, backend: Choice = None, device: str | None = None
     ) -> None:
         self.spec = as_spec(spec)
-        # Settled now: what surrounds a later call, or a trace, does not matter.
+        # Read now: a `use_backend` block around a later call, or a trace, has no influence.
         self._choice: Any = backend
         if backend is None:
             self._choice = selection.ambient() or selection.BY_LIBRARY
         self._device = device
-        self._parameters = bool(self.spec.parameters())
-        # Signature of a call -> what was found out about it.
-        self._ready: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
-        self._traced = Traced()
-        self._settle = settler(self.spec, self._choice, device, self._traced)
+        self._has_parameters = bool(self.spec.parameters())
+        # Signature of a call -> backend, plan, library and device for such calls.
+        self._prepared: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
+        self._traced = TracedSelections()
+        self._select_traced = make_traced_selector(self.spec, self._choice, device, self._traced)
 
-    # What `_settle` closes over is made again, not copied or pickled.
+    # The closure `_select_traced` and the caches are rebuilt, not copied or pickled.
     def __getstate__(self) -> tuple[AttentionSpec, Any, str | None]:
         return self.spec, self._choice, self._device
 
@@ -75,7 +76,7 @@ class BoundAttention:
 
     @property
     def choice(self) -> Any:
-        """The choice of backend that was made when it was bound."""
+        """The choice of backend, made when the spec was bound."""
         return self._choice
 
     def __call__(
@@ -94,8 +95,8 @@ class BoundAttention:
         axis_name: str | None = None,
     ) -> Any:
         """Compute attention; the arguments are those of `attention`."""
-        given = NO_PARAMS if params is None else params
-        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, given, dropout, axis_name)
+        params = NO_PARAMS if params is None else params
+        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name)
         backend, plan, inputs, back = self.prepare(inputs, lse=return_lse)
         if back is None:
             out, lse = backend.attention(plan, inputs, lse=return_lse)
@@ -107,7 +108,7 @@ class BoundAttention:
 
     def vjp(self, inputs: Inputs) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Compute attention and its pullback, see `attention_vjp`."""
-        backend, plan, ready, back = self.prepare(inputs, vjp=True)
+        backend, plan, prepared, back = self.prepare(inputs, vjp=True)
         if back is not None:
             library = library_of(inputs.q, "q")
             raise UnsupportedError(
@@ -115,15 +116,15 @@ class BoundAttention:
                 f"DLPack, which cuts gradients; convert them to {backend.info.library} yourself, "
                 f"or use a {library} backend"
             )
-        return backend.attention_vjp(plan, ready)
+        return backend.attention_vjp(plan, prepared)
 
     def weights(self, inputs: Inputs) -> Any:
         """Compute the weights, see `attention_weights`."""
-        backend, plan, ready, back = self.prepare(inputs, weights=True)
+        backend, plan, prepared, back = self.prepare(inputs, weights=True)
         if back is None:
-            return backend.attention_weights(plan, ready)
+            return backend.attention_weights(plan, prepared)
         with backend.stream_of(inputs.q):
-            return back(backend.attention_weights(plan, ready))
+            return back(backend.attention_weights(plan, prepared))
 
     def prepare(
         self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
@@ -137,34 +138,34 @@ class BoundAttention:
         inputs : Inputs
             In the backend's library, parameters filled in.
         back : callable or None
-            Takes a result back to the caller's library and device; None when it is there.
+            Converts a result to the caller's library and device; None when that is not needed.
         """
         if compiling():
             return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights)
         key: Any = None
-        found = None
+        entry = None
         try:
             q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name = inputs
-            key = (lse, vjp, weights, _kind(q), _kind(k), _kind(v))
+            key = (lse, vjp, weights, _signature(q), _signature(k), _signature(v))
             plain = mask is None and key_mask is None and bias is None and type(offset) is int
             plain = plain and type(params) is dict and not params
             if not (plain and dropout is NO_DROPOUT and axis_name is None):
-                key = (*key, *map(_kind, inputs[3:]), dropout)
-            found = self._ready.get(key)
+                key = (*key, *map(_signature, inputs[3:]), dropout)
+            entry = self._prepared.get(key)
         except (AttributeError, TypeError):
-            key = None  # `validate` says what is wrong
-        if found is None:
+            key = None  # `validate` raises the error that describes the argument
+        if entry is None:
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
-            chosen = selection.choose(request, self._choice)
-            plan = chosen.backend.fuse(request.lower(), request)
-            found = (chosen.backend, plan, request.library, self._device or chosen.device)
+            selected = selection.choose(request, self._choice)
+            plan = selected.backend.fuse(request.lower(), request)
+            entry = (selected.backend, plan, request.library, self._device or selected.device)
             if key is not None:
-                if len(self._ready) >= 4096:
-                    self._ready.clear()
-                self._ready[key] = found
-        backend, plan, library, device = found
+                if len(self._prepared) >= 4096:
+                    self._prepared.clear()
+                self._prepared[key] = entry
+        backend, plan, library, device = entry
         back = None
-        if self._parameters or type(inputs.offset) is not int:
+        if self._has_parameters or type(inputs.offset) is not int:
             inputs = _complete(self.spec, inputs, library)
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
@@ -173,25 +174,25 @@ class BoundAttention:
     def _prepare_traced(
         self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool
     ) -> tuple[Backend, Plan, Inputs, None]:
-        """Do what `prepare` does while ``torch.compile`` or ``torch.export`` traces the call.
+        """Do what `prepare` does, while ``torch.compile`` or ``torch.export`` traces the call.
 
-        Lengths may be symbols, so nothing is looked up by them: the backend is chosen for the
-        number of axes, of heads and of features, whatever the lengths.
+        Lengths may be symbolic, so they are no part of a cache key: the backend is chosen by the
+        numbers of axes, heads and features, for any lengths.
         """
         from .validation import finite_dropout, validate
 
         q, k, v = inputs.q, inputs.k, inputs.v
-        given = tuple(
+        ranks = tuple(
             None if x is None else x.ndim for x in (inputs.mask, inputs.key_mask, inputs.bias)
         )
-        dropped = True if finite_dropout(inputs.dropout) else False  # noqa: SIM210 - a symbol
+        dropped = True if finite_dropout(inputs.dropout) else False  # noqa: SIM210 - it may be symbolic
         sizes = (q.shape[-3], k.shape[-3], q.shape[-1], v.shape[-1])
-        token = self._settle(
+        name = self._select_traced(
             str(q.dtype),
             str(q.device),
             q.ndim,
-            *map(fixed, sizes),
-            given,
+            *map(concrete_size, sizes),
+            ranks,
             _offset_kind(inputs.offset),
             lse,
             vjp,
@@ -200,9 +201,9 @@ class BoundAttention:
             inputs.axis_name,
         )
         validate(self.spec, inputs, "torch")
-        if self._parameters:
+        if self._has_parameters:
             inputs = _complete(self.spec, inputs, "torch")
-        backend, plan = getattr(self._traced, token)
+        backend, plan = getattr(self._traced, name)
         return backend, plan, inputs, None
 
     def request(
@@ -239,7 +240,7 @@ class BoundAttention:
 
 
 def _offset_kind(offset: Any) -> str:
-    """Say what an offset is, see `Request`."""
+    """Return the kind of an offset, see `Request.offset`."""
     if isinstance(offset, str):
         return "end"
     if not hasattr(offset, "shape") or isinstance(offset, np.integer):
@@ -247,22 +248,22 @@ def _offset_kind(offset: Any) -> str:
     return "sequence" if len(offset.shape) else "array"
 
 
-def _kind(x: Any) -> Any:
-    """Give all that validation reads of an argument, hashable; values do not matter."""
+def _signature(x: Any) -> Any:
+    """Return everything that validation reads of an argument, hashable and without values."""
     kind = type(x)
-    if kind is np.ndarray:  # the quickest first
+    if kind is np.ndarray:  # the most frequent case first
         return kind, x.shape, x.dtype
     if x is None or kind is int:
         return kind
     if kind is str or kind is float:
         return x
     if isinstance(x, Mapping):
-        return tuple((name, *_kind(value)) for name, value in x.items())
+        return tuple((name, *_signature(value)) for name, value in x.items())
     return kind, x.shape, x.dtype, x.device
 
 
 def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
-    """Fill in parameters that have a default, and make host offsets Python ints."""
+    """Fill in the defaults of parameters, and convert offsets on the host to Python ints."""
     offset = inputs.offset
     if isinstance(offset, np.integer) or (
         isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
@@ -278,7 +279,7 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
 
             shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
             xp = array_namespace(inputs.q)
-            # 16 bit would round the default.
+            # In the accumulation dtype, since a 16-bit dtype would round the default.
             params[p.name] = xp.full(
                 shape, p.default, dtype=accumulation(inputs.q, xp), device=inputs.q.device
             )
@@ -288,15 +289,22 @@ def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
 def _exchange(
     backend: Backend, inputs: Inputs, library: str, device: str | None
 ) -> tuple[Inputs, Callable[[Any], Any] | None]:
-    """Bring the arrays of a call to the backend, which the caller named, by DLPack."""
+    """Convert the arrays of a call for the backend that the caller named, by DLPack.
+
+    Returns
+    -------
+    inputs : Inputs
+    back : callable or None
+        Converts a result back; None where nothing was converted.
+    """
     q = inputs.q
     home = device_name(q, library)
     target = device or home
-    own = backend.info.library == library
-    if own and target == home:
+    same_library = backend.info.library == library
+    if same_library and target == home:
         return inputs, None
-    # A move within a library is a step that it differentiates.
-    if not own and any(
+    # A move between devices within one library is differentiated by that library.
+    if not same_library and any(
         getattr(x, "requires_grad", False) for x in (*inputs, *inputs.params.values())
     ):
         raise UnsupportedError(
@@ -304,16 +312,16 @@ def _exchange(
             f"{backend.info.library} would cut it; detach them, or use a {library} backend"
         )
 
-    def there(x: Any) -> Any:
+    def forth(x: Any) -> Any:
         if x is None or isinstance(x, (int, float, str)):
             return x
         try:
-            return backend.exchange(x, target if own else device)
+            return backend.exchange(x, target if same_library else device)
         except Exception as error:
             raise UnsupportedError(
                 f"backend {backend.info.name} cannot take a {library} array of dtype "
                 f"{dtype_name(x)} on {device_name(x, library)}"
-                f"{'' if own else ' by DLPack'}: {error}"
+                f"{'' if same_library else ' by DLPack'}: {error}"
             ) from error
 
     from array_api_compat import array_namespace
@@ -323,30 +331,31 @@ def _exchange(
     def back(x: Any) -> Any:
         if device is not None:
             x = backend.exchange(x, home)
-        # An array of NumPy has come home already.
-        return x if own or library_of(x, "out") == library else backend.give(x, namespace)
+        # Moving a result to the CPU makes it an array of NumPy in some backends.
+        converted = same_library or library_of(x, "out") == library
+        return x if converted else backend.give(x, namespace)
 
-    moved = {name: there(x) for name, x in inputs._asdict().items() if name != "params"}
-    return Inputs(**moved, params={n: there(x) for n, x in inputs.params.items()}), back
+    moved = {name: forth(x) for name, x in inputs._asdict().items() if name != "params"}
+    return Inputs(**moved, params={n: forth(x) for n, x in inputs.params.items()}), back
 
 
 _BOUND: dict[Any, BoundAttention] = {}
 
 
-def bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
-    """Give the bound function of a call, kept from call to call."""
-    named: Any = backend
+def cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
+    """Return the bound function of a call, from a cache that later calls share."""
+    choice: Any = backend
     if backend is not None and not isinstance(backend, str) and isinstance(backend, Sequence):
-        named = tuple(backend)
+        choice = tuple(backend)
     try:
-        ambient = selection.ambient() if named is None else None
-        key = (spec, named, device, ambient, plugins.generation())
+        ambient = selection.ambient() if choice is None else None
+        key = (spec, choice, device, ambient, plugins.generation())
         layer = _BOUND.get(key)
     except TypeError:
-        return BoundAttention(spec, named, device)
+        return BoundAttention(spec, choice, device)
     if layer is None:
-        layer = BoundAttention(spec, named, device)
-        if len(_BOUND) >= 1024:  # specs made in a loop must not grow it without end
+        layer = BoundAttention(spec, choice, device)
+        if len(_BOUND) >= 1024:  # a loop over new specs must not grow the cache without end
             _BOUND.clear()
         _BOUND[key] = layer
     return layer

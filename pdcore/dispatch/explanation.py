@@ -1,4 +1,4 @@
-"""What `pdcore.explain` returns: a call's plan, its backend, and every other one's reasons."""
+"""What `pdcore.explain` returns: a call's plan, its backend, and the others' reasons."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..backend import Request
 from ..lowering import Plan
 from ..plugins import load_backend
 from ..spec import AttentionSpec
-from .selection import Named, in_words, reasons, resolve, table
+from .selection import AnyChoice, in_words, reasons, resolve, table
 
 __all__ = ["Explanation", "explain_request"]
 
@@ -26,14 +26,14 @@ class Explanation:
     backend : str or None
         The chosen backend, None where none runs.
     source : str
-        Who chose: ``"backend= in the call"``, ``"use_backend"``, ``"PDCORE_BACKEND"`` or ``"the
-        arrays' library"``.
+        Where the choice comes from: ``"backend= in the call"``, ``"use_backend"``,
+        ``"PDCORE_BACKEND"`` or ``"the arrays' library"``.
     plan : Plan or None
-        What the spec was lowered to, as any backend can run it.
+        The plan that the spec is lowered to, which any backend can run.
     steps : tuple of str
-        What the backend does, in order: the plan's steps, and those of the backend's own `fuse`.
+        The steps of the backend in order, those that its `fuse` changed included.
     reasons : dict of str to list of str
-        For every backend, why it cannot run the call; an empty list means that it can.
+        For every backend the reasons why it cannot run the call; empty where it can.
     """
 
     spec: AttentionSpec
@@ -57,47 +57,49 @@ class Explanation:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as plain values, ready for JSON."""
+        """Return everything as plain values, ready for JSON."""
         request = self.request._asdict()
         return {
             "spec": str(self.spec),
             "request": _plain(request | {"spec": str(self.spec)}),
             "backend": self.backend,
             "source": self.source,
-            "plan": None if self.plan is None else _plan(self.plan) | {"steps": list(self.steps)},
+            "plan": None
+            if self.plan is None
+            else _plan_to_dict(self.plan) | {"steps": list(self.steps)},
             "reasons": {name: list(why) for name, why in self.reasons.items()},
         }
 
 
 def explain_request(
-    request: Request, choice: Named = None, plan: Plan | None = None
+    request: Request, choice: AnyChoice = None, plan: Plan | None = None
 ) -> Explanation:
-    """Explain a request by the predicate that dispatch uses.
+    """Explain a request by the same predicate that selects its backend.
 
     Parameters
     ----------
     request : Request
         The call, without its values.
-    choice : str, sequence of str, Choice or None
-        The call's ``backend=``, or what it was resolved to.
+    choice : str, sequence of str, ResolvedChoice or None
+        The call's ``backend=``, or the result of resolving it.
     plan : Plan, optional
-        What the spec was lowered to.
+        The plan that the spec is lowered to.
 
     Raises
     ------
     ValueError
         When the choice names no backend.
     """
-    resolved, found = resolve(choice, request.library), reasons(request, choice)
-    runs = (candidate.name for candidate in resolved.candidates if not found[str(candidate)])
-    name = next(runs, None)
+    resolved, by_name = resolve(choice, request.library), reasons(request, choice)
+    able = (candidate.name for candidate in resolved.candidates if not by_name[str(candidate)])
+    name = next(able, None)
     steps: tuple[str, ...] = ()
     if plan is not None:
         steps = (plan if name is None else load_backend(name).fuse(plan, request)).steps
-    return Explanation(request.spec, request, name, resolved.source, plan, steps, found)
+    return Explanation(request.spec, request, name, resolved.source, plan, steps, by_name)
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan_to_dict(plan: Plan) -> dict[str, Any]:
     contraction = {f: getattr(plan.contraction, f) for f in plan.contraction.__dataclass_fields__}
     if contraction.get("expression") is not None:
         contraction["expression"] = str(contraction["expression"])

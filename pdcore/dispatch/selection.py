@@ -22,7 +22,7 @@ from ..spec import AttentionSpec, Batch, Exponential, Identity
 
 __all__ = [
     "Candidate",
-    "Choice",
+    "ResolvedChoice",
     "Selection",
     "ambient",
     "choose",
@@ -45,17 +45,17 @@ class Candidate(NamedTuple):
         return self.name if self.device is None else f"{self.name}:{self.device}"
 
 
-class Choice(NamedTuple):
+class ResolvedChoice(NamedTuple):
     """The candidates of a call, in the order in which they are tried.
 
     Attributes
     ----------
     candidates : tuple of Candidate
     explicit : bool
-        Whether someone named them; else they are the backends of the arrays' library.
+        Whether the caller named them; else they are the backends of the arrays' library.
     source : str
-        Who: ``"backend= in the call"``, ``"use_backend"``, ``"PDCORE_BACKEND"`` or ``"the
-        arrays' library"``.
+        Where the choice comes from: ``"backend= in the call"``, ``"use_backend"``,
+        ``"PDCORE_BACKEND"`` or ``"the arrays' library"``.
     """
 
     candidates: tuple[Candidate, ...]
@@ -74,11 +74,11 @@ class Selection(NamedTuple):
     Attributes
     ----------
     backend : Backend
-        It does not refuse the request.
+        The first candidate that does not refuse the request.
     device : str or None
-        Where it was asked to run, if the arrays are elsewhere.
+        The device that was named with the backend, if the arrays are on another one.
     source : str
-        As in `Choice`.
+        As in `ResolvedChoice`.
     """
 
     backend: Backend
@@ -86,9 +86,9 @@ class Selection(NamedTuple):
     source: str
 
 
-Named = str | Sequence[str] | Choice | None
+AnyChoice = str | Sequence[str] | ResolvedChoice | None
 
-_chosen: ContextVar[tuple[Candidate, ...] | None] = ContextVar("pdcore_backend", default=None)
+_block_choice: ContextVar[tuple[Candidate, ...] | None] = ContextVar("pdcore_backend", default=None)
 
 
 @contextmanager
@@ -101,8 +101,8 @@ def use_backend(choice: str | Sequence[str] | None) -> Iterator[None]:
     Parameters
     ----------
     choice : str, sequence of str or None
-        A name, with a device if wanted (``"torch"``, ``"torch:cuda"``); a list of them, tried
-        in order; None takes back the choice of a surrounding block.
+        A backend's name, with or without a device (``"torch"``, ``"torch:cuda"``); or a list of
+        names, tried in order. None cancels the choice of a surrounding block.
 
     Raises
     ------
@@ -115,35 +115,35 @@ def use_backend(choice: str | Sequence[str] | None) -> Iterator[None]:
     ...     resolve(None, "numpy").source
     'use_backend'
     """
-    token = _chosen.set(None if choice is None else _named(choice, "use_backend"))
+    token = _block_choice.set(None if choice is None else _named(choice, "use_backend"))
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _block_choice.reset(token)
 
 
-#: The choice that no one made: the backends of whatever library the arrays have.
-BY_LIBRARY = Choice((), False, "the arrays' library")
+#: The choice where the caller makes none: the backends of the arrays' library.
+BY_LIBRARY = ResolvedChoice((), False, "the arrays' library")
 
 
-def ambient() -> Choice | None:
-    """Give the choice that `use_backend` or ``PDCORE_BACKEND`` makes now, None for none."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return Choice(chosen, True, "use_backend")
+def ambient() -> ResolvedChoice | None:
+    """Return the present choice of `use_backend` or ``PDCORE_BACKEND``, None without one."""
+    candidates = _block_choice.get()
+    if candidates is not None:
+        return ResolvedChoice(candidates, True, "use_backend")
     text = os.environ.get(VARIABLE)
     if text and not text.isspace():
-        return Choice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
+        return ResolvedChoice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
     return None
 
 
-def resolve(choice: Named, library: str) -> Choice:
-    """Find out which backends a call may use.
+def resolve(choice: AnyChoice, library: str) -> ResolvedChoice:
+    """Return the backends that a call may use, in order.
 
     Parameters
     ----------
-    choice : str, sequence of str, Choice or None
-        The call's ``backend=``, or what it was resolved to before.
+    choice : str, sequence of str, ResolvedChoice or None
+        The call's ``backend=``, or the result of resolving it before.
     library : str
         The library of the arrays.
 
@@ -152,21 +152,22 @@ def resolve(choice: Named, library: str) -> Choice:
     TypeError, ValueError
         When the choice is no name or list of names, or names no backend.
     """
-    if isinstance(choice, Choice):
+    if isinstance(choice, ResolvedChoice):
         return choice if choice.explicit else _default(plugins.candidates(library))
     if choice is not None:
-        return Choice(_named(choice, "backend= in the call"), True, "backend= in the call")
+        source = "backend= in the call"
+        return ResolvedChoice(_named(choice, source), True, source)
     return ambient() or _default(plugins.candidates(library))
 
 
-def select(request: Request, choice: Named = None) -> Backend:
-    """Give the first candidate that does not refuse a request.
+def select(request: Request, choice: AnyChoice = None) -> Backend:
+    """Return the first candidate that does not refuse a request.
 
     Parameters
     ----------
     request : Request
         The call, without its values.
-    choice : str, sequence of str, Choice or None
+    choice : str, sequence of str, ResolvedChoice or None
         As in `resolve`.
 
     Raises
@@ -176,14 +177,14 @@ def select(request: Request, choice: Named = None) -> Backend:
     UnsupportedError
         When a single backend was named and refuses; no other is tried.
     NoBackendError
-        When a single backend was named and is not installed or does not load; or when there
-        is no candidate that runs. It carries everyone's reasons.
+        When a single backend was named and is not installed or does not load; or when no
+        candidate can run the request. The error has the reasons of every backend.
     """
     return choose(request, choice).backend
 
 
-def choose(request: Request, choice: Named = None) -> Selection:
-    """Do what `select` does, and say also where the backend was asked to run, and by whom."""
+def choose(request: Request, choice: AnyChoice = None) -> Selection:
+    """Select a backend as `select` does; return also the named device and the source."""
     resolved = resolve(choice, request.library)
     for candidate in resolved.candidates:
         backend, refused = _judge(candidate, request)
@@ -195,36 +196,36 @@ def choose(request: Request, choice: Named = None) -> Selection:
     raise _failure(request, resolved)
 
 
-def reasons(request: Request, choice: Named = None) -> dict[str, list[str]]:
-    """Say why each backend cannot run a request, by the predicate of `select`.
+def reasons(request: Request, choice: AnyChoice = None) -> dict[str, list[str]]:
+    """Return the reasons why each backend cannot run a request, by the predicate of `select`.
 
     Parameters
     ----------
     request : Request
         The call, without its values.
-    choice : str, sequence of str, Choice or None
-        As in `resolve`; backends that it names are asked about the arrays of any library.
+    choice : str, sequence of str, ResolvedChoice or None
+        As in `resolve`; backends that it names are asked about arrays of any library.
 
     Returns
     -------
     dict of str to list of str
-        For every declared backend and every broken or disabled plugin; empty lists mean that
-        the backend can run. Those of other libraries than the arrays' are not imported to ask,
-        unless they are named.
+        For every declared backend and every broken or disabled plugin; an empty list means that
+        the backend can run the request. A backend of another library than the arrays' is not
+        imported to be asked, unless it is named.
     """
     return _reasons(request, resolve(choice, request.library))
 
 
 def in_words(spec: AttentionSpec) -> str:
-    """Describe a spec as error messages do."""
+    """Return a description of a spec in words, for error messages."""
     kernel = spec.kernel
-    given = [
+    arguments = [
         f"{f.name} {getattr(kernel, f.name)}"
         for f in fields(kernel)  # type: ignore[arg-type]
         if getattr(kernel, f.name) != f.default
     ]
     name = "exponential" if isinstance(kernel, Exponential) else kernel.word
-    parts = [f"{name} kernel" + (f" ({', '.join(given)})" if given else "")]
+    parts = [f"{name} kernel" + (f" ({', '.join(arguments)})" if arguments else "")]
     if spec.normaliser != "sum":
         parts.append(f"h({spec.normaliser})")
     if isinstance(spec.normalization, Batch):
@@ -243,7 +244,7 @@ def in_words(spec: AttentionSpec) -> str:
 
 
 def table(reasons_by_name: dict[str, list[str]]) -> str:
-    """Set reasons in lines, one for each backend, aligned."""
+    """Format reasons as aligned lines, one for each backend."""
     width = max((len(name) for name in reasons_by_name), default=0) + 1
     return "\n".join(
         f"  {name + ':':<{width}} {'; '.join(why) or 'can run'}"
@@ -252,8 +253,8 @@ def table(reasons_by_name: dict[str, list[str]]) -> str:
 
 
 @lru_cache(maxsize=256)
-def _default(names: tuple[str, ...]) -> Choice:
-    return Choice(tuple(Candidate(name) for name in names), False, "the arrays' library")
+def _default(names: tuple[str, ...]) -> ResolvedChoice:
+    return ResolvedChoice(tuple(Candidate(name) for name in names), False, "the arrays' library")
 
 
 def _named(choice: object, source: str) -> tuple[Candidate, ...]:
@@ -291,17 +292,17 @@ def _parsed(texts: tuple[str, ...], source: str) -> tuple[Candidate, ...]:
 
 
 def _on(device: str, wanted: str) -> bool:
-    """Whether a device is the wanted one: ``"cuda:1"`` is ``"cuda"``, but not ``"cuda:0"``."""
+    """Return whether `device` is `wanted`: ``"cuda:1"`` is ``"cuda"``, but not ``"cuda:0"``."""
     return device == wanted or device.partition(":")[0] == wanted
 
 
 def _judge(candidate: Candidate, request: Request) -> tuple[Backend | None, list[str]]:
-    """Ask one backend about one request: it runs if it is there and gives no reasons.
+    """Ask one backend about one request; the backend can run it if it returns no reasons.
 
     Returns
     -------
     backend : Backend or None
-        None when it cannot be used at all: not installed, or it failed.
+        None when the backend is not installed or failed to load.
     reasons : list of str
     """
     name, device = candidate
@@ -329,38 +330,40 @@ def _judge(candidate: Candidate, request: Request) -> tuple[Backend | None, list
     return backend, refused
 
 
-def _reasons(request: Request, resolved: Choice) -> dict[str, list[str]]:
-    found = {}
+def _reasons(request: Request, resolved: ResolvedChoice) -> dict[str, list[str]]:
+    by_name = {}
     if resolved.explicit:
-        found = {str(c): _judge(c, request)[1] for c in resolved.candidates}
+        by_name = {str(c): _judge(c, request)[1] for c in resolved.candidates}
     named = set(resolved.names) if resolved.explicit else set()
     for name, info in plugins.registered().items():
         if name in named:
             continue
         unavailable = plugins.unavailable_reason(info)
         if unavailable is not None:
-            found[name] = [unavailable]
+            by_name[name] = [unavailable]
         elif info.library != request.library:
             why = f"takes {info.library} arrays, others only if named (backend={name!r})"
-            found[name] = [why]
+            by_name[name] = [why]
         else:
-            found[name] = _judge(Candidate(name), request)[1]
+            by_name[name] = _judge(Candidate(name), request)[1]
     for name, failure in plugins.broken.items():
         if name not in named:
-            found[_free(name, failure.distribution, found)] = [f"failed to load: {failure}"]
+            by_name[_unused_name(name, failure.distribution, by_name)] = [
+                f"failed to load: {failure}"
+            ]
     for name, why in plugins.disabled.items():
         if name not in named:
-            found[_free(name, "disabled", found)] = [why]
-    return found
+            by_name[_unused_name(name, "disabled", by_name)] = [why]
+    return by_name
 
 
-def _free(name: str, owner: str, taken: dict[str, list[str]]) -> str:
-    # A plugin's name need not be its backend's, so it may be that of another's backend.
+def _unused_name(name: str, owner: str, taken: dict[str, list[str]]) -> str:
+    # A plugin is named by its entry point, and a backend of another plugin may have that name.
     return name if name not in taken else f"{name} ({owner})"
 
 
-def _failure(request: Request, resolved: Choice) -> Exception:
-    """Make the error for a request that no candidate runs."""
+def _failure(request: Request, resolved: ResolvedChoice) -> Exception:
+    """Build the error for a request that no candidate can run."""
     about = f"  {request}"
     if resolved.explicit and len(resolved.candidates) == 1:
         candidate = resolved.candidates[0]
@@ -373,10 +376,10 @@ def _failure(request: Request, resolved: Choice) -> Exception:
         if backend is None:
             return NoBackendError(f"backend {candidate} cannot run {end}", {str(candidate): why})
         return UnsupportedError(f"backend {candidate} does not support {end}")
-    found = _reasons(request, resolved)
+    by_name = _reasons(request, resolved)
     if resolved.explicit:
-        for name in found.keys() - {str(c) for c in resolved.candidates}:
-            found[name] = found[name] or [f"not named by {resolved.source}"]
+        for name in by_name.keys() - {str(c) for c in resolved.candidates}:
+            by_name[name] = by_name[name] or [f"not named by {resolved.source}"]
     return NoBackendError(
-        f"no backend can run {in_words(request.spec)}\n{about}\n{table(found)}", found
+        f"no backend can run {in_words(request.spec)}\n{about}\n{table(by_name)}", by_name
     )

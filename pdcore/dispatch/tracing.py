@@ -1,7 +1,8 @@
-"""How a bound layer finds its backend while the compiler of PyTorch traces it.
+"""Selection of a backend while ``torch.compile`` traces a bound attention.
 
-A trace can follow neither locks nor registries, and lengths may be symbols in it. Here is what it
-takes for a constant instead.
+The compiler can trace neither locks nor the registry of backends, and lengths may be symbolic.
+So the selection is a function that the compiler runs instead of tracing it, and whose result it
+treats as a constant.
 """
 
 from __future__ import annotations
@@ -14,40 +15,40 @@ from ..errors import UnsupportedError
 from ..spec import AttentionSpec
 from . import selection
 
-__all__ = ["Traced", "fixed", "settler"]
+__all__ = ["TracedSelections", "concrete_size", "make_traced_selector"]
 
-#: Stands for a length that is not known while a call is traced.
+#: The length that a request states where lengths are unknown while a call is traced.
 SYMBOLIC = 2
 
 
-class Traced:
-    """What was found out about calls while they were traced, each an attribute by its name."""
+class TracedSelections:
+    """The backend and plan of each kind of traced call, as attributes ``call_0``, ``call_1``..."""
 
 
-def fixed(size: int) -> int:
-    """Make a symbolic size a number: what is traced then holds for this size only."""
+def concrete_size(size: int) -> int:
+    """Convert a symbolic size to a number, which specializes the traced program to that size."""
     return len(range(size))
 
 
-def settler(
-    spec: AttentionSpec, choice: Any, device: str | None, traced: Traced
+def make_traced_selector(
+    spec: AttentionSpec, choice: Any, device: str | None, traced: TracedSelections
 ) -> Callable[..., str]:
-    """Make the function that chooses a backend while a call is traced.
+    """Build the function that selects a backend while a call is traced.
 
-    The compiler of PyTorch runs it as it is, at the time of tracing, and takes what it gives for
-    a constant: that is what the mark says. It gives the name of its entry in `traced`.
+    The function stores backend and plan in `traced` and returns the name of the attribute. It is
+    marked as constant for ``torch.compile``, which runs it while tracing and keeps its result.
     """
     names: dict[Request, str] = {}
 
-    def settle(
+    def select(
         dtype: str,
-        place: str,
+        array_device: str,
         ndim: int,
         query_heads: int,
         key_heads: int,
         dim: int,
         value_dim: int,
-        given: tuple[int | None, ...],
+        ranks: tuple[int | None, ...],
         offset: str,
         lse: bool,
         vjp: bool,
@@ -55,19 +56,18 @@ def settler(
         dropped: bool,
         axis_name: str | None,
     ) -> str:
-
-        if device is not None and device != place:
+        if device is not None and device != array_device:
             raise UnsupportedError(
-                f"device {device!r}: a traced call cannot move arrays from {place}; move them "
-                "before, or leave device out"
+                f"device {device!r}: a traced call cannot move arrays from {array_device}; move "
+                "them before, or leave device out"
             )
         lead = (SYMBOLIC,) * (ndim - 3)
-        mask, key_mask, bias = (None if n is None else (SYMBOLIC,) * n for n in given)
+        mask, key_mask, bias = (None if n is None else (SYMBOLIC,) * n for n in ranks)
         request = Request(
             spec,
             "torch",
             dtype.removeprefix("torch."),
-            place,
+            array_device,
             (*lead, query_heads, SYMBOLIC, dim),
             (*lead, key_heads, SYMBOLIC, dim),
             (*lead, key_heads, SYMBOLIC, value_dim),
@@ -81,17 +81,16 @@ def settler(
             0.5 if dropped else 0.0,
             axis_name,
         )
-        chosen = selection.choose(request, choice)
-        if chosen.backend.info.library != "torch":
+        backend = selection.choose(request, choice).backend
+        if backend.info.library != "torch":
             raise UnsupportedError(
-                f"backend {chosen.backend.info.name}: a traced call cannot hand PyTorch tensors "
-                f"to {chosen.backend.info.library}; call it outside the compiled function"
+                f"backend {backend.info.name}: a traced call cannot hand PyTorch tensors "
+                f"to {backend.info.library}; call it outside the compiled function"
             )
-        # The compiler keeps no objects that it is given, but it reads those of an object.
-        token = names.setdefault(request, f"call_{len(names)}")
-        plan = chosen.backend.fuse(request.lower(), request)
-        setattr(traced, token, (chosen.backend, plan))
-        return token
+        # A constant cannot be an arbitrary object, but the traced code may read attributes.
+        name = names.setdefault(request, f"call_{len(names)}")
+        setattr(traced, name, (backend, backend.fuse(request.lower(), request)))
+        return name
 
-    settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return settle
+    select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return select

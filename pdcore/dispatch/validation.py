@@ -23,7 +23,7 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
     Parameters
     ----------
     spec : AttentionSpec
-        What is asked for.
+        The attention of the call.
     inputs : Inputs
         The call's arguments.
     library : str
@@ -32,9 +32,9 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what it got and what was expected.
+        For a wrong argument; the message names it, its value and what is expected.
     UnsupportedError
-        For a bias where the spec has no place for one.
+        For a bias that the spec does not support.
     """
     q, k, v = inputs.q, inputs.k, inputs.v
     _same_library(k, "k", library)
@@ -173,7 +173,7 @@ def _offset(offset: Any, lead: tuple[int, ...], library: str) -> None:
 def _params(
     spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str, library: str
 ) -> None:
-    if type(params) is not dict and not isinstance(params, Mapping):  # most are, and it is quick
+    if type(params) is not dict and not isinstance(params, Mapping):  # the fast check first
         raise TypeError(
             f"params: got {type(params).__name__}, expected a mapping of names to arrays"
         )
@@ -211,12 +211,12 @@ def _allowed(p: Parameter, heads: int, dim: int) -> list[tuple[int, ...]]:
 
 
 def _equal(shape: Any, other: tuple[int, ...]) -> bool:
-    # Number by number: a compiler that traces with symbols for sizes does not compare the tuples.
+    # One size at a time: `torch.compile` cannot compare tuples of symbolic sizes.
     return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def parameter_shape(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, ...]:
-    """Put numbers for the names of sizes in a declared shape."""
+    """Replace the names of sizes in a declared shape, "H" and "D", by numbers."""
     sizes: dict[str | int, int | str] = {"H": heads, "D": dim}
     return tuple(int(sizes.get(s, s)) for s in shape)
 
@@ -226,7 +226,7 @@ def _choices(p: Parameter, heads: int, dim: int) -> str:
 
 
 def check_cotangent(x: Any, name: str, like: Any) -> None:
-    """Check a cotangent against the result that it belongs to."""
+    """Check the library, shape and dtype of a cotangent against those of its result."""
     result = name.removeprefix("d_")
     library = library_of(like, result)
     other = library_of(x, name)
@@ -243,7 +243,7 @@ def check_cotangent(x: Any, name: str, like: Any) -> None:
 
 
 def finite_dropout(dropout: Any) -> float:
-    """Check a dropout probability."""
+    """Check a dropout probability and return it as a float."""
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise TypeError(f"dropout: got {type(dropout).__name__}, expected a float, 0 <= p < 1")
     if not 0 <= dropout < 1:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..arrays import held
+from ..arrays import stop_gradient
 from ..spec import Batch, FeatureMap, Normalization
 
 __all__ = ["FeatureRows", "Fold", "GaussianRows", "Normalize", "Pullback", "Rows", "UnitRows"]
@@ -282,7 +282,7 @@ class FeatureRows:
 def _unit(x: Any, xp: Any) -> tuple[Any, Any]:
     # Scaled by the largest entry, so that squares neither overflow nor vanish; the inner
     # `where`s keep automatic differentiation free of NaN at zero vectors.
-    largest = held(xp.max(xp.abs(x), axis=-1, keepdims=True), xp)
+    largest = stop_gradient(xp.max(xp.abs(x), axis=-1, keepdims=True), xp)
     zero = largest == 0  # not `largest > 0`: a NaN comes through
     divisor = xp.where(zero, xp.ones_like(largest), largest)
     scaled = x / divisor

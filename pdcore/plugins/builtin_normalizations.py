@@ -1,4 +1,4 @@
-"""The plugin that brings pdcore's further normalizations in, by the hook that anyone's use."""
+"""The plugin of pdcore's further normalizations, which uses the public hook."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from ..spec import Conv1d, Conv2d, InstanceEnhanced, Mixture, Normalization
 
 @HookimplMarker("pdcore")
 def pdcore_normalizations() -> Sequence[type[Normalization]]:
-    """Give the classes."""
+    """Return the classes."""
     return [InstanceEnhanced, Mixture, Conv1d, Conv2d]

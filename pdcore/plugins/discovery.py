@@ -1,7 +1,7 @@
-"""Finding plugins and reading what one declares; `pdcore.plugins` keeps the result.
+"""Search for plugins, and reading of their declarations, for `pdcore.plugins.registry`.
 
-Nothing here has state. Every check names what is wrong in a `PluginError`, so that an author
-reads one line instead of a traceback of the host.
+This module has no state. Every check raises a `PluginError` that describes the defect in one
+line, so that the author of a plugin need not read a traceback of pdcore.
 """
 
 from __future__ import annotations
@@ -25,12 +25,19 @@ from ..backend import SPEC_VERSION, BackendInfo
 from ..errors import PluginError, nearest
 from . import hookspecs
 
-__all__ = ["Declared", "Owner", "check", "find", "new_manager", "read"]
+__all__ = [
+    "Declarations",
+    "Owner",
+    "check_backend_info",
+    "find_entry_points",
+    "new_manager",
+    "read_declarations",
+]
 
 GROUP = "pdcore"
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("pdcore_"))
 
-# Found without an installed distribution too, so that a source tree works as it is.
+# These plugins are found without an installed distribution too, as in a source tree.
 _BUILT_IN = {
     **{name: f"pdcore_backends.{name}" for name in ("numpy", "strict", "torch", "jax", "cupy")},
     "normalizations": "pdcore.plugins.builtin_normalizations",
@@ -48,8 +55,8 @@ class Owner(NamedTuple):
         return f"distribution {self.distribution} {self.version}"
 
 
-class Declared(NamedTuple):
-    """What the hooks of one plugin gave."""
+class Declarations(NamedTuple):
+    """The results of the hooks of one plugin."""
 
     backends: list[BackendInfo]
     kernels: list[type]
@@ -57,12 +64,14 @@ class Declared(NamedTuple):
     known_failures: Callable[[str], Any] | None
 
 
-def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]]:
-    """List the entry points: the distribution pdcore's first, then the others by name.
+def find_entry_points() -> tuple[
+    list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]
+]:
+    """Return the entry points: first those of the distribution pdcore, then the others by name.
 
     Returns
     -------
-    found : list of (EntryPoint, Owner)
+    owned : list of (EntryPoint, Owner)
     unreadable : dict of str to (Owner, Exception)
         Distributions whose entry points cannot be read, by name.
     """
@@ -70,58 +79,58 @@ def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Excep
     unreadable = {}
     try:
         points += entry_points(group=GROUP)
-    except Exception:  # noqa: BLE001 - one unreadable distribution, whosever, hides them all
+    except Exception:  # noqa: BLE001 - one unreadable distribution hides all others
         readable: dict[str, EntryPoints | tuple[()]] = {}
         for distribution in distributions():
             owner = _owner(distribution)
-            # The first of a name on the path is the one that is imported.
+            # Of distributions of one name, the first on the path is the one that is imported.
             if owner.distribution not in readable:
                 try:
                     readable[owner.distribution] = distribution.entry_points.select(group=GROUP)
-                except Exception as error:  # noqa: BLE001 - it is reported
+                except Exception as error:  # noqa: BLE001 - the error is reported
                     readable[owner.distribution] = ()
                     unreadable[owner.distribution] = (owner, error)
         points += chain.from_iterable(readable.values())
-    found = [(point, _owner(point.dist)) for point in points]
-    installed = {point.name for point, owner in found if owner.built_in}
-    # Their parent package is empty, so that looking for them imports nothing.
+    owned = [(point, _owner(point.dist)) for point in points]
+    installed = {point.name for point, owner in owned if owner.built_in}
+    # The package pdcore_backends is empty, so that `find_spec` of its modules imports nothing.
     if importlib.util.find_spec("pdcore_backends") is not None:
         source_tree = Owner(GROUP, "(source tree)", built_in=True)
-        found += [
+        owned += [
             (EntryPoint(name, module, GROUP), source_tree)
             for name, module in _BUILT_IN.items()
             if name not in installed and importlib.util.find_spec(module) is not None
         ]
-    found.sort(key=lambda f: (not f[1].built_in, f[1].distribution.lower(), f[0].name))
-    return found, unreadable
+    owned.sort(key=lambda pair: (not pair[1].built_in, pair[1].distribution.lower(), pair[0].name))
+    return owned, unreadable
 
 
 def _owner(distribution: Distribution | None) -> Owner:
     try:
         name, version = distribution.name, distribution.version  # type: ignore[union-attr]
-    except Exception:  # noqa: BLE001 - metadata that cannot be read has no name
+    except Exception:  # noqa: BLE001 - metadata that cannot be read
         name, version = "", ""
     name = name or "(unknown)"
     return Owner(name, version or "", re.sub(r"[-_.]+", "-", name).lower() == GROUP)
 
 
 def new_manager() -> pluggy.PluginManager:
-    """Make a plugin manager that knows the hook specifications."""
+    """Create a plugin manager with the hook specifications of pdcore."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     return manager
 
 
-def read(manager: pluggy.PluginManager, plugin: Any) -> Declared:
-    """Check the hooks of one registered plugin, call them, and check what they return.
+def read_declarations(manager: pluggy.PluginManager, plugin: Any) -> Declarations:
+    """Check the hooks of one registered plugin, call them, and check their results.
 
-    Not through the manager's relay: it calls all plugins at once, stops at the first exception,
-    and drops a hook that returns None.
+    The hooks are not called by ``manager.hook``, which calls all plugins at once, stops at the
+    first exception, and drops results that are None.
 
     Raises
     ------
     PluginError
-        With what is wrong.
+        When a hook or its result is wrong; the message describes the defect.
     """
     results: dict[str, Any] = {}
     for caller in manager.get_hookcallers(plugin) or ():
@@ -130,7 +139,7 @@ def read(manager: pluggy.PluginManager, plugin: Any) -> Declared:
                 continue
             if caller.name not in HOOKS:
                 if not hook.optionalhook:
-                    raise _unknown(caller.name)
+                    raise _unknown_hook(caller.name)
             elif hook.wrapper or hook.hookwrapper:
                 raise PluginError(f"{caller.name} is a hook wrapper, expected a plain function")
             elif caller.name == "pdcore_known_failures":
@@ -140,10 +149,10 @@ def read(manager: pluggy.PluginManager, plugin: Any) -> Declared:
     for name in _unmarked(manager, plugin):
         if name in HOOKS:
             raise PluginError(f"{name} is not decorated with pdcore.hookimpl")
-        raise _unknown(name)
+        raise _unknown_hook(name)
     if not results:
         raise PluginError(f"it implements no hook; known: {', '.join(HOOKS)}")
-    return Declared(
+    return Declarations(
         _listed(results, "pdcore_backends", BackendInfo, "BackendInfo"),
         _listed(results, "pdcore_kernels", type, "Kernel classes"),
         _listed(results, "pdcore_normalizations", type, "Normalization classes"),
@@ -151,13 +160,14 @@ def read(manager: pluggy.PluginManager, plugin: Any) -> Declared:
     )
 
 
-def check(info: BackendInfo) -> None:
-    """Check what `BackendInfo` itself does not.
+def check_backend_info(info: BackendInfo) -> None:
+    """Check fields of a `BackendInfo` that its constructor does not check.
 
     Raises
     ------
     PluginError
-        When it is for another version of the plan contract, or a sequence is a single string.
+        When it is for another version of the plan contract, or a string is in place of a
+        sequence of strings.
     """
     if info.spec_version != SPEC_VERSION:
         older = info.spec_version < SPEC_VERSION
@@ -175,7 +185,7 @@ def check(info: BackendInfo) -> None:
             )
 
 
-def _unknown(name: str) -> PluginError:
+def _unknown_hook(name: str) -> PluginError:
     return PluginError(f"unknown hook {name!r}; {nearest(name, HOOKS)}")
 
 
@@ -187,13 +197,13 @@ def _call(name: str, function: Callable[[], Any]) -> Any:
 
 
 def _by_position(hook: pluggy.HookImpl) -> Callable[[str], Any]:
-    # An implementation may leave out the arguments that it does not need.
+    # As in pluggy, an implementation may omit arguments that it does not need.
     function, count = hook.function, len(hook.argnames)
     return lambda backend: function(*(backend,)[:count])
 
 
 def _unmarked(manager: pluggy.PluginManager, plugin: Any) -> Iterator[str]:
-    """Find functions that are named like hooks but not decorated: pluggy passes over them."""
+    """Yield functions that are named like hooks but not decorated, which pluggy ignores."""
     for name in dir(plugin):
         if name.startswith("pdcore_") and manager.parse_hookimpl_opts(plugin, name) is None:
             value = getattr(plugin, name)

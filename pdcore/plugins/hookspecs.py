@@ -1,7 +1,8 @@
-"""The hooks of a plugin: what a module named by an entry point of the group ``pdcore`` may define.
+"""Hook specifications: the functions that a plugin may define.
 
-A plugin decorates its functions with `hookimpl` and gives them the names below. Each is optional,
-but a plugin without any is reported as broken, as is a misspelt name. ``docs/writing-a-backend.md``
+A plugin is a module named by an entry point of the group ``pdcore``. It defines functions of the
+names below, decorated with `hookimpl`. Each hook is optional, but a plugin without any hook is
+reported as broken, and so is a plugin with a misspelt hook. ``docs/writing-a-backend.md``
 is the guide.
 """
 
@@ -26,23 +27,23 @@ hookimpl = pluggy.HookimplMarker("pdcore")
 
 @_hookspec
 def pdcore_backends() -> Sequence[BackendInfo]:  # type: ignore[empty-body]
-    """Declare the plugin's backends; must not import the framework."""
+    """Return the declarations of the plugin's backends; must not import the framework."""
 
 
 @_hookspec
 def pdcore_kernels() -> Sequence[type[Kernel]]:  # type: ignore[empty-body]
-    """Give kernel classes, which join the grammar by their words."""
+    """Return kernel classes, which are added to the grammar by their words."""
 
 
 @_hookspec
 def pdcore_normalizations() -> Sequence[type[Normalization]]:  # type: ignore[empty-body]
-    """Give normalization classes, which join the grammar by their words."""
+    """Return normalization classes, which are added to the grammar by their words."""
 
 
 @_hookspec
 def pdcore_known_failures(backend: str) -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Map conformance cases that a backend of this plugin fails to the reasons.
+    """Return the conformance cases that a backend of this plugin fails, mapped to the reasons.
 
-    Asked only for the plugin's own backends. An entry that passes, or that names no case, fails
-    the conformance run, so the list cannot outlive its reasons.
+    Called only for backends of the same plugin. A listed case that passes, or that does not
+    exist, fails the conformance run, so that entries are removed when their reason is gone.
     """

@@ -1,4 +1,4 @@
-"""What there is to choose from, as plain values: backends, presets and the words of a spec."""
+"""Backends, presets and the words of a spec as plain values, for listings."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["list_backends", "list_words", "summary"]
 
 
 def list_backends() -> list[dict[str, Any]]:
-    """Describe every backend, those included that cannot be used here.
+    """Return a description of every backend, including those that are not available.
 
     Returns
     -------
     list of dict
         ``name``, ``available``, ``reason`` (None where available), ``library``, ``versions``,
-        ``devices``, ``priority`` and ``capabilities`` by feature. A plugin that is broken or
-        disabled has a name and a reason only. Available backends are loaded, to ask them for
-        versions.
+        ``devices``, ``priority`` and ``capabilities`` by feature. For a broken or disabled
+        plugin, only name and reason are known. Available backends are loaded, since `versions`
+        is a method of the backend.
     """
-    found = []
+    backends = []
     for name, info in plugins.registered().items():
         reason, versions = plugins.unavailable_reason(info), {}
         if reason is None:
@@ -33,7 +33,7 @@ def list_backends() -> list[dict[str, Any]]:
                 versions = plugins.load_backend(name).versions()
             except NoBackendError as error:
                 reason = "; ".join(error.reasons.get(name, [str(error)]))
-        found.append(
+        backends.append(
             _backend(
                 name,
                 reason,
@@ -45,21 +45,21 @@ def list_backends() -> list[dict[str, Any]]:
             )
         )
     failures = {n: f"failed to load: {failure}" for n, failure in plugins.broken.items()}
-    return found + [_backend(n, why) for n, why in {**failures, **plugins.disabled}.items()]
+    return backends + [_backend(n, why) for n, why in {**failures, **plugins.disabled}.items()]
 
 
 def _backend(name: str, reason: str | None, **known: Any) -> dict[str, Any]:
-    nothing: dict[str, Any] = {
+    unknown: dict[str, Any] = {
         "library": None,
         "versions": {},
         "devices": [],
         "priority": None,
         "capabilities": {},
     }
-    return {"name": name, "available": reason is None, "reason": reason, **nothing, **known}
+    return {"name": name, "available": reason is None, "reason": reason, **unknown, **known}
 
 
-#: The words that set neither kernel nor normalization, with their arguments.
+#: The words of the other axes than kernel and normalization, with their arguments.
 _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
     (
         "sh",
@@ -93,15 +93,14 @@ _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
 
 
 def list_words() -> dict[str, list[dict[str, Any]]]:
-    """Describe the presets and the words of the grammar.
+    """Return a description of the presets and of the words of the grammar.
 
     Returns
     -------
     dict
         ``presets``: ``name``, ``spec`` (canonical) and ``meaning``. ``words``: ``word``,
         ``aliases``, ``axis``, ``meaning`` and ``arguments``: ``name``, ``expects``,
-        ``required`` and ``default``, None where leaving the argument out has a meaning of its
-        own.
+        ``required`` and ``default``; None where a spec without the argument has no value for it.
     """
     presets = [
         {"name": name, "spec": str(as_spec(name)), "meaning": meaning}
@@ -137,10 +136,10 @@ def _word(
 
 
 def summary(cls: type[Any]) -> str:
-    """Give the first sentence of a class's documentation."""
+    """Return the first paragraph of a class's docstring, in one line without the full stop."""
     text = inspect.getdoc(cls) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
-    # A plugin's frozen dataclass without a docstring shows its signature, which says nothing.
+    # A dataclass without a docstring gets its signature as the docstring, which is no summary.
     return "" if paragraph.startswith(f"{cls.__name__}(") else paragraph.rstrip(".")
 
 

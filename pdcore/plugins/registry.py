@@ -1,29 +1,28 @@
 """The registry of backends, and the discovery of the plugins that fill it.
 
-A plugin is what an entry point of the group ``pdcore`` names; it implements some of the hooks of
-`hookspecs`. The built-in backends come in by the same door. Discovery happens once, at the first
-need, and imports no framework: a plugin declares its backends as data, and a backend's
-module is imported at its first use. A plugin that fails is taken out whole and kept in `broken`
-with its exception; the others do not notice.
+A plugin is a module named by an entry point of the group ``pdcore``; it implements some of the
+hooks of `hookspecs`. The built-in backends are plugins too. Discovery happens once, at the first
+call that needs it, and imports no framework: a plugin declares its backends as data, and the
+module of a backend is imported at its first use. A plugin that fails is removed completely and
+recorded in `broken` with its exception, without effect on other plugins.
 
-Two environment variables are read at discovery. ``PDCORE_BLOCK=name,name`` leaves out the entry
-points and backends of these names, built-in ones too, without importing them.
-``PDCORE_PLUGINS=name,name`` lets in, of third parties, only the entry points of these names; set
-and empty, none.
+Two environment variables are read at discovery. ``PDCORE_BLOCK=name,name`` disables the entry
+points and backends of these names, built-in ones too, without importing them. With
+``PDCORE_PLUGINS=name,name``, the only entry points of third parties that are loaded are those of
+these names; if it is set and empty, none are loaded.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-import sys
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ..backend import Backend, BackendInfo
 from ..errors import NoBackendError, PluginError, nearest
 from ..spec import vocabulary
+from .entry import BrokenPlugin, Entry, instantiate, is_importable
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -49,52 +48,12 @@ __all__ = [
 ]
 
 
-class BrokenPlugin(NamedTuple):
-    """A plugin, or the class of a backend, that failed to load.
-
-    Attributes
-    ----------
-    distribution, version : str
-        Who ships it.
-    error : BaseException
-        What it raised, or a `PluginError` that says what is wrong with it.
-    """
-
-    distribution: str
-    version: str
-    error: BaseException
-
-    def __str__(self) -> str:
-        name = "" if isinstance(self.error, PluginError) else f"{type(self.error).__name__}: "
-        text = " ".join(str(self.error).split())
-        return f"{name}{text} (distribution {self.distribution} {self.version})"
-
-
-class _Entry(NamedTuple):
-    info: BackendInfo
-    owner: Owner | None  # None: registered in this process
-    known_failures: Callable[[str], Any] | None = None
-
-    @property
-    def origin(self) -> str:
-        return "register_backend in this process" if self.owner is None else str(self.owner)
-
-    @property
-    def rank(self) -> tuple[bool, int, str]:
-        built_in = self.owner is not None and self.owner.built_in
-        return (not built_in, -self.info.priority, self.info.name)
-
-    def failure(self, error: BaseException) -> BrokenPlugin:
-        distribution, version = self.owner[:2] if self.owner else ("(this process)", "")
-        return BrokenPlugin(distribution, version, error)
-
-
 #: Plugins that failed, by the names of their entry points.
 broken: dict[str, BrokenPlugin] = {}
-#: What ``PDCORE_BLOCK`` and ``PDCORE_PLUGINS`` leave out, by name, each with the reason.
+#: Names that ``PDCORE_BLOCK`` and ``PDCORE_PLUGINS`` disable, each with the reason.
 disabled: dict[str, str] = {}
 
-_entries: dict[str, _Entry] = {}
+_entries: dict[str, Entry] = {}
 _instances: dict[str, Backend] = {}
 _failed: dict[str, BrokenPlugin] = {}
 _installed: set[str] = set()
@@ -106,15 +65,15 @@ _generation = 0
 
 
 def discover() -> None:
-    """Find and register all plugins, once in a process.
+    """Find and register all plugins, once per process.
 
-    Never raises for what a plugin does; see `broken`.
+    Exceptions of a plugin are not raised, but recorded in `broken`.
     """
     global _stage
     if _stage == "done":
         return
     with _lock:
-        # Anything but "to do" here is a plugin that asks for plugins while it is imported.
+        # Any other stage than "to do": a plugin calls this function while it is imported.
         if _stage != "to do":
             return
         _stage = "under way"
@@ -127,12 +86,12 @@ def discover() -> None:
 
 
 def generation() -> int:
-    """Count the changes of the registry, so that a cache of selections knows when it is old."""
+    """Return the number of changes of the registry, a cache key for selections."""
     return _generation
 
 
 def registered() -> dict[str, BackendInfo]:
-    """Give the declared backends by name: built-in ones first, then by priority and name."""
+    """Return the declared backends by name: built-in ones first, then by priority and name."""
     discover()
     with _lock:
         entries = sorted(_entries.values(), key=lambda entry: entry.rank)
@@ -140,7 +99,7 @@ def registered() -> dict[str, BackendInfo]:
 
 
 def candidates(library: str) -> tuple[str, ...]:
-    """Name the backends that take the arrays of a library, in the order of `registered`."""
+    """Return the names of the backends of a library's arrays, in the order of `registered`."""
     names = _candidates.get(library)
     if names is None:
         with _lock:
@@ -151,21 +110,21 @@ def candidates(library: str) -> tuple[str, ...]:
 
 
 def is_known(name: str) -> bool:
-    """Say whether a backend, or a broken or disabled plugin, has this name."""
+    """Return whether a backend, or a broken or disabled plugin, has this name."""
     discover()
     return name in _entries or name in broken or name in disabled
 
 
 def load_backend(name: str) -> Backend:
-    """Give a backend's one instance; its module is imported at the first call.
+    """Return the single instance of a backend; its module is imported at the first call.
 
     Raises
     ------
     ValueError
         When no backend has the name.
     NoBackendError
-        When it is disabled, what it requires is not installed, or it failed to load. A failure
-        is remembered, not tried again.
+        When the backend is disabled, a package that it requires is not installed, or it failed
+        to load. After a failure, later calls do not try again.
     """
     instance = _instances.get(name)
     if instance is not None:
@@ -182,10 +141,10 @@ def load_backend(name: str) -> Backend:
         raise ValueError(f"unknown backend {name!r}; {nearest(name, _entries)}")
     cause: BaseException | None = None
     if entry is not None and reason is None:
-        # Not under the lock: another thread may hold the import lock of the same module and
-        # wait for ours. Importing twice is one import, and one of two instances is dropped.
+        # Not under the lock: another thread may hold the import lock of the module and wait for
+        # `_lock`. If two threads get here, the module is imported once and one instance dropped.
         try:
-            instance = _instantiate(entry.info)
+            instance = instantiate(entry.info)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is stored and reported
             _failed[name] = entry.failure(error)
             cause, reason = error, unavailable_reason(entry.info)
@@ -196,24 +155,24 @@ def load_backend(name: str) -> Backend:
 
 
 def unavailable_reason(info: BackendInfo) -> str | None:
-    """Say why a declared backend cannot be used at all here, without importing it.
+    """Return the reason why a declared backend is not available, without importing it.
 
     Returns
     -------
     str or None
-        That what it requires is not installed, with the command that installs it, or that an
-        earlier attempt to load it failed, with the exception and the distribution.
+        The packages that are not installed and the command that installs them, or the failure of
+        an earlier attempt to load the backend. None if the backend is available.
     """
     failure = _failed.get(info.name)
     if failure is not None:
         return f"failed to load: {failure}"
     if info.name in _installed:
         return None
-    # Of "a.b" only "a" is looked for: finding "a.b" would import "a".
-    missing = [name for name in info.requires if not _importable(name.partition(".")[0])]
+    # For "a.b", only "a" is searched: finding "a.b" would import "a".
+    missing = [name for name in info.requires if not is_importable(name.partition(".")[0])]
     if missing:
         return f"not installed: {info.install or 'needs ' + ', '.join(missing)}"
-    # Not so the other way round: what is missing may be installed before the next call.
+    # Only success is cached: a missing package may be installed before the next call.
     _installed.add(info.name)
     return None
 
@@ -226,22 +185,22 @@ def register_backend(info: BackendInfo) -> None:
     PluginError
         When the name is taken, or the declaration is for another version of the contract.
     """
-    from .discovery import check
+    from .discovery import check_backend_info
 
     discover()
     with _lock:
-        check(info)
+        check_backend_info(info)
         taken = _entries.get(info.name)
         if taken is not None:
             raise PluginError(
                 f"backend {info.name!r} is declared by {taken.origin} already; "
                 f"unregister_backend({info.name!r}) takes it out"
             )
-        _add(_Entry(info, None))
+        _add(Entry(info, None))
 
 
 def unregister_backend(name: str) -> None:
-    """Take a backend out for the rest of the process.
+    """Remove a backend for the rest of the process.
 
     Raises
     ------
@@ -256,14 +215,14 @@ def unregister_backend(name: str) -> None:
 
 
 def known_failures(backend: str) -> dict[str, str]:
-    """Give the conformance cases that a backend's own plugin says it fails, with the reasons.
+    """Return the conformance cases that a backend is declared to fail, with the reasons.
 
     Raises
     ------
     ValueError
         When no backend has the name.
     PluginError
-        When the plugin's hook raises or returns something else.
+        When the hook of the backend's plugin raises, or returns another type.
     """
     discover()
     entry = _entries.get(backend)
@@ -273,45 +232,17 @@ def known_failures(backend: str) -> dict[str, str]:
         return {}
     where = f"pdcore_known_failures({backend!r}) of {entry.origin}"
     try:
-        found = entry.known_failures(backend)
+        failures = entry.known_failures(backend)
     except Exception as error:
         raise PluginError(f"{where} raised {type(error).__name__}: {error}") from error
-    if not isinstance(found, Mapping) or not all(
-        isinstance(text, str) for pair in found.items() for text in pair
+    if not isinstance(failures, Mapping) or not all(
+        isinstance(text, str) for pair in failures.items() for text in pair
     ):
-        raise PluginError(f"{where} returned {found!r}, expected case ids mapped to reasons")
-    return dict(found)
+        raise PluginError(f"{where} returned {failures!r}, expected case ids mapped to reasons")
+    return dict(failures)
 
 
-def _importable(name: str) -> bool:
-    if name in sys.modules:
-        return sys.modules[name] is not None
-    from importlib.util import find_spec
-
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError):  # a finder that fails, a module without a spec
-        return False
-
-
-def _instantiate(info: BackendInfo) -> Backend:
-    path, _, attribute = info.load.partition(":")
-    cls: Any = importlib.import_module(path)
-    for part in attribute.split("."):
-        cls = getattr(cls, part)
-    if not (isinstance(cls, type) and issubclass(cls, Backend)):
-        raise PluginError(f"{info.load} is {cls!r}, expected a subclass of pdcore.backend.Backend")
-    backend = cls()
-    # Selection reads the declaration, and `refusals` the class's own: they must not disagree.
-    if getattr(backend, "info", None) != info:
-        raise PluginError(
-            f"{info.load} has another `info` than what is declared for {info.name!r}: give both "
-            "the same BackendInfo"
-        )
-    return backend
-
-
-def _add(entry: _Entry) -> None:
+def _add(entry: Entry) -> None:
     _entries[entry.info.name] = entry
     _changed()
 
@@ -330,26 +261,26 @@ def _changed() -> None:
 
 
 def _discover_all() -> None:
-    from . import discovery  # it costs pluggy and importlib.metadata, so not with `import pdcore`
+    from . import discovery  # here, so that `import pdcore` does not import pluggy
 
     manager = discovery.new_manager()
-    block = _names("PDCORE_BLOCK") or frozenset()
-    allowed = _names("PDCORE_PLUGINS")
-    found, unreadable = discovery.find()
+    block = _names_in("PDCORE_BLOCK") or frozenset()
+    allowed = _names_in("PDCORE_PLUGINS")
+    points, unreadable = discovery.find_entry_points()
     for name, (owner, error) in unreadable.items():
         broken[name] = BrokenPlugin(owner.distribution, owner.version, error)
-    for point, owner in found:
+    for point, owner in points:
         if point.name in block:
             disabled[point.name] = "disabled: named in PDCORE_BLOCK"
         elif allowed is not None and not owner.built_in and point.name not in allowed:
             disabled[point.name] = "disabled: not named in PDCORE_PLUGINS"
         else:
             _load(manager, point, owner, block)
-    for name in sorted((allowed or frozenset()) - {point.name for point, _ in found}):
+    for name in sorted((allowed or frozenset()) - {point.name for point, _ in points}):
         disabled[name] = "not installed: named in PDCORE_PLUGINS, but no distribution has it"
 
 
-def _names(variable: str) -> frozenset[str] | None:
+def _names_in(variable: str) -> frozenset[str] | None:
     text = os.environ.get(variable)
     if text is None:
         return None
@@ -357,18 +288,19 @@ def _names(variable: str) -> frozenset[str] | None:
 
 
 def _load(manager: PluginManager, point: EntryPoint, owner: Owner, block: frozenset[str]) -> None:
-    """Load one plugin: all that it declares, or, after an exception, nothing of it."""
-    from .discovery import read
+    """Load one plugin: everything that it declares, or nothing if there is an exception."""
+    from .discovery import read_declarations
 
     key = f"{owner.distribution}:{point.name}"
-    # An import may register too, by decorators; so compare, rather than undo our own steps.
+    # A plugin may also register words while it is imported, so the state is compared with that
+    # before.
     words, backends = _vocabulary(), set(_entries)
     try:
         plugin = point.load()
         manager.register(plugin, name=key)
-        declared = read(manager, plugin)
+        declared = read_declarations(manager, plugin)
         for info in declared.backends:
-            _declare(_Entry(info, owner, declared.known_failures), block)
+            _declare(Entry(info, owner, declared.known_failures), block)
         for kernel in declared.kernels:
             vocabulary.register_kernel(kernel)
         for normalization in declared.normalizations:
@@ -385,11 +317,11 @@ def _load(manager: PluginManager, point: EntryPoint, owner: Owner, block: frozen
     _words.update(_vocabulary() - words)
 
 
-def _declare(entry: _Entry, block: frozenset[str]) -> None:
-    from .discovery import check
+def _declare(entry: Entry, block: frozenset[str]) -> None:
+    from .discovery import check_backend_info
 
     name = entry.info.name
-    check(entry.info)
+    check_backend_info(entry.info)
     if name in block:
         disabled[name] = "disabled: named in PDCORE_BLOCK"
     elif name in _entries:
@@ -402,12 +334,12 @@ def _declare(entry: _Entry, block: frozenset[str]) -> None:
 
 
 def _vocabulary() -> set[str]:
-    # Both ask for discovery, which is under way here and so returns at once.
+    # Both call `discover`, which returns at once while discovery is under way.
     return {*vocabulary.kernel_words(), *vocabulary.normalization_words()}
 
 
 def _reset() -> None:
-    """Forget everything that was discovered or registered, for tests."""
+    """Reset the registry to the state before discovery, for tests."""
     global _stage
     with _lock:
         for name in list(_entries):

@@ -1,4 +1,4 @@
-"""The oracle: the specification executed literally, in array-API calls."""
+"""The oracle: the specification computed by its formulas, in array-API calls."""
 
 from __future__ import annotations
 

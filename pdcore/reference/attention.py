@@ -1,10 +1,10 @@
-"""The specification executed literally: the oracle that every backend is judged by.
+"""The oracle: the specification computed by its formulas, which every backend is tested against.
 
-Direct formulas in array-API calls, one head at a time, with (N, M) arrays and no rewrites: no
-folding of the normalization into the query, no blocks, no prefix sums. It runs unchanged on any
-array library, also on ``numpy.longdouble``, and is differentiable by a framework's autodiff: no
-in-place writes, no branch on an array's values, and both branches of a `where` are finite
-wherever a gradient could otherwise be NaN. It is never fast.
+The formulas are written as array-API calls, one head at a time, with (N, M) arrays and without
+rewrites: the normalization is not folded into the query, and there are no blocks and no prefix
+sums. The code runs on any array library, also in ``numpy.longdouble``, and can be differentiated
+by a framework: it has no in-place writes and no branches on values of arrays, and both branches of
+a `where` are finite wherever a gradient could otherwise be NaN. It is not meant to be fast.
 
 Notation: B leading axes, N queries, M keys, W keys after pooling, D and Dv features.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..spec import AttentionSpec
-from .inputs import Call, prepare, select
+from .inputs import ReferenceCall, prepare, select
 from .kernels import kappa_of, pointwise
 from .normalizations import prefix_inner_products, transform_of
 
@@ -44,11 +44,11 @@ def reference_attention(
 ) -> Any:
     """Compute an attention by its formulas: f(x) = sum_j v_j kappa(x, k_j) / h(x).
 
-    A NaN or inf reaches exactly the rows that see it: directly, through a pooled key, or through
-    a statistic. 16-bit inputs are computed in float32 and rounded once, at the end. Gradients by
-    a framework's autodiff are those of kappa, and never NaN for finite inputs; the running `mean`
-    and `var` are not detached, which array-API calls cannot say. Matrix products have the
-    precision that the library is set to.
+    A NaN or inf reaches exactly the rows that depend on it: directly, through a pooled key, or
+    through a statistic. 16-bit inputs are converted to float32, and the result is rounded once, at
+    the end. Gradients by automatic differentiation are never NaN for finite inputs. The running
+    `mean` and `var` are differentiated too, since the array API has no way to detach them. The
+    precision of matrix products is that of the library's settings.
 
     Parameters
     ----------
@@ -67,15 +67,15 @@ def reference_attention(
     bias : float array broadcastable to (*B, Hq, N, M), optional
         Added to log kappa; -inf removes the key, from ``h(count)`` too.
     offset : int, integer array () or (*B,), or "end"
-        The position of query 0; ``"end"`` puts the last query on the last real key.
+        The position of query 0; with ``"end"``, the last query is at the last real key.
     params : mapping of str to array, optional
         The arrays that the spec's kernel and normalization declare.
     return_lse : bool
         Return log h too.
     round_intermediates : dtype, optional
-        A 16-bit dtype of the arrays' library. T(q), T(k), the weights kappa / h and the result
-        are rounded to it while sums stay in float32: the least error of an honest 16-bit
-        implementation.
+        A 16-bit dtype of the arrays' library, to which T(q), T(k), the weights kappa / h and the
+        result are rounded, while sums are in float32. The error of the result is then that of a
+        careful 16-bit implementation.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def reference_attention(
     >>> print(reference_attention(q, k, v))
     [[[2.]]]
     """
-    # Only NumPy warns: of overflow, of log 0, and of the NaN that a caller may have put in.
+    # Only NumPy warns: of overflow, of log 0, and of a NaN in the inputs.
     with np.errstate(all="ignore"):
         call = prepare(q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates)
         xp = call.xp
@@ -125,7 +125,7 @@ def reference_weights(
     params: Mapping[str, Any] | None = None,
     round_intermediates: Any = None,
 ) -> Any:
-    """Compute the weights kappa / h of an attention over the keys as given.
+    """Compute the weights kappa / h of an attention over the keys before pooling.
 
     Parameters
     ----------
@@ -136,7 +136,8 @@ def reference_weights(
     -------
     array (*B, Hq, N, M)
         In the dtype of `q`. The weight of a pooled key is spread evenly over the real keys that
-        it covers (``pool=first``: it stays on the first), so ``weights @ v`` is the attention.
+        it covers (with ``pool=first``, it is on the first of them), so that ``weights @ v`` is the
+        attention.
 
     Raises
     ------
@@ -148,10 +149,10 @@ def reference_weights(
         xp = call.xp
         spread = []
         for head in _heads(call):
-            chosen = head.chosen[..., None, :, :]
-            count = xp.sum(xp.astype(chosen, call.dtype), axis=-1, keepdims=True)
+            pooled = head.pooled[..., None, :, :]
+            count = xp.sum(xp.astype(pooled, call.dtype), axis=-1, keepdims=True)
             share = head.weights[..., None] / select(count > 0, count, 1.0, xp)
-            share = select(chosen, share, 0.0, xp)
+            share = select(pooled, share, 0.0, xp)
             *lead, windows, scale = share.shape
             spread.append(xp.reshape(share, (*lead, windows * scale))[..., : k.shape[-2]])
         return xp.astype(xp.stack(spread, axis=-3), q.dtype)
@@ -159,44 +160,44 @@ def reference_weights(
 
 @dataclass(frozen=True)
 class _Head:
-    """One query head: its weights over the pooled keys, and what they are taken of."""
+    """The weights of one query head over the pooled keys, and the values that they weigh."""
 
     weights: Any  # (*B, N, W), 0 where not visible
     visible: Any  # bool (*B, N, W)
     lse: Any  # (*B, N)
     values: Any  # pooled, (*B, W, Dv)
-    chosen: Any  # bool (*B, W, s): the keys that a pooled key is the mean of
+    pooled: Any  # bool (*B, W, s): the keys of a window that its pooled key is the mean of
 
 
-def _heads(call: Call) -> Iterator[_Head]:
-    """Go through the query heads in order."""
+def _heads(call: ReferenceCall) -> Iterator[_Head]:
+    """Yield the query heads in order."""
     xp, spec = call.xp, call.spec
     key_heads = call.k.shape[-3]
     group = call.q.shape[-3] // key_heads
     for g in range(key_heads):
         scale = spec.heads.scales[g] if spec.heads.scales else 1
-        member = _cut(call.real[..., None], scale, call)[..., 0]
-        chosen = member
+        in_window = _windows(call.real[..., None], scale, call)[..., 0]
+        pooled = in_window
         if spec.heads.pool == "first":
-            order = xp.cumulative_sum(xp.astype(member, call.dtype), axis=-1)
-            chosen = member & (order == 1)
-        keys = _pool(call.k[..., g, :, :], chosen, call)
-        values = _pool(call.v[..., g, :, :], chosen, call)
-        real = xp.any(member, axis=-1)
+            order = xp.cumulative_sum(xp.astype(in_window, call.dtype), axis=-1)
+            pooled = in_window & (order == 1)
+        keys = _pool(call.k[..., g, :, :], pooled, call)
+        values = _pool(call.v[..., g, :, :], pooled, call)
+        real = xp.any(in_window, axis=-1)
         params = {name: value[g : g + 1, ...] for name, value in call.params.items()}
-        # A pooled key occupies its nominal window, though its last positions may not exist.
+        # A pooled key occupies its whole window, even where the last keys do not exist.
         first = xp.arange(real.shape[-1], device=call.device) * scale
         allowed = _allowed_by_position(call, first, first + (scale - 1))
         allowed = allowed & real[..., None, :]
-        # Prefix statistics: mask and window do not restrict them.
+        # The keys of prefix statistics, which mask and window do not restrict.
         counted = (first + (scale - 1) <= call.position) & real[..., None, :]
         transform, y = (None, keys) if spec.prefix else transform_of(call, keys, real, params)
         y = y if transform is None else call.rounded(y)
         for i in range(g * group, (g + 1) * group):
             visible = allowed
             if call.mask is not None:
-                mask = _cut(xp.matrix_transpose(call.mask[..., i, :, :]), scale, call)
-                denied = xp.any(~mask & member[..., None], axis=-2)
+                mask = _windows(xp.matrix_transpose(call.mask[..., i, :, :]), scale, call)
+                denied = xp.any(~mask & in_window[..., None], axis=-2)
                 visible = visible & ~xp.matrix_transpose(denied)
             bias = None
             if call.bias is not None:
@@ -213,11 +214,11 @@ def _heads(call: Call) -> Iterator[_Head]:
             if bias is not None:
                 kappa = kappa + bias
             weights, lse = _normalise(kappa, has_log, visible, spec.normaliser, xp)
-            yield _Head(call.rounded(weights), visible, lse, values, chosen)
+            yield _Head(call.rounded(weights), visible, lse, values, pooled)
 
 
-def _allowed_by_position(call: Call, first: Any, last: Any) -> Any:
-    """Apply causal and window: all of the span first..last of a key must be allowed."""
+def _allowed_by_position(call: ReferenceCall, first: Any, last: Any) -> Any:
+    """Return which keys causal and window allow: those whose span first..last is all allowed."""
     position, support = call.position, call.spec.support
     shape = (*position.shape[:-1], first.shape[0])
     allowed = call.xp.ones(shape, dtype=call.xp.bool, device=call.device)
@@ -233,21 +234,21 @@ def _allowed_by_position(call: Call, first: Any, last: Any) -> Any:
 # --- head scaling -----------------------------------------------------------------------------
 
 
-def _cut(x: Any, scale: int, call: Call) -> Any:
-    """Cut rows (*B, M, D) into the windows of head scaling, (*B, W, s, D), zeros at the end."""
+def _windows(x: Any, scale: int, call: ReferenceCall) -> Any:
+    """Split rows (*B, M, D) into the windows of head scaling, (*B, W, s, D), padded by zeros."""
     xp = call.xp
     *lead, length, dim = x.shape
-    windows = -(-length // scale)
-    missing = xp.zeros((*lead, windows * scale - length, dim), dtype=x.dtype, device=call.device)
-    return xp.reshape(xp.concat([x, missing], axis=-2), (*lead, windows, scale, dim))
+    count = -(-length // scale)
+    padding = xp.zeros((*lead, count * scale - length, dim), dtype=x.dtype, device=call.device)
+    return xp.reshape(xp.concat([x, padding], axis=-2), (*lead, count, scale, dim))
 
 
-def _pool(x: Any, chosen: Any, call: Call) -> Any:
-    """Take the mean over the chosen keys of each window, (*B, W, D); 0 where there is none."""
+def _pool(x: Any, pooled: Any, call: ReferenceCall) -> Any:
+    """Compute the mean over the pooled keys of each window, (*B, W, D); 0 without any."""
     xp = call.xp
-    chosen = chosen[..., None]
-    count = xp.sum(xp.astype(chosen, call.dtype), axis=-2)
-    total = xp.sum(select(chosen, _cut(x, chosen.shape[-2], call), 0.0, xp), axis=-2)
+    pooled = pooled[..., None]
+    count = xp.sum(xp.astype(pooled, call.dtype), axis=-2)
+    total = xp.sum(select(pooled, _windows(x, pooled.shape[-2], call), 0.0, xp), axis=-2)
     return total / select(count > 0, count, 1.0, xp)
 
 
@@ -257,7 +258,7 @@ def _pool(x: Any, chosen: Any, call: Call) -> Any:
 def _normalise(
     kappa: Any, has_log: bool, visible: Any, normaliser: str, xp: Any
 ) -> tuple[Any, Any]:
-    """Divide kappa, given as its logarithm if `has_log`, by h.
+    """Divide kappa by h; with `has_log`, `kappa` is the logarithm of kappa.
 
     Returns
     -------
@@ -271,7 +272,7 @@ def _normalise(
     if has_log:
         used = visible & (kappa != -INF)
         if normaliser == "sum":
-            # The column of -inf gives a row without keys a maximum.
+            # The maximum of a row without keys is -inf, by the column that is added.
             logs = [select(used, kappa, -INF, xp), xp.full_like(seen, -INF)]
             top = xp.max(xp.concat(logs, axis=-1), axis=-1, keepdims=True)
             top = select(top == -INF, 0.0, top, xp)
@@ -288,20 +289,20 @@ def _normalise(
 
 
 def _contract(weights: Any, visible: Any, values: Any, xp: Any) -> Any:
-    """Compute weights @ values where a row takes nothing from values that it does not see.
+    """Compute weights @ values so that a row does not depend on values that it does not see.
 
-    A product with 0 would carry NaN and inf into every row. They are left out of the product,
-    and what they add to the rows that see them is counted: +inf, -inf, or NaN when they
-    disagree, are NaN, or have weight 0.
+    Since 0 times NaN or inf is NaN, values that are not finite are left out of the product. What
+    they add to the rows that see them is found by counting: inf or -inf where all have that sign,
+    and NaN where signs differ, a value is NaN, or its weight is 0.
     """
     finite = xp.isfinite(values)
     out = xp.matmul(weights, select(finite, values, 0.0, xp))
-    # Counts are exact in float32, whatever the dtype.
+    # float32, in which the counts are exact, also for 16-bit values.
     seen = xp.matmul(xp.astype(visible, xp.float32), xp.astype(~finite, xp.float32))
     net = xp.matmul(_sign(weights, xp), _sign(select(finite, 0.0, values, xp), xp))
-    added = select(net == -seen, -INF, xp.full_like(out, math.nan), xp)
-    added = select(net == seen, INF, added, xp)
-    return out + select(seen == 0, 0.0, added, xp)
+    addend = select(net == -seen, -INF, xp.full_like(out, math.nan), xp)
+    addend = select(net == seen, INF, addend, xp)
+    return out + select(seen == 0, 0.0, addend, xp)
 
 
 def _sign(x: Any, xp: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The arguments of the reference: checked lightly, cast to the accumulation dtype.
+"""The arguments of the reference: checked, and cast to the accumulation dtype.
 
-`pdcore.attention` checks its arguments in full. Here only what would otherwise give a silently
-wrong result is refused.
+`pdcore.attention` checks its arguments in full. Here only those errors are raised that would
+otherwise lead to a wrong result without a message.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..spec import AttentionSpec, Kernel, Normalization, as_spec
 
-__all__ = ["Call", "hook_params", "prepare", "select"]
+__all__ = ["ReferenceCall", "hook_params", "prepare", "select"]
 
 
 @dataclass(frozen=True)
-class Call:
-    """The arguments of one call, floats in the accumulation dtype; padding may hold anything."""
+class ReferenceCall:
+    """The arguments of one call, cast to the accumulation dtype; padding may have any values."""
 
     xp: Any
     spec: AttentionSpec
@@ -33,11 +33,11 @@ class Call:
     bias: Any  # (*B, Hq, N, M) or None
     position: Any  # integer (N, 1) or (*B, N, 1)
     params: Mapping[str, Any]  # (Hkv, ...) each
-    rounded: Callable[[Any], Any]
+    rounded: Callable[[Any], Any]  # rounds to the dtype `round_intermediates`
 
 
 def select(condition: Any, x: Any, y: Any, xp: Any) -> Any:
-    """Choose as `where` does; one of x, y may be a Python float, and takes the other's dtype."""
+    """Apply `where`; one of x and y may be a Python float, which takes the other's dtype."""
     if isinstance(x, float):
         x = xp.full_like(y, x)
     if isinstance(y, float):
@@ -56,19 +56,17 @@ def prepare(
     offset: Any,
     params: Mapping[str, Any] | None,
     round_intermediates: Any,
-) -> Call:
-    """Check the arguments, and bring them into the accumulation dtype."""
+) -> ReferenceCall:
+    """Check the arguments, and cast them to the accumulation dtype."""
     from array_api_compat import array_namespace, device
 
     spec = as_spec(spec)
-    given = dict(params or {})
-    optional = {"mask": mask, "key_mask": key_mask, "bias": bias, **given}
+    params = dict(params or {})
+    optional = {"mask": mask, "key_mask": key_mask, "bias": bias, **params}
     arrays = {"q": q, "k": k, "v": v, **{n: x for n, x in optional.items() if x is not None}}
-    for name, x in arrays.items():
-        if not hasattr(x, "dtype"):
-            raise TypeError(f"{name}: got {type(x).__name__}, expected an array")
-    moving = [] if isinstance(offset, str | numbers.Integral) else [offset]
-    xp, place = array_namespace(*arrays.values(), *moving), device(q)
+    _check_arrays(arrays)
+    offsets = [] if isinstance(offset, str | numbers.Integral) else [offset]
+    xp, q_device = array_namespace(*arrays.values(), *offsets), device(q)
     lead, key_heads, dim = _check_shapes(q, k, v, spec)
     rows, length, query_heads = q.shape[-2], k.shape[-2], q.shape[-3]
     full = (*lead, query_heads, rows, length)
@@ -82,47 +80,63 @@ def prepare(
         return accumulated(xp.astype(x, round_intermediates))
 
     q, k, v = accumulated(q), accumulated(k), accumulated(v)
-    real = xp.ones((*lead, length), dtype=xp.bool, device=place)
+    real = xp.ones((*lead, length), dtype=xp.bool, device=q_device)
     if key_mask is not None:
-        if _dtype_name(key_mask) != "bool" or tuple(key_mask.shape) != (*lead, length):
-            raise ValueError(
-                f"key_mask: got {_dtype_name(key_mask)} {tuple(key_mask.shape)}, expected bool "
-                f"{(*lead, length)}"
-            )
+        _check_key_mask(key_mask, (*lead, length))
         real = key_mask
     if mask is not None:
         if _dtype_name(mask) != "bool":
             raise TypeError(f"mask: got {_dtype_name(mask)}, expected bool")
         mask = xp.broadcast_to(mask, full)
     if bias is not None:
-        if _dtype_name(bias) not in ("float32", name):
-            raise TypeError(f"bias: got {_dtype_name(bias)}, expected float32 or the dtype of q")
-        if not spec.kernel.has_log:
-            raise UnsupportedError(
-                f"bias: it is added to log kappa, and {spec.kernel.word} has no logarithm"
-            )
-        if spec.heads.largest > 1:
-            raise UnsupportedError("bias: it has no meaning for pooled keys (a scale above 1)")
+        _check_bias(bias, spec, name)
         bias = xp.broadcast_to(accumulated(bias), full)
-    return Call(
+    return ReferenceCall(
         xp=xp,
         spec=spec,
         dtype=dtype,
-        device=place,
+        device=q_device,
         q=q,
         k=k,
         v=v,
         real=real,
         mask=mask,
         bias=bias,
-        position=_positions(offset, real, rows, key_mask is None, xp, place),
-        params=_check_params(given, spec, key_heads, dim, dtype, xp, place),
+        position=_positions(offset, real, rows, key_mask is None, xp, q_device),
+        params=_check_params(params, spec, key_heads, dim, dtype, xp, q_device),
         rounded=accumulated if round_intermediates is None else rounded,
     )
 
 
+def _check_arrays(arrays: Mapping[str, Any]) -> None:
+    """Check that all arguments are arrays."""
+    for name, x in arrays.items():
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{name}: got {type(x).__name__}, expected an array")
+
+
+def _check_key_mask(key_mask: Any, shape: tuple[int, ...]) -> None:
+    """Check the dtype and shape of a key mask."""
+    if _dtype_name(key_mask) != "bool" or tuple(key_mask.shape) != shape:
+        raise ValueError(
+            f"key_mask: got {_dtype_name(key_mask)} {tuple(key_mask.shape)}, expected bool {shape}"
+        )
+
+
+def _check_bias(bias: Any, spec: AttentionSpec, dtype: str) -> None:
+    """Check the dtype of a bias, and that the spec has a place for it."""
+    if _dtype_name(bias) not in ("float32", dtype):
+        raise TypeError(f"bias: got {_dtype_name(bias)}, expected float32 or the dtype of q")
+    if not spec.kernel.has_log:
+        raise UnsupportedError(
+            f"bias: it is added to log kappa, and {spec.kernel.word} has no logarithm"
+        )
+    if spec.heads.largest > 1:
+        raise UnsupportedError("bias: it has no meaning for pooled keys (a scale above 1)")
+
+
 def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[int, ...], int, int]:
-    """Refuse arrays that do not fit each other; give the leading axes, Hkv and D."""
+    """Check shapes and dtypes; return the leading axes, Hkv and D."""
     shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim < 3:
@@ -147,17 +161,17 @@ def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[in
     return lead, key_heads, shapes["k"][-1]
 
 
-def _positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, place: Any) -> Any:
-    """Give the positions of the queries, integers (N, 1) or (*B, N, 1)."""
-    row = xp.arange(rows, device=place)
+def _positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, q_device: Any) -> Any:
+    """Return the positions of the queries, integers (N, 1) or (*B, N, 1)."""
+    row = xp.arange(rows, device=q_device)
     lead, length = tuple(real.shape[:-1]), real.shape[-1]
     if isinstance(offset, str) and offset == "end":
         if unmasked:
             offset = length - rows
         else:
-            index = xp.broadcast_to(xp.arange(length, device=place), real.shape)
+            index = xp.broadcast_to(xp.arange(length, device=q_device), real.shape)
             index = xp.where(real, index, xp.full_like(index, -1))
-            none = xp.full((*lead, 1), -1, dtype=index.dtype, device=place)
+            none = xp.full((*lead, 1), -1, dtype=index.dtype, device=q_device)
             offset = xp.max(xp.concat([index, none], axis=-1), axis=-1) - (rows - 1)
     elif not isinstance(offset, bool) and isinstance(offset, numbers.Integral):
         offset = int(offset)
@@ -171,40 +185,40 @@ def _positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, place
 
 
 def _check_params(
-    given: dict[str, Any],
+    params: dict[str, Any],
     spec: AttentionSpec,
     key_heads: int,
     dim: int,
     dtype: Any,
     xp: Any,
-    place: Any,
+    q_device: Any,
 ) -> dict[str, Any]:
-    """Match params with what the spec declares, and fill in the defaults."""
+    """Check params against the declarations of the spec, and fill in the defaults."""
     declared = {p.name: p for p in spec.parameters()}
-    for name in given:
+    for name in params:
         if name not in declared:
             raise ValueError(f"params: unknown name {name!r}; {spec} takes {sorted(declared)}")
-    found = {}
+    checked = {}
     for name, p in declared.items():
         shapes = [_resolve(shape, key_heads, dim) for shape in p.shapes]
-        if name in given:
-            if tuple(given[name].shape) not in shapes:
+        if name in params:
+            if tuple(params[name].shape) not in shapes:
                 raise ValueError(
-                    f"params: {name!r} has shape {tuple(given[name].shape)}, expected one of "
+                    f"params: {name!r} has shape {tuple(params[name].shape)}, expected one of "
                     f"{shapes}"
                 )
-            found[name] = xp.astype(given[name], dtype)
+            checked[name] = xp.astype(params[name], dtype)
         elif p.default is None:
             raise ValueError(f"params: {name!r} is missing; {spec} needs it")
         else:
-            found[name] = xp.full(shapes[0], p.default, dtype=dtype, device=place)
-    return found
+            checked[name] = xp.full(shapes[0], p.default, dtype=dtype, device=q_device)
+    return checked
 
 
 def hook_params(
-    owner: Kernel | Normalization, call: Call, params: Mapping[str, Any]
+    owner: Kernel | Normalization, call: ReferenceCall, params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Shape the parameters of one head as `features` and `apply` expect them."""
+    """Reshape the parameters of one head as `features` and `apply` expect them."""
     dim, shaped = call.q.shape[-1], {}
     for p in owner.parameters():
         value = params[p.name]
@@ -223,5 +237,5 @@ def _resolve(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, .
 
 
 def _dtype_name(x: Any) -> str:
-    """Name a dtype alike in every library: ``float16``, ``bfloat16``, ``float64``, ``bool``."""
+    """Return the name of a dtype, such as ``float16`` or ``bool``, the same in every library."""
     return str(getattr(x, "dtype", None)).rpartition(".")[2]

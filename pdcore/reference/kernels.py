@@ -1,6 +1,6 @@
-"""The kernels by their formulas: part of the oracle.
+"""The kernels by their formulas, a part of the oracle.
 
-As in `pdcore.reference`: one head at a time, direct formulas, any array library.
+As in `pdcore.reference.attention`, formulas are for one head and any array library.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..spec import kernels
-from .inputs import Call, hook_params, select
+from .inputs import ReferenceCall, hook_params, select
 
 __all__ = ["kappa_of", "pointwise"]
 
@@ -21,14 +21,19 @@ INF = math.inf
 
 
 def kappa_of(
-    kernel: kernels.Kernel, x: Any, y: Any, visible: Any, call: Call, params: Mapping[str, Any]
+    kernel: kernels.Kernel,
+    x: Any,
+    y: Any,
+    visible: Any,
+    call: ReferenceCall,
+    params: Mapping[str, Any],
 ) -> tuple[bool, Any]:
-    """Evaluate a kernel on every pair of rows.
+    """Evaluate a kernel on every pair of a query x and a key y.
 
     Returns
     -------
     has_log : bool
-        Whether the second entry is log kappa, else it is kappa.
+        Whether the array is log kappa, not kappa.
     array (*B, N, W)
     """
     xp = call.xp
@@ -43,8 +48,8 @@ def kappa_of(
     if type(kernel) is kernels.RandomFeatures:
         dim = x.shape[-1]
         tau = _tau(kernel.scale, dim)
-        drawn = np.random.RandomState(kernel.seed).standard_normal((kernel.count, dim))
-        omega = xp.asarray(drawn, dtype=call.dtype, device=call.device)
+        samples = np.random.RandomState(kernel.seed).standard_normal((kernel.count, dim))
+        omega = xp.asarray(samples, dtype=call.dtype, device=call.device)
 
         def log_phi(z: Any) -> Any:
             square = xp.sum(z * z, axis=-1, keepdims=True)
@@ -55,14 +60,14 @@ def kappa_of(
     if type(kernel) is kernels.Elu:
         return False, _inner(_elu_plus_one(x, xp), _elu_plus_one(y, xp), xp)
     if type(kernel) is kernels.Relu:
-        # x <= 0, not x > 0: a NaN must come through. The gradient at 0 is 0.
+        # x <= 0, not x > 0, so that a NaN stays a NaN. The gradient at 0 is 0.
         zero = xp.zeros_like
         x, y = xp.where(x <= 0, zero(x), x), xp.where(y <= 0, zero(y), y)
         return False, _inner(x, y, xp)
     if isinstance(kernel, kernels.FeatureMap):
-        own = hook_params(kernel, call, params)
+        shaped = hook_params(kernel, call, params)
         phi_x, phi_y = (
-            kernel.features(z[..., None, :, :], xp=xp, params=own)[..., 0, :, :] for z in (x, y)
+            kernel.features(z[..., None, :, :], xp=xp, params=shaped)[..., 0, :, :] for z in (x, y)
         )
         if kernel.log_domain:
             return True, _log_sum_of_products(phi_x, phi_y, xp)
@@ -71,7 +76,7 @@ def kappa_of(
 
 
 def pointwise(
-    kernel: kernels.Kernel, s: Any, visible: Any, call: Call, params: Mapping[str, Any]
+    kernel: kernels.Kernel, s: Any, visible: Any, call: ReferenceCall, params: Mapping[str, Any]
 ) -> Any:
     """Evaluate log kappa from s = x.y, (*B, N, W)."""
     xp = call.xp
@@ -96,8 +101,8 @@ def pointwise(
 
     if 0 in s.shape:
         return xp.zeros_like(s)
-    # Where kappa = 0, the derivative of its log is not finite. Evaluate those entries, and the
-    # ones that nobody sees, at an s from elsewhere; the select then gives them gradient 0.
+    # Where kappa = 0, the derivative of log kappa is not finite. Such entries, and those that no
+    # query sees, are evaluated at the s of another entry; `select` makes their gradient 0.
     log = log_kappa(s)
     good = visible & xp.isfinite(log)
     column = xp.full((*s.shape[:-1], 1), -INF, dtype=s.dtype, device=call.device)
@@ -112,7 +117,7 @@ def _inner(x: Any, y: Any, xp: Any) -> Any:
 
 
 def _unit(x: Any, xp: Any) -> Any:
-    """Divide rows by their length; a zero row stays zero and has gradient 0."""
+    """Divide rows by their Euclidean norm; a zero row stays zero and has gradient 0."""
     square = xp.sum(x * x, axis=-1, keepdims=True)
     zero = square == 0
     return select(zero, xp.zeros_like(x), x / xp.sqrt(select(zero, 1.0, square, xp)), xp)

@@ -1,6 +1,6 @@
-"""The normalizations by their formulas: part of the oracle.
+"""The normalizations by their formulas, a part of the oracle.
 
-As in `pdcore.reference`: one head at a time, direct formulas, any array library.
+As in `pdcore.reference.attention`, formulas are for one head and any array library.
 """
 
 from __future__ import annotations
@@ -20,37 +20,57 @@ from ..spec import (
     InstanceEnhanced,
     Mixture,
     Normalization,
-    draws,
+    uniform_draws,
 )
-from .inputs import Call, hook_params, prepare, select
+from .inputs import ReferenceCall, hook_params, prepare, select
 
 __all__ = ["prefix_inner_products", "reference_keys", "transform_of"]
 
 
 def reference_keys(k: Any, spec: AttentionSpec, params: Mapping[str, Any]) -> Any:
-    """Compute T of the keys of one head, (*B, 1, M, D), none of them padding or pooled."""
+    """Compute T of the keys of one head, (*B, 1, M, D), without padding and pooling."""
     call = prepare(k, k, k, spec, None, None, None, 0, params, None)
     return transform_of(call, call.k[..., 0, :, :], call.real, call.params)[1][..., None, :, :]
 
 
 def transform_of(
-    call: Call, keys: Any, real: Any, params: Mapping[str, Any]
+    call: ReferenceCall, keys: Any, real: Any, params: Mapping[str, Any]
 ) -> tuple[Callable[[Any], Any], Any]:
-    """Give T of a query, and T of the keys, (*B, W, D), from a head's pooled keys; real (*B, W)."""
+    """Return T as a function of queries, and T of the keys, for one head.
+
+    Parameters
+    ----------
+    call : ReferenceCall
+    keys : array (*B, W, D)
+        The pooled keys of the head.
+    real : bool array (*B, W)
+        True for a real pooled key.
+    params : mapping of str to array
+        The parameters of the head.
+
+    Returns
+    -------
+    transform : callable
+        T of queries (*B, N, D).
+    array (*B, W, D)
+        T of the keys.
+    """
     xp, normalization = call.xp, call.spec.normalization
     if type(normalization) is Conv1d or type(normalization) is Conv2d:
         return lambda x: x, _convolved(normalization, keys, real, params["weight"][0, ...], call)
     if type(normalization).apply_keys is not Normalization.apply_keys:
-        own = hook_params(normalization, call, params)
-        state = _state(normalization, keys, real, xp)
-        y = normalization.apply_keys(keys[..., None, :, :], state, xp=xp, params=own)
-        return _by_hook(normalization, state, own, xp), y[..., 0, :, :]
-    transform = _alike(call, keys, real, params)
+        shaped = hook_params(normalization, call, params)
+        state = _statistics(normalization, keys, real, xp)
+        y = normalization.apply_keys(keys[..., None, :, :], state, xp=xp, params=shaped)
+        return _apply_hook(normalization, state, shaped, xp), y[..., 0, :, :]
+    transform = _rowwise_transform(call, keys, real, params)
     return transform, transform(keys)
 
 
-def _alike(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Give T where it is one function of queries and keys."""
+def _rowwise_transform(
+    call: ReferenceCall, keys: Any, real: Any, params: Mapping[str, Any]
+) -> Callable[[Any], Any]:
+    """Return T where it is the same function for queries and keys, row by row."""
     xp, normalization = call.xp, call.spec.normalization
     if type(normalization) is Identity:
         return lambda x: x
@@ -68,14 +88,14 @@ def _alike(call: Call, keys: Any, real: Any, params: Mapping[str, Any]) -> Calla
     if type(normalization) is Mixture:
         return _mixture(normalization, keys, real, xp)
 
-    own = hook_params(normalization, call, params)
-    return _by_hook(normalization, _state(normalization, keys, real, xp), own, xp)
+    shaped = hook_params(normalization, call, params)
+    return _apply_hook(normalization, _statistics(normalization, keys, real, xp), shaped, xp)
 
 
-# A user's normalization, by its public hooks: arrays with a head axis of length 1.
+# --- a user's normalization, by its public methods, whose arrays have a head axis ---------------
 
 
-def _state(t: Normalization, keys: Any, real: Any, xp: Any) -> Mapping[str, Any]:
+def _statistics(t: Normalization, keys: Any, real: Any, xp: Any) -> Mapping[str, Any]:
     """Compute the finalised statistics of a head's keys."""
     state: Mapping[str, Any] = {}
     statistics = t.statistics_state()
@@ -88,14 +108,17 @@ def _state(t: Normalization, keys: Any, real: Any, xp: Any) -> Mapping[str, Any]
     return state
 
 
-def _by_hook(
-    t: Normalization, state: Mapping[str, Any], own: Mapping[str, Any], xp: Any
+def _apply_hook(
+    t: Normalization, state: Mapping[str, Any], params: Mapping[str, Any], xp: Any
 ) -> Callable[[Any], Any]:
-    return lambda x: t.apply(x[..., None, :, :], state, xp=xp, params=own)[..., 0, :, :]
+    return lambda x: t.apply(x[..., None, :, :], state, xp=xp, params=params)[..., 0, :, :]
 
 
-def _beta(normalization: Batch, call: Call, params: Mapping[str, Any]) -> Any:
-    """Give the weight of the mean, (D,)."""
+# --- the normalizations of pdcore -----------------------------------------------------------------
+
+
+def _beta(normalization: Batch, call: ReferenceCall, params: Mapping[str, Any]) -> Any:
+    """Return the weight of the mean, (D,)."""
     dim = call.q.shape[-1]
     if normalization.beta != "param":
         return call.xp.full((dim,), normalization.beta, dtype=call.dtype, device=call.device)
@@ -103,11 +126,11 @@ def _beta(normalization: Batch, call: Call, params: Mapping[str, Any]) -> Any:
 
 
 def prefix_inner_products(
-    call: Call, q: Any, keys: Any, counted: Any, params: Mapping[str, Any]
+    call: ReferenceCall, q: Any, keys: Any, counted: Any, params: Mapping[str, Any]
 ) -> Any:
     """Compute T_p(x).T_p(y) for a query at position p and every key y, (*B, N, W).
 
-    T_p has the moments of the keys that are `counted`, bool (*B, N, W), in the query's row.
+    T_p has the moments of the keys for which `counted`, bool (*B, N, W), is True in the row.
     """
     xp, normalization = call.xp, call.spec.normalization
     if type(normalization) is not Batch:
@@ -117,14 +140,14 @@ def prefix_inner_products(
     for d in range(q.shape[-1]):
         x, y = q[..., d][..., :, None], keys[..., d][..., None, :]
         mean, var = _moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
-        centre, deviation = beta[d] * mean, xp.sqrt(var + normalization.eps)
-        x, y = (x - centre) / deviation, (y - centre) / deviation
+        centre, std = beta[d] * mean, xp.sqrt(var + normalization.eps)
+        x, y = (x - centre) / std, (y - centre) / std
         inner = inner + call.rounded(x) * call.rounded(y)
     return inner
 
 
 def _moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
-    """Take the mean and the biased variance over the included entries; 0 where there are none."""
+    """Compute mean and biased variance over the included entries; 0 without any."""
     included = xp.broadcast_to(included, x.shape)
     count = xp.sum(xp.astype(included, x.dtype), axis=axes, keepdims=True)
     count = select(count > 0, count, 1.0, xp)
@@ -136,16 +159,16 @@ def _moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
 def _instance_enhanced(
     t: InstanceEnhanced, keys: Any, real: Any, params: Mapping[str, Any], xp: Any
 ) -> Callable[[Any], Any]:
-    """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
+    """Return T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
     mean, var = _moments(keys, real[..., None], -2, xp)
     z = params["slope"] * mean + params["shift"]
-    small = xp.exp(-xp.abs(z))  # of the two forms of the sigmoid the one that does not overflow
+    small = xp.exp(-xp.abs(z))  # the sigmoid in the one of its two forms that does not overflow
     gate = select(z < 0, small / (1.0 + small), 1.0 / (1.0 + small), xp)
     return lambda x: gate * ((x - t.beta * mean) / xp.sqrt(var + t.eps))
 
 
-def _convolved(t: Conv1d | Conv2d, keys: Any, real: Any, weight: Any, call: Call) -> Any:
-    """Convolve the keys (*B, W, D), tap by tap: weight (size, D) or (size, size, D)."""
+def _convolved(t: Conv1d | Conv2d, keys: Any, real: Any, weight: Any, call: ReferenceCall) -> Any:
+    """Convolve the keys (*B, W, D); weight (size, D) or (size, size, D)."""
     xp = call.xp
     x = select(real[..., None], keys, 0.0, xp)
     index = xp.arange(x.shape[-2], device=call.device)
@@ -153,80 +176,78 @@ def _convolved(t: Conv1d | Conv2d, keys: Any, real: Any, weight: Any, call: Call
     if isinstance(t, Conv1d):
         back = t.size - 1 if t.padding == "causal" else (t.size - 1) // 2
         for tap in range(t.size):
-            there = index + (tap - back)
-            inside = (there >= 0) & (there < x.shape[-2])
-            total = total + weight[tap, ...] * _taken(x, there, inside, xp)
+            neighbour = index + (tap - back)
+            inside = (neighbour >= 0) & (neighbour < x.shape[-2])
+            total = total + weight[tap, ...] * _take_or_zero(x, neighbour, inside, xp)
         return total
     back, row, column = (t.size - 1) // 2, index // t.width, index % t.width
     for down in range(t.size):
         for across in range(t.size):
             r, c = row + (down - back), column + (across - back)
             inside = (r >= 0) & (r < t.height) & (c >= 0) & (c < t.width)
-            near = _taken(x, r * t.width + c, inside, xp)
-            total = total + weight[down, across, ...] * near
+            neighbours = _take_or_zero(x, r * t.width + c, inside, xp)
+            total = total + weight[down, across, ...] * neighbours
     return total
 
 
-def _taken(x: Any, at: Any, inside: Any, xp: Any) -> Any:
-    """Take rows of x, zeros where `at` is not inside."""
-    taken = xp.take(x, xp.where(inside, at, xp.zeros_like(at)), axis=-2)
-    return select(xp.broadcast_to(inside[:, None], taken.shape), taken, 0.0, xp)
+def _take_or_zero(x: Any, index: Any, inside: Any, xp: Any) -> Any:
+    """Take the rows of x at `index`, and zeros where `inside` is False."""
+    rows = xp.take(x, xp.where(inside, index, xp.zeros_like(index)), axis=-2)
+    return select(xp.broadcast_to(inside[:, None], rows.shape), rows, 0.0, xp)
 
 
 def _mixture(t: Mixture, keys: Any, real: Any, xp: Any) -> Callable[[Any], Any]:
-    """Give T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
+    """Return T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
     included = real[..., None]
     _, var = _moments(keys, included, -2, xp)
     mean = _centres(t, keys, included, xp)  # (*B, K, D)
     var = var + xp.zeros_like(mean)
     share = xp.full_like(mean[..., 0], 1.0 / t.components)  # (*B, K)
     for _ in range(t.steps):
-        # Only the last step is differentiated: it starts from a mixture that is held constant.
+        # Only the last step is differentiated: the mixture that it starts from is a constant.
         start = [constant(x, xp) for x in (mean, var, share)]
         r = select(included, _posterior(keys, start[0], start[1], start[2], t.eps, xp), 0.0, xp)
         weight = xp.sum(r, axis=-2)
         divisor = select(weight > 0, weight, 1.0, xp)[..., None]
         mean = xp.sum(r[..., None] * keys[..., :, None, :], axis=-3) / divisor
-        apart = keys[..., :, None, :] - mean[..., None, :, :]
-        var = xp.sum(r[..., None] * apart * apart, axis=-3) / divisor
+        deviation = keys[..., :, None, :] - mean[..., None, :, :]
+        var = xp.sum(r[..., None] * deviation * deviation, axis=-3) / divisor
         total = xp.sum(weight, axis=-1, keepdims=True)
         share = weight / select(total > 0, total, 1.0, xp)
 
     def transform(x: Any) -> Any:
         r = _posterior(x, mean, var, share, t.eps, xp)[..., None]
-        deviation = xp.sqrt(var + t.eps)[..., None, :, :]
-        return xp.sum(
-            r * (x[..., :, None, :] - t.beta * mean[..., None, :, :]) / deviation, axis=-2
-        )
+        std = xp.sqrt(var + t.eps)[..., None, :, :]
+        return xp.sum(r * (x[..., :, None, :] - t.beta * mean[..., None, :, :]) / std, axis=-2)
 
     return transform
 
 
 def _centres(t: Mixture, keys: Any, included: Any, xp: Any) -> Any:
     """Draw the centres of k-means++, (*B, K, D), by inverting distribution functions."""
-    chance = xp.astype(included[..., 0], keys.dtype)  # (*B, W): the first is any real key
-    everyone, nearest, centres = chance, xp.full_like(chance, math.inf), []
-    for u in draws(t.components, t.seed):
+    real = xp.astype(included[..., 0], keys.dtype)  # (*B, W): equal chances for the first centre
+    chance, nearest, centres = real, xp.full_like(real, math.inf), []
+    for u in uniform_draws(t.components, t.seed):
         total = xp.cumulative_sum(chance, axis=-1)
         above = total > u * total[..., -1:]
-        chosen = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-1) == 1)
-        centres.append(xp.sum(select(chosen[..., None], keys, 0.0, xp), axis=-2))
-        apart = keys - centres[-1][..., None, :]
-        square = everyone * xp.sum(apart * apart, axis=-1)
+        drawn = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-1) == 1)
+        centres.append(xp.sum(select(drawn[..., None], keys, 0.0, xp), axis=-2))
+        deviation = keys - centres[-1][..., None, :]
+        square = real * xp.sum(deviation * deviation, axis=-1)
         nearest = xp.minimum(nearest, square)
-        left = xp.any(nearest > 0, axis=-1, keepdims=True)
-        chance = xp.where(left, nearest, everyone)
+        distinct = xp.any(nearest > 0, axis=-1, keepdims=True)
+        chance = xp.where(distinct, nearest, real)
     return xp.stack(centres, axis=-2)
 
 
 def _posterior(x: Any, mean: Any, var: Any, share: Any, eps: float, xp: Any) -> Any:
-    """Compute pi_k N(x; mean_k, var_k + eps), normalised over k, (*B, R, K) of (*B, R, D)."""
-    apart = x[..., :, None, :] - mean[..., None, :, :]
+    """Compute pi_k N(x; mean_k, var_k + eps), normalised over k, (*B, R, K), for (*B, R, D)."""
+    deviation = x[..., :, None, :] - mean[..., None, :, :]
     spread = (var + eps)[..., None, :, :]
-    alive = share[..., None, :] > 0
-    log_density = -0.5 * xp.sum(apart * apart / spread + xp.log(spread), axis=-1)
-    log_joint = log_density + xp.log(select(alive, share[..., None, :], 1.0, xp))
-    log_joint = select(alive, log_joint, -math.inf, xp)
+    positive = share[..., None, :] > 0
+    log_density = -0.5 * xp.sum(deviation * deviation / spread + xp.log(spread), axis=-1)
+    log_joint = log_density + xp.log(select(positive, share[..., None, :], 1.0, xp))
+    log_joint = select(positive, log_joint, -math.inf, xp)
     top = constant(xp.max(log_joint, axis=-1, keepdims=True), xp)
     joint = xp.exp(log_joint - select(top > -math.inf, top, 0.0, xp))
     total = xp.sum(joint, axis=-1, keepdims=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .attention_spec import PRESETS, AttentionSpec, as_spec, parse
+from .attention_spec import PRESETS, AttentionSpec, as_spec, parse, positive_semidefinite
 from .expression import Expression, exp, log, maximum, tanh, trace, where
-from .grammar import made, read_arguments, read_words
+from .grammar import instantiate, read_arguments, read_words
 from .heads import HeadScaling, pool, pooling_weights, windows
 from .kernels import (
     Cosine,
@@ -21,7 +21,7 @@ from .kernels import (
     default_scale,
     random_matrix,
 )
-from .latex import aligned, positive_semidefinite, sections
+from .latex import align_environment, sections
 from .normalizations import (
     Batch,
     Conv1d,
@@ -34,7 +34,7 @@ from .normalizations import (
     Normalization,
 )
 from .normalizations.convolution import convolve
-from .normalizations.mixture import draws
+from .normalizations.mixture import uniform_draws
 from .statistics import KeySet, Moments, Statistics, prefix_states, reduce_axis
 from .support import Support, Visibility, all_of
 from .vocabulary import (
@@ -52,7 +52,7 @@ __all__ = [
     "PRESETS",
     "as_spec",
     "parse",
-    "made",
+    "instantiate",
     "read_arguments",
     "read_words",
     # its words
@@ -95,7 +95,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "convolve",
-    "draws",
+    "uniform_draws",
     # statistics of keys
     "Statistics",
     "Moments",
@@ -112,7 +112,7 @@ __all__ = [
     "Visibility",
     "all_of",
     # formulas
-    "aligned",
+    "align_environment",
     "positive_semidefinite",
     "sections",
 ]

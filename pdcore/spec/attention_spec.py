@@ -21,17 +21,18 @@ from typing import Any
 from ..errors import SpecError, UnsupportedError, nearest
 from .grammar import bind_arguments, build, read_arguments, read_words
 from .heads import HeadScaling
-from .kernels import Cosine, Exponential, Gaussian, Kernel, Parameter
+from .kernel_base import FeatureMap, Kernel, Parameter
+from .kernels import Cosine, Exponential, Gaussian, Polynomial
 from .normalizations.base import Identity, Normalization
 from .normalizations.batch import Batch
 from .support import Support
 from .vocabulary import find_kernel, find_normalization, kernel_words, normalization_words
 
-__all__ = ["PRESETS", "AttentionSpec", "as_spec", "parse"]
+__all__ = ["PRESETS", "AttentionSpec", "as_spec", "parse", "positive_semidefinite"]
 
 NORMALISERS = ("sum", "count", "one")
 
-#: Specs worth knowing by name, each with what it is.
+#: Specs worth knowing, each with a short description.
 PRESETS: Mapping[str, str] = {
     "softmax": "scaled dot-product attention",
     "linear": "linear attention, phi = elu + 1",
@@ -45,7 +46,7 @@ PRESETS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What an attention computes: frozen, hashable, picklable, holding scalars only.
+    """The specification of an attention: frozen, hashable, picklable, with scalar fields only.
 
     ``str(spec)`` is the canonical string, and ``parse(str(spec)) == spec``.
 
@@ -60,14 +61,14 @@ class AttentionSpec:
     heads : HeadScaling
         The scale of each key head.
     support : Support
-        Causal and window.
+        Which keys a query may see by position: causal, and a window.
 
     Raises
     ------
     SpecError
         When an argument does not make sense.
     UnsupportedError
-        When the combination is refused: statistics of the future under causal, prefix
+        When the combination is not supported: statistics of the future under causal, prefix
         statistics with another kernel than the plain exponential, a signed kernel with
         ``h(sum)``, or windows of pooled keys wider than the support.
     """
@@ -138,15 +139,15 @@ class AttentionSpec:
 
     @property
     def prefix(self) -> bool:
-        """Whether every row has statistics of its own."""
+        """Whether statistics are taken row by row, over the keys up to the row's position."""
         return isinstance(self.normalization, Batch) and self.normalization.statistics == "prefix"
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """List the arrays that a call must or may give in `params`."""
+        """Return the declarations of the arrays that a call passes in `params`."""
         return (*self.kernel.parameters(), *self.normalization.parameters())
 
     def check_keys(self, count: int) -> None:
-        """Refuse a number of keys that the normalization of some head does not take.
+        """Raise for a number of keys that the normalization of some head does not accept.
 
         Raises
         ------
@@ -167,14 +168,14 @@ class AttentionSpec:
         if not isinstance(self.normalization, Identity):
             words.append(_word(self.normalization))
         if self.heads.scales or self.heads.pool != "mean":
-            inside = [str(s) for s in self.heads.scales]
+            arguments = [str(s) for s in self.heads.scales]
             if self.heads.pool != "mean":
-                inside.append(f"pool={self.heads.pool}")
-            words.append(f"sh({','.join(inside)})")
+                arguments.append(f"pool={self.heads.pool}")
+            words.append(f"sh({','.join(arguments)})")
         return "+".join([*words, *_support_words(self.support)])
 
     def latex(self) -> str:
-        """Derive the attention: the primal problem, its dual, and the expansion, as LaTeX.
+        """Return the derivation of the attention as LaTeX: primal problem, dual and expansion.
 
         Returns
         -------
@@ -187,7 +188,7 @@ class AttentionSpec:
 
 
 def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
-    """Accept a spec or its string."""
+    """Return a spec, parsed if it is a string."""
     if isinstance(spec, AttentionSpec):
         return spec
     if isinstance(spec, str):
@@ -196,6 +197,12 @@ def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
         f"spec: got {type(spec).__name__}, expected a string such as 'softmax+bn' or an "
         "AttentionSpec"
     )
+
+
+def positive_semidefinite(spec: AttentionSpec) -> bool:
+    """Return whether kappa is known to be an inner product Phi(x).Phi(y)."""
+    kernel = spec.kernel
+    return isinstance(kernel, (FeatureMap, Gaussian, Cosine, Polynomial)) or spec.plain_exponential
 
 
 _AXES = {
@@ -231,24 +238,25 @@ def parse(text: str) -> AttentionSpec:
     >>> parse("gaussian(gamma=0.3)+bn(beta=0.5)+sparse(64,inf)").kernel
     Gaussian(gamma=0.3)
     """
-    chosen: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     source: dict[str, str] = {}
     for word, arguments in read_words(text):
-        axis, value = _read(word, arguments)
-        if axis in chosen:
+        axis, value = _read_axis(word, arguments)
+        if axis in values:
             raise SpecError(f"{source[axis]!r} and {word!r} both set the {axis} of {text!r}")
-        chosen[axis], source[axis] = value, word
-    left, right = chosen.get("window", (math.inf, math.inf))
+        values[axis], source[axis] = value, word
+    left, right = values.get("window", (math.inf, math.inf))
     return AttentionSpec(
-        kernel=chosen.get("kernel", Exponential()),
-        normaliser=chosen.get("normaliser", "sum"),
-        normalization=chosen.get("normalization", Identity()),
-        heads=chosen.get("head scaling", HeadScaling()),
-        support=Support("causal" in chosen, left, right),
+        kernel=values.get("kernel", Exponential()),
+        normaliser=values.get("normaliser", "sum"),
+        normalization=values.get("normalization", Identity()),
+        heads=values.get("head scaling", HeadScaling()),
+        support=Support("causal" in values, left, right),
     )
 
 
-def _read(word: str, arguments: str | None) -> tuple[str, Any]:
+def _read_axis(word: str, arguments: str | None) -> tuple[str, Any]:
+    """Return the axis that a word sets, and its value there."""
     axis = _AXES.get(word)
     if axis is None:
         kernel, normalization = find_kernel(word), find_normalization(word)
@@ -293,7 +301,7 @@ def _bound(word: str, value: Any) -> float:
     return value
 
 
-#: Lowering knows these by their class, and would not call what a subclass overrides.
+#: Lowering recognises these classes, and would not call a method that a subclass overrides.
 _FINAL = (Exponential, Gaussian, Cosine, Batch, Identity)
 
 
@@ -308,7 +316,7 @@ def _check_final(name: str, part: Any) -> None:
 
 
 def _check_scalars(part: Any) -> None:
-    """Refuse arrays and other objects in fields, which would break hashing and printing."""
+    """Raise for arrays and other objects in fields, which could not be hashed or printed."""
     for f in fields(part):
         value = getattr(part, f.name)
         values = value if isinstance(value, tuple) else (value,)
@@ -329,12 +337,12 @@ def _text(value: Any) -> str:
 
 
 def _word(part: Any) -> str:
-    given = [
+    arguments = [
         f"{f.name}={_text(getattr(part, f.name))}"
         for f in fields(part)
         if getattr(part, f.name) != f.default
     ]
-    return f"{part.word}({','.join(given)})" if given else part.word
+    return f"{part.word}({','.join(arguments)})" if arguments else part.word
 
 
 def _support_words(support: Support) -> list[str]:

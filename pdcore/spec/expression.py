@@ -1,8 +1,8 @@
-"""A pointwise function of a few scalars, traced once.
+"""Pointwise functions of a few scalars, traced into expressions.
 
-A pointwise kernel states log kappa as a Python function of s = x.y. Calling it once on a
-symbol gives an `Expression`, and the expression gives what every backend needs: a callable for
-any array library, the exact derivative, and CUDA source text.
+A pointwise kernel defines log kappa as a Python function of s = x.y. Calling the function once on
+a symbol returns an `Expression`, which provides what every backend needs: evaluation in any array
+library, the exact derivative, and CUDA source text.
 
 >>> from pdcore.spec.expression import trace, tanh
 >>> bounded = trace(lambda s: tanh(s) + 2.0, ("s",))
@@ -21,19 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
+from .expression_cuda import INFIX, cuda_source
 
 __all__ = ["Expression", "exp", "log", "maximum", "tanh", "trace", "where"]
 
-_INFIX = {
-    "add": "+",
-    "sub": "-",
-    "mul": "*",
-    "div": "/",
-    "lt": "<",
-    "le": "<=",
-    "gt": ">",
-    "ge": ">=",
-}
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "lt": operator.lt,
     "le": operator.le,
@@ -41,15 +32,6 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "ge": operator.ge,
 }
 _COMPARISONS = frozenset(_COMPARE)
-# op -> CUDA function without its float suffix
-_CUDA_CALLS = {
-    "exp": "exp",
-    "log": "log",
-    "tanh": "tanh",
-    "abs": "fabs",
-    "maximum": "fmax",
-    "pow": "pow",
-}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -70,7 +52,7 @@ class Expression:
     args: tuple[Expression, ...] = ()
     value: float | str | None = None
 
-    # NumPy must not turn `np.tanh(s)` into an object array; it raises TypeError instead.
+    # Makes `np.tanh(s)` raise a TypeError, where NumPy would return an object array.
     __array_ufunc__ = None
 
     def __add__(self, other: Expression | float) -> Expression:
@@ -134,8 +116,8 @@ class Expression:
     def __str__(self) -> str:
         if self.op in ("input", "const"):
             return str(self.value)
-        if self.op in _INFIX:
-            return f"({self.args[0]} {_INFIX[self.op]} {self.args[1]})"
+        if self.op in INFIX:
+            return f"({self.args[0]} {INFIX[self.op]} {self.args[1]})"
         return f"{self.op}({', '.join(map(str, self.args))})"
 
     def __repr__(self) -> str:
@@ -149,7 +131,7 @@ class Expression:
         return frozenset().union(*(a.inputs for a in self.args))
 
     def __call__(self, values: Mapping[str, Any], xp: Any) -> Any:
-        """Evaluate on arrays.
+        """Evaluate the expression on arrays.
 
         Parameters
         ----------
@@ -166,11 +148,11 @@ class Expression:
         return _evaluate(self, values, xp, {})
 
     def derivative(self, name: str) -> Expression:
-        """Differentiate with respect to the input `name`."""
-        return _derivative(self, name, {})
+        """Return the derivative with respect to the input `name`."""
+        return _derive(self, name, {})
 
     def cuda(self, dtype: str = "float") -> str:
-        """Give the expression as CUDA C++.
+        """Return the expression as CUDA C++.
 
         Parameters
         ----------
@@ -184,7 +166,7 @@ class Expression:
         """
         if dtype not in ("float", "double"):
             raise ValueError(f"dtype: got {dtype!r}, expected 'float' or 'double'")
-        return _cuda(self, "f" if dtype == "float" else "")
+        return cuda_source(self, "f" if dtype == "float" else "")
 
 
 def trace(
@@ -200,7 +182,7 @@ def trace(
     names : tuple of str
         The inputs' names.
     title : str, optional
-        What errors call the function; its own name by default.
+        The name of the function in error messages; its ``__qualname__`` by default.
 
     Raises
     ------
@@ -222,7 +204,7 @@ def trace(
             f"{title} cannot be traced: it returned "
             f"{type(result).__name__}, expected an expression of its arguments"
         )
-    return _wrap(result)
+    return _as_expression(result)
 
 
 def exp(x: Expression | float) -> Expression:
@@ -246,16 +228,16 @@ def maximum(x: Expression | float, y: Expression | float) -> Expression:
 
 
 def where(condition: Any, x: Expression | float, y: Expression | float) -> Expression:
-    """Trace a choice by a comparison."""
+    """Trace a choice between two values by a comparison."""
     if not isinstance(condition, Expression) or condition.op not in _COMPARISONS:
         raise TypeError(f"condition: got {condition!r}, expected a comparison such as s > 0")
     left, right = condition.args
-    if left.op == right.op == "const":  # arrays have no `where` for a Python bool
-        return _wrap(x if _COMPARE[condition.op](left.value, right.value) else y)
-    return Expression("where", (condition, _wrap(x), _wrap(y)))
+    if left.op == right.op == "const":  # array-API `where` takes no Python bool
+        return _as_expression(x if _COMPARE[condition.op](left.value, right.value) else y)
+    return Expression("where", (condition, _as_expression(x), _as_expression(y)))
 
 
-def _wrap(x: Expression | float) -> Expression:
+def _as_expression(x: Expression | float) -> Expression:
     if isinstance(x, Expression):
         return x
     if isinstance(x, bool) or not isinstance(x, (int, float)):
@@ -278,7 +260,7 @@ _FOLD: dict[str, Callable[..., float]] = {
 
 
 def _unary(op: str, x: Expression | float) -> Expression:
-    a = _wrap(x)
+    a = _as_expression(x)
     if a.op == "const":
         return Expression("const", (), _fold(op, a.value))
     return Expression(op, (a,))
@@ -295,11 +277,11 @@ def _fold(op: str, *values: Any) -> float:
 
 
 def _binary(op: str, x: Expression | float, y: Expression | float) -> Expression:
-    a, b = _wrap(x), _wrap(y)
+    a, b = _as_expression(x), _as_expression(y)
     if a.op == "const" and b.op == "const" and op not in _COMPARISONS:
         return Expression("const", (), _fold(op, a.value, b.value))
     zero, one = Expression("const", (), 0.0), Expression("const", (), 1.0)
-    # Only identities that hold for every finite value, so that derivatives stay short.
+    # Keeps derivatives short, by identities that hold for every finite value.
     if (op == "add" and a == zero) or (op == "mul" and a == one):
         return b
     if (op in ("add", "sub") and b == zero) or (op in ("mul", "div", "pow") and b == one):
@@ -323,13 +305,13 @@ def _evaluate(e: Expression, values: Mapping[str, Any], xp: Any, seen: dict[int,
 
 def _apply(op: str, args: list[Any], like: Any, xp: Any) -> Any:
     if op in ("where", "maximum"):
-        # Unlike + and *, these two do not take Python floats beside each other.
+        # Unlike + and *, these two functions do not take Python floats.
         args = [xp.full_like(like, a) if isinstance(a, float) else a for a in args]
         return xp.where(*args) if op == "where" else xp.maximum(*args)
     a, *rest = args
     if op == "log" and not isinstance(a, float):
-        # Both branches finite, so that automatic differentiation finds the derivative of a
-        # kernel that is 0 there, which is 0, and not 0 times infinity.
+        # Both branches are finite, so that automatic differentiation computes the derivative 0
+        # of a kernel that is 0 there, and not 0 times infinity.
         zero = a == 0
         inner = xp.log(xp.where(zero, xp.ones_like(a), a))
         return xp.where(zero, xp.full_like(a, -xp.inf), inner)
@@ -356,18 +338,18 @@ def _apply(op: str, args: list[Any], like: Any, xp: Any) -> Any:
     return a >= b
 
 
-def _derivative(e: Expression, name: str, seen: dict[int, Expression]) -> Expression:
+def _derive(e: Expression, name: str, seen: dict[int, Expression]) -> Expression:
     if e.op in ("const", "input"):
-        return _wrap(1.0 if e.op == "input" and e.value == name else 0.0)
+        return _as_expression(1.0 if e.op == "input" and e.value == name else 0.0)
     key = id(e)
     if key not in seen:
-        seen[key] = _rule(e, [_derivative(a, name, seen) for a in e.args])
+        seen[key] = _differentiate(e, [_derive(a, name, seen) for a in e.args])
     return seen[key]
 
 
-def _rule(e: Expression, d: list[Expression]) -> Expression:
-    """Apply the chain rule for one operation; `d` are the operands' derivatives."""
-    zero = _wrap(0.0)
+def _differentiate(e: Expression, d: list[Expression]) -> Expression:
+    """Apply the chain rule to one operation; `d` has the derivatives of its operands."""
+    zero = _as_expression(0.0)
     if all(x == zero for x in d) or e.op in _COMPARISONS:
         return zero
     a = e.args[0]
@@ -400,27 +382,3 @@ def _rule(e: Expression, d: list[Expression]) -> Expression:
         case "maximum":
             return where(a > b, d[0], where(a < b, d[1], 0.5 * (d[0] + d[1])))
     raise AssertionError(f"no derivative rule for {e.op}")
-
-
-def _cuda(e: Expression, suffix: str) -> str:
-    if e.op == "input":
-        return str(e.value)
-    if e.op == "const":
-        value = float(e.value)  # type: ignore[arg-type]
-        if math.isinf(value):
-            infinity = (
-                "__int_as_float(0x7f800000)"
-                if suffix
-                else ("__longlong_as_double(0x7ff0000000000000LL)")
-            )
-            return infinity if value > 0 else f"(-{infinity})"
-        text = f"{value!r}{suffix}"
-        return f"({text})" if value < 0 else text
-    args = [_cuda(a, suffix) for a in e.args]
-    if e.op == "where":
-        return f"({args[0]} ? {args[1]} : {args[2]})"
-    if e.op == "pow" and e.args[1] == _wrap(2.0):
-        return f"({args[0]} * {args[0]})"  # pow of a negative base is slow, and this is exact
-    if e.op in _INFIX:
-        return f"({args[0]} {_INFIX[e.op]} {args[1]})"
-    return f"{_CUDA_CALLS[e.op]}{suffix}({', '.join(args)})"

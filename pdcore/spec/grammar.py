@@ -1,4 +1,4 @@
-"""How the words of a string are read, and made into what they name."""
+"""The grammar of spec strings: reading words and arguments, and instantiating classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import SpecError, nearest
 
-__all__ = ["bind_arguments", "build", "made", "read_arguments", "read_words"]
+__all__ = ["bind_arguments", "build", "instantiate", "read_arguments", "read_words"]
 
 _TOKEN = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\Z")
@@ -20,11 +20,21 @@ def read_words(
     what: str = "spec",
     expected: str = "words joined by '+', such as 'softmax+bn(beta=0.5)+causal'",
 ) -> list[tuple[str, str | None]]:
-    """Read words joined by ``+``, each with the text of its arguments, None without any.
+    """Read words joined by ``+``.
 
-    A refusal calls the text `what`, and says what was `expected`.
+    Parameters
+    ----------
+    text : str
+        The words.
+    what, expected : str
+        How error messages call the text, and what they say was expected.
+
+    Returns
+    -------
+    list of (str, str or None)
+        Each word with the text of its arguments, None for a word without parentheses.
     """
-    found: list[tuple[str, str | None]] = []
+    words: list[tuple[str, str | None]] = []
     at = 0
     while True:
         match = _TOKEN.match(text, at)
@@ -35,14 +45,14 @@ def read_words(
                 f"{what} {text!r}: cannot read it at column {where + 1} ({rest!r}); "
                 f"expected {expected}"
             )
-        found.append((match[1], match[2]))
+        words.append((match[1], match[2]))
         if match.end() == len(text):
-            return found
+            return words
         at = match.end() + 1
 
 
 def read_arguments(word: str, text: str | None) -> tuple[list[Any], dict[str, Any]]:
-    """Read the arguments of a word: those by position, and those by name."""
+    """Return the arguments of a word by position, and those by name."""
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for part in (text or "").split(",") if text and text.strip() else ():
@@ -75,7 +85,7 @@ def _value(word: str, text: str) -> Any:
 def bind_arguments(
     word: str, names: tuple[str, ...], positional: list[Any], named: dict[str, Any]
 ) -> dict[str, Any]:
-    """Give every argument its name, and refuse names that are not known."""
+    """Return all arguments by name; raise for unknown names and repeated arguments."""
     if len(positional) > len(names):
         raise SpecError(
             f"{word}: got {len(positional)} arguments, takes {len(names)}"
@@ -92,12 +102,12 @@ def bind_arguments(
 
 
 def build(word: str, cls: type[Any], arguments: str | None) -> Any:
-    """Make an instance of a dataclass from the text of its arguments."""
-    return made(word, cls, *read_arguments(word, arguments))
+    """Instantiate a dataclass from the text of its arguments."""
+    return instantiate(word, cls, *read_arguments(word, arguments))
 
 
-def made(word: str, cls: type[Any], positional: list[Any], named: dict[str, Any]) -> Any:
-    """Make an instance of a dataclass that a word names.
+def instantiate(word: str, cls: type[Any], positional: list[Any], named: dict[str, Any]) -> Any:
+    """Instantiate the dataclass that a word names.
 
     Raises
     ------
@@ -119,18 +129,18 @@ def made(word: str, cls: type[Any], positional: list[Any], named: dict[str, Any]
     try:
         return cls(**bound)
     except TypeError as error:
-        given = ",".join(f"{name}={value}" for name, value in bound.items())
-        raise SpecError(f"{word}({given}): {error}") from error
+        arguments = ",".join(f"{name}={value}" for name, value in bound.items())
+        raise SpecError(f"{word}({arguments}): {error}") from error
 
 
 _SCALARS = frozenset({"int", "float", "str", "bool", "None"})
 
 
 def _coerce(word: str, name: str, annotation: Any, value: Any) -> Any:
-    """Fit a value to a field's annotation: int, float, str, bool and unions of these.
+    """Check a value against a field's annotation; convert int to float where needed.
 
-    The annotation is a string or, in a module without postponed annotations, an object. One
-    that says anything else is left to the class itself to check.
+    Checked are annotations of int, float, str, bool and unions of these; other fields are left to
+    the class. An annotation is a string or, in a module without postponed annotations, an object.
     """
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     optional = text.removeprefix("typing.").removeprefix("Optional[")

@@ -16,7 +16,7 @@ _POOLS = ("mean", "first")
 
 @dataclass(frozen=True)
 class HeadScaling:
-    """Scales of the key heads, and how a window of keys becomes one.
+    """The scale of each key head, and how a window of keys is pooled into one key.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class HeadScaling:
         return max(self.scales, default=1)
 
     def groups(self, heads: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Group the heads by scale, since heads of equal scale run as one call.
+        """Group the heads by scale: heads of equal scale are computed together.
 
         Returns
         -------
@@ -55,10 +55,10 @@ class HeadScaling:
             In the order of the first head of each scale.
         """
         scales = self.scales or (1,) * heads
-        found: dict[int, list[int]] = {}
+        heads_by_scale: dict[int, list[int]] = {}
         for head, scale in enumerate(scales):
-            found.setdefault(scale, []).append(head)
-        return tuple((scale, tuple(indices)) for scale, indices in found.items())
+            heads_by_scale.setdefault(scale, []).append(head)
+        return tuple((scale, tuple(indices)) for scale, indices in heads_by_scale.items())
 
 
 def pooling_weights(length: int, real: Any, scale: int, pool: str, like: Any, *, xp: Any) -> Any:
@@ -75,7 +75,7 @@ def pooling_weights(length: int, real: Any, scale: int, pool: str, like: Any, *,
     pool : {"mean", "first"}
         As in `HeadScaling`.
     like : array
-        Gives the dtype of the weights, and their device.
+        An array with the dtype and device of the weights.
     xp : namespace
         The array-API namespace.
 
@@ -122,15 +122,15 @@ def pool(kind: str, x: Any, weights: Any, *, xp: Any) -> tuple[Any, Callable[[An
     -------
     pooled : array (*B, H, ceil(M / s), D)
     pullback : callable
-        Takes a cotangent of `pooled` to one of `x`.
+        Maps a cotangent of `pooled` to one of `x`.
     """
     weights = weights[..., None]
     cut = windows(x, weights.shape[-2], xp=xp)
     if kind == "mean":
-        # The weights of a window's real keys are equal, and its other keys are zeros.
+        # The real keys of a window have equal weights, and its other keys are zeros.
         pooled = xp.sum(cut, axis=-2) * xp.max(weights, axis=-2)
     else:
-        # Select, so that a NaN in a key of weight 0 stays out.
+        # `where` keeps a NaN in a key of weight 0 out of the sum.
         pooled = xp.sum(xp.where(weights > 0, cut * weights, xp.zeros_like(cut)), axis=-2)
 
     def pullback(cotangent: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Kernels kappa(x, y): what an attention compares a query and a key by.
+"""Kernels kappa(x, y), by which an attention compares a query and a key.
 
 A *pointwise* kernel gives log kappa as a function of s = x.y, so it runs as scores. A *feature
 map* gives phi with kappa(x, y) = phi(x).phi(y), so it runs in O(N + M). User kernels subclass
@@ -9,17 +9,18 @@ hook ``pdcore_kernels``.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from ..arrays import device_of
-from ..errors import SpecError, UnsupportedError
-from .expression import Expression, log, tanh, trace
+from ..errors import SpecError
+from .expression import Expression, log, tanh
+from .kernel_base import FeatureMap, Kernel, Parameter, PointwiseKernel
+from .latex_text import latex_number
 
 __all__ = [
     "Cosine",
@@ -36,152 +37,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """An array that a kernel or a normalization takes from the call's `params`.
-
-    Attributes
-    ----------
-    name : str
-        The key in `params`.
-    shapes : tuple of tuple
-        The shapes it may have; ``"H"`` stands for the number of key heads, ``"D"`` for the
-        feature count, an int for itself. A parameter always has the head axis first.
-    default : float or None
-        The value that every entry has when the call does not give the parameter; None makes
-        it required.
-    differentiable : bool
-        False for running statistics, which are constants of the call.
-    """
-
-    name: str
-    shapes: tuple[tuple[str | int, ...], ...]
-    default: float | None = None
-    differentiable: bool = True
-
-
-class Kernel(ABC):
-    """A kernel: a frozen dataclass whose fields are the arguments of its word in a spec.
-
-    Attributes
-    ----------
-    word : str
-        Its name in the grammar.
-    aliases : tuple of str
-        Other names for it.
-    has_log : bool
-        Whether a bias can be added to log kappa.
-    signed : bool
-        Whether kappa may be negative; such a kernel goes with ``h(one)`` or ``h(count)`` only.
-    """
-
-    word: ClassVar[str]
-    aliases: ClassVar[tuple[str, ...]] = ()
-    has_log: ClassVar[bool]
-    signed: ClassVar[bool] = False
-
-    def parameters(self) -> tuple[Parameter, ...]:
-        """Declare the arrays that the kernel takes from `params`."""
-        return ()
-
-    @abstractmethod
-    def latex(self) -> str:
-        """Give kappa(x, y) as LaTeX mathematics."""
-
-
-class PointwiseKernel(Kernel):
-    """A kernel whose logarithm is a function of s = x.y."""
-
-    has_log = True
-
-    @abstractmethod
-    def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
-        """State log kappa with the operations of `pdcore.spec.expression`.
-
-        Parameters
-        ----------
-        s : Expression
-            The inner product x.y.
-        dim : int
-            The feature count D.
-        **params : Expression
-            The declared parameters, each one scalar per head, shape ``("H",)``.
-        """
-
-    def expression(self, dim: int) -> Expression:
-        """Trace `log_kappa` for vectors of `dim` features; traced once for each kernel."""
-        return _traced(self, dim)
-
-
-@lru_cache(maxsize=1024)
-def _traced(kernel: PointwiseKernel, dim: int) -> Expression:
-    names = tuple(p.name for p in kernel.parameters())
-    for p in kernel.parameters():
-        if p.shapes != (("H",),):
-            raise UnsupportedError(
-                f"{kernel.word}: parameter {p.name!r} of a pointwise kernel has shapes "
-                f"{p.shapes}, expected (('H',),): one scalar a head"
-            )
-    return trace(
-        lambda s, *values: kernel.log_kappa(s, dim, **dict(zip(names, values, strict=True))),
-        ("s", *names),
-        f"{type(kernel).__name__}.log_kappa",
-    )
-
-
-class FeatureMap(Kernel):
-    """A kernel given by its features, kappa(x, y) = phi(x).phi(y).
-
-    `log_domain` says that `features` returns log phi; the contraction then subtracts maxima.
-    """
-
-    has_log = False
-    log_domain: ClassVar[bool] = False
-
-    @abstractmethod
-    def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """Compute phi(x), in array-API calls.
-
-        Parameters
-        ----------
-        x : array (*B, H, R, D)
-            Rows of queries or keys, in the accumulation dtype.
-        xp : namespace
-            The array-API namespace of `x`.
-        params : mapping of str to array
-            The declared parameters: (H, 1, 1) for ``("H",)``, (H, 1, D) for ``("H", "D")``,
-            others as given.
-
-        Returns
-        -------
-        array (*B, H, R, F)
-        """
-
-    def features_vjp(
-        self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
-    ) -> tuple[Any, Mapping[str, Any]]:
-        """Pull a cotangent of phi(x) back to x and to the parameters.
-
-        A feature map that leaves this out is refused for gradients on backends without
-        automatic differentiation.
-
-        Returns
-        -------
-        dx : array like `x`
-        dparams : mapping of str to array
-            Arrays that sum to the shape in which `params` came.
-        """
-        raise UnsupportedError(
-            f"{self.word}: features_vjp is not written, so backends without automatic "
-            "differentiation (numpy, cupy) cannot give its gradient"
-        )
-
-    @property
-    def has_vjp(self) -> bool:
-        """Whether the class writes its own `features_vjp`."""
-        return type(self).features_vjp is not FeatureMap.features_vjp
-
-
 def _positive(word: str, name: str, value: object, *, zero: bool = False) -> None:
     if value is None:
         return
@@ -195,17 +50,8 @@ def _positive(word: str, name: str, value: object, *, zero: bool = False) -> Non
 
 
 def default_scale(scale: float | None, dim: int) -> float:
-    """Give tau: the spec's own, or 1/sqrt(D)."""
+    """Return tau: the scale of the spec, or 1/sqrt(D) without one."""
     return 1.0 / math.sqrt(dim) if scale is None and dim else scale or 1.0
-
-
-def latex_number(x: float) -> str:
-    """Write a number as LaTeX mathematics, powers of ten included."""
-    mantissa, _, exponent = f"{x:g}".partition("e")
-    if not exponent:
-        return mantissa
-    power = f"10^{{{int(exponent)}}}"
-    return power if mantissa == "1" else rf"{mantissa} \cdot {power}"
 
 
 def _tau(scale: float | None) -> str:
@@ -234,12 +80,12 @@ class Exponential(PointwiseKernel):
         _positive(self.word, "softcap", self.softcap)
 
     def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
-        """Log kappa, see `PointwiseKernel.log_kappa`."""
+        """Return log kappa, see `PointwiseKernel.log_kappa`."""
         z = default_scale(self.scale, dim) * s
         return z if self.softcap is None else self.softcap * tanh(z / self.softcap)
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         z = rf"{_tau(self.scale)}\, x^\top y"
         if self.softcap is None:
             return rf"\exp({z})"
@@ -265,7 +111,7 @@ class Gaussian(Kernel):
         _positive(self.word, "gamma", self.gamma)
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         return rf"\exp(-{latex_number(self.gamma)} \lVert x - y \rVert^2)"
 
 
@@ -287,7 +133,7 @@ class Cosine(Kernel):
         _positive(self.word, "scale", self.scale)
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         ratio = r"\frac{x^\top y}{\lVert x \rVert \lVert y \rVert}"
         return rf"\exp({latex_number(self.scale)}\, {ratio})"
 
@@ -321,11 +167,11 @@ class Polynomial(PointwiseKernel):
         _positive(self.word, "scale", self.scale)
 
     def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
-        """Log kappa, see `PointwiseKernel.log_kappa`."""
+        """Return log kappa, see `PointwiseKernel.log_kappa`."""
         return float(self.degree) * log(abs(default_scale(self.scale, dim) * s + self.coef0))
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         return rf"({_tau(self.scale)}\, x^\top y + {latex_number(self.coef0)})^{{{self.degree}}}"
 
 
@@ -337,18 +183,18 @@ class Elu(FeatureMap):
     aliases = ("elu",)
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """Phi(x), see `FeatureMap.features`."""
-        zero = xp.sum(x[..., :0, :0])  # a scalar of the right dtype and device
+        """Compute phi(x), see `FeatureMap.features`."""
+        zero = xp.sum(x[..., :0, :0])  # a scalar 0 of the dtype and device of x
         return xp.exp(xp.minimum(x, zero)) + xp.maximum(x, zero)
 
     def features_vjp(
         self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any]]:
-        """Pull back, see `FeatureMap.features_vjp`."""
+        """Pull a cotangent back, see `FeatureMap.features_vjp`."""
         return cotangent * xp.exp(xp.minimum(x, xp.sum(x[..., :0, :0]))), {}
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         return r"\phi(x)^\top \phi(y),\ \phi = \mathrm{elu} + 1"
 
 
@@ -359,18 +205,19 @@ class Relu(FeatureMap):
     word = "relu"
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """Phi(x), see `FeatureMap.features`."""
-        # Not `maximum`: frameworks give it the gradient 1/2 at 0. Not x > 0: a NaN comes through.
+        """Compute phi(x), see `FeatureMap.features`."""
+        # Not `maximum`, whose gradient at 0 is 1/2 in the frameworks. Not x > 0, which would turn
+        # a NaN into 0.
         return xp.where(x <= 0, xp.zeros_like(x), x)
 
     def features_vjp(
         self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any]]:
-        """Pull back, see `FeatureMap.features_vjp`."""
+        """Pull a cotangent back, see `FeatureMap.features_vjp`."""
         return xp.where(x <= 0, xp.zeros_like(cotangent), cotangent), {}
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         return r"\phi(x)^\top \phi(y),\ \phi = \max(\cdot, 0)"
 
 
@@ -405,7 +252,7 @@ class RandomFeatures(FeatureMap):
         _positive(self.word, "scale", self.scale)
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """Log phi(x), see `FeatureMap.features`."""
+        """Compute log phi(x), see `FeatureMap.features`."""
         tau, omega = self._omega(x, xp)
         square = xp.sum(x * x, axis=-1, keepdims=True)
         return (
@@ -424,27 +271,27 @@ class RandomFeatures(FeatureMap):
     def _omega(self, x: Any, xp: Any) -> tuple[float, Any]:
         dim = int(x.shape[-1])
         tau = default_scale(self.scale, dim)
-        # A namespace whose compiler cannot follow NumPy's generator draws by itself.
+        # A namespace has `random_matrix` where its compiler cannot trace NumPy's generator.
         if hasattr(xp, "random_matrix"):
             return tau, xp.random_matrix(self.count, dim, self.seed, math.sqrt(tau), x)
         return tau, like(math.sqrt(tau) * random_matrix(self.count, dim, self.seed), x, xp)
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         z = r"\exp(\sqrt{\tau}\,\Omega x - \tau \lVert x \rVert^2 / 2)"
         return rf"\phi(x)^\top \phi(y),\ \phi = {z} / \sqrt{{{self.count}}}"
 
 
 @lru_cache(maxsize=32)
 def random_matrix(count: int, dim: int, seed: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Draw Omega, (count, dim), in float64; cached, and read-only because it is shared."""
+    """Draw Omega, (count, dim), in float64; the cached array is shared, hence read-only."""
     omega = np.random.RandomState(seed).standard_normal((count, dim))
     omega.setflags(write=False)
     return omega
 
 
 def like(constant: np.ndarray[Any, Any], x: Any, xp: Any) -> Any:
-    """Bring a NumPy constant into the library, dtype and device of `x`."""
+    """Convert a NumPy constant to the library, dtype and device of `x`."""
     if xp.__name__.endswith("numpy"):
-        return constant.astype(x.dtype)  # keeps longdouble, which asarray of a list would not
+        return constant.astype(x.dtype)  # keeps longdouble
     return xp.asarray(np.array(constant), dtype=x.dtype, device=device_of(x))

@@ -8,18 +8,25 @@ in the arrays: query i is at position p = i + offset, and key j at position j.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
-from .attention_spec import AttentionSpec
+from .attention_spec import AttentionSpec, positive_semidefinite
 from .kernels import (
     Cosine,
     Exponential,
     FeatureMap,
     Gaussian,
-    Polynomial,
     RandomFeatures,
+)
+from .latex_text import (
+    escape,
     latex_number,
+    mask_note,
+    parameter_declaration,
+    ranges,
+    shifted,
+    tidy_numbers,
+    wrapped,
 )
 from .normalizations.base import Identity
 from .normalizations.batch import Batch
@@ -28,7 +35,7 @@ from .normalizations.instance_enhanced import InstanceEnhanced
 from .normalizations.mixture import Mixture
 from .statistics import Moments
 
-__all__ = ["aligned", "derivation_latex", "positive_semidefinite", "sections"]
+__all__ = ["align_environment", "derivation_latex", "sections"]
 
 
 def derivation_latex(spec: AttentionSpec) -> str:
@@ -37,13 +44,13 @@ def derivation_latex(spec: AttentionSpec) -> str:
     Parameters
     ----------
     spec : AttentionSpec
-        The attention. Its kernel and normalization state themselves by their `latex`.
+        The attention. The formulas of its kernel and normalization are their `latex`.
 
     Returns
     -------
     str
         An ``align*`` environment: the training points, T, kappa and h of the spec; the primal
-        problem; its dual; the attention of query i. It needs the package amsmath only.
+        problem; its dual; the attention of query i. It needs no package but amsmath.
 
     Examples
     --------
@@ -51,42 +58,42 @@ def derivation_latex(spec: AttentionSpec) -> str:
     >>> print(derivation_latex(parse("softmax")).splitlines()[0])
     \begin{align*}
     """
-    return aligned([line for lines in sections(spec).values() for line in lines])
+    return align_environment([line for lines in sections(spec).values() for line in lines])
 
 
 def sections(spec: AttentionSpec) -> dict[str, list[str]]:
-    """Give the lines of a derivation by what they state, in order.
+    """Return the lines of a derivation by section, in order.
 
     Returns
     -------
     dict
-        ``points``, ``choices``, ``primal``, ``dual``, ``attention`` and ``own_choices``, each a
+        ``points``, ``choices``, ``primal``, ``dual``, ``attention`` and ``project_choices``, each a
         list of lines of an ``align*`` environment.
     """
-    part = _Derivation(spec)
-    pieces = (part.points, part.choices, part.primal, part.dual, part.attention, part.own_choices)
-    return {piece.__name__: list(piece()) for piece in pieces}
+    d = _Derivation(spec)
+    methods = (d.points, d.choices, d.primal, d.dual, d.attention, d.project_choices)
+    return {method.__name__: list(method()) for method in methods}
 
 
-def aligned(lines: list[str]) -> str:
-    """Put lines into an ``align*`` environment."""
+def align_environment(lines: list[str]) -> str:
+    """Return an ``align*`` environment of these lines."""
     body = " \\\\\n".join(f"& {line}" for line in lines)
     return f"\\begin{{align*}}\n{body}\n\\end{{align*}}\n"
 
 
 class _Derivation:
-    """The pieces of one spec's derivation; every piece is a list of lines."""
+    """The sections of one spec's derivation; each method yields the lines of one section."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
         self.pooled = spec.heads.largest > 1
-        # A row has a regression of its own where its keys or its statistics are its own.
+        # Rows that see different keys, or have different statistics, have different regressions.
         self.by_row = spec.support.restricts or spec.prefix
         row = "_i" if self.by_row else ""
         self.f, self.h, self.seen = f"f{row}", f"h{row}", f"S{row}"
         self.convolved = isinstance(spec.normalization, Convolution)
         if self.convolved or isinstance(spec.normalization, Identity):
-            self.transform = ""  # a convolution changes the training inputs, and no other point
+            self.transform = ""  # a convolution leaves queries unchanged
         else:
             self.transform = "T_p" if spec.prefix else "T"
         self.tau = _tau(spec)
@@ -97,7 +104,7 @@ class _Derivation:
 
     @property
     def _key(self) -> str:
-        """Write a key as the head has it, before a convolution."""
+        """Write a key, pooled but not convolved."""
         return r"\bar{k}" if self.pooled else "k"
 
     def value(self, index: str) -> str:
@@ -116,12 +123,12 @@ class _Derivation:
         """Write Phi(T(x))."""
         return rf"\Phi({self.t(x)})"
 
-    # The choices that make this attention.
+    # The spec.
 
     def points(self) -> Iterator[str]:
-        """State the training points of a head, and which of them a query sees."""
+        """Yield the training points of a head, and which of them a query sees."""
         support = self.spec.support
-        first, *rest = _wrapped(str(self.spec))
+        first, *rest = wrapped(str(self.spec))
         yield rf"\textbf{{The attention }} \texttt{{{first}}}"
         yield from (rf"\qquad \texttt{{{line}}}" for line in rest)
         if self.pooled:
@@ -151,9 +158,9 @@ class _Derivation:
                 r"a query has no neighbours, and is not convolved}"
             )
         if not support.restricts:
-            yield rf"\quad {self.seen} = R{_removed(self.pooled)}"
+            yield rf"\quad {self.seen} = R{mask_note(self.pooled)}"
             return
-        yield rf"\quad {self.seen} = \{{ j \in R : {self._allowed()} \}}{_removed(self.pooled)}"
+        yield rf"\quad {self.seen} = \{{ j \in R : {self._allowed()} \}}{mask_note(self.pooled)}"
         yield r"\quad p = i + \text{offset, the position of query } i"
 
     def _scales(self) -> list[str]:
@@ -161,15 +168,15 @@ class _Derivation:
         groups = self.spec.heads.groups(len(scales))
         if len(groups) == 1:
             return [f"s = {groups[0][0]}"]
-        lines = [rf"s = {s} \text{{ for key heads {_ranges(heads)}}}" for s, heads in groups]
+        lines = [rf"s = {s} \text{{ for key heads {ranges(heads)}}}" for s, heads in groups]
         return lines if max(map(len, lines)) > 60 else [r", \quad ".join(lines)]
 
     def _allowed(self) -> str:
-        """Write what position demands of a key."""
+        """Write the condition on the position of a visible key."""
         support = self.spec.support
         first, last = ("js", "js + s - 1") if self.pooled else ("j", "j")
-        low = "" if support.left == float("inf") else _offset("p", -int(support.left))
-        high = "" if support.ahead == float("inf") else _offset("p", int(support.ahead))
+        low = "" if support.left == float("inf") else shifted("p", -int(support.left))
+        high = "" if support.ahead == float("inf") else shifted("p", int(support.ahead))
         if low and high and first == last:
             return rf"{low} \leq j \leq {high}"
         bounds = [rf"{low} \leq {first}"] if low else []
@@ -177,12 +184,12 @@ class _Derivation:
         return r",\ ".join(bounds)
 
     def choices(self) -> Iterator[str]:
-        """State T, kappa and h."""
+        """Yield T, kappa and h."""
         spec = self.spec
         if self.transform:
-            yield rf"\quad {self.t('x')} = {_tidy(spec.normalization.latex())}"
+            yield rf"\quad {self.t('x')} = {tidy_numbers(spec.normalization.latex())}"
             yield from (rf"\quad {line}" for line in self._statistics())
-        yield rf"\quad \kappa(x, y) = \Phi(x)^\top \Phi(y) = {_tidy(spec.kernel.latex())}"
+        yield rf"\quad \kappa(x, y) = \Phi(x)^\top \Phi(y) = {tidy_numbers(spec.kernel.latex())}"
         if isinstance(spec.kernel, RandomFeatures):
             yield (
                 rf"\quad \tau = {self.tau}, \quad \Omega_{{fd}} \sim N(0, 1) "
@@ -200,11 +207,13 @@ class _Derivation:
         }[spec.normaliser]
         yield rf"\quad {self.h}(x) = {normaliser}"
         if spec.parameters():
-            for gives, wanted in (("gives", True), ("may give", False)):
-                found = [p for p in spec.parameters() if (p.default is None) is wanted]
-                if found:
-                    declared = r",\ ".join(_parameter(p.name, p.shapes) for p in found)
-                    yield rf"\quad \text{{arrays that a call {gives}: }} {declared}"
+            for verb, required in (("gives", True), ("may give", False)):
+                parameters = [p for p in spec.parameters() if (p.default is None) is required]
+                if parameters:
+                    declared = r",\ ".join(
+                        parameter_declaration(p.name, p.shapes) for p in parameters
+                    )
+                    yield rf"\quad \text{{arrays that a call {verb}: }} {declared}"
 
     def _statistics(self) -> Iterator[str]:
         normalization = self.spec.normalization
@@ -219,7 +228,7 @@ class _Derivation:
         statistics = normalization.statistics_state()
         if not isinstance(normalization, Batch) and type(statistics) is not Moments:
             if statistics is not None:
-                name = _escape(type(statistics).__name__)
+                name = escape(type(statistics).__name__)
                 yield (
                     rf"\text{{by the statistics }} \texttt{{{name}}} \text{{ of the }} "
                     rf"{key},\ j \in R"
@@ -252,10 +261,10 @@ class _Derivation:
     # The regression.
 
     def primal(self) -> Iterator[str]:
-        """State the layer and its problem."""
+        """Yield the layer and its primal problem."""
         x, z = self.phi("x"), self.phi(self.key("j"))
-        whose = r" (one for every query } i \text{)" if self.by_row else ""
-        yield rf"\textbf{{Primal}}\text{{{whose}: a layer with targets }} y_j"
+        scope = r" (one for every query } i \text{)" if self.by_row else ""
+        yield rf"\textbf{{Primal}}\text{{{scope}: a layer with targets }} y_j"
         yield rf"\quad {self.f}(x) = W \frac{{{x}}}{{{self.h}(x)}} + b"
         slack = r"(\xi_{jd} + \xi^{*}_{jd})"
         yield (
@@ -269,7 +278,7 @@ class _Derivation:
         )
 
     def dual(self) -> Iterator[str]:
-        """State the dual problem, and the primal solution by its multipliers."""
+        """Yield the dual problem, and the primal solution by its multipliers."""
         j, k_j, k_l = self.seen, self.key("j"), self.key("l")
         gap, other = r"(\alpha_{jd} - \alpha^{*}_{jd})", r"(\alpha_{ld} - \alpha^{*}_{ld})"
         yield r"\textbf{Dual}\text{: multipliers } \alpha_{jd}, \alpha^{*}_{jd}"
@@ -290,7 +299,7 @@ class _Derivation:
         )
 
     def attention(self) -> Iterator[str]:
-        """State the expansion at query i, and what it comes to."""
+        """Yield the expansion at query i, and its closed form."""
         v, k, seen = self.value("j"), self.key("j"), self.seen
         yield (
             r"\textbf{Attention}\text{: the expansion at query } i \text{; in a transformer } v "
@@ -312,7 +321,7 @@ class _Derivation:
         yield rf"\quad o_i = 0 \text{{ where }} {empty}"
 
     def _closed_form(self, total: str, v: str, k: str) -> Iterator[str]:
-        """Write o_i as this kernel lets it be written."""
+        """Yield o_i in the form that is usual for this kernel, where there is one."""
         spec, seen = self.spec, self.seen
         normalization = spec.normalization
         if isinstance(spec.kernel, FeatureMap):
@@ -331,119 +340,58 @@ class _Derivation:
             yield rf"o_i = {total} {softmax}({self.tau} \, q_i^\top {k}) \, {v}"
         elif isinstance(normalization, Batch):
             index = "_p" if spec.prefix else ""
-            centre = rf"{_weight(normalization)}\mu{index}"
+            centre = rf"{self._mean_weight(normalization)}\mu{index}"
+            difference = tidy_numbers(f"q_i - {centre}")
             scale = rf"\sigma^2{index} + {latex_number(normalization.eps)}"
             yield (
                 rf"o_i = {total} {softmax}({self.tau} \, q_i'^\top {k}) \, {v}, \quad q_i' = "
-                rf"\frac{{{_tidy(f'q_i - {centre}')}}}{{{scale}}} \text{{ (terms without }} j "
+                rf"\frac{{{difference}}}{{{scale}}} \text{{ (terms without }} j "
                 r"\text{ cancel)}"
             )
 
-    def own_choices(self) -> Iterator[str]:
-        """List what this project chose and the paper did not."""
-        spec, found = self.spec, []
+    @staticmethod
+    def _mean_weight(batch: Batch) -> str:
+        if batch.beta == "param":
+            return r"\beta \odot "
+        return "" if batch.beta == 1.0 else rf"{latex_number(float(batch.beta))}\,"
+
+    def project_choices(self) -> Iterator[str]:
+        """Yield the choices of this project that the paper does not make."""
+        spec, choices = self.spec, []
         normalization = spec.normalization
         if isinstance(spec.kernel, Exponential) and spec.kernel.softcap is not None:
-            found.append("softcap")
+            choices.append("softcap")
         if isinstance(normalization, Batch | InstanceEnhanced | Mixture):
-            found.append(
+            choices.append(
                 rf"the value }} {latex_number(normalization.eps)} \text{{ added to the variance"
             )
             if normalization.beta != 1.0:
-                found.append("the weight of the mean")
+                choices.append("the weight of the mean")
             if isinstance(normalization, Batch) and normalization.statistics != "sequence":
-                found.append(f"{normalization.statistics} statistics")
+                choices.append(f"{normalization.statistics} statistics")
             if self.pooled:
-                found.append("statistics over pooled keys")
+                choices.append("statistics over pooled keys")
         if isinstance(normalization, Convolution):
-            found.append("the convolution: of keys alone, depthwise, with zeros beyond them")
+            choices.append("the convolution: of keys alone, depthwise, with zeros beyond them")
         if isinstance(normalization, InstanceEnhanced):
-            found.append("an instance is one sequence as one head has it; queries get its gate")
+            choices.append("an instance is one sequence as one head has it; queries get its gate")
         if isinstance(normalization, Mixture):
-            found.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
+            choices.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
         if self.pooled:
             if spec.heads.pool == "mean":
-                found.append("pooling by means")
+                choices.append("pooling by means")
             if spec.support.restricts:
-                found.append("a pooled key is seen only if all of its window is allowed")
-        if found:
+                choices.append("a pooled key is seen only if all of its window is allowed")
+        if choices:
             yield r"\textbf{Choices of pdcore, not of the paper}"
-            yield from (rf"\quad \text{{{choice}}}" for choice in found)
-
-
-def _removed(pooled: bool) -> str:
-    return (
-        r" \quad \text{(less those with a real key that a mask of the call denies)}"
-        if pooled
-        else r" \quad \text{(less those that a mask of the call denies)}"
-    )
-
-
-def positive_semidefinite(spec: AttentionSpec) -> bool:
-    """Whether kappa is known to be a kernel of a feature space; every feature map is."""
-    kernel = spec.kernel
-    return isinstance(kernel, (FeatureMap, Gaussian, Cosine, Polynomial)) or spec.plain_exponential
+            yield from (rf"\quad \text{{{choice}}}" for choice in choices)
 
 
 def _never_zero(spec: AttentionSpec) -> bool:
-    """Whether h is positive wherever a key is visible."""
+    """Return whether h is positive wherever a key is visible."""
     return spec.normaliser != "sum" or isinstance(spec.kernel, (Exponential, Gaussian, Cosine))
 
 
 def _tau(spec: AttentionSpec) -> str:
     scale = getattr(spec.kernel, "scale", None)
     return "D^{-1/2}" if scale is None else latex_number(scale)
-
-
-def _weight(batch: Batch) -> str:
-    if batch.beta == "param":
-        return r"\beta \odot "
-    return "" if batch.beta == 1.0 else rf"{latex_number(float(batch.beta))}\,"
-
-
-def _parameter(name: str, shapes: tuple[tuple[str | int, ...], ...]) -> str:
-    forms = [", ".join("H" if n == "H" else str(n) for n in shape) for shape in shapes]
-    written = r" \text{ or } ".join(f"({form})" for form in forms)
-    return rf"\texttt{{{_escape(name)}}} \text{{ of shape }} {written}"
-
-
-def _tidy(text: str) -> str:
-    """Write 1e-05 as a power of ten, for in mathematics "e" is a letter; and "- -2" as "+ 2"."""
-
-    def power(match: re.Match[str]) -> str:
-        factor = "" if match[1] == "1" else rf"{match[1]} \cdot "
-        return rf"{factor}10^{{{int(match[2])}}}"
-
-    text = re.sub(r"(?<![\w\\.])(\d+(?:\.\d+)?)e([+-]?\d+)", power, text)
-    return re.sub(r"- -(?=[\d.])", "+ ", text)
-
-
-def _offset(name: str, by: int) -> str:
-    return name if not by else f"{name} {'+' if by > 0 else '-'} {abs(by)}"
-
-
-def _ranges(indices: tuple[int, ...]) -> str:
-    """Write indices as 0, 2--5."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(f"{run[0]}--{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _wrapped(words: str, width: int = 64) -> list[str]:
-    """Break a spec's string between words."""
-    lines = [""]
-    for word in words.split("+"):
-        if lines[-1] and len(lines[-1]) + len(word) > width:
-            lines[-1] += "+"
-            lines.append(word)
-        else:
-            lines[-1] += f"+{word}" if lines[-1] else word
-    return [_escape(line) for line in lines]
-
-
-def _escape(text: str) -> str:
-    return text.replace("_", r"\_")

@@ -22,12 +22,12 @@ class Statistics(ABC):
 
     A state is a mapping of names to arrays whose last two axes are rows and features, so that
     it broadcasts against keys (*B, H, M, D). An iterative statistic (the EM steps of a mixture)
-    sets `rounds` and receives the finalised state of the round before as `previous`.
+    sets `rounds` and receives the finalised state of the previous round as `previous`.
     """
 
     rounds: int = 1
 
-    # A plan holds its statistics, and two plans of one spec are equal.
+    # Plans compare by their statistics, and two plans of one spec must be equal.
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
 
@@ -36,11 +36,11 @@ class Statistics(ABC):
 
     @abstractmethod
     def zero(self, like: State, *, xp: Any) -> State:
-        """Give the neutral element of `merge`, of the shape of `like`."""
+        """Return the neutral element of `merge`, with the shapes of `like`."""
 
     @abstractmethod
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
-        """Summarise a block.
+        """Compute the state of one block of keys.
 
         Parameters
         ----------
@@ -51,7 +51,7 @@ class Statistics(ABC):
         xp : namespace
             The array-API namespace.
         previous : mapping, optional
-            The finalised state of the round before.
+            The finalised state of the previous round.
         """
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Statistics(ABC):
 
     @abstractmethod
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Turn a merged state into what `Normalization.apply` reads."""
+        """Compute from a merged state the statistics that `Normalization.apply` reads."""
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
         """Pull a cotangent of the finalised state back to the keys."""
@@ -73,16 +73,16 @@ class Statistics(ABC):
 class Moments(Statistics):
     """Count, mean and centred second moment (M2) per feature.
 
-    Two passes within a block, Chan's update between blocks (Chan, Golub and LeVeque, 1979), so
-    that a mean much larger than the spread costs no digits.
+    Computed by two passes within a block and Chan's update between blocks (Chan, Golub and
+    LeVeque, 1979), which lose no digits where the mean is much larger than the deviation.
     """
 
     def zero(self, like: State, *, xp: Any) -> State:
-        """Give the state of no keys."""
+        """Return the state of zero keys."""
         return {name: xp.zeros_like(value) for name, value in like.items()}
 
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
-        """Summarise a block, see `Statistics.of`."""
+        """Compute the state of one block, see `Statistics.of`."""
         real = xp.ones_like(keys[..., :1]) if mask is None else xp.astype(mask, keys.dtype)
         n = xp.sum(real, axis=-2, keepdims=True)
         n = xp.broadcast_to(n, (*keys.shape[:-2], 1, 1))
@@ -103,7 +103,7 @@ class Moments(Statistics):
         }
 
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Give ``mean``, the biased ``var`` and the count ``n``; all 0 for no keys."""
+        """Return ``mean``, the biased ``var`` and the count ``n``; all are 0 for zero keys."""
         n = state["n"]
         return {
             "n": n,
@@ -137,20 +137,20 @@ class Moments(Statistics):
         cotangent : mapping
             The cotangents of ``mean`` and ``var``, (*B, H, N, D).
         later : integer array (M, 1) or (*B, 1, 1, M, 1)
-            How many of the last rows have a prefix that holds the key.
+            The number of rows whose prefix contains the key; these are the last rows.
         xp : namespace
             The array-API namespace.
 
         Returns
         -------
         array like `keys`
-            sum_i (d_mean_i + 2 d_var_i (k_j - mean_i)) / n_i over the rows that hold key j, by
-            sums over the last rows. Everything is taken relative to the first row's mean, which
-            is never far from a later mean in units of its deviation.
+            sum_i (d_mean_i + 2 d_var_i (k_j - mean_i)) / n_i over the rows whose prefix contains
+            key j, computed as sums over the last rows. To keep digits, means are taken relative
+            to the first row's mean, which is near every later mean in units of its deviation.
         """
         n = rows["n"]
         share = xp.where(n > 0, 1.0 / xp.where(n > 0, n, xp.ones_like(n)), xp.zeros_like(n))
-        origin = _first_row(rows, xp)
+        origin = _first_mean(rows, xp)
         slope = 2.0 * cotangent["var"] * share
         level = cotangent["mean"] * share - slope * (rows["mean"] - origin)
 
@@ -166,17 +166,17 @@ class Moments(Statistics):
 
 
 class KeySet(Statistics):
-    """The keys themselves, for a normalization that cannot be summarised (a convolution).
+    """The keys themselves, for a normalization that needs every key, such as a convolution.
 
-    The state has ``keys`` and ``mask``; merging concatenates, so memory stays O(M).
+    The state has ``keys`` and ``mask``. States are merged by concatenation; memory is O(M).
     """
 
     def zero(self, like: State, *, xp: Any) -> State:
-        """Give an empty set."""
+        """Return an empty set."""
         return {name: value[..., :0, :] for name, value in like.items()}
 
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
-        """Keep a block."""
+        """Return a block of keys with its mask."""
         if mask is None:
             mask = xp.ones_like(keys[..., :1], dtype=xp.bool)
         return {"keys": keys, "mask": xp.broadcast_to(mask, (*keys.shape[:-1], 1))}
@@ -186,16 +186,16 @@ class KeySet(Statistics):
         return {name: xp.concat([a[name], b[name]], axis=-2) for name in ("keys", "mask")}
 
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Give the set as it is."""
+        """Return the state unchanged."""
         return state
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
-        """Pass the cotangent of ``keys`` on."""
+        """Return the cotangent of ``keys``."""
         return cotangent["keys"]
 
 
 def reduce_axis(stats: Statistics, state: State, axis: int, *, xp: Any) -> State:
-    """Merge a state over one of its axes, which stays with length 1, as a balanced tree."""
+    """Merge a state over one of its axes, in a balanced tree; the axis stays, of length 1."""
     size = next(iter(state.values())).shape[axis]
     while size > 1:
         half = size // 2
@@ -209,7 +209,7 @@ def reduce_axis(stats: Statistics, state: State, axis: int, *, xp: Any) -> State
 
 
 def prefix_states(stats: Statistics, keys: Any, mask: Any, *, xp: Any) -> State:
-    """Compute the state of every prefix of the keys, the empty one included.
+    """Compute the state of every prefix of the keys, including the empty prefix.
 
     Parameters
     ----------
@@ -226,8 +226,8 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any, *, xp: Any) -> State:
     -------
     mapping
         Arrays (*B, H, M + 1, ...): entry c is the state of the first c keys. It is merged from
-        those keys alone (a scan of log2 M steps; no running sums are subtracted), so a later
-        key cannot disturb an earlier row.
+        the states of these keys alone, in a scan of log2 M steps without subtractions, so a
+        later key has no influence on an earlier row.
     """
     single = stats.of(
         xp.expand_dims(keys, axis=-2),
@@ -242,7 +242,7 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any, *, xp: Any) -> State:
         head = _cut(state, -2, 0, step)
         state = {name: xp.concat([head[name], merged[name]], axis=-2) for name in merged}
         step *= 2
-    # Of no keys, a sum is a state of zeros, of the right dtype and device.
+    # Without keys, a sum over them is a state of zeros of the right shape, dtype and device.
     first = {
         name: value[..., :1, :] if length else xp.sum(value, axis=-2, keepdims=True)
         for name, value in state.items()
@@ -251,10 +251,10 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any, *, xp: Any) -> State:
     return {name: xp.concat([empty[name], value], axis=-2) for name, value in state.items()}
 
 
-def _first_row(rows: State, xp: Any) -> Any:
-    """Give the mean of the first row that has keys, (*B, H, 1, D)."""
-    has = rows["n"] > 0
-    first = has & (xp.cumulative_sum(xp.astype(has, xp.int64), axis=-2) == 1)
+def _first_mean(rows: State, xp: Any) -> Any:
+    """Return the mean of the first row that has keys, (*B, H, 1, D)."""
+    nonempty = rows["n"] > 0
+    first = nonempty & (xp.cumulative_sum(xp.astype(nonempty, xp.int64), axis=-2) == 1)
     mean = rows["mean"]
     return xp.sum(xp.where(first, mean, xp.zeros_like(mean)), axis=-2, keepdims=True)
 

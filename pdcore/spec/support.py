@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from ..arrays import within
+from ..arrays import clip_integers
 from ..errors import SpecError
 from .heads import windows
 
@@ -16,7 +16,7 @@ __all__ = ["Support", "Visibility", "all_of"]
 
 
 def all_of(parts: list[Any]) -> Any:
-    """Join bool arrays, which broadcast against each other, by and; None for none."""
+    """Return the logical and of bool arrays that broadcast together; None for an empty list."""
     return reduce(operator.and_, parts) if parts else None
 
 
@@ -27,9 +27,9 @@ class Support:
     Parameters
     ----------
     causal : bool
-        Keys at positions up to the query's only.
+        Whether a query sees only keys at positions up to its own.
     left, right : int or inf
-        A window of positions around the query's.
+        How many positions before and after its own a query sees.
     """
 
     causal: bool = False
@@ -45,12 +45,12 @@ class Support:
 
     @property
     def ahead(self) -> float:
-        """How many positions past its own a query may see: 0 under causal."""
+        """How many positions after its own a query may see: 0 under causal."""
         return 0 if self.causal else self.right
 
     @property
     def restricts(self) -> bool:
-        """Whether positions matter at all."""
+        """Whether visibility depends on positions."""
         return self.ahead != math.inf or self.left != math.inf
 
 
@@ -58,8 +58,8 @@ class Support:
 class Visibility:
     """The support of one call for the heads of one scale: positions, spans and masks.
 
-    A pooled key j of scale s occupies the positions j s .. j s + s - 1 whether or not they all
-    exist, and is visible only if all of them are allowed.
+    A pooled key j of scale s occupies the positions j s .. j s + s - 1, even where the last of
+    these keys do not exist, and is visible only if all these positions are allowed.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ class Visibility:
     mask : bool array broadcastable to (*B, H, G, N, M) or None
         The caller's mask, before pooling, of the same rank.
     device : object
-        Where arrays are made.
+        The device on which arrays are created.
     """
 
     support: Support
@@ -101,16 +101,16 @@ class Visibility:
 
     @property
     def static(self) -> bool:
-        """Whether the query positions are known as Python ints."""
+        """Whether the positions of queries are Python ints, not arrays."""
         return isinstance(self.offset, int)
 
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
-        """Bound the keys that some query in ``start:stop`` can see by position.
+        """Return a range of keys that contains all keys visible to queries ``start:stop``.
 
         Returns
         -------
         tuple of int
-            A half-open range; everything when positions are arrays.
+            A half-open range, by position; all keys when positions are arrays.
         """
         if not self.static or stop <= start:
             return 0, self.keys
@@ -124,7 +124,7 @@ class Visibility:
         return min(low, high), high
 
     def whole(self, start: int, stop: int, first: int, last: int) -> bool:
-        """Whether position lets every query in ``start:stop`` see every key ``first:last``."""
+        """Return whether, by position, all queries ``start:stop`` see all keys ``first:last``."""
         if not self.support.restricts:
             return True
         if not self.static:
@@ -137,7 +137,7 @@ class Visibility:
         return low <= first and last <= high
 
     def positions(self, start: int, stop: int) -> Any:
-        """Give the positions of queries, (rows, 1) or (*B, 1, 1, rows, 1)."""
+        """Return the positions of queries, (rows, 1) or (*B, 1, 1, rows, 1)."""
         index = self.xp.arange(start, stop, dtype=self.xp.int64, device=self.device)
         return index[:, None] + self.offset
 
@@ -150,19 +150,19 @@ class Visibility:
             For each query, between 0 and the number of keys.
         """
         count = (self.positions(start, stop) + (1 + ahead)) // self.scale
-        return within(count, self.keys, self.xp)
+        return clip_integers(count, self.keys, self.xp)
 
     def later_rows(self) -> Any:
-        """Count, for each key, the queries at whose position it is wholly in the past.
+        """Count, for each key, the queries at positions past the key's whole span.
 
         Returns
         -------
         integer array (keys, 1) or (*B, 1, 1, keys, 1)
-            These are the last queries, since a later query sees more.
+            The counted queries are the last ones, since positions ascend.
         """
         xp = self.xp
         end = (xp.arange(self.keys, dtype=xp.int64, device=self.device) + 1) * self.scale - 1
-        return within(self.rows - (end[:, None] - self.offset), self.rows, xp)
+        return clip_integers(self.rows - (end[:, None] - self.offset), self.rows, xp)
 
     def counts(self, bias: Any = None) -> Any:
         """Count the visible keys of each query.
@@ -189,9 +189,9 @@ class Visibility:
                 if seen is None:
                     seen = xp.ones((stop - start, last - first), dtype=xp.bool, device=self.device)
                 if bias is not None:
-                    cut = bias if bias.shape[-2] == 1 else bias[..., start:stop, :]
-                    cut = cut if cut.shape[-1] == 1 else cut[..., first:last]
-                    seen = seen & (cut != -xp.inf)
+                    part = bias if bias.shape[-2] == 1 else bias[..., start:stop, :]
+                    part = part if part.shape[-1] == 1 else part[..., first:last]
+                    seen = seen & (part != -xp.inf)
                 shape = (*seen.shape[:-2], stop - start, last - first)
                 seen = xp.broadcast_to(seen, shape)
                 total = total + xp.sum(xp.astype(seen, xp.int64), axis=-1)
@@ -213,7 +213,7 @@ class Visibility:
         low = xp.zeros_like(position)
         if self.support.left != math.inf:
             first = position - int(self.support.left)
-            low = within(-(-first // self.scale), self.keys, xp)
+            low = clip_integers(-(-first // self.scale), self.keys, xp)
         low = xp.minimum(low, high)
         if self.key_mask is None:
             return (high - low)[..., 0]
@@ -226,25 +226,25 @@ class Visibility:
         return high - low
 
     def first_prefix(self, start: int) -> int | None:
-        """Give `prefix_counts` of one query without arrays; None where positions are arrays."""
+        """Return `prefix_counts` of query `start` as an int; None where positions are arrays."""
         if not self.static:
             return None
         return int(max(0, min((start + self.offset + 1) // self.scale, self.keys)))
 
     def first_later(self, start: int) -> int | None:
-        """Give `later_rows` of the key `start` places before the last, likewise."""
+        """Return `later_rows` of the key `start` places before the last, or None, likewise."""
         if not self.static:
             return None
         end = (self.keys - start) * self.scale - 1
         return int(max(0, min(self.rows - (end - self.offset), self.rows)))
 
     def block(self, start: int, stop: int, first: int, last: int) -> Any:
-        """Say which queries ``start:stop`` see which keys ``first:last``.
+        """Return which keys of ``first:last`` are visible to which queries of ``start:stop``.
 
         Returns
         -------
         bool array broadcastable to (*B, H, G, stop - start, last - first), or None
-            None where everything is visible.
+            None where all these keys are visible to all these queries.
         """
         parts = []
         if not self.whole(start, stop, first, last):
@@ -256,7 +256,7 @@ class Visibility:
         return all_of(parts)
 
     def by_position(self, start: int, stop: int, first: int, last: int) -> Any:
-        """Apply causal and window alone, (rows, keys) or (*B, 1, 1, rows, keys)."""
+        """Return visibility by causal and window alone, (rows, keys) or (*B, 1, 1, rows, keys)."""
         xp = self.xp
         position = self.positions(start, stop)
         begin = xp.arange(first, last, dtype=xp.int64, device=self.device) * self.scale
@@ -269,7 +269,7 @@ class Visibility:
         return seen
 
     def by_mask(self, start: int, stop: int, first: int, last: int) -> Any:
-        """Apply the caller's mask alone: it must allow all real keys of a window."""
+        """Return visibility by the mask alone, which must allow all real keys of a window."""
         xp, scale = self.xp, self.scale
         rows, keys = self.mask.shape[-2:]
         part = self.mask
@@ -285,6 +285,6 @@ class Visibility:
         if self.real is not None:
             real = self.real[..., None, None, None, begin:end]
             denied = denied & real
-        # Keys as rows, since `windows` cuts the rows; its padding denies nothing.
+        # Transposed, since `windows` cuts rows; the zeros that it pads with deny nothing.
         grouped = windows(xp.matrix_transpose(denied), scale, xp=xp)
         return ~xp.matrix_transpose(xp.any(grouped, axis=-2))

@@ -14,13 +14,13 @@ from .normalizations.batch import Batch
 
 __all__ = ["find_kernel", "find_normalization", "register_kernel", "register_normalization"]
 
-# Words that set the other axes; a kernel or normalization cannot take them.
+# Words of the other axes, which a kernel or normalization cannot have.
 RESERVED = frozenset({"sh", "scaling", "sparse", "window", "causal", "h"})
 
 _KERNELS: dict[str, type[Kernel]] = {}
 _NORMALIZATIONS: dict[str, type[Normalization]] = {}
 
-#: Called before a word is declared unknown: each registers the words that it knows of.
+#: Functions that register further words; called before a word is declared unknown.
 sources: list[Callable[[], None]] = []
 
 _T = TypeVar("_T", type[Kernel], type[Normalization])
@@ -49,44 +49,44 @@ def register_normalization(normalization: type[Normalization]) -> type[Normaliza
 
 
 def unregister(word: str) -> None:
-    """Take a word that `register_kernel` or `register_normalization` added back out."""
+    """Remove a class that `register_kernel` or `register_normalization` added, by its word."""
     for table in (_KERNELS, _NORMALIZATIONS):
         cls = table.get(word)
         for name in (cls.word, *cls.aliases) if cls else ():
             table.pop(name, None)
-    _forget_parsed()
+    _clear_parse_cache()
 
 
 def find_kernel(word: str) -> type[Kernel] | None:
-    """Look a kernel up by word or alias; discovers plugins when it is not built in."""
-    return _KERNELS.get(word) or _discovered(_KERNELS, word)
+    """Return a kernel class by word or alias, None if unknown; plugins are discovered if needed."""
+    return _KERNELS.get(word) or _find_after_discovery(_KERNELS, word)
 
 
 def find_normalization(word: str) -> type[Normalization] | None:
-    """Look a normalization up by word or alias; discovers plugins when it is not built in."""
-    return _NORMALIZATIONS.get(word) or _discovered(_NORMALIZATIONS, word)
+    """Return a normalization class by word or alias, None if unknown; as `find_kernel` does."""
+    return _NORMALIZATIONS.get(word) or _find_after_discovery(_NORMALIZATIONS, word)
 
 
 def kernel_words() -> dict[str, type[Kernel]]:
-    """Give every kernel by each of its words, plugins included."""
-    _discovered(_KERNELS, "")
+    """Return every kernel class by each of its words, including those of plugins."""
+    _find_after_discovery(_KERNELS, "")
     return dict(_KERNELS)
 
 
 def normalization_words() -> dict[str, type[Normalization]]:
-    """Give every normalization by each of its words, plugins included."""
-    _discovered(_NORMALIZATIONS, "")
+    """Return every normalization class by each of its words, including those of plugins."""
+    _find_after_discovery(_NORMALIZATIONS, "")
     return dict(_NORMALIZATIONS)
 
 
-def _discovered(table: dict[str, _T], word: str) -> _T | None:
+def _find_after_discovery(table: dict[str, _T], word: str) -> _T | None:
     for discover in sources:
         discover()
     return table.get(word)
 
 
 def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
-    candidate: object = cls  # a plugin may hand over anything
+    candidate: object = cls  # a plugin may pass an object of any type
     name = getattr(cls, "__qualname__", repr(cls))
     if not (isinstance(candidate, type) and issubclass(candidate, base)):
         raise PluginError(f"{name}: expected a subclass of pdcore.{base.__name__}")
@@ -102,12 +102,12 @@ def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
         raise PluginError(f"{name}: expected a frozen dataclass, so that specs can be hashed")
     for word in words:
         table[word] = cls
-    _forget_parsed()
+    _clear_parse_cache()
     return cls
 
 
-def _forget_parsed() -> None:
-    # A kept spec may hold the class that a word named before.
+def _clear_parse_cache() -> None:
+    # A cached spec may hold the class that a word named before.
     spec = sys.modules.get("pdcore.spec.attention_spec")
     if spec is not None and hasattr(spec, "parse"):
         spec.parse.cache_clear()

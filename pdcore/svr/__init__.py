@@ -22,7 +22,7 @@ from .certificate import Certificate, certificate
 from .checks import check_jobs
 from .expansion import HeadFit, SupportVectorExpansion
 from .fitting import fit
-from .head_kernel import HeadKernel, head_kernels, refuse
+from .head_kernel import HeadKernel, check_regression, head_kernels
 from .interpretation import Interpretation, interpret
 
 __all__ = [
@@ -37,5 +37,5 @@ __all__ = [
     "HeadKernel",
     "head_kernels",
     "check_jobs",
-    "refuse",
+    "check_regression",
 ]

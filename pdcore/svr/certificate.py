@@ -1,4 +1,4 @@
-"""The certificate of a solution: objectives, duality gap, residuals of its conditions."""
+"""The certificate of a solution: objectives, duality gap, and residuals of optimality."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ _COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """How far a solution is from optimal, each array (H, Dv); prints as a table.
+    """Measures of how far a solution is from optimal, each (H, Dv); prints as a table.
 
-    With r = y - f at the points, r in units of the largest distance of a target from their mean:
+    Below, r = y - f at the points, in units of the largest distance of a target from the mean of
+    the targets.
 
     Attributes
     ----------
@@ -42,25 +43,26 @@ class Certificate:
     dual : array
         -1/2 beta.K beta + y.beta - epsilon |beta|_1, beta = a - a*.
     gap : array
-        primal - dual, over the larger of the two in size; 0 where both are rounding, at most
-        4 eps C sum |y| with eps that of float64.
+        (primal - dual) / max(|primal|, |dual|); 0 where both are rounding errors, at most
+        4 eps C sum |y| with the eps of float64.
     stationarity : array
-        The largest violation by r of what its multiplier demands: |r| <= epsilon at 0, r = epsilon
-        or -epsilon inside the box, |r| >= epsilon on the side of a multiplier at C.
+        The largest violation of the condition of a multiplier on r: |r| <= epsilon for a
+        multiplier 0, r = epsilon or -epsilon inside the box, and r >= epsilon or r <= -epsilon for
+        a multiplier a or a* equal to C.
     complementarity : array
         The largest of a (epsilon + xi - r), a* (epsilon + xi* + r), (C - a) xi and (C - a*) xi*,
         over C.
     box : array
-        The most by which a multiplier leaves 0 to C, over C.
+        The largest distance of a multiplier from the range 0 to C, over C.
     balance : array
         |sum beta| over sum |beta|.
     inside, support : array
-        The shares of the multipliers of the points, larger of each pair, that are strictly between
-        0 and C, and above 0.
+        The shares of points for which the larger of a and a* is strictly between 0 and C, and
+        above 0.
     condition : array (H,)
-        The condition number of each Gram matrix; inf where rounding hides it.
+        The condition number of each Gram matrix; inf where it exceeds what float64 resolves.
     gap_tolerance, residual_tolerance : float
-        What `ok` compares with.
+        The tolerances of `ok`.
     """
 
     primal: Array
@@ -89,9 +91,9 @@ class Certificate:
         return gap <= self.gap_tolerance and self.residual <= self.residual_tolerance
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the same as data, arrays as lists."""
-        found = {name: getattr(self, name).tolist() for name, _ in _COLUMNS}
-        return found | {
+        """Return the certificate as plain values, with arrays as lists."""
+        columns = {name: getattr(self, name).tolist() for name, _ in _COLUMNS}
+        return columns | {
             "condition": self.condition.tolist(),
             "residual": self.residual,
             "ok": self.ok,
@@ -142,7 +144,7 @@ class Certificate:
 def certificate(
     expansion: SupportVectorExpansion, *, gap: float = 1e-8, residual: float = 1e-6
 ) -> Certificate:
-    """Say how far a solution is from optimal, from its multipliers and b alone.
+    """Measure how far a solution is from optimal, by its multipliers and b alone.
 
     Parameters
     ----------
@@ -159,9 +161,9 @@ def certificate(
     Raises
     ------
     TypeError, ValueError
-        For what is no expansion, or a tolerance that is no finite number from 0.
+        If `expansion` is no expansion, or a tolerance is not a finite number >= 0.
     """
-    # `expansion` imports this module.
+    # Here, since `expansion` imports this module.
     from .expansion import SupportVectorExpansion
 
     if not isinstance(expansion, SupportVectorExpansion):
@@ -180,7 +182,7 @@ def certificate(
 
 
 def _head(head: HeadFit, C: float, epsilon: float) -> dict[str, Array]:
-    """Certify the outputs of one head; each array (Dv,)."""
+    """Compute the certificate of one head; each array is (Dv,)."""
     up, low, y = head.upper, head.lower, head.targets
     beta = up - low
     inner = head.kernel.gram @ beta
@@ -214,9 +216,9 @@ def _head(head: HeadFit, C: float, epsilon: float) -> dict[str, Array]:
 
 
 def _violation(beta: Array, r: Array, C: float, epsilon: float) -> Array:
-    """Measure by how much r disagrees with its multiplier, the largest of each output."""
+    """Compute the largest violation of stationarity of each output, see `Certificate`."""
     outside = np.maximum(0.0, np.abs(r) - epsilon)
     along = np.sign(beta) * r
-    found = np.where(beta == 0, outside, np.abs(along - epsilon))
-    found = np.where(np.abs(beta) >= C, np.maximum(0.0, epsilon - along), found)
-    return np.asarray(np.max(found, axis=0))
+    violation = np.where(beta == 0, outside, np.abs(along - epsilon))
+    violation = np.where(np.abs(beta) >= C, np.maximum(0.0, epsilon - along), violation)
+    return np.asarray(np.max(violation, axis=0))

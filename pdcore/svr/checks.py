@@ -9,13 +9,13 @@ import numpy as np
 
 from ..arrays import dtype_name, library_of
 
-__all__ = ["check_jobs", "check_number", "check_shapes", "float64"]
+__all__ = ["check_jobs", "check_number", "check_float64", "check_shapes"]
 
 Array = np.ndarray[Any, Any]
 
 
-def float64(name: str, x: Any) -> Array:
-    """Refuse what is no NumPy array of finite float64."""
+def check_float64(name: str, x: Any) -> Array:
+    """Check that `x` is a NumPy array of finite float64, and return it."""
     library = library_of(x, name)
     if library != "numpy" or dtype_name(x) != "float64":
         raise TypeError(
@@ -28,7 +28,7 @@ def float64(name: str, x: Any) -> Array:
 
 
 def check_shapes(keys: Array, targets: Array) -> None:
-    """Refuse keys and targets that do not fit each other."""
+    """Check the shapes of keys and targets."""
     if keys.ndim not in (2, 3) or 0 in keys.shape:
         raise ValueError(
             f"keys: got shape {keys.shape}, expected (H, M, D) or (M, D), none of them 0"
@@ -43,7 +43,7 @@ def check_shapes(keys: Array, targets: Array) -> None:
 
 
 def check_number(name: str, x: Any, *, zero: bool) -> None:
-    """Refuse what is no finite number above 0, or from 0."""
+    """Check that `x` is a finite number > 0, or >= 0 with `zero`."""
     number = isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
     if not number or not math.isfinite(x) or not (x > 0 or (zero and x == 0)):
         bound = "from 0" if zero else "above 0"
@@ -51,6 +51,6 @@ def check_number(name: str, x: Any, *, zero: bool) -> None:
 
 
 def check_jobs(jobs: Any, name: str = "jobs") -> None:
-    """Refuse what is no number of processes."""
+    """Check a number of processes: an int >= 1, or -1."""
     if type(jobs) is not int or (jobs < 1 and jobs != -1):
         raise ValueError(f"{name}: got {jobs!r}, expected a whole number from 1, or -1")

@@ -1,4 +1,4 @@
-"""The support vector expansion: what `pdcore.svr.fit` gives, and what runs as attention."""
+"""The support vector expansion: the result of `pdcore.svr.fit`, which runs as attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import device_of, dtype_name, library_of
 from ..attention import attention
 from ..spec import AttentionSpec
-from .checks import float64
+from .checks import check_float64
 from .head_kernel import HeadKernel
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class HeadFit:
-    """The regression of one head, solved: W points, Dv outputs.
+    """The solved regression of one head, with W points and Dv outputs.
 
     Attributes
     ----------
     kernel : HeadKernel
-        K over the points.
+        The kernel K of the head, with its points.
     targets : array (W, Dv)
-        Pooled as the points are.
+        The targets, pooled as the points are.
     upper, lower : array (W, Dv)
-        The multipliers a and a*; at most one of a pair is not 0.
+        The multipliers a and a*; at least one of each pair is 0.
     intercept : array (Dv,)
         b.
     """
@@ -52,16 +52,16 @@ class HeadFit:
 
     @property
     def values(self) -> Array:
-        """(a - a*) / h, (W, Dv): what attention takes as the values of the points."""
+        """(a - a*) / h, (W, Dv): the values of the points in attention."""
         return self.coefficients * self.kernel.inverse_h[:, None]
 
 
 @dataclass(frozen=True, eq=False)
 class SupportVectorExpansion:
-    """f(x) = sum_j v_j kappa(x, k_j) / h(x) + b, solved for by `fit`.
+    """f(x) = sum_j v_j kappa(x, k_j) / h(x) + b, with v and b computed by `fit`.
 
-    Arrays over keys have a leading head axis where the keys had one. In a head with a scale every
-    key of a window has what the window's pooled key has.
+    Arrays over keys have a leading head axis if the keys have one. In a head with a scale, all
+    keys of a window have the multipliers of the window's pooled key.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class SupportVectorExpansion:
     @cached_property
     def intercept(self) -> Any:
         """b, (H, Dv) or (Dv,)."""
-        return self._shaped([head.intercept for head in self.heads])
+        return self._with_head_axis([head.intercept for head in self.heads])
 
     @cached_property
     def multipliers(self) -> tuple[Array, Array]:
@@ -109,11 +109,11 @@ class SupportVectorExpansion:
         return np.asarray(self.coefficients != 0)
 
     def predict(self, q: Array, *, offset: int = 0) -> Any:
-        """Evaluate the solver's own solution, sum_j (a_j - a*_j) K(q, k_j) + b.
+        """Evaluate the solution by its kernel, sum_j (a_j - a*_j) K(q, k_j) + b.
 
         Parameters
         ----------
-        q : float64 array (Hq, N, D), or (N, D) where the keys have no head axis
+        q : float64 array (Hq, N, D), or (N, D) if the keys have no head axis
             Hq is a multiple of H, as in `pdcore.attention`.
         offset : int
             The position of query 0, for specs with a window.
@@ -122,14 +122,13 @@ class SupportVectorExpansion:
         -------
         array (Hq, N, Dv) or (N, Dv)
         """
-        x = self._queries(float64("q", q))
+        x = self._queries(check_float64("q", q))
         group = len(x) // len(self.heads)
-        return self._shaped(
+        heads = [head for head in self.heads for _ in range(group)]
+        return self._with_head_axis(
             [
-                fitted.kernel.rows(row, offset) @ fitted.coefficients + fitted.intercept
-                for row, fitted in zip(
-                    x, [h for h in self.heads for _ in range(group)], strict=True
-                )
+                head.kernel.rows(queries, offset) @ head.coefficients + head.intercept
+                for queries, head in zip(x, heads, strict=True)
             ]
         )
 
@@ -141,7 +140,7 @@ class SupportVectorExpansion:
         Parameters
         ----------
         q : array (Hq, N, D), or (N, D) where the keys have no head axis
-            Of any library and float dtype; keys, values and b are brought to both.
+            Of any library and float dtype, to which keys, values and b are converted.
         backend, device, offset
             As in `pdcore.attention`.
 
@@ -174,24 +173,26 @@ class SupportVectorExpansion:
         return out if self.keys.ndim == 3 else out[0, ...]
 
     def certificate(self, *, gap: float = 1e-8, residual: float = 1e-6) -> Certificate:
-        """Say how far the solution is from optimal, see `pdcore.svr.certificate`."""
+        """Measure how far the solution is from optimal, see `pdcore.svr.certificate`."""
         from .certificate import certificate
 
         return certificate(self, gap=gap, residual=residual)
 
     def _queries(self, q: Any) -> Any:
-        """Give q a head axis."""
+        """Check the shape of q, and return it with a head axis."""
         shape, heads, dim = tuple(q.shape), len(self.heads), self.keys.shape[-1]
-        whole = self.keys.ndim
-        wanted = f"(Hq, N, {dim}), Hq a multiple of {heads}" if whole == 3 else f"(N, {dim})"
-        if len(shape) != whole or shape[-1] != dim or (whole == 3 and shape[0] % heads):
+        ndim = self.keys.ndim
+        expected = f"(Hq, N, {dim}), Hq a multiple of {heads}" if ndim == 3 else f"(N, {dim})"
+        if len(shape) != ndim or shape[-1] != dim or (ndim == 3 and shape[0] % heads):
             raise ValueError(
-                f"q: got shape {shape}, expected {wanted} like the keys that were fitted"
+                f"q: got shape {shape}, expected {expected} like the keys that were fitted"
             )
-        return q if whole == 3 else q[None, ...]
+        return q if ndim == 3 else q[None, ...]
 
-    def _over_keys(self, of: Callable[[HeadFit], Any]) -> Any:
-        return self._shaped([head.kernel.spread(of(head)) for head in self.heads])
+    def _over_keys(self, of_points: Callable[[HeadFit], Any]) -> Any:
+        """Return an array over the keys of all heads from one over the points of each head."""
+        return self._with_head_axis([h.kernel.expand_to_keys(of_points(h)) for h in self.heads])
 
-    def _shaped(self, parts: Sequence[Any]) -> Any:
+    def _with_head_axis(self, parts: Sequence[Any]) -> Any:
+        """Stack the arrays of the heads if the keys have a head axis, else return the only one."""
         return np.stack(parts) if self.keys.ndim == 3 else parts[0]

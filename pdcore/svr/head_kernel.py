@@ -1,7 +1,7 @@
-"""The kernel of one head's regression, over the points that the head is fitted on.
+"""The kernel K of the regression of one head, and its Gram matrix over the head's points.
 
-Written with the reference: but for the pooling of points and targets, nothing here shares code
-with the backends that run the expansion as attention.
+It is computed by the reference, not by the backends that run the expansion as attention. Only the
+pooling of points and targets is shared with the backends.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..spec import (
     positive_semidefinite,
 )
 
-__all__ = ["HeadKernel", "head_kernels", "refuse"]
+__all__ = ["HeadKernel", "check_regression", "head_kernels", "pool_rows"]
 
 Array = np.ndarray[Any, Any]
 
-#: Of log h. Two factors 1 / h leave float64's range at 354.
+#: The largest |log h|; 1 / (h h) leaves the range of float64 at 354.
 LARGEST_LOG = 300.0
-#: Of the smallest eigenvalue over the largest, for each point: rounding makes so much of 0.
+#: Per point: an eigenvalue >= -ROUNDING * W * (largest eigenvalue) counts as not negative.
 ROUNDING = 1e-12
 
 
@@ -43,13 +43,13 @@ class HeadKernel:
     Attributes
     ----------
     spec : AttentionSpec
-        Of this head alone, without its scale.
+        The spec of this head alone, without its scale.
     points : array (W, D)
         The keys, pooled where the head has a scale.
     window : int array (M,)
         The point that each key belongs to.
     params : mapping of str to array (1, ...)
-        The head's own.
+        The parameters of this head.
     log_h : array (W,)
         log h of the points; -inf where h = 0.
     gram : array (W, W)
@@ -65,17 +65,17 @@ class HeadKernel:
 
     @cached_property
     def inverse_h(self) -> Array:
-        """1 / h of the points, (W,); 0 where h = 0, as such a point has Phi = 0."""
+        """1 / h of the points, (W,); 0 where h = 0, since then Phi = 0."""
         return _inverse(self.log_h)
 
     @cached_property
     def eigenvalues(self) -> Array:
-        """Of the Gram matrix, ascending, (W,)."""
+        """The eigenvalues of the Gram matrix, ascending, (W,)."""
         return np.linalg.eigvalsh(self.gram)
 
     @property
     def condition(self) -> float:
-        """The condition number of the Gram matrix, inf where rounding hides it."""
+        """The condition number of the Gram matrix; inf where it exceeds what float64 resolves."""
         low, high = self.eigenvalues[[0, -1]]
         resolved = low > high * np.finfo(np.float64).eps * len(self.points)
         return float(high / low) if resolved else float("inf")
@@ -88,18 +88,18 @@ class HeadKernel:
         )[0]
         return np.asarray(weights * self.inverse_h)
 
-    def spread(self, x: Any) -> Any:
-        """Give each key what its point has: (W, ...) to (M, ...)."""
+    def expand_to_keys(self, x: Any) -> Any:
+        """Repeat the entries of the points for their keys, (W, ...) to (M, ...)."""
         return x[self.window]
 
 
-def refuse(spec: AttentionSpec) -> None:
-    """Refuse specs that are not one regression with a positive definite kernel.
+def check_regression(spec: AttentionSpec) -> None:
+    """Check that a spec is one regression per head, with a positive definite kernel.
 
     Raises
     ------
     UnsupportedError
-        With the reason.
+        When it is not; the message has the reason.
     """
     kernel, support = spec.kernel, spec.support
     if isinstance(kernel, Exponential) and kernel.softcap is not None:
@@ -133,24 +133,24 @@ def refuse(spec: AttentionSpec) -> None:
 def head_kernels(
     spec: AttentionSpec, keys: Array, params: Mapping[str, Array]
 ) -> tuple[HeadKernel, ...]:
-    """Make the kernel of each head; keys (H, M, D), params as the spec declares them.
+    """Compute the kernel of each head; keys (H, M, D), params as the spec declares them.
 
     Raises
     ------
     ValueError
-        Where h, or kappa with ``h(one)``, leaves what float64 can hold.
+        If h, or kappa with ``h(one)``, leaves the range of float64.
     UnsupportedError
-        Where a Gram matrix is not positive semidefinite.
+        If a Gram matrix is not positive semidefinite.
     """
-    found = []
+    kernels = []
     for head, x in enumerate(keys):
-        own = {name: p[head : head + 1] for name, p in params.items()}
-        found.append(_head_kernel(spec, head, x, pooling(x, spec, head), own))
-    return tuple(found)
+        head_params = {name: p[head : head + 1] for name, p in params.items()}
+        kernels.append(_head_kernel(spec, head, x, pool_rows(x, spec, head), head_params))
+    return tuple(kernels)
 
 
-def pooling(x: Array, spec: AttentionSpec, head: int) -> Array:
-    """Pool the rows of one head as its scale says, (M, ...) to (W, ...)."""
+def pool_rows(x: Array, spec: AttentionSpec, head: int) -> Array:
+    """Pool the rows of one head over windows of its scale, (M, ...) to (W, ...)."""
     scale = spec.heads.scales[head] if spec.heads.scales else 1
     if scale == 1:
         return x
@@ -163,15 +163,19 @@ def _head_kernel(
     spec: AttentionSpec, head: int, keys: Array, points: Array, params: Mapping[str, Array]
 ) -> HeadKernel:
     scale = spec.heads.scales[head] if spec.heads.scales else 1
-    own = replace(spec, heads=HeadScaling())
-    x, units, of_points, kept = points[None], np.eye(len(points))[None], own, params
+    unscaled = replace(spec, heads=HeadScaling())
+    x, units, spec_of_points = points[None], np.eye(len(points))[None], unscaled
+    params_of_points = params
     if isinstance(spec.normalization, Convolution):
-        # T makes the training inputs out of the points, and leaves any other input as it is.
-        x, of_points = reference_keys(x, own, params), replace(own, normalization=Identity())
-        names = [p.name for p in of_points.parameters()]
-        kept = {name: p for name, p in params.items() if name in names}
-    # The attention over unit vectors is the weights; log h comes with it.
-    out, lse = reference_attention(x, x, units, of_points, params=kept, return_lse=True)
+        # The training inputs are the convolved points; T leaves queries unchanged.
+        x = reference_keys(x, unscaled, params)
+        spec_of_points = replace(unscaled, normalization=Identity())
+        names = [p.name for p in spec_of_points.parameters()]
+        params_of_points = {name: p for name, p in params.items() if name in names}
+    # With unit vectors as values, the attention is the matrix of weights; its lse is log h.
+    out, lse = reference_attention(
+        x, x, units, spec_of_points, params=params_of_points, return_lse=True
+    )
     weights, log_h = out[0], lse[0]
     finite = np.isfinite(log_h)
     if not np.all(finite | np.isneginf(log_h)) or np.any(np.abs(log_h[finite]) > LARGEST_LOG):
@@ -187,9 +191,9 @@ def _head_kernel(
             "smaller scale"
         )
     kernel = HeadKernel(
-        own, points, np.arange(len(keys)) // scale, params, log_h, 0.5 * (gram + gram.T)
+        unscaled, points, np.arange(len(keys)) // scale, params, log_h, 0.5 * (gram + gram.T)
     )
-    if spec.support.restricts or not positive_semidefinite(own):
+    if spec.support.restricts or not positive_semidefinite(unscaled):
         _check_definite(kernel, spec, head)
     return kernel
 
@@ -203,9 +207,9 @@ def _check_definite(kernel: HeadKernel, spec: AttentionSpec, head: int) -> None:
     low, high = kernel.eigenvalues[[0, -1]]
     if low >= -ROUNDING * len(kernel.points) * high:
         return
-    what = "masked Gram matrix" if spec.support.restricts else "Gram matrix"
+    matrix = "masked Gram matrix" if spec.support.restricts else "Gram matrix"
     raise UnsupportedError(
-        f"spec: the {what} of head {head} under {spec} is not positive semidefinite: its smallest "
-        f"eigenvalue is {low:.4g}, its largest {high:.4g}, so no regression belongs to it; use "
-        f"{'no window, or other keys' if spec.support.restricts else 'another kernel'}"
+        f"spec: the {matrix} of head {head} under {spec} is not positive semidefinite: its "
+        f"smallest eigenvalue is {low:.4g}, its largest {high:.4g}, so no regression belongs "
+        f"to it; use {'no window, or other keys' if spec.support.restricts else 'another kernel'}"
     )

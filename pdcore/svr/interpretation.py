@@ -1,4 +1,4 @@
-"""A trained attention layer read as a regression: multipliers, support vectors, the C it needs."""
+"""A trained attention layer as a regression: multipliers, support vectors, and the C it needs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from ..attention import attention
 from ..spec import AttentionSpec, as_spec
-from .checks import check_number, float64
+from .checks import check_float64, check_number
 from .expansion import SupportVectorExpansion
 from .fitting import fit
-from .head_kernel import head_kernels, pooling, refuse
+from .head_kernel import check_regression, head_kernels, pool_rows
 
 __all__ = ["Interpretation", "interpret"]
 
@@ -21,25 +21,25 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class Interpretation:
-    """What the values of a layer say as multipliers; H heads, M tokens, Dv outputs.
+    """The multipliers that correspond to the values of a layer; H heads, M tokens, Dv outputs.
 
     Attributes
     ----------
     coefficients : array (H, M, Dv)
-        a - a* = v h(k), the multipliers that the layer's own values stand for. In a head with a
-        scale every token of a window has those of the pooled key.
+        a - a* = v h(k), the multipliers that correspond to the layer's values. In a head with a
+        scale, all tokens of a window have those of the pooled key.
     C : array (H,)
-        The largest of them in size: the smallest C whose box holds the layer's values.
+        The largest |a - a*|: the smallest C whose box contains the layer's multipliers.
     expansion : SupportVectorExpansion
-        The regression, solved at `epsilon`, whose targets are the layer's outputs at its own keys.
+        The regression, solved at `epsilon`, whose targets are the layer's outputs at its keys.
     support : bool array (H, M)
-        The tokens that it needs: support vectors of at least one output.
+        The tokens that are support vectors of at least one output of that regression.
     share : array (H, M)
         The share of the outputs in which a token is a support vector.
     needed : array (H,)
-        The largest multiplier of that regression, in size.
+        The largest |a - a*| of that regression.
     error : array (H,)
-        The largest difference between its outputs and the layer's, over the layer's queries.
+        The largest difference, over the queries, of the regression's outputs and the layer's.
     """
 
     coefficients: Array
@@ -75,25 +75,26 @@ def interpret(
 ) -> Interpretation:
     """Read the values of an attention layer as the multipliers of its regression.
 
-    By v = (a - a*) / h(k), any values are an expansion with the multipliers v h(k), though a layer
-    learns them freely: b = 0, so they need not sum to 0. Which tokens matter is asked of the
-    regression itself: fitted to the layer's own outputs at its keys, errors up to epsilon being
-    free, it uses only its support vectors.
+    By v = (a - a*) / h(k), any values v are those of an expansion with the multipliers v h(k). A
+    layer has b = 0, so these need not sum to 0. To find which tokens matter, a regression is
+    fitted to the layer's outputs at its keys, where errors up to epsilon cost nothing: it needs
+    only its support vectors.
 
     Parameters
     ----------
     q : float64 array (Hq, N, D)
         Queries of one sequence; Hq is a multiple of H.
     k : float64 array (H, M, D)
-        Its keys.
+        Keys.
     v : float64 array (H, M, Dv)
-        Its values.
+        Values.
     spec : str or AttentionSpec
-        The layer's attention, with the refusals of `fit`.
+        The layer's attention; restricted as in `fit`.
     epsilon : float
-        The tolerance, from 0, in units of the layer's outputs.
+        The size of errors that cost nothing, >= 0, in units of the layer's outputs.
     C : float, optional
-        The box of that regression; by default the largest of `Interpretation.C`.
+        The bound of the multipliers of the regression, the largest of `Interpretation.C` by
+        default.
     solver, params
         As in `fit`.
 
@@ -102,9 +103,9 @@ def interpret(
     Interpretation
     """
     spec = as_spec(spec)
-    refuse(spec)
-    q, k, v = (float64(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    layer = attention(q, k, v, spec, params=params, backend="numpy")  # checks what it is given
+    check_regression(spec)
+    q, k, v = (check_float64(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    layer = attention(q, k, v, spec, params=params, backend="numpy")  # checks q, k, v and params
     if not (k.size and v.size):
         raise ValueError(
             f"k, v: got shapes {k.shape} and {v.shape}, expected no axis of length 0: there is "
@@ -112,11 +113,11 @@ def interpret(
         )
     kernels = head_kernels(spec, k, dict(params or {}))
     pairs = [
-        (kernel, _over_inverse(pooling(x, spec, head), kernel.inverse_h))
+        (kernel, _times_h(pool_rows(x, spec, head), kernel.inverse_h))
         for head, (kernel, x) in enumerate(zip(kernels, v, strict=True))
     ]
-    coefficients = np.stack([kernel.spread(beta) for kernel, beta in pairs])
-    outputs = np.stack([kernel.spread(kernel.gram @ beta) for kernel, beta in pairs])
+    coefficients = np.stack([kernel.expand_to_keys(beta) for kernel, beta in pairs])
+    outputs = np.stack([kernel.expand_to_keys(kernel.gram @ beta) for kernel, beta in pairs])
     box = np.max(np.abs(coefficients), axis=(1, 2))
     if C is None:
         C = float(np.max(box)) or 1.0
@@ -134,7 +135,7 @@ def interpret(
     )
 
 
-def _over_inverse(values: Array, inverse: Array) -> Array:
-    """Give v h, (W, Dv); 0 where h = 0, since nothing sees such a point."""
+def _times_h(values: Array, inverse: Array) -> Array:
+    """Compute v h from 1 / h, (W, Dv); 0 where h = 0, since no query sees such a point."""
     seen = inverse > 0
     return np.where(seen[:, None], values / np.where(seen, inverse, 1.0)[:, None], 0.0)

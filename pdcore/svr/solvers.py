@@ -1,4 +1,4 @@
-"""Solvers of the dual, and what each output passes through on its way to one."""
+"""Solvers of the dual, and the scaling of problems and solutions around them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from ..errors import nearest
-from .active_set import Array, Dual, Solved, polish
+from .active_set import Array, Dual, DualSolution, polish
 
 __all__ = ["SOLVERS", "check_solver", "solve", "solve_all"]
 
-#: Newton steps and pairs of multipliers, at most.
+#: The largest numbers of Newton steps, and of steps on pairs of multipliers.
 CLARABEL_STEPS, LIBSVM_STEPS = 200, 10_000_000
 
 
-def solve(gram: Array, targets: Array, C: float, epsilon: float, solver: str) -> Solved:
+def solve(gram: Array, targets: Array, C: float, epsilon: float, solver: str) -> DualSolution:
     """Solve the dual of one output.
 
-    The solver meets a Gram matrix of mean diagonal 1 and targets from -1 to 1; its active set is
-    then made exact in float64.
+    The problem is scaled to a Gram matrix of mean diagonal 1 and targets from -1 to 1, and the
+    solution of the solver is refined to float64 precision.
 
     Parameters
     ----------
@@ -29,36 +29,36 @@ def solve(gram: Array, targets: Array, C: float, epsilon: float, solver: str) ->
         K, positive semidefinite.
     targets : array (W,)
     C, epsilon : float
-        The box, and the half width of the tube.
+        The bound of the multipliers, and the half width of the tube.
     solver : {"clarabel", "sklearn"}
 
     Raises
     ------
     RuntimeError
-        When the solver gives no multipliers.
+        When the solver returns no multipliers.
     """
     unit = float(np.mean(np.diag(gram))) or 1.0
     low, high = float(np.min(targets)), float(np.max(targets))
     centre, width = 0.5 * (low + high), 0.5 * (high - low)
-    if width <= epsilon:  # the tube holds all targets
-        return Solved(np.zeros(len(targets)), centre, 0.0)
+    if width <= epsilon:  # the tube contains all targets
+        return DualSolution(np.zeros(len(targets)), centre, 0.0)
     dual = Dual(gram / unit, (targets - centre) / width, C * unit / width, epsilon / width)
     with warnings.catch_warnings():
-        # Of stopping early, which the residual judges.
+        # Solvers warn when they stop early; the residual shows whether that matters.
         warnings.simplefilter("ignore")
         start = SOLVERS[solver](dual)
-    found = polish(dual, start)
-    beta = found.coefficients
-    # Not C * unit / width * width / unit, which is C but for the last digit.
+    solution = polish(dual, start)
+    beta = solution.coefficients
+    # Exactly C at the bound, where C * unit / width * width / unit may differ in the last digit.
     box = np.sign(beta) * C
     scaled = np.where(np.abs(beta) == dual.C, box, np.clip(beta * (width / unit), -C, C))
-    return Solved(scaled, centre + width * found.intercept, width * found.residual)
+    return DualSolution(scaled, centre + width * solution.intercept, width * solution.residual)
 
 
 def solve_all(
     tasks: Sequence[tuple[Array, Array]], C: float, epsilon: float, solver: str, jobs: int
-) -> Iterator[Solved]:
-    """Solve several outputs, (gram, targets) each, `jobs` processes at a time."""
+) -> Iterator[DualSolution]:
+    """Solve the dual of several outputs, (gram, targets) each, in `jobs` processes."""
     if jobs == 1:
         for gram, targets in tasks:
             yield solve(gram, targets, C, epsilon, solver)
@@ -69,7 +69,7 @@ def solve_all(
 
 
 def check_solver(solver: str) -> None:
-    """Refuse a solver that is unknown or not installed."""
+    """Raise for a solver that is unknown or not installed."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}; {nearest(str(solver), SOLVERS)}")
     for name in _NEEDS[solver]:
@@ -92,8 +92,8 @@ def _clarabel(dual: Dual) -> Array:
         lb=np.append(np.full(count, -dual.C), np.zeros(count)),
         ub=np.full(2 * count, dual.C),
     )
-    # Tighter than the results need: from a looser end the active set may not be found.
-    found = qpsolvers.solve_problem(
+    # Tighter than the results need: with looser tolerances `polish` may miss the active set.
+    result = qpsolvers.solve_problem(
         problem,
         solver="clarabel",
         max_iter=CLARABEL_STEPS,
@@ -101,12 +101,12 @@ def _clarabel(dual: Dual) -> Array:
         tol_gap_rel=1e-12,
         tol_feas=1e-12,
     )
-    if found.x is None or not np.all(np.isfinite(found.x)):
+    if result.x is None or not np.all(np.isfinite(result.x)):
         raise RuntimeError(
-            f"solver: clarabel ends with {found.extras.get('status')} and gives no multipliers; "
+            f"solver: clarabel ends with {result.extras.get('status')} and gives no multipliers; "
             "try solver='sklearn', a smaller C or a larger epsilon"
         )
-    return np.asarray(found.x[:count], dtype=np.float64)
+    return np.asarray(result.x[:count], dtype=np.float64)
 
 
 def _sklearn(dual: Dual) -> Array:

@@ -191,7 +191,7 @@ def test_beta_is_a_last_leaf() -> None:
     "spec",
     ["bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "sparse(2,1)", "gaussian(gamma=0.3)+h(count)"],
 )
-def test_specs_are_those_of_the_core(spec: str) -> None:
+def test_specs_equal_the_core(spec: str) -> None:
     plain, _ = pair(**BIASES)
     layer = convert(plain, spec)
     x = drawn(B, N, E)

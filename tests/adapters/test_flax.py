@@ -200,7 +200,7 @@ def test_float64_is_float64(wide: None) -> None:
 @pytest.mark.parametrize(
     "spec", ["softmax", "bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "gaussian(gamma=0.3)+h(count)"]
 )
-def test_specs_are_those_of_the_core(spec: str) -> None:
+def test_specs_equal_the_core(spec: str) -> None:
     q, k, v = (drawn(B, N, H, 8, seed=n) for n in range(3))
     padding = real([6, 4, 1], N)
     want = pdcore.attention(
@@ -426,7 +426,7 @@ def test_a_causal_mask_and_padding_in_one(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", [*CAUSAL, PREFIX, "causal+linear", "causal+sh(1,1,2,2)"])
-def test_nnx_decodes_what_it_computes_at_once(spec: str) -> None:
+def test_nnx_decoding_equals_the_whole_sequence(spec: str) -> None:
     layer = nnx_pair(spec)[1]
     x = drawn(B, N, E)
     want = layer(x)
@@ -470,7 +470,7 @@ def test_softmax_decodes_as_flax_does() -> None:
 
 
 @pytest.mark.parametrize("spec", [f"{PREFIX}+sh(1,1,2,2)"])
-def test_linen_decodes_what_it_computes_at_once(spec: str) -> None:
+def test_linen_decoding_equals_the_whole_sequence(spec: str) -> None:
     _, layer, variables = linen_pair(spec)
     x = drawn(B, N, E)
     want = layer.apply(variables, x)

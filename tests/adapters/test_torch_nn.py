@@ -125,7 +125,7 @@ def with_gradients(layer: Any, x: list[Any], **options: Any) -> tuple[list[Any],
 @pytest.mark.parametrize("need", ["none", "mean", "heads"])
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("layout", ["batch first", "length first", "unbatched"])
-def test_softmax_is_nn(layout: str, masks: str, need: str) -> None:
+def test_softmax_equals_nn_multihead_attention(layout: str, masks: str, need: str) -> None:
     plain, ours = pair(batch_first=layout == "batch first")
     x = inputs(layout)
     options = MASKS[masks](1 if layout == "unbatched" else B)
@@ -194,7 +194,7 @@ def test_the_causal_hint(floating: bool, need: bool, padded: bool) -> None:
         ours(x, x, x, is_causal=True)
 
 
-def test_the_mask_is_read_where_nn_reads_it() -> None:
+def test_the_mask_is_ignored_where_nn_ignores_it() -> None:
     plain, ours = pair(batch_first=True)
     x = torch.randn(B, N, E)
     biased = torch.randn(N, N).masked_fill(causal(N), -torch.inf)  # the hint says less than this
@@ -598,7 +598,7 @@ class Block(nn.Module):
         return x
 
 
-def test_convert_keeps_what_is_there() -> None:
+def test_convert_keeps_modules_and_parameters() -> None:
     model = Block().double().eval()
     first = model.first
     model.second.train()

@@ -179,7 +179,7 @@ def literal(spec: str) -> None:
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "bert"])
-def test_softmax_is_eager(name: str, side: str, model_of: Any) -> None:
+def test_softmax_equals_eager(name: str, side: str, model_of: Any) -> None:
     register()
     ids, real = tokens(), padding(side)
     expected = logits(model_of(name), ids, real)
@@ -188,7 +188,7 @@ def test_softmax_is_eager(name: str, side: str, model_of: Any) -> None:
     assert torch.isfinite(found).all()
 
 
-def test_softmax_is_eager_in_a_vision_transformer(model_of: Any) -> None:
+def test_softmax_equals_eager_in_a_vision_transformer(model_of: Any) -> None:
     register()
     pixels = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_softmax_is_eager_in_a_vision_transformer(model_of: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2"])
-def test_generation_is_eagers(name: str, model_of: Any) -> None:
+def test_generation_equals_that_of_eager(name: str, model_of: Any) -> None:
     register()
     ids, real = tokens(), padding("left")
     for cache in ("dynamic", "static"):
@@ -217,7 +217,9 @@ def test_generation_is_eagers(name: str, model_of: Any) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
-def test_a_training_step_is_eagers(name: str, checkpointing: bool, model_of: Any) -> None:
+def test_a_training_step_equals_that_of_eager(
+    name: str, checkpointing: bool, model_of: Any
+) -> None:
     register()
     ids, real = tokens(), padding("right")
     labels = torch.where(real.bool(), ids, -100)
@@ -322,7 +324,7 @@ def test_causal_statistics_ignore_padding(side: str, model_of: Any) -> None:
 
 @pytest.mark.parametrize("spec", CAUSAL_SPECS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_step_by_step_is_the_whole_sequence(spec: str, cache: str, model_of: Any) -> None:
+def test_decoding_equals_the_whole_sequence(spec: str, cache: str, model_of: Any) -> None:
     register("pdcore_step", spec)
     model = model_of("llama", "pdcore_step")
     ids, real = tokens(), padding("left")

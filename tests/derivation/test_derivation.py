@@ -201,7 +201,7 @@ def test_prefix_statistics_belong_to_the_row() -> None:
     says("bn(statistics=prefix)", r"S_i = R", r"p = i + \text{offset}")
 
 
-def test_statistics_of_the_batch_and_given_ones() -> None:
+def test_batch_and_running_statistics() -> None:
     says("bn(statistics=batch)", r"\sum_b \sum_{j \in R_b} k_j^{(b)}")
     says("bn(statistics=running)", r"\mu, \sigma^2 \text{ given by the call}", r"(H, D)")
 
@@ -235,7 +235,7 @@ def test_normalisers() -> None:
     assert "h(q_i) = 0" not in parse("softmax").latex()
 
 
-def test_own_choices_are_named_as_such() -> None:
+def test_choices_of_the_project_are_named_as_such() -> None:
     own = "Choices of pdcore, not of the paper"
     says("softmax(softcap=20)", own, "softcap")
     says("bn", own, r"10^{-5} \text{ added to the variance}")
@@ -265,7 +265,7 @@ def test_long_specs_are_broken_between_words() -> None:
     assert max(widths) < 80
 
 
-def test_derivation_is_of_the_spec_not_its_spelling() -> None:
+def test_equal_specs_have_equal_derivations() -> None:
     assert AttentionSpec(kernel=Exponential()).latex() == parse("exponential").latex()
 
 

@@ -20,13 +20,13 @@ RNG = np.random.default_rng(0)
 KEYS, QUERIES = RNG.standard_normal((M, D)) + 0.5, RNG.standard_normal((N, D))
 #: Layers whose arguments have no default, with arguments that fit.
 WRITTEN = {"conv2d": "conv2d(2,7)"}
-# Multipliers as a solver would leave them: their differences sum to 0 for each output feature.
+# Multipliers as a solver returns them: their differences sum to 0 for each output feature.
 GAP = RNG.standard_normal((M, DV))
 GAP -= GAP.mean(axis=0)
 
 
 def parameters(found: pdcore.Derivation) -> dict[str, Any]:
-    """Draw what a derived attention takes from each call."""
+    """Draw the params of a derived attention."""
     rng = np.random.default_rng(3)
     return {
         p.name: rng.standard_normal(parameter_shape(p.shapes[0], 1, D))
@@ -139,7 +139,7 @@ def test_a_derivation_is_data(layer: str) -> None:
     assert str(found.spec) in str(found)
     latex = found.latex()
     assert latex.count(r"\begin{align*}") == latex.count(r"\end{align*}") == 4
-    # Step by step it says what the spec says at once.
+    # The steps have the same lines as the derivation of the spec.
     lines = [line.removesuffix(r" \\") for line in latex.splitlines() if line.startswith("&")]
     whole = [line.removesuffix(r" \\") for line in found.spec.latex().splitlines()[1:-1]]
     assert lines == whole
@@ -155,7 +155,7 @@ def test_the_text_says_what_tau_is_and_what_is_fitted_by_row() -> None:
 
 
 @pytest.mark.parametrize("layer", ["", "conv1d(", "conv1d+bn"])
-def test_what_is_no_layer_is_refused_as_one(layer: str) -> None:
+def test_unknown_layers_are_refused(layer: str) -> None:
     with pytest.raises(SpecError, match=r"^layer.* expected one layer, such as 'batch_norm' or"):
         derive(layer)
 
@@ -167,7 +167,7 @@ def test_arguments_are_those_of_the_normalization() -> None:
     assert derive("batch_norm()", eps=0.5).spec == pdcore.parse("bn(eps=0.5)")
 
 
-def test_what_a_convolution_leaves_alone_is_said() -> None:
+def test_the_text_says_that_a_convolution_leaves_queries() -> None:
     text = str(derive("conv1d"))
     assert "a query is one point, without neighbours, and T leaves it" in text
     assert "a query" not in str(derive("batch_norm")).partition("2. The regression")[0]

@@ -200,7 +200,7 @@ def test_the_request_describes_the_call(add, x):
     )
 
 
-def test_explain_asks_the_same(loopback, x):
+def test_explain_describes_the_same_request(loopback, x):
     found = pdcore.explain(x, x, x, "bn", backend="loopback")
     assert (found.backend, found.source) == ("loopback", "backend= in the call")
     assert found.plan.spec == parse("bn")

@@ -1,4 +1,4 @@
-"""Selection: who is asked, in which order, who runs, and what the errors say."""
+"""Selection: which backends are asked, in which order, which one runs, and the errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(monkeypatch):
         yield add
 
 
-# Who is asked
+# Which backends are asked
 
 
 def test_the_arrays_library_decides_and_built_in_comes_first(add):
@@ -57,7 +57,7 @@ def test_another_library_only_if_named(add):
     foreign = add("foreign", base=Taker, library="foreignlib")
     assert resolve(None, "numpy").names == ("numpy",)
     assert run("foreign") == "foreign"
-    # It is asked about the arrays that it would get.
+    # The backend is asked about the arrays that it would receive.
     [asked] = foreign.asked
     assert asked == REQUEST._replace(library="foreignlib")
 
@@ -177,7 +177,7 @@ def test_a_list_falls_back_in_its_order(add):
     assert len(one.asked) == 1
 
 
-def test_a_list_of_none_that_runs(add):
+def test_a_list_of_backends_that_all_refuse(add):
     for name, why in (("one", "too long"), ("three", "too short")):
         add(name, answer=(why,))
     add("idle")
@@ -320,7 +320,7 @@ def test_refusals_of_the_wrong_type(add, answer):
 # Reasons
 
 
-def test_reasons_list_everyone(add):
+def test_reasons_list_every_backend(add):
     add("fine")
     add("unwilling", answer=("no", "never"), priority=3)
     add("absent", requires=("no_such_module",), install="pip install absent", priority=2)
@@ -343,7 +343,7 @@ def test_reasons_list_everyone(add):
     assert "asked" not in vars(loaded)
 
 
-def test_reasons_ask_what_select_asks(add):
+def test_reasons_use_the_predicate_of_select(add):
     answers = {"one": ("a",), "two": (), "three": ("b",)}
     for name, answer in answers.items():
         add(name, answer=answer)
@@ -357,7 +357,7 @@ def test_reasons_ask_what_select_asks(add):
     assert run(request=DROPOUT) == next(name for name, why in found.items() if not why)
 
 
-def test_nobody_runs(add):
+def test_no_backend_can_run_a_request(add):
     add(
         "jax_like",
         library="numpy",

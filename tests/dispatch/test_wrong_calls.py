@@ -1,4 +1,4 @@
-"""Wrong calls: each raises the right kind of error, and says what was wrong with what."""
+"""Wrong calls: each raises the right type of error, with a message that names the argument."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ CALLS: dict[str, Wrong] = {
 def raised(call: Callable[[], Any], case: Wrong) -> None:
     with pytest.raises(case.error) as caught:
         call()
-    # Not by a subclass that means something else, such as UnsupportedError for a bad shape.
+    # Not a subclass of another meaning, such as UnsupportedError for a wrong shape.
     assert caught.type is case.error, repr(caught.value)
     for text in case.says:
         assert text in str(caught.value), str(caught.value)
@@ -332,7 +332,7 @@ def test_the_other_calls_say_the_same(name: str) -> None:
 
 
 def test_the_same_call_fails_again() -> None:
-    # Nothing about a refused call may be remembered as sound.
+    # A refused call must not be cached as valid.
     bound = pdcore.bind("bn(beta=param)")
     good = {**operands(), "params": {"beta": ones(HKV)}}
     for _ in range(2):
@@ -420,7 +420,7 @@ def test_gradients_that_nobody_wrote_are_refused_at_the_call() -> None:
 
 
 class Tensor:
-    """What is looked at of an array before a backend is chosen."""
+    """An object with the attributes that are read before a backend is chosen."""
 
     __module__ = "elsewhere.tensors"
     shape, dtype, device = (1, 2, 3), "elsewhere.float32", "cpu"

@@ -1,4 +1,4 @@
-"""Broken plugins: each says why, and none takes the others down."""
+"""Broken plugins: each is reported with the reason, and none affects the others."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def all_broken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("everything")
     for name in (*REASONS, "missing_dependency", "fails_at_use"):
         add_distribution(folder, f"dist-{name.replace('_', '-')}", {name: name}, version="2.5")
-    # By name the last: whatever the others do is done when its turn comes.
+    # The last by name, so it is loaded after all others.
     add_distribution(folder, "zz-good", {"good": "good_plugin"})
     (folder / "good_plugin.py").write_text(
         textwrap.dedent("""
@@ -73,7 +73,7 @@ def test_a_broken_plugin_says_why(all_broken, name):
     assert "\n" not in text
 
 
-def test_broken_plugins_take_nobody_down(all_broken):
+def test_broken_plugins_do_not_affect_others(all_broken):
     assert "numpy" in all_broken["registered"]
     assert {*all_broken["third_party"]} - {"numba"} == {"late", "good", "hopeful"}
     assert {*all_broken["broken"]} == {*REASONS}
@@ -142,7 +142,7 @@ def test_one_unreadable_distribution_hides_no_other(tmp_path):
     add_distribution(tmp_path, "late-comer", {"late": "fails_at_use"})
     found = fresh(REPORT, tmp_path, BROKEN)
     assert {"numpy", "late"} <= {*found["registered"]}
-    # Only Python can tell whether it minds: some versions pass over such a line.
+    # Whether this raises depends on the version of Python: some ignore such a line.
     assert set(found["broken"]) <= {"unreadable"}
 
 

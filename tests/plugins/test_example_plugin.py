@@ -16,7 +16,7 @@ from pdcore.spec import vocabulary
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """Have the example distribution: the installed one, else its sources with metadata."""
+    """Provide the example distribution: the installed one, else its sources with metadata."""
     try:
         importlib.metadata.distribution("pdcore-example")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Discovery and the registry: what is found, what is left out, and what that costs."""
+"""Discovery and the registry: which plugins are found or disabled, and what is imported."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_of_two_versions_the_first_on_the_path_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(discovery, "entry_points", fail)
     found = importlib.metadata.distributions(path=list(map(str, folders)))
     monkeypatch.setattr(discovery, "distributions", lambda: found)
-    points, unreadable = discovery.find()
+    points, unreadable = discovery.find_entry_points()
     assert [point.value for point, owner in points if not owner.built_in] == ["m2"]
     assert unreadable == {}
 
@@ -126,11 +126,13 @@ def test_discovery_happens_once_whatever_the_threads(monkeypatch, rediscover, tm
 
 
 def test_an_interrupted_discovery_starts_over(monkeypatch, rediscover):
-    find = discovery.find
-    monkeypatch.setattr(discovery, "find", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    find = discovery.find_entry_points
+    monkeypatch.setattr(
+        discovery, "find_entry_points", lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         plugins.discover()
-    monkeypatch.setattr(discovery, "find", find)
+    monkeypatch.setattr(discovery, "find_entry_points", find)
     assert "numpy" in plugins.registered()
 
 
@@ -278,7 +280,7 @@ def test_a_blocked_module_counts_as_missing(monkeypatch, rediscover):
 
 @pytest.fixture
 def with_failures(monkeypatch, rediscover, tmp_path):
-    """Have a plugin whose hook answers with what the test puts into a list."""
+    """Install a plugin whose hook returns the list that the test fills."""
     answers = []
 
     @pdcore.hookimpl

@@ -63,11 +63,11 @@ def attend(case: Case, keys: Any) -> Any:
 
 @pytest.mark.parametrize("padding", ["same", "causal"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_it_is_attention_to_convolved_keys(size: int, padding: str) -> None:
+def test_convolution_is_attention_to_convolved_keys(size: int, padding: str) -> None:
     case = normal_case(f"conv1d(size={size},padding={padding})", m=8)
     weight = case.call["params"]["weight"]
     keys = np.empty_like(case.k)
-    # NumPy's convolution turns its second argument round; from the full one the key's own tap on.
+    # `np.convolve` reverses its second argument; its full result starts before the first key.
     own = 0 if padding == "causal" else size - 1 - (size - 1) // 2
     for at in np.ndindex(2, 2, 3):
         b, h, d = at
@@ -154,7 +154,7 @@ def test_padding_is_as_if_absent(side: str) -> None:
     np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
-def test_a_hole_keeps_its_place() -> None:
+def test_masked_keys_keep_their_positions() -> None:
     case = normal_case("conv1d", m=7)
     real = np.ones((2, 7), bool)
     real[:, 3] = False
@@ -176,7 +176,7 @@ def test_decoding_step_by_step_is_exact(rest: str) -> None:
             case.q[..., :m, :], case.k[..., :m, :], case.v[..., :m, :], case.spec, **case.call
         )
         np.testing.assert_allclose(part, whole[..., :m, :], rtol=1e-12)
-    # What is permitted to leak does.
+    # With allow_leak=true, results do depend on later keys.
     leaky = parse(str(case.spec).replace("padding=causal", "allow_leak=true"))
     short = (x[..., :8, :] for x in case.qkv)
     apart = (
@@ -204,7 +204,7 @@ def test_a_filter_that_looks_ahead_is_refused_under_causal(text: str, says: str)
 @pytest.mark.parametrize(
     "text", ["causal+conv1d(1)", "causal+conv2d(2,2,1)", "causal+conv1d(5,causal)", "conv1d(5)"]
 )
-def test_what_does_not_look_ahead_is_not(text: str) -> None:
+def test_a_filter_that_does_not_look_ahead_is_allowed_under_causal(text: str) -> None:
     spec = parse(text)
     assert parse(str(spec)) == spec == pickle.loads(pickle.dumps(spec))  # noqa: S301
 
@@ -298,14 +298,14 @@ class Halved(pdcore.Normalization):
         return "x"
 
 
-def test_anyone_may_treat_keys_apart() -> None:
+def test_a_user_normalization_may_transform_keys_otherwise() -> None:
     case = normal_case(pdcore.AttentionSpec(normalization=Halved()))
     out, lse = pdcore.attention(*case.qkv, case.spec, return_lse=True)
     check_forward(case, out, lse)
     np.testing.assert_allclose(out, attend(case, 0.5 * case.k), rtol=1e-12)
 
 
-def test_a_pullback_of_queries_is_not_taken_for_the_keys() -> None:
+def test_apply_vjp_is_not_used_for_apply_keys() -> None:
     case = normal_case(pdcore.AttentionSpec(normalization=Halved()))
     assert not Halved().has_vjp
     with pytest.raises(UnsupportedError, match="halved has no apply_vjp"):

@@ -350,7 +350,7 @@ UNTRACEABLE: dict[str, Callable[[Expression], Any]] = {
 
 
 @pytest.mark.parametrize("name", UNTRACEABLE)
-def test_what_cannot_be_traced_says_what_can(name: str) -> None:
+def test_errors_of_tracing_list_the_allowed_operations(name: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         one(UNTRACEABLE[name])
     assert "cannot be traced" in str(caught.value)

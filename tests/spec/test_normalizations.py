@@ -1,4 +1,4 @@
-"""The normalizations of the literature beside the paper's."""
+"""Normalizations of the literature: instance enhancement and mixtures."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_slope_zero_is_batch_normalization_times_a_constant() -> None:
     got = pdcore.attention(*case.qkv, "iebn", params=params)
     want = pdcore.attention(transform(case.q, group), transform(case.k, 1), case.v)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
-    # A gate that is everywhere 1, to the last digit, leaves Attention-BN.
+    # A gate of exactly 1 leaves Attention-BN.
     open_gate = {"slope": np.zeros_like(shift), "shift": np.full_like(shift, 80.0)}
     np.testing.assert_allclose(
         pdcore.attention(*case.qkv, "iebn", params=open_gate),
@@ -88,7 +88,7 @@ def test_slope_zero_is_batch_normalization_times_a_constant() -> None:
     )
 
 
-def test_the_instance_is_the_sequence_as_a_head_has_it() -> None:
+def test_the_instance_is_one_sequence_in_one_head() -> None:
     case = normal_case("iebn", heads=2)
     whole = pdcore.attention(*case.qkv, case.spec, **case.call)
     group = case.q.shape[-3] // case.k.shape[-3]
@@ -159,7 +159,7 @@ def modes(text: str, kind: int, m: int = 24) -> Case:
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("text", MIXTURES)
 def test_a_mixture_and_its_gradient_are_those_of_the_reference(text: str, kind: int) -> None:
-    # Not of differences, which would go through the steps that are held constant.
+    # Not compared with finite differences, which would include the steps that are constants.
     case = modes(text, kind)
     out, lse, vjp = pdcore.attention_vjp(*case.qkv, case.spec, **case.call)
     check_forward(case, out, lse)
@@ -206,7 +206,7 @@ def test_the_last_step_is_differentiated_and_no_step_before() -> None:
     np.testing.assert_allclose(np.sum(got * direction), slope, rtol=1e-6)
 
 
-def test_blocks_merge_to_the_mixture_of_the_whole() -> None:
+def test_merged_blocks_give_the_mixture_of_all_keys() -> None:
     keys = modes("mixture", 0).k
     real = np.random.default_rng(3).random((2, 1, 24, 1)) < 0.7
     stats = GaussianMixture(3, 2, 0, 1e-5)

@@ -63,7 +63,7 @@ ANY_KERNEL: st.SearchStrategy[Kernel] = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False),
     POSITIVE,
 )
-def test_a_spec_is_what_its_string_parses_to(spec: AttentionSpec, beta: float, eps: float) -> None:
+def test_a_spec_equals_its_parsed_string(spec: AttentionSpec, beta: float, eps: float) -> None:
     if isinstance(spec.normalization, Batch):
         normalization = dataclasses.replace(spec.normalization, beta=beta, eps=eps)
         spec = dataclasses.replace(spec, normalization=normalization)
@@ -180,7 +180,7 @@ def test_specs_are_frozen(part: str | None) -> None:
             setattr(frozen, field.name, getattr(frozen, field.name))
 
 
-def test_specs_serve_as_keys() -> None:
+def test_specs_are_hashable() -> None:
     table = {parse(text): text for text in MEANS}
     for text in MEANS:
         assert parse(table[parse(text)]) == MEANS[text]
@@ -321,7 +321,7 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize("text", ALLOWED)
-def test_what_is_not_refused(text: str) -> None:
+def test_supported_combinations(text: str) -> None:
     assert parse(str(parse(text))) == parse(text)
 
 

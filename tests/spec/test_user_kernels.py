@@ -94,7 +94,7 @@ class Rational(PointwiseKernel):
 
 @dataclass(frozen=True)
 class Flat(PointwiseKernel):
-    """kappa = 2, whatever is compared."""
+    """kappa = 2, a constant."""
 
     word = "flat"
 
@@ -351,7 +351,7 @@ def test_numpy(name: str, kind: int) -> None:
     again, level, vjp = pdcore.attention_vjp(*case.qkv, case.spec, **case.call)
     check_forward(case, again, level)
     d_out, d_lse = cotangents(case, lse)
-    # A kernel of finite reach has a step, where no difference says anything.
+    # A kernel of finite reach is discontinuous, so finite differences are no derivative there.
     smooth = check_gradients(case, vjp(d_out, d_lse), d_out, d_lse)
     assert smooth or "reach" in name
 
@@ -415,7 +415,7 @@ def test_parameters_belong_to_their_heads() -> None:
         np.testing.assert_allclose(both[:, 2 * h : 2 * h + 2], alone, rtol=1e-13)
 
 
-def test_a_kernel_that_compares_nothing_averages() -> None:
+def test_a_constant_kernel_averages() -> None:
     case = normal_case(spec(Flat()))
     out, lse = pdcore.attention(*case.qkv, case.spec, return_lse=True)
     mean = np.repeat(case.v.mean(axis=-2, keepdims=True), 2, axis=1)
@@ -427,7 +427,7 @@ def test_a_kernel_that_compares_nothing_averages() -> None:
     assert not gradients["k"].any()
 
 
-def test_out_of_reach_is_unseen_but_counted() -> None:
+def test_a_key_with_kernel_value_zero_is_counted() -> None:
     case = normal_case(spec(Rational(0.5, reach=-100.0), rest="h(count)"))
     out, lse = pdcore.attention(*case.qkv, case.spec, return_lse=True)
     assert not out.any()
@@ -631,7 +631,7 @@ def test_iterative_statistics_run_in_rounds(rest: str) -> None:
         check_forward(case, *run(Strict(), case, array_api_strict.asarray, plan=fewer))
 
 
-def test_rounds_of_merged_blocks_are_rounds_of_the_whole() -> None:
+def test_rounds_of_merged_blocks_are_rounds_of_all_keys() -> None:
     keys = np.random.default_rng(0).normal(size=(2, 9, 3)) + np.arange(3)
     stats, whole, blocks = Reweighted(), None, None
     for _ in range(stats.rounds):
@@ -683,7 +683,7 @@ def test_statistics_of_the_future_are_refused_under_causal() -> None:
 
 
 @pytest.mark.parametrize("cls", [Exponential, Batch, Identity])
-def test_formulas_that_lowering_knows_by_their_class_have_no_subclasses(cls: type) -> None:
+def test_classes_that_lowering_recognises_cannot_be_subclassed(cls: type) -> None:
     field = "kernel" if issubclass(cls, Kernel) else "normalization"
     own: Any = dataclass(frozen=True)(type("Mine", (cls,), {"word": "mine"}))
     with pytest.raises(TypeError, match=rf"{field}: Mine is a subclass of {cls.__name__}"):
@@ -745,7 +745,7 @@ def test_words_are_gone_after_unregistering(words: None) -> None:
 
 
 def vocabulary_free_parse(text: str) -> AttentionSpec:
-    """Parse past the cache of strings that were parsed before."""
+    """Parse a string without the cache."""
     return parse.__wrapped__(text)
 
 
@@ -791,7 +791,7 @@ def test_a_parameter_name_is_declared_once() -> None:
         AttentionSpec(Sigmoid(), normalization=Sloped())
 
 
-def test_moments_serve_a_normalization_of_ones_own() -> None:
+def test_a_user_normalization_may_use_moments() -> None:
     @dataclass(frozen=True)
     class Standard(Normalization):
         word = "standard"

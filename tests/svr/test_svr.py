@@ -84,7 +84,7 @@ CASES = [
 
 
 def averaged(points: Any, taps: int) -> Any:
-    """Give the moving mean over an odd number of points, zeros beyond them."""
+    """Compute the moving mean over an odd number of points, zeros beyond them."""
     padded = np.pad(points, ((taps // 2, taps // 2), (0, 0)))
     return np.stack([padded[j : j + taps].mean(axis=0) for j in range(len(points))])
 
@@ -130,7 +130,7 @@ def test_gap_and_residuals_on_real_data_and_two_solvers_agree(kernel: str) -> No
         assert np.max(np.abs(certificate.gap)) < 1e-8
         assert certificate.residual < 1e-6
         assert np.all((certificate.inside >= 0.1) & (certificate.inside <= 0.9))
-        # The smallest eigenvalues carry the rounding of the largest.
+        # The smallest eigenvalues have errors of the size of the rounding of the largest.
         assert certificate.condition[0] == pytest.approx(np.linalg.cond(gram), rel=1e-3)
     q = np.random.default_rng(0).standard_normal((30, keys.shape[1]))
     assert relative(found[0].predict(q), found[1].predict(q)) < 1e-9
@@ -174,7 +174,7 @@ def test_attention_is_the_solvers_prediction(spec: str) -> None:
     found = expansion.attention(q, offset=3)
     assert found.shape == (4, 9, 3)
     assert relative(found, expansion.predict(q, offset=3)) < 1e-10
-    # At the keys too, where the solver's own f is K beta + b.
+    # At the keys too, where f is K beta + b.
     for head, own in enumerate(expansion.heads):
         at_points = own.kernel.gram @ own.coefficients + own.intercept
         alone = replace(expansion, keys=keys[head], heads=(own,), spec=own.kernel.spec)
@@ -393,7 +393,7 @@ class Bent(pdcore.PointwiseKernel):
 
 @dataclass(frozen=True)
 class Squared(pdcore.PointwiseKernel):
-    """kappa = exp(s / 2)^2, positive definite, though nobody says so."""
+    """kappa = exp(s / 2)^2, positive definite, though it is not declared so."""
 
     word = "squared"
 
@@ -427,7 +427,7 @@ def test_a_window_is_refused_where_its_matrix_is_not_definite() -> None:
         fit(keys, targets, "sparse(1,1)", C=1.0, epsilon=0.1)
 
 
-def test_jobs_give_the_same() -> None:
+def test_parallel_jobs_give_the_same_solution() -> None:
     keys, targets = next_frames(2, 3)
     one = fit(keys, targets, C=1e4, epsilon=0.1)
     two = fit(keys, targets, C=1e4, epsilon=0.1, jobs=2)
@@ -450,7 +450,7 @@ def test_progress_only_when_asked(
         fit(keys, targets, C=1e4, epsilon=0.1, progress=True)
 
 
-def test_an_expansion_is_its_own() -> None:
+def test_an_expansion_keeps_copies_of_its_inputs() -> None:
     keys, targets = next_frames(2, 1)
     expansion = fit(keys, targets, C=1e4, epsilon=0.1)
     before, solved = expansion.attention(keys), expansion.predict(keys)

@@ -27,7 +27,7 @@ SPECS = [
 
 
 def fitted(spec: str) -> tuple[SupportVectorExpansion, Any, Any]:
-    """Fit two heads; give queries of four, and the solver's prediction."""
+    """Fit two heads; return queries of four heads, and the solver's prediction."""
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     keys, targets = rng.standard_normal((2, 25, 4)), rng.standard_normal((2, 25, 3))
@@ -46,7 +46,7 @@ def test_torch(spec: str) -> None:
     found = expansion.attention(torch.as_tensor(q))
     assert found.dtype == torch.float64
     assert np.max(np.abs(found.numpy() - wanted)) < 1e-10 * np.max(np.abs(wanted))
-    # By a backend of another library, which NumPy arrays are taken to.
+    # By a backend of another library, to which the NumPy arrays are converted.
     there = expansion.attention(q, backend="torch")
     assert type(there) is np.ndarray
     assert np.max(np.abs(there - wanted)) < 1e-10 * np.max(np.abs(wanted))

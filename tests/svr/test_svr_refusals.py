@@ -1,4 +1,4 @@
-"""What pdcore.svr refuses before any solver is needed, and what it says without one."""
+"""What pdcore.svr refuses before a solver is needed, and the error without a solver."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_without_the_extra_it_says_what_installs_it(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
-    # What comes before it in the extra is there, so that this one is what is missed.
+    # The packages before it in the extra are present, so that this one is reported.
     for earlier in ("scipy.sparse", "qpsolvers"):
         if earlier != module:
             monkeypatch.setitem(sys.modules, earlier, object())

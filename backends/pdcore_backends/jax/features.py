@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pdcore.extend import chunks, feature_contraction, finite, held
+from pdcore.extend import chunks, feature_contraction, finite, stop_gradient
 
 from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
@@ -69,9 +69,11 @@ def _block(given: dict[str, Any]) -> tuple[Any, Any]:
     exponent = jnp.zeros_like(a[..., :1])
     if "top" in given:
         running = given["top"]
-        top = finite(held(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp), xp)
+        top = finite(
+            stop_gradient(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp), xp
+        )
         a = a + top
-        exponent = held(jnp.max(a, axis=-1, keepdims=True), xp)
+        exponent = stop_gradient(jnp.max(a, axis=-1, keepdims=True), xp)
         a, k = jnp.exp(a - exponent), jnp.exp(k - top)
         state = state * jnp.swapaxes(jnp.exp(running - top), -1, -2)
     w = jnp.matmul(a, jnp.swapaxes(k, -1, -2))
@@ -94,7 +96,7 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
         higher = jnp.max(block, axis=-2, keepdims=True)
         if before is not None:
             higher = jnp.maximum(before[1], higher)
-        higher = held(higher, xp)
+        higher = stop_gradient(higher, xp)
         base = finite(higher, xp)
         state = jnp.matmul(jnp.swapaxes(jnp.exp(block - base), -1, -2), values)
         if before is not None:

@@ -12,7 +12,7 @@ __all__ = ["NAMESPACE"]
 class _Namespace:
     """jax.numpy, with an int64 that is as wide as JAX has integers at the moment."""
 
-    #: See `pdcore.extend.held`.
+    #: See `pdcore.extend.stop_gradient`.
     stop_gradient = staticmethod(jax.lax.stop_gradient)
 
     def __getattr__(self, name: str) -> Any:

@@ -19,7 +19,7 @@ from pdcore.extend import (
     Scores,
     UnsupportedError,
     constants_held,
-    remember,
+    register_array_type,
 )
 
 from . import INFO, namespace
@@ -44,7 +44,7 @@ class TorchBackend(ArrayBackend):
         super().__init__()
         self._xp = namespace
         for kind in (torch.Tensor, torch.nn.Parameter):
-            remember(kind, "torch")
+            register_array_type(kind, "torch")
 
     def refusals(self, request: Request) -> list[str]:
         """Say why the backend cannot run a call, see `Backend.refusals`."""

@@ -1,8 +1,8 @@
-"""Normalizations T(x): what the layer does to queries and keys alike, before Phi.
+"""Normalizations T(x), which a layer applies to queries and keys before the feature map Phi.
 
-Attention-BN (`Batch`) is the paper's own. Others subclass `Normalization` and are registered by
-`pdcore.register_normalization` or the plugin hook ``pdcore_normalizations``, as are those that
-`pdcore.plugins.builtin_normalizations` brings.
+Attention-BN (`Batch`) is the normalization of the paper. Others subclass `Normalization` and are
+registered by `pdcore.register_normalization` or the plugin hook ``pdcore_normalizations``, as
+`pdcore.plugins.builtin_normalizations` does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...errors import SpecError, UnsupportedError
-from ..kernels import Parameter
+from ..kernel_base import Parameter
 from ..statistics import State, Statistics
 
 __all__ = ["Identity", "Normalization"]
@@ -26,11 +26,11 @@ class Normalization(ABC):
     Attributes
     ----------
     word : str
-        Its name in the grammar.
+        The name of the normalization in the grammar.
     aliases : tuple of str
-        Other names for it.
+        Other names of the normalization.
     causal_choice : str
-        Which arguments to write instead where ``causal`` refuses it; empty where there are none.
+        The arguments with which ``causal`` accepts the normalization; empty if there are none.
     """
 
     word: ClassVar[str]
@@ -39,19 +39,19 @@ class Normalization(ABC):
 
     @property
     def leaks(self) -> bool:
-        """Whether T of one row depends on keys at later positions, so causal must refuse it.
+        """Whether T of one row depends on keys at later positions, which ``causal`` refuses.
 
-        True for a normalization that has statistics; an instance that the caller allows to leak
-        (a field `allow_leak` set to True) answers False.
+        True for a normalization with statistics, unless it has a field `allow_leak` and the
+        caller set it to True.
         """
         return self.statistics_state() is not None and not getattr(self, "allow_leak", False)
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Declare the arrays that the normalization takes from `params`."""
+        """Return the declarations of the arrays that the normalization takes from `params`."""
         return ()
 
     def statistics_state(self) -> Statistics | None:
-        """Give the mergeable statistic of the keys that `apply` needs, None for none."""
+        """Return the statistics of the keys that `apply` needs, None if it needs none."""
         return None
 
     @abstractmethod
@@ -80,14 +80,14 @@ class Normalization(ABC):
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
         """Pull a cotangent of T(x) back to x, to the state and to the parameters.
 
-        A normalization that leaves this out is refused for gradients on backends without
-        automatic differentiation.
+        Backends without automatic differentiation refuse gradients of a normalization that does
+        not define this method.
 
         Returns
         -------
         dx : array like `x`
         dstate, dparams : mapping of str to array
-            Cotangents; each sums to the shape of what it belongs to.
+            Cotangents of the state and the parameters, not yet summed to their shapes.
         """
         raise UnsupportedError(
             f"{self.word}: apply_vjp is not written, so backends without automatic "
@@ -97,15 +97,15 @@ class Normalization(ABC):
     def apply_keys(self, keys: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute T of the keys, in array-API calls.
 
-        By default as of a query. A normalization overrides it where a key has what a query has
-        not: neighbours, in a convolution.
+        By default the same as `apply`. A normalization overrides it where T of a key depends on
+        its neighbours, as in a convolution; a query has no neighbours.
 
         Parameters
         ----------
         keys : array (*B, H, M, D)
-            All keys of a sequence, as the statistics saw them.
+            All keys of a sequence, of which the statistics were taken.
         state, xp, params
-            As of `apply`.
+            As in `apply`.
 
         Returns
         -------
@@ -121,23 +121,26 @@ class Normalization(ABC):
 
     @property
     def has_vjp(self) -> bool:
-        """Whether the class writes the pullback of each transform that it writes."""
+        """Whether the class defines a pullback for each transform that it defines."""
         cls, base = type(self), Normalization
-        own_keys = cls.apply_keys is not base.apply_keys
-        pulls_keys = cls.apply_keys_vjp is not base.apply_keys_vjp
-        return cls.apply_vjp is not base.apply_vjp and (pulls_keys or not own_keys)
+        has_keys = cls.apply_keys is not base.apply_keys
+        has_keys_vjp = cls.apply_keys_vjp is not base.apply_keys_vjp
+        return cls.apply_vjp is not base.apply_vjp and (has_keys_vjp or not has_keys)
 
     def check_keys(self, count: int) -> None:
-        """Refuse a number of keys of one head, after head scaling, by a `ValueError`."""
+        """Raise a `ValueError` for a number of keys of one head that T does not accept.
+
+        The keys are counted after head scaling. By default any number is accepted.
+        """
         return
 
     def step(self) -> str:
-        """Say in a plan what is done to queries and keys."""
+        """Return the text of this step in a plan."""
         return f"normalize: queries and keys by {self.word}"
 
     @abstractmethod
     def latex(self) -> str:
-        """Give T(x) as LaTeX mathematics."""
+        """Return T(x) as LaTeX mathematics."""
 
 
 @dataclass(frozen=True)
@@ -147,29 +150,29 @@ class Identity(Normalization):
     word = "identity"
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T(x), see `Normalization.apply`."""
+        """Compute T(x), see `Normalization.apply`."""
         return x
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """Pull back, see `Normalization.apply_vjp`."""
+        """Pull a cotangent back, see `Normalization.apply_vjp`."""
         return cotangent, {}, {}
 
     def latex(self) -> str:
-        """T as LaTeX."""
+        """Return T as LaTeX."""
         return "x"
 
 
 def check_centre(word: str, beta: float, eps: float, more: str = "") -> None:
-    """Check the weight of a mean, and what is added to a variance."""
+    """Check `beta`, the weight of a mean, and `eps`, which is added to a variance."""
     if not _is_finite(beta):
         raise SpecError(f"{word}: beta is {beta!r}, expected a finite number{more}")
     check_eps(word, eps)
 
 
 def check_eps(word: str, eps: float) -> None:
-    """Check what is added to a variance."""
+    """Check `eps`, which is added to a variance."""
     if not (_is_finite(eps) and eps > 0):
         raise SpecError(f"{word}: eps is {eps!r}, expected a finite number > 0")
 

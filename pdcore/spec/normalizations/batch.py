@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import SpecError, nearest
-from ..kernels import Parameter, latex_number
+from ..kernel_base import Parameter
+from ..latex_text import latex_number
 from ..statistics import Moments, State, Statistics
 from .base import Normalization, check_centre, check_eps
 
@@ -21,8 +22,8 @@ _STATISTICS = ("sequence", "batch", "running", "prefix")
 class Batch(Normalization):
     """Attention-BN: T(x) = (x - beta mu) / sqrt(var + eps), by the keys' statistics.
 
-    mu and the biased var are taken per feature over the head's own real keys, after head
-    scaling (Nguyen et al., 2023); `eps`, the statistics other than ``sequence`` and the weight
+    mu and the biased var are taken per feature over the real keys of the head, after head
+    scaling (Nguyen et al., 2023). `eps`, the statistics other than ``sequence``, and the weight
     beta as a parameter are choices of this project.
 
     Parameters
@@ -32,8 +33,9 @@ class Batch(Normalization):
     eps : float
         Added to the variance, > 0.
     statistics : {"sequence", "batch", "running", "prefix"}
-        Over the keys of the sequence; over all leading axes too; given as `params`; or row by
-        row over the keys up to the row's position.
+        Which keys the statistics are taken over: those of the sequence; those of all leading
+        axes too; none, for ``mean`` and ``var`` in `params`; or, row by row, the keys up to the
+        row's position.
     allow_leak : bool
         Permit statistics of the future under ``causal``.
     """
@@ -61,11 +63,11 @@ class Batch(Normalization):
 
     @property
     def leaks(self) -> bool:
-        """Sequence and batch statistics see the future."""
+        """Whether T depends on later keys: with sequence and batch statistics, unless allowed."""
         return self.statistics in ("sequence", "batch") and not self.allow_leak
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Declare ``beta`` for ``beta=param``, and ``mean`` and ``var`` for running statistics."""
+        """Return ``beta`` for ``beta=param``, and ``mean`` and ``var`` for running statistics."""
         declared = []
         if self.beta == "param":
             declared.append(Parameter("beta", (("H",), ("H", "D"))))
@@ -74,18 +76,18 @@ class Batch(Normalization):
         return tuple(declared)
 
     def statistics_state(self) -> Statistics | None:
-        """Moments, unless they come as `params`."""
+        """Return moments; None for running statistics, which come from `params`."""
         return None if self.statistics == "running" else Moments()
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T(x), see `Normalization.apply`."""
+        """Compute T(x), see `Normalization.apply`."""
         moments = params if self.statistics == "running" else state
         return (x - self.weight(params) * moments["mean"]) / xp.sqrt(moments["var"] + self.eps)
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """Pull back, see `Normalization.apply_vjp`."""
+        """Pull a cotangent back, see `Normalization.apply_vjp`."""
         moments = params if self.statistics == "running" else state
         beta = self.weight(params)
         reciprocal = 1.0 / xp.sqrt(moments["var"] + self.eps)
@@ -98,11 +100,11 @@ class Batch(Normalization):
         return dx, dstate, dparams
 
     def weight(self, params: Mapping[str, Any]) -> Any:
-        """Give beta: the spec's number, or the call's array."""
+        """Return beta: the number in the spec, or the array in `params`."""
         return params["beta"] if self.beta == "param" else self.beta
 
     def latex(self) -> str:
-        """T as LaTeX."""
+        """Return T as LaTeX."""
         if isinstance(self.beta, str):
             weight = r"- \beta \odot "
         else:

@@ -1,4 +1,4 @@
-"""Attention-Conv1D and Attention-Conv2D: keys convolved along their sequence, or over a grid."""
+"""Attention-Conv1D and Attention-Conv2D: keys convolved along their sequence or over a grid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ...arrays import device_of
 from ...errors import SpecError, nearest
-from ..kernels import Parameter
+from ..kernel_base import Parameter
 from ..statistics import KeySet, State, Statistics
 from .base import Normalization
 
@@ -21,10 +21,10 @@ _PADDINGS = ("same", "causal")
 
 
 class Convolution(Normalization):
-    """A depthwise convolution of the keys, with zeros beyond them and where a key is not real.
+    """A depthwise convolution of the keys, with zeros outside them and for keys that are not real.
 
-    A convolution is of a sequence. A query is a single point, so it has nothing to be convolved
-    with, and T leaves it: what a layer's convolution changes is the points that it is fitted on.
+    Only a sequence can be convolved. A query is a single point without neighbours, so T(q) = q;
+    the convolution of a layer changes the points that the layer is fitted on.
     """
 
     @property
@@ -35,15 +35,15 @@ class Convolution(Normalization):
     @property
     @abstractmethod
     def before(self) -> tuple[int, ...]:
-        """How many taps lie before the key itself, axis by axis of the filter."""
+        """The number of taps before the key itself, for each axis of the filter."""
 
     @abstractmethod
     def grid(self, count: int) -> tuple[int, ...]:
-        """Give the sizes of what `count` keys fill in C order."""
+        """Return the shape of the grid that `count` keys fill in C order."""
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether a key is convolved with later ones."""
+        """Whether a key is convolved with later keys."""
         return any(size - 1 > back for size, back in zip(self.taps, self.before, strict=True))
 
     @property
@@ -52,41 +52,41 @@ class Convolution(Normalization):
         return self.looks_ahead and not getattr(self, "allow_leak", False)
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Declare ``weight``: the mean over the filter unless given."""
+        """Return the declaration of ``weight``; by default all taps have equal weight."""
         share = 1.0 / math.prod(self.taps)
         return (Parameter("weight", (("H", *self.taps, "D"),), default=share),)
 
     def statistics_state(self) -> Statistics:
-        """The keys themselves."""
+        """Return the set of all keys."""
         return KeySet()
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T of a query, which is the query."""
+        """Return the query unchanged."""
         return x
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """Pull back, see `Normalization.apply_vjp`."""
+        """Pull a cotangent back, see `Normalization.apply_vjp`."""
         return cotangent, {}, {}
 
     def apply_keys(self, keys: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T of the keys, see `Normalization.apply_keys`."""
-        x = self._laid_out(xp.where(state["mask"], keys, xp.zeros_like(keys)), xp)
+        """Compute T of the keys, see `Normalization.apply_keys`."""
+        x = self._on_grid(xp.where(state["mask"], keys, xp.zeros_like(keys)), xp)
         return xp.reshape(convolve(x, params["weight"], self.before, xp=xp), keys.shape)
 
     def apply_keys_vjp(
         self, keys: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """Pull back, see `Normalization.apply_keys_vjp`."""
+        """Pull a cotangent back, see `Normalization.apply_keys_vjp`."""
         mask, weight = state["mask"], params["weight"]
-        x = self._laid_out(xp.where(mask, keys, xp.zeros_like(keys)), xp)
-        dx, dweight = convolve_vjp(x, weight, self.before, self._laid_out(cotangent, xp), xp=xp)
+        x = self._on_grid(xp.where(mask, keys, xp.zeros_like(keys)), xp)
+        dx, dweight = convolve_vjp(x, weight, self.before, self._on_grid(cotangent, xp), xp=xp)
         dx = xp.reshape(dx, keys.shape)
         return xp.where(mask, dx, xp.zeros_like(dx)), {}, {"weight": dweight}
 
     def check_keys(self, count: int) -> None:
-        """Refuse keys that do not fill the grid."""
+        """Raise for a number of keys that does not fill the grid."""
         if math.prod(self.grid(count)) != count:
             raise ValueError(
                 f"k: got {count} keys in a head, expected "
@@ -95,15 +95,15 @@ class Convolution(Normalization):
             )
 
     def step(self) -> str:
-        """Say what is done to keys and queries, see `Normalization.step`."""
+        """Return the text of the step, see `Normalization.step`."""
         return f"convolve: keys by {self.word}, zeros beyond them; queries as they are"
 
     def latex(self, key: str = "k") -> str:
-        """T of key j as LaTeX, of keys written `key`."""
+        """Return T of key j as LaTeX; `key` is the symbol of keys."""
         return rf"\sum_t w_t \odot {key}_{{j + t}}"
 
-    def _laid_out(self, x: Any, xp: Any) -> Any:
-        """Lay keys (*B, H, M, D) out on the grid."""
+    def _on_grid(self, x: Any, xp: Any) -> Any:
+        """Reshape keys (*B, H, M, D) to the grid, (*B, H, *grid, D)."""
         return xp.reshape(x, (*x.shape[:-2], *self.grid(x.shape[-2]), x.shape[-1]))
 
 
@@ -111,20 +111,20 @@ class Convolution(Normalization):
 class Conv1d(Convolution):
     """T(k_j) = sum_t w_t k_(j + t - c), and T(q) = q: keys convolved along their sequence.
 
-    Attention-Conv1D. The filter is depthwise: a weight for each head, tap and feature. Beyond the
-    sequence, and where a key is padding, there are zeros. A query has no neighbours, so T leaves
-    it. With head scaling the keys are the pooled ones. That is this project's own definition.
+    Attention-Conv1D. The filter is depthwise: a weight for each head, tap and feature. Keys
+    outside the sequence, and padding, count as zeros. A query has no neighbours, so T(q) = q.
+    With head scaling, the pooled keys are convolved. This definition is this project's own.
 
-    The call's `params` may hold ``weight``, (Hkv, size, D), tap by tap in the order of the keys:
-    without it, every tap weighs 1 / size.
+    The call's `params` may have ``weight``, (Hkv, size, D), with taps in the order of the keys;
+    without it, every tap has weight 1 / size.
 
     Parameters
     ----------
     size : int
         The number of taps, >= 1.
     padding : {"same", "causal"}
-        Whether key j stands at the middle tap, c = (size - 1) // 2, or at the last one, so that
-        nothing depends on later keys.
+        Whether key j is at the middle tap, c = (size - 1) // 2, or at the last tap, so that
+        T(k_j) does not depend on later keys.
     allow_leak : bool
         Permit ``same`` under ``causal``.
     """
@@ -149,15 +149,15 @@ class Conv1d(Convolution):
 
     @property
     def before(self) -> tuple[int, ...]:
-        """How many taps lie before the key itself."""
+        """The number of taps before the key itself."""
         return (self.size - 1 if self.padding == "causal" else (self.size - 1) // 2,)
 
     def grid(self, count: int) -> tuple[int, ...]:
-        """Any number of keys is a sequence."""
+        """Return ``(count,)``: a sequence has any number of keys."""
         return (count,)
 
     def latex(self, key: str = "k") -> str:
-        """T of key j as LaTeX, of keys written `key`."""
+        """Return T of key j as LaTeX; `key` is the symbol of keys."""
         at = f"j + t - {self.before[0]}" if self.before[0] else "j + t"
         return rf"\sum_{{t = 0}}^{{{self.size - 1}}} w_t \odot {key}_{{{at}}}"
 
@@ -167,20 +167,20 @@ class Conv2d(Convolution):
     """T(k_j) = sum_ut w_ut k_(j + (u - c) width + t - c), and T(q) = q: keys convolved over a grid.
 
     Attention-Conv2D. The keys of a head, pooled or not, fill a grid row by row, and are convolved
-    over it with a square depthwise filter, as of `Conv1d`. It looks ahead, so ``causal`` refuses
-    it. That is this project's own definition.
+    over it with a square depthwise filter, as in `Conv1d`. T(k_j) depends on later keys, so
+    ``causal`` refuses it. This definition is this project's own.
 
-    The call's `params` may hold ``weight``, (Hkv, size, size, D), down and across: without it,
-    every tap weighs 1 / size^2.
+    The call's `params` may have ``weight``, (Hkv, size, size, D), with taps down and across;
+    without it, every tap has weight 1 / size^2.
 
     Parameters
     ----------
     height, width : int
         The grid, >= 1: a head has height width keys.
     size : int
-        The filter's height and width, >= 1; key j stands at its middle, c = (size - 1) // 2.
+        The filter's height and width, >= 1; key j is at its middle, c = (size - 1) // 2.
     allow_leak : bool
-        Permit it under ``causal``.
+        Permit the convolution under ``causal``.
     """
 
     height: int
@@ -199,15 +199,15 @@ class Conv2d(Convolution):
 
     @property
     def before(self) -> tuple[int, ...]:
-        """How many taps lie before the key itself, down and across."""
+        """The number of taps before the key itself, down and across."""
         return (self.size - 1) // 2, (self.size - 1) // 2
 
     def grid(self, count: int) -> tuple[int, ...]:
-        """Give the grid, whatever the number of keys."""
+        """Return ``(height, width)``, for any number of keys."""
         return self.height, self.width
 
     def latex(self, key: str = "k") -> str:
-        """T of key j as LaTeX, of keys written `key`."""
+        """Return T of key j as LaTeX; `key` is the symbol of keys."""
         c = self.before[0]
         at = f"j + {self.width}(u - {c}) + t - {c}" if c else f"j + {self.width}u + t"
         return (
@@ -218,16 +218,16 @@ class Conv2d(Convolution):
 
 
 def convolve(x: Any, weight: Any, before: tuple[int, ...], *, xp: Any) -> Any:
-    """Sum weight_t x_(i + t - before) over the taps t, as layers do that are called convolutions.
+    """Compute sum_t weight_t x_(i + t - before) over the taps t: a cross-correlation.
 
     Parameters
     ----------
     x : array (*B, H, *grid, D)
-        Zeros beyond the grid are put in here.
+        Points outside the grid count as zeros.
     weight : array (H, *taps, D)
-        One axis of taps for each of the grid.
+        One axis of taps for each axis of the grid.
     before : tuple of int
-        The tap at which a point itself stands, axis by axis.
+        The tap of the point i itself, for each axis.
     xp : namespace
         The array-API namespace.
 
@@ -237,7 +237,7 @@ def convolve(x: Any, weight: Any, before: tuple[int, ...], *, xp: Any) -> Any:
     """
     total: Any = None
     for tap, window in _windows(x, weight.shape[1:-1], before, xp):
-        part = window * _spread(weight[(slice(None), *tap, ...)], len(before), xp)
+        part = window * _broadcastable(weight[(slice(None), *tap, ...)], len(before), xp)
         total = part if total is None else total + part
     return total
 
@@ -245,7 +245,7 @@ def convolve(x: Any, weight: Any, before: tuple[int, ...], *, xp: Any) -> Any:
 def convolve_vjp(
     x: Any, weight: Any, before: tuple[int, ...], cotangent: Any, *, xp: Any
 ) -> tuple[Any, Any]:
-    """Pull a cotangent of `convolve` back to x and, unsummed over *B, to weight."""
+    """Pull a cotangent of `convolve` back to x and weight, for weight not summed over *B."""
     axes = tuple(range(1, weight.ndim - 1))
     after = tuple(n - 1 - b for n, b in zip(weight.shape[1:-1], before, strict=True))
     dx = convolve(cotangent, xp.flip(weight, axis=axes), after, xp=xp)
@@ -261,7 +261,7 @@ def convolve_vjp(
 def _windows(
     x: Any, taps: tuple[int, ...], before: tuple[int, ...], xp: Any
 ) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Give for every tap what each point of the grid meets there, like x."""
+    """Yield every tap with the array, like x, of the points that it multiplies."""
     first = x.ndim - 1 - len(taps)
     grid, padded = x.shape[first:-1], x
     for axis, (size, back) in enumerate(zip(taps, before, strict=True), first):
@@ -270,8 +270,8 @@ def _windows(
             axis=axis,
         )
     for tap in itertools.product(*map(range, taps)):
-        cut = tuple(slice(t, t + n) for t, n in zip(tap, grid, strict=True))
-        yield tap, padded[(..., *cut, slice(None))]
+        slices = tuple(slice(t, t + n) for t, n in zip(tap, grid, strict=True))
+        yield tap, padded[(..., *slices, slice(None))]
 
 
 def _zeros(x: Any, axis: int, count: int, xp: Any) -> Any:
@@ -279,8 +279,8 @@ def _zeros(x: Any, axis: int, count: int, xp: Any) -> Any:
     return xp.zeros(shape, dtype=x.dtype, device=device_of(x))
 
 
-def _spread(weight: Any, axes: int, xp: Any) -> Any:
-    """Give (H, D) the axes of a grid, (H, 1, ..., D)."""
+def _broadcastable(weight: Any, axes: int, xp: Any) -> Any:
+    """Reshape (H, D) to (H, 1, ..., D), with a 1 for each axis of the grid."""
     return xp.reshape(weight, (weight.shape[0], *(1,) * axes, weight.shape[1]))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..kernels import Parameter
+from ..kernel_base import Parameter
 from ..statistics import Moments, State, Statistics
 from .base import Normalization, check_centre
 from .batch import Batch
@@ -19,18 +19,18 @@ class InstanceEnhanced(Normalization):
     """T(x) = sigmoid(slope mu + shift) (x - beta mu) / sqrt(var + eps), feature by feature.
 
     Liang et al., Instance Enhancement Batch Normalization (AAAI 2020), recalibrate the scale of
-    batch normalization by a sigmoid of a learned affine of an instance's own mean, for images. An
-    instance of attention is here one sequence as one head has it, and its mean that of the head's
-    real keys after head scaling, for queries and keys alike; mean and variance of the
-    normalization are of the same keys. That is this project's reading, as is the order of
-    arguments. With ``slope`` 0 it is `Batch` times sigmoid(shift).
+    batch normalization by a sigmoid of a learned affine map of the mean of an instance, an image.
+    An instance of attention is here one sequence in one head, and mu is the mean of the head's
+    real keys after head scaling, for queries and keys alike; the normalization has the mean and
+    variance of the same keys. This is this project's reading, as is the order of arguments. With
+    ``slope`` 0, T is that of `Batch` times sigmoid(shift).
 
     The call's `params` are ``slope`` and ``shift``, both (Hkv, D).
 
     Parameters
     ----------
     beta : float
-        The weight of the mean, as of `Batch`; the gate has the whole mean.
+        The weight of the mean, as in `Batch`; the gate has the full mean.
     eps : float
         Added to the variance, > 0.
     allow_leak : bool
@@ -47,29 +47,29 @@ class InstanceEnhanced(Normalization):
         check_centre(self.word, self.beta, self.eps)
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Declare ``slope`` and ``shift``."""
+        """Return the declarations of ``slope`` and ``shift``."""
         return Parameter("slope", (("H", "D"),)), Parameter("shift", (("H", "D"),))
 
     def statistics_state(self) -> Statistics:
-        """Moments."""
+        """Return the moments of the keys."""
         return Moments()
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T(x), see `Normalization.apply`."""
+        """Compute T(x), see `Normalization.apply`."""
         return _gate(state, xp, params) * self._batch.apply(x, state, xp=xp, params={})
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """Pull back, see `Normalization.apply_vjp`."""
+        """Pull a cotangent back, see `Normalization.apply_vjp`."""
         gate = _gate(state, xp, params)
         dx, dstate, _ = self._batch.apply_vjp(x, state, gate * cotangent, xp=xp, params={})
         d = cotangent * self._batch.apply(x, state, xp=xp, params={}) * gate * (1.0 - gate)
-        moved = {**dstate, "mean": dstate["mean"] + params["slope"] * d}
-        return dx, moved, {"slope": d * state["mean"], "shift": d}
+        dstate = {**dstate, "mean": dstate["mean"] + params["slope"] * d}
+        return dx, dstate, {"slope": d * state["mean"], "shift": d}
 
     def latex(self) -> str:
-        """T as LaTeX."""
+        """Return T as LaTeX."""
         return (
             rf"\mathrm{{sigmoid}}(a \odot \mu + c) \odot {self._batch.latex()}, \quad "
             r"a = \texttt{slope},\ c = \texttt{shift}"
@@ -81,5 +81,5 @@ class InstanceEnhanced(Normalization):
 
 
 def _gate(state: State, xp: Any, params: Mapping[str, Any]) -> Any:
-    # The sigmoid as a tanh, which has no exponential that could overflow.
+    # The sigmoid by a tanh, since the exponential of its usual formula could overflow.
     return 0.5 * (1.0 + xp.tanh(0.5 * (params["slope"] * state["mean"] + params["shift"])))

@@ -1,4 +1,4 @@
-"""Mixture normalization: the statistics of sub-populations of the keys, found by EM."""
+"""Mixture normalization: statistics of sub-populations of the keys, fitted by EM."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from ...arrays import constant
 from ...errors import SpecError
-from ..kernels import latex_number
+from ..latex_text import latex_number
 from ..statistics import KeySet, State, Statistics
 from .base import Normalization, check_centre
 
-__all__ = ["GaussianMixture", "Mixture", "draws"]
+__all__ = ["GaussianMixture", "Mixture", "uniform_draws"]
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Mixture(Normalization):
 
     Kalayeh and Shah, Training Faster by Separating Modes of Variation in Batch-normalized Models
     (2019), normalize by the components of a Gaussian mixture instead of by one mean and variance.
-    Here the mixture, of diagonal covariances, is fitted to the head's own real keys after head
-    scaling by `GaussianMixture`, and r_k(x) is the posterior of component k, for queries and keys
-    alike. That r weights the components as it is, without a factor of their shares, is this
-    project's choice. With one component it is `Batch`.
+    Here the mixture, of diagonal covariances, is fitted by `GaussianMixture` to the real keys of
+    the head after head scaling, and r_k(x) is the posterior of component k, for queries and keys
+    alike. Weighting the components by r alone, without a factor of their shares, is this
+    project's choice. With one component, T is that of `Batch`.
 
     Parameters
     ----------
@@ -34,9 +34,9 @@ class Mixture(Normalization):
     steps : int
         EM steps, >= 1.
     seed : int
-        Of the k-means++ start, >= 0.
+        The seed of the k-means++ start, >= 0.
     beta, eps : float
-        As of `Batch`; eps is added to every variance of the mixture too.
+        As in `Batch`; eps is also added to every variance of the mixture.
     allow_leak : bool
         Permit statistics of the future under ``causal``.
     """
@@ -57,11 +57,11 @@ class Mixture(Normalization):
         check_centre(self.word, self.beta, self.eps)
 
     def statistics_state(self) -> Statistics:
-        """The mixture."""
+        """Return the mixture of the keys."""
         return GaussianMixture(self.components, self.steps, self.seed, self.eps)
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T(x), see `Normalization.apply`."""
+        """Compute T(x), see `Normalization.apply`."""
         r = posterior(x, state, self.eps, xp)
         total = xp.zeros_like(x)
         for k, mean, var in _components(state):
@@ -72,7 +72,7 @@ class Mixture(Normalization):
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
-        """Pull back, see `Normalization.apply_vjp`."""
+        """Pull a cotangent back, see `Normalization.apply_vjp`."""
         r = posterior(x, state, self.eps, xp)
         dx, dr, dmean, dvar = xp.zeros_like(x), [], [], []
         for k, mean, var in _components(state):
@@ -84,13 +84,13 @@ class Mixture(Normalization):
             dmean.append(-self.beta * xp.sum(dz, axis=-2, keepdims=True))
             dvar.append(xp.sum(-0.5 * dz * z / root, axis=-2, keepdims=True))
         dlogits = _softmax_vjp(r, xp.concat(dr, axis=-1), xp)
-        more, dstate = _logits_vjp(x, state, self.eps, dlogits, xp)
+        dx_logits, dstate = _logits_vjp(x, state, self.eps, dlogits, xp)
         dstate["mean"] = dstate["mean"] + xp.concat(dmean, axis=-2)
         dstate["var"] = dstate["var"] + xp.concat(dvar, axis=-2)
-        return dx + more, dstate, {}
+        return dx + dx_logits, dstate, {}
 
     def latex(self) -> str:
-        """T as LaTeX."""
+        """Return T as LaTeX."""
         centre = {1.0: r"\mu_c", 0.0: "0"}.get(self.beta, rf"{latex_number(self.beta)}\,\mu_c")
         return (
             rf"\sum_{{c=1}}^{{{self.components}}} r_c(x) \, \frac{{x - {centre}}}"
@@ -100,20 +100,21 @@ class Mixture(Normalization):
 
 
 class GaussianMixture(KeySet):
-    """A mixture of Gaussians of diagonal covariance, by EM steps from a k-means++ start.
+    """A mixture of Gaussians of diagonal covariance, fitted by EM from a k-means++ start.
 
-    The first round keeps the keys, as `KeySet` does, for a centre may be any of them: the start
-    has centres drawn by k-means++, all keys' variance, and equal shares. Every further round is
-    one EM step, whose state has a fixed size and merges by Chan's update. The state has ``mean``
-    and ``var`` (*B, H, K, D) and ``weight`` (*B, H, K, 1), the keys' number times the share.
+    The state of the first round is the keys themselves, as in `KeySet`, since any key may become
+    a centre: the start has centres drawn by k-means++, the variance of all keys, and equal shares.
+    Each further round is one EM step, whose state has a fixed size and is merged by Chan's update.
+    The state has ``mean`` and ``var`` (*B, H, K, D) and ``weight`` (*B, H, K, 1), the number of
+    keys times the share of a component.
 
-    Gradients go through the last step alone, its posteriors included: the mixture that it starts
-    from, which is ``from_mean`` and so on in the state, is held constant.
+    Gradients go through the last step only, its posteriors included. The mixture that this step
+    starts from, ``from_mean``, ``from_var`` and ``from_weight`` in the state, is a constant.
 
     Parameters
     ----------
     components, steps, seed, eps
-        As of `Mixture`.
+        As in `Mixture`.
     """
 
     def __init__(self, components: int, steps: int, seed: int, eps: float) -> None:
@@ -121,13 +122,13 @@ class GaussianMixture(KeySet):
         self.rounds = 1 + steps
 
     def zero(self, like: State, *, xp: Any) -> State:
-        """Give the state of no keys, see `Statistics.zero`."""
+        """Return the state of zero keys, see `Statistics.zero`."""
         if "keys" in like:
             return super().zero(like, xp=xp)
         return {name: xp.zeros_like(x) for name, x in like.items()}
 
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
-        """Summarise a block, see `Statistics.of`."""
+        """Compute the state of one block, see `Statistics.of`."""
         if previous is None:
             return super().of(keys, mask, xp=xp)
         start = {n: constant(previous[n], xp) for n in ("mean", "var", "weight")}
@@ -137,16 +138,16 @@ class GaussianMixture(KeySet):
             share = r[..., k : k + 1]
             weight = xp.sum(share, axis=-2, keepdims=True)
             mean = xp.sum(share * keys, axis=-2, keepdims=True) / _nonzero(weight, xp)
-            apart = keys - mean
+            deviation = keys - mean
             weights.append(weight)
             means.append(mean)
-            squares.append(xp.sum(share * apart * apart, axis=-2, keepdims=True))
+            squares.append(xp.sum(share * deviation * deviation, axis=-2, keepdims=True))
         parts = (("weight", weights), ("mean", means), ("m2", squares))
         state = {name: xp.concat(x, axis=-2) for name, x in parts}
         return {**state, **{f"from_{name}": x for name, x in start.items()}}
 
     def merge(self, a: State, b: State, *, xp: Any) -> State:
-        """Merge: sets by joining them, moments by Chan's update."""
+        """Merge two states: sets of keys by concatenation, moments by Chan's update."""
         if "keys" in a:
             return super().merge(a, b, xp=xp)
         weight = a["weight"] + b["weight"]
@@ -157,13 +158,13 @@ class GaussianMixture(KeySet):
             "mean": a["mean"] + delta * share,
             "m2": a["m2"] + b["m2"] + delta * delta * (a["weight"] * share),
         }
-        # All blocks start from one mixture, but the neutral element has none.
+        # All blocks have the same start, but in the neutral element it is zeros.
         for name in ("from_weight", "from_mean", "from_var"):
-            merged[name] = xp.where(_any(a, xp), a[name], b[name])
+            merged[name] = xp.where(_has_keys(a, xp), a[name], b[name])
         return merged
 
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Give ``mean``, ``var`` and ``weight``; after the first round, of the start."""
+        """Return ``mean``, ``var`` and ``weight``; after the first round, those of the start."""
         if "keys" in state:
             return self._start(state, xp)
         final = {name: x for name, x in state.items() if name != "m2"}
@@ -178,10 +179,12 @@ class GaussianMixture(KeySet):
             at = slice(k, k + 1)
             weight = final["weight"][..., at, :]
             dmean, dvar = (cotangent[n][..., at, :] / _nonzero(weight, xp) for n in ("mean", "var"))
-            apart = keys - mean
-            grad = grad + r[..., at] * (dmean + 2.0 * dvar * apart)
-            moved = xp.sum(dmean * apart + dvar * (apart * apart - var), axis=-1, keepdims=True)
-            dr.append(cotangent["weight"][..., at, :] + moved)
+            deviation = keys - mean
+            grad = grad + r[..., at] * (dmean + 2.0 * dvar * deviation)
+            moments = xp.sum(
+                dmean * deviation + dvar * (deviation * deviation - var), axis=-1, keepdims=True
+            )
+            dr.append(cotangent["weight"][..., at, :] + moments)
         dlogits = _softmax_vjp(r, xp.concat(dr, axis=-1), xp)
         grad = grad + _logits_vjp(keys, start, self.eps, dlogits, xp)[0]
         return grad if mask is None else xp.where(mask, grad, xp.zeros_like(grad))
@@ -191,34 +194,34 @@ class GaussianMixture(KeySet):
         return r if mask is None else xp.where(mask, r, xp.zeros_like(r))
 
     def _start(self, state: State, xp: Any) -> State:
-        """Draw centres by k-means++: the next one in proportion to the squared distance."""
+        """Draw centres by k-means++, each with probability proportional to the squared distance."""
         keys, real = state["keys"], xp.astype(state["mask"], state["keys"].dtype)
         n = xp.sum(real, axis=-2, keepdims=True)
         mean = xp.sum(real * keys, axis=-2, keepdims=True) / _nonzero(n, xp)
-        apart = keys - mean
-        var = xp.sum(real * apart * apart, axis=-2, keepdims=True) / _nonzero(n, xp)
+        deviation = keys - mean
+        var = xp.sum(real * deviation * deviation, axis=-2, keepdims=True) / _nonzero(n, xp)
         centres: list[Any] = []
         nearest = real
-        for u in draws(self.components, self.seed):
-            # Where every key is a centre already, any key will do.
-            some = xp.sum(nearest, axis=-2, keepdims=True) > 0
-            reached = xp.cumulative_sum(xp.where(some, nearest, real), axis=-2)
-            hit = reached > u * reached[..., -1:, :]
-            first = hit & (xp.cumulative_sum(xp.astype(hit, xp.int64), axis=-2) == 1)
+        for u in uniform_draws(self.components, self.seed):
+            # Where every key is a centre already, the next centre is drawn from all keys.
+            distinct = xp.sum(nearest, axis=-2, keepdims=True) > 0
+            cumulative = xp.cumulative_sum(xp.where(distinct, nearest, real), axis=-2)
+            above = cumulative > u * cumulative[..., -1:, :]
+            first = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-2) == 1)
             centre = xp.sum(xp.where(first, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
-            apart = keys - centre
-            square = real * xp.sum(apart * apart, axis=-1, keepdims=True)
+            deviation = keys - centre
+            square = real * xp.sum(deviation * deviation, axis=-1, keepdims=True)
             nearest = xp.minimum(nearest, square) if centres else square
             centres.append(centre)
-        alike = [1.0 * n / self.components] * self.components
+        equal_weights = [1.0 * n / self.components] * self.components
         return {
             "mean": xp.concat(centres, axis=-2),
             "var": xp.concat([var] * self.components, axis=-2),
-            "weight": xp.concat(alike, axis=-2),
+            "weight": xp.concat(equal_weights, axis=-2),
         }
 
 
-def draws(count: int, seed: int) -> list[float]:
+def uniform_draws(count: int, seed: int) -> list[float]:
     """Draw the uniform numbers of k-means++, the same for every sequence and head."""
     generator = random.Random(seed)
     return [generator.random() for _ in range(count)]
@@ -229,9 +232,9 @@ def posterior(x: Any, state: State, eps: float, xp: Any) -> Any:
     columns = []
     for k, mean, var in _components(state):
         weight, spread = state["weight"][..., k : k + 1, :], var + eps
-        apart = x - mean
+        deviation = x - mean
         logit = xp.log(_nonzero(weight, xp)) - 0.5 * (
-            xp.sum(apart * apart / spread, axis=-1, keepdims=True)
+            xp.sum(deviation * deviation / spread, axis=-1, keepdims=True)
             + xp.sum(xp.log(spread), axis=-1, keepdims=True)
         )
         columns.append(xp.where(weight > 0, logit, xp.full_like(logit, -float("inf"))))
@@ -249,7 +252,7 @@ def _softmax_vjp(r: Any, cotangent: Any, xp: Any) -> Any:
 def _logits_vjp(
     x: Any, state: State, eps: float, cotangent: Any, xp: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Pull a cotangent of log weight_k N(x; mean_k, var_k + eps) back to x and the mixture."""
+    """Pull a cotangent of log(weight_k N(x; mean_k, var_k + eps)) back to x and the mixture."""
     dx, parts = xp.zeros_like(x), []
     for k, mean, var in _components(state):
         d = cotangent[..., k : k + 1]
@@ -276,5 +279,5 @@ def _nonzero(x: Any, xp: Any) -> Any:
     return xp.where(x > 0, x, xp.ones_like(x))
 
 
-def _any(state: State, xp: Any) -> Any:
+def _has_keys(state: State, xp: Any) -> Any:
     return xp.sum(state["weight"], axis=-2, keepdims=True) > 0

@@ -1,38 +1,28 @@
-"""`PDMultiheadAttention`, an `nn.MultiheadAttention` with the attention of a spec, and `convert`.
-
->>> import torch
->>> layer = PDMultiheadAttention(16, 4, spec="bn+sh(1,1,2,2)", batch_first=True)
->>> x = torch.randn(2, 10, 16)
->>> out, weights = layer(x, x, x)
->>> out.shape, weights.shape
-(torch.Size([2, 10, 16]), torch.Size([2, 10, 10]))
-"""
+"""`PDMultiheadAttention`, an `nn.MultiheadAttention` with the attention of a spec."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs, finite_dropout, parameter_shape
 
-from .bound import Bound, Choice, learned
+from ..bound import BoundSpec, Choice, learned_parameters
 
-__all__ = ["Conversion", "PDMultiheadAttention", "convert"]
+__all__ = ["PDMultiheadAttention"]
 
 
 class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     """Multi-head attention whose heads compute the attention of a spec.
 
-    Arguments, call and parameters are those of `torch.nn.MultiheadAttention`, so checkpoints load
-    both ways; with ``spec="softmax"`` so are the numbers. What it cannot honour it refuses.
+    Arguments, call and parameters are those of `torch.nn.MultiheadAttention`, so checkpoints of one
+    class can be loaded by the other; with ``spec="softmax"``, results are equal too. Arguments that
+    have no meaning for a spec are refused.
 
     Parameters
     ----------
@@ -41,32 +31,31 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     dropout : float
         Dropout of the normalised weights in training, 0 <= p < 1.
     add_bias_kv, add_zero_attn : bool
-        Refused: they append a key that is no element of the sequence, with no position and no
-        place in its statistics.
+        Refused, since they append a key that is no element of the sequence: it has no position
+        and no place in the statistics.
     spec : str or AttentionSpec
-        The attention of every head. A scale for each of the `num_heads` heads, if it has scales.
+        The attention of every head, with one scale for each of the `num_heads` heads or none.
         ``bn(beta=param)`` adds a parameter ``spec_beta`` (num_heads,), which starts at 1; no
         other spec changes the keys of the state dict.
     backend : str or sequence of str, optional
-        As in `pdcore.bind`, settled now.
+        As in `pdcore.bind`; the choice is made when the layer is created.
 
     Raises
     ------
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For `add_bias_kv`, `add_zero_attn`, and specs whose parameters the layer does not keep:
-        running statistics.
+        For `add_bias_kv`, `add_zero_attn`, and running statistics, which the layer does not keep.
 
     Notes
     -----
-    In these respects it is not `torch.nn.MultiheadAttention`:
+    Differences from `torch.nn.MultiheadAttention`:
 
-    - A query that sees no key gets zeros from the attention, and so the bias of the output
-      projection, with zero weights; there it is NaN if weights are asked for.
-    - Weights are returned as they are before dropout.
-    - Nested tensors are refused. `torch.nn.TransformerEncoder` and its layer do not take their
-      fast path around it, which would compute softmax attention without a call.
+    - The attention of a query that sees no key is zero, with zero weights, so its output is the
+      bias of the output projection; in PyTorch it is NaN if weights are requested.
+    - The returned weights are those before dropout.
+    - Nested tensors are refused. `torch.nn.TransformerEncoder` and its layer do not use their fast
+      path, which would compute softmax attention without calling this layer.
     """
 
     def __init__(
@@ -86,10 +75,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
     ) -> None:
-        bound = Bound(spec, backend)
+        bound = BoundSpec(spec, backend)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
-                raise UnsupportedError(f"{name}: got {value!r}, expected False; {_APPENDED}")
+                raise UnsupportedError(f"{name}: got {value!r}, expected False; {APPENDED_KEY}")
         super().__init__(
             embed_dim,
             num_heads,
@@ -101,9 +90,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             device=device,
             dtype=dtype,
         )
-        if problem := _misfit(bound.spec, self):
+        if problem := scale_mismatch(bound.spec, self):
             raise ValueError(problem)
-        _adopt(self, bound)
+        attach_spec(self, bound)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -112,7 +101,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         return spec
 
     def extra_repr(self) -> str:
-        """Give the arguments that differ from the defaults, and the spec."""
+        """Return the arguments that differ from the defaults, and the spec, for `repr`."""
         words = [f"{self.embed_dim}, {self.num_heads}, spec={str(self.spec)!r}"]
         for name, default in (
             ("dropout", 0.0),
@@ -125,7 +114,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         return ", ".join(words)
 
     def _reset_parameters(self) -> None:
-        # The base class asks the flag that `_adopt` clears.
+        # The method of the base class reads a flag that `attach_spec` clears.
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if (weight := getattr(self, name)) is not None:
                 nn.init.xavier_uniform_(weight)
@@ -155,17 +144,17 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             bool, True for padding; or floating-point, -inf for padding, other values added to
             log kappa of the key. Padding is no part of statistics and pooling either.
         need_weights : bool
-            Return the weights too, which builds the (N, M) array.
+            Return the weights too, which needs O(N M) memory.
         attn_mask : Tensor (N, M), (B num_heads, N, M), or (num_heads, N, M) unbatched, optional
             bool, True where a query may **not** attend; or floating-point, added to log kappa.
-            It changes no statistic. With a spec that has no log kappa, or pools keys, a float
-            mask may hold 0 and -inf only.
+            Statistics do not depend on it. If the spec has no log kappa, or pools keys, a float
+            mask may have the values 0 and -inf only.
         average_attn_weights : bool
-            Return the mean of the weights over the heads.
+            Return the mean of the weights over the heads, not the weights of each head.
         is_causal : bool
-            The hint that `attn_mask` is the causal mask. It makes the spec causal, and
-            `attn_mask` is then not read where `torch.nn.MultiheadAttention` does not read it:
-            without `key_padding_mask` and `need_weights`.
+            The hint that `attn_mask` is the causal mask. ``causal`` is added to the spec. As in
+            `torch.nn.MultiheadAttention`, `attn_mask` is then ignored without `key_padding_mask`
+            and `need_weights`.
 
         Returns
         -------
@@ -178,8 +167,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         TypeError, ValueError
             For a wrong argument.
         UnsupportedError
-            For nested tensors, for values of a float mask that the spec has no place for, and
-            where statistics of the whole sequence would leak the future: with `is_causal`, or an
+            For nested tensors, for values of a float mask that the spec does not support, and if
+            statistics of the whole sequence would leak the future: with `is_causal`, or with an
             `attn_mask` that hides all later keys, unless the spec has ``allow_leak=true``.
         """
         self._check(query, key, value, key_padding_mask, attn_mask)
@@ -193,8 +182,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                     "is_causal: got True without attn_mask, expected the causal mask too, as "
                     "nn.MultiheadAttention does; or put causal in the spec"
                 )
-            if bound.leak:
-                raise UnsupportedError(f"is_causal: {bound.leak}")
+            if bound.causal_refusal:
+                raise UnsupportedError(f"is_causal: {bound.causal_refusal}")
             attend = bound.causal
             if key_padding_mask is None and not need_weights:
                 attn_mask = None
@@ -263,7 +252,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             _check_mask(key_padding_mask, "key_padding_mask", [expected])
 
     def _project(self, query: Any, key: Any, value: Any, batched: bool) -> tuple[Any, Any, Any]:
-        """Project to heads, (B, H, N, D) each."""
+        """Compute the projections to heads, (B, H, N, D) each."""
         packed, bias = self.in_proj_weight, self.in_proj_bias
         if packed is not None and query is key and key is value:  # one product for all three
             projected = functional.linear(query, packed, bias).chunk(3, dim=-1)
@@ -288,10 +277,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _masks(self, attn_mask: Any, key_padding_mask: Any, q: Any, k: Any) -> tuple[Any, Any, Any]:
-        """Give `mask`, `key_mask` and `bias` as `pdcore.attention` takes them.
+        """Return `mask`, `key_mask` and `bias` as `pdcore.attention` takes them.
 
-        No branch depends on values, apart from refusals: a float mask is a bias even where it
-        only holds 0 and -inf, which is what `nn.TransformerEncoderLayer` makes of every mask.
+        Apart from refusals, no branch depends on values: a float mask is a bias even if its values
+        are 0 and -inf only. `nn.TransformerEncoderLayer` converts every mask to such a mask.
         """
         bound, mask, key_mask, bias = self._bound, None, None, None
         batch, heads, n, _ = q.shape
@@ -301,39 +290,41 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                 attn_mask = attn_mask.reshape(batch, heads, n, m)
             if attn_mask.dtype == torch.bool:
                 mask = ~attn_mask
-            elif bound.unbiased:
-                _only_cuts(attn_mask, "attn_mask", bound.unbiased)
+            elif bound.bias_refusal:
+                _check_hides_only(attn_mask, "attn_mask", bound.bias_refusal)
                 mask = attn_mask == 0
             else:
-                bias = _addend(attn_mask, "attn_mask", q)
-            # The usual way to a causal layer here, and statistics do not follow a mask.
-            if bound.leak and n == m and n > 1:
+                bias = _check_addend(attn_mask, "attn_mask", q)
+            # A causal mask is the usual way to a causal layer in PyTorch, but statistics do not
+            # depend on a mask, so they would leak the future.
+            if bound.causal_refusal and n == m and n > 1:
                 seen = mask if mask is not None else bias != -math.inf
                 later = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1)
-                _demand((seen & later).any(), f"attn_mask: it hides all later keys; {bound.leak}")
+                message = f"attn_mask: it hides all later keys; {bound.causal_refusal}"
+                _require((seen & later).any(), message)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.reshape(batch, m)
             if key_padding_mask.dtype == torch.bool:
                 key_mask = ~key_padding_mask
             else:
                 key_mask = key_padding_mask != -math.inf
-                if bound.unbiased:
-                    _only_cuts(key_padding_mask, "key_padding_mask", bound.unbiased)
+                if bound.bias_refusal:
+                    _check_hides_only(key_padding_mask, "key_padding_mask", bound.bias_refusal)
                 else:
-                    added = _addend(key_padding_mask, "key_padding_mask", q)
-                    added = added.masked_fill(~key_mask, 0.0)[:, None, None, :]
-                    bias = added if bias is None else bias + added
+                    key_bias = _check_addend(key_padding_mask, "key_padding_mask", q)
+                    key_bias = key_bias.masked_fill(~key_mask, 0.0)[:, None, None, :]
+                    bias = key_bias if bias is None else bias + key_bias
         return mask, key_mask, bias
 
 
-_APPENDED = (
+APPENDED_KEY = (
     "the key that it appends is no element of the sequence, with no position and no place in its "
     "statistics; use nn.MultiheadAttention for it"
 )
 
 
-def _misfit(spec: AttentionSpec, layer: Any) -> str:
-    """Say why a spec does not fit a layer, "" if it does."""
+def scale_mismatch(spec: AttentionSpec, layer: Any) -> str:
+    """Return why the scales of a spec do not fit a layer, empty if they do."""
     scales = spec.heads.scales
     if scales and len(scales) != layer.num_heads:
         return (
@@ -343,9 +334,9 @@ def _misfit(spec: AttentionSpec, layer: Any) -> str:
     return ""
 
 
-def _adopt(layer: Any, bound: Bound) -> list[str]:
-    """Give a layer its spec, and return the names of the parameters that are new."""
-    starts = learned(bound.spec)
+def attach_spec(layer: Any, bound: BoundSpec) -> list[str]:
+    """Set the spec of a layer, and return the names of its new parameters."""
+    starts = learned_parameters(bound.spec)
     for name in getattr(layer, "_learned", ()):
         if name not in starts:
             delattr(layer, "spec_" + name)
@@ -358,13 +349,14 @@ def _adopt(layer: Any, bound: Bound) -> list[str]:
             layer.register_parameter("spec_" + p.name, nn.Parameter(value))
     layer._learned = tuple(starts)
     layer._bound = bound
-    # A condition of the fast paths of `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`,
-    # which read the weights of this layer and never call it.
+    # Turns off the fast paths of `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`, which
+    # read the weights of this layer without calling it.
     layer._qkv_same_embed_dim = False
     return ["spec_" + name for name in new]
 
 
 def _check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:
+    """Check the dtype and shape of a mask."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(
             f"{name}: got dtype {mask.dtype}, expected bool, True where it hides, or a "
@@ -376,190 +368,26 @@ def _check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:
         )
 
 
-def _addend(mask: Any, name: str, q: Any) -> Any:
+def _check_addend(mask: Any, name: str, q: Any) -> Any:
+    """Check the dtype of a float mask that is added to log kappa, and return the mask."""
     if mask.dtype not in (torch.float32, q.dtype):
         expected = " or ".join(str(dtype) for dtype in {torch.float32, q.dtype})
         raise TypeError(f"{name}: got dtype {mask.dtype}, expected bool or {expected}")
     return mask
 
 
-def _only_cuts(mask: Any, name: str, reason: str) -> None:
-    """Refuse values that would have to be added where there is nothing to add them to."""
-    _demand(
+def _check_hides_only(mask: Any, name: str, reason: str) -> None:
+    """Check that a float mask has the values 0 and -inf only, where `reason` rules out others."""
+    _require(
         ((mask == 0) | (mask == -math.inf)).all(),
         f"{name}: got a float mask with values other than 0 and -inf, and {reason}; give a bool "
         "mask, True where it hides",
     )
 
 
-def _demand(condition: Any, message: str) -> None:
-    """Raise unless the values of the arguments are as they must be."""
+def _require(condition: Any, message: str) -> None:
+    """Raise an `UnsupportedError` unless a condition on values holds, also in compiled code."""
     if torch.compiler.is_compiling():
-        torch._assert_async(condition, message)  # no branch: it stays in the graph
+        torch._assert_async(condition, message)  # an operation of the graph, not a branch
     elif not condition:
         raise UnsupportedError(message)
-
-
-@dataclass(frozen=True, repr=False)
-class Conversion:
-    """What `convert` did to a model; it prints as text.
-
-    Attributes
-    ----------
-    spec : AttentionSpec
-        The attention that the layers have now.
-    converted : tuple of str
-        The names of the layers, as in `named_modules`; a shared one has several.
-    left : dict of str to str
-        The other attention layers, each with the reason.
-    nested : tuple of str
-        Encoders whose nested tensors were turned off.
-    parameters : tuple of str
-        Parameters that are new, for the optimizer.
-    """
-
-    spec: AttentionSpec
-    converted: tuple[str, ...]
-    left: dict[str, str]
-    nested: tuple[str, ...]
-    parameters: tuple[str, ...]
-
-    def __str__(self) -> str:
-        if not self.converted and not self.left:
-            return "nothing converted: the model has no nn.MultiheadAttention"
-        parts = [
-            (f"converted to {self.spec}", self.converted),
-            ("left as it was", [f"{_shown(name)}: {why}" for name, why in self.left.items()]),
-            ("nested tensors turned off, which would pass the layers by", self.nested),
-            ("new parameters, for the optimizer", self.parameters),
-        ]
-        lines = []
-        for title, entries in parts:
-            if entries:
-                lines += [title, *(f"  {_shown(entry)}" for entry in entries)]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
-def _shown(name: str) -> str:
-    return name or "the model itself"
-
-
-def convert(
-    model: nn.Module,
-    spec: str | AttentionSpec,
-    *,
-    backend: Choice = None,
-    select: Callable[[str, nn.MultiheadAttention], bool] | None = None,
-) -> Conversion:
-    """Make every `nn.MultiheadAttention` of a model a `PDMultiheadAttention`, in place.
-
-    The modules stay the same objects, with their parameters, hooks, mode and names, so
-    optimizers and modules that are used in several places go on as before.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
-    spec, backend
-        As in `PDMultiheadAttention`.
-    select : callable, optional
-        ``select(name, layer)`` says which layers to convert; by default all.
-
-    Returns
-    -------
-    Conversion
-        What changed, and what did not and why: layers with `add_bias_kv` or `add_zero_attn`,
-        subclasses and replaced `forward` methods, whose meaning is their own, and the
-        cross-attention of `nn.TransformerDecoderLayer` for specs that go by position.
-
-    Raises
-    ------
-    SpecError, UnsupportedError, ValueError
-        Before anything is changed: for a wrong spec, or one that does not fit the heads of a
-        layer that would be converted.
-
-    Examples
-    --------
-    >>> from torch import nn
-    >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True)
-    >>> print(convert(model, "bn"))
-    converted to softmax+bn
-      self_attn
-    """
-    bound = Bound(spec, backend)
-    learned(bound.spec)
-    layers: dict[Any, list[str]] = {}
-    cross = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.MultiheadAttention):
-            layers.setdefault(module, []).append(name)
-        if isinstance(module, nn.TransformerDecoderLayer):
-            cross.add(module.multihead_attn)
-    by_position = bound.spec.support.restricts or bound.spec.prefix
-    chosen, left = {}, {}
-    for layer, names in layers.items():
-        why = _unconvertible(layer)
-        if select is not None and not any(select(name, layer) for name in names):
-            why = "not selected"
-        elif not why and by_position and layer in cross:
-            why = (
-                f"cross-attention, whose keys have other positions than its queries, and "
-                f"{bound.spec} goes by position; convert it to another spec"
-            )
-        if why:
-            left.update(dict.fromkeys(names, why))
-        elif problem := _misfit(bound.spec, layer):
-            raise ValueError(f"{problem} of {_shown(names[0])}; nothing was converted")
-        else:
-            chosen[layer] = names
-    parameters = []
-    for layer, names in chosen.items():
-        _become(layer)
-        parameters += [f"{names[0]}.{name}".lstrip(".") for name in _adopt(layer, bound)]
-    nested = []
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.TransformerEncoder)
-            and getattr(module, "use_nested_tensor", False)
-            and any(layer in chosen for layer in module.modules())
-        ):
-            module.use_nested_tensor = False
-            nested.append(name)
-    converted = [name for names in chosen.values() for name in names]
-    return Conversion(bound.spec, tuple(converted), left, tuple(nested), tuple(parameters))
-
-
-def _plain(layer: Any) -> type:
-    """Give the class of a layer without what `torch.nn.utils.parametrize` made of it."""
-    return type(layer).__mro__[1 if parametrize.is_parametrized(layer) else 0]
-
-
-def _unconvertible(layer: Any) -> str:
-    """Say why a layer must stay as it is, "" if it need not."""
-    if "forward" in vars(layer):
-        return "its forward was replaced"
-    if issubclass(_plain(layer), PDMultiheadAttention):
-        return ""
-    if _plain(layer) is not nn.MultiheadAttention:
-        kind = _plain(layer)
-        return f"it is a {kind.__module__}.{kind.__qualname__}, whose meaning is its own"
-    for name, used in (
-        ("add_bias_kv", layer.bias_k is not None or layer.bias_v is not None),
-        ("add_zero_attn", layer.add_zero_attn),
-    ):
-        if used:
-            return f"{name}: {_APPENDED}"
-    return ""
-
-
-def _become(layer: Any) -> None:
-    """Change the class of a layer; the object stays."""
-    if issubclass(_plain(layer), PDMultiheadAttention):
-        return
-    kind: type = PDMultiheadAttention
-    if parametrize.is_parametrized(layer):  # its class has a property for every such parameter
-        own = {k: v for k, v in vars(type(layer)).items() if k not in ("__dict__", "__weakref__")}
-        kind = type(f"Parametrized{kind.__name__}", (kind,), own)
-    layer.__class__ = kind

@@ -1,0 +1,188 @@
+"""`convert`, which changes the `nn.MultiheadAttention` layers of a model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from pdcore import AttentionSpec
+
+from ..bound import BoundSpec, Choice, learned_parameters
+from .layer import APPENDED_KEY, PDMultiheadAttention, attach_spec, scale_mismatch
+
+__all__ = ["Conversion", "convert"]
+
+
+@dataclass(frozen=True, repr=False)
+class Conversion:
+    """The changes that `convert` made to a model; prints as text.
+
+    Attributes
+    ----------
+    spec : AttentionSpec
+        The attention of the converted layers.
+    converted : tuple of str
+        The names of the converted layers, as in `named_modules`; a shared layer has several.
+    left : dict of str to str
+        The attention layers that were not converted, each with the reason.
+    nested : tuple of str
+        Encoders in which nested tensors were turned off.
+    parameters : tuple of str
+        The names of new parameters, which an existing optimizer does not have.
+    """
+
+    spec: AttentionSpec
+    converted: tuple[str, ...]
+    left: dict[str, str]
+    nested: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if not self.converted and not self.left:
+            return "nothing converted: the model has no nn.MultiheadAttention"
+        parts = [
+            (f"converted to {self.spec}", self.converted),
+            (
+                "left as it was",
+                [f"{_display_name(name)}: {why}" for name, why in self.left.items()],
+            ),
+            ("nested tensors turned off, which would pass the layers by", self.nested),
+            ("new parameters, for the optimizer", self.parameters),
+        ]
+        lines = []
+        for title, entries in parts:
+            if entries:
+                lines += [title, *(f"  {_display_name(entry)}" for entry in entries)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _display_name(name: str) -> str:
+    """Return the name of a module for messages."""
+    return name or "the model itself"
+
+
+def convert(
+    model: nn.Module,
+    spec: str | AttentionSpec,
+    *,
+    backend: Choice = None,
+    select: Callable[[str, nn.MultiheadAttention], bool] | None = None,
+) -> Conversion:
+    """Change every `nn.MultiheadAttention` of a model to a `PDMultiheadAttention`, in place.
+
+    The modules stay the same objects, with the same parameters, hooks, mode and names, so
+    optimizers and shared modules remain valid.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
+    spec, backend
+        As in `PDMultiheadAttention`.
+    select : callable, optional
+        ``select(name, layer)`` says which layers to convert; by default all.
+
+    Returns
+    -------
+    Conversion
+        The converted layers, and those that were left with the reason: layers with `add_bias_kv` or
+        `add_zero_attn`, subclasses and layers with a replaced `forward`, whose meaning is unknown,
+        and cross-attention of `nn.TransformerDecoderLayer` for specs that depend on positions.
+
+    Raises
+    ------
+    SpecError, UnsupportedError, ValueError
+        For a wrong spec, or one that does not fit the heads of a layer that would be converted;
+        the model is then unchanged.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    >>> print(convert(model, "bn"))
+    converted to softmax+bn
+      self_attn
+    """
+    bound = BoundSpec(spec, backend)
+    learned_parameters(bound.spec)
+    layers: dict[Any, list[str]] = {}
+    cross = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            layers.setdefault(module, []).append(name)
+        if isinstance(module, nn.TransformerDecoderLayer):
+            cross.add(module.multihead_attn)
+    by_position = bound.spec.support.restricts or bound.spec.prefix
+    selected, left = {}, {}
+    for layer, names in layers.items():
+        why = _reason_to_leave(layer)
+        if select is not None and not any(select(name, layer) for name in names):
+            why = "not selected"
+        elif not why and by_position and layer in cross:
+            why = (
+                f"cross-attention, whose keys have other positions than its queries, and "
+                f"{bound.spec} goes by position; convert it to another spec"
+            )
+        if why:
+            left.update(dict.fromkeys(names, why))
+        elif problem := scale_mismatch(bound.spec, layer):
+            raise ValueError(f"{problem} of {_display_name(names[0])}; nothing was converted")
+        else:
+            selected[layer] = names
+    parameters = []
+    for layer, names in selected.items():
+        _convert_layer(layer)
+        parameters += [f"{names[0]}.{name}".lstrip(".") for name in attach_spec(layer, bound)]
+    nested = []
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.TransformerEncoder)
+            and getattr(module, "use_nested_tensor", False)
+            and any(layer in selected for layer in module.modules())
+        ):
+            module.use_nested_tensor = False
+            nested.append(name)
+    converted = [name for names in selected.values() for name in names]
+    return Conversion(bound.spec, tuple(converted), left, tuple(nested), tuple(parameters))
+
+
+def _unparametrized_class(layer: Any) -> type:
+    """Return the class that a layer has without `torch.nn.utils.parametrize`."""
+    return type(layer).__mro__[1 if parametrize.is_parametrized(layer) else 0]
+
+
+def _reason_to_leave(layer: Any) -> str:
+    """Return why a layer cannot be converted, empty if it can."""
+    if "forward" in vars(layer):
+        return "its forward was replaced"
+    if issubclass(_unparametrized_class(layer), PDMultiheadAttention):
+        return ""
+    if _unparametrized_class(layer) is not nn.MultiheadAttention:
+        kind = _unparametrized_class(layer)
+        return f"it is a {kind.__module__}.{kind.__qualname__}, whose meaning is its own"
+    for name, used in (
+        ("add_bias_kv", layer.bias_k is not None or layer.bias_v is not None),
+        ("add_zero_attn", layer.add_zero_attn),
+    ):
+        if used:
+            return f"{name}: {APPENDED_KEY}"
+    return ""
+
+
+def _convert_layer(layer: Any) -> None:
+    """Change the class of a layer, in place."""
+    if issubclass(_unparametrized_class(layer), PDMultiheadAttention):
+        return
+    kind: type = PDMultiheadAttention
+    if parametrize.is_parametrized(layer):  # the class has a property for each parameter
+        attributes = {
+            k: v for k, v in vars(type(layer)).items() if k not in ("__dict__", "__weakref__")
+        }
+        kind = type(f"Parametrized{kind.__name__}", (kind,), attributes)
+    layer.__class__ = kind

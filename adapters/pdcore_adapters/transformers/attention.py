@@ -1,0 +1,348 @@
+"""The attention function that transformers calls in every layer, and its registration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pdcore import AttentionSpec, BoundAttention, Exponential, Support, UnsupportedError, bind
+from pdcore.extend import Inputs
+
+from ..bound import Choice
+from .masks import LayerMask, Pattern, build_mask
+
+__all__ = ["register"]
+
+#: Arguments that models pass to every attention, and that have no effect in it.
+_IGNORED = frozenset(
+    {
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+#: Advice for some of the arguments that are refused.
+_ADVICE = {
+    "cache": "pages of keys belong to continuous batching; use generate() with a DynamicCache",
+    "cu_seq_lens_k": "pad the sequences of a batch instead of packing them",
+    "cu_seq_lens_q": "pad the sequences of a batch instead of packing them",
+    "position_bias": "use 'eager' for a model with biased scores",
+    "s_aux": "use 'eager' for a model with attention sinks",
+    "sinks": "use 'eager' for a model with attention sinks",
+}
+
+
+def register(
+    name: str = "pdcore", spec: str | AttentionSpec = "softmax", *, backend: Choice = None
+) -> None:
+    """Register an attention and its mask function with transformers, by name.
+
+    Afterwards, with ``model.set_attn_implementation(name)``, or ``attn_implementation=name`` at
+    loading, the layers of a model compute the attention of `spec`. The properties of a layer are
+    added to the spec: causality, a sliding window, the scale of the scores, and the softcap.
+
+    Registering a name again replaces the attention, also in models that use the name already.
+
+    Parameters
+    ----------
+    name : str
+        Letters, digits, ``_`` and ``-``, without "flash", which has a meaning in transformers.
+    spec : str or AttentionSpec
+        The attention. ``causal`` is added for causal layers; it may be in the spec if every layer
+        is causal. A window is intersected with that of the layer. Head scaling has one scale for
+        each key head.
+    backend : str or sequence of str, optional
+        As in `pdcore.bind`; the choice is made by this call.
+
+    Raises
+    ------
+    ValueError
+        For a name that transformers or another library uses, and a spec that makes no sense.
+    UnsupportedError
+        For a spec with arrays as parameters, ``bn(beta=param)`` or ``bn(statistics=running)``,
+        which a function registered by name cannot take.
+
+    Notes
+    -----
+    A call of a layer raises `UnsupportedError`, or the error in parentheses, for:
+
+    - a spec with statistics of the future in a causal layer; write
+      ``causal+bn(statistics=prefix)`` for ``bn``;
+    - ``causal`` or prefix statistics in a bidirectional layer;
+    - statistics or pooled keys if their keys are not known: with a mask (B, 1, N, M) of the
+      caller, with patterns other than causal and sliding windows, such as packed sequences, under
+      `torch.compile`, and with a cache that has dropped keys behind a sliding window;
+    - a `scaling` or `softcap` of the layer that contradicts the spec (`ValueError`) or that the
+      kernel does not have;
+    - arguments that are not supported: learned position biases, attention sinks, paged caches,
+      packed sequences.
+
+    The attention of queries that see no key, such as padding on the left, is zero.
+    """
+    known = AttentionInterface().get(name)
+    words = str(name).replace("-", "_")
+    if not words.isidentifier() or "flash" in words:
+        raise ValueError(
+            f"name: got {name!r}, expected letters, digits, _ and -, without 'flash', "
+            "such as 'pdcore'"
+        )
+    if name == "eager" or (
+        not isinstance(known, _LayerAttention)
+        and (known is not None or name in AttentionMaskInterface())
+    ):
+        raise ValueError(
+            f"name: got {name!r}, which is an attention of transformers or of another "
+            "library; expected a new name, such as 'pdcore'"
+        )
+    attention = _LayerAttention(name, bind(spec, backend=backend))
+    AttentionInterface.register(name, attention)
+    # Without a mask function, transformers builds no mask for the name, and padding would be seen.
+    AttentionMaskInterface.register(name, build_mask)
+
+
+class _LayerAttention:
+    """The function that transformers calls in every layer, for one spec."""
+
+    def __init__(self, name: str, bound: BoundAttention) -> None:
+        self.name = name
+        self.spec = bound.spec
+        if self.spec.parameters():
+            names = ", ".join(p.name for p in self.spec.parameters())
+            raise UnsupportedError(
+                f"spec: {self.spec} takes the arrays {names}, and an attention that is registered "
+                "by name has no place for them; write numbers into the spec"
+            )
+        # The choice of backend, which all layers share.
+        self._choice = bound.choice
+        # Pattern, scaling, softcap and D of a layer -> the bound spec for such layers.
+        self._layers: dict[tuple[Any, ...], BoundAttention] = {}
+        heads, normalization = self.spec.heads, self.spec.normalization
+        self._needs_keys = heads.largest > 1 or normalization.statistics_state() is not None
+
+    def __repr__(self) -> str:
+        return f"<pdcore attention {self.name!r}: {self.spec}>"
+
+    def __call__(
+        self,
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        *,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        output_attentions: bool | None = None,
+        **others: Any,
+    ) -> tuple[Any, Any]:
+        """Compute the attention of a layer.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            The layer.
+        query : tensor (B, Hq, N, D)
+        key : tensor (B, Hkv, M, D)
+        value : tensor (B, Hkv, M, Dv)
+        attention_mask : LayerMask, tensor (B or 1, Hq or 1, N, M) or None
+            Bool, True where a query may attend to a key; a float mask is added to log kappa. With
+            a mask, `is_causal` and `sliding_window` are ignored.
+        dropout : float
+            The dropout probability of the weights.
+        scaling, softcap : float, optional
+            The scale tau of the kernel, and the softcap of the exponential kernel.
+        is_causal : bool, optional
+            By default `module.is_causal`, or True for a module without this attribute.
+        sliding_window : int, optional
+            The number of keys that a causal query sees, its own key included.
+        output_attentions : bool, optional
+            Return the weights too, without dropout.
+        **others
+            Must be None, False, or arguments without effect, such as `position_ids`.
+
+        Returns
+        -------
+        out : tensor (B, N, Hq, Dv)
+        weights : tensor (B, Hq, N, M) or None
+
+        Raises
+        ------
+        TypeError, ValueError, UnsupportedError
+            As `register` says.
+        """
+        where = f"{type(module).__name__} with {self.name!r}"
+        _refuse_arguments(where, others)
+        query, key, value = _cast_under_autocast(query, key, value)
+        arguments: dict[str, Any] = {"offset": key.shape[-2] - query.shape[-2]}
+        if attention_mask is None:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            if sliding_window is not None and not causal:
+                raise UnsupportedError(
+                    f"{where}: sliding_window: got {sliding_window} without a mask in a layer that "
+                    "looks both ways, where its meaning differs between models; pass a mask"
+                )
+            pattern = Pattern(
+                bool(causal), math.inf if sliding_window is None else sliding_window - 1
+            )
+        else:
+            expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+            _check_mask(where, attention_mask, expected)
+            if isinstance(attention_mask, LayerMask):
+                pattern = attention_mask.pattern
+                if attention_mask.dropped and self._needs_keys:
+                    raise UnsupportedError(
+                        f"{where}: {self.spec} needs every key of the past, and the cache has "
+                        "dropped those behind the sliding window; pass "
+                        "past_key_values=DynamicCache(), which keeps them, or use_cache=False"
+                    )
+                arguments["offset"] = attention_mask.offset
+                arguments["key_mask"] = attention_mask.key_mask
+                if attention_mask.key_mask is not None:
+                    arguments["key_mask"] = attention_mask.key_mask.expand(expected[0], -1)
+            else:
+                pattern = None
+                kind = "mask" if attention_mask.dtype == torch.bool else "bias"
+                arguments[kind] = attention_mask
+        bound = self._bound(where, pattern, scaling, softcap, query.shape[-1])
+        weights = None
+        if output_attentions:
+            weights = bound.weights(Inputs(query, key, value, **arguments))
+        if dropout:  # omitted if 0, so that its value is not compared
+            arguments["dropout"] = dropout
+        out = bound(query, key, value, **arguments)
+        return out.transpose(1, 2).contiguous(), weights
+
+    def _bound(
+        self,
+        where: str,
+        pattern: Pattern | None,
+        scaling: float | None,
+        softcap: float | None,
+        dim: int,
+    ) -> BoundAttention:
+        """Return the bound spec for layers of one pattern, scaling, softcap and D; cached."""
+        layer = (pattern, scaling, softcap, dim)
+        bound = self._layers.get(layer)
+        if bound is None:
+            try:
+                kernel = _kernel(self.spec, scaling, softcap, dim)
+                support = self._support(pattern)
+                spec = replace(self.spec, kernel=kernel, support=support)
+            except (ValueError, UnsupportedError) as error:
+                raise type(error)(f"{where}: {error}") from error
+            bound = self._layers[layer] = bind(spec, backend=self._choice)
+        return bound
+
+    def _support(self, pattern: Pattern | None) -> Support:
+        """Intersect the support of the spec with that of a layer."""
+        spec, support = self.spec, self.spec.support
+        if pattern is None:
+            if self._needs_keys or support.restricts:
+                raise UnsupportedError(
+                    f"attention_mask: {spec} needs to know padding and positions, which a mask "
+                    "(B, 1, N, M) does not tell apart; pass a mask (B, M) to the model, without "
+                    "packed sequences, and do not compile it"
+                )
+            return support
+        if not pattern.causal and (support.causal or spec.prefix):
+            raise UnsupportedError(
+                f"{spec} is causal, and this layer looks both ways: leave causal out, and use bn "
+                "for bn(statistics=prefix); causality comes from the model"
+            )
+        if pattern.causal and not support.causal and spec.normalization.leaks:
+            raise UnsupportedError(
+                f"{spec} takes statistics over keys of the future, and this layer is causal: "
+                "register causal+bn(statistics=prefix), or permit it with bn(allow_leak=true)"
+            )
+        right = min(support.right, pattern.right)
+        if pattern.causal and pattern.left != math.inf:
+            right = 0  # no effect, but lets the spec refuse pooled keys wider than the window
+        return Support(pattern.causal, min(support.left, pattern.left), right)
+
+
+def _kernel(spec: AttentionSpec, scaling: float | None, softcap: float | None, dim: int) -> Any:
+    """Return the kernel of a spec with the scale and the softcap of a layer."""
+    kernel: Any = spec.kernel
+    if scaling is not None:
+        # Whether the kernel has a field `scale` whose default stands for 1/sqrt(D).
+        scalable = any(f.name == "scale" and f.default is None for f in fields(kernel))
+        if scalable and kernel.scale is None:
+            kernel = replace(kernel, scale=float(scaling))
+        elif scalable and not math.isclose(kernel.scale, scaling, rel_tol=1e-6):
+            raise ValueError(
+                f"scaling: got {scaling:.6g} from the layer, and the spec {spec} says "
+                f"scale={kernel.scale:.6g}; leave scale out of the spec, or set the scaling of "
+                "the layers to it"
+            )
+        elif not scalable and not math.isclose(scaling, dim**-0.5, rel_tol=1e-6):
+            raise UnsupportedError(
+                f"scaling: got {scaling:.6g}, and {kernel.word} has no scale to set; expected "
+                f"1/sqrt(D) = {dim**-0.5:.6g}, which says nothing of its own, or None"
+            )
+    if softcap is not None:
+        if not isinstance(kernel, Exponential):
+            raise UnsupportedError(
+                f"softcap: got {softcap:g}, and {kernel.word} has none; use softmax for this model"
+            )
+        if kernel.softcap not in (None, softcap):
+            raise ValueError(
+                f"softcap: got {softcap:g} from the layer, and the spec {spec} says "
+                f"{kernel.softcap:g}; leave it out of the spec"
+            )
+        kernel = replace(kernel, softcap=float(softcap))
+    return kernel
+
+
+def _refuse_arguments(where: str, others: Mapping[str, Any]) -> None:
+    """Raise for arguments that would have an effect."""
+    for name, value in others.items():
+        if value is None or value is False or name in _IGNORED:
+            continue
+        advice = _ADVICE.get(name, "use 'eager' for this model")
+        raise UnsupportedError(
+            f"{where}: {name}: got a {type(value).__name__}, expected None, "
+            f"since it is not honoured; {advice}"
+        )
+
+
+def _check_mask(where: str, mask: Any, expected: tuple[int, ...]) -> None:
+    """Check the type and shape of a mask."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(
+            f"{where}: attention_mask: got {type(mask).__name__}, expected a tensor "
+            f"that broadcasts to {expected}, or None"
+        )
+    fits = mask.ndim == 4 and all(
+        have in (1, want) for have, want in zip(mask.shape[:2], expected[:2], strict=True)
+    )
+    if not fits or tuple(mask.shape[2:]) != expected[2:]:
+        raise ValueError(
+            f"{where}: attention_mask: got shape {tuple(mask.shape)}, expected one "
+            f"that broadcasts to {expected}"
+        )
+
+
+def _cast_under_autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    """Cast q, k and v to one dtype under autocast, as PyTorch's attention does."""
+    if query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value  # `pdcore.attention` raises the error
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,0 +1,196 @@
+"""Masks of transformers as their parts, which tell padding from causality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+
+__all__ = ["LayerMask", "Pattern", "build_mask"]
+
+
+class Pattern(NamedTuple):
+    """The positions that the queries of a layer see; fields as in `pdcore.Support`."""
+
+    causal: bool = False
+    left: float = math.inf
+    right: float = math.inf
+
+
+class LayerMask(torch.Tensor):  # type: ignore[misc]
+    """A boolean mask (B, 1, N, M) that is stored as its parts.
+
+    Every operation, except reading shape, dtype and device, uses the full mask, which is built when
+    it is first needed, and returns a plain tensor. So models that slice or combine masks work
+    unchanged, but specs with statistics or pooled keys refuse such a mask.
+
+    Attributes
+    ----------
+    pattern : tuple
+        ``(causal, left, right)``, as in `pdcore.Support`.
+    key_mask : bool tensor (B, M) or None
+        True for a real key.
+    offset : int or integer tensor ()
+        The position of the first query among these M keys.
+    dropped : bool
+        Whether the cache has dropped keys before these M keys.
+    """
+
+    pattern: Pattern
+    key_mask: Any
+    offset: Any
+    dropped: bool
+    _full: Callable[[], Any]
+    _built: Any
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        device: Any,
+        pattern: Pattern,
+        key_mask: Any,
+        offset: Any,
+        dropped: bool,
+        full: Callable[[], Any],
+    ) -> LayerMask:
+        """Create a mask from its parts; `full` is a function that builds the full mask."""
+        mask: LayerMask = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=torch.bool, device=device
+        )
+        mask.pattern, mask.key_mask, mask.offset = pattern, key_mask, offset
+        mask.dropped, mask._full, mask._built = dropped, full, None
+        return mask
+
+    def full(self) -> Any:
+        """Build the mask as a plain tensor (B, 1, N, M)."""
+        if self._built is None:
+            self._built = self._full()
+        return self._built
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LayerMask({tuple(self.shape)}, {self.pattern}, offset={self.offset})"
+
+    # Makes results of operations plain tensors, not instances of this class without its parts.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Activation checkpointing detaches the tensors that it stores.
+        if func is torch.ops.aten.detach.default:
+            mask = args[0]
+            return cls(
+                mask.shape,
+                mask.device,
+                mask.pattern,
+                mask.key_mask,
+                mask.offset,
+                mask.dropped,
+                mask.full,
+            )
+        args, kwargs = tree_map(lambda x: x.full() if type(x) is cls else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def build_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Any = None,
+    *,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **others: Any,
+) -> Any:
+    """Build the mask of layers of one pattern, as `transformers.masking_utils.sdpa_mask` does.
+
+    The result is never None, even if nothing is masked: without a mask, the attention would have
+    to guess the pattern.
+
+    Returns
+    -------
+    LayerMask or bool tensor (B, 1, N, M)
+        A tensor for patterns other than causal, sliding and bidirectional ones.
+    """
+    # A copy: a static cache increments its tensor in place before the attention is computed.
+    offset = q_offset.reshape(()).clone() if isinstance(q_offset, torch.Tensor) else q_offset
+
+    def full() -> Any:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+
+    pattern = _recognise_pattern(mask_function)
+    # The compiler cannot trace a `LayerMask`.
+    if pattern is None or torch.compiler.is_compiling():
+        return full()
+    # This pads the mask to the length of a static cache, whose last entries are not written yet.
+    key_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if key_mask is not None:
+        key_mask = key_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+        # Checked once per forward pass, to save every layer a mask that hides nothing.
+        if bool(key_mask.all()):
+            key_mask = None
+    return LayerMask(
+        (batch_size, 1, q_length, kv_length),
+        device,
+        pattern,
+        key_mask,
+        offset - kv_offset,
+        kv_offset > 0,
+        full,
+    )
+
+
+def _recognise_pattern(mask_function: Any) -> Pattern | None:
+    """Return the pattern of a mask function of transformers, None if it is not known.
+
+    Mask functions are closures, recognised by the names of the functions that create them. A
+    closure of any other name, as in another release, is not known.
+    """
+    if mask_function is causal_mask_function:
+        return Pattern(causal=True)
+    if mask_function is bidirectional_mask_function:
+        return Pattern()
+    code = getattr(mask_function, "__code__", None)
+    if getattr(mask_function, "__module__", None) != sdpa_mask.__module__ or code is None:
+        return None
+    cells = (cell.cell_contents for cell in mask_function.__closure__ or ())
+    enclosed = dict(zip(code.co_freevars, cells, strict=True))
+    match mask_function.__qualname__.partition(".")[0], enclosed:
+        case "and_masks", {"mask_functions": parts}:
+            patterns = [_recognise_pattern(part) for part in parts]
+            known = [pattern for pattern in patterns if pattern is not None]
+            if len(known) < len(patterns):
+                return None
+            causal, left, right = zip(*known, strict=True)
+            return Pattern(any(causal), min(left), min(right))
+        case "sliding_window_overlay", {"sliding_window": int(width)}:
+            return Pattern(left=width - 1)  # the width counts the key at the query's position
+        case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)}:
+            return Pattern(left=width, right=width)
+    return None

@@ -1,0 +1,160 @@
+"""Base classes of kernels, and the parameters that kernels and normalizations declare."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from ..errors import UnsupportedError
+from .expression import Expression, trace
+
+__all__ = ["FeatureMap", "Kernel", "Parameter", "PointwiseKernel"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """An array that a kernel or a normalization takes from the call's `params`.
+
+    Attributes
+    ----------
+    name : str
+        The key in `params`.
+    shapes : tuple of tuple
+        The shapes it may have; ``"H"`` stands for the number of key heads, ``"D"`` for the
+        feature count, an int for itself. A parameter always has the head axis first.
+    default : float or None
+        The value of every entry when the call does not pass the parameter; None makes the
+        parameter required.
+    differentiable : bool
+        False for running statistics, which are constants of a call.
+    """
+
+    name: str
+    shapes: tuple[tuple[str | int, ...], ...]
+    default: float | None = None
+    differentiable: bool = True
+
+
+class Kernel(ABC):
+    """A kernel: a frozen dataclass whose fields are the arguments of its word in a spec.
+
+    Attributes
+    ----------
+    word : str
+        The name of the kernel in the grammar.
+    aliases : tuple of str
+        Other names of the kernel.
+    has_log : bool
+        Whether a bias can be added to log kappa.
+    signed : bool
+        Whether kappa may be negative; such a kernel needs ``h(one)`` or ``h(count)``.
+    """
+
+    word: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    has_log: ClassVar[bool]
+    signed: ClassVar[bool] = False
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Return the declarations of the arrays that the kernel takes from `params`."""
+        return ()
+
+    @abstractmethod
+    def latex(self) -> str:
+        """Return kappa(x, y) as LaTeX mathematics."""
+
+
+class PointwiseKernel(Kernel):
+    """A kernel whose logarithm is a function of s = x.y."""
+
+    has_log = True
+
+    @abstractmethod
+    def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
+        """Return log kappa, written with the operations of `pdcore.spec.expression`.
+
+        Parameters
+        ----------
+        s : Expression
+            The inner product x.y.
+        dim : int
+            The feature count D.
+        **params : Expression
+            The declared parameters, each one scalar per head, shape ``("H",)``.
+        """
+
+    def expression(self, dim: int) -> Expression:
+        """Trace `log_kappa` for vectors of `dim` features; the result is cached."""
+        return _trace_log_kappa(self, dim)
+
+
+@lru_cache(maxsize=1024)
+def _trace_log_kappa(kernel: PointwiseKernel, dim: int) -> Expression:
+    names = tuple(p.name for p in kernel.parameters())
+    for p in kernel.parameters():
+        if p.shapes != (("H",),):
+            raise UnsupportedError(
+                f"{kernel.word}: parameter {p.name!r} of a pointwise kernel has shapes "
+                f"{p.shapes}, expected (('H',),): one scalar a head"
+            )
+    return trace(
+        lambda s, *values: kernel.log_kappa(s, dim, **dict(zip(names, values, strict=True))),
+        ("s", *names),
+        f"{type(kernel).__name__}.log_kappa",
+    )
+
+
+class FeatureMap(Kernel):
+    """A kernel given by its features, kappa(x, y) = phi(x).phi(y).
+
+    `log_domain` says that `features` returns log phi; the contraction then subtracts maxima.
+    """
+
+    has_log = False
+    log_domain: ClassVar[bool] = False
+
+    @abstractmethod
+    def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """Compute phi(x), in array-API calls.
+
+        Parameters
+        ----------
+        x : array (*B, H, R, D)
+            Rows of queries or keys, in the accumulation dtype.
+        xp : namespace
+            The array-API namespace of `x`.
+        params : mapping of str to array
+            The declared parameters: (H, 1, 1) for ``("H",)``, (H, 1, D) for ``("H", "D")``,
+            others as given.
+
+        Returns
+        -------
+        array (*B, H, R, F)
+        """
+
+    def features_vjp(
+        self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any]]:
+        """Pull a cotangent of phi(x) back to x and to the parameters.
+
+        Backends without automatic differentiation refuse gradients of a feature map that does
+        not define this method.
+
+        Returns
+        -------
+        dx : array like `x`
+        dparams : mapping of str to array
+            Cotangents of the parameters, not yet summed to the shapes of `params`.
+        """
+        raise UnsupportedError(
+            f"{self.word}: features_vjp is not written, so backends without automatic "
+            "differentiation (numpy, cupy) cannot give its gradient"
+        )
+
+    @property
+    def has_vjp(self) -> bool:
+        """Whether the class defines `features_vjp`."""
+        return type(self).features_vjp is not FeatureMap.features_vjp
