@@ -1,6 +1,6 @@
-"""Version 0.1 in version 0.2: every module and name that it exported imports, and its pickles load.
+"""Version 0.1 in version 0.2: every name that its documentation shows imports, and its pickles load.
 
-``names_0_1.txt`` has the ``__all__`` of every module of 0.1; ``specs_0_1.pickle`` is a dict of spec
+``names_0_1.txt`` has the names of every module's ``__all__`` of 0.1 that its documentation shows; ``specs_0_1.pickle`` is a dict of spec
 string to `AttentionSpec`, pickled by 0.1 with protocol 4.
 """
 
