@@ -1,1 +1,1 @@
-"""Everything that needs a GPU, by one command."""
+"""The command that judges and measures the backends on a machine with a GPU."""
