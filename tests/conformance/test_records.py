@@ -1,4 +1,4 @@
-"""Records: what is read, what is refused and how, merging, comparing, and the command."""
+"""Records: reading, errors in damaged files, merging, comparing, and the command."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def written(folder: Path, *runs: Any, name: str = "record.json") -> Path:
 
 
 def changed(folder: Path, change: Any) -> Path:
-    """Write a record, change what is in it, and write it again as plain JSON."""
+    """Write a record, change its content, and write the content as plain JSON."""
     path = written(folder, run_of(speed=sample_speed()))
     content = json.loads(path.read_text())
     change(content)
@@ -54,7 +54,7 @@ def test_infinite_and_undefined_ratios_survive(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty, expected a record"),
         (b"\xff\xfe\x00", "not UTF-8 text: byte 0xff at 0"),
@@ -74,12 +74,14 @@ def test_infinite_and_undefined_ratios_survive(tmp_path: Path) -> None:
         (b"[" * 100_000, "record.json: "),
     ],
 )
-def test_a_damaged_file_says_what_is_wrong(content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_says_why(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "record.json"
     path.write_bytes(content)
     with pytest.raises(RecordError) as error:
         load(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(path) in str(error.value)
     assert len(str(error.value)) < 600
 
@@ -95,9 +97,7 @@ def test_a_damaged_file_says_what_is_wrong(content: bytes, said: str, tmp_path: 
         (lambda c: c["runs"].append(c["runs"][0]), "runs[1]"),
     ],
 )
-def test_what_does_not_follow_the_schema_says_where(
-    change: Any, place: str, tmp_path: Path
-) -> None:
+def test_an_error_of_the_schema_names_the_place(change: Any, place: str, tmp_path: Path) -> None:
     path = changed(tmp_path, change)
     with pytest.raises(RecordError) as error:
         load(path)
@@ -117,12 +117,12 @@ def test_a_folder_and_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_the_later_run_counts() -> None:
     early, late = (run_of(created=f"2026-11-{day}T05:00:00Z") for day in (20, 24))
     late["cases"][0]["seconds"] = 9.0
-    told: list[str] = []
+    messages: list[str] = []
     for order in ([early, late], [late, early]):
-        merged = merge([sample_record(run) for run in order], say=told.append)
+        merged = merge([sample_record(run) for run in order], say=messages.append)
         assert merged["runs"] == [late]
-    assert len(told) == 2
-    assert "replaces" in told[0]
+    assert len(messages) == 2
+    assert "replaces" in messages[0]
 
 
 def test_a_run_that_was_not_available_replaces_nothing() -> None:
@@ -141,9 +141,9 @@ def test_runs_of_several_backends_stand_side_by_side() -> None:
 
 def test_a_record_is_no_worse_than_itself() -> None:
     record = full_record(every=5)
-    found = compare(record, record)
-    assert found.exit_code == Exit.DONE
-    assert not found.changes
+    comparison = compare(record, record)
+    assert comparison.exit_code == Exit.DONE
+    assert not comparison.changes
 
 
 @pytest.mark.parametrize(
@@ -157,29 +157,29 @@ def test_a_record_is_no_worse_than_itself() -> None:
         (lambda run: run.update(available=False, reason="gone"), "not available any more"),
     ],
 )
-def test_what_got_worse_is_said(change: Any, kind: str) -> None:
+def test_changes_for_the_worse_are_listed(change: Any, kind: str) -> None:
     after = run_of()
     change(after)
-    found = compare(sample_record(run_of()), sample_record(after))
-    assert kind in [c.kind for c in found.of("worse")]
-    assert found.exit_code == Exit.NUMERICS
+    comparison = compare(sample_record(run_of()), sample_record(after))
+    assert kind in [c.kind for c in comparison.of("worse")]
+    assert comparison.exit_code == Exit.NUMERICS
     back = compare(sample_record(after), sample_record(run_of()))
     assert back.exit_code == Exit.DONE
 
 
 def test_slower_is_worse_where_the_intervals_lie_apart() -> None:
     fast, slow = (run_of(speed=sample_speed(scale=scale)) for scale in (1.0, 0.5))
-    found = compare(sample_record(fast), sample_record(slow))
-    assert found.exit_code == Exit.UNMET
+    comparison = compare(sample_record(fast), sample_record(slow))
+    assert comparison.exit_code == Exit.UNMET
     assert not compare(sample_record(slow), sample_record(fast)).of("worse")
 
 
 def test_speed_of_another_machine_is_not_compared() -> None:
     fast, slow = (run_of(speed=sample_speed(scale=scale)) for scale in (1.0, 0.5))
     slow["environment"] = {**slow["environment"], "cpu": "another"}
-    found = compare(sample_record(fast), sample_record(slow))
-    assert found.exit_code == Exit.DONE
-    assert found.notes
+    comparison = compare(sample_record(fast), sample_record(slow))
+    assert comparison.exit_code == Exit.DONE
+    assert comparison.notes
 
 
 def test_nothing_in_common_is_an_error() -> None:
@@ -197,10 +197,10 @@ def command(*arguments: object) -> Any:
 def test_a_summary_and_a_page(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     save(path, full_record(every=9)["runs"])
-    found = command(path, "--html", tmp_path / "page.html")
-    assert found.exit_code == Exit.DONE, found.output
-    assert "torch:cuda" in found.output
-    assert "cupy:cuda is not available" in found.output
+    result = command(path, "--html", tmp_path / "page.html")
+    assert result.exit_code == Exit.DONE, result.output
+    assert "torch:cuda" in result.output
+    assert "cupy:cuda is not available" in result.output
     assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
 
 
@@ -210,27 +210,27 @@ def test_two_records_are_compared(tmp_path: Path) -> None:
     worse["counts"].update(passed=2, failed=1)
     before = written(tmp_path, run_of(), name="before.json")
     after = written(tmp_path, worse, name="after.json")
-    found = command(before, after)
-    assert found.exit_code == Exit.NUMERICS
-    assert "fails now" in found.output
-    found = command(before, after, "--json")
-    assert json.loads(found.stdout)["worse"][0]["what"] == CASES[0]
+    result = command(before, after)
+    assert result.exit_code == Exit.NUMERICS
+    assert "fails now" in result.output
+    result = command(before, after, "--json")
+    assert json.loads(result.stdout)["worse"][0]["what"] == CASES[0]
     assert command(after, before).exit_code == Exit.DONE
 
 
 def test_a_damaged_record_is_an_error_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text('{"schema": 1')
-    found = command(tmp_path / "record.json")
-    assert found.exit_code not in (Exit.DONE, Exit.NUMERICS)
-    assert "the JSON is truncated" in found.output
+    result = command(tmp_path / "record.json")
+    assert result.exit_code not in (Exit.DONE, Exit.NUMERICS)
+    assert "the JSON is truncated" in result.output
 
 
 def test_text_of_a_record_is_escaped_in_the_page(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>\x1b[31m"
     run = sample_run("numpy:cpu", [sample_case("a::b", outcome="failed", message=hostile)])
     path = written(tmp_path, run)
-    found = command(path, "--html", tmp_path / "page.html")
+    result = command(path, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert "\x1b" not in found.output
+    assert "\x1b" not in result.output

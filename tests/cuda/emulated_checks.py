@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, cotangents
+from reference_cases import Case, cotangents
 
 from pdcore.backend import Request
 from pdcore.lowering import Plan

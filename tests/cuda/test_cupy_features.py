@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import normal_case
+from reference_cases import normal_case
 
 import pdcore
 from pdcore.plugins import registry as plugins
@@ -206,7 +206,7 @@ SANITIZED = """
 import numpy as np
 from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
-from strategies import normal_case
+from reference_cases import normal_case
 backend = EmulatedBackend()
 for spec, call in (
     ("linear+causal+sh(2)", {"m": 140, "key_mask": np.arange(140) % 5 > 0}),

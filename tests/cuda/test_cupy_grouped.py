@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, normal_case
+from reference_cases import Case, normal_case
 
 import pdcore
 from pdcore.backend import Contracted

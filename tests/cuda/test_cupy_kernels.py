@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import normal_case
+from reference_cases import normal_case
 
 import pdcore
 from pdcore.backend import Request
@@ -241,7 +241,7 @@ def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -
 SANITIZED = """
 import numpy as np
 from emulated_cupy import EmulatedBackend
-from strategies import normal_case
+from reference_cases import normal_case
 from emulated_checks import fused
 backend = EmulatedBackend()
 for spec, call in (

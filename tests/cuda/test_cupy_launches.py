@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, normal_case
+from reference_cases import Case, normal_case
 
 from pdcore.errors import UnsupportedError
 from pdcore_backends.cupy.launches import CheckedKernel, Limits, Usage

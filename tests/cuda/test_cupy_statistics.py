@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import normal_case
+from reference_cases import normal_case
 
 import pdcore
 from pdcore.backend import Request
@@ -273,7 +273,7 @@ from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
 from pdcore.backend.operands import Contracted
 from pdcore.backend.score_contraction import scores, scores_vjp
-from strategies import normal_case
+from reference_cases import normal_case
 from test_cupy_statistics import SEVERAL
 backend = EmulatedBackend()
 # Of the rest, other tests run the kernels.
