@@ -79,15 +79,15 @@ MODULES = {
     "pdcore_conformance.gpu_checks": "pdcore_conformance.gpu.checks",
     "pdcore_conformance.gpu_records": "pdcore_conformance.gpu.records",
     "pdcore_conformance.gpu_stage": "pdcore_conformance.gpu.stage",
-    "pdcore_conformance.gpu_workers": "pdcore_conformance.gpu.workers",
-    "pdcore_conformance.gpu_wrappers": "pdcore_conformance.gpu.wrappers",
+    "pdcore_conformance.gpu_workers": "pdcore_conformance.gpu.processes",
+    "pdcore_conformance.gpu_wrappers": "pdcore_conformance.gpu.ptx_wrappers",
     "pdcore_conformance.judging": "pdcore_conformance.judge.judging",
     "pdcore_conformance.memory": "pdcore_conformance.bench.memory",
     "pdcore_conformance.new_backend": "pdcore_conformance.template.new_backend",
     "pdcore_conformance.outcomes": "pdcore_conformance.runner.outcomes",
     "pdcore_conformance.own_words": "pdcore_conformance.judge.own_words",
     "pdcore_conformance.peers": "pdcore_conformance.bench.peers",
-    "pdcore_conformance.plain": "pdcore_conformance.bench.plain",
+    "pdcore_conformance.plain": "pdcore_conformance.bench.numpy_variants",
     "pdcore_conformance.plugin": "pdcore_conformance.runner.plugin",
     "pdcore_conformance.record_reading": "pdcore_conformance.record.reading",
     "pdcore_conformance.record_types": "pdcore_conformance.record.types",
@@ -104,9 +104,6 @@ MODULES = {
 #: Names of 0.1 that are called otherwise now, or left a module which kept its own name.
 NAMES = {
     "pdcore.lowering.lower_request": "pdcore.backend.Request.lower",
-    "pdcore_conformance.gpu.Session": "pdcore_conformance.gpu.command.Session",
-    "pdcore_conformance.gpu.TARGETS": "pdcore_conformance.gpu.command.TARGETS",
-    "pdcore_conformance.gpu.main": "pdcore_conformance.gpu.command.main",
 }
 
 #: Modules of 0.1 that are no longer installed, and the folder of the repository that has them.

@@ -11,7 +11,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from strategies import (
+from reference_cases import (
     INF,
     Array,
     Case,

@@ -11,17 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import (
-    INF,
-    Array,
-    Case,
-    Strict,
-    cases,
-    check_forward,
-    cotangents,
-    normal_case,
-    run,
-)
+from reference_cases import INF, Array, Case, Strict, check_forward, cotangents, normal_case, run
+from strategies import cases
 
 import pdcore
 from pdcore.spec import parse

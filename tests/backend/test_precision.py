@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from strategies import (
+from reference_cases import (
     INF,
     Array,
     Case,

@@ -6,13 +6,12 @@ import array_api_strict
 import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import (
+from reference_cases import (
     EXACT,
     Case,
     PlainNumpy,
     Strict,
     assert_close,
-    cases,
     check_budget,
     check_forward,
     check_gradients,
@@ -20,6 +19,7 @@ from strategies import (
     fragile,
     run,
 )
+from strategies import cases
 
 import pdcore
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, cotangents, mapped, normal_case
+from reference_cases import Case, cotangents, mapped, normal_case
 
 import pdcore
 from pdcore.backend import FEATURES, BackendInfo, Inputs, Request

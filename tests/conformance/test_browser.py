@@ -1,4 +1,4 @@
-"""The page of a record, in a headless Chromium: what a reader sees, on a phone and on a desk."""
+"""The page of a record in a headless Chromium, at the widths of a phone and of a desktop."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ SECTIONS = (
 WIDTHS = (400, 1400)
 SCHEMES = ("light", "dark")
 
-# In the names and texts of a record. Any of them that became markup would add elements that the
-# page has not, whether or not its policy lets them act.
+# Texts for the names and messages of a record. If the page did not escape one, it would have
+# further elements, whether or not the content policy lets them act.
 HOSTILE = (
     "<script>document.title='owned'</script>",
     '"><img src=x onerror="document.title=\'owned\'">',
@@ -59,13 +59,13 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    """One Chromium for all tests, with a profile of its own."""
+    """Start one Chromium for all tests, with a temporary profile."""
     chromium = shutil.which("chromium")
     driver = shutil.which("chromedriver")
     if chromium is None or driver is None:
         missing = "chromium" if chromium is None else "chromedriver"
         reason = f"no {missing} on the path (Debian: apt-get install chromium chromium-driver)"
-        # A job that has lost its browser is not green. `.ci/run` says where none can be had.
+        # In CI a missing browser fails the tests, unless `.ci/run` says that there is none.
         if os.environ.get("CI") and not os.environ.get("WITHOUT_BROWSER"):
             pytest.fail(f"{reason}; WITHOUT_BROWSER=1 skips these tests")
         pytest.skip(reason)
@@ -81,7 +81,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         options.add_argument("--no-sandbox")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # The path of the driver: without it selenium would look for one, and may download it.
+    # Without the path of the driver selenium would search for one, and might download it.
     chrome = Chrome(options=options, service=Service(driver))
     try:
         yield chrome
@@ -91,7 +91,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 @dataclass(frozen=True)
 class View:
-    """A page as it is shown now."""
+    """A page that the browser shows."""
 
     browser: Chrome
     address: str
@@ -101,7 +101,7 @@ class View:
         return self.browser.execute_script(script, *arguments)
 
     def requests(self) -> list[str]:
-        """List what was asked for since the last time, whether or not it was had."""
+        """Return the URLs requested since the last call, including failed requests."""
         messages = [
             json.loads(e["message"])["message"] for e in self.browser.get_log("performance")
         ]
@@ -114,7 +114,7 @@ class View:
 
 @pytest.fixture
 def show(browser: Chrome) -> Callable[..., View]:
-    """Open a page at a width, in a colour scheme; a window cannot be as narrow as a phone."""
+    """Open a page with a width in a color scheme; device emulation allows the width of a phone."""
 
     def opened(path: Path, width: int = 1400, scheme: str = "light") -> View:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
@@ -144,8 +144,8 @@ def page(record: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hostile(text: str) -> Record:
-    """Give a small record with `text` in all that is free: names, messages, machines, notes."""
-    # What the schema holds to a few values, or a pattern.
+    """Return a small record with `text` in every free field: names, messages, machines, notes."""
+    # The schema restricts these fields to a few values, or to a pattern.
     fixed = {"kind", "created", "commit", "outcome", "level", "grid", "capabilities"}
     fixed |= {"direction", "way"}
     keyed = {"versions", "verdicts", "seconds", "error_over_budget", "capabilities"}
@@ -170,7 +170,7 @@ def hostile(text: str) -> Record:
     return spoiled
 
 
-# --- what is there -----------------------------------------------------------------------------
+# --- content -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -193,12 +193,12 @@ def test_every_section_is_there_and_seen(
     for place in ("outcomes", "features", "errors", "environment"):
         assert [name for name in names if name not in text[place]] == [], place
     assert [name for name in FEATURES if name not in text["features"]] == []
-    # The matrix: a cell for every feature and backend, none of them empty.
+    # The matrix has a cell for every feature and backend, none of them empty.
     cells = view.ask("return [...document.querySelectorAll('.features td')].map(c => c.innerText)")
     assert len(cells) == len(FEATURES) * len(names)
     assert all(cells)
 
-    # The heat map: both ends of what is over budget, and one that is not.
+    # The heat map shows the smallest and the largest error over budget, and one within it.
     groups = {case["group"] for run in record["runs"] for case in run["cases"]} - {"declared"}
     assert [group for group in groups if group not in text["errors"]] == []
     assert "2,211" in text["errors"]
@@ -248,8 +248,8 @@ def test_the_page_is_complete_without_its_script(page: Path, show: Callable[...,
     try:
         bare = show(page)
         assert bare.ask("return document.querySelectorAll('button, [type=search]').length") == 0
-        found = bare.ask("return document.querySelectorAll('section h2, table, .chart').length")
-        assert found == whole
+        count = bare.ask("return document.querySelectorAll('section h2, table, .chart').length")
+        assert count == whole
     finally:
         view.browser.execute_cdp_cmd(off, {"value": False})
 
@@ -273,10 +273,10 @@ def test_the_filter_and_the_switch(page: Path, show: Callable[..., View]) -> Non
     assert view.ask(count, "#every-case tbody tr") == 6
 
 
-# --- how it looks ------------------------------------------------------------------------------
+# --- layout ------------------------------------------------------------------------------------
 
-# Of all elements that are shown, what reaches beyond the window, other than inside of a box that
-# scrolls by itself.
+# A script that lists the visible elements that reach beyond the window, except in boxes that
+# scroll.
 OVERFLOWING = """
 const width = document.documentElement.clientWidth;
 const out = [];
@@ -293,7 +293,7 @@ for (const cell of document.querySelectorAll("td, th"))
 return out.slice(0, 10);
 """
 
-# Every text that is shown with its contrast to what is painted behind it, by WCAG 2.
+# A script that lists every visible text with its contrast to the background, by WCAG 2.
 CONTRASTS = """
 const parsed = colour => {
   const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number);
@@ -329,7 +329,7 @@ while (walker.nextNode()) {
 return { texts: [...found.values()], paper: luminance(behind(document.body)) };
 """
 
-# SVG without size, and texts and points of plots that lie outside of them or on one another.
+# A script that lists SVG without size, and texts and points outside of their plot or overlapping.
 PLOTS = """
 const out = [];
 for (const svg of document.querySelectorAll("svg")) {
@@ -378,7 +378,7 @@ def test_the_page_fits_and_can_be_read(
     assert [text for text in seen["texts"] if not text["ratio"] >= 4.5] == []
     assert (seen["paper"] > 0.8) == (scheme == "light")
     assert (seen["paper"] < 0.05) == (scheme == "dark")
-    # With every case unfolded it still fits.
+    # The page also fits with every case unfolded.
     assert view.ask(OVERFLOWING) == []
     assert view.browser.get_log("browser") == []
 
@@ -424,13 +424,13 @@ def test_tables_scroll_in_their_own_boxes(
     assert any(box["wide"] for box in boxes)
     for box in boxes:
         assert box["wide"] == (box["moved"] > 0), box
-        # The names of the lines stay, and leave room for what scrolls past them.
+        # The row names stay visible, and leave room for the columns that scroll.
         assert box["stays"], box
         assert box["room"] > 100, box
         assert box["reachable"], box
 
 
-# --- what it must not do -----------------------------------------------------------------------
+# --- security ----------------------------------------------------------------------------------
 
 
 def test_nothing_is_fetched(page: Path, show: Callable[..., View]) -> None:
@@ -460,10 +460,10 @@ def test_hostile_text_stays_text(text: str, tmp_path: Path, show: Callable[..., 
     """
     assert view.ask(acting) == 0
     assert view.ask("return document.querySelectorAll('.failure').length") > 5
-    # It is there, as text, wherever the record has it.
+    # Every place that shows the field has it as text.
     assert view.ask("return document.body.textContent.split(arguments[0]).length", text) > 200
     assert view.browser.get_log("browser") == []
     assert [url for url in view.requests()[1:] if not url.startswith("data:")] == []
-    # Such long names do not break the layout either.
+    # The long names do not break the layout either.
     assert view.ask("return document.documentElement.scrollWidth") <= 400
     assert view.ask(OVERFLOWING) == []

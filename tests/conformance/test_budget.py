@@ -1,4 +1,4 @@
-"""The error budget: honest computations stay within it, planted defects do not."""
+"""The error budget: correct computations stay within it, planted defects exceed it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Array = np.ndarray[Any, Any]
 QUERIES, KEYS, DIM = 32, 4096, 64
 
 
-def drawn(dtype: Any = np.float32, seed: int = 0) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of two heads, as long as the defects are hard to see."""
+def draw(dtype: Any = np.float32, seed: int = 0) -> tuple[Array, Array, Array]:
+    """Draw queries, keys and values of two heads, with many keys, which hide small defects."""
     rng = np.random.default_rng(seed)
     return tuple(
         rng.standard_normal((1, 2, rows, DIM)).astype(dtype) for rows in (QUERIES, KEYS, KEYS)
@@ -27,7 +27,7 @@ def drawn(dtype: Any = np.float32, seed: int = 0) -> tuple[Array, Array, Array]:
 def blocked(
     q: Array, k: Array, v: Array, *, scale: float = DIM**-0.5, block: int = 512
 ) -> tuple[Array, Array]:
-    """Softmax attention as an honest kernel computes it: float32, block by block of keys."""
+    """Compute softmax attention as a correct kernel does: in float32, over blocks of keys."""
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     level = np.full(q.shape[:-1], -np.inf, np.float32)
     total = np.zeros(q.shape[:-1], np.float32)
@@ -35,46 +35,46 @@ def blocked(
     for start in range(0, k.shape[-2], block):
         part = slice(start, start + block)
         s = np.float32(scale) * (q @ k[..., part, :].swapaxes(-1, -2))
-        risen = np.maximum(level, s.max(axis=-1))
-        p, decay = np.exp(s - risen[..., None]), np.exp(level - risen)
+        new_level = np.maximum(level, s.max(axis=-1))
+        p, decay = np.exp(s - new_level[..., None]), np.exp(level - new_level)
         total = total * decay + p.sum(axis=-1)
         out = out * decay[..., None] + p @ v[..., part, :]
-        level = risen
+        level = new_level
     return out / total[..., None], level + np.log(total)
 
 
 def normalized(q: Array, k: Array, *, ddof: int = 0, eps: float = 1e-5) -> tuple[Array, Array]:
-    """T(q), T(k) of Attention-BN in float32."""
+    """Return T(q) and T(k) of Attention-BN in float32."""
     mean = k.mean(axis=-2, keepdims=True)
     var = k.var(axis=-2, keepdims=True, ddof=ddof)
     return (q - mean) / np.sqrt(var + eps), (k - mean) / np.sqrt(var + eps)
 
 
 def truncated(x: Array) -> Array:
-    """Keep the 10 mantissa bits that TF32 keeps."""
+    """Return the numbers with the 10 bits of mantissa that TF32 keeps."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def named(result: tuple[Array, Array], dtype: Any = np.float32) -> dict[str, Array]:
+def outputs(result: tuple[Array, Array], dtype: Any = np.float32) -> dict[str, Array]:
     return {"out": result[0].astype(dtype), "lse": result[1]}
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("block", [KEYS, 512, 100])
-def test_honest_kernels_stay_within_the_budget(dtype: Any, block: int) -> None:
-    q, k, v = drawn(dtype)
-    verdicts = judge(named(blocked(q, k, v, block=block), dtype), expect(q, k, v))
+def test_correct_kernels_stay_within_the_budget(dtype: Any, block: int) -> None:
+    q, k, v = draw(dtype)
+    verdicts = judge(outputs(blocked(q, k, v, block=block), dtype), expect(q, k, v))
     assert worst(verdicts) < 0.6, verdicts
 
 
-def test_honest_batch_normalization_stays_within_the_budget() -> None:
-    q, k, v = drawn()
-    verdicts = judge(named(blocked(*normalized(q, k), v)), expect(q, k, v, "bn"))
+def test_correct_batch_normalization_stays_within_the_budget() -> None:
+    q, k, v = draw()
+    verdicts = judge(outputs(blocked(*normalized(q, k), v)), expect(q, k, v, "bn"))
     assert worst(verdicts) < 0.6, verdicts
 
 
 def test_float64_is_judged_by_longdouble() -> None:
-    q, k, v = drawn(np.float64)
+    q, k, v = draw(np.float64)
     expected = expect(q, k, v)
     assert expected.oracle["out"].dtype == np.longdouble
     s = (q @ k.swapaxes(-1, -2)) * DIM**-0.5
@@ -98,8 +98,8 @@ DEFECTS: dict[str, tuple[str, Kernel]] = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_planted_defects_exceed_the_budget_in_both_outputs(defect: str) -> None:
     spec, kernel = DEFECTS[defect]
-    q, k, v = drawn()
-    verdicts = judge(named(kernel(q, k, v)), expect(q, k, v, spec))
+    q, k, v = draw()
+    verdicts = judge(outputs(kernel(q, k, v)), expect(q, k, v, spec))
     for name, verdict in verdicts.items():
         assert verdict.ratio > 10, (name, verdict)
         assert not verdict.ok
@@ -108,12 +108,12 @@ def test_planted_defects_exceed_the_budget_in_both_outputs(defect: str) -> None:
 @pytest.mark.parametrize("defect", ["scale 1 % off", "last key dropped"])
 def test_a_fixed_tolerance_would_miss_them(defect: str) -> None:
     _, kernel = DEFECTS[defect]
-    q, k, v = drawn()
+    q, k, v = draw()
     assert np.max(abs(kernel(q, k, v)[0] - blocked(q, k, v)[0])) < 1e-2
 
 
-def test_one_bad_head_is_found_and_named() -> None:
-    q, k, v = drawn()
+def test_one_wrong_head_is_named() -> None:
+    q, k, v = draw()
     expected = expect(q, k, v)
     out = expected.low["out"].copy()
     out[0, 1] *= np.float32(1.001)
@@ -125,7 +125,7 @@ def test_one_bad_head_is_found_and_named() -> None:
 
 @pytest.mark.parametrize("planted", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_an_infinite_error(planted: float) -> None:
-    q, k, v = drawn()
+    q, k, v = draw()
     expected = expect(q, k, v)
     out = expected.low["out"].copy()
     out[0, 1, 3, 5] = planted
@@ -133,7 +133,7 @@ def test_a_value_that_is_not_finite_is_an_infinite_error(planted: float) -> None
 
 
 def test_minus_infinity_of_an_empty_row_must_be_there() -> None:
-    q, k, v = drawn()
+    q, k, v = draw()
     mask = np.ones((QUERIES, KEYS), dtype=bool)
     mask[7] = False
     expected = expect(q, k, v, mask=mask)
@@ -146,8 +146,8 @@ def test_minus_infinity_of_an_empty_row_must_be_there() -> None:
     assert not judge({"out": out}, expected)["out"].ok
 
 
-def test_a_nan_of_the_oracle_must_be_there_and_widens_nothing() -> None:
-    q, k, v = drawn()
+def test_a_nan_of_the_oracle_must_be_there_and_leaves_the_budget() -> None:
+    q, k, v = draw()
     q[0, 0, 3] = np.nan
     expected = expect(q, k, v)
     good = judge(expected.low, expected)
@@ -158,7 +158,7 @@ def test_a_nan_of_the_oracle_must_be_there_and_widens_nothing() -> None:
     assert judge({"out": out}, expected)["out"].ratio == math.inf
 
 
-def test_zero_budget_forgives_nothing_but_zero() -> None:
+def test_zero_budget_allows_only_zero_error() -> None:
     zero = np.zeros((1, 2, 4, 3), np.float32)
     wide = zero.astype(np.float64)
     assert judge_array(zero, wide, zero, dtype="float32").ratio == 0.0
@@ -168,7 +168,7 @@ def test_zero_budget_forgives_nothing_but_zero() -> None:
 
 
 def test_other_dtypes_and_shapes_are_errors_not_rounding() -> None:
-    q, k, v = drawn()
+    q, k, v = draw()
     expected = expect(q, k, v)
     out = expected.low["out"]
     with pytest.raises(TypeError, match="out: got dtype float64, expected float32"):
@@ -178,13 +178,13 @@ def test_other_dtypes_and_shapes_are_errors_not_rounding() -> None:
 
 
 def test_empty_outputs_have_no_error() -> None:
-    q, k, v = (x[..., :0, :] for x in drawn())
+    q, k, v = (x[..., :0, :] for x in draw())
     expected = expect(q, k, v)
     assert worst(judge(expected.low, expected)) == 0.0
 
 
 def test_params_bias_and_masks_reach_the_reference() -> None:
-    q, k, v = (x[..., :16, :] for x in drawn())
+    q, k, v = (x[..., :16, :] for x in draw())
     rng = np.random.default_rng(1)
     call = {
         "bias": rng.standard_normal((16, 16)).astype(np.float32),

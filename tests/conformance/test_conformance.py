@@ -1,4 +1,4 @@
-"""The suite itself: outcomes, refusals, known failures, exit codes, and how a case is run alone."""
+"""The suite itself: outcomes, refusals, known failures, exit codes, and running one case."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GAUSSIAN = "refusals::feature[gaussian]"
 BIAS = "refusals::feature[bias]"
 CAUSAL = "declaration::core_feature_is_declared[causal]"
 
-#: Runs some cases on some backends in one interpreter, and prints how each ended.
+#: A script that runs some cases on some backends and prints the outcomes.
 RUN = """
 import json, sys
 import planted_backends
@@ -31,17 +31,17 @@ planted_backends.register()
 for name, failures in {failures!r}.items():
     entry = plugins._entries[name]
     plugins._entries[name] = entry._replace(known_failures=lambda backend, f=failures: f)
-found = []
+results = []
 for name, options in {runs!r}:
     run, code = conform(name, **options)
-    found.append({{
+    results.append({{
         "code": code,
         "counts": run["counts"],
         "available": run["available"],
         "reason": run["reason"],
         "cases": {{case["id"]: case for case in run["cases"]}},
     }})
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
@@ -85,7 +85,7 @@ def test_a_refusal_is_called_and_verified(outcomes):
     assert outcomes["no_bias"]["code"] == Exit.DONE
 
 
-def test_what_is_declared_unsupported_must_not_run(outcomes):
+def test_a_feature_declared_unsupported_must_not_run(outcomes):
     case = outcomes["secretive"]["cases"][BIAS]
     assert case["outcome"] == "failed"
     assert "bias=unsupported" in case["message"]
@@ -124,7 +124,7 @@ def test_known_failures_are_strict():
     )
     assert known["cases"][SOFTMAX]["outcome"] == "known failure"
     assert known["cases"][SOFTMAX]["message"] == "a planted crash"
-    # Nothing but known failures proves nothing.
+    # A run of known failures alone is a failure.
     assert known["code"] == Exit.FAILURE
     assert passing["cases"][SOFTMAX]["outcome"] == "failed"
     assert "it passes" in passing["cases"][SOFTMAX]["message"]
@@ -143,16 +143,16 @@ def test_an_unavailable_backend_is_an_error_unless_permitted():
 
 
 def test_core_level_has_core_features_only():
-    [found] = run_all([("good", {"level": "core"})])
-    assert found["code"] == Exit.DONE
-    assert found["counts"]["passed"] > 200
-    assert found["counts"]["failed"] == 0
-    for case in found["cases"].values():
+    [result] = run_all([("good", {"level": "core"})])
+    assert result["code"] == Exit.DONE
+    assert result["counts"]["passed"] > 200
+    assert result["counts"]["failed"] == 0
+    for case in result["cases"].values():
         assert set(case["features"]) <= CORE
 
 
 def pytest_alone(*arguments, cwd):
-    """Run the suite by pytest itself, as the docs say."""
+    """Run the suite by pytest, as in docs/conformance.md."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PDCORE_PLUGINS": "",
@@ -198,7 +198,7 @@ def test_pytest_runs_the_suite_on_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "--backend NAME[:DEVICE] is missing"),
         (("--backend", "numpi"), "did you mean 'numpy'?"),
@@ -207,10 +207,10 @@ def test_pytest_runs_the_suite_on_two_processes(tmp_path):
         (("--backend", "numpy", "--level", "some"), "core"),
     ],
 )
-def test_a_wrong_option_is_a_usage_error(arguments, said, tmp_path):
+def test_a_wrong_option_is_a_usage_error(arguments, message, tmp_path):
     done = pytest_alone(*arguments, cwd=tmp_path)
     assert done.returncode == 4
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_nothing_run_is_a_failure(tmp_path):
@@ -227,11 +227,11 @@ some = ids[:: len(ids) // 7]
 run, code = conform("numpy", cases=some)
 print(json.dumps({"ids": ids, "some": some, "ran": [c["id"] for c in run["cases"]], "code": code}))
 """
-    found = fresh(script, tmp_path, PDCORE_PLUGINS="")
-    assert len(set(found["ids"])) == len(found["ids"]) > 2000
-    assert sorted(found["ran"]) == sorted(found["some"])
-    assert not any(c.isspace() for name in found["ids"] for c in name)
-    assert found["code"] == 0
+    result = fresh(script, tmp_path, PDCORE_PLUGINS="")
+    assert len(set(result["ids"])) == len(result["ids"]) > 2000
+    assert sorted(result["ran"]) == sorted(result["some"])
+    assert not any(c.isspace() for name in result["ids"] for c in name)
+    assert result["code"] == 0
 
 
 def test_calls_draw_the_same_values_in_every_dtype_and_layout():

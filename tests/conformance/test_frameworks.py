@@ -1,4 +1,4 @@
-"""What the suite asks of array libraries: arrays there and back, precision, transformations."""
+"""The array libraries of the suite: conversion of arrays, precision, transformations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def layouts(dtype: str) -> Iterator[np.ndarray]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("library", LIBRARIES, indirect=True)
-def test_there_and_back(library: Framework, dtype: str) -> None:
+def test_arrays_are_converted_both_ways(library: Framework, dtype: str) -> None:
     if dtype in ("float16", "bfloat16") and library.library == "array_api_strict":
         with pytest.raises(TypeError, match=f"array_api_strict has no {dtype}"):
             library.asarray(np.zeros(3, dtype_of(dtype)))
@@ -81,12 +81,12 @@ def test_strides_are_kept(library: Framework, dtype: str) -> None:
     for x in layouts(dtype):
         x = np.asarray(x)
         there = library.asarray(x)
-        given = there.strides if library.library == "numpy" else there.stride()
+        strides = there.strides if library.library == "numpy" else there.stride()
         unit = 1 if library.library == "numpy" else x.itemsize
         if library.library != "numpy" and any(stride < 0 for stride in x.strides):
             assert there.is_contiguous()
         elif x.size:
-            assert tuple(stride * unit for stride in given) == x.strides
+            assert tuple(stride * unit for stride in strides) == x.strides
 
 
 @pytest.mark.torch
@@ -98,13 +98,13 @@ def test_a_tensor_shares_nothing_with_its_array() -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES, indirect=True)
-def test_what_is_no_array_of_the_library(library: Framework) -> None:
+def test_other_objects_are_no_arrays_of_the_library(library: Framework) -> None:
     for other in (1.0, [1.0], None, "x", np.float64(1)):
         assert not library.is_array(other)
     assert library.is_array(np.zeros(2)) == (library.library == "numpy")
 
 
-# --- what is there --------------------------------------------------------------------------------
+# --- availability --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", LIBRARIES, indirect=True)
@@ -148,7 +148,7 @@ def test_no_framework_is_imported_before_it_is_needed() -> None:
     code = """
 import sys
 from pdcore_conformance.frameworks import framework
-found = [framework(name) for name in ("numpy", "array_api_strict", "torch", "jax", "cupy", "x")]
+libraries = [framework(name) for name in ("numpy", "array_api_strict", "torch", "jax", "cupy", "x")]
 left = {name.partition(".")[0] for name in sys.modules}
 left &= {"torch", "jax", "jaxlib", "cupy", "array_api_strict", "ml_dtypes"}
 sys.exit(str(left) if left else 0)
@@ -159,7 +159,7 @@ sys.exit(str(left) if left else 0)
 
 def test_any_library_of_the_standard(monkeypatch: Any) -> None:
     pytest.importorskip("array_api_strict")
-    library = Framework("array_api_strict")  # by what every library has, nothing of its own
+    library = Framework("array_api_strict")  # the base class
     x = np.arange(6.0).reshape(2, 3)
     there = library.asarray(x)
     assert library.is_array(there)
@@ -196,20 +196,24 @@ def test_torch_precision() -> None:
 
 
 @pytest.mark.jax
-def test_jax_precision_is_the_processs() -> None:
+def test_jax_precision_is_global() -> None:
     jax = pytest.importorskip("jax")
     from concurrent.futures import ThreadPoolExecutor
 
-    def seen() -> tuple[Any, ...]:
+    def settings() -> tuple[Any, ...]:
         return jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
 
-    before = seen()
+    before = settings()
     library = framework("jax")
     with ThreadPoolExecutor(1) as thread:
         for dtype in ("float64", "float32"):
             with library.precision(dtype):
-                assert seen() == thread.submit(seen).result() == (dtype == "float64", "highest")
-    assert seen() == before
+                assert (
+                    settings()
+                    == thread.submit(settings).result()
+                    == (dtype == "float64", "highest")
+                )
+    assert settings() == before
     with library.precision("float32"):
         assert library.dtype_of(library.asarray(np.zeros(2, np.int64))) == "int32"
         with pytest.raises(TypeError, match="float64 only under precision"):
@@ -217,7 +221,7 @@ def test_jax_precision_is_the_processs() -> None:
 
 
 @pytest.mark.jax
-def test_jax_forgets_its_programs_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jax_frees_its_programs_regularly(monkeypatch: pytest.MonkeyPatch) -> None:
     jax = pytest.importorskip("jax")
     from pdcore_conformance.frameworks import on_jax
 
@@ -252,7 +256,7 @@ def test_poisoned_memory(library: Framework) -> None:
 @pytest.mark.torch
 def test_torch_poison_reaches_new_empty_and_backward() -> None:
     torch = pytest.importorskip("torch")
-    seen = []
+    cotangents = []
 
     class Fresh(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
@@ -261,7 +265,7 @@ def test_torch_poison_reaches_new_empty_and_backward() -> None:
 
         @staticmethod
         def backward(ctx: Any, d: Any) -> Any:
-            seen.append(d.new_empty(2))
+            cotangents.append(d.new_empty(2))
             return d
 
     with framework("torch").poisoned():
@@ -271,14 +275,14 @@ def test_torch_poison_reaches_new_empty_and_backward() -> None:
         assert torch.isnan(torch.empty_strided((2, 2), (1, 2))).all()
         half = torch.empty(2, dtype=torch.bfloat16)
     assert torch.isnan(half).all()
-    assert torch.isnan(seen[0]).all()
+    assert torch.isnan(cotangents[0]).all()
 
 
 # --- transformations ------------------------------------------------------------------------------
 
 
 def product(x: Any) -> tuple[Any, Any]:
-    """Give a^2 b, and the square root of a."""
+    """Return a^2 b, and the square root of a."""
     a, b = x["a"], x["b"]
     return a * a * b, a**0.5
 
@@ -304,7 +308,9 @@ def test_reverse_mode(library: Framework, arrays: dict[str, np.ndarray]) -> None
             rtol=1e-13,
         )
         np.testing.assert_allclose(library.asnumpy(gradients["b"]), a * a * d_out, rtol=1e-13)
-        np.testing.assert_array_equal(library.asnumpy(gradients["c"]), 0.0)  # nothing depends on it
+        np.testing.assert_array_equal(
+            library.asnumpy(gradients["c"]), 0.0
+        )  # the result does not depend on c
         _, alone = library.vjp(product, there, (d[0], None))
         np.testing.assert_allclose(library.asnumpy(alone["a"]), 2 * a * b * d_out, rtol=1e-13)
 

@@ -1,4 +1,4 @@
-"""The checks of a GPU that are not the suite's, with stand-ins for the GPU and for its tools."""
+"""The checks on a GPU that are not in the suite, with stand-ins for the GPU and its tools."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from test_gpu_command import BIAS, SOFTMAX, command, runs_of
 from pdcore.errors import Exit
 from pdcore.plugins import registry as plugins
 from pdcore_conformance.gpu import checks as gpu_checks
-from pdcore_conformance.gpu.wrappers import Check, Output
+from pdcore_conformance.gpu.ptx_wrappers import Check, Output
 
 
 def tool(folder: Path, lines: str) -> None:
-    """Put a compute-sanitizer on the path that does as the lines say."""
+    """Write a shell script named compute-sanitizer with these lines."""
     script = folder / "compute-sanitizer"
     script.write_text(f"#!/bin/sh\n{lines}\n", encoding="utf-8")
     script.chmod(0o755)
 
 
-#: Runs the command that follows the tool's seven words, as the tool does.
+#: Runs the command that follows the options of the tool, as the tool does.
 RUNS = 'echo "COMPUTE-SANITIZER $2"; shift 6; exec "$@"'
 FINDS = 'echo "========= Invalid __global__ read of size 4 bytes"; exit 86'
 DIES = 'echo "Error: no such device"; exit 3'
@@ -39,7 +39,9 @@ def sanitized(name: str, seconds: float = 60.0) -> tuple[str, str | None]:
     return gpu_checks._sanitized(name, "numpy:cpu", seconds)
 
 
-def test_the_calls_run_under_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_calls_run_under_compute_sanitizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     tool(tmp_path, RUNS)
@@ -47,7 +49,7 @@ def test_the_calls_run_under_the_tool(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("lines", "outcome", "said"),
+    ("lines", "outcome", "text"),
     [
         (FINDS, "failed", "Invalid __global__ read of size 4 bytes"),
         (DIES, "error", "exit code 3: Error: no such device"),
@@ -55,19 +57,17 @@ def test_the_calls_run_under_the_tool(tmp_path: Path, monkeypatch: pytest.Monkey
         ("sleep 60", "not claimed", "compute-sanitizer --tool memcheck was not through in 1 s"),
     ],
 )
-def test_what_the_tool_says_is_the_outcome(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, outcome: str, said: str
+def test_the_outcome_is_that_of_the_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, outcome: str, text: str
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     tool(tmp_path, lines.replace("sleep", "exec sleep"))
-    found, message = sanitized("memcheck", 1.0 if "sleep" in lines else 30.0)
-    assert found == outcome
-    assert said in (message or "")
+    result, message = sanitized("memcheck", 1.0 if "sleep" in lines else 30.0)
+    assert result == outcome
+    assert text in (message or "")
 
 
-def test_without_the_tool_the_record_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_tool_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sanitized("memcheck") == (
         "not claimed",
@@ -75,13 +75,13 @@ def test_without_the_tool_the_record_says_so(
     )
 
 
-#: A tool whose child holds the writing end of a pipe, as a program holds the GPU.
+#: A tool whose child keeps the writing end of a pipe open, as a program keeps the GPU.
 STARTS = '(echo started; exec sleep 60) > "{pipe}" & wait'
 
 
 @pytest.fixture
-def holding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Put such a tool on the path; the end of its pipe that tells when the child has ended."""
+def pipe_of_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Put such a tool on the path; return the reading end, which ends when the child ends."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     os.mkfifo(tmp_path / "pipe")
     tool(tmp_path, STARTS.format(pipe=tmp_path / "pipe"))
@@ -90,29 +90,29 @@ def holding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(reading)
 
 
-def heard(pipe: int) -> bytes:
-    """Give what comes through a pipe next; nothing once all who write to it have ended."""
+def read_next(pipe: int) -> bytes:
+    """Return the next bytes of a pipe; empty when every process that writes to it has ended."""
     ready, _, _ = select.select([pipe], [], [], 20.0)
     assert ready, "the child of the tool goes on"
     return os.read(pipe, 100)
 
 
-def test_what_the_tool_has_started_ends_with_its_time(holding: int) -> None:
+def test_the_child_of_the_tool_ends_at_the_time_limit(pipe_of_child: int) -> None:
     assert sanitized("memcheck", 2.0)[0] == "not claimed"
-    assert heard(holding) == b"started\n"
-    assert heard(holding) == b""
+    assert read_next(pipe_of_child) == b"started\n"
+    assert read_next(pipe_of_child) == b""
 
 
-def test_what_the_tool_has_started_ends_with_the_checks(holding: int) -> None:
+def test_the_child_of_the_tool_ends_with_the_checks(pipe_of_child: int) -> None:
     command = [sys.executable, "-m", "pdcore_conformance.gpu.checks", "numpy:cpu"]
     path = os.pathsep.join(filter(None, sys.path))
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path}
     ) as checks:
-        assert heard(holding) == b"started\n"
+        assert read_next(pipe_of_child) == b"started\n"
         checks.terminate()
     assert checks.returncode == 128 + signal.SIGTERM
-    assert heard(holding) == b""
+    assert read_next(pipe_of_child) == b""
 
 
 class FakeModule:
@@ -140,16 +140,16 @@ def device(capability: int) -> dict[str, Any]:
 def test_wrappers_are_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.arange(3, dtype=np.float32)
     sevens = Output(np.full(2, 7, np.float32), (3,))
-    given = [
+    checks = [
         Check("right", "k", 1, 1, (x, sevens)),
         Check("wrong", "k", 1, 1, (x, sevens._replace(expected=np.float32([7, 6.5])))),
         Check("newer", "k", 1, 1, (x, sevens), 80),
         Check("near", "k", 1, 1, (x, sevens._replace(expected=np.float32([7.001]), rtol=1e-3))),
     ]
-    monkeypatch.setattr("pdcore_conformance.gpu.wrappers.checks", lambda: given)
+    monkeypatch.setattr("pdcore_conformance.gpu.ptx_wrappers.checks", lambda: checks)
     monkeypatch.setattr(gpu_checks, "compiled", lambda: device(75))
-    found = {case["id"]: case for case in gpu_checks.wrapper_cases()}
-    outcomes = {name: case["outcome"] for name, case in found.items()}
+    cases = {case["id"]: case for case in gpu_checks.wrapper_cases()}
+    outcomes = {name: case["outcome"] for name, case in cases.items()}
     assert outcomes == {
         "device::ptx[compiled]": "passed",
         "device::ptx[right]": "passed",
@@ -157,11 +157,11 @@ def test_wrappers_are_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         "device::ptx[newer]": "not claimed",
         "device::ptx[near]": "passed",
     }
-    assert found["device::ptx[wrong]"]["message"] == (
+    assert cases["device::ptx[wrong]"]["message"] == (
         "k, argument 1: 1 of 2 entries differ, the first is 1: got 7.0 (0x40e00000), expected 6.5 "
         "(0x40d00000)"
     )
-    assert "compute capability 7.5" in (found["device::ptx[newer]"]["message"] or "")
+    assert "compute capability 7.5" in (cases["device::ptx[newer]"]["message"] or "")
 
 
 def test_wrappers_that_do_not_compile_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +175,9 @@ def test_wrappers_that_do_not_compile_are_an_error(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.cuda
-def test_the_wrappers_by_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrappers_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = pytest.importorskip("cuda_on_cpu")
-    from pdcore_conformance.gpu.wrappers import checks, source
+    from pdcore_conformance.gpu.ptx_wrappers import checks, source
 
     names = dict.fromkeys(check.kernel for check in checks())
     module = cuda.RawModule(source(), options=("-std=c++17",), name_expressions=tuple(names))
@@ -196,13 +196,13 @@ def test_the_wrappers_by_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcomes == ["passed"] * (1 + len(list(checks())))
 
 
-def kind_of(kernel: str) -> str:
-    """Give an instantiation's name without the widths and the types of its arrays."""
+def template_of(kernel: str) -> str:
+    """Return the name of a kernel without the widths and dtypes of its instantiation."""
     return re.sub(r"\b(ptx::\w+|scalar|float|double|\d\d+)\b", "", kernel)
 
 
 @pytest.mark.cuda
-def test_the_small_calls_go_through_every_kernel() -> None:
+def test_the_small_calls_run_every_kernel() -> None:
     emulated = pytest.importorskip("emulated_cupy")
     import cuda_gate
     import cuda_gate_tensor_cores
@@ -213,20 +213,20 @@ def test_the_small_calls_go_through_every_kernel() -> None:
         assert gpu_checks.small_calls(f"{emulated.NAME}:cpu") == len(gpu_checks.CALLS)
     finally:
         plugins.unregister_backend(emulated.NAME)
-    launched = set(map(kind_of, runtime.launches))
-    known = {kind_of(name) for name, _ in cuda_gate.kernels()}
-    known |= set(map(kind_of, cuda_gate_tensor_cores.kernels()))
+    launched = set(map(template_of, runtime.launches))
+    known = {template_of(name) for name, _ in cuda_gate.kernels()}
+    known |= set(map(template_of, cuda_gate_tensor_cores.kernels()))
     assert launched == known
 
 
 # --- as a stage of the command --------------------------------------------------------------------
 
-#: Lets NumPy's backend be one that is checked, on a device whose kernels are right, or all wrong.
+#: Makes the NumPy backend one that is checked, with kernels that are all right, or all wrong.
 STAND_IN = """
 import os
 if os.environ.get("STAND_IN"):
     import numpy as np
-    from pdcore_conformance import gpu_checks
+    from pdcore_conformance.gpu import checks as gpu_checks
 
     gpu_checks.BACKENDS = ("numpy",)
 
@@ -239,15 +239,15 @@ if os.environ.get("STAND_IN"):
                 if os.environ["STAND_IN"] == "wrong":
                     return
                 [check] = [c for c in self.checks if c.kernel == name and c.block == block[0]][:1]
-                for given, made in zip(check.arguments, arguments):
-                    if hasattr(given, "expected"):
-                        made.reshape(-1)[: given.expected.size] = given.expected.reshape(-1)
+                for output, x in zip(check.arguments, arguments):
+                    if hasattr(output, "expected"):
+                        x.reshape(-1)[: output.expected.size] = output.expected.reshape(-1)
             return launch
 
     def compiled():
-        from pdcore_conformance import gpu_wrappers
-        some = [c for c in gpu_wrappers.checks() if not c.name.startswith("cp.async")]
-        gpu_wrappers.checks = lambda: some
+        from pdcore_conformance.gpu import ptx_wrappers
+        some = [c for c in ptx_wrappers.checks() if not c.name.startswith("cp.async")]
+        ptx_wrappers.checks = lambda: some
         return {"module": Module(some), "capability": 90, "array": np.asarray,
                 "empty": lambda shape, dtype: np.zeros(shape, dtype), "host": np.asarray}
 
@@ -286,7 +286,7 @@ def test_checks_are_a_stage(tmp_path: Path, stand_in: Path) -> None:
         assert run["counts"]["not claimed"] == 1
 
 
-def test_wrong_wrappers_are_red(tmp_path: Path, stand_in: Path) -> None:
+def test_wrong_wrappers_fail(tmp_path: Path, stand_in: Path) -> None:
     tool(tmp_path, FINDS)
     path = f"{tmp_path}:/usr/bin:/bin"
     code, text = command(
@@ -305,19 +305,21 @@ def test_wrong_wrappers_are_red(tmp_path: Path, stand_in: Path) -> None:
     assert "not reached: speed of numpy:cpu: its numerics are not green" in text
 
 
-def test_a_check_needs_a_backend_that_has_it(tmp_path: Path) -> None:
+def test_a_check_needs_a_backend_with_cuda_kernels(tmp_path: Path) -> None:
     only = ("--only", "numpy", "--no-speed", f"--case={BIAS}", f"--case={EXPONENTIAL}")
     code, text = command(tmp_path / "records", *only)
     assert code == Exit.FAILURE
     assert f"numpy:cpu: there is no case {EXPONENTIAL}" in text
 
 
-def test_checks_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_of_the_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu_checks, "compiled", lambda: device(75))
     monkeypatch.setenv("PATH", "")
     assert gpu_checks.main("numpy:cpu") == 1  # every output is 7
-    said = capsys.readouterr().out
-    assert "failed: device::ptx[ldmatrix.x4.trans]: load<4, true>, argument 1: " in said
-    assert "not claimed: device::ptx[mma.m16n8k16, bf16]: the device has compute capability" in said
+    text = capsys.readouterr().out
+    assert "failed: device::ptx[ldmatrix.x4.trans]: load<4, true>, argument 1: " in text
+    assert "not claimed: device::ptx[mma.m16n8k16, bf16]: the device has compute capability" in text
     assert gpu_checks.main("numpy:cpu", "small") == 0
     assert capsys.readouterr().out == "13 calls\n"

@@ -1,4 +1,4 @@
-"""The one command for a GPU machine, tried on the CPU: stages, records, going on, giving up."""
+"""The command for a GPU machine, run on the CPU: stages, records, resuming and failures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from installing import VARIABLES, add_distribution
 from sample_records import sample_case, sample_run
 
 from pdcore.errors import Exit
-from pdcore_conformance.gpu.records import joined, summary
-from pdcore_conformance.gpu.workers import shares, variables
+from pdcore_conformance.gpu.processes import process_environment, share_processes
+from pdcore_conformance.gpu.records import merge_runs, summary
 from pdcore_conformance.record import writing as record
 
 SOFTMAX = "kernels::kernel_is_computed[softmax-float32]"
@@ -24,7 +24,7 @@ GAUSSIAN = "kernels::kernel_is_computed[gaussian(gamma=0.3)-float32]"
 BIAS = "refusals::feature[bias]"
 CASES = [f"--case={name}" for name in (SOFTMAX, GAUSSIAN, BIAS)]
 
-#: Backends that go wrong in the ways that a process may.
+#: Backends that fail in the ways in which a process may: wrong numbers, a crash, no end.
 PLANTED = """
 import os, time
 import pdcore
@@ -102,7 +102,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     out: Path, *arguments: str, path: Path | None = None, device: str = "cpu", **more: str
 ) -> tuple[int, str]:
-    """Run the command; give its exit code and what it prints."""
+    """Run the command; return its exit code and its output."""
     environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
     roots = [str(Path(x).resolve()) for x in sys.path if x]
     environment["PYTHONPATH"] = os.pathsep.join([str(path), *roots] if path else roots)
@@ -131,10 +131,10 @@ def runs_of(path: Path) -> dict[str, Any]:
     return {record.target(run): run for run in record.load(path)["runs"]}
 
 
-# --- a whole run ----------------------------------------------------------------------------------
+# --- complete runs --------------------------------------------------------------------------------
 
 
-def test_numerics_of_two_backends_and_going_on(tmp_path: Path) -> None:
+def test_numerics_of_two_backends_and_resuming(tmp_path: Path) -> None:
     pytest.importorskip("array_api_strict")
     out = tmp_path / "records"
     only = ("--only", "numpy,strict", "--no-speed", *CASES)
@@ -152,7 +152,7 @@ def test_numerics_of_two_backends_and_going_on(tmp_path: Path) -> None:
         assert own["cases"] == run["cases"]
         assert f"{name} on" in text
 
-    # The same commit: nothing is run again. One case more: that one alone.
+    # The same commit: nothing is run again, except the case that is added.
     more = "kernels::kernel_is_computed[cosine-float32]"
     code, text = command(out, *only, f"--case={more}", "--resume")
     assert code == Exit.DONE, text
@@ -162,7 +162,7 @@ def test_numerics_of_two_backends_and_going_on(tmp_path: Path) -> None:
     assert set(kept) == {SOFTMAX, GAUSSIAN, BIAS, more}
     assert [kept[case["id"]] for case in runs["numpy:cpu"]["cases"]] == runs["numpy:cpu"]["cases"]
 
-    # Of another commit: run again.
+    # A record of another commit is not used: its cases are run again.
     path = out / "numpy-cpu.numerics.json"
     [old] = record.load(path)["runs"]
     record.save(path, [{**old, "commit": "f" * 40}], replace=True)
@@ -188,13 +188,13 @@ def test_parts_of_a_run_that_was_killed_are_kept(tmp_path: Path) -> None:
     assert runs_of(out / "record.json")["numpy:cpu"]["counts"]["passed"] == 2
 
 
-#: Shapes that take no time, and a last step in which the process dies.
+#: Small shapes, and a last step in which the process crashes.
 SMALL = """
 import os, sys
 if os.environ.get("SMALL_BENCH") and "pdcore_conformance.gpu.stage" in " ".join(sys.orig_argv):
-    from pdcore_conformance import speed, speed_grid
-    from pdcore_conformance.bench.peers import Workload
-    speed_grid._CPU = {"quick": (Workload("softmax", (1, 8, 64, 16)),)}
+    from pdcore_conformance.bench import grid, speed
+    from pdcore_conformance.bench.workload import Workload
+    grid._CPU = {"quick": (Workload("softmax", (1, 8, 64, 16)),)}
     def dies(bench):
         if os.environ["SMALL_BENCH"] == "dies":
             print("CUDA error: lost", flush=True)
@@ -203,7 +203,7 @@ if os.environ.get("SMALL_BENCH") and "pdcore_conformance.gpu.stage" in " ".join(
 """
 
 
-def test_speed_until_the_process_died_is_kept(tmp_path: Path) -> None:
+def test_speed_before_a_crash_is_kept(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SMALL, encoding="utf-8")
     out = tmp_path / "records"
     arguments = ("--only", "numpy", f"--case={SOFTMAX}")
@@ -245,7 +245,7 @@ def test_frameworks(name: str, tmp_path: Path) -> None:
     assert name in run["versions"]
 
 
-def test_nothing_optional_is_needed(tmp_path: Path) -> None:
+def test_runs_without_optional_packages(tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     lines = [f"sys.modules[{name!r}] = None" for name in OPTIONAL]
@@ -261,7 +261,7 @@ def test_nothing_optional_is_needed(tmp_path: Path) -> None:
     assert "ml_dtypes, which is not installed" in left["message"]
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------
 
 
 def test_without_a_gpu(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert runs["cupy:cpu"]["reason"]
 
 
-def test_a_wrong_backend_is_red_and_not_measured(tmp_path: Path, planted: Path) -> None:
+def test_a_wrong_backend_fails_and_is_not_measured(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     code, text = command(out, "--only", "wrong", *CASES, path=planted)
     assert code == Exit.NUMERICS, text
@@ -305,7 +305,7 @@ def test_a_wrong_backend_is_red_and_not_measured(tmp_path: Path, planted: Path) 
     assert runs_of(out / "record.json")["wrong:cpu"]["counts"]["failed"] >= 2
 
 
-def test_a_process_that_dies_and_others_that_do_not(tmp_path: Path, planted: Path) -> None:
+def test_a_process_that_crashes_leaves_the_others(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     code, text = command(out, "--only", "dying,numpy", "--no-speed", *CASES, path=planted)
     assert code == Exit.FAILURE, text
@@ -314,7 +314,7 @@ def test_a_process_that_dies_and_others_that_do_not(tmp_path: Path, planted: Pat
     assert runs_of(out / "record.json")["numpy:cpu"]["counts"]["passed"] == 3
 
 
-def test_a_case_without_end_is_ended(tmp_path: Path, planted: Path) -> None:
+def test_a_case_that_does_not_end_is_stopped(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     began = time.monotonic()
     code, text = command(
@@ -328,7 +328,7 @@ def test_a_case_without_end_is_ended(tmp_path: Path, planted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--only", "numpyy"], Exit.USAGE, "unknown backend 'numpyy'"),
         (["--grid", "huge"], Exit.USAGE, "invalid choice: 'huge'"),
@@ -339,13 +339,13 @@ def test_a_case_without_end_is_ended(tmp_path: Path, planted: Path) -> None:
         ),
     ],
 )
-def test_wrong_use(arguments: list[str], code: int, said: str, tmp_path: Path) -> None:
-    found, text = command(tmp_path / "records", *arguments)
-    assert found == code, text
-    assert said in text
+def test_wrong_use(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    exit_code, text = command(tmp_path / "records", *arguments)
+    assert exit_code == code, text
+    assert message in text
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, text = command(tmp_path / "file" / "records", "--only", "numpy")
     assert code == Exit.OUTPUT, text
@@ -359,59 +359,62 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
     assert "not installed: hypothesis" in text
 
 
-# --- parts ----------------------------------------------------------------------------------------
+# --- functions ------------------------------------------------------------------------------------
 
 
-def test_processes_are_shared_out_by_cost() -> None:
-    assert shares({"torch:cuda": 2800, "jax:cuda": 2800, "cupy:cuda": 2800}, 16) == {
+def test_processes_are_distributed_by_cost() -> None:
+    assert share_processes({"torch:cuda": 2800, "jax:cuda": 2800, "cupy:cuda": 2800}, 16) == {
         "torch:cuda": 2,
         "jax:cuda": 12,
         "cupy:cuda": 2,
     }
-    assert shares({"torch:cuda": 2800, "jax:cuda": 2800}, 2) == {"torch:cuda": 1, "jax:cuda": 1}
-    assert shares({"torch:cuda": 0, "jax:cuda": 25}, 16) == {"jax:cuda": 3}
-    assert shares({}, 16) == {}
+    assert share_processes({"torch:cuda": 2800, "jax:cuda": 2800}, 2) == {
+        "torch:cuda": 1,
+        "jax:cuda": 1,
+    }
+    assert share_processes({"torch:cuda": 0, "jax:cuda": 25}, 16) == {"jax:cuda": 3}
+    assert share_processes({}, 16) == {}
 
 
 def test_the_environment_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/given")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-    found = variables("cuda:0", threads=3)
-    assert found["OMP_NUM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "3"
-    assert found["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
-    assert found["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    assert found["JAX_COMPILATION_CACHE_DIR"] == "/mine"
-    assert found["PYTHONPATH"].endswith("/given")
-    assert "XLA_FLAGS" not in variables("cuda")  # where times are measured
-    assert "XLA_FLAGS" not in variables("cpu", threads=3)
+    variables = process_environment("cuda:0", threads=3)
+    assert variables["OMP_NUM_THREADS"] == variables["OPENBLAS_NUM_THREADS"] == "3"
+    assert variables["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+    assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert variables["JAX_COMPILATION_CACHE_DIR"] == "/mine"
+    assert variables["PYTHONPATH"].endswith("/given")
+    assert "XLA_FLAGS" not in process_environment("cuda")  # where times are measured
+    assert "XLA_FLAGS" not in process_environment("cpu", threads=3)
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-    assert variables("cuda", threads=3)["XLA_FLAGS"] == "--xla_gpu_autotune_level=4"
+    assert process_environment("cuda", threads=3)["XLA_FLAGS"] == "--xla_gpu_autotune_level=4"
 
 
-def test_parts_are_joined() -> None:
+def test_parts_are_merge_runs() -> None:
     first = sample_run("torch:cuda", [sample_case("a::one"), sample_case("a::two")], seconds=10.0)
     second = sample_run("torch:cuda", [sample_case("a::three", outcome="failed")], seconds=20.0)
-    both = joined(None, [first, second], ["a::one", "a::two", "a::three"])
+    both = merge_runs(None, [first, second], ["a::one", "a::two", "a::three"])
     assert both is not None
     assert both["selection"] is None
     assert [case["id"] for case in both["cases"]] == ["a::one", "a::three", "a::two"]
     assert both["counts"]["passed"] == 2
     assert both["counts"]["failed"] == 1
     assert both["seconds"] == 20.0
-    # What is run again counts as it was then; what is not wanted any more is left out.
+    # A case that is run again replaces the earlier one; a case that is not asked for is left out.
     again = sample_run("torch:cuda", [sample_case("a::three")], seconds=1.0)
-    mended = joined(both, [again], ["a::two", "a::three", "a::four"])
+    mended = merge_runs(both, [again], ["a::two", "a::three", "a::four"])
     assert mended is not None
     assert mended["selection"] == ["a::three", "a::two"]
     assert mended["counts"]["failed"] == 0
     assert mended["seconds"] == 21.0
-    assert joined(None, [first], ["a::other"]) is None
-    assert joined(None, [], ["a::one"]) is None
+    assert merge_runs(None, [first], ["a::other"]) is None
+    assert merge_runs(None, [], ["a::one"]) is None
     json.dumps(both)
 
 
-def test_a_summary_says_what_matters() -> None:
+def test_a_summary_shows_the_first_failures() -> None:
     cases = [
         sample_case(f"a::{i}", outcome="failed", message="out: too far\nby much") for i in range(7)
     ]

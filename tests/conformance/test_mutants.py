@@ -1,4 +1,4 @@
-"""Every planted defect is caught, by the case that tells what it is; what is right is not."""
+"""Every planted defect fails its case, and the backend without a defect passes all of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mutants.registry import PARENT
 
 from pdcore.plugins import registry as plugins
 
-#: Defects that are not of numbers, and what is said of them.
-SAID = {
+#: Defects that are not wrong numbers, and a part of the message of their case.
+MESSAGES = {
     "silent_fall_back": "bias=unsupported",
     "work_handed_on": "asks backend numpy",
     "undeclared_refusal": "no gaussian kernel yet",
@@ -34,29 +34,29 @@ def caught():
             plugins.unregister_backend(name)
 
 
-def test_there_are_many(caught):
+def test_there_are_many_defects(caught):
     assert len(MUTANTS) > 40
 
 
-def test_what_is_right_passes(caught):
+def test_the_backend_without_a_defect_passes(caught):
     assert caught[PARENT]["bad"] == {}
     assert caught[PARENT]["ran"] == len({mutant.case for mutant in MUTANTS.values()})
 
 
-def test_every_defect_is_caught_by_the_case_that_tells(caught):
+def test_every_defect_fails_its_case(caught):
     for name, mutant in MUTANTS.items():
         bad = caught[f"mutant_{name}"]["bad"]
         assert list(bad) == [mutant.case], name
         ratio, message = bad[mutant.case]
         if name == "shared_scratch":
-            assert message  # whatever the other thread's inputs lead to
-        elif name in SAID:
-            assert SAID[name] in message, name
+            assert message  # it depends on the inputs of the other thread
+        elif name in MESSAGES:
+            assert MESSAGES[name] in message, name
         else:
             assert ratio == "inf" or ratio > 1, (name, ratio, message)
 
 
-def test_the_table_is_of_these_mutants(caught):
+def test_the_table_lists_these_mutants(caught):
     rows = [line.split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
     listed = {row[0].removeprefix("| "): row for row in rows[1:]}
     assert set(listed) == set(MUTANTS)

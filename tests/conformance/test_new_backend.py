@@ -1,4 +1,4 @@
-"""A generated plugin: installed into a fresh environment, green, and red when it is broken."""
+"""A plug-in from the template, installed in a new environment: it passes, and fails when broken."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(project):
-    """A Python of its own that has the plugin installed, over what the tests run with."""
+    """Return a Python with the plug-in installed, in addition to the packages of the tests."""
     environment = project.parent / "environment"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    found = environment / "bin" / "python"
-    if not found.exists():
-        found = environment / "Scripts" / "python.exe"
+    executable = environment / "bin" / "python"
+    if not executable.exists():
+        executable = environment / "Scripts" / "python.exe"
     outside = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     installed = subprocess.run(
-        [found, "-m", "pip", "install", "--quiet", "--no-deps", str(project)],
+        [executable, "-m", "pip", "install", "--quiet", "--no-deps", str(project)],
         capture_output=True,
         text=True,
         check=False,
         env=outside,
     )
     assert installed.returncode == 0, installed.stderr
-    # pdcore and all that the tests have are there as well, after the plugin's own.
+    # Add the packages of the tests after those of the environment.
     script = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    place = subprocess.run([found, "-c", script], check=True, capture_output=True, text=True)
+    purelib = subprocess.run([executable, "-c", script], check=True, capture_output=True, text=True)
     paths = "\n".join(str(Path(path).resolve()) for path in sys.path if path)
-    Path(place.stdout.strip(), "outer.pth").write_text(paths + "\n")
-    return found
+    Path(purelib.stdout.strip(), "outer.pth").write_text(paths + "\n")
+    return executable
 
 
 def conform(python, *arguments):
@@ -67,11 +67,11 @@ def conform(python, *arguments):
     return done, json.loads(record.read_text())["runs"][0]
 
 
-def test_a_generated_plugin_is_green_at_once(python):
-    done, found = conform(python, "--level", "core")
+def test_a_generated_plugin_passes(python):
+    done, result = conform(python, "--level", "core")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert found["counts"]["passed"] > 200
-    assert found["counts"]["failed"] == 0
+    assert result["counts"]["passed"] > 200
+    assert result["counts"]["failed"] == 0
 
 
 CASES = [
@@ -83,14 +83,14 @@ CASES = [
 ONLY = [argument for case in CASES for argument in ("--case", case)]
 
 
-def test_what_it_declares_beyond_the_core_is_green_too(python):
-    done, found = conform(python, *ONLY)
+def test_declared_optional_features_pass(python):
+    done, result = conform(python, *ONLY)
     assert done.returncode == 0, done.stdout
-    assert found["counts"]["passed"] == len(CASES)
+    assert result["counts"]["passed"] == len(CASES)
 
 
-def test_a_broken_override_is_red_for_the_right_reason(project, python):
-    """An error of 1 % in the scale shows where the override runs, and nowhere else."""
+def test_a_broken_override_fails_the_cases_that_use_it(project, python):
+    """An error of 1 % in the scale fails the cases in which the override runs, and no others."""
     source = project / "pdcore_fresh_one" / "backend.py"
     text = source.read_text()
     assert text.count("c.scale * xp.matmul(") == 1
@@ -100,11 +100,11 @@ def test_a_broken_override_is_red_for_the_right_reason(project, python):
     assert installed.read_text() == text
     installed.write_text(text.replace("c.scale * xp.matmul(", "1.01 * c.scale * xp.matmul("))
     try:
-        done, found = conform(python, *ONLY)
+        done, result = conform(python, *ONLY)
     finally:
         installed.write_text(text)
     assert done.returncode == Exit.NUMERICS
-    outcomes = {case["id"]: case for case in found["cases"]}
+    outcomes = {case["id"]: case for case in result["cases"]}
     assert [outcomes[case]["outcome"] for case in CASES] == ["failed", "passed", "failed", "failed"]
     assert outcomes[CASES[0]]["ratio"] > 100
     assert "of its budget" in outcomes[CASES[0]]["message"]
@@ -117,7 +117,7 @@ def test_its_own_test_runs_the_suite(project):
     compile(text, "test_conformance.py", "exec")
 
 
-def test_nothing_of_the_template_is_left(project):
+def test_no_template_syntax_is_left(project):
     for path in project.rglob("*"):
         assert "{" not in path.name
         assert path.suffix != ".jinja"
@@ -126,7 +126,7 @@ def test_nothing_of_the_template_is_left(project):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("numpy",), "there is a backend 'numpy' already"),
         (("no-name",), "expected an identifier"),
@@ -134,10 +134,10 @@ def test_nothing_of_the_template_is_left(project):
         (("mine", "--library", "no library"), "expected an import name"),
     ],
 )
-def test_a_wrong_name_is_a_usage_error(arguments, said, tmp_path):
+def test_a_wrong_name_is_a_usage_error(arguments, message, tmp_path):
     result = run(*arguments, "--output", tmp_path)
     assert result.exit_code == Exit.USAGE
-    assert said in " ".join(result.output.replace("│", " ").split())
+    assert message in " ".join(result.output.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,7 +28,7 @@ def written(folder: Path, *runs: Any, name: str = "record.json") -> Path:
 
 
 def changed(folder: Path, change: Any) -> Path:
-    """Write a record, change what is in it, and write it again as plain JSON."""
+    """Write a record, change its content, and write the content as plain JSON."""
     path = written(folder, run_of(speed=sample_speed()))
     content = json.loads(path.read_text())
     change(content)

@@ -1,4 +1,4 @@
-"""The bench: what it refuses, how it judges, and that its measurements measure."""
+"""The bench: refusals, targets, and measurements."""
 
 from __future__ import annotations
 
@@ -15,21 +15,11 @@ from typer.testing import CliRunner
 from pdcore.cli.commands import app
 from pdcore.errors import Exit
 from pdcore_backends.numpy.impl import NumpyBackend
-from pdcore_conformance.bench import (
-    figures as speed_figures,
-)
-from pdcore_conformance.bench import (
-    grid as speed_grid,
-)
-from pdcore_conformance.bench import (
-    peers,
-    speed,
-)
-from pdcore_conformance.bench import (
-    rates as speed_rates,
-)
+from pdcore_conformance.bench import figures, rates, speed
+from pdcore_conformance.bench import grid as bench_grid
+from pdcore_conformance.bench.measurements import FUSED, Bench
 from pdcore_conformance.bench.memory import WAYS, peak_memory
-from pdcore_conformance.bench.peers import PEERS, Peer, Workload, choose_peers
+from pdcore_conformance.bench.peers import PEERS, Peer, choose_peers
 from pdcore_conformance.bench.timing import (
     interleaved,
     interval,
@@ -37,6 +27,7 @@ from pdcore_conformance.bench.timing import (
     quartiles,
     threads_limited,
 )
+from pdcore_conformance.bench.workload import DIRECTIONS, Workload, half_pooled
 from pdcore_conformance.frameworks import framework
 from pdcore_conformance.record import writing as record
 
@@ -45,13 +36,13 @@ TINY = Workload("softmax", (1, 8, 64, 16))
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes that take no time, and no fresh processes."""
+    """Use small shapes, and leave out the figures that start new processes."""
     tiny = (TINY, TINY._replace(direction="forward+backward"), TINY._replace(spec="bn"))
-    monkeypatch.setattr(speed_grid, "_CPU", {"quick": tiny, "full": tiny})
-    for module in (speed_grid, speed_figures):
+    monkeypatch.setattr(bench_grid, "_CPU", {"quick": tiny, "full": tiny})
+    for module in (bench_grid, figures):
         monkeypatch.setattr(module, "long_shape", lambda device, grid: (1, 8, 128, 16))
-    figures = {n: f for n, f in speed.FIGURES.items() if n not in ("memory", "import")}
-    monkeypatch.setattr(speed, "FIGURES", figures)
+    in_process = {n: f for n, f in speed.FIGURES.items() if n not in ("memory", "import")}
+    monkeypatch.setattr(speed, "FIGURES", in_process)
 
 
 def test_calls_are_interleaved_and_counted() -> None:
@@ -89,33 +80,33 @@ def test_summaries() -> None:
         (1.0, (None, None), None),
     ],
 )
-def test_figures_are_met_or_not(value: float, target: Any, met: bool | None) -> None:
+def test_targets_are_met_or_not(value: float, target: Any, met: bool | None) -> None:
     assert judged(value, target)["met"] is met
 
 
-def bench(peers: list[str] | None = None) -> speed.Bench:
-    return speed.Bench("numpy", None, "quick", choose_peers(peers), 2)
+def numpy_bench(peers: list[str] | None = None) -> Bench:
+    return Bench("numpy", None, "quick", choose_peers(peers), 2)
 
 
 @pytest.mark.parametrize("name", [n for n, p in PEERS.items() if p.library == "numpy"])
-def test_the_peers_compute_what_they_say(name: str) -> None:
+def test_the_peers_compute_what_they_state(name: str) -> None:
     peer = PEERS[name]
     if peer.missing("cpu") is not None:
         assert "pip install" in str(peer.missing("cpu"))
         return
-    bench_ = bench([name])
+    bench = numpy_bench([name])
     for spec in peer.computes or ():
         workload = TINY._replace(spec=spec)
-        assert bench_._peer(peer, workload) is not None, bench_.speed["missing_peers"]
+        assert bench.checked_peer_call(peer, workload) is not None, bench.speed["missing_peers"]
 
 
 def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", np)
     for spec in ("softmax", "causal"):
         peer = replace(PEERS["matmul and softmax, CuPy"], library="numpy")
-        found = bench()
+        bench = numpy_bench()
         workload = TINY._replace(spec=spec)
-        assert found._peer(peer, workload) is not None, found.speed["missing_peers"]
+        assert bench.checked_peer_call(peer, workload) is not None, bench.speed["missing_peers"]
 
 
 @pytest.mark.parametrize(
@@ -128,19 +119,19 @@ def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_operations_are_counted(spec: str, direction: str, operations: float) -> None:
-    assert speed_rates.operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
+    assert rates.operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
 
 
-def test_rates_are_beside_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_compared_with_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.5, 0.25, *[2.0] * 8, 0.125])
-    monkeypatch.setattr(speed_rates, "_fastest", lambda call, rounds: [call(), next(seconds)][1])
-    monkeypatch.setattr(speed_rates.framework("torch"), "available", lambda device: "not here")
-    found = bench()
-    speed_rates.rates(found)
-    assert not found.speed["figures"]  # no GPU
-    sizes = speed_rates.Sizes((1, 2, 64, 8), "float32", copied=2**20, side=128, rounds=1)
-    speed_rates.rates_at(found, sizes)
-    figures = {f["name"]: (f["value"], f["unit"]) for f in found.speed["figures"]}
+    monkeypatch.setattr(rates, "_fastest", lambda call, rounds: [call(), next(seconds)][1])
+    monkeypatch.setattr(rates.framework("torch"), "available", lambda device: "not here")
+    bench = numpy_bench()
+    rates.rates(bench)
+    assert not bench.speed["figures"]  # no GPU
+    sizes = rates.Sizes((1, 2, 64, 8), "float32", copied=2**20, side=128, rounds=1)
+    rates.rates_at(bench, sizes)
+    figures = {f["name"]: (f["value"], f["unit"]) for f in bench.speed["figures"]}
     assert figures["copy of 1 MiB, read and written"] == (2 * 2**20 / 0.5 / 1e9, "GB/s")
     product = 2 * 128**3 / 0.25
     assert figures["float32 matrix product of 128, numpy"] == (product / 1e12, "TFLOP/s")
@@ -160,42 +151,42 @@ def test_rates_are_beside_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_library_that_does_not_multiply_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed_rates.framework("torch"), "available", lambda device: "not here")
+    monkeypatch.setattr(rates.framework("torch"), "available", lambda device: "not here")
 
-    def fails(*given: Any) -> Any:
+    def fails(*arguments: Any) -> Any:
         raise TypeError("no bfloat16")
 
-    monkeypatch.setattr(speed_rates, "_array", fails)
-    found = bench()
-    assert speed_rates._product(found, speed_rates.Sizes(side=8)) is None
-    assert found.speed["notes"][-1] == (
+    monkeypatch.setattr(rates, "_array", fails)
+    bench = numpy_bench()
+    assert rates._product(bench, rates.Sizes(side=8)) is None
+    assert bench.speed["notes"][-1] == (
         "no bfloat16 matrix product of 8: torch: not here; numpy: TypeError: no bfloat16"
     )
 
 
 def test_a_peer_that_computes_something_else_is_left_out_and_named() -> None:
     wrong = Peer("wrong", "numpy", ("softmax",), lambda w: lambda x: 1.01 * x["v"])
-    found = bench()
-    assert found._peer(wrong, TINY) is None
-    [entry] = [e for e in found.speed["missing_peers"] if e["peer"] == "wrong"]
+    bench = numpy_bench()
+    assert bench.checked_peer_call(wrong, TINY) is None
+    [entry] = [e for e in bench.speed["missing_peers"] if e["peer"] == "wrong"]
     assert "over the budget" in entry["reason"]
-    assert not found.speed["red"]
+    assert not bench.speed["red"]
 
 
 def test_a_peer_that_fails_is_named() -> None:
     def make(workload: Workload) -> Any:
         raise RuntimeError("no such kernel")
 
-    found = bench()
-    assert found._peer(Peer("failing", "numpy", ("softmax",), make), TINY) is None
-    assert "no such kernel" in found.speed["missing_peers"][-1]["reason"]
+    bench = numpy_bench()
+    assert bench.checked_peer_call(Peer("failing", "numpy", ("softmax",), make), TINY) is None
+    assert "no such kernel" in bench.speed["missing_peers"][-1]["reason"]
 
 
 def test_missing_peers_are_named_with_what_installs_them(small: None) -> None:
     absent = Peer("absent", "no_such_library", ("softmax",), lambda w: None, install="pip x")
     assert absent.missing("cpu") == "not installed: no_such_library (pip x)"
     assert PEERS["torch SDPA, flash"].missing("cpu") == "runs on cuda only"
-    listed = {entry["peer"] for entry in bench().speed["missing_peers"]}
+    listed = {entry["peer"] for entry in numpy_bench().speed["missing_peers"]}
     assert "torch SDPA, flash" in listed
 
 
@@ -206,7 +197,7 @@ def test_an_unknown_peer_is_answered_with_the_nearest() -> None:
     assert other.takes(Workload("polynomial", (1, 1, 2, 2)))
 
 
-def test_red_numerics_give_no_figures(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_numerics_have_no_figures(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = NumpyBackend.attention
 
     def off(self: Any, plan: Any, inputs: Any, *, lse: bool = False) -> Any:
@@ -214,15 +205,15 @@ def test_red_numerics_give_no_figures(small: None, monkeypatch: pytest.MonkeyPat
         return out * np.float32(1.01), level
 
     monkeypatch.setattr(NumpyBackend, "attention", off)
-    found = speed.measure("numpy")
-    assert found["red"]
-    assert not found["ratios"]
-    assert not found["growth"]
-    assert not found["figures"]
-    assert any("the numerics are red" in note for note in found["notes"])
+    measured = speed.measure("numpy")
+    assert measured["red"]
+    assert not measured["ratios"]
+    assert not measured["growth"]
+    assert not measured["figures"]
+    assert any("the numerics are red" in note for note in measured["notes"])
 
 
-def test_a_wrong_gradient_is_red(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_fails(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     attention_vjp = NumpyBackend.attention_vjp
 
     def off(self: Any, plan: Any, inputs: Any) -> Any:
@@ -235,115 +226,115 @@ def test_a_wrong_gradient_is_red(small: None, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_whole_measurement_is_a_record(small: None, tmp_path: Any) -> None:
     seen: list[float] = []
-    found = speed.measure("numpy", say=lambda title, share: seen.append(share))
+    measured = speed.measure("numpy", say=lambda title, share: seen.append(share))
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
-    against = {(r["spec"], r["peer"], r["direction"]) for r in found["ratios"]}
+    against = {(r["spec"], r["peer"], r["direction"]) for r in measured["ratios"]}
     assert ("softmax", "textbook NumPy", "forward") in against
     assert ("bn", "literal Attention-BN, NumPy", "forward") in against
     assert ("bn", "spec softmax", "forward") in against
-    assert {g["spec"] for g in found["growth"]} == {"softmax", "linear"}
-    assert all(row["ok"] for row in found["numerics"])
-    back = [row for row in found["numerics"] if "d_k" in row["error_over_budget"]]
-    assert back
+    assert {g["spec"] for g in measured["growth"]} == {"softmax", "linear"}
+    assert all(row["ok"] for row in measured["numerics"])
+    backward = [row for row in measured["numerics"] if "d_k" in row["error_over_budget"]]
+    assert backward
     run = record.new_run("numpy", "cpu")
-    run["speed"] = found
+    run["speed"] = measured
     record.save(tmp_path / "record.json", [run])
-    assert record.load(tmp_path / "record.json")["runs"][0]["speed"] == found
+    assert record.load(tmp_path / "record.json")["runs"][0]["speed"] == measured
 
 
 def test_a_deadline_leaves_the_rest_out_and_says_so(small: None) -> None:
-    found = speed.measure("numpy", deadline=0.0)
-    assert not found["ratios"]
-    assert any("no time was left" in note for note in found["notes"])
+    measured = speed.measure("numpy", deadline=0.0)
+    assert not measured["ratios"]
+    assert any("no time was left" in note for note in measured["notes"])
 
 
-def test_what_was_found_is_kept_before_each_step(small: None) -> None:
+def test_measurements_are_kept_before_each_step(small: None) -> None:
     kept: list[Any] = []
-    found = speed.measure("numpy", keep=kept.append)
-    ended = [[n for n in one["notes"] if "the process was ended" in n] for one in kept]
+    measured = speed.measure("numpy", keep=kept.append)
+    ended = [[n for n in speed_["notes"] if "the process was ended" in n] for speed_ in kept]
     assert [len(notes) for notes in ended] == list(range(len(kept), 0, -1))
     assert not kept[0]["numerics"]
-    assert 0 < len(kept[1]["ratios"]) < len(found["ratios"])
-    assert not any("the process was ended" in note for note in found["notes"])
+    assert 0 < len(kept[1]["ratios"]) < len(measured["ratios"])
+    assert not any("the process was ended" in note for note in measured["notes"])
 
 
-def test_targets_are_those_of_a_named_backend() -> None:
-    assert speed_grid.targets("numpy", "cpu") is not None
-    assert speed_grid.targets("strict", "cpu") is None
+def test_targets_belong_to_a_backend() -> None:
+    assert bench_grid.targets("numpy", "cpu") is not None
+    assert bench_grid.targets("strict", "cpu") is None
     for backend in ("torch", "jax"):
-        found = speed_grid.targets(backend, "cpu")
-        assert found is not None
-        timed = set(speed_grid.workloads(backend, "cpu", "full"))
-        for spec, shape, direction, peer in found.against:
+        targets = bench_grid.targets(backend, "cpu")
+        assert targets is not None
+        timed = set(bench_grid.workloads(backend, "cpu", "full"))
+        for spec, shape, direction, peer in targets.against:
             assert Workload(spec, shape, direction=direction) in timed
             assert PEERS[peer].takes(Workload(spec, shape, direction=direction))
-    assert peers.half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
-    assert speed_grid.lengths("linear", 8) == [8, 32]
-    assert speed_grid.lengths("softmax", 8) == [2, 8]
+    assert half_pooled(8) == "sh(1,1,1,1,2,2,2,2)"
+    assert bench_grid.lengths("linear", 8) == [8, 32]
+    assert bench_grid.lengths("softmax", 8) == [2, 8]
 
 
 @pytest.mark.parametrize("grid", ["quick", "full"])
-def test_what_jax_is_promised_on_cuda_is_timed_against_cudnn(grid: str) -> None:
-    found = speed_grid.targets("jax", "cuda")
-    assert found is not None
-    timed = speed_grid.workloads("jax", "cuda", grid)
-    judged = [w for w in timed if w in found.fastest]
-    assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
+def test_targets_of_jax_on_cuda_are_timed_against_cudnn(grid: str) -> None:
+    targets = bench_grid.targets("jax", "cuda")
+    assert targets is not None
+    timed = bench_grid.workloads("jax", "cuda", grid)
+    with_target = [w for w in timed if w in targets.fastest]
+    assert {(w.spec, w.shape[3], w.direction) for w in with_target} == {
         (spec, dim, direction)
         for spec in ("softmax", "bn")
         for dim in (64, 128)
-        for direction in speed_grid.BOTH
+        for direction in DIRECTIONS
     }
-    for workload in judged:
-        of = "" if workload.spec == "softmax" else " of softmax"
-        peer = PEERS[f"jax.nn.dot_product_attention{of}, cudnn"]
+    for workload in with_target:
+        suffix = "" if workload.spec == "softmax" else " of softmax"
+        peer = PEERS[f"jax.nn.dot_product_attention{suffix}, cudnn"]
         assert peer.takes(workload)
-        assert peer.name.startswith(speed.FUSED)
+        assert peer.name.startswith(FUSED)
 
 
 @pytest.mark.parametrize("grid", ["quick", "full"])
-def test_what_cuda_is_promised_is_timed_against_every_fused_kernel(grid: str) -> None:
-    found = speed_grid.targets("torch", "cuda:0")
-    assert found is not None
-    timed = speed_grid.workloads("torch", "cuda:0", grid)
-    judged = {w: found.fastest[w] for w in timed if w in found.fastest}
-    assert {(w.spec, w.shape[3], w.direction) for w in judged} == {
+def test_targets_of_torch_on_cuda_are_timed_against_every_fused_kernel(grid: str) -> None:
+    targets = bench_grid.targets("torch", "cuda:0")
+    assert targets is not None
+    timed = bench_grid.workloads("torch", "cuda:0", grid)
+    with_target = {w: targets.fastest[w] for w in timed if w in targets.fastest}
+    assert {(w.spec, w.shape[3], w.direction) for w in with_target} == {
         (spec, dim, direction)
-        for spec in ("bn", peers.half_pooled(16))
+        for spec in ("bn", half_pooled(16))
         for dim in (64, 128)
-        for direction in speed_grid.BOTH
+        for direction in DIRECTIONS
     }
-    for workload, least in judged.items():
+    for workload, least in with_target.items():
         assert least == (1 / 1.05 if workload.spec == "bn" else 1 / 0.80)
         for kernel in ("flash", "efficient", "cudnn"):
             peer = PEERS[f"torch SDPA of softmax, {kernel}"]
             assert peer.takes(workload)
-            assert peer.own(workload) in timed
+            assert peer.computed(workload) in timed
     literal = PEERS["literal Attention-BN, torch SDPA"]
-    assert all(literal.takes(w) for w in judged if w.spec == "bn")
+    assert all(literal.takes(w) for w in with_target if w.spec == "bn")
 
 
-def test_the_fastest_kernel_is_what_a_promise_is_held_against() -> None:
-    bench_ = bench()
+def test_a_target_is_judged_against_the_fastest_kernel() -> None:
+    bench = numpy_bench()
     workload = Workload("bn", (2, 16, 4096, 64), "bfloat16")
-    bench_.targets = speed_grid.targets("torch", "cuda")
+    bench.targets = bench_grid.targets("torch", "cuda")
     names = [f"torch SDPA of softmax{kernel}" for kernel in ("", ", flash", ", cudnn")]
     slower = {name: [time] * 3 for name, time in zip(names, (1.0, 0.98, 0.9), strict=True)}
-    bench_._ratios(workload, {bench_.backend: [1.0] * 3, **slower})
-    found = {r["peer"]: r for r in bench_.speed["ratios"]}
-    assert [found[name]["at_least"] for name in names] == [None, None, 1 / 1.05]
-    assert found[names[2]]["met"] is False
+    bench._ratios(workload, {bench.backend: [1.0] * 3, **slower})
+    ratios = {r["peer"]: r for r in bench.speed["ratios"]}
+    assert [ratios[name]["at_least"] for name in names] == [None, None, 1 / 1.05]
+    assert ratios[names[2]]["met"] is False
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_peak_memory_sees_an_array(way: str) -> None:
-    found = peak_memory("numpy", (1, 8, 512, 64), way, 2)
-    assert found is not None
-    assert 0 < found < 64
+    peak = peak_memory("numpy", (1, 8, 512, 64), way, 2)
+    assert peak is not None
+    assert 0 < peak < 64
 
 
-def test_threads_are_limited_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_limited_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
     monkeypatch.setenv("PDCORE_NUM_THREADS", "7")
@@ -361,13 +352,13 @@ def test_the_command_prints_and_adds_to_a_record(small: None, tmp_path: Any) -> 
     assert result.exit_code == 0, result.output
     assert "textbook" in result.output
     assert "not compared with" in result.output
-    [found] = json.loads(path.read_text())["runs"]
-    assert found["seconds"] == 12.5
-    assert found["speed"]["ratios"]
+    [saved] = json.loads(path.read_text())["runs"]
+    assert saved["seconds"] == 12.5
+    assert saved["speed"]["ratios"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "code"),
+    ("arguments", "message", "code"),
     [
         (["numpi"], "did you mean 'numpy'", Exit.USAGE),
         (["numpy", "--against", "textbok NumPy"], "textbook NumPy", Exit.USAGE),
@@ -375,14 +366,14 @@ def test_the_command_prints_and_adds_to_a_record(small: None, tmp_path: Any) -> 
         (["numpy", "--report", "no/such/folder/x.json"], "no folder", Exit.OUTPUT),
     ],
 )
-def test_wrong_options(arguments: list[str], said: str, code: int) -> None:
+def test_wrong_options(arguments: list[str], message: str, code: int) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == code
-    assert said in " ".join(result.output.replace("│", " ").split())
+    assert message in " ".join(result.output.replace("│", " ").split())
 
 
 def test_peers_are_listed() -> None:
     result = CliRunner().invoke(app, ["bench", "numpy", "--list-peers", "--json"])
-    found = json.loads(result.output)["peers"]
-    assert [entry["peer"] for entry in found] == list(peers.PEERS)
+    listed = json.loads(result.output)["peers"]
+    assert [entry["peer"] for entry in listed] == list(PEERS)
     assert framework("numpy").available("cpu") is None

@@ -1,6 +1,6 @@
-"""The compile gate: what NVRTC makes of every kernel, on a machine without a GPU.
+"""The compile gate: registers, spills and shared memory of every kernel, by NVRTC without a GPU.
 
-`python tests/cuda_gate.py` writes the table of docs/cuda-kernels.md anew.
+`python tests/cuda/cuda_gate.py` writes the table of docs/cuda-kernels.md again.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ STATES = (
 #: A block has 256 threads, and a multiprocessor 65,536 registers.
 MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
-_START, _END = "<!-- written by tests/cuda_gate.py -->\n", "<!-- end -->\n"
+_START, _END = "<!-- written by tests/cuda/cuda_gate.py -->\n", "<!-- end -->\n"
 
 Key = TypeVar("Key", bound=Hashable)
-Found = TypeVar("Found")
+Compiled = TypeVar("Compiled")
 
 
 class Usage(NamedTuple):
-    """What a kernel takes of a multiprocessor: registers of a thread, bytes of a block."""
+    """The resources of a kernel: registers per thread, bytes spilled, shared memory per block."""
 
     registers: tuple[int, ...]  # by architecture
     spilled: int
@@ -61,7 +61,7 @@ class Usage(NamedTuple):
 
 
 def kernels() -> list[tuple[str, str]]:
-    """List every instantiation that a launch can ask for, with its scalar."""
+    """List every instantiation that a launch may use, with its scalar type."""
     names = [name.format(columns) for name in TEMPLATES for columns in COLUMNS]
     names += ["scores_bias", "scores_delta", *STATES]
     names += [name.format(columns) for name in FEATURES for columns in feature_programs.COLUMNS]
@@ -69,7 +69,7 @@ def kernels() -> list[tuple[str, str]]:
 
 
 def row_kernels() -> list[tuple[str, str]]:
-    """List the kernels of rows; what reads them reads 16 bits too where sums are in float."""
+    """List the kernels over rows; those with float sums are also compiled for 16-bit arrays."""
     by_dtype = [
         (instances(dtype), scalar)
         for dtype, scalar in (
@@ -79,51 +79,51 @@ def row_kernels() -> list[tuple[str, str]]:
             ("bfloat16", "float"),
         )
     ]
-    found = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
-    return list(dict.fromkeys(found))
+    listed = [(names[kernel], scalar) for kernel in by_dtype[0][0] for names, scalar in by_dtype]
+    return list(dict.fromkeys(listed))
 
 
 def program_of(name: str, scalar: str) -> Program | RowProgram:
-    """Give the program of the table's line for a kernel."""
+    """Return the program of a kernel."""
     if (name, scalar) in row_kernels():
         return RowProgram(scalar)
     return FeatureProgram(scalar, "features") if name.startswith("features") else Program(scalar)
 
 
 def usage(name: str, scalar: str) -> Usage:
-    """Compile a kernel for every architecture, and read what the assembler says."""
+    """Compile a kernel for every architecture, and return its resources."""
     program = program_of(name, scalar)
     columns = int((re.search(r"<(\d+)", name) or [0, 32])[1])
-    alone = isinstance(program, RowProgram) or name in (*STATES, "scores_delta")
-    dynamic = 0 if alone else memory(scalar, columns)
-    found = [compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
-    registers, spilled, declared = zip(*found, strict=True)
+    static = isinstance(program, RowProgram) or name in (*STATES, "scores_delta")
+    dynamic = 0 if static else memory(scalar, columns)
+    results = [compiled(program.text(name), name, arch) for arch in ARCHITECTURES]
+    registers, spilled, declared = zip(*results, strict=True)
     return Usage(registers, sum(spilled), dynamic + max(declared))
 
 
 def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
-    """Give registers, bytes spilled, and bytes of shared memory that the kernel declares.
+    """Return registers, bytes spilled, and bytes of shared memory that the kernel declares.
 
-    They are kept beside the emulator's builds by all that matters.
+    The result is cached in the folder of the emulator's builds, by the hash of all inputs.
     """
     from cuda_on_cpu.build import cache_folder
     from cupy.cuda import nvrtc
 
     key = repr((nvrtc.getVersion(), architecture, name, code)).encode()
-    kept = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
-    if kept.exists():
-        registers, spilled, declared = json.loads(kept.read_text(encoding="utf-8"))
+    cached = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
+    if cached.exists():
+        registers, spilled, declared = json.loads(cached.read_text(encoding="utf-8"))
         return registers, spilled, declared
-    found, _ = assembled(code, name, architecture)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    whole = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    whole.write_text(json.dumps(found), encoding="utf-8")
-    whole.replace(kept)
-    return found
+    resources, _ = assembled(code, name, architecture)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    temporary.write_text(json.dumps(resources), encoding="utf-8")
+    temporary.replace(cached)
+    return resources
 
 
 def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int, int], bytes]:
-    """Give registers, bytes spilled and shared memory declared, and the cubin."""
+    """Return registers, bytes spilled and shared memory declared, and the cubin."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
@@ -146,32 +146,33 @@ def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int, 
 
 
 def measured() -> dict[tuple[str, str], Usage]:
-    """Compile all of them, on two cores."""
+    """Compile every kernel, on two cores."""
     return on_two_cores(lambda key: usage(*key), kernels())
 
 
-def on_two_cores(compile_: Callable[[Key], Found], keys: Sequence[Key]) -> dict[Key, Found]:
-    """Compile what the keys stand for."""
+def on_two_cores(compile_: Callable[[Key], Compiled], keys: Sequence[Key]) -> dict[Key, Compiled]:
+    """Compile every key in two threads."""
     first, *rest = keys
-    found = {first: compile_(first)}  # the compiler loads its libraries, which two threads cannot
+    # The first compilation loads the libraries of the compiler, which two threads cannot do.
+    results = {first: compile_(first)}
     with ThreadPoolExecutor(2) as threads:
-        found |= zip(rest, threads.map(compile_, rest), strict=True)
-    return found
+        results |= zip(rest, threads.map(compile_, rest), strict=True)
+    return results
 
 
 def written() -> dict[tuple[str, str], Usage]:
-    """Read the page's table."""
-    found = {}
+    """Return the table of the page."""
+    rows = {}
     page = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
     for row in _ROW.finditer(page):
         cells = row["cells"].replace(",", "").split("|")
         *registers, spilled, shared = map(int, cells)
-        found[row["name"], row["scalar"]] = Usage(tuple(registers), spilled, shared)
-    return found
+        rows[row["name"], row["scalar"]] = Usage(tuple(registers), spilled, shared)
+    return rows
 
 
-def table(found: dict[tuple[str, str], Usage]) -> str:
-    """Write what was measured as a table."""
+def table(usages: dict[tuple[str, str], Usage]) -> str:
+    """Return the usages as a Markdown table."""
     heads = [
         "kernel",
         "scalar",
@@ -180,19 +181,19 @@ def table(found: dict[tuple[str, str], Usage]) -> str:
         "shared memory, bytes",
     ]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
-    for (name, scalar), use in found.items():
+    for (name, scalar), use in usages.items():
         cells = [*map(str, use.registers), str(use.spilled), f"{use.shared:,}"]
         lines.append(f"| `{name}` | {scalar} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Write the table of the page anew."""
+    """Write the table of the page."""
     write(_START, _END, table(measured()))
 
 
 def write(start: str, end: str, text: str) -> None:
-    """Put a table in its place on the page."""
+    """Replace the text of the page between two markers."""
     page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(start)
     after = rest.partition(end)[2]

@@ -1,7 +1,8 @@
 """The compile gate over programs: every built-in log kappa, and arrays of 16 bits.
 
-A program is another text of the same kernels. `python tests/cuda_gate_programs.py` writes its table
-of docs/cuda-kernels.md anew, a line for each: what the widest instantiations take at most.
+A program is a variant of the source text of the kernels. `python tests/cuda/cuda_gate_programs.py`
+writes its table of docs/cuda-kernels.md again: the most that the widest instantiations of a program
+take.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ SPECS = ("softmax(softcap=20)", "polynomial", "linear+sparse(9,2)")
 #: Every kernel at its widest, where registers are scarcest.
 KERNELS = (*(name.format(COLUMNS[-1]) for name in TEMPLATES), "scores_bias", "scores_delta")
 OF_FEATURES = (*(name.format(feature_programs.COLUMNS[-1]) for name in FEATURES), *STATES)
-_START, _END = "<!-- written by tests/cuda_gate_programs.py -->\n", "<!-- end of programs -->\n"
+_START, _END = (
+    "<!-- written by tests/cuda/cuda_gate_programs.py -->\n",
+    "<!-- end of programs -->\n",
+)
 _ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<cells>\d+ \| \d+ \| \d+ \| \d+) \|$", re.M)
 
 
@@ -43,49 +47,49 @@ def lowered(spec: str) -> Scores:
 
 
 def programs() -> dict[str, Program]:
-    """List the programs beside ``scale * s``, by what is said of them on the page."""
-    found = {f"`{spec}`": Program.of(lowered(spec), (), {}) for spec in SPECS}
+    """Return the programs other than ``scale * s``, by their names on the page."""
+    named = {f"`{spec}`": Program.of(lowered(spec), (), {}) for spec in SPECS}
     for dtype in ("float16", "bfloat16"):
         stored = tuple((name, dtype) for name in STORED)
-        found[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
-        found[f"`linear`, arrays of {dtype}"] = FeatureProgram(
+        named[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
+        named[f"`linear`, arrays of {dtype}"] = FeatureProgram(
             "float", "features", stored=stored, phi=Elu
         )
     for scalar in ("float", "double"):
-        found[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)
-    return found
+        named[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)
+    return named
 
 
 def usage(program: Program) -> tuple[int, ...]:
-    """Give the most registers by architecture, and the bytes spilled in all."""
+    """Return the most registers by architecture, and the total of bytes spilled."""
     most, spilled = [], 0
     kernels = OF_FEATURES if isinstance(program, FeatureProgram) else KERNELS
     for arch in ARCHITECTURES:
-        found = [compiled(program.text(name), name, arch) for name in kernels]
-        most.append(max(registers for registers, *_ in found))
-        spilled += sum(bytes_ for _, bytes_, _ in found)
+        resources = [compiled(program.text(name), name, arch) for name in kernels]
+        most.append(max(registers for registers, *_ in resources))
+        spilled += sum(bytes_ for _, bytes_, _ in resources)
     return (*most, spilled)
 
 
 def measured() -> dict[str, tuple[int, ...]]:
-    """Compile all of them."""
+    """Compile every program."""
     known = programs()
     return on_two_cores(lambda name: usage(known[name]), list(known))
 
 
 def written() -> dict[str, tuple[int, ...]]:
-    """Read the page's table."""
+    """Return the table of the page."""
     page = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
     return {row["what"]: tuple(map(int, row["cells"].split(" | "))) for row in _ROW.finditer(page)}
 
 
 def expressions() -> set[Expression]:
-    """Give the expressions that some program has."""
+    """Return the expressions of all programs."""
     return {p.expression for p in programs().values() if p.expression is not None}
 
 
 def main() -> None:
-    """Write the table of the page anew."""
+    """Write the table of the page."""
     heads = ["program", *(f"registers, {a}" for a in ARCHITECTURES), "bytes spilled"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     lines += [f"| {what} | {' | '.join(map(str, use))} |" for what, use in measured().items()]

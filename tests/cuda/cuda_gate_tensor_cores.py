@@ -1,6 +1,6 @@
-"""The compile gate for tensor cores: registers, spills, and the instructions that are in a cubin.
+"""The compile gate for tensor cores: registers, spills, and the instructions in a cubin.
 
-`python tests/cuda_gate_tensor_cores.py` writes its table of docs/cuda-kernels.md anew.
+`python tests/cuda/cuda_gate_tensor_cores.py` writes its table of docs/cuda-kernels.md again.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pdcore_backends.cupy.programs import STORED, Program
 from pdcore_backends.cupy.tensor_cores import WIDTHS, memory, pullback_memory
 
 ARCHITECTURES = ("sm_80", "sm_90")
-#: The opcodes of machine code of sm_80 and sm_90, the low 12 bits of an instruction of 128.
+#: Opcodes of sm_80 and sm_90: the low 12 bits of a 128-bit instruction.
 OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B, "LDGSTS": 0xFAE}
 _START, _END = (
-    "<!-- written by tests/cuda_gate_tensor_cores.py -->\n",
+    "<!-- written by tests/cuda/cuda_gate_tensor_cores.py -->\n",
     "<!-- end of tensor cores -->\n",
 )
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<cells>[^|]*\|.*) \|$", re.M)
 
 
 class Usage(NamedTuple):
-    """What a kernel takes of a multiprocessor: registers of a thread, bytes of a block."""
+    """The resources of a kernel: registers per thread, bytes spilled, shared memory per block."""
 
     registers: tuple[int, ...]  # by architecture
     spilled: int
@@ -33,7 +33,7 @@ class Usage(NamedTuple):
 
 
 def kernels() -> list[str]:
-    """List instantiations for arrays of bfloat16: D and Dv alike, and as far apart as can be."""
+    """List instantiations for bfloat16: equal D and Dv, and the most different ones."""
     ends = WIDTHS[0], WIDTHS[-1]
     pairs = [*((width, width) for width in WIDTHS), ends, ends[::-1]]
     both = [f"<{dim}, {value_dim}" for dim, value_dim in pairs]
@@ -46,30 +46,30 @@ def kernels() -> list[str]:
 
 
 def program(dtype: str = "bfloat16") -> Program:
-    """Give the program of ``scale * s``."""
+    """Return the program of ``scale * s``."""
     return Program("float", stored=tuple((name, dtype) for name in STORED if name != "bias"))
 
 
 def sizes(name: str) -> tuple[int, int]:
-    """Read the columns of queries and of values."""
+    """Return the columns of queries and of values in the name of a kernel."""
     dim, value_dim = map(int, re.findall(r"\d+", name)[:2])
     return dim, value_dim
 
 
 def usage(name: str) -> Usage:
-    """Compile a kernel for every architecture, and read what the assembler says."""
-    found = [compiled(program().text(name), name, arch) for arch in ARCHITECTURES]
+    """Compile a kernel for every architecture, and return its resources."""
+    results = [compiled(program().text(name), name, arch) for arch in ARCHITECTURES]
     shared = memory if name.startswith("scores_mma<") else pullback_memory
-    return Usage(tuple(r for r, *_ in found), sum(s for _, s, _ in found), shared(*sizes(name)))
+    return Usage(tuple(r for r, *_ in results), sum(s for _, s, _ in results), shared(*sizes(name)))
 
 
 def measured() -> dict[str, Usage]:
-    """Compile all of them, on two cores."""
+    """Compile every kernel, on two cores."""
     return on_two_cores(usage, kernels())
 
 
 def instructions(name: str, architecture: str, dtype: str) -> dict[str, int]:
-    """Count the instructions of `OPCODES` in a kernel's machine code."""
+    """Count the instructions of `OPCODES` in the machine code of a kernel."""
     _, cubin = assembled(program(dtype).text(name), name, architecture)
     code = b"".join(_texts(cubin))
     low = [word & 0xFFF for word, _ in struct.iter_unpack("<QQ", code)]
@@ -77,7 +77,7 @@ def instructions(name: str, architecture: str, dtype: str) -> dict[str, int]:
 
 
 def _texts(cubin: bytes) -> list[bytes]:
-    """Cut the sections of machine code out of a 64-bit ELF file."""
+    """Return the sections of machine code of a 64-bit ELF file."""
     [table] = struct.unpack_from("<Q", cubin, 0x28)
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
@@ -90,17 +90,17 @@ def _texts(cubin: bytes) -> list[bytes]:
 
 
 def written() -> dict[str, Usage]:
-    """Read the page's table."""
+    """Return the table of the page."""
     page = PAGE.read_text(encoding="utf-8").partition(_START)[2].partition(_END)[0]
-    found = {}
+    rows = {}
     for row in _ROW.finditer(page):
         *registers, spilled, shared = map(int, row["cells"].replace(",", "").split("|"))
-        found[row["name"]] = Usage(tuple(registers), spilled, shared)
-    return found
+        rows[row["name"]] = Usage(tuple(registers), spilled, shared)
+    return rows
 
 
 def main() -> None:
-    """Write the table of the page anew."""
+    """Write the table of the page."""
     heads = [
         "kernel",
         *(f"registers, {a}" for a in ARCHITECTURES),

@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: calls on the emulator, held against the oracle."""
+"""Checks that the tests of the CUDA kernels share: calls on the emulator, against the oracle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, cotangents
+from reference_cases import Case, cotangents
 
 from pdcore.backend import Request
 from pdcore.lowering import Plan
@@ -29,7 +29,7 @@ TESTS = Path(__file__).resolve().parent
 DTYPES = ("float32", "float64")
 
 
-def ones_and_zeros(*shape: int, share: float = 0.7) -> Any:
+def random_mask(*shape: int, share: float = 0.7) -> Any:
     return np.random.default_rng(5).random(shape) < share
 
 
@@ -37,7 +37,7 @@ def normal(*shape: int) -> Any:
     return np.random.default_rng(6).standard_normal(shape)
 
 
-def request_of(case: Case, **asked: Any) -> Request:
+def request_of(case: Case, **fields: Any) -> Request:
     shapes = {
         n: None if (x := case.call.get(n)) is None else x.shape
         for n in ("mask", "key_mask", "bias")
@@ -51,37 +51,37 @@ def request_of(case: Case, **asked: Any) -> Request:
         case.k.shape,
         case.v.shape,
         **shapes,
-        **asked,
+        **fields,
     )
 
 
 def fused(
-    backend: EmulatedBackend, case: Case, kind: Any = Compiled | CompiledFeatures, **asked: Any
+    backend: EmulatedBackend, case: Case, kind: Any = Compiled | CompiledFeatures, **fields: Any
 ) -> Plan:
-    """Give a case's plan, whose contraction has to be of a kind."""
-    plan = backend.fuse(case.plan(), request_of(case, **asked))
+    """Return the fused plan of a case; assert that its contraction is of a type."""
+    plan = backend.fuse(case.plan(), request_of(case, **fields))
     assert isinstance(plan.contraction, kind), plan.steps
     return plan
 
 
 def check(backend: EmulatedBackend, case: Case, plan: Plan | None = None) -> dict[str, Any]:
-    """Hold out, lse and all gradients against their budgets."""
+    """Assert that out, lse and all gradients are within their budgets; return them by name."""
     plan = fused(backend, case) if plan is None else plan
     out, lse, vjp = backend.attention_vjp(plan, case.inputs())
     d_out, d_lse = (x.astype(case.q.dtype) for x in cotangents(case, lse))
-    found = {"out": out, "lse": lse}
-    found |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
-    wanted = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
-    for name, verdict in judge({n: found[n] for n in wanted.oracle}, wanted).items():
+    results = {"out": out, "lse": lse}
+    results |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
+    expected = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
+    for name, verdict in judge({n: results[n] for n in expected.oracle}, expected).items():
         assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
-    return found
+    return results
 
 
 def same_bits(backend: EmulatedBackend, case: Case, plan: Plan, schedule: str) -> None:
-    """Hold what a schedule of threads gives against what threads in lockstep do, bit by bit."""
+    """Assert that a schedule of threads gives the same bits as threads in lockstep."""
     results = []
-    for how in ("lockstep", schedule):
-        with cuda_on_cpu.using(schedule=how, seed=3):
+    for name in ("lockstep", schedule):
+        with cuda_on_cpu.using(schedule=name, seed=3):
             out, lse, vjp = backend.attention_vjp(plan, case.inputs())
             results.append([out, lse, *vjp(out, lse).values()])
     for first, second in zip(*results, strict=True):
@@ -89,7 +89,7 @@ def same_bits(backend: EmulatedBackend, case: Case, plan: Plan, schedule: str) -
 
 
 def sanitized(code: str, sanitizer: str) -> str:
-    """Run code whose ``backend`` launches kernels under a sanitizer; give their names."""
+    """Run code under a sanitizer; return the names of the kernels that ``backend`` launched."""
     environment = cuda_on_cpu.environment(sanitizer)
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     code += "\nprint(sorted(set(backend.runtime.launches)))"

@@ -1,7 +1,7 @@
 """The CuPy backend's kernels and launch code on NumPy arrays, by the emulator of tests/cuda_cpu.
 
-`python tests/emulated_cupy.py --level core` is ``pdcore conform`` on it; with `--level all` and
-`--dtype bfloat16`, all cases of the suite in that dtype.
+`python tests/cuda/emulated_cupy.py --level core` runs the conformance suite on it; with
+`--level all` and `--dtype bfloat16`, all cases in that dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "cupy_emulated"
 
 
 class EmulatedRuntime:
-    """A device on the CPU."""
+    """The emulator in the place of CuPy's runtime; records the launched kernels."""
 
     def __init__(self, capability: int = 90) -> None:
         self._capability = capability
@@ -56,9 +56,9 @@ class EmulatedRuntime:
         if shared > SHARED:
             kernel.max_dynamic_shared_size_bytes = shared
 
-        def launch(*arguments: Any, **more: Any) -> None:
+        def launch(*arguments: Any, **keywords: Any) -> None:
             self.launches.append(name)
-            kernel(*arguments, **more)
+            kernel(*arguments, **keywords)
 
         return launch
 
@@ -80,7 +80,7 @@ class EmulatedRuntime:
 
 
 class EmulatedBackend(SilentBackend, KernelBackend):
-    """What `CupyBackend` is on CuPy."""
+    """`CupyBackend` with NumPy arrays and the emulated runtime."""
 
     info = replace(
         INFO,
@@ -96,12 +96,12 @@ class EmulatedBackend(SilentBackend, KernelBackend):
 
 
 def register() -> None:
-    """Let calls name the backend."""
+    """Register the backend in this process."""
     pdcore.register_backend(EmulatedBackend.info)
 
 
 def main() -> int:
-    """Judge the backend by the conformance suite."""
+    """Run the conformance suite on the emulated CuPy backend."""
     from pdcore_conformance.judge.judging import DTYPES
     from pdcore_conformance.runner.conforming import conform, list_cases
 
@@ -117,14 +117,16 @@ def main() -> int:
         help="cases of the level in this dtype only",
     )
     parser.add_argument("--report")
-    given = parser.parse_args()
+    options = parser.parse_args()
     register()
-    cases = list(given.case)
-    if given.dtype:
-        named = re.compile(rf"\b({'|'.join(given.dtype)})\b")
-        listed = list_cases(NAME, level=given.level, grid=given.grid)
+    cases = list(options.case)
+    if options.dtype:
+        named = re.compile(rf"\b({'|'.join(options.dtype)})\b")
+        listed = list_cases(NAME, level=options.level, grid=options.grid)
         cases += [name for name in listed if named.search(name)]
-    run, code = conform(NAME, level=given.level, grid=given.grid, cases=cases, report=given.report)
+    run, code = conform(
+        NAME, level=options.level, grid=options.grid, cases=cases, report=options.report
+    )
     if run is not None:
         print(run["counts"], f"{run['seconds']:.0f} s")
         for dtype in DTYPES:
@@ -138,6 +140,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import emulated_cupy  # a backend is loaded by its module's name
+    import emulated_cupy  # the backend is loaded by the name of this module
 
     sys.exit(emulated_cupy.main())

@@ -1,4 +1,4 @@
-"""The emulator of CUDA: what kernels find there, launches, and what it refuses."""
+"""The emulator of CUDA: the functions of kernels, launches, and refusals."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def test_shuffles(kind, dtype, width, schedule):
     first = lane // width * width
     up = np.where(lane - 3 >= first, lane - 3, lane)
     down = np.where(lane + 3 < first + width, lane + 3, lane)
-    for found, lanes in zip(y, (first + 3, up, down, lane ^ 3), strict=True):
-        assert (found == x[lanes]).all()
+    for result, lanes in zip(y, (first + 3, up, down, lane ^ 3), strict=True):
+        assert (result == x[lanes]).all()
 
 
 def test_votes(schedule):
@@ -258,7 +258,7 @@ def test_an_array_without_elements():
     launch("copy", (1,), (4,), np.zeros(0, np.float32), np.zeros(0, np.float32), np.int32(0))
 
 
-def test_threads_that_left_are_not_waited_for(schedule):
+def test_barriers_do_not_wait_for_threads_that_returned(schedule):
     x, y = np.arange(70, dtype=np.float32), cuda.empty(70)
     launch("copy", (2,), (64,), x, y, np.int32(70))
     assert (y == x).all()
@@ -279,7 +279,7 @@ def test_empty_is_poisoned():
 
 
 @pytest.mark.parametrize(
-    ("name", "block", "arguments", "says"),
+    ("name", "block", "arguments", "message"),
     [
         ("stuck", (64,), [np.zeros(1, np.int32)], "deadlock: 32 threads wait for one another"),
         ("stray", (32,), [np.zeros(8, np.float32)], "byte -1 of argument 0, which has 32"),
@@ -287,10 +287,10 @@ def test_empty_is_poisoned():
         ("deep", (1,), [np.zeros(8, np.float32)], "more than its stack of 256 KiB"),
     ],
 )
-def test_what_is_said(name, block, arguments, says):
-    with pytest.raises(cuda.EmulationError, match=says):
+def test_errors_name_block_and_thread(name, block, arguments, message):
+    with pytest.raises(cuda.EmulationError, match=message):
         launch(name, (1,), block, *arguments)
-    # The next launch is not the worse for it.
+    # An error does not affect the next launch.
     test_indices("lockstep")
 
 
@@ -298,7 +298,7 @@ FLOATS, INT = np.zeros(4, np.float32), np.int32(4)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ([FLOATS, FLOATS], "got 2 arguments, the kernel has 3"),
         ([FLOATS, FLOATS, 4], "argument 2: a Python int is passed as 8 bytes"),
@@ -313,8 +313,8 @@ FLOATS, INT = np.zeros(4, np.float32), np.int32(4)
         ([np.zeros(4, object), FLOATS, INT], "array of Python objects"),
     ],
 )
-def test_arguments_that_are_refused(arguments, says):
-    with pytest.raises(TypeError, match=says):
+def test_arguments_that_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
         launch("copy", (1,), (4,), *arguments)
 
 
@@ -345,22 +345,22 @@ def test_pointers_in_a_structure():
 
 
 @pytest.mark.parametrize(
-    ("arrays", "error", "says"),
+    ("arrays", "error", "message"),
     [
         ({4: FLOATS}, ValueError, "argument 0: got a pointer at byte 4, expected a multiple of 8"),
         ({24: FLOATS}, ValueError, "at byte 24, .* in a structure of 24"),
         ({8: np.zeros(4, object)}, TypeError, "array of Python objects"),
     ],
 )
-def test_structures_that_are_refused(arrays, error, says):
-    with pytest.raises(error, match=says):
+def test_structures_that_are_refused(arrays, error, message):
+    with pytest.raises(error, match=message):
         launch("copy_by_structure", (1,), (4,), ends(arrays), np.int32(0))
     with pytest.raises(TypeError, match="got a structure, the kernel's parameter is a pointer"):
         launch("copy", (1,), (4,), ends({}), FLOATS, INT)
 
 
 @pytest.mark.parametrize(
-    ("grid", "block", "shared", "says"),
+    ("grid", "block", "shared", "message"),
     [
         ((1,), (1025,), 0, "block: x is 1025, expected 1 to 1024"),
         ((1,), (32, 33), 0, "are 1056 threads"),
@@ -370,18 +370,18 @@ def test_structures_that_are_refused(arrays, error, says):
         ((1,), (1,), 48 * 1024 + 1, "max_dynamic_shared_size_bytes"),
     ],
 )
-def test_launches_that_are_refused(grid, block, shared, says):
-    with pytest.raises(ValueError, match=says):
+def test_launches_that_are_refused(grid, block, shared, message):
+    with pytest.raises(ValueError, match=message):
         launch("indices", grid, block, cuda.empty(4, np.int32), shared_mem=shared)
     with pytest.raises(TypeError, match="expected a tuple"):
         launch("indices", 1, (1,), cuda.empty(4, np.int32))
 
 
-def test_shared_memory_has_to_be_asked_for():
+def test_more_shared_memory_must_be_requested():
     name = "shared_memory<float, 64>"
     kernel, y = MODULE.get_function(name), cuda.empty(65)
     assert kernel.max_dynamic_shared_size_bytes == 48 * 1024
-    # The static arrays count too.
+    # Static shared arrays count, too.
     with pytest.raises(cuda.EmulationError, match=r"dynamic and static; .* may have 49152"):
         kernel((1,), (64,), (y,), shared_mem=48 * 1024)
     with pytest.raises(ValueError, match="sm_90 has 232448 for a block"):
@@ -391,7 +391,7 @@ def test_shared_memory_has_to_be_asked_for():
     kernel.max_dynamic_shared_size_bytes = 100 * 1024
     kernel((1,), (64,), (y,), shared_mem=99 * 1024)
     assert (y[:64] == 6 * np.arange(64)[::-1]).all()
-    # Of this kernel only.
+    # The larger limit holds for this kernel only.
     assert MODULE.get_function(name).max_dynamic_shared_size_bytes == 48 * 1024
 
 
@@ -410,7 +410,7 @@ def test_names_and_options_are_checked():
         cuda.environment("memory")
 
 
-def test_compile_errors_tell_the_line():
+def test_compile_errors_name_the_line():
     code = '\n\nextern "C" __global__ void f(int* y) { y[0] = missing; }\n'
     with pytest.raises(cuda.CompileError, match=r"kernel\.cu:3:.*missing"):
         cuda.RawModule(code).compile()
@@ -419,15 +419,15 @@ def test_compile_errors_tell_the_line():
 def test_settings_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("CUDA_ON_CPU_SCHEDULE", "greedy")
     monkeypatch.setenv("CUDA_ON_CPU_SEED", "7")
-    with cuda.using(compute_capability="80") as found:
-        assert found == cuda.Settings("greedy", 7, "80", "")
+    with cuda.using(compute_capability="80") as settings:
+        assert settings == cuda.Settings("greedy", 7, "80", "")
     monkeypatch.setenv("CUDA_ON_CPU_SANITIZE", "thread")
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     with pytest.raises(RuntimeError, match=r"cuda_on_cpu\.environment\('thread'\)"):
         cuda.RawModule('extern "C" __global__ void f() {}').compile()
 
 
-def test_a_build_is_kept(tmp_path, monkeypatch):
+def test_a_build_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_ON_CPU_CACHE", str(tmp_path))
     (tmp_path / "width.h").write_text("constexpr int width = 3;")
     code = '#include "width.h"\nextern "C" __global__ void f(int* y) { y[0] = width; }'
@@ -450,12 +450,12 @@ def test_a_build_is_kept(tmp_path, monkeypatch):
     (tmp_path / "width.h").write_text("constexpr int width = 4;")
     assert run() == 4
     assert len(list(tmp_path.glob("kernel-*.so"))) == 2
-    # Nothing is left behind.
+    # No temporary files are left.
     assert {path.suffix for path in tmp_path.iterdir()} == {".so", ".o", ".h"}
 
 
 def test_a_module_keeps_no_stacks():
-    # Each is two mappings, of which a process has 65,530: 128 modules of 256 threads.
+    # A stack needs two memory maps, of which a process has 65,530: 128 modules of 256 threads.
     def mappings():
         return len(Path("/proc/self/maps").read_text().splitlines())
 
@@ -470,12 +470,12 @@ def test_a_module_keeps_no_stacks():
 
 
 @pytest.mark.parametrize(
-    ("declaration", "says"),
+    ("declaration", "message"),
     [
         ("__shared__ float (*x)[3], y;", "is not understood"),
         ("extern __shared__ float x[4];", "expected an array without size"),
     ],
 )
-def test_declarations_that_are_refused(declaration, says):
-    with pytest.raises(ValueError, match=says):
+def test_declarations_that_are_refused(declaration, message):
+    with pytest.raises(ValueError, match=message):
         source.translate(declaration)

@@ -1,4 +1,4 @@
-"""Planted defects of CUDA kernels: each is caught, by what the emulator's README says."""
+"""Planted defects of CUDA kernels: each is caught by the detectors in the emulator's README."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cuda_on_cpu.zoo.observe import DETECTORS, observe
 pytestmark = pytest.mark.cuda
 
 README = Path(__file__).parents[1] / "cuda_cpu" / "README.md"
-#: What each way to run can report.
+#: The detectors of each sanitizer setting.
 WAYS = {
     "": {"launch", "check", "result", "schedule"},
     "address": {"address", "undefined"},
@@ -29,7 +29,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def listed():
-    """The README's table: detectors by defect."""
+    """Return the detectors by defect, from the table of the README."""
     rows = re.findall(r"^\| `(\w+)` \| .*? \| (.*) \|$", README.read_text("utf-8"), re.MULTILINE)
     return {
         name: {d for d, mark in zip(DETECTORS, marks.split("|"), strict=True) if mark.strip()}
@@ -38,12 +38,12 @@ def listed():
 
 
 @pytest.mark.parametrize("sanitize", WAYS, ids=["plain", "address", "thread"])
-def test_what_is_caught_is_what_is_listed(sanitize, listed):
-    found = observe(sanitize)
-    assert {name: set(how["planted"]) for name, how in found.items()} == {
+def test_detectors_are_those_listed(sanitize, listed):
+    observed = observe(sanitize)
+    assert {name: set(runs["planted"]) for name, runs in observed.items()} == {
         name: detectors & WAYS[sanitize] for name, detectors in listed.items()
     }
-    assert {name: how["correct"] for name, how in found.items() if how["correct"]} == {}
+    assert {name: runs["correct"] for name, runs in observed.items() if runs["correct"]} == {}
 
 
 def test_every_defect_is_caught(listed):
@@ -53,5 +53,5 @@ def test_every_defect_is_caught(listed):
     assert set().union(*listed.values()) == set(DETECTORS)
 
 
-def test_the_table_is_of_these_defects(listed):
+def test_the_table_lists_these_defects(listed):
     assert table(listed) in README.read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for every architecture, and takes no more than the table says."""
+"""Every CUDA kernel compiles for every architecture, within the resources of the table."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def test_the_page_has_every_kernel_within_the_limits() -> None:
     for key, use in table.items():
         assert use.spilled == 0, key
         assert max(use.registers) <= cuda_gate.MOST, key
-        assert use.shared <= 48 * 1024, key  # what every device has without asking
+        assert use.shared <= 48 * 1024, key  # the limit of every device by default
 
 
 def test_kernels_take_no_more_than_the_page_says() -> None:
     pytest.importorskip("cupy")
-    table, found = cuda_gate.written(), cuda_gate.measured()
+    table, usages = cuda_gate.written(), cuda_gate.measured()
     more = {
         key: (use, table[key])
-        for key, use in found.items()
+        for key, use in usages.items()
         if use.spilled
         or use.shared != table[key].shared
         or any(a > b for a, b in zip(use.registers, table[key].registers, strict=True))
@@ -54,7 +54,7 @@ def test_tensor_cores_take_no_more_than_the_page_says_and_never_spill() -> None:
     table = cuda_gate_tensor_cores.written()
     assert set(table) == set(cuda_gate_tensor_cores.kernels())
     for name, use in table.items():
-        assert use.shared <= 99 * 1024, name  # what every device since sm_80 has
+        assert use.shared <= 99 * 1024, name  # the limit of every device since sm_80
     pytest.importorskip("cupy")
     for name, use in cuda_gate_tensor_cores.measured().items():
         assert use.spilled == table[name].spilled == 0, name
@@ -82,17 +82,17 @@ def test_products_are_instructions_of_tensor_cores(arch: str, dtype: str) -> Non
     pytest.importorskip("cupy")
     name, keys = ("scores_mma<64, 64>", 64) if dtype == "float16" else ("scores_mma<32, 96>", 32)
     dim, value_dim = cuda_gate_tensor_cores.sizes(name)
-    # Products of 16 by 8 by 16 for a warp's two times 16 rows, and a tile of keys.
+    # Products of 16 by 8 by 16, for 32 rows of a warp and a tile of keys.
     of_keys, of_values = keys // 8 * dim // 16, keys // 16 * value_dim // 8
-    found = cuda_gate_tensor_cores.instructions(name, arch, dtype)
-    assert found["HMMA"] == 2 * (of_keys + of_values)
-    # Two blocks of queries for each 16 columns, then four matrices for two products of each.
-    assert found["LDSM"] == 2 * dim // 16 + (of_keys + of_values) // 2
-    assert found["LDGSTS"] > 0
+    counts = cuda_gate_tensor_cores.instructions(name, arch, dtype)
+    assert counts["HMMA"] == 2 * (of_keys + of_values)
+    # Two loads of queries for each 16 columns; then one load of four matrices for two products.
+    assert counts["LDSM"] == 2 * dim // 16 + (of_keys + of_values) // 2
+    assert counts["LDGSTS"] > 0
 
 
-def hold(program: Program, kernel: str, expected: dict[str, int]) -> None:
-    """Let the compiler compare constants of a kernel's text with what the launches take."""
+def assert_constants(program: Program, kernel: str, expected: dict[str, int]) -> None:
+    """Assert, by the compiler, that constants of a kernel's text have expected values."""
     lines = [
         f'static_assert({name} == {value}, "{name} is not {value}");'
         for name, value in expected.items()
@@ -115,7 +115,7 @@ def test_launches_on_tensor_cores_take_the_shared_memory_of_the_kernels(spec: st
             f"Forward{widths}::ROWS": tensor_cores.ROWS,
             f"Backward{widths}::OWN": tensor_cores.OWN,
         }
-    hold(program, "scores_mma_rows<32, 32, float>", expected)
+    assert_constants(program, "scores_mma_rows<32, 32, float>", expected)
 
 
 @pytest.mark.parametrize("scalar", cuda_gate.SCALARS)
@@ -125,13 +125,13 @@ def test_launches_on_cuda_cores_take_the_shared_memory_of_the_kernels(scalar: st
         f"Memory<{columns}>::BYTES": memory(scalar, columns)
         for columns in (*COLUMNS, *feature_programs.COLUMNS)
     }
-    hold(Program(scalar), "scores_forward<32>", {"SIZE": tile(scalar), **sizes})
+    assert_constants(Program(scalar), "scores_forward<32>", {"SIZE": tile(scalar), **sizes})
 
 
-def test_shared_memory_that_differs_would_be_seen() -> None:
+def test_a_wrong_constant_is_detected() -> None:
     pytest.importorskip("cupy")
     with pytest.raises(AssertionError, match="SIZE is not 63"):
-        hold(Program("float"), "scores_forward<32>", {"SIZE": 63})
+        assert_constants(Program("float"), "scores_forward<32>", {"SIZE": 63})
 
 
 BUILT_IN = ("softmax", "gaussian(gamma=0.3)", "cosine", "polynomial")
@@ -152,7 +152,7 @@ def test_every_built_in_expression_has_a_program() -> None:
         assert expression is None or expression in cuda_gate_programs.expressions(), spec
 
 
-def test_a_kernel_that_spills_would_be_seen() -> None:
+def test_a_kernel_that_spills_is_detected() -> None:
     pytest.importorskip("cupy")
     code = """__global__ void spills(float* x, int n) {
       float kept[64];

@@ -1,4 +1,4 @@
-"""The wrappers of PTX: the emulator's, by what they have to give; NVRTC's without a GPU."""
+"""The PTX wrappers: their results on the emulator, and that NVRTC compiles them without a GPU."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
 import pdcore_backends.cupy  # noqa: E402
-from pdcore_conformance.gpu.wrappers import (  # noqa: E402
+from pdcore_conformance.gpu.ptx_wrappers import (  # noqa: E402
     CODE,
     checks,
     difference,
     floats,
-    narrowed,
+    round_to_16_bits,
     source,
-    widened,
+    widen,
 )
 
 pytestmark = pytest.mark.cuda
@@ -46,7 +46,7 @@ ON_CPU = {"array": np.ascontiguousarray, "empty": cuda.empty, "host": np.asarray
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.name for check in CHECKS])
-def test_the_emulator_gives_what_is_expected(check: Any) -> None:
+def test_the_emulator_returns_the_expected_results(check: Any) -> None:
     for schedule in cuda.SCHEDULES if check.block == 32 else ("lockstep",):
         with cuda.using(schedule=schedule):
             assert difference(check, MODULE, **ON_CPU) == ""
@@ -57,12 +57,14 @@ def test_every_kernel_is_checked() -> None:
     assert {check.kernel for check in CHECKS if check.capability > 75} == set(AMPERE)
 
 
-def test_a_wrapper_that_is_wrong_is_seen() -> None:
+def test_a_wrong_wrapper_is_detected() -> None:
     [check] = [check for check in CHECKS if check.kernel == "convert<ptx::f16>"]
     code = CODE.replace("ptx::pack<T>(x[i], x[i / 2])", "ptx::pack<T>(x[i / 2], x[i])")
     module = cuda.RawModule(code, options=OPTIONS, name_expressions=[check.kernel])
-    said = difference(check, module, **ON_CPU)
-    assert re.match(r"convert<ptx::f16>, argument 3: \d+ of 212992 entries differ, the first", said)
+    message = difference(check, module, **ON_CPU)
+    assert re.match(
+        r"convert<ptx::f16>, argument 3: \d+ of 212992 entries differ, the first", message
+    )
     [check] = [check for check in CHECKS if check.kernel == "exponential"]
     code = CODE.replace(
         "= ptx::exp2_approximate(x[threadIdx.x])", "= 1.001f * exp2f(x[threadIdx.x])"
@@ -73,22 +75,22 @@ def test_a_wrapper_that_is_wrong_is_seen() -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_what_is_expected_of_conversions_is_that_of_ml_dtypes(kind: str) -> None:
+def test_expected_conversions_agree_with_ml_dtypes(kind: str) -> None:
     dtype = np.dtype(np.float16 if kind == "float16" else bfloat16)
     name = {"float16": "f16", "bfloat16": "bf16"}[kind]
     x = floats(name)
     known = ~np.isnan(x)
-    assert (narrowed(x, name)[known] == x.astype(dtype).view(np.uint16)[known]).all()
-    bits = narrowed(x, name)
-    np.testing.assert_array_equal(widened(bits, name), bits.view(dtype).astype(np.float32))
+    assert (round_to_16_bits(x, name)[known] == x.astype(dtype).view(np.uint16)[known]).all()
+    bits = round_to_16_bits(x, name)
+    np.testing.assert_array_equal(widen(bits, name), bits.view(dtype).astype(np.float32))
 
 
 def test_the_first_stage_is_there_before_the_second() -> None:
     [check] = [check for check in CHECKS if check.name == "cp.async of 16 bytes, 16 read"]
     x, early, late, read = check.arguments
-    found = [cuda.empty(out.shape, np.int8) for out in (early, late)]
-    MODULE.get_function(check.kernel)((1,), (32,), (x, *found, read))
-    assert (found[0][1] == -1).all()  # NaN as a float, or two halves
+    outputs = [cuda.empty(out.shape, np.int8) for out in (early, late)]
+    MODULE.get_function(check.kernel)((1,), (32,), (x, *outputs, read))
+    assert (outputs[0][1] == -1).all()  # the bytes of NaN, as the output was before
 
 
 def test_turing_has_neither_mma_nor_cp_async():
@@ -118,5 +120,5 @@ def test_nvrtc_compiles_the_wrappers_without_cuda_headers(arch):
     )
     cubin, _ = program.compile((f"-arch={arch}", "-std=c++17", "--ptxas-options=-v"), log)
     assert cubin[:4] == b"\x7fELF"
-    said = log.getvalue()
-    assert said.count(" 0 bytes spill stores") == said.count("spill stores") > 8
+    text = log.getvalue()
+    assert text.count(" 0 bytes spill stores") == text.count("spill stores") > 8

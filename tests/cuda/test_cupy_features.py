@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import normal_case
+from reference_cases import normal_case
 
 import pdcore
 from pdcore.plugins import registry as plugins
@@ -29,7 +29,7 @@ from emulated_checks import (  # noqa: E402
     check,
     fused,
     normal,
-    ones_and_zeros,
+    random_mask,
     same_bits,
     sanitized,
 )
@@ -39,11 +39,11 @@ from test_cupy_kernels import LONG  # noqa: E402
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:
-    """Give one backend to all tests, since it keeps what it has compiled."""
+    """Return one backend for all tests, because it caches compiled kernels."""
     return EmulatedBackend()
 
 
-PADDED = {**LONG, "key_mask": ones_and_zeros(2, 83)}
+PADDED = {**LONG, "key_mask": random_mask(2, 83)}
 CALLS = {
     "ragged, grouped heads": ("linear", PADDED),
     "causal": ("linear+causal", LONG),
@@ -60,7 +60,7 @@ CALLS = {
     "pooled keys": ("linear+sh(1,3)", PADDED),
     "pooled keys under causal": (
         "linear+causal+sh(1,3)",
-        {**PADDED, "n": 200, "m": 200, "key_mask": ones_and_zeros(2, 200)},
+        {**PADDED, "n": 200, "m": 200, "key_mask": random_mask(2, 200)},
     ),
     "pooled keys, an offset each": ("relu+causal+sh(2,5)", {**LONG, "offset": np.asarray([9, -9])}),
     "weights that vanish": ("relu+h(one)", {"n": 40, "m": 2, "d": 2}),
@@ -124,13 +124,13 @@ def test_sixteen_bits(
 
 
 @pytest.mark.parametrize("spec", ["linear", "random_features(3)"])
-def test_chunks_of_all_keys_add_up(
+def test_chunks_of_all_keys_are_summed(
     backend: EmulatedBackend,
     monkeypatch: pytest.MonkeyPatch,
     spec: str,
 ) -> None:
     monkeypatch.setattr(features, "SMALLEST_SPLIT", 64)
-    # Eleven chunks of keys, and of rows: more than a scan reads at once.
+    # Eleven chunks of keys and of rows: more than a scan reads at once.
     check(backend, normal_case(spec, dtype=np.float32, n=643, m=641, heads=1, lead=()))
 
 
@@ -157,14 +157,14 @@ class Shifted(FeatureMap):
 
 
 @pytest.mark.parametrize("support", ["", "+causal"])
-def test_signed_maps_of_ones_own(backend: EmulatedBackend, support: str) -> None:
+def test_signed_user_maps(backend: EmulatedBackend, support: str) -> None:
     base = pdcore.parse("linear+h(one)" + support)
     spec = pdcore.AttentionSpec(Shifted(), "one", base.normalization, base.heads, base.support)
     check(backend, normal_case(spec, dtype=np.float32, **LONG))
 
 
 @pytest.mark.parametrize("kernel", [Elu(), Relu()])
-def test_phi_that_is_compiled_in_is_the_kernels_own(kernel: FeatureMap) -> None:
+def test_the_compiled_phi_agrees_with_the_kernel(kernel: FeatureMap) -> None:
     x = np.array([[-800.0, -2.0, -0.0, 0.0, 0.5, 30.0, np.nan, np.inf]])
     texts = feature_programs.MAPS[type(kernel)]
     code = 'extern "C" __global__ void both(const double* from, double* value, double* slope) {\n'
@@ -179,11 +179,11 @@ def test_phi_that_is_compiled_in_is_the_kernels_own(kernel: FeatureMap) -> None:
     np.testing.assert_allclose(slope[~np.isnan(x)], own[~np.isnan(x)], rtol=1e-15)
 
 
-# --- how it runs ----------------------------------------------------------------------------------
+# --- execution ------------------------------------------------------------------------------------
 
 
-def test_keys_of_other_rows_may_be_anything(backend: EmulatedBackend) -> None:
-    # Sums of prefixes are not subtracted: what no row of a chunk sees does not come in.
+def test_keys_that_a_row_does_not_see_may_be_nan(backend: EmulatedBackend) -> None:
+    # Sums of prefixes are not subtracted: keys that no row of a chunk sees are not added.
     case = normal_case("linear+causal", n=70, m=200, dtype=np.float32)
     case.k[..., 128:, :] = np.nan
     case.v[..., 128:, :] = np.nan
@@ -206,7 +206,7 @@ SANITIZED = """
 import numpy as np
 from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
-from strategies import normal_case
+from reference_cases import normal_case
 backend = EmulatedBackend()
 for spec, call in (
     ("linear+causal+sh(2)", {"m": 140, "key_mask": np.arange(140) % 5 > 0}),
@@ -225,7 +225,7 @@ def test_sanitizers_find_nothing(sanitizer: str) -> None:
         assert f"features_{name}" in launched
 
 
-def test_array_calls_are_left_for_nothing_but_phi() -> None:
+def test_only_phi_is_computed_by_array_calls() -> None:
     own = EmulatedBackend()
     case = normal_case("linear", dtype=np.float32)
     plan = fused(own, case)

@@ -1,4 +1,4 @@
-"""What no emulator shows of the CuPy backend: streams, graphs and other libraries' arrays on a GPU.
+"""The CuPy backend on a GPU, beyond the emulator: streams, graphs, arrays of other libraries.
 
 Skipped where CuPy sees no device.
 """
@@ -34,25 +34,25 @@ def both(q: Any, k: Any, v: Any, spec: str = "causal") -> list[Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("spec", ["causal", "bn", "sh(1,1,2,2)"])
-def test_a_graph_gives_what_the_call_gives(spec: str, dtype: str) -> None:
+def test_a_graph_has_the_results_of_the_call(spec: str, dtype: str) -> None:
     x = drawn(dtype)
-    wanted = both(*x, spec)  # compiles
-    kept = cupy.cuda.MemoryPool()  # lives as long as the graph does
+    expected = both(*x, spec)  # compiles
+    pool = cupy.cuda.MemoryPool()  # must live as long as the graph
     stream = cupy.cuda.Stream(non_blocking=True)
-    with cupy.cuda.using_allocator(kept.malloc), stream:
+    with cupy.cuda.using_allocator(pool.malloc), stream:
         stream.begin_capture()
-        found = both(*x, spec)
+        results = both(*x, spec)
         graph = stream.end_capture()
         graph.launch()
         stream.synchronize()
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(results, expected, strict=True):
         assert (a == b).all()
-    # Of other values in the same arrays.
+    # Other values in the same arrays.
     for array, other in zip(x, drawn(dtype)[::-1], strict=True):
         array[...] = other
     graph.launch(stream=stream)
     stream.synchronize()
-    for a, b in zip(found, both(*x, spec), strict=True):
+    for a, b in zip(results, both(*x, spec), strict=True):
         assert (a == b).all()
 
 
@@ -97,8 +97,8 @@ def test_tensors_are_taken_without_a_copy_and_on_their_stream(dtype: str) -> Non
         assert cupy.cuda.get_current_stream().ptr == stream.cuda_stream
     out = pdcore.attention(*x, "causal", backend="cupy")
     assert out.dtype == x[0].dtype
-    wanted = pdcore.attention(*x, "causal")
-    torch.testing.assert_close(out, wanted, atol=0.02, rtol=0.02)
+    expected = pdcore.attention(*x, "causal")
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
 
 
 def test_a_graph_of_pytorch() -> None:
@@ -109,11 +109,11 @@ def test_a_graph_of_pytorch() -> None:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(2):  # compiles, and leaves memory in the pool of this stream
-            wanted = pdcore.attention(*x, "causal", backend="cupy").clone()
+            expected = pdcore.attention(*x, "causal", backend="cupy").clone()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        found = pdcore.attention(*x, "causal", backend="cupy")
+        results = pdcore.attention(*x, "causal", backend="cupy")
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(found, wanted)
+    assert torch.equal(results, expected)

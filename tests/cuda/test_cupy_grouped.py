@@ -1,4 +1,4 @@
-"""All scales of Attention-SH by one launch of the CuPy backend's forward kernels."""
+"""All scales of Attention-SH in one launch of the CuPy backend's forward kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, normal_case
+from reference_cases import Case, normal_case
 
 import pdcore
 from pdcore.backend import Contracted
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.cuda
 cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 pytest.importorskip("ml_dtypes")
 
-from emulated_checks import fused, normal, ones_and_zeros, same_bits  # noqa: E402
+from emulated_checks import fused, normal, random_mask, same_bits  # noqa: E402
 from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # noqa: E402
 
 
 class Noting(EmulatedRuntime):
-    """Keeps the tables that kernels are given."""
+    """A runtime that records the tables that are passed to kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Noting(EmulatedRuntime):
 
 
 class Watched(EmulatedBackend):
-    """Contracts all groups at once, or `apart`; notes what that gave."""
+    """A backend that contracts all groups at once, or each apart; records the result."""
 
     apart = False
 
@@ -50,22 +50,22 @@ class Watched(EmulatedBackend):
     def scores_of_groups(self, c: Any, operands: Any, heads: Any) -> Contracted:
         one_by_one = super().scores_of_groups
         if self.apart:
-            self.found = Contracted(
+            self.contracted = Contracted(
                 [one_by_one(c, [o], [own]).parts[0] for o, own in zip(operands, heads, strict=True)]
             )
         else:
-            self.found = one_by_one(c, operands, heads)
-        return self.found
+            self.contracted = one_by_one(c, operands, heads)
+        return self.contracted
 
 
 @pytest.fixture(scope="module")
 def backend() -> Watched:
-    """Give one backend to all tests, since it keeps what it has compiled."""
+    """Return one backend for all tests, because it caches compiled kernels."""
     return Watched()
 
 
 def run(backend: Watched, case: Case, *, apart: bool = False) -> tuple[Any, Any, list[str]]:
-    """Give out, lse and the forward kernels that were launched."""
+    """Return out, lse and the forward kernels that were launched."""
     runtime = backend.runtime
     runtime.launches.clear()
     runtime.tables.clear()
@@ -75,7 +75,7 @@ def run(backend: Watched, case: Case, *, apart: bool = False) -> tuple[Any, Any,
 
 
 def check(backend: Watched, case: Case, count: int = 1) -> None:
-    """Hold a call against its budgets, and bit by bit against a launch for each scale."""
+    """Assert that a call is in its budgets, and has the bits of one launch for each scale."""
     out, lse, names = run(backend, case)
     assert len(names) == count, names
     wanted = expect(*case.qkv, case.spec, **case.call)
@@ -98,9 +98,9 @@ CALLS = {
     "heads in no order": ("sh(1,1,2,1)", {"heads": 4, "group": 1, "lead": ()}),
     "an offset for each sequence, padding": (
         "causal+sh(3,1)",
-        {"offset": np.asarray([5, -20]), "key_mask": ones_and_zeros(2, 70)},
+        {"offset": np.asarray([5, -20]), "key_mask": random_mask(2, 70)},
     ),
-    "a mask": ("sh(2,1)", {"mask": ones_and_zeros(2, 1, 35, 70, share=0.9)}),
+    "a mask": ("sh(2,1)", {"mask": random_mask(2, 1, 35, 70, share=0.9)}),
     "a window, several leading axes": ("sparse(20,3)+sh(1,2)", {"lead": (2, 2), "group": 1}),
     "key bias, first of a window": ("gaussian(gamma=0.3)+sh(2,1,pool=first)", {}),
     "scalars of each head": ("polynomial(degree=2,coef0=1)+sh(2,1)", {}),
@@ -112,7 +112,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_one_launch_gives_what_several_give(backend: Watched, name: str, dtype: str) -> None:
+def test_one_launch_agrees_with_several(backend: Watched, name: str, dtype: str) -> None:
     spec, call = CALLS[name]
     check(backend, case_of(spec, dtype, **call))
 
@@ -136,7 +136,7 @@ def test_which_kernels_run(backend: Watched) -> None:
         assert run(backend, case_of("sh(1,2)", dtype))[2] == [kernel]
 
 
-def test_pooled_keys_of_another_type_take_a_launch_of_their_own(backend: Watched) -> None:
+def test_pooled_keys_of_another_dtype_take_another_launch(backend: Watched) -> None:
     case = case_of("sh(1,2,3)", "bfloat16", d=24, dv=24, heads=3, group=1)
     plan = fused(backend, case, Compiled)
     assert not isinstance(plan.contraction, TensorCores)
@@ -148,7 +148,7 @@ def test_pooled_keys_of_another_type_take_a_launch_of_their_own(backend: Watched
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_more_groups_than_a_launch_takes(backend: Watched, dtype: str) -> None:
+def test_more_groups_than_fit_in_one_launch(backend: Watched, dtype: str) -> None:
     scales = [*range(1, GROUPS + 2)]
     spec = f"causal+sh({','.join(map(str, scales))})"
     case = case_of(spec, dtype, n=5, m=20, heads=len(scales), group=1, lead=())
@@ -157,7 +157,7 @@ def test_more_groups_than_a_launch_takes(backend: Watched, dtype: str) -> None:
     assert backend.runtime.tables
 
 
-def test_the_longest_come_first(backend: Watched) -> None:
+def test_the_largest_group_comes_first(backend: Watched) -> None:
     case = case_of("causal+sh(4,4,1,2)", "bfloat16", n=140, heads=4, group=2)
     run(backend, case)
     [table] = backend.runtime.tables
@@ -180,17 +180,17 @@ def test_heads_are_written_where_the_caller_has_them(
     backend: Watched, spec: str, written: bool
 ) -> None:
     out, lse, _ = run(backend, case_of(spec, "bfloat16", heads=4, group=2))
-    whole = backend.found.whole
+    whole = backend.contracted.whole
     assert (whole is not None) == written
     if whole is not None:
         assert np.shares_memory(out, whole[0])
         assert np.shares_memory(lse, whole[1])
 
 
-def test_what_a_normaliser_changes_is_put_together(backend: Watched) -> None:
+def test_results_that_a_normaliser_changes_are_copied(backend: Watched) -> None:
     out, *_ = run(backend, case_of("sh(1,2)+h(count)", "bfloat16", bias=normal(35, 70)))
-    assert backend.found.whole is not None
-    assert not np.shares_memory(out, backend.found.whole[0])
+    assert backend.contracted.whole is not None
+    assert not np.shares_memory(out, backend.contracted.whole[0])
 
 
 def test_the_table_is_within_the_parameters_of_a_launch() -> None:
@@ -198,7 +198,7 @@ def test_the_table_is_within_the_parameters_of_a_launch() -> None:
     assert TABLE.itemsize == GROUPS * GROUP.itemsize + 8
 
 
-def test_addresses_are_put_where_the_pointers_are() -> None:
+def test_addresses_are_written_to_the_pointers() -> None:
     pytest.importorskip("cupy")
     from pdcore_backends.cupy.impl import CupyRuntime
 
@@ -206,9 +206,9 @@ def test_addresses_are_put_where_the_pointers_are() -> None:
     arrays = {place: SimpleNamespace(data=SimpleNamespace(ptr=x)) for place, x in at.items()}
     value = np.zeros((), TABLE)
     value["count"] = 3
-    found = CupyRuntime().structure(value[()], arrays)
-    assert (found.dtype, found["count"], found["x"][0]["inputs"][1]) == (TABLE, 3, 4096)
-    words = np.frombuffer(found.tobytes(), np.uint64)
+    table = CupyRuntime().structure(value[()], arrays)
+    assert (table.dtype, table["count"], table["x"][0]["inputs"][1]) == (TABLE, 3, 4096)
+    words = np.frombuffer(table.tobytes(), np.uint64)
     assert np.flatnonzero(words).tolist() == [1, len(words) - 2, len(words) - 1]
     assert not value["x"]["inputs"].any()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import normal_case
+from reference_cases import normal_case
 
 import pdcore
 from pdcore.backend import Request
@@ -33,7 +33,7 @@ from emulated_checks import (  # noqa: E402
     check,
     fused,
     normal,
-    ones_and_zeros,
+    random_mask,
     same_bits,
     sanitized,
 )
@@ -42,18 +42,18 @@ from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # no
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:
-    """Give one backend to all tests, since it keeps what it has compiled."""
+    """Return one backend for all tests, because it caches compiled kernels."""
     return EmulatedBackend()
 
 
-# Two tiles and a rest of float32 rows and keys, of 64 each: 70 and 83.
+# 70 rows and 83 keys: one full tile of 64 and a partial one in float32.
 LONG = {"n": 70, "m": 83, "d": 9, "dv": 5}
 CALLS = {
     "ragged, grouped heads": ("softmax", LONG),
     "another count of columns": ("softmax", {"n": 3, "m": 4, "d": 33, "dv": 1, "group": 1}),
     "causal, an offset each, padding": (
         "causal",
-        {**LONG, "offset": np.asarray([5, -20]), "key_mask": ones_and_zeros(2, 83)},
+        {**LONG, "offset": np.asarray([5, -20]), "key_mask": random_mask(2, 83)},
     ),
     "causal from the end": ("causal", {**LONG, "offset": "end"}),
     "rows that see nothing": ("causal", {**LONG, "offset": -68}),
@@ -63,16 +63,16 @@ CALLS = {
         "causal+sh(1,3)",
         {
             **LONG,
-            "key_mask": ones_and_zeros(2, 83),
-            "mask": ones_and_zeros(2, 1, 70, 83, share=0.9),
+            "key_mask": random_mask(2, 83),
+            "mask": random_mask(2, 1, 70, 83, share=0.9),
         },
     ),
-    "pooled keys, a mask for all rows": ("sh(2,1)", {**LONG, "mask": ones_and_zeros(83)}),
+    "pooled keys, a mask for all rows": ("sh(2,1)", {**LONG, "mask": random_mask(83)}),
     "a bias of every entry": ("softmax", {**LONG, "bias": normal(2, 4, 70, 83)}),
     "a bias for all rows": ("softmax", {**LONG, "n": 33, "bias": normal(2, 4, 1, 83)}),
     "a bias for all keys, and a mask": (
         "causal",
-        {**LONG, "m": 34, "bias": normal(4, 70, 1), "mask": ones_and_zeros(2, 4, 70, 1)},
+        {**LONG, "m": 34, "bias": normal(4, 70, 1), "mask": random_mask(2, 4, 70, 1)},
     ),
     "a bias for some leading axes": (
         "softmax",
@@ -80,7 +80,7 @@ CALLS = {
     ),
     "a bias that removes": (
         "softmax",
-        {**LONG, "n": 4, "bias": np.where(ones_and_zeros(4, 83), normal(4, 83), -math.inf)},
+        {**LONG, "n": 4, "bias": np.where(random_mask(4, 83), normal(4, 83), -math.inf)},
     ),
     "key bias": ("gaussian(gamma=0.3)", LONG),
     "statistics": ("bn(beta=param)+h(count)", LONG),
@@ -134,7 +134,7 @@ def test_expressions_are_compiled_in(backend: Any, spec: str) -> None:
 
 @dataclass(frozen=True)
 class Tempered(PointwiseKernel):
-    """A kernel with two scalars, whose names are words of C++."""
+    """A kernel with two scalar parameters, whose names are keywords of C++."""
 
     word = "tempered"
 
@@ -150,12 +150,12 @@ class Tempered(PointwiseKernel):
 
 def test_scalars_of_log_kappa_get_gradients(backend: Any) -> None:
     spec = pdcore.AttentionSpec(kernel=Tempered())
-    # Rows and query heads of several blocks add to one scalar.
+    # The gradient of one scalar is a sum over rows and query heads of several blocks.
     check(backend, normal_case(spec, dtype=np.float32, n=70, m=20))
 
 
 class WithoutHalfWhere:
-    """NumPy with the `where` of CuPy, which gives float32 for bfloat16."""
+    """NumPy with the `where` of CuPy, which returns float32 for bfloat16."""
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -164,26 +164,26 @@ class WithoutHalfWhere:
         return getattr(self.xp, name)
 
     def where(self, condition: Any, x: Any, y: Any) -> Any:
-        found = self.xp.where(condition, x, y)
-        return found.astype("float32") if found.dtype.name == "bfloat16" else found
+        result = self.xp.where(condition, x, y)
+        return result.astype("float32") if result.dtype.name == "bfloat16" else result
 
 
-def test_padding_leaves_bfloat16_as_it_is() -> None:
+def test_padding_keeps_the_dtype_bfloat16() -> None:
     backend = EmulatedBackend()
     backend._xp = WithoutHalfWhere(backend.xp)
     name = "causal, an offset each, padding"
     spec, call = CALLS[name]
-    found = check(backend, normal_case(spec, dtype=dtype_of("bfloat16"), **call))
-    assert {found[n].dtype.name for n in ("out", "d_q", "d_k", "d_v")} == {"bfloat16"}
+    results = check(backend, normal_case(spec, dtype=dtype_of("bfloat16"), **call))
+    assert {results[n].dtype.name for n in ("out", "d_q", "d_k", "d_v")} == {"bfloat16"}
 
 
-def test_a_pullback_takes_out_before_it_is_rounded(backend: Any) -> None:
+def test_a_pullback_uses_out_before_rounding(backend: Any) -> None:
     case = normal_case("causal", dtype=np.float16)
     assert fused(backend, case).contraction.rounds
     assert not fused(backend, case, vjp=True).contraction.rounds
 
 
-# --- how it runs ----------------------------------------------------------------------------------
+# --- execution ------------------------------------------------------------------------------------
 
 
 def test_wide_arrays_run_in_slices(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_keys_that_no_row_sees_are_not_read(backend: Any) -> None:
     assert np.isfinite(lse).all()
 
 
-def test_arrays_are_read_where_they_lie(backend: Any) -> None:
+def test_arrays_are_read_without_a_copy(backend: Any) -> None:
     case = normal_case(
         "softmax",
         n=6,
@@ -213,7 +213,7 @@ def test_arrays_are_read_where_they_lie(backend: Any) -> None:
         dtype=np.float32,
         bias=np.broadcast_to(normal(1, 4, 1, 7), (2, 4, 6, 7)),
     )
-    # Sequence before heads, as projections leave them, and columns that are cut out of wider rows.
+    # The sequence axis before the heads, as after a projection, and slices of wider rows.
     q, k, v = (np.ascontiguousarray(np.swapaxes(x, -2, -3)).swapaxes(-2, -3) for x in case.qkv)
     wide = np.concatenate([k, k], axis=-1)
     case = replace(case, q=q, k=wide[..., 8:], v=v)
@@ -241,7 +241,7 @@ def test_any_order_of_threads_gives_the_same_bits(backend: Any, schedule: str) -
 SANITIZED = """
 import numpy as np
 from emulated_cupy import EmulatedBackend
-from strategies import normal_case
+from reference_cases import normal_case
 from emulated_checks import fused
 backend = EmulatedBackend()
 for spec, call in (
@@ -281,7 +281,7 @@ def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.runtime.launches == [*2 * ["scores_forward<32>"], *of_bn, *of_bn]
 
 
-# --- what does not run, and why -------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_explain_says_what_runs() -> None:
@@ -329,9 +329,9 @@ def asked(
     ],
 )
 def test_limits_are_known_before_a_launch(request_: Request, capability: int, reason: str) -> None:
-    found = limit(request_.lower(), request_, capability)
-    assert reason in found
-    assert bool(found) == bool(reason)
+    message = limit(request_.lower(), request_, capability)
+    assert reason in message
+    assert bool(message) == bool(reason)
 
 
 def test_a_plan_that_was_not_fused_runs_by_array_calls() -> None:

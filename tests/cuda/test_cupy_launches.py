@@ -1,4 +1,4 @@
-"""How the CuPy backend launches: on the caller's stream, without waiting, within the limits."""
+"""Launches of the CuPy backend: on the current stream, without waiting, within the limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, normal_case
+from reference_cases import Case, normal_case
 
 from pdcore.errors import UnsupportedError
 from pdcore_backends.cupy.launches import CheckedKernel, Limits, Usage
@@ -20,7 +20,7 @@ from emulated_cupy import EmulatedBackend, EmulatedRuntime  # noqa: E402
 
 
 class OnDevice(np.ndarray):
-    """An array whose values the host does not get to see: that would wait for the device."""
+    """An array that raises when the host reads a value, which would wait for the device."""
 
     def _read(self, *args: Any) -> Any:
         raise AssertionError("the host reads what the device has computed")
@@ -38,25 +38,25 @@ class OnDevice(np.ndarray):
 
 
 def _counted(key: Any) -> None:
-    """Refuse what CuPy reads the number of: the entries that a mask selects."""
+    """Raise for an index by a mask, because CuPy reads the number of selected entries."""
     for part in key if isinstance(key, tuple) else (key,):
         if isinstance(part, np.ndarray) and part.dtype == np.bool_ and part.ndim:
             raise AssertionError("the host reads how many entries a mask selects")
 
 
 class Recording(EmulatedRuntime):
-    """Notes what a launch is given beside its arguments; all of its memory is `OnDevice`."""
+    """A runtime that records the keywords of launches; all of its memory is `OnDevice`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.given: list[dict[str, Any]] = []
+        self.keywords: list[dict[str, Any]] = []
 
     def compile(self, code: str, name: str, shared: int = 0) -> Any:
         kernel = super().compile(code, name, shared)
 
-        def launch(grid: Any, block: Any, arguments: Any, **more: Any) -> None:
-            self.given.append(more)
-            kernel(grid, block, arguments, **more)
+        def launch(grid: Any, block: Any, arguments: Any, **keywords: Any) -> None:
+            self.keywords.append(keywords)
+            kernel(grid, block, arguments, **keywords)
 
         return launch
 
@@ -65,7 +65,7 @@ class Recording(EmulatedRuntime):
 
 
 def run(backend: EmulatedBackend, case: Case, kind: type = np.ndarray) -> None:
-    """Make a call, forward and backward, on arrays of a kind."""
+    """Run a call, forward and backward, on arrays of a type."""
     inputs = case.inputs()
     arrays = {
         name: x.view(kind) if isinstance(x, np.ndarray) else x
@@ -105,11 +105,11 @@ def test_launches_are_on_the_current_stream_and_nothing_is_read(
     case = normal_case(spec, n=5, m=7, dtype=np.float32, **call)
     run(backend, case, OnDevice)
     assert runtime.launches
-    # CuPy launches on the current stream where none is named.
-    assert all(set(more) == {"shared_mem"} for more in runtime.given)
+    # CuPy launches on the current stream unless a stream is passed.
+    assert all(set(keywords) == {"shared_mem"} for keywords in runtime.keywords)
 
 
-def test_what_is_read_would_be_seen() -> None:
+def test_a_read_on_the_host_is_detected() -> None:
     x = np.ones(3).view(OnDevice)
     with pytest.raises(AssertionError, match="the host reads"):
         bool((x > 0).all())
@@ -151,7 +151,7 @@ def test_a_kernel_is_not_compiled_while_its_stream_is_captured() -> None:
         ("random_features(4)", "phi is array calls"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(spec: str, reason: str) -> None:
+def test_calls_that_cannot_be_captured_are_refused(spec: str, reason: str) -> None:
     backend = EmulatedBackend()
     case = normal_case(spec, n=5, m=7, heads=4, group=1, dtype=np.float32)
     run(backend, case)
@@ -181,7 +181,7 @@ def test_a_launch_beyond_the_limits_is_refused(
     grid: tuple[int, ...], block: tuple[int, ...], shared: int, reason: str
 ) -> None:
     launched: list[Any] = []
-    kernel = CheckedKernel("k<32>", lambda *given, **more: launched.append(given), USAGE, LIMITS)
+    kernel = CheckedKernel("k<32>", lambda *given, **_: launched.append(given), USAGE, LIMITS)
     if not reason:
         kernel(grid, block, (), shared_mem=shared)
         assert launched == [(grid, block, ())]
@@ -196,7 +196,7 @@ def test_registers_count_even_where_the_driver_allows_the_threads() -> None:
     assert "512 threads of 255 registers" in kernel.refusal((1,), (512,), 0)
 
 
-def test_the_device_is_asked_once() -> None:
+def test_the_limits_of_the_device_are_read_once() -> None:
     backend = EmulatedBackend()
     case = normal_case("causal", n=5, m=7, dtype=np.float32)
     for _ in range(2):

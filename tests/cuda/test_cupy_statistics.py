@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import normal_case
+from reference_cases import normal_case
 
 import pdcore
 from pdcore.backend import Request
@@ -29,7 +29,7 @@ from emulated_checks import (  # noqa: E402
     DTYPES,
     check,
     fused,
-    ones_and_zeros,
+    random_mask,
     same_bits,
     sanitized,
 )
@@ -38,7 +38,7 @@ from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:
-    """Give one backend to all tests, since it keeps what it has compiled."""
+    """Return one backend for all tests, because it caches compiled kernels."""
     return EmulatedBackend()
 
 
@@ -47,7 +47,7 @@ def normal(*shape: int, mean: float = 0.0) -> Any:
 
 
 def launched(backend: EmulatedBackend) -> set[str]:
-    """Name the kernels that ran since the last time, but for those of scores."""
+    """Return the kernels launched since the last call, except those of scores."""
     names = {name.partition("<")[0] for name in backend.runtime.launches}
     backend.runtime.launches.clear()
     return {name for name in names if not name.startswith("scores_")}
@@ -69,12 +69,12 @@ POOLS = {"pooled", "pooled_vjp"}
 CALLS = {
     "of each sequence, padding": (
         "bn",
-        {"n": 5, "m": 70, "d": 9, "key_mask": ones_and_zeros(2, 70)},
+        {"n": 5, "m": 70, "d": 9, "key_mask": random_mask(2, 70)},
         MOMENTS,
     ),
     "of all sequences, padding": (
         "bn(statistics=batch)",
-        {"n": 5, "m": 70, "lead": (2, 2), "key_mask": ones_and_zeros(2, 2, 70)},
+        {"n": 5, "m": 70, "lead": (2, 2), "key_mask": random_mask(2, 2, 70)},
         MOMENTS,
     ),
     "by another normalization": ("iebn", {"n": 5, "m": 20}, MOMENTS),
@@ -86,7 +86,7 @@ CALLS = {
     "of no keys": ("bn(statistics=batch)", {"m": 0}, {"moments_merged"}),
     "of prefixes, padding, an offset each": (
         "causal+bn(statistics=prefix)",
-        {"n": 9, "m": 70, "offset": np.asarray([50, -3]), "key_mask": ones_and_zeros(2, 70)},
+        {"n": 9, "m": 70, "offset": np.asarray([50, -3]), "key_mask": random_mask(2, 70)},
         PREFIXES,
     ),
     "of prefixes, from the end": (
@@ -98,13 +98,13 @@ CALLS = {
     "of prefixes of no rows": ("causal+bn(statistics=prefix)", {"n": 0, "m": 3}, PREFIXES),
     "pooled": (
         "sh(3,1)+bn",
-        {"n": 5, "m": 70, "key_mask": ones_and_zeros(2, 70, share=0.4)},
+        {"n": 5, "m": 70, "key_mask": random_mask(2, 70, share=0.4)},
         MOMENTS | POOLS,
     ),
     "pooled, long windows": ("sh(50,1)", {"n": 5, "m": 83, "d": 9, "dv": 5}, POOLS),
     "pooled, the first key": (
         "sh(1,4,pool=first)",
-        {"n": 5, "m": 11, "key_mask": ones_and_zeros(2, 11)},
+        {"n": 5, "m": 11, "key_mask": random_mask(2, 11)},
         POOLS,
     ),
     "pooled prefixes": (
@@ -121,9 +121,9 @@ def test_forward_and_gradients(
     backend: Any, spec: str, call: dict, kernels: set[str], dtype: str
 ) -> None:
     launched(backend)
-    found = check(backend, normal_case(spec, dtype=np.dtype(dtype), **call))
+    results = check(backend, normal_case(spec, dtype=np.dtype(dtype), **call))
     assert launched(backend) == kernels
-    assert found["d_k"].dtype == dtype
+    assert results["d_k"].dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_keys_of_16_bits_are_read_as_they_are(backend: Any, spec: str, kernels: 
 
 
 def moments(keys: Any, real: Any, axes: tuple[int, ...]) -> dict[str, Any]:
-    """Compute them by their definition, in the widest type there is."""
+    """Compute moments by their definition, in longdouble."""
     keys = keys.astype(np.longdouble)
     n = real.sum(axes, keepdims=True).astype(np.longdouble)
     mean = np.where(real, keys, 0).sum(axes, keepdims=True) / n
@@ -156,59 +156,59 @@ def moments(keys: Any, real: Any, axes: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def close(found: Any, wanted: Any, dtype: str) -> None:
-    """Hold a state to a rounding of its mean, and to its spread's however far it is from 0."""
+def assert_close(state: Any, expected: Any, dtype: str) -> None:
+    """Assert that a mean is right to rounding, and a variance relative to itself."""
     eps = np.finfo(dtype).eps
-    spread = float(np.sqrt(wanted["var"]).max())
-    size = float(np.abs(wanted["mean"]).max())
-    np.testing.assert_array_equal(found["n"], wanted["n"])
+    spread = float(np.sqrt(expected["var"]).max())
+    size = float(np.abs(expected["mean"]).max())
+    np.testing.assert_array_equal(state["n"], expected["n"])
     near = eps * (size / 2 + 20 * spread)
-    np.testing.assert_allclose(found["mean"], wanted["mean"], rtol=0, atol=near)
-    np.testing.assert_allclose(found["var"], wanted["var"], rtol=0, atol=20 * eps * spread**2)
+    np.testing.assert_allclose(state["mean"], expected["mean"], rtol=0, atol=near)
+    np.testing.assert_allclose(state["var"], expected["var"], rtol=0, atol=20 * eps * spread**2)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "batch"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_moments_of_keys_far_from_0(backend: Any, dtype: str, scope: str) -> None:
-    # Two chunks and a rest, of columns that fill a vector and of some that do not.
+    # Two full chunks and a partial one, and columns that do and do not fill a vector.
     keys = normal(2, 2, 1100, 6, mean=1000.0).astype(dtype_of(dtype))
-    real = ones_and_zeros(2, 1, 1100, 1)
+    real = random_mask(2, 1, 1100, 1)
     keys[~np.broadcast_to(real, keys.shape)] = np.nan
-    found = backend.statistics(CompiledSummary(Moments(), scope), keys, real)
+    state = backend.statistics(CompiledSummary(Moments(), scope), keys, real)
     sums = "float64" if dtype == "float64" else "float32"
-    assert found["var"].dtype == sums
+    assert state["var"].dtype == sums
     axes = (0, 2) if scope == "batch" else (2,)
     shown = np.broadcast_to(real, (2, 2, 1100, 1))
-    close(found, moments(np.asarray(keys, np.longdouble), shown, axes), sums)
+    assert_close(state, moments(np.asarray(keys, np.longdouble), shown, axes), sums)
 
 
 def test_a_constant_feature_has_no_variance(backend: Any) -> None:
-    # Of 7 keys the rounded mean is off by up to a rounding of 1000, whose square is 4e-9.
+    # The mean of 7 keys is rounded by up to one unit of 1000, whose square is 4e-9.
     values = (1000 + np.arange(40) / 7).astype("float32")
     keys = np.broadcast_to(values, (1, 1, 7, 40))
-    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
-    np.testing.assert_array_equal(found["mean"], values[None, None, None])
-    assert found["var"].max() < 1e-14
+    state = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    np.testing.assert_array_equal(state["mean"], values[None, None, None])
+    assert state["var"].max() < 1e-14
 
 
-def test_squares_that_overflow_are_not_taken(backend: Any) -> None:
+def test_squares_do_not_overflow(backend: Any) -> None:
     keys = np.full((1, 1, 20, 4), 2.0**84, "float32")
-    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
-    np.testing.assert_array_equal(found["mean"], keys[:, :, :1])
-    np.testing.assert_array_equal(found["var"], 0)
+    state = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    np.testing.assert_array_equal(state["mean"], keys[:, :, :1])
+    np.testing.assert_array_equal(state["var"], 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
-    # In float64 more chunks than the scan takes at a time, and columns of two blocks.
+    # In float64 more chunks than a scan reads at a time, and columns of two blocks.
     wide = dtype == "float64"
     count, tile = (64 * 64 + 50, 64) if wide else (300, 256)
     keys = normal(1, 1, count, 66 if wide else 7, mean=1000.0).astype(dtype)
-    real = ones_and_zeros(1, 1, count, 1)
-    found = backend.statistics(CompiledSummary(Moments(), "prefix"), keys, real)
+    real = random_mask(1, 1, count, 1)
+    state = backend.statistics(CompiledSummary(Moments(), "prefix"), keys, real)
     for end in (9, tile, tile + 1, count):
-        rows = {n: x[..., end : end + 1, :] for n, x in found.items()}
-        close(rows, moments(keys[..., :end, :], real[..., :end, :], (2,)), dtype)
+        rows = {n: x[..., end : end + 1, :] for n, x in state.items()}
+        assert_close(rows, moments(keys[..., :end, :], real[..., :end, :], (2,)), dtype)
 
 
 def test_later_keys_change_nothing_of_a_prefix(backend: Any) -> None:
@@ -224,38 +224,38 @@ def test_later_keys_change_nothing_of_a_prefix(backend: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["mean", "first"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_pools_and_their_cotangent(backend: Any, dtype: str, kind: str) -> None:
-    real = ones_and_zeros(2, 1, 100, share=0.5)
+def test_pooling_and_its_pullback(backend: Any, dtype: str, kind: str) -> None:
+    real = random_mask(2, 1, 100, share=0.5)
     x = normal(2, 3, 100, 7).astype(dtype)
     x[~np.broadcast_to(real[..., None], x.shape)] = np.nan
     like = np.empty(0, "float64")
-    wanted_weights = heads.pooling_weights(100, real, 9, kind, like, xp=np)
+    expected_weights = heads.pooling_weights(100, real, 9, kind, like, xp=np)
     sums = "float64" if dtype == "float64" else "float32"
-    found, pull = backend.pool(CompiledPool(kind), x, wanted_weights.astype(sums))
+    pooled, pull = backend.pool(CompiledPool(kind), x, expected_weights.astype(sums))
     wide = np.where(real[..., None], x, 0).astype("float64")
-    wanted, wanted_pull = heads.pool(kind, wide, wanted_weights, xp=backend.xp)
+    expected, expected_pull = heads.pool(kind, wide, expected_weights, xp=backend.xp)
     tight = 8 * np.finfo(sums).eps
-    assert found.dtype == sums
-    np.testing.assert_allclose(found, wanted, rtol=tight, atol=tight)
-    given = normal(*found.shape).astype(sums)
-    np.testing.assert_allclose(pull(given), wanted_pull(given), rtol=tight, atol=tight)
+    assert pooled.dtype == sums
+    np.testing.assert_allclose(pooled, expected, rtol=tight, atol=tight)
+    cotangent = normal(*pooled.shape).astype(sums)
+    np.testing.assert_allclose(pull(cotangent), expected_pull(cotangent), rtol=tight, atol=tight)
 
 
-def test_keys_are_read_where_they_lie(backend: Any) -> None:
+def test_keys_are_read_without_a_copy(backend: Any) -> None:
     wide = normal(2, 70, 3, 16).astype("float32")
-    keys = wide.swapaxes(1, 2)[..., 8:]  # sequence before heads, columns of wider rows
-    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    keys = wide.swapaxes(1, 2)[..., 8:]  # the sequence axis before the heads, a slice of wider rows
+    state = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
     whole = backend.statistics(
         CompiledSummary(Moments(), "sequence"), np.ascontiguousarray(keys), None
     )
-    for name, value in found.items():
+    for name, value in state.items():
         np.testing.assert_array_equal(value, whole[name])
 
 
-# --- how it runs ----------------------------------------------------------------------------------
+# --- execution ------------------------------------------------------------------------------------
 
 SEVERAL = (
-    ("sh(20,3)+bn", {"m": 70, "key_mask": ones_and_zeros(2, 70)}),
+    ("sh(20,3)+bn", {"m": 70, "key_mask": random_mask(2, 70)}),
     ("causal+bn(statistics=prefix)", {"m": 70, "d": 5}),
     ("bn(statistics=batch)", {"m": 40}),
 )
@@ -273,14 +273,14 @@ from emulated_checks import fused
 from emulated_cupy import EmulatedBackend
 from pdcore.backend.operands import Contracted
 from pdcore.backend.score_contraction import scores, scores_vjp
-from strategies import normal_case
+from reference_cases import normal_case
 from test_cupy_statistics import SEVERAL
 backend = EmulatedBackend()
-# Of the rest, other tests run the kernels.
+# Other tests run the kernels of scores.
 backend.kernels.forward = lambda c, operands, heads, xp: Contracted(
     [scores(c, o, xp=xp, query_block=64, key_block=64) for o in operands])
-backend.kernels.pullback = lambda *given, xp: scores_vjp(
-    *given, xp=xp, query_block=64, key_block=64)
+backend.kernels.pullback = lambda *arguments, xp: scores_vjp(
+    *arguments, xp=xp, query_block=64, key_block=64)
 for spec, call in SEVERAL:
     case = normal_case(spec, n=3, **call)
     out, lse, vjp = backend.attention_vjp(fused(backend, case), case.inputs())
@@ -295,7 +295,7 @@ def test_sanitizers_find_nothing(sanitizer: str) -> None:
         assert name in launched
 
 
-# --- what does not run, and why -------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_explain_says_what_runs() -> None:
@@ -335,9 +335,9 @@ def test_explain_says_what_runs() -> None:
 def test_limits_are_known_before_a_launch(
     shape: tuple[int, ...], capability: int, reason: str
 ) -> None:
-    found = limit(shape, capability)
-    assert reason in found
-    assert bool(found) == bool(reason)
+    message = limit(shape, capability)
+    assert reason in message
+    assert bool(message) == bool(reason)
 
 
 @pytest.mark.parametrize(("spec", "refused"), [("bn", False), ("bn(statistics=prefix)", True)])
@@ -350,7 +350,7 @@ def test_the_pullback_of_prefixes_needs_a_grid_for_the_queries(spec: str, refuse
     assert ("got (1, 2, 1073741825, 4)" in plan.steps[-1]) == refused
 
 
-def test_a_summary_that_was_not_chosen_runs_by_array_calls() -> None:
+def test_a_summary_that_was_not_fused_runs_by_array_calls() -> None:
     backend = EmulatedBackend()
     keys = normal(1, 2, 5, 4)
     for scope in ("sequence", "prefix"):

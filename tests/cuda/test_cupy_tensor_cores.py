@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, normal_case
+from reference_cases import Case, normal_case
 
 import pdcore
 from pdcore.backend import Request
@@ -26,7 +26,7 @@ import emulated_checks  # noqa: E402
 from emulated_checks import (  # noqa: E402
     check,
     normal,
-    ones_and_zeros,
+    random_mask,
     same_bits,
     sanitized,
 )
@@ -34,14 +34,14 @@ from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
 from test_cupy_kernels import CALLS, Tempered  # noqa: E402
 
 DTYPES = ("float16", "bfloat16")
-#: Two tiles of rows and three of keys, the last of each ragged.
+#: Two tiles of rows and three of keys, the last of each partial.
 LONG = {"n": 140, "m": 150}
 WIDE = {"d": 32, "dv": 32}
 
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:
-    """Give one backend to all tests, since it keeps what it has compiled."""
+    """Return one backend for all tests, because it caches compiled kernels."""
     return EmulatedBackend()
 
 
@@ -54,7 +54,7 @@ def fused(backend: EmulatedBackend, case: Case, **asked: Any) -> Any:
 
 
 def check_forward(backend: EmulatedBackend, case: Case) -> tuple[Any, Any]:
-    """Hold out and lse against their budgets."""
+    """Assert that out and lse are within their budgets."""
     out, lse = backend.attention(fused(backend, case), case.inputs(), lse=True)
     wanted = expect(*case.qkv, case.spec, **case.call)
     for name, verdict in judge({"out": out, "lse": lse}, wanted).items():
@@ -86,7 +86,7 @@ def test_gradients_of_several_tiles(backend: Any, widths: tuple[int, int]) -> No
         dv=value_dim,
         offset=7,
         heads=1,
-        key_mask=ones_and_zeros(2, 150),
+        key_mask=random_mask(2, 150),
     )
     check_gradients(backend, case)
     both = [f"<{dim}, {value_dim}, ptx::bf16", f"<{dim}, {value_dim}, ptx::bf16, ptx::bf16"]
@@ -126,15 +126,13 @@ def test_expressions_are_compiled_in(backend: Any, spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["causal", "sparse(20,3)", "causal+sparse(70,0)", "sh(1,3)"])
 def test_several_tiles(backend: Any, spec: str) -> None:
-    check_forward(
-        backend, case_of(spec, **LONG, offset=9, group=1, key_mask=ones_and_zeros(2, 150))
-    )
+    check_forward(backend, case_of(spec, **LONG, offset=9, group=1, key_mask=random_mask(2, 150)))
 
 
-def test_statistics_are_folded_as_queries_are_read(backend: Any) -> None:
-    case = case_of("bn(beta=param)+h(count)", n=70, m=75, key_mask=ones_and_zeros(2, 75))
-    given = list(fused(backend, case).transforms)
-    assert [type(step) for step in given] == [FoldedLoad]
+def test_statistics_are_folded_into_the_query_load(backend: Any) -> None:
+    case = case_of("bn(beta=param)+h(count)", n=70, m=75, key_mask=random_mask(2, 75))
+    transforms = list(fused(backend, case).transforms)
+    assert [type(step) for step in transforms] == [FoldedLoad]
     check_forward(backend, case)
     far = case_of("bn", n=70, m=75, mean=40.0, sd=2.0)
     check_forward(backend, far)
@@ -143,7 +141,7 @@ def test_statistics_are_folded_as_queries_are_read(backend: Any) -> None:
 
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 @pytest.mark.parametrize("spec", ["bn", "bn(statistics=batch)"])
-def test_a_feature_in_which_all_keys_are_equal(backend: Any, spec: str, beta: float) -> None:
+def test_a_constant_feature(backend: Any, spec: str, beta: float) -> None:
     case = case_of(f"{spec[:-1]},beta={beta})" if "(" in spec else f"bn(beta={beta})", n=20, m=70)
     case.k[..., 3] = 97.0
     case.q[..., 3] = 98.0
@@ -151,7 +149,7 @@ def test_a_feature_in_which_all_keys_are_equal(backend: Any, spec: str, beta: fl
     check_forward(backend, case_of(f"bn(beta={beta})", n=20, m=1))
 
 
-def test_statistics_that_are_not_numbers_reach_their_head(backend: Any) -> None:
+def test_nan_statistics_reach_their_head(backend: Any) -> None:
     case = case_of("bn", n=5, m=70, lead=(), group=1)
     case.k[0, 60, 2] = np.nan
     out, _ = backend.attention(fused(backend, case), case.inputs())
@@ -159,9 +157,9 @@ def test_statistics_that_are_not_numbers_reach_their_head(backend: Any) -> None:
     assert np.isfinite(out[1].astype(np.float32)).all()
 
 
-def test_weights_that_grow(backend: Any) -> None:
+def test_growing_logits(backend: Any) -> None:
     case = case_of("softmax", n=3, m=300, heads=1)
-    # Every tile has the largest logit so far.
+    # Every tile contains the largest logit so far.
     case.k[...] *= np.linspace(0.1, 4, 300).astype(case.k.dtype)[:, None]
     case.q[..., 0] = 3
     check_forward(backend, case)
@@ -176,7 +174,7 @@ def test_keys_that_no_row_sees_are_not_read(backend: Any) -> None:
     assert np.isfinite(lse).all()
 
 
-def test_a_key_that_is_not_a_number_reaches_the_rows_that_see_it(backend: Any) -> None:
+def test_a_nan_key_reaches_the_rows_that_see_it(backend: Any) -> None:
     case = case_of("causal", n=70, m=70, lead=(), heads=1, group=1)
     case.k[..., 65, 0] = np.nan
     out, _ = backend.attention(fused(backend, case), case.inputs())
@@ -184,7 +182,7 @@ def test_a_key_that_is_not_a_number_reaches_the_rows_that_see_it(backend: Any) -
     assert np.isfinite(out[0, :64].astype(np.float32)).all()
 
 
-def test_rows_that_16_bytes_cannot_be_read_from_are_copied(backend: Any) -> None:
+def test_misaligned_rows_are_copied(backend: Any) -> None:
     case = case_of("softmax", n=6, m=7)
     wide = [np.concatenate([x, x[..., :5]], axis=-1) for x in case.qkv]
     whole = np.zeros(case.k.size + 1, case.k.dtype)[1:].reshape(case.k.shape)
@@ -194,8 +192,8 @@ def test_rows_that_16_bytes_cannot_be_read_from_are_copied(backend: Any) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_distances_of_close_points_far_out(backend: Any, dtype: str) -> None:
-    # Rounded after the squares were taken, the rows' error would grow with their norms.
+def test_distances_of_close_points_far_from_0(backend: Any, dtype: str) -> None:
+    # If rows were rounded after the squares, the error would grow with their norms.
     case = case_of("gaussian(gamma=0.03)", dtype, d=64, n=30, m=64, heads=1, group=1, lead=())
     rng = np.random.default_rng(2)
     keys = 3 * rng.standard_normal(case.k.shape)
@@ -236,7 +234,7 @@ def test_sanitizers_find_nothing(sanitizer: str) -> None:
         assert f"scores_mma{name}<32, 32" in launched
 
 
-# --- what runs them -------------------------------------------------------------------------------
+# --- choice of kernels ----------------------------------------------------------------------------
 
 
 def test_explain_says_what_runs() -> None:
@@ -276,16 +274,16 @@ def asked(spec: str = "softmax", dim: int = 64, **more: Any) -> Request:
         (asked("bn", vjp=True), 90, ""),
     ],
 )
-def test_what_tensor_cores_do_not_run(request_: Request, capability: int, reason: str) -> None:
-    found = unfit(request_.lower(), request_, capability)
-    assert reason in found
-    assert bool(found) == bool(reason)
+def test_calls_refused_by_tensor_cores(request_: Request, capability: int, reason: str) -> None:
+    message = unfit(request_.lower(), request_, capability)
+    assert reason in message
+    assert bool(message) == bool(reason)
 
 
 def test_gradients_of_parameters_run_on_cuda_cores() -> None:
     spec = pdcore.AttentionSpec(kernel=Tempered())
     for vjp, reason in ((False, ""), (True, "no gradients of a kernel's parameters")):
         request = asked(vjp=vjp)._replace(spec=spec)
-        found = unfit(request.lower(), request, 90)
-        assert reason in found
-        assert bool(found) == bool(reason)
+        message = unfit(request.lower(), request, 90)
+        assert reason in message
+        assert bool(message) == bool(reason)

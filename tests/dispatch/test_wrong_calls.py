@@ -10,7 +10,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from strategies import plain_info
+from reference_cases import plain_info
 
 import pdcore
 from pdcore.errors import NoBackendError, SpecError, UnsupportedError

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import (
+from reference_cases import (
     INF,
     Array,
     Case,

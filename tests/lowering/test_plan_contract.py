@@ -15,20 +15,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
+from reference_cases import (
     INF,
-    SUPPORTS,
     Array,
     Case,
     PlainNumpy,
     assert_close,
-    cases,
     check_forward,
     normal_case,
     run,
-    specs,
-    values,
 )
+from strategies import SUPPORTS, cases, specs, values
 
 from pdcore.backend import Operands
 from pdcore.lowering import Features, Fold, Plan, Rows, Scores, Signature, lower

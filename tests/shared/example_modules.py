@@ -1,4 +1,4 @@
-"""Modules of examples/, which is no package."""
+"""Load modules of examples/, which is not a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends that answer what a test tells them to, for the tests of dispatch."""
+"""Backends whose refusals a test sets, for the tests of dispatch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ REQUEST = Request(
     (2, 4, 1024, 64),
     (2, 4, 1024, 64),
 )
-# The built-in backend refuses it, and so leaves the choice to the others.
+# The NumPy backend refuses dropout, which leaves the choice to the fake backends.
 DROPOUT = REQUEST._replace(dropout=0.1)
 
 
 class Recorder(Backend):
-    """Answers what it is told to, and remembers what it was asked."""
+    """A backend that returns `answer` as its refusals, and records the requests in `asked`."""
 
     answer: object = ()
     asked: list[Request]
@@ -48,7 +48,7 @@ class Recorder(Backend):
 
 
 class Taker(Recorder):
-    """Also takes arrays of other libraries."""
+    """A `Recorder` that also takes arrays of other libraries."""
 
     def exchange(self, array, device=None):
         raise AssertionError("selection moves nothing")
@@ -56,9 +56,9 @@ class Taker(Recorder):
 
 @contextmanager
 def fakes(monkeypatch):
-    """Give a function that registers a fake backend until the end of the block.
+    """Yield a function that registers a fake backend until the end of the block.
 
-    Of what is installed only the NumPy backend stays, so that tests can name everyone.
+    Of the installed backends only NumPy stays registered, so that a test knows all of them.
     """
     module = types.ModuleType("fake_backends_of_a_test")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -81,4 +81,5 @@ def fakes(monkeypatch):
 
 
 def run(choice=None, request=REQUEST):
+    """Return the name of the backend that is selected for a request."""
     return select(request, choice).info.name

@@ -1,4 +1,4 @@
-"""Installed distributions for the tests of plugins, without installing anything."""
+"""Distributions that look installed, and fresh interpreters, for the tests of plug-ins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLE = HERE / "example_plugin"
 BROKEN = HERE / "broken_plugins"
 VARIABLES = ("PDCORE_BACKEND", "PDCORE_BLOCK", "PDCORE_PLUGINS")
 
-#: Prints what a fresh interpreter finds.
+#: A script that prints as JSON what a new interpreter discovers.
 REPORT = """
 import json, sys
 from pdcore.plugins import registry as plugins
@@ -47,7 +47,7 @@ def add_distribution(folder, name, entry_points, *, version="1.0"):
 
 
 def fresh(script, *paths, **variables):
-    """Run a script in a fresh interpreter, away from the checkout, and read the JSON it prints."""
+    """Run a script in a new interpreter, outside of the checkout, and parse its JSON output."""
     environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
     environment |= {"PYTHONPATH": os.pathsep.join([*map(str, paths), *filter(None, sys.path)])}
     completed = subprocess.run(
@@ -64,7 +64,7 @@ def fresh(script, *paths, **variables):
 
 @contextmanager
 def rediscovered(monkeypatch):
-    """Discover anew in the block, and once more after it, without what it added."""
+    """Discover plug-ins again at the start of the block and after it, without its additions."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     plugins._reset()
@@ -75,11 +75,11 @@ def rediscovered(monkeypatch):
 
 
 def module(monkeypatch, name, **contents):
-    """Put a module into sys.modules."""
-    made = types.ModuleType(name)
-    vars(made).update(contents)
-    monkeypatch.setitem(sys.modules, name, made)
-    return made
+    """Create a module with these contents in sys.modules."""
+    created = types.ModuleType(name)
+    vars(created).update(contents)
+    monkeypatch.setitem(sys.modules, name, created)
+    return created
 
 
 def info(name, load="nowhere:Missing", **fields):

@@ -1,4 +1,4 @@
-"""Backends that the suite has to see through, each wrong in what it declares."""
+"""Backends with wrong declarations or results, on which the suite must fail, and a right one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Good(ArrayBackend):
 
 
 class NoBias(ArrayBackend):
-    """Lacks bias, says so, and refuses it."""
+    """Declares bias not implemented, and refuses it."""
 
     info = info("no_bias", "NoBias", bias="not_implemented")
 
@@ -51,13 +51,13 @@ class Reluctant(ArrayBackend):
 
 
 class NoCausal(ArrayBackend):
-    """Lacks a core feature."""
+    """Declares a core feature not implemented."""
 
     info = info("no_causal", "NoCausal", causal="not_implemented")
 
 
 class Crashing(ArrayBackend):
-    """Fails where it should compute."""
+    """Raises an error where it should compute."""
 
     info = info("crashing", "Crashing")
 
@@ -66,6 +66,7 @@ class Crashing(ArrayBackend):
 
 
 def register():
+    """Register these backends, and one whose library is not installed."""
     for cls in (Good, NoBias, Secretive, Reluctant, NoCausal, Crashing):
         register_backend(cls.info)
     register_backend(

@@ -1,4 +1,4 @@
-"""Regressions on real data for the tests, and their kernel matrices by formulas of their own."""
+"""Regression problems on real data, and kernel matrices by formulas independent of pdcore."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ Array = np.ndarray[Any, Any]
 
 
 def vowels(count: int) -> list[Array]:
-    """Give utterances of recorded vowels, standardised by the training part, (frames, 12)."""
-    found = japanese_vowels()
-    train = found.frames[found.train][found.real[found.train]].astype(np.float64)
+    """Return utterances of recorded vowels, (frames, 12), standardized by the training part."""
+    recordings = japanese_vowels()
+    train = recordings.frames[recordings.train][recordings.real[recordings.train]].astype(
+        np.float64
+    )
     mean, deviation = train.mean(axis=0), train.std(axis=0)
-    return [(found.frames[i, : found.lengths[i]] - mean) / deviation for i in range(count)]
+    return [
+        (recordings.frames[i, : recordings.lengths[i]] - mean) / deviation for i in range(count)
+    ]
 
 
 def next_frames(count: int, outputs: int) -> tuple[Array, Array]:
-    """Give frames, and the first channels of the frames after them: (M, 12), (M, outputs)."""
+    """Return frames (M, 12), and the first channels of the next frames, (M, outputs)."""
     series = vowels(count)
     keys = np.concatenate([x[:-1] for x in series])
     return keys, np.concatenate([x[1:, :outputs] for x in series])
 
 
 def pooled(x: Array, scale: int) -> Array:
-    """Take means over consecutive windows, the last may be short."""
+    """Return the means of consecutive windows, of which the last may be short."""
     return np.stack([x[a : a + scale].mean(axis=0) for a in range(0, len(x), scale)])
 
 
 def explicit(kernel: str, x: Array, keys: Array, *, bn: bool = False, h: str = "sum") -> Array:
-    """Evaluate kappa(T(x), T(k)) / (h(x) h(k)), (N, M), kernels with their default arguments."""
+    """Return kappa(T(x), T(k)) / (h(x) h(k)), (N, M), for kernels with default arguments."""
     if bn:
         mean, deviation = keys.mean(axis=0), np.sqrt(keys.var(axis=0) + 1e-5)
         x, keys = (x - mean) / deviation, (keys - mean) / deviation

@@ -1,4 +1,4 @@
-"""Records like those of real runs, for the tests of the page and of the comparison."""
+"""Build records like those of real runs, for the tests of the page and of the comparison."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = "AMD EPYC 9R14 96-Core Processor"
 
 
 def sample_case(name: str, **more: Any) -> Any:
-    """Give a case that passed, with `more` instead of what it would have."""
+    """Return a case that passed, with the fields in `more` replaced."""
     ratio = more.pop("ratio", 0.25)
     verdicts = (
         {}
@@ -58,7 +58,7 @@ def sample_case(name: str, **more: Any) -> Any:
 
 
 def sample_run(name: str, cases: list[Any], **more: Any) -> Run:
-    """Make a run of these cases, with `more` instead of what it would have."""
+    """Return a run of these cases, with the fields in `more` replaced."""
     backend, device = name.split(":")
     run = new_run(backend, device)
     run.update(
@@ -88,12 +88,12 @@ def sample_run(name: str, cases: list[Any], **more: Any) -> Run:
 
 
 def sample_record(*runs: Run) -> Record:
-    """Put runs into a record."""
+    """Return a record of these runs."""
     return {"schema": SCHEMA, "kind": KIND, "runs": list(runs)}
 
 
 def sample_speed(seed: int = 0, name: str = "numpy", scale: float = 1.0) -> Any:
-    """Give measurements such as `pdcore bench` makes."""
+    """Return measurements like those of `pdcore bench`."""
     rng = random.Random(seed)
     peers = ["textbook NumPy", "torch SDPA", "literal Attention-BN", "spec softmax"]
     ratios: list[Any] = []
@@ -211,7 +211,7 @@ def sample_speed(seed: int = 0, name: str = "numpy", scale: float = 1.0) -> Any:
 
 
 def sample_cases(seed: int, every: int = 1) -> list[Any]:
-    """Draw about 700 cases with errors like real ones; a larger `every` gives fewer."""
+    """Return about 700 cases with random errors, or every `every`-th of them."""
     rng = random.Random(seed)
     words = {"softmax": "exponential", "bn": "batch", "linear": "features", "gauss": "gaussian"}
     hints = {
@@ -257,7 +257,7 @@ def sample_cases(seed: int, every: int = 1) -> list[Any]:
 
 
 def full_record(every: int = 1) -> Record:
-    """Give a record of six runs and a backend that is not there, with failures of every kind."""
+    """Return a record of six runs with failures of every kind, and an unavailable backend."""
     runs = []
     for seed, name in enumerate(BACKENDS):
         run = sample_run(name, sample_cases(seed, every), speed=sample_speed(seed, name))
@@ -298,7 +298,7 @@ def full_record(every: int = 1) -> Record:
 
 
 def _spoil(run: Run, rng: random.Random) -> None:
-    """Let cases of a run end in other ways than well."""
+    """Change some cases of a run to the outcomes other than passed."""
     name = run["backend"]
     for case in run["cases"]:
         if "compile" not in case["features"] and case["group"] == "declared":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from strategies import Case, check_forward, check_gradients, cotangents, normal_case
+from reference_cases import Case, check_forward, check_gradients, cotangents, normal_case
 
 import pdcore
 from pdcore.errors import SpecError, UnsupportedError

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import INF, SUPPORTS, specs
+from reference_cases import INF
+from strategies import SUPPORTS, specs
 
 import pdcore
 from pdcore.errors import SpecError, UnsupportedError

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Optional
 import array_api_strict
 import numpy as np
 import pytest
-from strategies import (
+from reference_cases import (
     INF,
     Array,
     Case,

@@ -1,1 +1,1 @@
-"""Speed and memory, measured beside a named baseline."""
+"""Measure speed and memory, and compare them with named baselines."""

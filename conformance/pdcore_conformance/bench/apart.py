@@ -1,8 +1,7 @@
-"""A backend against a peer of another library, in processes that take turns.
+"""Compare a backend with a peer of another library, each in its own processes, in turn.
 
-Two frameworks in one process have thread pools in each other's way, and one alone may be faster
-than it is beside the other. Here every turn is a process that loads one of them, computes the
-workload once, times it, and ends.
+Two frameworks in one process slow each other down by their thread pools. Here every process loads
+one framework, computes the workload once, times it, and ends.
 """
 
 from __future__ import annotations
@@ -18,79 +17,80 @@ from typing import Any
 
 from pdcore.plugins import registered
 
-from ..gpu.workers import variables
+from ..gpu.processes import process_environment
 from ..record.environment import environment
-from .grid import BOTH
-from .peers import PEERS, Workload
-from .speed import Bench
+from .measurements import Bench
+from .peers import PEERS
 from .timing import interval, quartiles
+from .workload import DIRECTIONS, Workload
 
-__all__ = ["apart", "main", "timed"]
+__all__ = ["main", "time_here", "times_apart"]
 
 
-def timed(name: str, workload: Workload, repeat: int, threads: int) -> list[float]:
-    """Time a backend or a peer by name, in this process; seconds a call."""
+def time_here(name: str, workload: Workload, repeat: int, threads: int) -> list[float]:
+    """Return the seconds of each of `repeat` calls of a backend or peer in this process."""
     peer = PEERS.get(name)
     library = registered()[name].library if peer is None else peer.library
     backend = (
         name if peer is None else next(n for n, b in registered().items() if b.library == library)
     )
     bench = Bench(backend, "cpu", "quick", [], threads)
-    with bench.limited(), bench.framework.precision(workload.dtype):
-        given = bench.arrays(workload, bench.framework)
+    with bench.limited_threads(), bench.framework.precision(workload.dtype):
+        arrays = bench.arrays(workload, bench.framework)
         call = (
-            bench.call(workload, *given)
+            bench.call(workload, *arrays)
             if peer is None
-            else bench.peer_call(peer, workload, *given)
+            else bench.peer_call(peer, workload, *arrays)
         )
         call()
-        found = []
+        seconds = []
         for _ in range(repeat):
-            began = time.perf_counter()
+            started = time.perf_counter()
             call()
-            found.append(time.perf_counter() - began)
-    return found
+            seconds.append(time.perf_counter() - started)
+    return seconds
 
 
-def apart(
+def times_apart(
     names: Sequence[str], workload: Workload, *, rounds: int, repeat: int, threads: int
 ) -> dict[str, list[float]]:
-    """Time some backends and peers in processes that take turns.
+    """Time some backends and peers, each in its own processes, in turn.
 
     Returns
     -------
     dict of str to list of float
-        The median of every turn, in seconds; entries of the same place were measured next to one
-        another.
+        The median of every process, in seconds; entries with the same index were measured one
+        after the other.
     """
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 else reversed(names):
-            text = _run(
+            output = _run(
                 "--worker",
                 name,
-                *_words(workload),
+                *_options(workload),
                 "--repeat",
                 str(repeat),
                 "--threads",
                 str(threads),
             )
-            times[name].append(statistics.median(json.loads(text.splitlines()[-1])))
+            times[name].append(statistics.median(json.loads(output.splitlines()[-1])))
     return times
 
 
-def _run(*words: str) -> str:
-    command = [sys.executable, "-m", "pdcore_conformance.bench.apart", *words]
+def _run(*arguments: str) -> str:
+    """Run this module in a new process and return its output."""
+    command = [sys.executable, "-m", "pdcore_conformance.bench.apart", *arguments]
     done = subprocess.run(
-        command, env=variables("cpu"), capture_output=True, text=True, check=False
+        command, env=process_environment("cpu"), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        said = done.stderr[-2000:]
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {said}")
+        errors = done.stderr[-2000:]
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {errors}")
     return done.stdout
 
 
-def _words(workload: Workload) -> list[str]:
+def _options(workload: Workload) -> list[str]:
     return [
         "--spec",
         workload.spec,
@@ -104,10 +104,10 @@ def _words(workload: Workload) -> list[str]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in text.split(","))
-    if len(found) != 4:
+    shape = tuple(int(part) for part in text.split(","))
+    if len(shape) != 4:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected B,H,N,D")
-    return found
+    return shape
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--spec", default="softmax")
     parser.add_argument("--shape", type=_shape, default=(1, 8, 4096, 64), metavar="B,H,N,D")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--direction", default=BOTH[0], choices=BOTH)
-    parser.add_argument("--rounds", type=int, default=7, help="processes of each")
+    parser.add_argument("--direction", default=DIRECTIONS[0], choices=DIRECTIONS)
+    parser.add_argument("--rounds", type=int, default=7, help="processes for each of the two")
     parser.add_argument("--repeat", type=int, default=5, help="calls in a process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -134,15 +134,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; print the ratio and what it was measured on."""
+    """Run the command: print the ratio, and the machine on which it was measured."""
     options = _parser().parse_args(arguments)
     shape: Any = options.shape
     workload = Workload(options.spec, shape, options.dtype, options.direction)
     if options.worker:
-        print(json.dumps(timed(options.worker, workload, options.repeat, options.threads)))
+        print(json.dumps(time_here(options.worker, workload, options.repeat, options.threads)))
         return 0
-    where = environment()
-    times = apart(
+    machine = environment()
+    times = times_apart(
         (options.backend, options.against),
         workload,
         rounds=options.rounds,
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"(quartiles {low:.2f} to {high:.2f}"
         + (")" if ends is None else f"; 95 % of the median {ends[0]:.2f} to {ends[1]:.2f})")
     )
-    print(f"on {where['cpu']}, {where['cores']} cores, load {where['load']}")
+    print(f"on {machine['cpu']}, {machine['cores']} cores, load {machine['load']}")
     return 0
 
 

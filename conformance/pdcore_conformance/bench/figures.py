@@ -1,34 +1,29 @@
-"""What the bench measures of a backend alone: growth, memory, overhead of a call, import."""
+"""Figures of a backend without a peer: growth, memory, overhead of a call, time of import."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from pdcore import attention, bind
 from pdcore.backend import Inputs
 
 from .grid import GROWTH, lengths, long_shape
+from .measurements import Bench
 from .memory import WAYS, peak_memory, run_python
-from .peers import Workload
 from .rates import rates
 from .timing import interleaved, interval, judged, quartiles
-
-if TYPE_CHECKING:
-    from .speed import Bench
+from .workload import Workload
 
 __all__ = ["FIGURES"]
 
-Array = np.ndarray[Any, Any]
 MIB = 2.0**20
 
 
 def growth(bench: Bench) -> None:
-    """Time from N to 4 N, and linear attention against softmax."""
+    """Measure how time grows from N to 4 N keys, and linear attention against softmax."""
     shape = long_shape(bench.device, bench.grid)
     length = shape[2]
     calls: dict[str, Callable[[], Any]] = {}
@@ -36,13 +31,13 @@ def growth(bench: Bench) -> None:
         for spec in GROWTH:
             for n in lengths(spec, length):
                 workload = Workload(spec, (shape[0], shape[1], n, shape[3]))
-                if n == length and not bench.own(workload):
+                if n == length and not bench.check_backend(workload):
                     return
                 calls[f"{spec} {n}"] = bench.call(
                     workload, *bench.arrays(workload, bench.framework)
                 )
         times = interleaved(calls, 3 if bench.grid == "quick" else 5)
-    whole = bench.grid == "full"
+    complete = bench.grid == "full"
     for spec, target in GROWTH.items():
         first, last = lengths(spec, length)
         before, after = times[f"{spec} {first}"], times[f"{spec} {last}"]
@@ -58,10 +53,10 @@ def growth(bench: Bench) -> None:
                 "interval": interval(ratios),
                 "from": first,
                 "to": last,
-                **judged(statistics.median(ratios), target if whole else (None, None)),
+                **judged(statistics.median(ratios), target if complete else (None, None)),
             }
         )
-    least = bench.targets.linear if bench.targets and whole else None
+    least = bench.targets.linear if bench.targets and complete else None
     bench.ratio(
         Workload("linear", shape),
         "spec softmax",
@@ -72,16 +67,16 @@ def growth(bench: Bench) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Measure the peak memory beside inputs and results."""
+    """Measure the peak memory beyond inputs and results."""
     shape = long_shape(bench.device, bench.grid)
     most = bench.targets.memory_mib if bench.targets and bench.grid == "full" else None
     if bench.device == "cpu":
         # Only NumPy reports its arrays to tracemalloc.
         ways = WAYS if bench.framework.library == "numpy" else ("resident",)
         for way in ways:
-            found = peak_memory(bench.backend, shape, way, bench.threads)
-            if found is not None:
-                _memory(bench, Workload("softmax", shape), way, found, most)
+            peak = peak_memory(bench.backend, shape, way, bench.threads)
+            if peak is not None:
+                _memory(bench, Workload("softmax", shape), way, peak, most)
         return
     meter = bench.framework.memory(bench.device)
     if meter is None:
@@ -97,10 +92,10 @@ def memory(bench: Bench) -> None:
         bench.framework.release()
         meter.reset()
         result = call()
-        peak = meter.read()
-        if peak is not None:
-            results = sum(_bytes(bench.framework.asnumpy(y)) for y in _leaves(result))
-            _memory(bench, workload, "device", (peak - results) / MIB, None)
+        used = meter.read()
+        if used is not None:
+            results = sum(bench.framework.asnumpy(y).nbytes for y in _leaves(result))
+            _memory(bench, workload, "device", (used - results) / MIB, None)
 
 
 def _memory(bench: Bench, workload: Workload, way: Any, mib: float, most: float | None) -> None:
@@ -120,7 +115,7 @@ def _memory(bench: Bench, workload: Workload, way: Any, mib: float, most: float 
 
 
 def overhead(bench: Bench) -> None:
-    """Measure what a warm call costs beyond the backend's own work."""
+    """Measure the time of a warm call beyond that of the backend's function."""
     tiny = Workload("softmax", (1, 1, 8, 8))
     x, _ = bench.arrays(tiny, bench.framework)
     bound = bind("softmax", backend=bench.backend)
@@ -143,23 +138,24 @@ def overhead(bench: Bench) -> None:
 
 
 def importing(bench: Bench) -> None:
-    """Measure the time of ``import pdcore`` over that of ``import numpy``."""
-    timed = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    """Measure the time of ``import pdcore`` divided by that of ``import numpy``."""
+    code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     times: dict[str, list[float]] = {"pdcore": [], "numpy": []}
     with tempfile.TemporaryDirectory() as folder:
-        # Bytecode, as an installer leaves it, also where the environment forbids to write it.
+        # An installer compiles to bytecode; do so even where the environment disables it.
         compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": folder}
         for turn in range(-1, 5 if bench.grid == "quick" else 15):
-            for name, taken in times.items():
-                seconds = float(run_python(timed.format(name), **compiled))
+            for name, seconds in times.items():
+                elapsed = float(run_python(code.format(name), **compiled))
                 if turn >= 0:
-                    taken.append(seconds)
+                    seconds.append(elapsed)
     ratios = [a / b for a, b in zip(times["pdcore"], times["numpy"], strict=True)]
     most = None if bench.targets is None else bench.targets.import_ratio
     bench.figure("import pdcore: time over import numpy", ratios, "x", (None, most))
 
 
 def _leaves(result: Any) -> list[Any]:
+    """Return the arrays in nested mappings, tuples and lists."""
     if isinstance(result, Mapping):
         return [leaf for part in result.values() for leaf in _leaves(part)]
     if isinstance(result, tuple | list):
@@ -167,11 +163,7 @@ def _leaves(result: Any) -> list[Any]:
     return [result]
 
 
-def _bytes(x: Array) -> int:
-    return int(x.nbytes)
-
-
-#: What is measured, by title.
+#: The functions that measure a figure, by title.
 FIGURES: Mapping[str, Callable[[Bench], None]] = {
     "rates of the device": rates,
     "growth with the length": growth,

@@ -1,11 +1,11 @@
-"""What the bench times, and what is promised of it."""
+"""The workloads that the bench times, and the targets of each backend."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .peers import Workload, half_pooled
+from .workload import DIRECTIONS, Shape, Workload, half_pooled
 
 __all__ = [
     "GROWTH",
@@ -17,24 +17,20 @@ __all__ = [
     "workloads",
 ]
 
-Shape = tuple[int, int, int, int]
-#: At least, at most.
+#: The least and the greatest value that meet a target; None for no limit.
 Target = tuple[float | None, float | None]
-
-BOTH = ("forward", "forward+backward")
-
 
 _SHAPES = (1, 8, 4096, 64), (1, 8, 1024, 64), (8, 8, 512, 64), (32, 8, 128, 64)
 _CPU: Mapping[str, tuple[Workload, ...]] = {
     "quick": (
         Workload("softmax", (1, 8, 1024, 64)),
-        Workload("softmax", (1, 8, 1024, 64), direction=BOTH[1]),
+        Workload("softmax", (1, 8, 1024, 64), direction=DIRECTIONS[1]),
         Workload("softmax", (8, 8, 512, 64)),
         Workload("bn", (1, 8, 1024, 64)),
     ),
     "full": (
         *(Workload("softmax", shape) for shape in _SHAPES),
-        *(Workload(spec, (1, 8, 4096, 64), direction=BOTH[1]) for spec in ("softmax", "bn")),
+        *(Workload(spec, (1, 8, 4096, 64), direction=DIRECTIONS[1]) for spec in ("softmax", "bn")),
         Workload("causal", (1, 8, 4096, 64)),
         Workload("bn", (1, 8, 4096, 64)),
     ),
@@ -43,17 +39,17 @@ _SOFTMAX_LIKE = tuple(
     Workload(spec, shape, direction=direction)
     for shape in _SHAPES
     for spec in ("softmax", "bn", half_pooled(8), "causal", "causal+bn(statistics=prefix)")
-    for direction in BOTH
+    for direction in DIRECTIONS
 )
-#: What a backend is timed on beside that, or in place of it, at full length.
-_OWN: Mapping[str, tuple[Workload, ...]] = {
+#: The workloads of a backend on the full grid that has other workloads than `_CPU` there.
+_BY_TARGET: Mapping[str, tuple[Workload, ...]] = {
     "jax:cpu": _SOFTMAX_LIKE,
     "torch:cpu": (
         *_SOFTMAX_LIKE,
         *(
             Workload(spec, (1, 8, 4096, 64), direction=direction)
             for spec in ("linear", "causal+linear")
-            for direction in BOTH
+            for direction in DIRECTIONS
         ),
     ),
 }
@@ -62,7 +58,7 @@ _CUDA: Mapping[str, tuple[Workload, ...]] = {
         Workload(spec, (2, 16, 4096, 64), dtype, direction)
         for dtype in ("bfloat16", "float16", "float32")
         for spec in ("softmax", "causal", "bn", half_pooled(16))
-        for direction in BOTH
+        for direction in DIRECTIONS
         if dtype != "float16" or spec == "softmax"
     ),
     "full": tuple(
@@ -70,41 +66,40 @@ _CUDA: Mapping[str, tuple[Workload, ...]] = {
         for dtype in ("bfloat16", "float16", "float32")
         for shape in ((2, 16, 4096, 64), (2, 16, 4096, 128), (8, 16, 1024, 64), (1, 16, 16384, 64))
         for spec in ("softmax", "causal", "bn", half_pooled(16))
-        for direction in BOTH
+        for direction in DIRECTIONS
     ),
 }
-#: What frameworks with fused kernels are timed on besides, before the rest: they are promised for
-#: both widths.
+#: The first workloads of frameworks with fused kernels, which have targets for both widths.
 _FUSED_CUDA = tuple(
     Workload(spec, (2, 16, 4096, dim), "bfloat16", direction)
     for dim in (64, 128)
     for spec in ("softmax", "bn", half_pooled(16))
-    for direction in BOTH
+    for direction in DIRECTIONS
 )
 
 
 class Targets(NamedTuple):
-    """What is promised of a backend on a device, at full length.
+    """The targets of a backend on a device, on the full grid.
 
     Attributes
     ----------
     ratios : mapping of (spec, shape) to number
-        Times as fast as the fastest peer of its library, at least.
+        How many times as fast as the fastest plain NumPy peer, at least.
     against : mapping of (spec, shape, direction, peer) to number
-        Times as fast as a peer, at least.
+        How many times as fast as a peer, at least.
     fastest : mapping of workload to number
-        Times as fast as the fastest of the kernels that SDPA has for softmax, at least; on either
-        grid, as its shapes are the same.
+        How many times as fast as the framework's fastest fused kernel for softmax, at least. These
+        hold on either grid, because both have these workloads.
     specs : mapping of str to number
-        Times as fast as softmax, at least.
+        How many times as fast as softmax, at least.
     linear : number or None
-        Times as fast as softmax that linear attention is at the longest sequence, at least.
+        How many times as fast as softmax linear attention is at the longest sequence, at least.
     memory_mib : number or None
-        Of a softmax call at the longest sequence, at most.
+        Peak memory of a softmax call at the longest sequence in MiB, at most.
     attention_us, bound_us : number or None
-        Overhead of a call, at most.
+        Overhead of a call in microseconds, at most.
     import_ratio : number or None
-        The time of ``import pdcore`` over that of ``import numpy``, at most.
+        The time of ``import pdcore`` divided by that of ``import numpy``, at most.
     """
 
     ratios: Mapping[tuple[str, Shape], float] = {}
@@ -118,13 +113,13 @@ class Targets(NamedTuple):
     import_ratio: float | None = None
 
 
-#: Times as fast as jax.nn on the CPU; what is not here, at least as fast.
+#: How many times as fast as jax.nn on the CPU, at least; 1 for what is not listed.
 _JAX_LEAST: Mapping[tuple[str, Shape, str], float] = {
     **{
-        ("softmax", shape, BOTH[0]): least
+        ("softmax", shape, DIRECTIONS[0]): least
         for shape, least in zip(_SHAPES, (5.0, 4.0, 3.0, 2.0), strict=True)
     },
-    ("softmax", _SHAPES[0], BOTH[1]): 3.0,
+    ("softmax", _SHAPES[0], DIRECTIONS[1]): 3.0,
 }
 _TARGETS: Mapping[str, Targets] = {
     "numpy:cpu": Targets(
@@ -145,7 +140,7 @@ _TARGETS: Mapping[str, Targets] = {
     "torch:cpu": Targets(
         against={
             (w.spec, w.shape, w.direction, peer): 1 / most
-            for w in _OWN["torch:cpu"]
+            for w in _BY_TARGET["torch:cpu"]
             for spec, peer, most in (
                 ("softmax", "torch SDPA", 1.03),
                 ("bn", "torch SDPA of softmax", 1.12 if w.shape[2] >= 512 else 1.35),
@@ -158,7 +153,7 @@ _TARGETS: Mapping[str, Targets] = {
         }
         | {
             ("bn", (1, 8, 4096, 64), direction, "literal Attention-BN, torch"): 3.0
-            for direction in BOTH
+            for direction in DIRECTIONS
         },
         attention_us=20.0,
         bound_us=8.0,
@@ -190,32 +185,32 @@ _TARGETS: Mapping[str, Targets] = {
     ),
 }
 
-#: Growth of time from N to 4 N, wherever it is measured at full length.
+#: Targets for the growth of time from N to 4 N keys, on the full grid.
 GROWTH: Mapping[str, Target] = {"softmax": (13.0, 18.0), "linear": (3.4, 5.0)}
 
 
 def targets(backend: str, device: str) -> Targets | None:
-    """Give what is promised of a backend; others are reported without a verdict."""
+    """Return the targets of a backend on a device, None for a backend without targets."""
     return _TARGETS.get(f"{backend}:{device.partition(':')[0]}")
 
 
 def workloads(backend: str, device: str, grid: str) -> tuple[Workload, ...]:
-    """Give what is timed against peers."""
+    """Return the workloads that are timed against peers."""
     target = f"{backend}:{device.partition(':')[0]}"
-    own = _OWN.get(target)
-    if own is not None and grid == "full":
-        return own
+    special = _BY_TARGET.get(target)
+    if special is not None and grid == "full":
+        return special
     if target in ("torch:cuda", "jax:cuda"):
         return tuple(dict.fromkeys((*_FUSED_CUDA, *_CUDA[grid])))
     return (_CUDA if device.startswith("cuda") else _CPU)[grid]
 
 
 def long_shape(device: str, grid: str) -> Shape:
-    """Give the longest sequence: of the memory, of softmax, and the shortest of linear."""
+    """Return the shape of the memory figure, and of the longest softmax in the growth figure."""
     heads, dim = (16, 64) if device.startswith("cuda") else (8, 64)
     return (1, heads, 16384 if grid == "full" else 4096, dim)
 
 
 def lengths(spec: str, length: int) -> list[int]:
-    """Give the lengths of a growth curve, each four times the one before."""
+    """Return the two lengths between which growth is measured, the second four times the first."""
     return [length, 4 * length] if spec == "linear" else [length // 4, length]

@@ -1,4 +1,4 @@
-"""The peak memory of one call, measured in a process of its own."""
+"""Measure the peak memory of one call, in a new process."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ import numpy as np
 
 from pdcore import bind
 
-__all__ = ["WAYS", "draw", "peak_here", "peak_memory", "run_python", "status"]
+from .workload import Shape
+
+__all__ = ["WAYS", "draw_qkv", "peak_here", "peak_memory", "run_python", "status"]
 
 Array = np.ndarray[Any, Any]
-Shape = tuple[int, int, int, int]
 
-#: ``tracemalloc`` knows the arrays of NumPy, which reports them to it, and nothing of the BLAS;
-#: ``resident`` is what the system sees, but only where a page is touched for the first time.
+#: How memory is measured. ``tracemalloc`` counts NumPy's arrays, but not the memory of the BLAS.
+#: ``resident`` is the resident set size; it misses pages that were touched before and are reused.
 WAYS = ("tracemalloc", "resident")
 MIB = 2.0**20
 
 
-def draw(shape: Shape) -> tuple[Array, Array, Array]:
+def draw_qkv(shape: Shape) -> tuple[Array, Array, Array]:
     """Draw float32 q, k and v of one shape."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
@@ -34,39 +35,39 @@ def draw(shape: Shape) -> tuple[Array, Array, Array]:
 
 
 def peak_memory(backend: str, shape: Shape, way: str, threads: int) -> float | None:
-    """Measure a softmax call.
+    """Measure the peak memory of a softmax call.
 
     Parameters
     ----------
     backend : str
-        Its name.
+        The name of the backend.
     shape : tuple of int
-        Of q, k and v.
+        The shape of q, k and v.
     way : {"tracemalloc", "resident"}
         See `WAYS`.
     threads : int
-        Of the BLAS and of the NumPy backend.
+        The threads of the BLAS and of the NumPy backend.
 
     Returns
     -------
     float or None
-        MiB beside inputs and result; None where the system does not tell.
+        MiB beyond inputs and result; None where the system does not report it.
     """
     code = f"from {__name__} import peak_here; peak_here({backend!r}, {shape!r}, {way!r})"
     names = ("PDCORE_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-    found = json.loads(run_python(code, **dict.fromkeys(names, str(threads))))
-    return None if found is None else float(found)
+    peak = json.loads(run_python(code, **dict.fromkeys(names, str(threads))))
+    return None if peak is None else float(peak)
 
 
 def peak_here(backend: str, shape: Shape, way: str) -> None:
     """Measure in this process, and print the figure as JSON.
 
-    Scratch arrays that a backend keeps for its next call count too, for nothing but a tiny call,
-    which imports the code and starts the threads, comes before.
+    A tiny call comes first, which imports the code and starts the threads. Scratch arrays that a
+    backend keeps for later calls are counted, as the tiny call needs only small ones.
     """
     layer = bind("softmax", backend=backend)
-    layer(*draw((1, 1, 8, 8)))
-    arrays = draw(shape)
+    layer(*draw_qkv((1, 1, 8, 8)))
+    arrays = draw_qkv(shape)
     before: float | None
     if way == "tracemalloc":
         tracemalloc.start()
@@ -83,7 +84,7 @@ def peak_here(backend: str, shape: Shape, way: str) -> None:
 
 
 def status(field: str) -> Any:
-    """Read a field of this process, such as ``"VmHWM"``, in MiB; None where there is none."""
+    """Return a field of ``/proc/self/status``, such as ``"VmHWM"``, in MiB; None if absent."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith(f"{field}:"):
@@ -92,7 +93,7 @@ def status(field: str) -> Any:
 
 
 def run_python(code: str, **variables: str) -> str:
-    """Run code in a fresh interpreter and give what it prints."""
+    """Run code in a new interpreter and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=True,

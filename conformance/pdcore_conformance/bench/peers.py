@@ -1,19 +1,15 @@
-"""What a backend's speed is compared with: a registry of other ways to compute the same thing.
+"""What a backend's speed is compared with: a registry of other ways to compute the same attention.
 
-A peer states its library, where it runs and what it computes, and gives a function of q, k and v.
-One that cannot run is named with its reason. None is trusted: the bench holds each against the
-oracle before it times it.
+A peer states its library, its devices and what it computes, and builds a function of q, k and v. A
+peer that cannot run is listed with the reason. The bench compares the results of every peer with
+the oracle before it times the peer.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple
 
 from pdcore import bind
 from pdcore.backend import BackendInfo
@@ -21,38 +17,22 @@ from pdcore.errors import nearest
 from pdcore.plugins import registered
 
 from ..frameworks import framework
-from .plain import VARIANTS
+from .peer_functions import (
+    Attention,
+    cupy_textbook,
+    jax_nn,
+    literal_jax,
+    literal_numpy,
+    literal_sdpa,
+    literal_torch,
+    numpy_variant,
+    onnx_attention,
+    performer,
+    sdpa,
+)
+from .workload import Workload, half_pooled
 
-__all__ = ["PEERS", "Peer", "Workload", "choose_peers", "half_pooled"]
-
-#: Arrays by name to the result.
-Attention = Callable[[Mapping[str, Any]], Any]
-
-
-def half_pooled(heads: int) -> str:
-    """Give Attention-SH with half of the heads at scale 2."""
-    return f"sh({','.join('1' * (heads // 2) + '2' * (heads - heads // 2))})"
-
-
-class Workload(NamedTuple):
-    """A call that is timed.
-
-    Attributes
-    ----------
-    spec : str
-    shape : tuple of int
-        (B, H, N, D) of q, k and v.
-    dtype : str
-    direction : {"forward", "forward+backward"}
-    """
-
-    spec: str
-    shape: tuple[int, int, int, int]
-    dtype: str = "float32"
-    direction: str = "forward"
-
-    def __str__(self) -> str:
-        return f"{self.spec} {self.shape} {self.dtype} {self.direction}"
+__all__ = ["PEERS", "Peer", "choose_peers"]
 
 
 @dataclass(frozen=True)
@@ -62,24 +42,24 @@ class Peer:
     Parameters
     ----------
     name : str
-        As it is printed, and chosen by ``--against``.
+        The name that is printed, and that ``--against`` takes.
     library : str
-        Whose arrays it takes.
+        The library whose arrays the peer takes.
     computes : tuple of str or None
-        Specs; None for all of them.
+        The specs that the peer computes; None for all of them.
     make : callable
         ``make(workload) -> function of {"q", "k", "v"}``.
     devices : tuple of str
-        Kinds of device.
+        The kinds of device on which the peer runs.
     requires : tuple of str
-        Modules beside the library.
+        The modules that the peer needs beside the library.
     install : str
-        The command that installs what it needs.
+        The command that installs the library and the modules.
     backward : bool
-        Whether it is differentiable.
+        Whether the peer is differentiable.
     instead : str
-        The spec that it computes in place of a workload's: a yardstick for what the workload's
-        own costs.
+        The spec that the peer computes in place of the workload's, so that the bench shows what
+        the workload's spec costs beyond that one.
     """
 
     name: str
@@ -93,7 +73,7 @@ class Peer:
     instead: str = ""
 
     def missing(self, device: str) -> str | None:
-        """Say why it cannot run on a device here, None where it can."""
+        """Return why the peer cannot run on a device of this machine, None where it can."""
         if device.partition(":")[0] not in self.devices:
             return f"runs on {', '.join(self.devices)} only"
         absent = [name for name in (self.library, *self.requires) if find_spec(name) is None]
@@ -102,24 +82,24 @@ class Peer:
         return framework(self.library).available(device)
 
     def takes(self, workload: Workload) -> bool:
-        """Whether it computes a workload."""
+        """Return whether the peer computes a workload."""
         if self.instead and workload.spec == self.instead:
             return False
         known = self.computes is None or workload.spec in self.computes
         return known and (self.backward or workload.direction == "forward")
 
-    def own(self, workload: Workload) -> Workload:
-        """Give what it computes for a workload."""
+    def computed(self, workload: Workload) -> Workload:
+        """Return the workload with the spec that the peer computes for it, see `instead`."""
         return workload._replace(spec=self.instead) if self.instead else workload
 
 
 def choose_peers(names: list[str] | None) -> list[Peer]:
-    """Give the peers of some names, or all.
+    """Return the peers with some names, or all peers.
 
     Parameters
     ----------
     names : list of str or None
-        Of `PEERS`, or ``"backend NAME"`` for another backend of pdcore.
+        Names of `PEERS`, or ``"backend NAME"`` for another backend of pdcore.
 
     Raises
     ------
@@ -136,7 +116,7 @@ def choose_peers(names: list[str] | None) -> list[Peer]:
 
 
 def _backend(name: str, info: BackendInfo) -> Peer:
-    """Make a peer of another backend of pdcore."""
+    """Return a peer that runs another backend of pdcore."""
 
     def make(workload: Workload) -> Attention:
         layer = bind(workload.spec, backend=info.name)
@@ -155,179 +135,9 @@ def _backend(name: str, info: BackendInfo) -> Peer:
     )
 
 
-def _plain(name: str) -> Callable[[Workload], Attention]:
-    return lambda workload: lambda x: VARIANTS[name](x["q"], x["k"], x["v"])
-
-
-def _normalised(x: Mapping[str, Any], xp: Any) -> tuple[Any, Any]:
-    """Normalise queries and keys by the keys' moments, as the paper writes it."""
-    mean = xp.mean(x["k"], axis=-2, keepdims=True)
-    deviation = xp.sqrt(xp.mean((x["k"] - mean) ** 2, axis=-2, keepdims=True) + 1e-5)
-    return (x["q"] - mean) / deviation, (x["k"] - mean) / deviation
-
-
-def _literal_numpy(workload: Workload) -> Attention:
-    import numpy as np
-
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k = _normalised(x, np)
-        return VARIANTS["in place"](q, k, x["v"])
-
-    return attend
-
-
-def _sdpa(kernel: str | None) -> Callable[[Workload], Attention]:
-    """Make PyTorch's, by its own choice of kernel or by a named one."""
-
-    def make(workload: Workload) -> Attention:
-        torch = importlib.import_module("torch")
-        causal = "causal" in workload.spec
-
-        def attend(x: Mapping[str, Any]) -> Any:
-            with _kernel(kernel):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    x["q"], x["k"], x["v"], is_causal=causal
-                )
-
-        return attend
-
-    return make
-
-
-@contextmanager
-def _kernel(name: str | None) -> Iterator[None]:
-    if name is None:
-        yield
-        return
-    attention = importlib.import_module("torch.nn.attention")
-    with attention.sdpa_kernel(getattr(attention.SDPBackend, name)):
-        yield
-
-
-def _literal_torch(workload: Workload) -> Attention:
-    torch = importlib.import_module("torch")
-    compat = importlib.import_module("array_api_compat.torch")
-
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k = _normalised(x, compat)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, x["v"])
-
-    return attend
-
-
-def _textbook_torch(workload: Workload) -> Attention:
-    """Make Attention-BN as the paper writes it, with the (N, M) matrix of weights."""
-    torch = importlib.import_module("torch")
-    compat = importlib.import_module("array_api_compat.torch")
-
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k = _normalised(x, compat)
-        return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ x["v"]
-
-    return attend
-
-
-def _textbook_cupy(workload: Workload) -> Attention:
-    """Make attention with the (N, M) matrix of weights, which is what CuPy has by itself."""
-    cupy = importlib.import_module("cupy")
-    causal = "causal" in workload.spec
-
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k, v = (x[name] for name in "qkv")
-        s = (q @ k.swapaxes(-1, -2)).astype(cupy.promote_types(q.dtype, cupy.float32))
-        s /= math.sqrt(q.shape[-1])
-        if causal:
-            hidden = cupy.triu(cupy.ones(s.shape[-2:], dtype=bool), 1)
-            s = cupy.where(hidden, -cupy.inf, s)
-        s -= s.max(axis=-1, keepdims=True)
-        cupy.exp(s, out=s)
-        s /= s.sum(axis=-1, keepdims=True)
-        return s.astype(v.dtype) @ v
-
-    return attend
-
-
-def _performer(workload: Workload) -> Attention:
-    """Make the linear attention of performer-pytorch, on the features elu + 1."""
-    torch = importlib.import_module("torch")
-    performer = importlib.import_module("performer_pytorch.performer_pytorch")
-
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k = (torch.nn.functional.elu(x[name]) + 1 for name in "qk")
-        if "causal" in workload.spec:
-            return performer.causal_linear_attention_noncuda(q, k, x["v"], eps=0.0)
-        return performer.linear_attention(q, k, x["v"])
-
-    return attend
-
-
-def _jax(implementation: str) -> Callable[[Workload], Attention]:
-    def make(workload: Workload) -> Attention:
-        jax = importlib.import_module("jax")
-        causal = "causal" in workload.spec
-
-        def attend(x: Mapping[str, Any]) -> Any:
-            # It wants (B, N, H, D).
-            q, k, v = (x[name].swapaxes(-2, -3) for name in "qkv")
-            out = jax.nn.dot_product_attention(
-                q, k, v, is_causal=causal, implementation=implementation
-            )
-            return out.swapaxes(-2, -3)
-
-        return attend
-
-    return make
-
-
-def _literal_jax(workload: Workload) -> Attention:
-    jax = importlib.import_module("jax")
-    plain = _jax("xla")(workload)
-
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k = _normalised(x, jax.numpy)
-        return plain({"q": q, "k": k, "v": x["v"]})
-
-    return attend
-
-
-def _onnx(workload: Workload) -> Attention:
-    """Make a model of ONNX's own Attention operator (opset 23), and a session for it."""
-    onnx, runtime = map(importlib.import_module, ("onnx", "onnxruntime"))
-    element = onnx.helper.np_dtype_to_tensor_dtype(_numpy_dtype(workload.dtype))
-    names = ("q", "k", "v", "out")
-    q, k, v, out = (onnx.helper.make_tensor_value_info(n, element, workload.shape) for n in names)
-    node = onnx.helper.make_node(
-        "Attention",
-        names[:3],
-        names[3:],
-        scale=1 / math.sqrt(workload.shape[-1]),
-        is_causal=int("causal" in workload.spec),
-    )
-    graph = onnx.helper.make_graph([node], "attention", [q, k, v], [out])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
-    model.ir_version = 11
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = _threads()
-    session = runtime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return lambda x: session.run(None, {name: x[name] for name in names[:3]})[0]
-
-
-def _numpy_dtype(name: str) -> Any:
-    from ..judge.calls import dtype_of
-
-    return dtype_of(name)
-
-
-def _threads() -> int:
-    import os
-
-    return int(os.environ.get("PDCORE_NUM_THREADS", "0"))
-
-
+#: The specs that PyTorch's `scaled_dot_product_attention` computes.
 _SDPA = ("softmax", "causal")
-#: Of PyTorch's fused kernels on CUDA: how a peer and PyTorch call them.
+#: PyTorch's fused kernels on CUDA: the name in a peer's name, and PyTorch's name.
 _KERNELS = (
     ("flash", "FLASH_ATTENTION"),
     ("efficient", "EFFICIENT_ATTENTION"),
@@ -343,14 +153,14 @@ PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         *(
-            Peer(f"{name} NumPy", "numpy", ("softmax",), _plain(name))
+            Peer(f"{name} NumPy", "numpy", ("softmax",), numpy_variant(name))
             for name in ("textbook", "in place", "head by head")
         ),
-        Peer("literal Attention-BN, NumPy", "numpy", ("bn",), _literal_numpy),
-        Peer("matmul and softmax, CuPy", "cupy", _SDPA, _textbook_cupy, ("cuda",), (), _CUPY),
-        Peer("torch SDPA", "torch", _SDPA, _sdpa(None), _BOTH, (), _TORCH, True),
+        Peer("literal Attention-BN, NumPy", "numpy", ("bn",), literal_numpy),
+        Peer("matmul and softmax, CuPy", "cupy", _SDPA, cupy_textbook, ("cuda",), (), _CUPY),
+        Peer("torch SDPA", "torch", _SDPA, sdpa(None), _BOTH, (), _TORCH, True),
         *(
-            Peer(f"torch SDPA, {label}", "torch", _SDPA, _sdpa(kernel), ("cuda",), (), _TORCH, True)
+            Peer(f"torch SDPA, {label}", "torch", _SDPA, sdpa(kernel), ("cuda",), (), _TORCH, True)
             for label, kernel in (*_KERNELS, ("math", "MATH"))
         ),
         *(
@@ -358,7 +168,7 @@ PEERS: Mapping[str, Peer] = {
                 f"torch SDPA of softmax, {label}",
                 "torch",
                 ("bn", half_pooled(16)),
-                _sdpa(kernel),
+                sdpa(kernel),
                 ("cuda",),
                 (),
                 _TORCH,
@@ -371,7 +181,7 @@ PEERS: Mapping[str, Peer] = {
             "torch SDPA of softmax",
             "torch",
             ("bn", half_pooled(8), half_pooled(16)),
-            _sdpa(None),
+            sdpa(None),
             _BOTH,
             (),
             _TORCH,
@@ -382,7 +192,7 @@ PEERS: Mapping[str, Peer] = {
             "torch SDPA of causal softmax",
             "torch",
             ("causal+bn(statistics=prefix)",),
-            _sdpa(None),
+            sdpa(None),
             _BOTH,
             (),
             _TORCH,
@@ -393,7 +203,7 @@ PEERS: Mapping[str, Peer] = {
             "performer-pytorch",
             "torch",
             ("linear", "causal+linear"),
-            _performer,
+            performer,
             ("cpu",),
             ("performer_pytorch",),
             "pip install --no-deps performer-pytorch einops "
@@ -404,7 +214,7 @@ PEERS: Mapping[str, Peer] = {
             "literal Attention-BN, torch",
             "torch",
             ("bn",),
-            _textbook_torch,
+            literal_torch,
             _BOTH,
             (),
             _TORCH,
@@ -414,18 +224,18 @@ PEERS: Mapping[str, Peer] = {
             "literal Attention-BN, torch SDPA",
             "torch",
             ("bn",),
-            _literal_torch,
+            literal_sdpa,
             _BOTH,
             (),
             _TORCH,
             True,
         ),
-        Peer("jax.nn.dot_product_attention", "jax", _SDPA, _jax("xla"), _BOTH, (), _JAX, True),
+        Peer("jax.nn.dot_product_attention", "jax", _SDPA, jax_nn("xla"), _BOTH, (), _JAX, True),
         Peer(
             "jax.nn.dot_product_attention, cudnn",
             "jax",
             _SDPA,
-            _jax("cudnn"),
+            jax_nn("cudnn"),
             ("cuda",),
             (),
             _JAX,
@@ -436,7 +246,7 @@ PEERS: Mapping[str, Peer] = {
                 f"jax.nn.dot_product_attention of softmax{label}",
                 "jax",
                 ("bn", half_pooled(8), half_pooled(16)),
-                _jax(name),
+                jax_nn(name),
                 devices,
                 (),
                 _JAX,
@@ -449,19 +259,19 @@ PEERS: Mapping[str, Peer] = {
             "jax.nn.dot_product_attention of causal softmax",
             "jax",
             ("causal+bn(statistics=prefix)",),
-            _jax("xla"),
+            jax_nn("xla"),
             _BOTH,
             (),
             _JAX,
             True,
             "causal",
         ),
-        Peer("literal Attention-BN, jax.nn", "jax", ("bn",), _literal_jax, _BOTH, (), _JAX, True),
+        Peer("literal Attention-BN, jax.nn", "jax", ("bn",), literal_jax, _BOTH, (), _JAX, True),
         Peer(
             "onnxruntime Attention",
             "numpy",
             _SDPA,
-            _onnx,
+            onnx_attention,
             ("cpu",),
             ("onnx", "onnxruntime"),
             "pip install onnx onnxruntime",

@@ -1,13 +1,13 @@
-"""What a GPU does in a second, and which share of that a backend reaches.
+"""The rates of a GPU, and the share of them that a backend reaches.
 
-The machine's own rates come first: bytes by a copy, operations by a matrix product. Rates of a
-backend are those of its fastest call of a few, as the machine's are.
+The rates of the GPU are measured first: bytes per second by a copy, operations per second by a
+matrix product. Every rate, of the GPU and of the backend, is that of the fastest of a few calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,32 +16,31 @@ from pdcore.spec import as_spec
 
 from ..frameworks import framework
 from ..judge.calls import dtype_of
-from .grid import BOTH, Shape
-from .peers import Workload, half_pooled
+from .measurements import Bench
 from .timing import interleaved
-
-if TYPE_CHECKING:
-    from .speed import Bench
+from .workload import DIRECTIONS, Shape, Workload, half_pooled
 
 __all__ = ["Sizes", "operations", "rates", "rates_at"]
 
-NONE = (None, None)
+#: A figure without a target.
+NO_TARGET = (None, None)
 
 
 class Sizes(NamedTuple):
-    """What is measured.
+    """The sizes at which rates are measured.
 
     Attributes
     ----------
     shape : tuple of int
-        Of the calls, (B, H, N, D).
+        The shape (B, H, N, D) of q, k and v.
     dtype : str
-        Theirs, and of the matrix product.
+        The dtype of q, k and v, and of the matrices.
     copied : int
-        Bytes of the array that is copied.
+        The bytes of the array that is copied.
     side : int
-        Of the square matrices.
+        The rows and columns of the matrices.
     rounds : int
+        The calls of which the fastest counts.
     """
 
     shape: Shape = (2, 16, 8192, 128)
@@ -52,13 +51,13 @@ class Sizes(NamedTuple):
 
 
 def rates(bench: Bench) -> None:
-    """Measure a GPU and the backend on it; nothing on a CPU."""
+    """Measure the rates of a GPU and of the backend on it; do nothing on a CPU."""
     if bench.device.partition(":")[0] == "cuda":
         rates_at(bench, Sizes())
 
 
 def rates_at(bench: Bench, sizes: Sizes) -> None:
-    """Measure the machine, then the backend's calls and statistics against it."""
+    """Measure the rates of the device, then those of the backend's calls and statistics."""
     with bench.framework.precision(sizes.dtype):
         copy = _copy(bench, sizes)
         product = _product(bench, sizes)
@@ -67,19 +66,21 @@ def rates_at(bench: Bench, sizes: Sizes) -> None:
 
 
 def operations(workload: Workload) -> float:
-    """Count the operations of a call's matrix products, as is usual: those that causal hides not.
+    """Return the number of operations in a call's matrix products.
 
-    Two products forward, five backward; a head of scale s has the keys of every s-th.
+    There are two products forward and five backward. Pairs that a causal call hides are not
+    counted, and a head of scale s has one key for every s keys.
     """
     batch, heads, length, dim = workload.shape
     scales = as_spec(workload.spec).heads.scales or (1,) * heads
-    seen = 0.5 if "causal" in workload.spec else 1.0
-    pairs = seen * sum(length * -(-length // scale) for scale in scales)
+    visible = 0.5 if "causal" in workload.spec else 1.0
+    pairs = visible * sum(length * -(-length // scale) for scale in scales)
     products = 2 if workload.direction == "forward" else 7
     return 2.0 * products * batch * pairs * dim
 
 
 def _fastest(call: Callable[[], Any], rounds: int) -> float:
+    """Return the seconds of the fastest of some calls."""
     return min(interleaved({"call": call}, rounds)["call"])
 
 
@@ -89,57 +90,60 @@ def _array(bench: Bench, library: Any, shape: tuple[int, ...], dtype: str) -> An
 
 
 def _copy(bench: Bench, sizes: Sizes) -> float:
-    """Measure bytes read and written in a second by a copy of the backend's library."""
+    """Measure the bytes per second that a copy by the backend's library reads and writes."""
     library = bench.framework
     x = library.asarray(np.zeros(sizes.copied // 4, np.float32), bench.device)
     seconds = _fastest(lambda: library.finish(library.xp.asarray(x, copy=True)), sizes.rounds)
-    found = 2.0 * sizes.copied / seconds
+    rate = 2.0 * sizes.copied / seconds
     bench.figure(
-        f"copy of {sizes.copied / 2**20:g} MiB, read and written", [found / 1e9], "GB/s", NONE
+        f"copy of {sizes.copied / 2**20:g} MiB, read and written", [rate / 1e9], "GB/s", NO_TARGET
     )
-    return found
+    return rate
 
 
 def _product(bench: Bench, sizes: Sizes) -> float | None:
-    """Measure operations in a second by a matrix product, PyTorch's where it is there."""
+    """Measure the operations per second of a matrix product, by PyTorch if that is installed."""
     kind, side = f"{sizes.dtype} matrix product of {sizes.side}", sizes.side
-    said = []
+    reasons = []
     for name in dict.fromkeys(("torch", bench.framework.library)):
         library = framework(name)
-        why = library.available(bench.device)
-        if why is None:
+        reason = library.available(bench.device)
+        if reason is None:
             try:
                 x = _array(bench, library, (side, side), sizes.dtype)
                 seconds = _fastest(lambda: library.finish(x @ x), sizes.rounds)  # noqa: B023
             except Exception as error:  # noqa: BLE001 - a library may not multiply in this dtype
-                why = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {error}"
             else:
-                found = 2.0 * side**3 / seconds
-                bench.figure(f"{kind}, {name}", [found / 1e12], "TFLOP/s", NONE)
-                return found
-        said.append(f"{name}: {why}")
-    bench.speed["notes"].append(f"no {kind}: {'; '.join(said)}")
+                rate = 2.0 * side**3 / seconds
+                bench.figure(f"{kind}, {name}", [rate / 1e12], "TFLOP/s", NO_TARGET)
+                return rate
+        reasons.append(f"{name}: {reason}")
+    bench.speed["notes"].append(f"no {kind}: {'; '.join(reasons)}")
     return None
 
 
 def _calls(bench: Bench, sizes: Sizes, product: float | None) -> None:
-    """Measure calls, forward and backward, as a share of the matrix product's rate."""
+    """Measure the operations per second of calls, and their share of the matrix product's."""
     for spec in ("softmax", "causal", "bn", half_pooled(sizes.shape[1])):
-        for direction in BOTH:
+        for direction in DIRECTIONS:
             workload = Workload(spec, sizes.shape, sizes.dtype, direction)
-            if not bench.runs(workload) or not bench.own(workload):
+            if not bench.runs(workload) or not bench.check_backend(workload):
                 continue
             call = bench.call(workload, *bench.arrays(workload, bench.framework))
-            found = operations(workload) / _fastest(call, sizes.rounds)
-            bench.figure(str(workload), [found / 1e12], "TFLOP/s", NONE)
+            rate = operations(workload) / _fastest(call, sizes.rounds)
+            bench.figure(str(workload), [rate / 1e12], "TFLOP/s", NO_TARGET)
             if product is not None:
                 bench.figure(
-                    f"{workload}, of the matrix product's rate", [100 * found / product], "%", NONE
+                    f"{workload}, of the matrix product's rate",
+                    [100 * rate / product],
+                    "%",
+                    NO_TARGET,
                 )
 
 
 def _statistics(bench: Bench, sizes: Sizes, copy: float) -> None:
-    """Measure bytes of keys in a second by the statistics of Attention-BN, read once."""
+    """Measure the bytes per second at which the statistics of Attention-BN read the keys."""
     batch, heads, length, dim = sizes.shape
     runner = bench.runner
     if not bench.runs(Workload("bn", sizes.shape, sizes.dtype)) or not isinstance(
@@ -160,7 +164,7 @@ def _statistics(bench: Bench, sizes: Sizes, copy: float) -> None:
         lambda: bench.framework.finish(dict(runner.statistics(summary, keys, None))),
         sizes.rounds,
     )
-    found = float(np.prod(shape)) * keys.dtype.itemsize / seconds
+    rate = float(np.prod(shape)) * keys.dtype.itemsize / seconds
     name = f"statistics of {dtype} keys {shape}"
-    bench.figure(name, [found / 1e9], "GB/s", NONE)
-    bench.figure(f"{name}, of the copy's rate", [100 * found / copy], "%", NONE)
+    bench.figure(name, [rate / 1e9], "GB/s", NO_TARGET)
+    bench.figure(f"{name}, of the copy's rate", [100 * rate / copy], "%", NO_TARGET)

@@ -1,4 +1,4 @@
-"""What `pdcore_conformance.bench.speed` measured, as tables."""
+"""Print the measurements of `pdcore_conformance.bench.speed` as tables."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["show"]
 
 
 def show(run: Run, console: Any) -> None:
-    """Print the speed of a run, on a rich console."""
+    """Print the speed of a run on a rich console."""
     speed: Any = run["speed"]
-    where = run["environment"]
+    machine = run["environment"]
     versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
     load = "" if speed["load"] is None else f", load {speed['load']:.2f}"
-    machine = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']}, {where['cores']} cores"
+    device = machine["gpu"]["name"] if machine["gpu"] else _cpu(machine)
     lines = [
-        f"{run['backend']}:{run['device']}, {speed['threads']} threads on {machine}{load}",
+        f"{run['backend']}:{run['device']}, {speed['threads']} threads on {device}{load}",
         versions,
         *speed["notes"],
     ]
@@ -89,15 +89,19 @@ def _numerics(entries: Any, console: Any) -> None:
     console.print(table)
 
 
+def _cpu(machine: Mapping[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['cores']} cores"
+
+
 def _call(entry: Mapping[str, Any]) -> str:
     shape = ",".join(map(str, entry["shape"]))
-    back = " and backward" if entry["direction"] == "forward+backward" else ""
-    return f"{entry['spec']} ({shape}) {entry['dtype']}{back}"
+    backward = " and backward" if entry["direction"] == "forward+backward" else ""
+    return f"{entry['spec']} ({shape}) {entry['dtype']}{backward}"
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
-    span = entry["interval"]
-    return "" if span is None else f"{span[0]:.3g} to {span[1]:.3g}"
+    ends = entry["interval"]
+    return "" if ends is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
 def _target(entry: Mapping[str, Any]) -> str:

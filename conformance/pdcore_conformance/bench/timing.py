@@ -1,4 +1,4 @@
-"""Time measured fairly: several calls interleaved in one process, medians, and what ran where."""
+"""Time several calls interleaved in one process, and summarize the times."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ __all__ = ["interleaved", "interval", "judged", "quartiles", "threads_limited"]
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1, repeat: int = 1
 ) -> dict[str, list[float]]:
-    """Time calls in turn, so that whatever else the machine does meets all of them alike.
+    """Time calls in turn, so that other work of the machine slows all of them alike.
 
     Parameters
     ----------
     calls : mapping of str to callable
-        What to time, by name.
+        The calls to time, by name.
     rounds : int
-        Times for each of them; the order is turned round every time.
+        Measurements of each call; the order is reversed every time.
     warm_up : int
-        Rounds before, not counted.
+        Rounds that come first and are not counted.
     repeat : int
-        Calls in one measurement, for calls too short for the clock.
+        Calls in one measurement, for calls that are too short for the clock.
 
     Returns
     -------
     dict of str to list of float
-        Seconds a call; entries of the same place were measured next to one another.
+        Seconds per call; entries with the same index were measured one after the other.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    collecting = gc.isenabled()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         for turn in range(-warm_up, rounds):
             order = list(calls.items())
             for name, call in order if turn % 2 else reversed(order):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 for _ in range(repeat):
                     call()
                 if turn >= 0:
-                    taken[name].append((time.perf_counter() - began) / repeat)
+                    times[name].append((time.perf_counter() - started) / repeat)
     finally:
-        if collecting:
+        if enabled:
             gc.enable()
-    return taken
+    return times
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """Give the lower quartile, the median and the upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     if len(values) < 2:
         return [float(values[0])] * 3
     return [float(q) for q in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> list[float] | None:
-    """Give a bootstrap interval of the median, by `scipy.stats.bootstrap`.
+    """Compute a bootstrap confidence interval of the median, by `scipy.stats.bootstrap`.
 
     Returns
     -------
     list of float or None
-        Its ends; None without SciPy, and for fewer than three values.
+        The ends of the interval; None without SciPy, and for fewer than three values.
     """
     if len(values) < 3:
         return None
@@ -76,7 +76,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> list[float] | None
         return None
     import numpy as np
 
-    found = bootstrap(
+    ends = bootstrap(
         (np.asarray(values),),
         np.median,
         confidence_level=level,
@@ -84,17 +84,17 @@ def interval(values: Sequence[float], level: float = 0.95) -> list[float] | None
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return [float(found.low), float(found.high)]
+    return [float(ends.low), float(ends.high)]
 
 
 @contextlib.contextmanager
 def threads_limited(threads: int) -> Iterator[bool]:
-    """Run a block with so many threads in the BLAS, and in the NumPy backend.
+    """Limit the threads of the BLAS and of the NumPy backend in a block.
 
     Yields
     ------
     bool
-        Whether the BLAS could be limited; it takes threadpoolctl.
+        Whether the BLAS is limited, which needs threadpoolctl.
     """
     variable = "PDCORE_NUM_THREADS"
     before = os.environ.get(variable)
@@ -115,7 +115,7 @@ def threads_limited(threads: int) -> Iterator[bool]:
 
 
 def judged(value: float, target: tuple[float | None, float | None]) -> dict[str, Any]:
-    """Set a value beside its target; ``met`` is None where nothing is promised."""
+    """Return a target, and whether a value meets it; ``met`` is None without a target."""
     low, high = target
     met = None
     if low is not None or high is not None:

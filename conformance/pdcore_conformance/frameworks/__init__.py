@@ -1,6 +1,7 @@
-"""The array libraries that the suite runs on: what it needs of each, in one shape.
+"""The array libraries that the suite runs on, each behind the same interface.
 
-NumPy arrays go in and come out; a framework is imported when it is asked for, never before.
+The methods take and return NumPy arrays where they convert. A library is imported at its first use,
+never before.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from .base import Framework, Function, Memory
 
 __all__ = ["Framework", "Function", "Memory", "framework"]
 
-#: What is known about a library; any other gets `Framework` itself, by the array-API standard.
-_OWN = {
+#: The class of a library; other libraries use `Framework`, which needs the array-API standard.
+_CLASSES = {
     "numpy": "on_numpy:NumpyFramework",
     "array_api_strict": "on_numpy:StrictFramework",
     "torch": "on_torch:TorchFramework",
@@ -24,19 +25,19 @@ _OWN = {
 
 @cache
 def framework(library: str) -> Framework:
-    """Give the framework of an array library.
+    """Return the framework of an array library.
 
     Parameters
     ----------
     library : str
-        Its import name, as in `pdcore.BackendInfo`.
+        The import name of the library, as in `pdcore.BackendInfo`.
 
     Returns
     -------
     Framework
-        One for the process. The library itself is imported at its first use, so that
-        `Framework.available` can say why it cannot be.
+        The same object for every call. The library is imported at its first use, so that
+        `Framework.available` can return why the import fails.
     """
-    module, _, name = _OWN.get(library, "base:Framework").partition(":")
-    kind: type[Framework] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    return kind(library)
+    module, _, name = _CLASSES.get(library, "base:Framework").partition(":")
+    cls: type[Framework] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return cls(library)

@@ -1,4 +1,4 @@
-"""What the suite asks of an array library, and the answers that the array-API standard gives."""
+"""What the suite needs of an array library, implemented by the array-API standard alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["FLOATS", "TRANSFORMATIONS", "Framework", "Function", "Memory", "with
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Any]
 
-#: What is differentiated, mapped and compiled: arrays by name to (out, lse).
+#: A function that is differentiated, mapped or compiled: from arrays by name to (out, lse).
 Function = Callable[[Arrays], tuple[Any, Any]]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -29,15 +29,15 @@ TRANSFORMATIONS = ("autodiff", "double_backward", "vmap", "jvp", "compile")
 
 
 class Memory(ABC):
-    """The peak memory of a device, as its framework tells it."""
+    """The peak memory of a device, as the framework of the device reports it."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Begin a measurement, from what is allocated now."""
+        """Start a measurement at the memory that is allocated now."""
 
     @abstractmethod
     def read(self) -> int | None:
-        """Give the bytes by which the peak since `reset` exceeds what was allocated then.
+        """Return the bytes by which the peak since `reset` exceeds the memory at `reset`.
 
         Returns
         -------
@@ -54,10 +54,10 @@ class Framework:
     library : str
         The import name.
     poisons : bool
-        Whether `poisoned` does anything.
+        Whether `poisoned` has an effect.
     """
 
-    #: Which of `TRANSFORMATIONS` it has.
+    #: The members of `TRANSFORMATIONS` that the library has.
     transformations: ClassVar[frozenset[str]] = frozenset()
     poisons: ClassVar[bool] = False
 
@@ -74,7 +74,7 @@ class Framework:
 
     @cached_property
     def xp(self) -> Any:
-        """The library's array-API namespace, by array-api-compat where that knows it."""
+        """The array-API namespace of the library, from array-api-compat where that supports it."""
         name = f"array_api_compat.{self.library}"
         try:
             return importlib.import_module(name)
@@ -83,10 +83,10 @@ class Framework:
                 raise
         return self.module
 
-    # Where it runs.
+    # Availability.
 
     def available(self, device: str = "cpu") -> str | None:
-        """Say why nothing can run on a device here.
+        """Return why nothing can run on a device of this machine.
 
         Parameters
         ----------
@@ -106,7 +106,7 @@ class Framework:
         return None
 
     def unimportable(self) -> str | None:
-        """Say why the library cannot be imported, None where it is."""
+        """Return why the library cannot be imported, None where it can."""
         if find_spec(self.library.partition(".")[0]) is None:
             return f"not installed: {self.library}"
         try:
@@ -117,7 +117,7 @@ class Framework:
         return None
 
     def no_device(self, device: str) -> str:
-        """Say that a device is not there."""
+        """Return the message that a device does not exist."""
         if device.partition(":")[0] == "cuda":
             return f"{self.library} {self.version()} sees no CUDA device" + (
                 "" if device == "cuda" else f" {device}"
@@ -127,19 +127,19 @@ class Framework:
         )
 
     def devices(self) -> list[str]:
-        """Name the devices that are there, the default one first."""
+        """List the devices of this machine, the default one first."""
         return ["cpu"]
 
     def version(self) -> str:
-        """Give the library's version."""
+        """Return the version of the library."""
         return str(getattr(self.module, "__version__", "of unknown version"))
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of all that the library's numbers come from."""
+        """Return the versions of the library and of the software on which its results depend."""
         return {self.library: self.version()}
 
     def missing(self, feature: str) -> str | None:
-        """Say why a feature of `pdcore.backend.FEATURES` cannot be had of this library here.
+        """Return why the library does not have a feature of `pdcore.backend.FEATURES` here.
 
         Parameters
         ----------
@@ -149,7 +149,7 @@ class Framework:
         Returns
         -------
         str or None
-            None where it can.
+            None where it has the feature.
         """
         if feature in TRANSFORMATIONS:
             if feature not in self.transformations:
@@ -160,13 +160,13 @@ class Framework:
         return None
 
     def has_dtype(self, name: str) -> bool:
-        """Whether the library has arrays of a dtype."""
+        """Return whether the library has arrays of a dtype."""
         return hasattr(self.xp, name)
 
     # Arrays.
 
     def asarray(self, x: Array, device: str = "cpu") -> Any:
-        """Bring a NumPy array to a device.
+        """Copy a NumPy array to a device.
 
         Parameters
         ----------
@@ -174,7 +174,7 @@ class Framework:
             float16, bfloat16 (of ml_dtypes), float32, float64, bool, int32 or int64. Its strides
             are kept where the library has strides.
         device : str
-            Where to.
+            The device.
 
         Raises
         ------
@@ -187,50 +187,50 @@ class Framework:
         return result
 
     def asnumpy(self, x: Any) -> Array:
-        """Bring an array to NumPy, bfloat16 as that of ml_dtypes."""
+        """Convert an array to NumPy; bfloat16 becomes that of ml_dtypes."""
         try:
             return np.from_dlpack(x)
         except (AttributeError, BufferError, RuntimeError, TypeError):
             return np.asarray(x)
 
     def is_array(self, x: Any) -> bool:
-        """Whether something is an array of this library."""
+        """Return whether an object is an array of this library."""
         try:
             return library_of(x, "x") == self.library
         except TypeError:
             return False
 
     def device_of(self, x: Any) -> str:
-        """Name an array's device: ``"cpu"``, ``"cuda:0"``."""
+        """Return the device of an array, as in ``"cpu"`` or ``"cuda:0"``."""
         return device_name(x, self.library)
 
     def dtype_of(self, x: Any) -> str:
-        """Name an array's dtype: ``"float32"``, ``"bfloat16"``, ``"bool"``."""
+        """Return the dtype of an array, as in ``"float32"``, ``"bfloat16"`` or ``"bool"``."""
         return dtype_name(x)
 
     def synchronize(self, result: Any = None) -> None:
-        """Wait until a result is there; None means all work so far."""
+        """Wait until a result is computed; None waits for all work so far."""
 
     def release(self) -> None:
-        """Give back memory and compiled programs that the library keeps for later."""
+        """Free memory and compiled programs that the library caches."""
 
-    # How exact it is.
+    # Precision and memory.
 
     @contextmanager
     def precision(self, dtype: str) -> Iterator[None]:
-        """Compute in a dtype as its name says: float32 without TF32, float64 in float64.
+        """Compute in the full precision of a dtype in a block: float32 without TF32, for example.
 
-        The setting is the process's, so that the threads of a block have it as well.
+        The setting is global, so that it also holds for threads that the block starts.
         """
         yield
 
     def policy(self) -> str:
-        """Say, in one line for the record, what `precision` means here."""
+        """Describe in one line, for the record, what `precision` means in this library."""
         return "every dtype is computed as its name says"
 
     @contextmanager
     def unpooled(self) -> Iterator[None]:
-        """Allocate memory for each array by itself, where a pool would hide its ends."""
+        """Allocate each array separately in a block: in a pool, a sanitizer misses its bounds."""
         yield
 
     @contextmanager
@@ -241,85 +241,85 @@ class Framework:
         """
         yield
 
-    # Transformations of a function of arrays by name; each array is one to differentiate by.
+    # Transformations of a function of arrays by name, which differentiate by each of the arrays.
 
     @property
     def has_autodiff(self) -> bool:
-        """Whether the library differentiates."""
+        """Whether the library has automatic differentiation."""
         return "autodiff" in self.transformations
 
     def vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
     ) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        """Pull cotangents back by the library's reverse mode.
+        """Compute gradients by the library's reverse mode.
 
         Parameters
         ----------
         function : callable
-            Takes `arrays`, gives (out, lse).
+            From arrays by name to (out, lse).
         arrays : mapping of str to array
-            What to differentiate by.
+            The arguments of the function, by which it is differentiated.
         cotangents : tuple
-            Of out and lse; that of lse may be None.
+            The cotangents of out and lse; that of lse may be None.
 
         Returns
         -------
         outputs : tuple of array
             (out, lse).
         gradients : dict of str to array
-            One for each of `arrays`; zeros where nothing depends on it.
+            The gradient by each of `arrays`; zeros where the result does not depend on it.
         """
         raise self._lacks("autodiff")
 
     def double_vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Differentiate gradients: those of sum_n <directions[n], gradient of n>.
+        """Compute gradients, and the gradients of sum_n <directions[n], gradient by n>.
 
         Returns
         -------
         gradients, second : dict of str to array
-            What `vjp` gives, and the gradients of that sum by each of `arrays`; which is also
-            the derivative of `gradients` along `directions`.
+            The gradients that `vjp` returns, and the gradients of the sum by each of `arrays`,
+            which are also the derivatives of `gradients` along `directions`.
         """
         raise self._lacks("double_backward")
 
     def jvp(
         self, function: Function, arrays: Arrays, directions: Arrays
     ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Push directions forward; give (out, lse) and their derivatives along them."""
+        """Compute (out, lse) and their derivatives along directions, by forward mode."""
         raise self._lacks("jvp")
 
     def vmap(self, function: Function) -> Function:
-        """Map a function over the first axis of its arrays and of its results."""
+        """Return the function mapped over the first axis of its arrays and of its results."""
         raise self._lacks("vmap")
 
     def compile(self, function: Function) -> Function:
-        """Compile a function, as one program, or fail."""
+        """Compile a function as one program; raise where that is not possible."""
         raise self._lacks("compile")
 
     def _lacks(self, feature: str) -> NotImplementedError:
         return NotImplementedError(self.missing(feature) or f"{self!r}: {feature} is not written")
 
-    # What it costs. A function takes arrays by name here, and gives out alone.
+    # Speed and memory. A function here maps arrays by name to out alone.
 
     def prepared(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-        """Make a function ready to be called many times, as its users would."""
+        """Return the function as users call it often: compiled, where the library compiles."""
         return function
 
     def step(
         self, function: Callable[[Arrays], Any]
     ) -> Callable[[Arrays, Any], tuple[Any, dict[str, Any]]]:
-        """Make a function of arrays and a cotangent that gives out and the gradients."""
+        """Return a function from arrays and a cotangent to out and the gradients."""
         raise self._lacks("autodiff")
 
     def finish(self, result: Any) -> Any:
-        """Wait for a result, and give it."""
+        """Wait until a result is computed, and return it."""
         self.synchronize(result)
         return result
 
     def memory(self, device: str) -> Memory | None:
-        """Give the meter of a device's peak memory, None where the library has none."""
+        """Return a `Memory` of a device, None where the library does not report memory."""
         return None
 
     def gpu(self, device: str) -> dict[str, Any] | None:
@@ -332,16 +332,16 @@ def _is_on(present: str, wanted: str) -> bool:
 
 
 def with_strides_kept(x: Array) -> tuple[Array, tuple[int, ...], int]:
-    """Copy the memory that an array spans, with its layout.
+    """Copy the memory that an array spans, and describe the layout of the array in it.
 
     Returns
     -------
     buffer : array (span,)
-        One-dimensional and contiguous, of the array's dtype.
+        A one-dimensional, contiguous array of the same dtype.
     strides : tuple of int
-        In elements.
+        The strides of the array, in elements.
     start : int
-        The element of `buffer` that is the array's first.
+        The index in `buffer` of the array's first element.
     """
     size = x.dtype.itemsize
     if any(stride % size for stride in x.strides):

@@ -1,4 +1,4 @@
-"""CuPy."""
+"""CuPy as an array library of the suite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CupyFramework(Framework):
     poisons: ClassVar[bool] = True
 
     def devices(self) -> list[str]:
-        """Name the CUDA devices."""
+        """List the CUDA devices."""
         cuda = self.module.cuda
         try:
             count = cuda.runtime.getDeviceCount()
@@ -29,33 +29,33 @@ class CupyFramework(Framework):
         return [f"cuda:{i}" for i in range(count)]
 
     def available(self, device: str = "cuda") -> str | None:
-        """Say why nothing can run on a device here."""
+        """Return why nothing can run on a device of this machine."""
         if device.partition(":")[0] == "cpu":
             return self.unimportable() or "cupy runs on CUDA devices only"
         return super().available(device)
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of CuPy and of its CUDA runtime."""
+        """Return the versions of CuPy and of its CUDA runtime."""
         cupy = self.module
-        found = {"cupy": str(cupy.__version__)}
+        versions = {"cupy": str(cupy.__version__)}
         if self.devices():
-            found["cupy cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
-        return found
+            versions["cupy cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
+        return versions
 
     def has_dtype(self, name: str) -> bool:
-        """Whether CuPy has a dtype; bfloat16 is that of ml_dtypes, since CuPy 14."""
+        """Return whether CuPy has a dtype; bfloat16 is that of ml_dtypes, since CuPy 14."""
         if name != "bfloat16":
             return super().has_dtype(name)
         try:
             from ml_dtypes import bfloat16
 
             self.module.empty(0, bfloat16)
-        except Exception:  # noqa: BLE001 - no module, no dtype, no device
+        except Exception:  # noqa: BLE001 - no ml_dtypes, an older CuPy, or no device
             return False
         return True
 
     def asarray(self, x: Array, device: str = "cuda") -> Any:
-        """Copy an array with its strides."""
+        """Copy an array to a device, with its strides."""
         cupy = self.module
         buffer, _, start = with_strides_kept(x)
         with cupy.cuda.Device(_index(device)):
@@ -64,7 +64,7 @@ class CupyFramework(Framework):
             return cupy.ndarray(x.shape, x.dtype, memory, x.strides)
 
     def asnumpy(self, x: Any) -> Array:
-        """Bring an array to the host."""
+        """Copy an array to NumPy."""
         return np.asarray(self.module.asnumpy(x))
 
     def synchronize(self, result: Any = None) -> None:
@@ -74,18 +74,18 @@ class CupyFramework(Framework):
             cuda.Device(_index(name)).synchronize()
 
     def release(self) -> None:
-        """Give the blocks of the memory pool back."""
+        """Free the unused blocks of the memory pool."""
         self.module.get_default_memory_pool().free_all_blocks()
 
     def policy(self) -> str:
-        """Say how CuPy computes: its only switch is a variable of the environment."""
-        given = os.environ.get("CUPY_TF32", "0")
-        text = "TF32, by CUPY_TF32" if given == "1" else "IEEE float32, no TF32 (CUPY_TF32 unset)"
+        """Describe how CuPy computes, which only the variable CUPY_TF32 changes."""
+        tf32 = os.environ.get("CUPY_TF32", "0")
+        text = "TF32, by CUPY_TF32" if tf32 == "1" else "IEEE float32, no TF32 (CUPY_TF32 unset)"
         return f"float32 matrix products in {text}; float64 in float64"
 
     @contextmanager
     def poisoned(self) -> Iterator[None]:
-        """Fill all memory that CuPy allocates with ones in every bit, which are NaN."""
+        """Set every bit of the memory that CuPy allocates, which makes floats NaN."""
         cuda = self.module.cuda
         before = cuda.get_allocator()
 
@@ -102,7 +102,7 @@ class CupyFramework(Framework):
 
     @contextmanager
     def unpooled(self) -> Iterator[None]:
-        """Ask CUDA for each array's memory, see `Framework.unpooled`."""
+        """Allocate each array by CUDA itself, see `Framework.unpooled`."""
         cuda = self.module.cuda
         before = cuda.get_allocator()
         cuda.set_allocator(None)
@@ -112,21 +112,23 @@ class CupyFramework(Framework):
             cuda.set_allocator(before)
 
     def memory(self, device: str) -> Memory | None:
-        """Give the meter of a device: the pool's blocks, counted as they come and go."""
+        """Return a `Memory` that counts the blocks of the pool as they are allocated and freed."""
         return _PoolMemory(self)
 
     def gpu(self, device: str) -> dict[str, Any] | None:
         """Describe a CUDA device."""
-        found = self.module.cuda.runtime.getDeviceProperties(_index(device))
+        properties = self.module.cuda.runtime.getDeviceProperties(_index(device))
         return {
-            "name": found["name"].decode(),
-            "memory_gib": round(found["totalGlobalMem"] / 2**30, 1),
+            "name": properties["name"].decode(),
+            "memory_gib": round(properties["totalGlobalMem"] / 2**30, 1),
             "driver": None,
-            "capability": f"{found['major']}.{found['minor']}",
+            "capability": f"{properties['major']}.{properties['minor']}",
         }
 
 
 class _PoolMemory(Memory):
+    """The peak of CuPy's memory pool, counted by a memory hook."""
+
     def __init__(self, framework: CupyFramework) -> None:
         self.framework = framework
         self.hook: Any = None
@@ -147,7 +149,7 @@ class _PoolMemory(Memory):
             def free_postprocess(self, **block: Any) -> None:
                 self.now -= block["mem_size"]
 
-        self._leave()
+        self._remove_hook()
         self.framework.synchronize()
         self.hook = Count()
         self.hook.__enter__()
@@ -157,10 +159,10 @@ class _PoolMemory(Memory):
             return None
         self.framework.synchronize()
         peak = int(self.hook.peak)
-        self._leave()
+        self._remove_hook()
         return peak
 
-    def _leave(self) -> None:
+    def _remove_hook(self) -> None:
         if self.hook is not None:
             self.hook.__exit__()
             self.hook = None

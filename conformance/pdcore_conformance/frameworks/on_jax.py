@@ -1,4 +1,4 @@
-"""JAX."""
+"""JAX as an array library of the suite."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .base import Array, Arrays, Framework, Function, Memory
 
 __all__ = ["JaxFramework"]
 
-#: Uses of `JaxFramework.precision` after which compiled programs are forgotten. On the CPU each
-#: holds about a hundred of the 65,530 memory maps that Linux gives a process, and ends with it.
+#: Uses of `JaxFramework.precision` after which compiled programs are freed. On the CPU each program
+#: holds about a hundred of the 65,530 memory maps that Linux allows a process.
 CLEARING = 100
-#: How many parts a sequence is cut in.
+#: The number of shards of a sequence.
 SHARDS = 4
 
 
 class JaxFramework(Framework):
-    """JAX, on the platforms that it has; its ``gpu`` is called ``cuda``, as everywhere here.
+    """JAX on all of its platforms; its platform ``gpu`` is called ``cuda``, as in pdcore.
 
-    Every function is run as one program (`jax.jit`): single operations take JAX longer to
-    dispatch and to compile than whole calls.
+    Every function runs as one program (`jax.jit`), because JAX takes longer to dispatch and to
+    compile operations one by one.
     """
 
     _uses = 0
@@ -39,24 +39,24 @@ class JaxFramework(Framework):
         return self.module.numpy
 
     def devices(self) -> list[str]:
-        """Name the devices, those of the default platform first."""
+        """List the devices, those of the default platform first."""
         return list(self._devices())
 
     def _devices(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        devices: dict[str, Any] = {}
         for device in (*self.module.devices(), *self.module.devices("cpu")):
             kind = "cuda" if device.platform == "gpu" else device.platform
             name = "cpu" if kind == "cpu" else f"{kind}:{device.id}"
-            found.setdefault(name, device)
-        return found
+            devices.setdefault(name, device)
+        return devices
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of JAX and of its compiler."""
+        """Return the versions of JAX and of its compiler."""
         compiler = importlib.import_module("jaxlib").__version__
         return {"jax": str(self.module.__version__), "jaxlib": str(compiler)}
 
     def asarray(self, x: Array, device: str = "cpu") -> Any:
-        """Copy an array; JAX has no strides, and int64 only where 64 bits are enabled."""
+        """Copy an array; JAX has no strides, and has int64 only where 64 bits are enabled."""
         jax = self.module
         if not jax.config.jax_enable_x64:
             if x.dtype == np.float64:
@@ -71,38 +71,38 @@ class JaxFramework(Framework):
         return jax.device_put(np.array(x), target)
 
     def asnumpy(self, x: Any) -> Array:
-        """Bring an array to NumPy."""
+        """Convert an array to NumPy."""
         return np.asarray(x)
 
     def synchronize(self, result: Any = None) -> None:
-        """Wait for a result, or for all that was dispatched."""
+        """Wait for a result, or for all dispatched work."""
         if result is None:
             self.module.effects_barrier()
             result = self.module.live_arrays()
         self.module.block_until_ready(result)
 
     def release(self) -> None:
-        """Forget compiled programs."""
+        """Free compiled programs."""
         self.module.clear_caches()
 
     @contextmanager
     def precision(self, dtype: str) -> Iterator[None]:
-        """Enable 64 bits for float64, and take matrix products as exact as they can be had."""
+        """Enable 64 bits for float64, and compute matrix products in the highest precision."""
         config = self.module.config
-        kept = config.jax_enable_x64, config.jax_default_matmul_precision
+        before = config.jax_enable_x64, config.jax_default_matmul_precision
         config.update("jax_enable_x64", dtype == "float64")
         config.update("jax_default_matmul_precision", "highest")
         try:
             yield
         finally:
-            config.update("jax_enable_x64", kept[0])
-            config.update("jax_default_matmul_precision", kept[1])
+            config.update("jax_enable_x64", before[0])
+            config.update("jax_default_matmul_precision", before[1])
             self._uses += 1
             if self._uses % CLEARING == 0:
                 self.release()
 
     def policy(self) -> str:
-        """Say how JAX computes under `precision`."""
+        """Describe how JAX computes under `precision`."""
         return (
             "matrix products at precision 'highest' (float32 without TF32); float64 with "
             "jax_enable_x64, which is off for the other dtypes"
@@ -111,12 +111,13 @@ class JaxFramework(Framework):
     def vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
     ) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        """Pull back by jax.vjp."""
-        return self.module.jit(self._pulled(function))(  # type: ignore[no-any-return]
+        """Compute gradients by jax.vjp."""
+        return self.module.jit(self._pullback(function))(  # type: ignore[no-any-return]
             dict(arrays), cotangents
         )
 
-    def _pulled(self, function: Function) -> Any:
+    def _pullback(self, function: Function) -> Any:
+        """Return a function from arrays and cotangents to (outputs, gradients)."""
         jax = self.module
 
         def pull(arrays: Any, cotangents: Any) -> Any:
@@ -132,11 +133,11 @@ class JaxFramework(Framework):
     def double_vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Pull back, and pull the pullback back."""
-        jax, pulled = self.module, self._pulled(function)
+        """Compute gradients by jax.vjp, and their gradients by jax.vjp of that."""
+        jax, pull = self.module, self._pullback(function)
 
         def both(arrays: Any, cotangents: Any, directions: Any) -> Any:
-            first, pullback = jax.vjp(lambda x: pulled(x, cotangents)[1], arrays)
+            first, pullback = jax.vjp(lambda x: pull(x, cotangents)[1], arrays)
             return first, pullback(directions)[0]
 
         return jax.jit(both)(  # type: ignore[no-any-return]
@@ -146,7 +147,7 @@ class JaxFramework(Framework):
     def jvp(
         self, function: Function, arrays: Arrays, directions: Arrays
     ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Push forward by jax.jvp."""
+        """Compute directional derivatives by jax.jvp."""
         jax = self.module
         tangents = {n: directions.get(n, jax.numpy.zeros_like(x)) for n, x in arrays.items()}
         return jax.jit(lambda x, d: jax.jvp(function, (x,), (d,)))(  # type: ignore[no-any-return]
@@ -154,14 +155,14 @@ class JaxFramework(Framework):
         )
 
     def vmap(self, function: Function) -> Function:
-        """Map by jax.vmap."""
+        """Map a function by jax.vmap."""
         mapped = self.module.jit(self.module.vmap(function))
         return lambda arrays: tuple(mapped(dict(arrays)))
 
     def shard(self, name: str, spec: str, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-        """Run a call with its sequence cut in four, and join what the shards give.
+        """Run a call with the sequence in four shards, and concatenate the results of the shards.
 
-        On four devices by `jax.shard_map`; on fewer by `jax.vmap`, whose axes have names too.
+        With four devices this uses `jax.shard_map`, with fewer `jax.vmap` with an axis name.
         """
         jax = self.module
         layer = importlib.import_module("pdcore").bind(spec, backend=name)
@@ -179,29 +180,29 @@ class JaxFramework(Framework):
             out, lse = jax.jit(mapped)(*(jax.device_put(x, place) for x in (q, k, v)))
             return jax.device_put((out, lse), q.sharding)  # type: ignore[no-any-return]
 
-        def cut(x: Any) -> Any:
+        def split_sequence(x: Any) -> Any:
             *lead, length, dim = x.shape
             return jax.numpy.reshape(x, (*lead, SHARDS, length // SHARDS, dim))
 
         mapped = jax.vmap(local, in_axes=-3, out_axes=2, axis_name="sequence")
-        out, lse = jax.jit(mapped)(cut(q), cut(k), cut(v))
+        out, lse = jax.jit(mapped)(split_sequence(q), split_sequence(k), split_sequence(v))
         shape = (*q.shape[:-1], v.shape[-1])
         return jax.numpy.reshape(out, shape), jax.numpy.reshape(lse, shape[:-1])
 
     def compile(self, function: Function) -> Function:
-        """Compile by jax.jit."""
+        """Compile a function by jax.jit."""
         compiled = self.module.jit(function)
         return lambda arrays: tuple(compiled(dict(arrays)))
 
     def prepared(self, function: Callable[[Arrays], Any]) -> Callable[[Arrays], Any]:
-        """Compile by jax.jit."""
+        """Compile a function by jax.jit."""
         compiled = self.module.jit(function)
         return lambda arrays: compiled(dict(arrays))
 
     def step(
         self, function: Callable[[Arrays], Any]
     ) -> Callable[[Arrays, Any], tuple[Any, dict[str, Any]]]:
-        """Compile forward and backward together by jax.jit."""
+        """Compile the result and the gradients together by jax.jit."""
         jax = self.module
 
         def run(arrays: Any, cotangent: Any) -> Any:
@@ -212,7 +213,7 @@ class JaxFramework(Framework):
         return lambda arrays, cotangent: compiled(dict(arrays), cotangent)
 
     def memory(self, device: str) -> Memory | None:
-        """Give the meter of a device whose allocator keeps statistics; a CPU's does not."""
+        """Return a `Memory` of a device whose allocator has statistics, which a CPU's has not."""
         target = self._devices().get(device if ":" in device or device == "cpu" else f"{device}:0")
         if target is None or target.memory_stats() is None:
             return None
@@ -233,7 +234,7 @@ class JaxFramework(Framework):
 
 
 class _DeviceMemory(Memory):
-    """The peak of the process, which nothing resets."""
+    """The peak memory of the process, which cannot be reset."""
 
     def __init__(self, framework: JaxFramework, device: Any) -> None:
         self.framework, self.device = framework, device

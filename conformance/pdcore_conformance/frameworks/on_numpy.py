@@ -20,15 +20,15 @@ class NumpyFramework(Framework):
     poisons: ClassVar[bool] = True
 
     def asarray(self, x: Array, device: str = "cpu") -> Any:
-        """Give the array itself, strides, flags and all."""
+        """Return the array itself, with its strides and flags."""
         return x
 
     def asnumpy(self, x: Any) -> Array:
-        """Give the array itself."""
+        """Return the array itself."""
         return np.asarray(x)
 
     def has_dtype(self, name: str) -> bool:
-        """Whether NumPy has a dtype; bfloat16 is that of ml_dtypes."""
+        """Return whether NumPy has a dtype; bfloat16 is that of ml_dtypes."""
         if name != "bfloat16":
             return super().has_dtype(name)
         try:
@@ -38,12 +38,12 @@ class NumpyFramework(Framework):
         return hasattr(ml_dtypes, name)
 
     def policy(self) -> str:
-        """Say how NumPy computes."""
+        """Describe how NumPy computes."""
         return "IEEE arithmetic in the arrays' dtype, matrix products by the BLAS"
 
     @contextmanager
     def poisoned(self) -> Iterator[None]:
-        """Fill what `numpy.empty` and `numpy.empty_like` give; in-place for all threads."""
+        """Fill the arrays of `numpy.empty` and `numpy.empty_like`, in all threads."""
 
         def filled(allocate: Any) -> Any:
             def call(*arguments: Any, **keywords: Any) -> Any:
@@ -59,26 +59,26 @@ class NumpyFramework(Framework):
 
 
 class StrictFramework(NumpyFramework):
-    """array-api-strict: NumPy with nothing but the standard."""
+    """array-api-strict: NumPy restricted to the array-API standard."""
 
     def asarray(self, x: Array, device: str = "cpu") -> Any:
-        """Copy an array; the standard has no strides."""
+        """Copy an array; its strides are not kept, as the standard has none."""
         name = str(x.dtype)
         if not self.has_dtype(name):
             raise TypeError(f"{self.library} has no {name}")
         return self.xp.asarray(x, copy=True)
 
     def has_dtype(self, name: str) -> bool:
-        """Whether the standard has a dtype."""
+        """Return whether the standard has a dtype."""
         return hasattr(self.xp, name)
 
     def policy(self) -> str:
-        """Say how array-api-strict computes."""
+        """Describe how array-api-strict computes."""
         return "by NumPy: IEEE arithmetic in the arrays' dtype, matrix products by the BLAS"
 
 
 def poison(x: Array) -> Array:
-    """Fill an array with NaN, or integers with their largest value, False with True."""
+    """Fill an array with NaN, of integers with the largest value, of booleans with True."""
     kind = x.dtype.kind
     if kind in "fc" or x.dtype.name == "bfloat16":
         x.fill(np.nan)

@@ -1,4 +1,4 @@
-"""PyTorch."""
+"""PyTorch as an array library of the suite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Array, Arrays, Framework, Function, Memory, with_strides_kept
 
 __all__ = ["TorchFramework"]
 
-#: The switches that let a float32 matrix product be computed in less, and how they are shut.
+#: The settings under ``torch.backends`` that can lower the precision of float32 matrix products.
 _FP32 = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 
 
@@ -29,31 +29,31 @@ class TorchFramework(Framework):
     poisons: ClassVar[bool] = True
 
     def devices(self) -> list[str]:
-        """Name the devices: the CPU, and the CUDA devices."""
+        """List the CPU and the CUDA devices."""
         torch = self.module
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return ["cpu", *(f"cuda:{i}" for i in range(count))]
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of PyTorch and of its CUDA libraries."""
+        """Return the versions of PyTorch and of its CUDA libraries."""
         torch = self.module
-        found = {"torch": str(torch.__version__)}
+        versions = {"torch": str(torch.__version__)}
         if torch.version.cuda is not None:
-            found["torch cuda"] = str(torch.version.cuda)
+            versions["torch cuda"] = str(torch.version.cuda)
             if torch.backends.cudnn.is_available():
-                found["cudnn"] = str(torch.backends.cudnn.version())
+                versions["cudnn"] = str(torch.backends.cudnn.version())
         with suppress(ModuleNotFoundError):
-            found["triton"] = str(importlib.import_module("triton").__version__)
-        return found
+            versions["triton"] = str(importlib.import_module("triton").__version__)
+        return versions
 
     def missing(self, feature: str) -> str | None:
-        """Say why a feature cannot be had; torch.compile takes a compiler."""
+        """Return why PyTorch does not have a feature; torch.compile needs a C++ compiler."""
         if feature == "compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             return "torch.compile takes a C++ compiler, and there is none"
         return super().missing(feature)
 
     def asarray(self, x: Array, device: str = "cpu") -> Any:
-        """Copy an array; strides of 0 and of more than the row are kept, negative ones not."""
+        """Copy an array with its strides; one with negative strides becomes contiguous."""
         torch = self.module
         if any(stride < 0 for stride in x.strides):
             x = np.ascontiguousarray(x)
@@ -62,11 +62,11 @@ class TorchFramework(Framework):
             flat = torch.from_numpy(buffer.view(np.int16)).view(torch.bfloat16)
         else:
             flat = torch.from_numpy(buffer)
-        # The buffer moves as it is: `to` would make a broadcast array whole.
+        # Copy the buffer and view it: `to` would expand a broadcast array.
         return flat.to(device).as_strided(x.shape, strides, start)
 
     def asnumpy(self, x: Any) -> Array:
-        """Bring a tensor to NumPy, detached."""
+        """Convert a tensor to NumPy, detached."""
         x = x.detach().cpu()
         if x.dtype != self.module.bfloat16:
             return np.asarray(x.numpy())
@@ -82,7 +82,7 @@ class TorchFramework(Framework):
                 torch.cuda.synchronize(index)
 
     def release(self) -> None:
-        """Empty the allocator's cache, and forget compiled programs."""
+        """Empty the cache of the allocator, and free compiled programs."""
         torch = self.module
         torch.compiler.reset()
         if torch.cuda.is_available():
@@ -90,10 +90,10 @@ class TorchFramework(Framework):
 
     @contextmanager
     def precision(self, dtype: str) -> Iterator[None]:
-        """Shut the switches that let float32 matrix products run in TF32 or bfloat16."""
+        """Disable TF32 and bfloat16 in float32 matrix products."""
         torch = self.module
-        switches = [s for name in _FP32 if (s := _switch(torch.backends, name)) is not None]
-        if not switches:  # a release from before the switches by backend
+        settings = [s for name in _FP32 if (s := _setting(torch.backends, name)) is not None]
+        if not settings:  # a release without these settings
             before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("highest")
             try:
@@ -101,17 +101,17 @@ class TorchFramework(Framework):
             finally:
                 torch.set_float32_matmul_precision(before)
             return
-        kept = [switch.fp32_precision for switch in switches]
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         try:
             yield
         finally:
-            for switch, value in zip(switches, kept, strict=True):
-                switch.fp32_precision = value
+            for setting, value in zip(settings, before, strict=True):
+                setting.fp32_precision = value
 
     def policy(self) -> str:
-        """Say how PyTorch computes under `precision`."""
+        """Describe how PyTorch computes under `precision`."""
         return (
             "float32 matrix products in IEEE float32, no TF32 "
             "(torch.backends.*.fp32_precision = 'ieee'); float64 in float64"
@@ -119,7 +119,7 @@ class TorchFramework(Framework):
 
     @contextmanager
     def poisoned(self) -> Iterator[None]:
-        """Fill what torch.empty and its relatives give, in this thread and its backward."""
+        """Fill the tensors of torch.empty and its variants, in this thread and its backward."""
         torch = self.module
         from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -134,7 +134,7 @@ class TorchFramework(Framework):
         }
 
         class Poison(TorchDispatchMode):  # type: ignore[misc]
-            # What a backend compiles stays compiled: under another mode it would not be.
+            # Without this, code that a backend compiles would run uncompiled under the mode.
             supports_higher_order_operators = True
 
             @classmethod
@@ -154,7 +154,7 @@ class TorchFramework(Framework):
     def vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any]
     ) -> tuple[tuple[Any, Any], dict[str, Any]]:
-        """Pull back by torch.autograd."""
+        """Compute gradients by torch.autograd."""
         leaves = _leaves(arrays)
         outputs = function(leaves)
         gradients = self._grad(outputs, cotangents, leaves)
@@ -163,10 +163,10 @@ class TorchFramework(Framework):
     def double_vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Pull back with create_graph, and again."""
+        """Compute gradients with create_graph, and their gradients."""
         torch, leaves = self.module, _leaves(arrays)
         first = self._grad(function(leaves), cotangents, leaves, create_graph=True)
-        # A gradient that depends on nothing has no graph, and its derivative is 0.
+        # A constant gradient has no graph, and its derivative is 0.
         names = [name for name, g in first.items() if g.requires_grad]
         second: Any = (None,) * len(leaves)
         if names:
@@ -197,9 +197,9 @@ class TorchFramework(Framework):
             for y, d in zip(outputs, cotangents, strict=True)
             if d is not None and y.requires_grad
         ]
-        found: Any = (None,) * len(leaves)
+        gradients: Any = (None,) * len(leaves)
         if pairs:
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 [y for y, _ in pairs],
                 list(leaves.values()),
                 [d for _, d in pairs],
@@ -208,39 +208,39 @@ class TorchFramework(Framework):
             )
         return {
             n: torch.zeros_like(x) if g is None else g
-            for (n, x), g in zip(leaves.items(), found, strict=True)
+            for (n, x), g in zip(leaves.items(), gradients, strict=True)
         }
 
     @cached_property
     def _forward_mode(self) -> Any:
-        """PyTorch with forward mode loaded, whose rules use what PyTorch itself deprecates."""
+        """PyTorch with forward mode loaded, which uses functions that PyTorch deprecates."""
         torch = self.module
-        with _own_deprecations_ignored():
+        with _torch_deprecations_ignored():
             torch.func.jvp(torch.exp, (torch.zeros(()),), (torch.zeros(()),))
         return torch
 
     def jvp(
         self, function: Function, arrays: Arrays, directions: Arrays
     ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Push forward by torch.func.jvp."""
+        """Compute directional derivatives by torch.func.jvp."""
         torch = self._forward_mode
         tangents = {n: directions.get(n, torch.zeros_like(x)) for n, x in arrays.items()}
         outputs, derivatives = torch.func.jvp(function, (dict(arrays),), (tangents,))
         return outputs, derivatives
 
     def vmap(self, function: Function) -> Function:
-        """Map by torch.func.vmap."""
+        """Map a function by torch.func.vmap."""
         mapped = self.module.func.vmap(function)
         return lambda arrays: tuple(mapped(dict(arrays)))
 
     def compile(self, function: Function) -> Function:
-        """Compile by torch.compile, without graph breaks."""
-        # Every case makes a program of the same code, and one code has a limit of programs.
+        """Compile a function by torch.compile, without graph breaks."""
+        # Every case compiles the same code, and PyTorch limits the programs for one code object.
         self.module.compiler.reset()
         compiled = self.module.compile(function, fullgraph=True)
 
         def call(arrays: Arrays) -> tuple[Any, Any]:
-            with _own_deprecations_ignored():
+            with _torch_deprecations_ignored():
                 return tuple(compiled(dict(arrays)))
 
         return call
@@ -248,35 +248,37 @@ class TorchFramework(Framework):
     def step(
         self, function: Callable[[Arrays], Any]
     ) -> Callable[[Arrays, Any], tuple[Any, dict[str, Any]]]:
-        """Run forward and backward by torch.autograd."""
+        """Return a function that computes out and the gradients by torch.autograd."""
         torch = self.module
 
         def run(arrays: Arrays, cotangent: Any) -> tuple[Any, dict[str, Any]]:
             leaves = _leaves(arrays)
             out = function(leaves)
-            found = torch.autograd.grad(out, list(leaves.values()), cotangent)
-            return out.detach(), dict(zip(leaves, found, strict=True))
+            gradients = torch.autograd.grad(out, list(leaves.values()), cotangent)
+            return out.detach(), dict(zip(leaves, gradients, strict=True))
 
         return run
 
     def memory(self, device: str) -> Memory | None:
-        """Give the meter of a CUDA device: the caching allocator's."""
+        """Return a `Memory` of a CUDA device, by the statistics of the caching allocator."""
         return _CudaMemory(self.module, device) if device.startswith("cuda") else None
 
     def gpu(self, device: str) -> dict[str, Any] | None:
         """Describe a CUDA device."""
         if not device.startswith("cuda"):
             return None
-        found = self.module.cuda.get_device_properties(device)
+        properties = self.module.cuda.get_device_properties(device)
         return {
-            "name": found.name,
-            "memory_gib": round(found.total_memory / 2**30, 1),
+            "name": properties.name,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
             "driver": None,
-            "capability": f"{found.major}.{found.minor}",
+            "capability": f"{properties.major}.{properties.minor}",
         }
 
 
 class _CudaMemory(Memory):
+    """The peak memory that PyTorch's caching allocator reports."""
+
     def __init__(self, torch: Any, device: str) -> None:
         self.cuda, self.device, self.before = torch.cuda, device, 0
 
@@ -291,15 +293,15 @@ class _CudaMemory(Memory):
 
 
 @contextmanager
-def _own_deprecations_ignored() -> Iterator[None]:
-    """Ignore what PyTorch itself uses of what it deprecates."""
+def _torch_deprecations_ignored() -> Iterator[None]:
+    """Ignore the deprecation warnings that PyTorch's own code causes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
         yield
 
 
-def _switch(backends: Any, name: str) -> Any:
-    """Find a switch that has an `fp32_precision`, None where this release has not."""
+def _setting(backends: Any, name: str) -> Any:
+    """Return an object with an `fp32_precision`, None where this release has none."""
     for part in name.split("."):
         backends = getattr(backends, part, None)
     return backends if hasattr(backends, "fp32_precision") else None

@@ -1,12 +1,1 @@
-"""Everything that needs a GPU, by one command."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-from pdcore.moved import attribute as _attribute
-
-if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        return _attribute(__name__, name)  # a name of 0.1
+"""The command that judges and measures the backends on a machine with a GPU."""

@@ -1,12 +1,12 @@
-"""What only the GPU can tell of a backend's own CUDA kernels, beside the numbers of the suite.
+"""Check a backend's CUDA kernels on a GPU, beyond the numbers that the suite checks.
 
 ::
 
     python -m pdcore_conformance.gpu.checks cupy:cuda
 
-checks every wrapper of PTX against what it has to give, and runs small calls under the memory and
-race checkers of NVIDIA's compute-sanitizer, where that is on the path. Each is a case of the
-record.
+checks that every wrapper of a PTX instruction returns what it should, and runs small calls under
+the memory and race checkers of NVIDIA's compute-sanitizer, where that is on the path. Each check is
+a case of the record.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..record.writing import Case, Outcome
-    from .wrappers import Check
+    from .ptx_wrappers import Check
 
 __all__ = [
     "BACKENDS",
@@ -35,33 +35,33 @@ __all__ = [
     "is_checked",
     "main",
     "small_calls",
-    "unwind_when_ended",
+    "exit_on_sigterm",
 ]
 
-#: The backends whose kernels these are.
+#: The backends that have CUDA kernels.
 BACKENDS = ("cupy",)
-#: Of the cases, in the record.
+#: The group of these cases in the record.
 GROUP = "device"
-#: Of compute-sanitizer.
+#: The tools of compute-sanitizer that are used.
 TOOLS = ("memcheck", "racecheck")
-#: Seconds for one tool, which makes a kernel tens of times as slow.
+#: Seconds for one tool, under which a kernel runs tens of times as long.
 PATIENCE = 240.0
-#: Its exit code where the tool has found something.
-FOUND = 86
+#: The exit code of compute-sanitizer when a tool reports an error.
+TOOL_ERROR = 86
 
 
-class Small(NamedTuple):
-    """A call that a sanitizer watches, of 70 queries and 83 keys: a tile and a rest.
+class SmallCall(NamedTuple):
+    """A call under a sanitizer, of 70 queries and 83 keys: one full tile and a partial one.
 
     Attributes
     ----------
     spec, dtype : str
     widths : (int, int)
-        Columns of queries and keys, and of values. They say whether tensor cores compute it.
+        Columns of queries and keys, and of values. Tensor cores compute only some widths.
     bias, key_mask : tuple of int, optional
-        Their shapes.
+        The shapes of these arguments.
     backward : bool
-        Whether gradients are asked for; some kernels run only where they are not.
+        Whether gradients are computed; some kernels run only without.
     """
 
     spec: str
@@ -72,53 +72,53 @@ class Small(NamedTuple):
     backward: bool = True
 
 
-#: A way through every kernel.
+#: Calls that together run every kernel.
 CALLS = (
-    Small("causal+sh(1,2)", "float32"),
-    Small("softmax", "float16", bias=(70, 83)),
-    Small("sparse(20,3)", "bfloat16"),
-    Small("bn", "float32"),
-    Small("linear+sparse(9,2)", "float64"),
-    Small("polynomial", "float32", key_mask=(1, 83)),
-    Small("causal+sh(1,2)", "bfloat16", (64, 64)),
-    Small("softmax", "float16", (128, 128), bias=(70, 83)),
-    Small("bn", "bfloat16", (64, 64), backward=False),
-    Small("linear", "float32"),
-    Small("causal+linear", "float32"),
-    Small("causal+random_features(8)", "float32"),
-    Small("causal+bn(statistics=prefix)", "float32"),
+    SmallCall("causal+sh(1,2)", "float32"),
+    SmallCall("softmax", "float16", bias=(70, 83)),
+    SmallCall("sparse(20,3)", "bfloat16"),
+    SmallCall("bn", "float32"),
+    SmallCall("linear+sparse(9,2)", "float64"),
+    SmallCall("polynomial", "float32", key_mask=(1, 83)),
+    SmallCall("causal+sh(1,2)", "bfloat16", (64, 64)),
+    SmallCall("softmax", "float16", (128, 128), bias=(70, 83)),
+    SmallCall("bn", "bfloat16", (64, 64), backward=False),
+    SmallCall("linear", "float32"),
+    SmallCall("causal+linear", "float32"),
+    SmallCall("causal+random_features(8)", "float32"),
+    SmallCall("causal+bn(statistics=prefix)", "float32"),
 )
 
 
 def is_check(name: str) -> bool:
-    """Whether a case is one of these, by its id."""
+    """Return whether the id of a case is that of a check in this module."""
     return name.startswith(f"{GROUP}::")
 
 
 def is_checked(target: str) -> bool:
-    """Whether a target's kernels are among those that are checked."""
+    """Return whether the backend of a target has CUDA kernels that this module checks."""
     return target.partition(":")[0] in BACKENDS
 
 
-def main(target: str, what: str = "all") -> int:
-    """Print every check; with ``"small"``, only make the calls that a sanitizer watches."""
-    if what == "small":
+def main(target: str, part: str = "all") -> int:
+    """Run and print every check; with ``"small"``, only make the calls for a sanitizer."""
+    if part == "small":
         print(f"{small_calls(target)} calls")
         return 0
-    unwind_when_ended()
-    found = list(cases(target, PATIENCE * len(TOOLS)))
-    for case in found:
+    exit_on_sigterm()
+    checked = list(cases(target, PATIENCE * len(TOOLS)))
+    for case in checked:
         print(f"{case['outcome']}: {case['id']}: {case['message'] or ''}")
-    return int(any(case["outcome"] in ("failed", "error") for case in found))
+    return int(any(case["outcome"] in ("failed", "error") for case in checked))
 
 
-def unwind_when_ended() -> None:
-    """Let SIGTERM leave as an exception does: what runs under a sanitizer has its own group."""
+def exit_on_sigterm() -> None:
+    """Exit by an exception on SIGTERM, so that `_run` stops the process group of a sanitizer."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def cases(target: str, seconds: float) -> Iterator[Case]:
-    """Check everything, with so many seconds for all of the sanitizer."""
+    """Yield a case for each check, with `seconds` for the sanitizer in all."""
     yield from wrapper_cases()
     for tool in TOOLS:
         yield _case(
@@ -127,8 +127,8 @@ def cases(target: str, seconds: float) -> Iterator[Case]:
 
 
 def wrapper_cases() -> Iterator[Case]:
-    """Check each wrapper that the device has."""
-    from .wrappers import checks, difference
+    """Yield a case for each PTX wrapper."""
+    from .ptx_wrappers import checks, difference
 
     device: dict[str, Any] = {}
 
@@ -145,17 +145,23 @@ def wrapper_cases() -> Iterator[Case]:
         def run(check: Check = check) -> tuple[Outcome, str | None]:
             if capability < check.capability:
                 return "not claimed", f"the device has compute capability {capability / 10}"
-            why = difference(check, **device)
-            return ("failed", why) if why else ("passed", None)
+            message = difference(check, **device)
+            return ("failed", message) if message else ("passed", None)
 
         yield _case(f"ptx[{check.name}]", run)
 
 
 def compiled() -> dict[str, Any]:
-    """Compile the wrappers for CuPy's device, with what brings arrays there and back."""
+    """Compile the PTX wrappers for CuPy's device.
+
+    Returns
+    -------
+    dict
+        The arguments of `ptx_wrappers.difference`, and the ``capability`` of the device.
+    """
     import cupy
 
-    from .wrappers import checks, source
+    from .ptx_wrappers import checks, source
 
     capability = int(cupy.cuda.Device().compute_capability)
     names = [check.kernel for check in checks() if check.capability <= capability]
@@ -164,9 +170,9 @@ def compiled() -> dict[str, Any]:
     )
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-        made = cupy.empty(shape, dtype)
-        made.data.memset(0xFF, made.nbytes)
-        return made
+        x = cupy.empty(shape, dtype)
+        x.data.memset(0xFF, x.nbytes)
+        return x
 
     return {
         "module": module,
@@ -187,7 +193,7 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
         "--tool",
         tool,
         "--error-exitcode",
-        str(FOUND),
+        str(TOOL_ERROR),
         "--print-limit",
         "5",
         sys.executable,
@@ -201,7 +207,7 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
     except subprocess.TimeoutExpired:
         return "not claimed", f"compute-sanitizer --tool {tool} was not through in {seconds:.0f} s"
     text = " ".join((done.stdout + done.stderr).split())[-600:]
-    if done.returncode == FOUND:
+    if done.returncode == TOOL_ERROR:
         return "failed", text
     if done.returncode or " calls" not in done.stdout:
         return "error", f"exit code {done.returncode}: {text}"
@@ -209,7 +215,7 @@ def _sanitized(tool: str, target: str, seconds: float) -> tuple[Outcome, str | N
 
 
 def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a command; what it has started, which holds the GPU, ends with it."""
+    """Run a command; stop its children, which hold the GPU, when it is stopped."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -223,7 +229,7 @@ def _run(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[
 
 
 def small_calls(target: str) -> int:
-    """Make each of `CALLS`, with memory that is allocated for each array; give their number."""
+    """Make each of `CALLS`, each array in its own allocation; return the number of calls."""
     import numpy as np
 
     from pdcore import attention, attention_vjp
@@ -239,29 +245,29 @@ def small_calls(target: str) -> int:
     with subject.framework.unpooled():
         for call in claimed:
 
-            def given(*shape: int, dtype: str = call.dtype) -> Any:
+            def draw(*shape: int, dtype: str = call.dtype) -> Any:
                 x = rng.standard_normal(shape).astype(dtype_of(dtype))
                 return subject.framework.asarray(x, subject.device)
 
-            more: dict[str, Any] = {"backend": name}
+            keywords: dict[str, Any] = {"backend": name}
             if call.bias is not None:
-                more["bias"] = given(*call.bias)
+                keywords["bias"] = draw(*call.bias)
             if call.key_mask is not None:
-                kept = rng.random(call.key_mask) < 0.7
-                more["key_mask"] = subject.framework.asarray(kept, subject.device)
+                mask = rng.random(call.key_mask) < 0.7
+                keywords["key_mask"] = subject.framework.asarray(mask, subject.device)
             dim, value_dim = call.widths
-            q, k, v = given(1, 4, 70, dim), given(1, 2, 83, dim), given(1, 2, 83, value_dim)
+            q, k, v = draw(1, 4, 70, dim), draw(1, 2, 83, dim), draw(1, 2, 83, value_dim)
             if call.backward:
-                out, _, vjp = attention_vjp(q, k, v, call.spec, **more)
+                out, _, vjp = attention_vjp(q, k, v, call.spec, **keywords)
                 subject.framework.synchronize(vjp(out))
             else:
-                subject.framework.synchronize(attention(q, k, v, call.spec, **more))
+                subject.framework.synchronize(attention(q, k, v, call.spec, **keywords))
     return len(claimed)
 
 
 def _case(name: str, check: Callable[[], tuple[Outcome, str | None]]) -> Case:
-    """Make a case of the record; what goes wrong is one, too."""
-    began = time.perf_counter()
+    """Run a check and return its case for the record; an exception is the outcome "error"."""
+    started = time.perf_counter()
     outcome: Outcome
     try:
         outcome, message = check()
@@ -276,7 +282,7 @@ def _case(name: str, check: Callable[[], tuple[Outcome, str | None]]) -> Case:
         "ratio": None,
         "verdicts": {},
         "message": message,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - started,
     }
 
 

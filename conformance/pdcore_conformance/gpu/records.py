@@ -1,4 +1,4 @@
-"""The records of `pdcore_conformance.gpu`: parts put together, and said in a few lines."""
+"""Merge, extend and summarize the records of `pdcore_conformance.gpu`."""
 
 from __future__ import annotations
 
@@ -8,47 +8,47 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..record.writing import Case, Run
 
-__all__ = ["absent", "joined", "summary", "with_cases"]
+__all__ = ["add_cases", "merge_runs", "summary", "unavailable_run"]
 
-#: Failures and ratios that are printed; the record has all of them.
+#: The number of failures that are printed; the record has all of them.
 SHOWN = 5
 
 
-def joined(
-    earlier: Run | None, parts: Sequence[Run], wanted: Sequence[str], *, selected: bool = False
+def merge_runs(
+    earlier: Run | None, parts: Sequence[Run], names: Sequence[str], *, selected: bool = False
 ) -> Run | None:
-    """Make one run of those that had a part of the cases each.
+    """Merge runs, each of which has some of the cases, into one run.
 
     Parameters
     ----------
     earlier : Run or None
-        What was known before; its cases give way to those of `parts`.
+        An earlier run; a case that is also in `parts` is taken from there.
     parts : sequence of Run
-        Of processes that ran side by side.
-    wanted : sequence of str
-        The ids that there are to be; others are left out.
+        The runs of processes that ran at the same time.
+    names : sequence of str
+        The ids of the cases to keep; others are left out.
     selected : bool
-        Whether these are fewer than the suite has.
+        Whether `names` are fewer than the cases of the suite.
 
     Returns
     -------
     Run or None
-        None where there is no case at all. Its ``selection`` is None only where every case of
-        the suite is there.
+        None where there is no case at all. The ``selection`` of the run is None only where the
+        run has every case of the suite.
     """
     from ..record.writing import OUTCOMES
 
     runs = [run for run in (earlier, *parts) if run is not None]
-    found = {case["id"]: case for run in runs for case in run["cases"]}
-    cases = [found[name] for name in sorted(wanted) if name in found]
+    by_id = {case["id"]: case for run in runs for case in run["cases"]}
+    cases = [by_id[name] for name in sorted(names) if name in by_id]
     if not cases:
         return None
-    whole = len(cases) == len(wanted) and not selected
+    complete = len(cases) == len(names) and not selected
     seconds = max((run["seconds"] for run in parts), default=0.0)
     return {
         **runs[-1],
         "level": "all",
-        "selection": None if whole else [case["id"] for case in cases],
+        "selection": None if complete else [case["id"] for case in cases],
         "cases": cases,
         "counts": {name: sum(c["outcome"] == name for c in cases) for name in OUTCOMES},
         "seconds": seconds + (earlier["seconds"] if earlier is not None else 0.0),
@@ -56,8 +56,8 @@ def joined(
     }
 
 
-def _alone(run: Run, case: Case) -> str:
-    """Give the command that runs one case, or the few beside it, again."""
+def _command_for(run: Run, case: Case) -> str:
+    """Return the command that runs a case again; a check of the device runs with the others."""
     from ..record.writing import run_alone, target
     from .checks import GROUP
 
@@ -66,18 +66,18 @@ def _alone(run: Run, case: Case) -> str:
     return run_alone(run, case)
 
 
-def with_cases(run: Run, cases: Sequence[Case]) -> Run:
-    """Add cases that are not the suite's to a run."""
+def add_cases(run: Run, cases: Sequence[Case]) -> Run:
+    """Return a run with cases added that are not in the suite."""
     from ..record.writing import OUTCOMES
 
-    every = [*run["cases"], *cases]
+    all_cases = [*run["cases"], *cases]
     seconds = run["seconds"] + sum(case["seconds"] for case in cases)
-    counts = {name: sum(c["outcome"] == name for c in every) for name in OUTCOMES}
-    return {**run, "cases": every, "counts": counts, "seconds": seconds}
+    counts = {name: sum(c["outcome"] == name for c in all_cases) for name in OUTCOMES}
+    return {**run, "cases": all_cases, "counts": counts, "seconds": seconds}
 
 
-def absent(target: str, reason: str) -> Run:
-    """Make the run of a target that is not available."""
+def unavailable_run(target: str, reason: str) -> Run:
+    """Return the run of a target that is not available."""
     from ..record import writing as record
     from ..record.environment import environment, versions
 
@@ -89,7 +89,7 @@ def absent(target: str, reason: str) -> Run:
 
 
 def summary(run: Run) -> Iterator[str]:
-    """Say in a few lines what a run found."""
+    """Summarize a run in a few lines."""
     from ..record.writing import target
 
     if not run["available"]:
@@ -106,7 +106,7 @@ def summary(run: Run) -> Iterator[str]:
     for case in failures[:SHOWN]:
         text = " ".join((case["message"] or "").split())[:200]
         yield f"  {case['outcome']}: {case['id']}: {text}"
-        yield f"    alone: {_alone(run, case)}"
+        yield f"    alone: {_command_for(run, case)}"
     if len(failures) > SHOWN:
         yield f"  and {len(failures) - SHOWN} more, in the record"
     speed = run["speed"]

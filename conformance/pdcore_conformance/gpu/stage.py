@@ -1,11 +1,11 @@
-"""One stage of `pdcore_conformance.gpu`, in a process of its own.
+"""Run one stage of `pdcore_conformance.gpu` for one target, in its own process.
 
 ::
 
     python -m pdcore_conformance.gpu.stage JOB.json
 
-What it finds out is in the file that the job names: as a record, written again every few seconds,
-so that nothing is lost where the process dies or is ended.
+The result goes to the file that the job names. A record is written again every few seconds, so
+that nothing is lost when the process crashes or is stopped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, TypedDict
 
 __all__ = ["Job", "main"]
 
-#: Seconds between two times that a record of cases is written.
+#: Seconds after which the record of the cases is written again.
 INTERVAL = 5.0
 
 
 class Job(TypedDict):
-    """What a process is to do.
+    """What a process has to do.
 
     Attributes
     ----------
@@ -34,11 +34,11 @@ class Job(TypedDict):
     cases : list of str
         The ids to run, in this order.
     seconds : float
-        After which nothing more is begun.
+        The time after which nothing more is started.
     file : str
-        Where the result goes.
+        The path of the result.
     earlier : str or None
-        A record to which a stage of speed adds what it lacks.
+        The path of a record whose missing measurements the stage of speed adds.
     """
 
     stage: str
@@ -51,14 +51,14 @@ class Job(TypedDict):
 
 
 def main(path: str) -> int:
-    """Do a job; give the exit code of the process."""
+    """Run the job in a file; return the exit code of the process."""
     job: Job = json.loads(Path(path).read_text(encoding="utf-8"))
     {"probe": probe, "numerics": numerics, "checks": checks, "speed": speed}[job["stage"]](job)
     return 0
 
 
 def probe(job: Job) -> None:
-    """Find out why a target is not available, or which cases it has: core ones first."""
+    """Write why a target is not available, or its cases, the core ones first."""
     from pdcore.errors import NoBackendError
     from pdcore.plugins import registry as plugins
 
@@ -67,33 +67,33 @@ def probe(job: Job) -> None:
     from ..runner import plugin
 
     name, device = plugin.parse_backend(job["target"])
-    found: dict[str, Any] = {"reason": None, "cases": [], "dead": []}
-    found["reason"] = framework(plugins.registered()[name].library).available(device)
-    if found["reason"] is None:
+    answer: dict[str, Any] = {"reason": None, "cases": [], "dead": []}
+    answer["reason"] = framework(plugins.registered()[name].library).available(device)
+    if answer["reason"] is None:
         try:
             plugins.load_backend(name)
         except NoBackendError as error:
-            found["reason"] = str(error)
-    if found["reason"] is None:
+            answer["reason"] = str(error)
+    if answer["reason"] is None:
         core, every = (
             running.list_cases(job["target"], level=level, grid=job["grid"])
             for level in ("core", "all")
         )
         known = running.list_cases(job["target"], grid="full")
-        found["dead"] = sorted(set(plugins.known_failures(name)) - set(known))
-        found["cases"] = [*core, *sorted(set(every) - set(core), key=every.index)]
-    Path(job["file"]).write_text(json.dumps(found), encoding="utf-8")
+        answer["dead"] = sorted(set(plugins.known_failures(name)) - set(known))
+        answer["cases"] = [*core, *sorted(set(every) - set(core), key=every.index)]
+    Path(job["file"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
-class _InTime:
-    """Ends a run of pytest in time, and writes its record now and then."""
+class _Watch:
+    """A pytest plug-in that ends the run in time, and writes its record every few seconds."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.began, self.written = job, time.monotonic(), time.monotonic()
+        self.job, self.started, self.written = job, time.monotonic(), time.monotonic()
         self.conformance: Any = None
 
     def pytest_sessionstart(self, session: Any) -> None:
-        """Look up the run that is being made."""
+        """Find the plug-in of the suite, which collects the cases."""
         from ..runner import plugin
 
         self.conformance = session.config.pluginmanager.get_plugin(plugin.NAME)
@@ -106,7 +106,7 @@ class _InTime:
         items.sort(key=lambda item: place.get(plugin.case_id(item), -1))
 
     def pytest_runtest_logfinish(self) -> None:
-        """Write, and end."""
+        """Write the record when it is due, and end the run when its time is over."""
         import pytest
 
         now = time.monotonic()
@@ -114,7 +114,7 @@ class _InTime:
             self.written = now
             self.write({**self.conformance.run, "cases": list(self.conformance.cases.values())})
             print(f"cases {len(self.conformance.cases)}", flush=True)
-        if now - self.began > self.job["seconds"]:
+        if now - self.started > self.job["seconds"]:
             pytest.exit("no time was left")
 
     def write(self, run: Any) -> None:
@@ -122,7 +122,7 @@ class _InTime:
         from ..record import writing as record
 
         counts = {n: sum(c["outcome"] == n for c in run["cases"]) for n in record.OUTCOMES}
-        run = {**run, "counts": counts, "seconds": time.monotonic() - self.began}
+        run = {**run, "counts": counts, "seconds": time.monotonic() - self.started}
         flags = os.environ.get("XLA_FLAGS")
         if flags and "jax" in run["versions"]:
             run["versions"] = {**run["versions"], "XLA_FLAGS": flags}
@@ -133,7 +133,7 @@ def numerics(job: Job) -> None:
     """Run some cases of the suite."""
     from ..runner import conforming as running
 
-    watch = _InTime(job)
+    watch = _Watch(job)
     outcome = running.conform(job["target"], grid=job["grid"], cases=job["cases"], more=[watch])
     if outcome.run is None:
         raise RuntimeError(f"the suite did not start: pytest ended with {outcome.code}")
@@ -141,14 +141,14 @@ def numerics(job: Job) -> None:
 
 
 def checks(job: Job) -> None:
-    """Check what only the device can tell, and write after each case, see `gpu_checks`."""
+    """Run `pdcore_conformance.gpu.checks`, and write its cases after each of them."""
     from . import checks as gpu_checks
 
-    gpu_checks.unwind_when_ended()
-    found = []
+    gpu_checks.exit_on_sigterm()
+    cases = []
     for case in gpu_checks.cases(job["target"], job["seconds"]):
-        found.append(case)
-        Path(job["file"]).write_text(json.dumps(found), encoding="utf-8")
+        cases.append(case)
+        Path(job["file"]).write_text(json.dumps(cases), encoding="utf-8")
 
 
 def speed(job: Job) -> None:
@@ -161,19 +161,19 @@ def speed(job: Job) -> None:
 
     name, device = plugin.parse_backend(job["target"])
     run = record.new_run(name, device)
-    tested = Subject(name, device)
-    began = time.perf_counter()
+    subject = Subject(name, device)
+    started = time.perf_counter()
     run["environment"] = environment(device)
-    run["versions"] = versions() | tested.backend.versions()
-    run["precision"] = tested.framework.policy()
+    run["versions"] = versions() | subject.backend.versions()
+    run["precision"] = subject.framework.policy()
     run["grid"] = "full" if job["grid"] == "full" else "quick"
 
     def say(title: str, share: float) -> None:
-        print(f"{time.perf_counter() - began:6.1f} s  {title}", flush=True)
+        print(f"{time.perf_counter() - started:6.1f} s  {title}", flush=True)
 
-    def keep(found: record.Speed) -> None:
-        seconds = time.perf_counter() - began
-        record.save(job["file"], [{**run, "speed": found, "seconds": seconds}], replace=True)
+    def keep(measured: record.Speed) -> None:
+        seconds = time.perf_counter() - started
+        record.save(job["file"], [{**run, "speed": measured, "seconds": seconds}], replace=True)
 
     earlier = record.load(job["earlier"])["runs"][0]["speed"] if job["earlier"] else None
     keep(

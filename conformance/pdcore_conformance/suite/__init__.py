@@ -1,4 +1,4 @@
-"""The suite: a module for each subject, a test for each sentence of the specification.
+"""The conformance suite: a module for each subject, a test for each rule of the specification.
 
-A case is named ``<module>::<test>[<call>]``; see `pdcore_conformance.runner.plugin` for running it.
+A case is named ``<module>::<test>[<call>]``; which `pdcore_conformance.runner.plugin` runs.
 """

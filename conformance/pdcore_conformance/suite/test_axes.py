@@ -1,4 +1,4 @@
-"""Every value of every axis with every value of every other."""
+"""Every value of every axis, alone and with every value of every other axis."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..judge import own_words
 from ..judge.calls import Call
 from ..judge.judging import DTYPES, full, judged
 
-#: The axes, with the values that are not the default. Words make up the spec; the rest is changed
-#: in the call.
+#: The axes, with the values that are not the default. Strings are words of the spec; mappings are
+#: arguments of the call.
 AXES: Mapping[str, tuple[Any, ...]] = {
     "kernel": (
         "softmax(softcap=2)",
@@ -32,11 +32,11 @@ AXES: Mapping[str, tuple[Any, ...]] = {
         "bn(beta=param)",
         "bn(statistics=batch)",
         "bn(statistics=running)",
-        # By one key's variance, 0, a larger eps leaves logits that float32 can hold.
+        # The variance of one key is 0, and a larger eps keeps the logits within float32.
         "bn(eps=0.1,statistics=prefix)",
         "conformance_centred",
         "iebn",
-        # Of few keys a component may have one.
+        # With few keys a component may have one key.
         "mixture(eps=0.1)",
     ),
     "normaliser": ("h(count)", "h(one)"),
@@ -50,8 +50,8 @@ AXES: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def made(values: tuple[Any, ...], **more: Any) -> Call | None:
-    """Make a call that has these values, or None where they mean nothing together."""
+def build_call(values: tuple[Any, ...], **more: Any) -> Call | None:
+    """Return a call with these values, or None where they cannot be combined."""
     words = [value for value in values if isinstance(value, str)]
     changes = {n: x for value in values if not isinstance(value, str) for n, x in value.items()}
     for leak in ("", "allow_leak=true"):
@@ -64,7 +64,7 @@ def made(values: tuple[Any, ...], **more: Any) -> Call | None:
         except SpecError:
             return None
         if parsed.prefix and parsed.normaliser != "sum" and not parsed.support.causal:
-            # By the statistics of one key a later key is several deviations away: kappa overflows.
+            # The prefix statistics of one key put later keys many deviations away: kappa overflows.
             return None
         if call.bias and (not parsed.kernel.has_log or parsed.heads.largest > 1):
             return None
@@ -79,11 +79,11 @@ def _leaking(word: str) -> str:
 
 
 def pairs(**more: Any) -> Iterator[Call]:
-    """Give a call for each pair of values of two axes."""
+    """Yield a call for each pair of values of two axes."""
     for one, other in combinations(AXES.values(), 2):
         for a in one:
             for b in other:
-                call = made((a, b), **more)
+                call = build_call((a, b), **more)
                 if call is not None:
                     yield call
 
@@ -93,7 +93,7 @@ SINGLE = [value for values in AXES.values() for value in values]
 
 test_one = judged(
     "One axis at a time, in every dtype.",
-    *(call for dtype in DTYPES for value in SINGLE if (call := made((value,), dtype=dtype))),
+    *(call for dtype in DTYPES for value in SINGLE if (call := build_call((value,), dtype=dtype))),
 )
 test_pair = judged(
     "Every pair of values of two axes.",
@@ -106,7 +106,7 @@ test_gradient_of_one = judged(
         call
         for dtype in ("float32", "float64")
         for value in SINGLE
-        if (call := made((value,), dtype=dtype))
+        if (call := build_call((value,), dtype=dtype))
     ),
     through="vjp",
 )
@@ -114,5 +114,7 @@ test_gradient_of_pair = judged(
     "Gradients of every pair of values of two axes.", *pairs(), through="vjp"
 )
 test_autodiff_of_pair = judged(
-    "The same by the framework's own differentiation.", *pairs(), through="autodiff"
+    "Gradients of every pair by the framework's automatic differentiation.",
+    *pairs(),
+    through="autodiff",
 )

@@ -1,4 +1,4 @@
-"""What holds between calls: bits, batches, threads, and whose work it is."""
+"""Relations between calls: equal bits, batches, threads, and no use of another backend."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ PLAN = (
     "gaussian(gamma=0.1)",
     "causal+bn(statistics=prefix)",
 )
-TWICE = [
+REPEATED = [
     *(call.but(spec=text) for call in (SMALL, LARGE) for text in PLAN[:-1]),
     SMALL.but(spec=PLAN[-1]),
     *(LARGE.but(spec="bn", dtype=d) for d in DTYPES[1:]),
     LARGE.but(mask="random", key_mask="holes"),
 ]
 
-#: How often each call comes up among the threads.
-TURNS = 12
+#: How many times the threads run each call.
+REPEATS = 12
 
 test_inputs_are_left_alone = judged(
     "No call writes into q, k, v, masks, bias or params.",
@@ -54,19 +54,19 @@ test_results_keep_the_dtype = judged(
 
 
 @claims("deterministic")
-@each(TWICE)
+@each(REPEATED)
 def test_same_call_twice_gives_the_same_bits(call: Call, subject: Subject) -> None:
-    """Bit-equal, whatever threads or blocks had to do with it."""
+    """The results have the same bits, however threads and blocks divide the work."""
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
     first, *others = (subject.compute(drawn(call), call.spec) for _ in range(3))
     for other in others:
-        same(first, other, "a second call with the same inputs")
+        require_equal_bits(first, other, "a second call with the same inputs")
 
 
-def part(x: np.ndarray, index: slice, lead: int) -> np.ndarray:
-    """Cut an array with all of the leading axes along the first of them."""
+def take_sequences(x: np.ndarray, index: slice, lead: int) -> np.ndarray:
+    """Index the first leading axis of an array that has all `lead` leading axes."""
     return x[index] if x.ndim > lead else x
 
 
@@ -83,7 +83,7 @@ def part(x: np.ndarray, index: slice, lead: int) -> np.ndarray:
     ]
 )
 def test_row_does_not_depend_on_its_batch(call: Call, subject: Subject) -> None:
-    """A sequence gives the same bits alone as in a batch."""
+    """The results of a sequence have the same bits alone as in a batch."""
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
@@ -91,57 +91,61 @@ def test_row_does_not_depend_on_its_batch(call: Call, subject: Subject) -> None:
     whole = subject.compute(arrays, call.spec)
     for first, last in ((0, 1), (3, 5), (call.lead[0] - 1, call.lead[0])):
         index = slice(first, last)
-        options = {n: part(x, index, 1) for n, x in arrays.options.items()}
-        some = Arrays(arrays.q[index], arrays.k[index], arrays.v[index], options)
-        found = subject.compute(some, call.spec)
-        same({n: x[index] for n, x in whole.items()}, found, f"sequences {first} to {last} alone")
+        options = {n: take_sequences(x, index, 1) for n, x in arrays.options.items()}
+        selected = Arrays(arrays.q[index], arrays.k[index], arrays.v[index], options)
+        alone = subject.compute(selected, call.spec)
+        require_equal_bits(
+            {n: x[index] for n, x in whole.items()}, alone, f"sequences {first} to {last} alone"
+        )
 
 
 @claims("thread_safe")
 def test_eight_threads_share_a_backend(subject: Subject) -> None:
-    """Calls of different kinds at the same time, each as good as alone."""
-    calls = [call for call in TWICE if not subject.unclaimed(call.features(lse=True))]
+    """Calls of different kinds at the same time are as accurate as alone."""
+    calls = [call for call in REPEATED if not subject.unclaimed(call.features(lse=True))]
     if not calls:
         raise Nonconforming("thread_safe is declared, but none of the calls that would show it")
-    # The widest, since it is one for all threads.
+    # The precision is global, so all threads run under the widest one.
     widest = "float64" if any(call.dtype == "float64" for call in calls) else "float32"
     with subject.framework.precision(widest):
-        taken = {call: _taken(subject, call.arrays()) for call in calls}
+        arrays = {call: _device_arrays(subject, call.arrays()) for call in calls}
 
         def run(call: Call) -> Mapping[str, Any]:
-            q, k, v, options = taken[call]
+            q, k, v, options = arrays[call]
             out, lse = attention(
                 q, k, v, call.spec, return_lse=True, backend=subject.name, **options
             )
             return {"out": subject.back(out), "lse": subject.back(lse, "lse")}
 
         with ThreadPoolExecutor(8) as threads:
-            results = list(threads.map(run, TURNS * calls))
+            results = list(threads.map(run, REPEATS * calls))
     for index, call in enumerate(calls):
         expected = subject.expected(call, call.arrays())
-        for found in results[index :: len(calls)]:
-            subject.evidence.add(judge(found, expected))
+        for result in results[index :: len(calls)]:
+            subject.evidence.add(judge(result, expected))
 
 
-def _taken(subject: Subject, arrays: Arrays) -> tuple[Any, Any, Any, dict[str, Any]]:
+def _device_arrays(subject: Subject, arrays: Arrays) -> tuple[Any, Any, Any, dict[str, Any]]:
     q, k, v = (subject.there(x) for x in (arrays.q, arrays.k, arrays.v))
     return q, k, v, {n: subject.there(x) for n, x in arrays.options.items()}
 
 
 @each([SMALL.but(spec=text, dtype=d) for d in ("float32", "float16") for text in PLAN])
 def test_no_other_backend_is_asked(call: Call, subject: Subject) -> None:
-    """A backend runs a call itself, or refuses it: it never hands it on."""
+    """A backend runs a call itself or refuses it: it never passes the call to another."""
     subject.judge(call)
 
 
-def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], what: str) -> None:
-    """Demand equal bits."""
+def require_equal_bits(
+    one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], what: str
+) -> None:
+    """Raise Nonconforming where two results differ in any bit."""
     for name, x in one.items():
         y = other[name]
         if x.tobytes() != y.tobytes():
-            apart = np.abs(x.astype(np.float64) - y.astype(np.float64))
-            count = int(np.sum(apart > 0))
+            difference = np.abs(x.astype(np.float64) - y.astype(np.float64))
+            count = int(np.sum(difference > 0))
             raise Nonconforming(
                 f"{name}: {what} differs in {count} of {x.size} numbers, by up to "
-                f"{np.nanmax(apart):.3g}"
+                f"{np.nanmax(difference):.3g}"
             )

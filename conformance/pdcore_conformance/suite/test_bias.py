@@ -1,4 +1,4 @@
-"""The bias on log kappa."""
+"""The bias that is added to log kappa."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ test_bias_is_broadcast = judged(
 )
 
 test_infinite_bias_removes_a_key = judged(
-    "-inf takes a key out, of h(count) too; a row of -inf is empty.",
+    "A bias of -inf removes a key, also from h(count); a row of -inf sees no key.",
     *(
         SMALL.but(spec=text, bias="inf")
         for text in (

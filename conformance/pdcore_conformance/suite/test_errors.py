@@ -1,4 +1,4 @@
-"""Wrong calls are refused with an error that names the argument, on every backend."""
+"""Wrong calls raise an error that names the argument, on every backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Edit = Callable[[Arrays], tuple[Arrays, str]]
 
 
 def edited(**changes: Any) -> Edit:
-    """Change q, k or v, or the options, and maybe the spec."""
+    """Return an edit of a call: functions for q, k and v, other options, and the spec."""
 
     def edit(a: Arrays) -> tuple[Arrays, str]:
         spec = changes.get("spec", "softmax")
@@ -50,14 +50,14 @@ WRONG: dict[str, tuple[Edit, str]] = {
 @pytest.mark.claims("float32", "exponential")
 @pytest.mark.parametrize("wrong", sorted(WRONG))
 def test_wrong_call_names_its_argument(wrong: str, subject: Subject) -> None:
-    """Never an error from the depths, never a result."""
-    edit, named = WRONG[wrong]
+    """The error names the argument: it is no error of the library, and there is no result."""
+    edit, argument = WRONG[wrong]
     try:
         arrays, spec = edit(Call().arrays())
         with subject.watched(arrays) as (q, k, v, options):
             attention(q, k, v, spec, backend=subject.name, **options)
     except (TypeError, ValueError, NotImplementedError) as error:
-        if named not in str(error):
-            raise Nonconforming(f"the error does not name {named}: {error}") from error
+        if argument not in str(error):
+            raise Nonconforming(f"the error does not name {argument}: {error}") from error
     else:
         raise Nonconforming(f"{wrong.replace('_', ' ')}: it gives a result")

@@ -1,6 +1,6 @@
-"""Gradients of exactly the function: statistics, pooling, lse, bias and parameters included.
+"""Exact gradients, through statistics, pooling, lse, bias and parameters.
 
-Each test exists twice: through `attention_vjp`, and through the framework's own differentiation.
+Each test exists twice: by `attention_vjp`, and by the framework's automatic differentiation.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..judge.judging import full, judged
 SMALL = Call()
 
 
-def both(why: str, *calls: Any) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Judge the gradients on either way."""
-    return judged(why, *calls, through="vjp"), judged(why, *calls, through="autodiff")
+def both(rule: str, *calls: Any) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return the tests of a rule by `attention_vjp` and by automatic differentiation."""
+    return judged(rule, *calls, through="vjp"), judged(rule, *calls, through="autodiff")
 
 
 test_gradient_of_each_kernel, test_autodiff_of_each_kernel = both(
@@ -46,7 +46,7 @@ test_gradient_of_each_kernel, test_autodiff_of_each_kernel = both(
 )
 
 test_statistics_are_differentiated, test_autodiff_of_statistics = both(
-    "The mean and the variance depend on the keys: detached, d/dk is wrong.",
+    "The mean and the variance depend on the keys, and d/dk includes that.",
     *(
         SMALL.but(spec=text, dtype=d)
         for d in ("float32", "float64")
@@ -88,7 +88,7 @@ test_convolution_is_differentiated, test_autodiff_of_convolution = both(
 )
 
 test_pooling_is_differentiated, test_autodiff_of_pooling = both(
-    "d/dk and d/dv of a pooled key are shared by the keys that it covers.",
+    "d/dk and d/dv of a pooled key are distributed over the keys that it covers.",
     *(
         SMALL.but(spec=text, key_mask=how)
         for how in ("", "holes")
@@ -98,7 +98,7 @@ test_pooling_is_differentiated, test_autodiff_of_pooling = both(
 )
 
 test_lse_is_differentiated, test_autodiff_of_lse = both(
-    "lse has a gradient too, that of log h.",
+    "lse has a gradient, that of log h.",
     *(
         SMALL.but(spec=text, dtype="float64")
         for text in (
@@ -113,7 +113,7 @@ test_lse_is_differentiated, test_autodiff_of_lse = both(
 )
 
 test_padding_has_zero_gradient, test_autodiff_of_padding = both(
-    "Padding may hold NaN: its gradient is 0, and nobody else's is NaN.",
+    "Padding may hold NaN: its gradient is 0, and no other gradient is NaN.",
     *(
         SMALL.but(spec=text, key_mask=how)
         for how in ("right", "holes", "none")

@@ -1,4 +1,4 @@
-"""Nothing leaks from the future, and decoding step by step is exact."""
+"""Later keys change no earlier output, and decoding step by step is exact."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CALLS = [
 ]
 
 
-def upto(arrays: Arrays, first: int, last: int, keys: int) -> Arrays:
-    """Cut a call down to some queries and the first keys."""
+def beginning(arrays: Arrays, first: int, last: int, keys: int) -> Arrays:
+    """Select queries first to last and the first keys of a call."""
     options = dict(arrays.options)
     if "key_mask" in options:
         options["key_mask"] = options["key_mask"][..., :keys]
@@ -44,17 +44,17 @@ def upto(arrays: Arrays, first: int, last: int, keys: int) -> Arrays:
     return Arrays(q, arrays.k[..., :keys, :], arrays.v[..., :keys, :], options)
 
 
-def placed(
-    found: Mapping[str, np.ndarray], whole: Expected, first: int, last: int
+def within_reference(
+    rows: Mapping[str, np.ndarray], whole: Expected, first: int, last: int
 ) -> dict[str, np.ndarray]:
-    """Put some rows among the others of the reference, whose head has one budget."""
+    """Replace some rows of the reference's result, as the budget is one for a whole head."""
     out, lse = (whole.low[name].copy() for name in ("out", "lse"))
-    out[..., first:last, :], lse[..., first:last] = found["out"], found["lse"]
+    out[..., first:last, :], lse[..., first:last] = rows["out"], rows["lse"]
     return {"out": out, "lse": lse}
 
 
-def pieces(rows: int) -> Iterator[int]:
-    """Choose how far the sequence has come."""
+def lengths(rows: int) -> Iterator[int]:
+    """Yield lengths of the beginning of a sequence."""
     yield from (1, 2, 3, 4, 5, 8, 9, rows - 1, rows)
 
 
@@ -66,19 +66,19 @@ def test_beginning_does_not_depend_on_the_rest(call: Call, subject: Subject) -> 
         return
     arrays = call.arrays()
     whole = subject.expected(call, arrays)
-    for m in pieces(call.rows):
-        found = subject.compute(upto(arrays, 0, m, m), call.spec)
-        subject.evidence.add(judge(placed(found, whole, 0, m), whole))
+    for m in lengths(call.rows):
+        result = subject.compute(beginning(arrays, 0, m, m), call.spec)
+        subject.evidence.add(judge(within_reference(result, whole, 0, m), whole))
 
 
 @each(CALLS)
 def test_step_by_step_equals_the_whole(call: Call, subject: Subject) -> None:
-    """One query at a time, at its offset, over the keys so far: row after row the same."""
+    """One query at its offset over the keys so far gives the row of the whole call."""
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
     arrays = call.arrays()
     whole = subject.expected(call, arrays)
-    for m in pieces(call.rows):
-        found = subject.compute(upto(arrays, m - 1, m, m), call.spec)
-        subject.evidence.add(judge(placed(found, whole, m - 1, m), whole))
+    for m in lengths(call.rows):
+        result = subject.compute(beginning(arrays, m - 1, m, m), call.spec)
+        subject.evidence.add(judge(within_reference(result, whole, m - 1, m), whole))

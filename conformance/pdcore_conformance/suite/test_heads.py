@@ -1,4 +1,4 @@
-"""Attention-SH: heads fitted on pooled keys."""
+"""Attention-SH: heads with pooled keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ test_keys_and_values_are_pooled = judged(
 )
 
 test_last_window_may_be_short = judged(
-    "M is no multiple of the scale: the last window pools what there is.",
+    "Where M is no multiple of the scale, the last window pools the remaining keys.",
     *(
         SMALL.but(spec=text, keys=m)
         for m in (1, 2, 3, 7, 10, 11)
@@ -27,7 +27,7 @@ test_last_window_may_be_short = judged(
 )
 
 test_padding_is_no_part_of_a_pool = judged(
-    "A window's mean is over its real keys; a window without any is masked.",
+    "The mean of a window is over its real keys; a window without real keys is masked.",
     *(
         SMALL.but(spec=text, key_mask=how)
         for how in ("right", "left", "holes", "one", "none")
@@ -37,7 +37,7 @@ test_padding_is_no_part_of_a_pool = judged(
 )
 
 test_statistics_are_of_pooled_keys = judged(
-    "Attention-BN+SH takes its statistics over the pooled keys, each counting once.",
+    "Attention-BN+SH computes statistics over the pooled keys, each with the same weight.",
     SMALL.but(spec="bn+sh(2,4)", keys=11),
     SMALL.but(spec="bn+sh(2,4,pool=first)", keys=11),
     SMALL.but(spec="bn(statistics=batch)+sh(2,4)", keys=11),
@@ -46,7 +46,7 @@ test_statistics_are_of_pooled_keys = judged(
 )
 
 test_pooled_key_is_visible_only_as_a_whole = judged(
-    "Under causal and window a pooled key is seen once all of its nominal window may be.",
+    "Under causal and window a row sees a pooled key if it may see its whole nominal window.",
     SMALL.but(spec="causal+sh(2,3)", rows=12),
     SMALL.but(spec="causal+sh(2,3,pool=first)", rows=12),
     SMALL.but(spec="sparse(3,3)+sh(2,3)", rows=12),
@@ -58,7 +58,7 @@ test_pooled_key_is_visible_only_as_a_whole = judged(
 )
 
 test_short_window_straddles_the_present = judged(
-    "Under causal the short last window is never whole, so nobody sees it; without, everybody.",
+    "Under causal no row sees the short last window, which is never whole; else every row does.",
     SMALL.but(spec="causal+sh(2,4)", rows=11, keys=11),
     SMALL.but(spec="causal+sh(2,4)", rows=7, keys=7),
     SMALL.but(spec="causal+linear+sh(2,4)", rows=7, keys=7),
@@ -78,7 +78,7 @@ test_mask_must_allow_every_real_key_of_a_window = judged(
 )
 
 test_equal_scales_may_lie_anywhere = judged(
-    "Heads of one scale run together wherever they are, and come back in their places.",
+    "Heads of one scale may be computed together; the results are in the order of the heads.",
     SMALL.but(spec="sh(2,1,2,1)", heads=4, key_heads=4),
     SMALL.but(spec="bn+sh(3,1,1,3)", heads=8, key_heads=4),
     SMALL.but(spec="bn(beta=param)+sh(2,1,3,1)", heads=4, key_heads=4),

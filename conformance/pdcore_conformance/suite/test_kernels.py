@@ -30,12 +30,12 @@ test_kernel_is_computed = judged(
 )
 
 test_softcap_is_applied = judged(
-    "Logits of several times the cap: without the softcap the weights are far too sharp.",
+    "Logits of several times the cap, where the softcap changes the weights much.",
     *(SMALL.but(spec="softmax(softcap=3)", draw="loud", dtype=d) for d in DTYPES),
 )
 
 test_scale_is_applied = judged(
-    "Scales that are not 1/sqrt(D), and the default where D is no square.",
+    "Scales other than 1/sqrt(D), and the default where D is no square number.",
     SMALL.but(spec="softmax(scale=1)", dim=7),
     SMALL.but(spec="softmax", dim=7),
     SMALL.but(spec="softmax(scale=0.01)", draw="loud"),
@@ -53,7 +53,7 @@ test_exponentials_do_not_overflow = judged(
 )
 
 test_running_maximum_is_carried = judged(
-    "The largest logit comes in the last blocks of keys: earlier sums have to be rescaled.",
+    "The largest logit is in the last blocks of keys, so that earlier sums must be rescaled.",
     *(
         SMALL.but(spec=text, draw="growing", rows=33, keys=1031, dtype=dtype)
         for dtype in ("float32", "float16")
@@ -62,7 +62,7 @@ test_running_maximum_is_carried = judged(
 )
 
 test_cosine_of_a_zero_vector_is_zero = judged(
-    "Rows of zeros in queries and keys: never NaN.",
+    "Rows of zeros in queries and keys have cosine 0, never NaN.",
     *(SMALL.but(spec="cosine(scale=2)", draw="zeros", dtype=d) for d in DTYPES),
 )
 

@@ -1,4 +1,4 @@
-"""log h: what return_lse gives, and what it is for."""
+"""lse, the log of the normalizer h that return_lse returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..judge.subject import Subject
 SMALL = Call()
 
 test_lse_has_every_row_constant = judged(
-    "Terms that are constant along a row cancel in out, and are added back to lse.",
+    "Terms that are constant along a row cancel in out, but are part of lse.",
     *(
         SMALL.but(spec=text, dtype=d)
         for d in DTYPES
@@ -79,7 +79,7 @@ def test_blocks_of_keys_merge(call: Call, subject: Subject) -> None:
 
 @pytest.mark.claims("lse", "float32", "exponential")
 def test_lse_is_given_only_when_asked(subject: Subject) -> None:
-    """Without return_lse the result is the array alone, the same bits or within the budget."""
+    """Without return_lse the result is out alone, within the budget."""
     call = Call()
     arrays = call.arrays()
     alone = subject.compute(arrays, call.spec, lse=False)

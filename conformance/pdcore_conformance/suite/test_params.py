@@ -1,4 +1,4 @@
-"""Arrays that a spec leaves to the call."""
+"""Parameters: arrays that a spec names and the call passes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..judge.judging import DTYPES, judged
 SMALL = Call()
 
 test_parameters_reach_their_heads = judged(
-    "A parameter has one entry for each key head, whatever the groups of heads.",
+    "A parameter has one entry for each key head, also where query heads share key heads.",
     *(
         SMALL.but(spec=text, heads=hq, key_heads=hkv)
         for text in (
@@ -27,7 +27,7 @@ test_parameters_reach_their_heads = judged(
 )
 
 test_parameters_left_out_have_their_default = judged(
-    "A parameter with a default need not be given.",
+    "A parameter with a default may be left out.",
     *(
         SMALL.but(spec=text, given=False)
         for text in ("conformance_logistic", "conformance_square", "conformance_centred")

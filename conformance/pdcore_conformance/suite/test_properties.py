@@ -1,4 +1,4 @@
-"""Small calls drawn at random, over all axes at once."""
+"""Small random calls over all axes at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ..judge.calls import Call
 from ..judge.subject import Subject
-from .test_axes import AXES, made
+from .test_axes import AXES, build_call
 
 EXAMPLES = 150
 
@@ -30,12 +30,12 @@ def calls(draw: st.DrawFn) -> Call | None:
         "draw": draw(st.sampled_from(["normal", "constant", "zeros", "equal"])),
         "seed": draw(st.integers(0, 9)),
     }
-    call = made(tuple(values))
+    call = build_call(tuple(values))
     if call is None:
         return None
     parsed = call.parsed
     if parsed.normaliser != "sum" and parsed.normalization.statistics_state() is not None:
-        return None  # equal keys, or one, have no variance, and kappa itself overflows
+        return None  # equal keys have variance 0, and kappa itself overflows
     return call.but(**sizes, keys=draw(st.integers(0, 13)))
 
 
@@ -49,11 +49,11 @@ def calls(draw: st.DrawFn) -> Call | None:
 )
 @given(call=calls())
 def test_any_call(subject: Subject, through: str, call: Call | None) -> None:
-    """Whatever the axes, a call is right, or refused."""
+    """Any combination of axes is computed right, or refused."""
     if call is not None:
         if through == "vjp":
-            # Without variance, rounding is all that the gradient of the variance consists of.
+            # Where the variance is 0, the gradient of the variance is rounding error alone.
             call = call.but(draw="normal")
         subject.judge(call, through)
-        # Some of the calls may be refused, by declaration, which says nothing about all.
+        # Some of the calls may be refused as declared, which must not decide the outcome of all.
         subject.evidence.outcome = None

@@ -1,4 +1,4 @@
-"""What a backend does not declare, it refuses with a reason; what it declares, it runs."""
+"""A backend runs the features that it declares, and refuses the others with a reason."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..judge.subject import PROPERTIES, Nonconforming, Subject
 
 SMALL = Call()
 
-#: A call that asks for one feature and as little else as possible.
-ASKING: Mapping[str, Call] = {
+#: For each feature, a call that needs it and as little else as possible.
+CALLS: Mapping[str, Call] = {
     "exponential": SMALL,
     "softcap": SMALL.but(spec="softmax(softcap=2)"),
     "gaussian": SMALL.but(spec="gaussian(gamma=0.3)"),
@@ -51,8 +51,8 @@ ASKING: Mapping[str, Call] = {
 
 @pytest.mark.parametrize("feature", sorted(set(FEATURES) - PROPERTIES))
 def test_feature(feature: str, subject: Subject) -> None:
-    """Declared full: it is not refused. Anything else: it is, with a reason."""
-    call = ASKING[feature]
+    """A feature declared full is not refused; any other is refused with a reason."""
+    call = CALLS[feature]
     arrays = drawn(call)
 
     def attempt() -> Any:
@@ -61,19 +61,19 @@ def test_feature(feature: str, subject: Subject) -> None:
                 return attention_vjp(q, k, v, call.spec, backend=subject.name, **options)
             if feature == "weights":
                 return attention_weights(q, k, v, call.spec, backend=subject.name, **options)
-            asked: dict[str, dict[str, Any]] = {
+            options_of: dict[str, dict[str, Any]] = {
                 "lse": {"return_lse": True},
                 "dropout": {"dropout": 0.25},
                 "axis_name": {"axis_name": "sequence"},
             }
-            more = asked.get(feature, {})
-            return attention(q, k, v, call.spec, backend=subject.name, **options, **more)
+            options = {**options, **options_of.get(feature, {})}
+            return attention(q, k, v, call.spec, backend=subject.name, **options)
 
     missing = subject.unclaimed([feature])
     if missing:
         subject.refuses(missing, attempt, call)
     elif feature == "axis_name":
-        # There is no such axis outside of a shard map, which `shards` tries.
+        # The axis exists only inside of a shard map, which the test of shards runs.
         subject.evidence.note = "see shards"
     else:
         subject.accepts(attempt)
@@ -81,8 +81,8 @@ def test_feature(feature: str, subject: Subject) -> None:
 
 @pytest.mark.parametrize("missing", ["gaussian", "bias", "causal"])
 def test_refusals_follow_the_declaration(missing: str, subject: Subject) -> None:
-    """`refusals` may add reasons of its own, but never forget what is not declared."""
-    request = ASKING[missing].request(subject.info.library, subject.device)
+    """`refusals` may add reasons, but refuses every feature that is not declared."""
+    request = CALLS[missing].request(subject.info.library, subject.device)
     reasons = subject.backend.refusals(request)
     if subject.claims(missing) and reasons:
         raise Nonconforming(f"{missing} is declared full, but refusals gives {reasons!r}")

@@ -17,7 +17,7 @@ PLAN = (
 )
 
 test_lengths_are_any = judged(
-    "Lengths around and far beyond any block.",
+    "Lengths around and far beyond the sizes of blocks.",
     *(
         Call(spec=text, lead=(1,), rows=n, keys=m)
         for text in PLAN[:6]
@@ -39,7 +39,7 @@ test_lengths_are_any = judged(
 )
 
 test_features_are_any = judged(
-    "D and Dv of 1, odd, different, and large.",
+    "D and Dv that are 1, odd, different, or large.",
     *(
         SMALL.but(spec=text, dim=d, value_dim=dv)
         for text in ("softmax", "bn", "linear", "gaussian(gamma=0.1)")
@@ -68,7 +68,7 @@ test_empty_sizes_give_empty_or_zero = judged(
 )
 
 test_query_heads_repeat_key_heads = judged(
-    "Query head i uses key head i // (Hq // Hkv), so groups are neighbours.",
+    "Query head i uses key head i // (Hq // Hkv), so the heads of a group are adjacent.",
     *(
         SMALL.but(spec=text, heads=hq, key_heads=hkv)
         for hq, hkv in ((4, 2), (6, 3), (6, 2), (4, 1))
@@ -81,7 +81,7 @@ test_query_heads_repeat_key_heads = judged(
 )
 
 test_memory_layout_does_not_matter = judged(
-    "Views as projections and slices leave them, read-only and repeated arrays.",
+    "Transposed, sliced, reversed and broadcast views, and read-only arrays.",
     *(
         SMALL.but(spec=text, layout=how, rows=20, keys=24)
         for how in ("transposed", "sliced", "reversed", "broadcast", "packed", "readonly")

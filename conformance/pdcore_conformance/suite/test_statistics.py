@@ -1,4 +1,4 @@
-"""Attention-BN: the statistics of the keys, and what is done with them."""
+"""Attention-BN and its variants: the statistics of the keys, and their use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ test_batch_normalization_is_computed = judged(
 )
 
 test_instance_enhancement_is_computed = judged(
-    "Attention-BN, each feature times the sigmoid of an affine of the instance's own mean.",
+    "Attention-BN times the sigmoid of an affine function of the mean of the sequence.",
     *(
         SMALL.but(spec=text, dtype=dtype)
         for dtype in DTYPES
@@ -47,7 +47,7 @@ test_instance_enhancement_is_computed = judged(
 )
 
 test_mixture_is_computed = judged(
-    "The keys' sub-populations by EM, from a start that the seed alone decides.",
+    "A mixture fitted to the keys by EM, whose start depends on the seed alone.",
     *(
         SMALL.but(spec=text, dtype=dtype, keys=40)
         for dtype in DTYPES
@@ -59,7 +59,7 @@ test_mixture_is_computed = judged(
         )
     ),
     *(SMALL.but(spec="mixture(components=1)", dtype=dtype) for dtype in DTYPES),
-    # Each step multiplies a rounding; eps bounds by how much where a component has few keys.
+    # Each step amplifies rounding errors; eps limits that where a component has few keys.
     *(
         SMALL.but(spec="mixture(eps=0.1)", draw=how, keys=40)
         for how in ("far", "constant", "outlier", "loud", "equal")
@@ -77,7 +77,7 @@ test_mixture_is_computed = judged(
 )
 
 test_convolution_is_computed = judged(
-    "Keys convolved along their sequence or over a grid, with zeros for padding; not queries.",
+    "Keys, not queries, are convolved along the sequence or over a grid, padded with zeros.",
     *(
         SMALL.but(spec=text, dtype=dtype, keys=12)
         for dtype in DTYPES
@@ -98,14 +98,14 @@ test_convolution_is_computed = judged(
 )
 
 test_variance_is_biased = judged(
-    "The variance divides by n. With 2 or 3 keys n - 1 shows.",
+    "The variance divides by n, not n - 1, which differ most with 2 or 3 keys.",
     *(SMALL.but(dtype=d, keys=n) for d in DTYPES for n in (2, 3)),
     SMALL.but(spec=PREFIX, keys=3, rows=3),
     SMALL.but(spec="bn(statistics=batch)", keys=2),
 )
 
 test_eps_is_that_of_the_spec = judged(
-    "A constant feature has variance 0, so eps alone decides its weight.",
+    "A constant feature has variance 0, so its scale depends on eps alone.",
     *(SMALL.but(dtype=d, draw="constant", dim=2) for d in ("float32", "float64")),
     SMALL.but(spec="bn(eps=0.1)"),
     SMALL.but(spec="bn(eps=1e-7)", dtype="float64", keys=2),
@@ -125,12 +125,12 @@ test_variance_needs_two_passes = judged(
 )
 
 test_statistics_survive_an_outlier_first_key = judged(
-    "An outlier for a first key ruins sums that are shifted by it.",
+    "The first key is an outlier, which makes sums inexact that are shifted by it.",
     *(SMALL.but(spec=text, draw="outlier", keys=100) for text in ("bn", "linear+bn", PREFIX)),
 )
 
 test_constant_feature_is_finite = judged(
-    "A feature without variance: (var + eps) is small, and float16 cannot hold 1 / (var + eps).",
+    "A feature has variance 0, and float16 cannot represent 1 / (var + eps).",
     *(
         SMALL.but(spec=text, draw="constant", dtype=d)
         for d in DTYPES
@@ -139,7 +139,7 @@ test_constant_feature_is_finite = judged(
 )
 
 test_one_key_has_no_variance = judged(
-    "n = 1: the variance is 0, T of the key itself is 0, and nothing is NaN.",
+    "With n = 1 the variance is 0, T of the key is 0, and nothing is NaN.",
     *(
         SMALL.but(spec=text, keys=1, dtype=d)
         for d in DTYPES
@@ -149,7 +149,7 @@ test_one_key_has_no_variance = judged(
 )
 
 test_padding_is_no_part_of_statistics = judged(
-    "key_mask takes a key out of the mean, the variance and their count.",
+    "key_mask removes a key from the mean, the variance and their count.",
     *(
         SMALL.but(spec=text, key_mask=how)
         for how in ("right", "left", "holes", "one", "none")
@@ -159,7 +159,7 @@ test_padding_is_no_part_of_statistics = judged(
 )
 
 test_mask_changes_no_statistic = judged(
-    "mask and windows say who attends to whom; the statistics are over all real keys.",
+    "mask and windows restrict attention; the statistics are over all real keys.",
     SMALL.but(mask="random"),
     SMALL.but(mask="empty"),
     SMALL.but(spec="bn+sparse(2,2)"),
@@ -170,7 +170,7 @@ test_mask_changes_no_statistic = judged(
 )
 
 test_statistics_are_those_of_the_keys = judged(
-    "Queries are normalised by the statistics of the keys, not by their own.",
+    "Queries are normalized by the statistics of the keys, not of the queries.",
     SMALL.but(rows=3, keys=50),
     SMALL.but(rows=1, keys=12),
     SMALL.but(rows=50, keys=4, spec="linear+bn"),
@@ -198,7 +198,7 @@ test_beta_weights_the_mean = judged(
 )
 
 test_prefix_statistics_are_of_the_row = judged(
-    "A row at position p uses the keys at positions up to p, for itself and for every key it sees.",
+    "The query at p, and every key that it sees, use the statistics of the keys up to p.",
     SMALL.but(spec=PREFIX, rows=11),
     SMALL.but(spec="bn(statistics=prefix)", rows=11),
     SMALL.but(spec=PREFIX, offset=4),

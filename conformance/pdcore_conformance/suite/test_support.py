@@ -1,4 +1,4 @@
-"""Who sees whom: causal, windows, offsets, masks and padding."""
+"""Which keys a query sees: causal, windows, offsets, masks and padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..judge.judging import DTYPES, full, judged
 SMALL = Call()
 
 test_causal_includes_the_present = judged(
-    "A query sees the keys at positions up to its own, that one included.",
+    "A query sees the keys at positions up to and including its own.",
     *(
         SMALL.but(spec=text, rows=11, dtype=d)
         for d in DTYPES
@@ -23,7 +23,7 @@ test_causal_includes_the_present = judged(
 )
 
 test_causal_is_upper_left = judged(
-    "Query 0 sits on key 0 whatever N and M; offset='end' asks for the other corner.",
+    "Query 0 is at the position of key 0 for any N and M, unless there is an offset.",
     *(
         SMALL.but(spec=text, rows=n, keys=m)
         for n, m in ((4, 9), (9, 4), (3, 70), (70, 3))
@@ -32,7 +32,7 @@ test_causal_is_upper_left = judged(
 )
 
 test_offset_moves_the_queries = judged(
-    "Query i is at position i + offset: a number, an array, or one for each sequence.",
+    "Query i is at position i + offset; the offset is an int, an array, or one per sequence.",
     *(
         SMALL.but(spec=text, offset=offset)
         for offset in (1, 3, -2, 20, -20, "array", "sequence", "end")
@@ -41,7 +41,7 @@ test_offset_moves_the_queries = judged(
 )
 
 test_end_is_the_last_real_key = judged(
-    "offset='end' puts the last query on the last real key of its own sequence.",
+    "offset='end' puts the last query at the last real key of each sequence.",
     *(
         SMALL.but(spec=text, offset="end", key_mask=how)
         for how in ("right", "left", "holes", "none")
@@ -76,7 +76,7 @@ test_window_reaches_left_and_right = judged(
 LONG = SMALL.but(rows=140, keys=150, heads=4, dim=16)
 
 test_kernels_that_work_in_blocks_keep_it_all = judged(
-    "From 128 queries and keys on, some frameworks have other kernels for score maps and windows.",
+    "Some frameworks use other kernels for score maps and windows from 128 queries and keys.",
     *(
         LONG.but(spec=text, key_mask=how)
         for how in ("", "holes")
@@ -93,7 +93,7 @@ test_kernels_that_work_in_blocks_keep_it_all = judged(
 )
 
 test_mask_is_true_where_a_query_may_attend = judged(
-    "True allows. The masks of some frameworks mean the opposite.",
+    "True allows attention. The masks of some frameworks mean the opposite.",
     *(
         SMALL.but(spec=text, mask=how)
         for how in ("random", "keys", "heads")
@@ -127,7 +127,7 @@ test_empty_row_is_zero = judged(
 )
 
 test_padding_is_ignored = judged(
-    "A masked key may hold NaN and changes nothing.",
+    "A masked key may hold NaN and does not change the result.",
     *(
         SMALL.but(spec=text, key_mask=how)
         for how in ("right", "left", "holes", "one")
@@ -148,7 +148,7 @@ test_padding_is_ignored = judged(
 )
 
 test_restrictions_combine = judged(
-    "A key has to be allowed by all of them.",
+    "A row sees a key if every restriction allows it.",
     SMALL.but(spec="causal", mask="random", key_mask="holes"),
     SMALL.but(spec="causal+sparse(4,inf)", mask="random", key_mask="left", rows=11),
     SMALL.but(spec="sparse(3,3)", bias="inf", mask="random"),

@@ -1,4 +1,4 @@
-"""What a framework does with functions: second derivatives, forward mode, maps, compilers."""
+"""Transformations of functions: second derivatives, forward mode, vmap, compilers, shards."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WIDE = [SMALL.but(spec=text, dtype="float64") for text in PLAN]
 
 
 def function(subject: Subject, call: Call) -> Callable[[Mapping[str, Any]], tuple[Any, Any]]:
-    """Make the attention a function of q, k and v in a mapping, bound as a user binds it."""
+    """Return the attention as a function of a mapping with q, k and v, by `pdcore.bind`."""
     from pdcore import bind
 
     layer = bind(call.spec, backend=subject.name)
@@ -41,14 +41,14 @@ def function(subject: Subject, call: Call) -> Callable[[Mapping[str, Any]], tupl
 def directions(call: Call, arrays: Arrays) -> dict[str, np.ndarray]:
     """Draw a direction for each of q, k and v."""
     rng = np.random.default_rng(1)
-    given = {"q": arrays.q, "k": arrays.k, "v": arrays.v}
-    return {n: np.asarray(rng.standard_normal(x.shape), x.dtype) for n, x in given.items()}
+    inputs = {"q": arrays.q, "k": arrays.k, "v": arrays.v}
+    return {n: np.asarray(rng.standard_normal(x.shape), x.dtype) for n, x in inputs.items()}
 
 
 @claims("double_backward")
 @each(WIDE)
 def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
-    """The derivative of the gradients along a direction, against the oracle's."""
+    """Compare the derivative of the gradients along a direction with the oracle's."""
     from ..judge.directional import gradient_derivatives
 
     if subject.unclaimed(call.features(lse=True)):
@@ -56,58 +56,58 @@ def test_gradients_are_differentiable(call: Call, subject: Subject) -> None:
         return
     arrays, d = call.arrays(), cotangents(call)
     with subject.watched(arrays) as (q, k, v, _):
-        toward = directions(call, arrays)
+        direction = directions(call, arrays)
         _, second = subject.framework.double_vjp(
             function(subject, call),
             {"q": q, "k": k, "v": v},
             tuple(map(subject.there, d)),
-            {n: subject.there(x) for n, x in toward.items()},
+            {n: subject.there(x) for n, x in direction.items()},
         )
-        found = {n: subject.back(x, n) for n, x in second.items()}
-    wanted = gradient_derivatives(arrays.q, arrays.k, arrays.v, call.spec, toward, *d)
-    near(found, wanted, 1e-8, "second derivative")
+        result = {n: subject.back(x, n) for n, x in second.items()}
+    expected = gradient_derivatives(arrays.q, arrays.k, arrays.v, call.spec, direction, *d)
+    require_close(result, expected, 1e-8, "second derivative")
 
 
 @claims("jvp")
 @each(WIDE)
 def test_forward_mode_is_the_derivative(call: Call, subject: Subject) -> None:
-    """Derivatives of out and lse along a direction, against the oracle's."""
+    """Compare derivatives of out and lse along a direction with the oracle's."""
     from ..judge.directional import output_derivatives
 
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
     arrays = call.arrays()
-    toward = directions(call, arrays)
+    direction = directions(call, arrays)
     with subject.watched(arrays) as (q, k, v, _):
         _, derivatives = subject.framework.jvp(
             function(subject, call),
             {"q": q, "k": k, "v": v},
-            {n: subject.there(x) for n, x in toward.items()},
+            {n: subject.there(x) for n, x in direction.items()},
         )
-        found = {n: subject.back(x, n) for n, x in zip(("out", "lse"), derivatives, strict=True)}
-    wanted = output_derivatives(arrays.q, arrays.k, arrays.v, call.spec, toward)
-    near(found, wanted, 1e-9, "derivative")
+        result = {n: subject.back(x, n) for n, x in zip(("out", "lse"), derivatives, strict=True)}
+    expected = output_derivatives(arrays.q, arrays.k, arrays.v, call.spec, direction)
+    require_close(result, expected, 1e-9, "derivative")
 
 
 @claims("vmap")
 @each([call.but(lead=(3, 2)) for call in CALLS])
 def test_map_is_a_loop(call: Call, subject: Subject) -> None:
-    """The framework's vmap over the first axis gives what the oracle gives, example by example."""
+    """The framework's vmap over the first axis agrees with the oracle for each example."""
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
     arrays = call.arrays()
     with subject.watched(arrays) as (q, k, v, _):
         out, lse = subject.framework.vmap(function(subject, call))({"q": q, "k": k, "v": v})
-        found = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
-    subject.evidence.add(judge(found, subject.expected(call, arrays)))
+        result = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+    subject.evidence.add(judge(result, subject.expected(call, arrays)))
 
 
 @claims("compile")
 @each([*CALLS, SMALL.but(rows=70, keys=130), SMALL.but(heads=4, spec="bn")])
 def test_compiled_is_the_same(call: Call, subject: Subject) -> None:
-    """The framework's compiler takes the call as one program, and it computes the same."""
+    """The call compiled as one program by the framework agrees with the oracle."""
     if subject.unclaimed(call.features(lse=True)):
         subject.judge(call)
         return
@@ -120,14 +120,14 @@ def test_compiled_is_the_same(call: Call, subject: Subject) -> None:
         q, k, v = (subject.there(x) for x in (arrays.q, arrays.k, arrays.v))
         compiled = subject.framework.compile(function(subject, call))
         out, lse = compiled({"q": q, "k": k, "v": v})
-        found = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
-    subject.evidence.add(judge(found, subject.expected(call, arrays)))
+        result = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+    subject.evidence.add(judge(result, subject.expected(call, arrays)))
 
 
 @pytest.mark.claims("axis_name", "float32")
 @pytest.mark.parametrize("spec", ["softmax", "bn", "linear"])
 def test_shards_agree_with_the_whole(spec: str, subject: Subject) -> None:
-    """A sequence in shards gives what it gives as a whole."""
+    """A sequence in shards has the results of the whole sequence."""
     call = Call(spec=spec, rows=16, keys=16)
     arrays = call.arrays()
     if not subject.claims("axis_name"):
@@ -143,16 +143,16 @@ def test_shards_agree_with_the_whole(spec: str, subject: Subject) -> None:
         )
     with subject.watched(arrays) as (q, k, v, _):
         out, lse = shard(subject.name, spec, q, k, v)
-        found = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
-    subject.evidence.add(judge(found, subject.expected(call, arrays)))
+        result = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+    subject.evidence.add(judge(result, subject.expected(call, arrays)))
 
 
-def near(
-    found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], relative: float, what: str
+def require_close(
+    result: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], relative: float, what: str
 ) -> None:
-    """Compare derivatives in longdouble, relative to the largest entry."""
-    for name, x in found.items():
-        y = np.asarray(wanted[name], np.longdouble)
+    """Raise Nonconforming where a result is far from the oracle's, relative to the largest entry."""
+    for name, x in result.items():
+        y = np.asarray(expected[name], np.longdouble)
         error = float(np.max(np.abs(x - y), initial=0.0))
         bound = relative * (1.0 + float(np.max(np.abs(y), initial=0.0)))
         if not error <= bound:

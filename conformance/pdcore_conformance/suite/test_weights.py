@@ -36,7 +36,7 @@ test_weights_are_kappa_over_h = judged(
 )
 
 test_weight_of_a_pooled_key_is_spread = judged(
-    "Evenly over the real keys that it covers; with pool=first it stays on the first.",
+    "The weight is equal on the real keys of the window; with pool=first it is on the first key.",
     *(
         SMALL.but(spec=text, key_mask=how)
         for how in ("", "holes", "left")

@@ -1,1 +1,1 @@
-"""A new backend from a template."""
+"""The template of a new backend, and the function that fills it in."""

@@ -1,4 +1,4 @@
-"""A new plugin from the template: an installable backend that is green at once."""
+"""Create a plug-in from the template: an installable backend that passes the suite."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ __all__ = ["new_backend"]
 
 TEMPLATE = Path(__file__).parent
 
-#: The distribution that brings a library, where it has another name.
+#: The distribution of a library, where its name differs from the import name.
 _DISTRIBUTIONS = {"array_api_strict": "array-api-strict", "cupy": "cupy-cuda13x"}
 
 
 def new_backend(name: str, folder: Path, *, library: str = "numpy") -> Path:
-    """Write a project.
+    """Write the project of a new backend.
 
     Parameters
     ----------
     name : str
-        The backend's, an identifier that no backend has.
+        The name of the backend, an identifier that no other backend has.
     folder : Path
-        Where the project's own folder, ``pdcore-NAME``, is to be.
+        The folder in which ``pdcore-NAME`` is created.
     library : str
         The import name of the array library.
 
     Returns
     -------
     Path
-        The project.
+        The folder of the project.
 
     Raises
     ------
     ValueError
-        For a name that cannot be one, or is taken.
+        When the name is not an identifier, or already in use.
     OutputError
-        When the folder is there already, or cannot be made.
+        When the folder exists already, or cannot be created.
     ModuleNotFoundError
-        Without copier.
+        When copier is not installed.
     """
     from copier import run_copy
 
@@ -57,9 +57,9 @@ def new_backend(name: str, folder: Path, *, library: str = "numpy") -> Path:
     project = folder / f"pdcore-{name.replace('_', '-')}"
     if project.exists() and (not project.is_dir() or any(project.iterdir())):
         raise OutputError(f"{project} exists already: remove it, or choose another folder")
-    known = framework(library)
-    lacks = [feature for feature in TRANSFORMATIONS if feature not in known.transformations]
-    # That autodiff goes through is the library's merit; the rest has to be tried first.
+    transformations = framework(library).transformations
+    lacks = [feature for feature in TRANSFORMATIONS if feature not in transformations]
+    # `ArrayBackend` is differentiable in a library with autodiff; the rest must be tested first.
     lacks += [f for f in TRANSFORMATIONS if f not in lacks and f != "autodiff"]
     if library == "array_api_strict":
         lacks += ["float16", "bfloat16"]

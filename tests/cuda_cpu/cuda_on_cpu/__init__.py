@@ -1,4 +1,4 @@
-"""CUDA C++ kernels on the CPU: one fibre per CUDA thread, behind the call of `cupy.RawModule`."""
+"""Run CUDA C++ kernels on the CPU, one fibre per thread, with the interface of `cupy.RawModule`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A launch's arguments, by CuPy's rules, checked against the kernel's signature.
+"""Convert the arguments of a launch by CuPy's rules, and check them against the signature.
 
-CUDA copies as many bytes as the kernel's parameter has from wherever the argument is: an argument
-of another width or kind is not converted but read wrong.
+CUDA copies as many bytes as a parameter of the kernel has from the argument: an argument of
+another width or kind is not converted, but read wrong.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Region(ctypes.Structure):
 
 
 class Pointer(ctypes.Structure):
-    """An argument, or a place in one, that points into a region, as in native/runtime.h."""
+    """A pointer into a region, as an argument or inside of one, as in native/runtime.h."""
 
     _fields_ = [
         ("argument", ctypes.c_int),
@@ -58,24 +58,24 @@ class Pointer(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Structure:
-    """A structure with pointers among its members; CuPy is passed their addresses in it.
+    """A structure with pointers among its members; CuPy takes the addresses in the structure.
 
-    Arrays that may be written are taken to be, since what the members are is not known.
+    Writeable arrays count as written, because the types of the members are unknown.
 
     Parameters
     ----------
     value : numpy.void
-        With anything where the pointers are.
+        The structure, with any values in place of the pointers.
     arrays : mapping of int to ndarray
-        What they point to, by the member's offset in bytes.
+        The arrays to which the pointers point, by the offset of the member in bytes.
     """
 
     value: np.void
     arrays: Mapping[int, np.ndarray]
 
 
-class _Given(NamedTuple):
-    """An array, `at` bytes into an argument."""
+class _ArrayArgument(NamedTuple):
+    """An array, whose pointer is `at` bytes into an argument."""
 
     argument: int
     at: int
@@ -85,7 +85,7 @@ class _Given(NamedTuple):
 
 @dataclass
 class Values:
-    """Arguments as a launch takes them; `places` are bytes in one of them, counted after them."""
+    """Arguments as a launch takes them; `places` are (argument, byte) of pointers in structures."""
 
     slots: list[Any] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
@@ -94,18 +94,18 @@ class Values:
 
 
 def _number(value: Any, what: str, parameter: Parameter) -> np.generic:
-    """Return the NumPy number that CuPy makes of `value`."""
+    """Return the NumPy number to which CuPy converts `value`."""
     if isinstance(value, np.generic):
         return value
     if type(value) not in (int, float):
         raise TypeError(f"{what}: got {type(value).__name__}, expected an array or a NumPy number")
-    made = np.int64(value) if isinstance(value, int) else np.float64(value)
+    number = np.int64(value) if isinstance(value, int) else np.float64(value)
     if parameter.kind not in (b"i", b"u", b"f") or parameter.bytes != 8:
         raise TypeError(
             f"{what}: a Python {type(value).__name__} is passed as 8 bytes, the kernel's parameter "
             f"is {parameter}; pass a NumPy number of its type"
         )
-    return made
+    return number
 
 
 def _scalar(value: Any, what: str, parameter: Parameter) -> Any:
@@ -150,23 +150,25 @@ def _owner(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _regions(given: Sequence[_Given]) -> list[Region]:
-    """Return the memory that the arrays lie in: what overlaps is one region."""
-    found: list[Region] = []
-    bounds = [np.lib.array_utils.byte_bounds(_owner(one.array)) for one in given]
+def _regions(arrays: Sequence[_ArrayArgument]) -> list[Region]:
+    """Return the memory of the arrays; overlapping memory is one region."""
+    regions: list[Region] = []
+    bounds = [np.lib.array_utils.byte_bounds(_owner(one.array)) for one in arrays]
     for (low, high), i in sorted((ends, i) for i, ends in enumerate(bounds)):
-        argument, written = given[i].argument, given[i].written
-        if found and low < (found[-1].host or 0) + found[-1].bytes:
-            last = found[-1]
+        argument, written = arrays[i].argument, arrays[i].written
+        if regions and low < (regions[-1].host or 0) + regions[-1].bytes:
+            last = regions[-1]
             last.bytes = max(high, last.host + last.bytes) - last.host
             last.argument = min(argument, last.argument)
             last.written |= written
         else:
-            found.append(Region(low, high - low, argument, written))
-    return found
+            regions.append(Region(low, high - low, argument, written))
+    return regions
 
 
-def _members(structure: Structure, number: int, what: str, parameter: Parameter) -> list[_Given]:
+def _members(
+    structure: Structure, number: int, what: str, parameter: Parameter
+) -> list[_ArrayArgument]:
     if parameter.kind != b"c":
         raise TypeError(f"{what}: got a structure, the kernel's parameter is {parameter}")
     for at, array in structure.arrays.items():
@@ -178,39 +180,40 @@ def _members(structure: Structure, number: int, what: str, parameter: Parameter)
         if array.dtype.hasobject:
             raise TypeError(f"{what}: got an array of Python objects")
     return [
-        _Given(number, at, array, array.flags.writeable) for at, array in structure.arrays.items()
+        _ArrayArgument(number, at, array, array.flags.writeable)
+        for at, array in structure.arrays.items()
     ]
 
 
 def take(name: str, values: Sequence[Any], parameters: Sequence[Parameter]) -> Values:
-    """Check the arguments of kernel `name`, and lay them out."""
+    """Check the arguments of kernel `name`, and return them as a launch takes them."""
     if len(values) != len(parameters):
         raise TypeError(f"{name}: got {len(values)} arguments, the kernel has {len(parameters)}")
-    taken = Values()
-    given: list[_Given] = []
+    laid_out = Values()
+    arrays: list[_ArrayArgument] = []
     for i, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
         what = f"{name}: argument {i}"
         if isinstance(value, np.ndarray):
             _check_array(value, what, parameter)
-            given.append(_Given(i, 0, value, not parameter.pointee_const))
-            taken.slots.append(ctypes.c_void_p(None))
+            arrays.append(_ArrayArgument(i, 0, value, not parameter.pointee_const))
+            laid_out.slots.append(ctypes.c_void_p(None))
         elif isinstance(value, Structure):
-            given += _members(value, i, what, parameter)
-            taken.slots.append(_scalar(value.value, what, parameter))
+            arrays += _members(value, i, what, parameter)
+            laid_out.slots.append(_scalar(value.value, what, parameter))
         else:
-            taken.slots.append(_scalar(value, what, parameter))
-    taken.regions = _regions(given)
-    for one in given:
+            laid_out.slots.append(_scalar(value, what, parameter))
+    laid_out.regions = _regions(arrays)
+    for one in arrays:
         address = one.array.ctypes.data
-        for number, region in enumerate(taken.regions):
-            # An array without elements may lie anywhere.
+        for number, region in enumerate(laid_out.regions):
+            # An array without elements may have an address at the end of a region.
             if region.host <= address <= region.host + region.bytes and (
                 one.array.size == 0 or address < region.host + region.bytes
             ):
                 place = one.argument
                 if isinstance(values[place], Structure):
-                    place = len(values) + len(taken.places)
-                    taken.places.append((one.argument, one.at))
-                taken.pointers.append(Pointer(place, number, address - region.host))
+                    place = len(values) + len(laid_out.places)
+                    laid_out.places.append((one.argument, one.at))
+                laid_out.pointers.append(Pointer(place, number, address - region.host))
                 break
-    return taken
+    return laid_out

@@ -1,4 +1,4 @@
-"""Compiles a CUDA source with g++, once: builds are kept by the hash of all that goes into them."""
+"""Compile CUDA sources with g++; builds are cached by the hash of their inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["build", "load"]
 NATIVE = Path(__file__).parent / "native"
 _COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fstack-clash-protection", "-g1")
 _KERNEL_FLAGS = {
-    # Variables without a value hold a pattern that no right result is made of.
+    # Uninitialised variables hold a pattern that changes the result.
     "": ("-O2", "-ftrivial-auto-var-init=pattern"),
     "address": ("-O1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"),
     "thread": ("-O1", "-fsanitize=thread"),
@@ -29,7 +29,7 @@ _RUNTIME_FLAGS = {
     "address": ("-DCUDA_ON_CPU_ADDRESS",),
     "thread": ("-DCUDA_ON_CPU_THREAD",),
 }
-#: NVRTC's options that change nothing here.
+#: Options of NVRTC that have no effect here.
 _NOTHING_HERE = re.compile(
     r"-?-(std=c\+\+(11|14|17)|arch=.*|gpu-architecture=.*|use_fast_math|fmad=.*|lineinfo|"
     r"generate-line-info|maxrregcount=.*|ptxas-options=.*|w|default-device|"
@@ -38,9 +38,9 @@ _NOTHING_HERE = re.compile(
 
 
 def cache_folder() -> Path:
-    """Return where builds are kept: CUDA_ON_CPU_CACHE, or the user's cache."""
-    if given := os.environ.get("CUDA_ON_CPU_CACHE"):
-        return Path(given)
+    """Return the folder of the builds: CUDA_ON_CPU_CACHE, or the user's cache."""
+    if folder := os.environ.get("CUDA_ON_CPU_CACHE"):
+        return Path(folder)
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "cuda_on_cpu"
 
@@ -54,18 +54,18 @@ def _native_text() -> str:
 
 
 def _kept(name: str, arguments: Sequence[str], code: str = "") -> Path:
-    """Compile into `name` of the cache, unless it is there."""
+    """Compile to the file `name` of the cache, unless it exists."""
     target = cache_folder() / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder, "made")
+        built = Path(folder, "built")
         if code:
             Path(folder, "kernel.cpp").write_text(code, "utf-8")
             arguments = [str(Path(folder, "kernel.cpp")), *arguments]
-        compiler.run([*arguments, "-o", str(made)])
-        made.replace(target)  # two processes may build the same: each finds a whole file
+        compiler.run([*arguments, "-o", str(built)])
+        built.replace(target)  # atomic, because two processes may build the same file
     return target
 
 
@@ -73,22 +73,22 @@ def _runtime(sanitize: str) -> Path:
     flags = [*_COMMON, "-O2", *_RUNTIME_FLAGS[sanitize]]
     key = _hash(compiler.version(), _native_text(), *flags)
     sources = [str(path) for path in sorted(NATIVE.glob("*.cpp"))]
-    # One object of all, so that a kernel's build links a single file.
+    # Link all objects into one, so that the build of a kernel links a single file.
     unity = "".join(f'#include "{source}"\n' for source in sources)
     return _kept(f"runtime-{key}.o", [*flags, f"-I{NATIVE}", "-c"], unity)
 
 
 def _options(options: Sequence[str]) -> list[str]:
-    """Return g++'s options for NVRTC's."""
+    """Return the options of g++ for options of NVRTC."""
     kept: list[str] = []
     waiting = iter(options)
     for option in waiting:
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"(-[DUI]|--(?:define-macro|undefine-macro|include-path)=)(.*)", option
         )
-        if found:
-            letter = {"--d": "-D", "--u": "-U", "--i": "-I"}.get(found[1][:3], found[1])
-            value = found[2] or next(waiting, "")
+        if match:
+            letter = {"--d": "-D", "--u": "-U", "--i": "-I"}.get(match[1][:3], match[1])
+            value = match[2] or next(waiting, "")
             kept.append(letter + value)
         elif not _NOTHING_HERE.match(option):
             raise ValueError(f"options: {option!r} is not known to the emulator")
@@ -107,7 +107,7 @@ def build(code: str, names: Sequence[str], options: Sequence[str], use: Settings
     whole = f'#line 1 "kernel.cu"\n{translate(code)}{_kernels(names)}\n'
     included = ""
     if re.search(r"^\s*#\s*include\b", code, re.MULTILINE):
-        # With its headers in it, which the key has to know too.
+        # Preprocess, so that the hash includes the headers.
         included = compiler.run([*flags, "-E", "-x", "c++", "-"], whole)
     key = _hash(compiler.version(), _native_text(), included, whole, *flags)
     runtime = str(_runtime(use.sanitize))
@@ -115,7 +115,7 @@ def build(code: str, names: Sequence[str], options: Sequence[str], use: Settings
 
 
 def load(library: Path, sanitize: str) -> ctypes.CDLL:
-    """Load a build; one with a sanitizer needs the sanitizer's library first."""
+    """Load a build; with a sanitizer, the library of the sanitizer must be loaded first."""
     if sanitize and compiler.sanitizer_library(sanitize) not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError(
             f"sanitize={sanitize!r}: this process has not loaded the sanitizer's library; start "

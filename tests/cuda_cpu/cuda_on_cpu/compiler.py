@@ -1,4 +1,4 @@
-"""g++, which builds kernels and has the sanitizers' libraries."""
+"""Run g++, which compiles kernels and has the libraries of the sanitizers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["CompileError", "run", "sanitizer_library", "version"]
 
 
 class CompileError(Exception):
-    """The source is not C++ that the compiler takes; the message is the compiler's."""
+    """The source does not compile; the message is that of g++."""
 
 
 def run(arguments: Sequence[str], code: str | None = None) -> str:
-    """Run g++ with these arguments, and `code` as its input; return what it prints."""
-    # A sanitizer that this process runs under is not the compiler's.
+    """Run g++ with arguments, and `code` as its standard input; return its output."""
+    # g++ must not run under the sanitizer of this process.
     variables = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     try:
         done = subprocess.run(
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str], code: str | None = None) -> str:
 
 @functools.cache
 def version() -> str:
-    """Return what g++ says of itself; refuse a machine whose code the runtime does not know."""
+    """Return the version of g++; raise on a machine that the runtime does not support."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise RuntimeError(f"cuda_on_cpu runs on Linux x86_64, not {platform.platform()}")
     return run(["--version"])
@@ -45,9 +45,9 @@ def version() -> str:
 
 @functools.cache
 def sanitizer_library(sanitize: str) -> str:
-    """Return the path of a sanitizer's library."""
+    """Return the path of the library of a sanitizer."""
     name = {"address": "libasan.so", "thread": "libtsan.so"}[sanitize]
-    found = run([f"-print-file-name={name}"]).strip()
-    if "/" not in found:
+    path = run([f"-print-file-name={name}"]).strip()
+    if "/" not in path:
         raise RuntimeError(f"g++ has no {name}; install it (Debian: libgcc-12-dev)")
-    return os.path.realpath(found)
+    return os.path.realpath(path)

@@ -1,4 +1,4 @@
-"""A stand-in for `cupy.RawModule`, whose kernels run on the CPU, on NumPy arrays."""
+"""A class like `cupy.RawModule`, whose kernels run on the CPU, on NumPy arrays."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["EmulationError", "Kernel", "RawModule", "empty"]
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 _BLOCK_LIMITS = (1024, 1024, 64)
 _MAX_PARAMETERS = 256
-# The runtime's state, and the signal handlers, are the process's.
+# The state of the runtime and the signal handlers are global to the process.
 _LOCK = threading.Lock()
 
 
 class EmulationError(RuntimeError):
-    """The kernel did what CUDA does not define; the message says which thread, and where."""
+    """Undefined behaviour of a kernel; the message states the thread, and what it did."""
 
 
 class _Launch(ctypes.Structure):
@@ -48,10 +48,10 @@ class _Launch(ctypes.Structure):
 
 
 def empty(shape: int | Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-    """Return an array that holds NaN, or -1: whoever reads what no kernel wrote will see it."""
-    made = np.empty(shape, dtype)
-    made.view(np.uint8 if made.ndim else made.dtype)[...] = 0xFF if made.ndim else np.nan
-    return made
+    """Return an array of NaN, or of -1, so that entries that no kernel wrote can be recognised."""
+    x = np.empty(shape, dtype)
+    x.view(np.uint8 if x.ndim else x.dtype)[...] = 0xFF if x.ndim else np.nan
+    return x
 
 
 class RawModule:
@@ -89,7 +89,7 @@ class RawModule:
         self._libraries: dict[Settings, ctypes.CDLL] = {}
 
     def compile(self, log_stream: Any = None) -> None:
-        """Compile now, to find errors early."""
+        """Compile now, to raise compile errors early."""
         self._library(settings())
 
     def get_function(self, name: str) -> Kernel:
@@ -117,7 +117,7 @@ class Kernel:
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
-        """The dynamic shared memory that a launch may have; above 48 KiB it has to be set."""
+        """The limit of dynamic shared memory of a launch; above 48 KiB it must be set."""
         return self._max_dynamic
 
     @max_dynamic_shared_size_bytes.setter
@@ -139,7 +139,7 @@ class Kernel:
         shared_mem: int = 0,
         stream: Any = None,
     ) -> None:
-        """Run the kernel, to its end.
+        """Run the kernel until it ends.
 
         Parameters
         ----------
@@ -177,9 +177,9 @@ class Kernel:
         return int(size)
 
     def _parameters(self, library: ctypes.CDLL) -> list[Parameter]:
-        found = (Parameter * _MAX_PARAMETERS)()
-        count = getattr(library, f"cuda_on_cpu_describe_{self._index}")(found)
-        return list(found[:count])
+        parameters = (Parameter * _MAX_PARAMETERS)()
+        count = getattr(library, f"cuda_on_cpu_describe_{self._index}")(parameters)
+        return list(parameters[:count])
 
     def _run(self, library: ctypes.CDLL, launch: _Launch, values: Values) -> None:
         addresses = [ctypes.addressof(slot) for slot in values.slots]
@@ -191,15 +191,15 @@ class Kernel:
         function = getattr(library, f"cuda_on_cpu_launch_{self._index}")
         function.restype = ctypes.c_char_p
         with _LOCK:
-            said = function(ctypes.byref(launch))
-        if said is not None:
-            raise EmulationError(f"{self.name}: {said.decode()}")
+            message = function(ctypes.byref(launch))
+        if message is not None:
+            raise EmulationError(f"{self.name}: {message.decode()}")
 
 
-def _extent(what: str, given: Sequence[int], limits: Sequence[int]) -> Any:
-    if not isinstance(given, tuple) or not 1 <= len(given) <= 3:
-        raise TypeError(f"{what}: got {given!r}, expected a tuple of 1 to 3 ints")
-    full = tuple(map(int, given)) + (1,) * (3 - len(given))
+def _extent(what: str, sizes: Sequence[int], limits: Sequence[int]) -> Any:
+    if not isinstance(sizes, tuple) or not 1 <= len(sizes) <= 3:
+        raise TypeError(f"{what}: got {sizes!r}, expected a tuple of 1 to 3 ints")
+    full = tuple(map(int, sizes)) + (1,) * (3 - len(sizes))
     for size, limit, axis in zip(full, limits, "xyz", strict=True):
         if not 1 <= size <= limit:
             raise ValueError(f"{what}: {axis} is {size}, expected 1 to {limit}")

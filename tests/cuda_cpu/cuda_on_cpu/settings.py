@@ -1,4 +1,4 @@
-"""How kernels run: the schedule, the sanitizer, the device that is emulated."""
+"""The settings under which kernels run: schedule, sanitizer, emulated device."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .compiler import sanitizer_library
 
 __all__ = ["SCHEDULES", "SANITIZERS", "Settings", "environment", "settings", "using"]
 
-#: In the order of `Schedule` in native/runtime.h.
+#: The schedules, in the order of `Schedule` in native/runtime.h.
 SCHEDULES = ("lockstep", "reversed", "random", "greedy", "greedy_reversed")
 SANITIZERS = ("", "address", "thread")
-#: Compute capability: bytes of shared memory that a block may ask for.
+#: KiB of shared memory that a block may request, by compute capability.
 SHARED_LIMITS = {"75": 64, "80": 163, "86": 99, "87": 163, "89": 99, "90": 227, "100": 227}
-#: What a block may have without asking.
+#: Bytes of shared memory that a block may have without a request.
 SHARED_DEFAULT = 48 * 1024
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How kernels run.
+    """The settings under which kernels run.
 
     Attributes
     ----------
     schedule : str
-        One of `SCHEDULES`: which thread goes on when several can.
+        One of `SCHEDULES`, which chooses the next thread when several can run.
     seed : int
-        Of the schedule ``"random"``.
+        The seed of the schedule ``"random"``.
     compute_capability : str
-        Of the emulated device, as in ``sm_90``: `__CUDA_ARCH__` and the limits of a launch.
+        The emulated device, as in ``sm_90``: it sets `__CUDA_ARCH__` and the limits of a launch.
     sanitize : str
         ``"address"`` (with undefined behaviour), ``"thread"``, or empty.
     """
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def shared_limit(self) -> int:
-        """Bytes of shared memory that a block may ask for."""
+        """Bytes of shared memory that a block may request."""
         return SHARED_LIMITS[self.compute_capability] * 1024
 
 
@@ -76,7 +76,7 @@ _CURRENT: ContextVar[Settings | None] = ContextVar("cuda_on_cpu_settings", defau
 
 
 def settings() -> Settings:
-    """Return what is set: by `using`, or by the variables CUDA_ON_CPU_SCHEDULE and so on."""
+    """Return the settings of `using`, or of the variables CUDA_ON_CPU_SCHEDULE and so on."""
     return _CURRENT.get() or _from_environment()
 
 
@@ -93,7 +93,7 @@ def using(**changes: Any) -> Iterator[Settings]:
 def environment(sanitize: str) -> dict[str, str]:
     """Return the variables for a process whose kernels run under a sanitizer.
 
-    Its library has to be there before all others, so a running process cannot be switched.
+    The library of a sanitizer must be loaded first, so a running process cannot be changed.
     """
     if sanitize not in SANITIZERS[1:]:
         raise ValueError(f"sanitize: got {sanitize!r}, expected one of {SANITIZERS[1:]}")
@@ -101,7 +101,7 @@ def environment(sanitize: str) -> dict[str, str]:
         **os.environ,
         "CUDA_ON_CPU_SANITIZE": sanitize,
         "LD_PRELOAD": sanitizer_library(sanitize),
-        # Python frees nothing at its end; NumPy's threads are none of the kernels'.
+        # Python does not free all memory at exit; NumPy's threads are not part of the kernels.
         "ASAN_OPTIONS": "detect_leaks=0:handle_segv=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",

@@ -1,4 +1,4 @@
-"""Where CUDA's language is not C++: declarations of shared memory, and kernels' names."""
+"""Translate what is not C++ in CUDA sources: declarations of shared memory, names of kernels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ALIGNED = re.compile(r"(?:__align__|alignas)\s*\(\s*(\d+)\s*\)")
 
 
 def _without_hidden(code: str) -> str:
-    """Blank comments and literals out; every character stays where it is."""
-    return _HIDDEN.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), code)
+    """Replace comments and literals by spaces; every other character keeps its position."""
+    return _HIDDEN.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), code)
 
 
 def _split(declaration: str) -> list[str]:
-    """Split at the commas that are in no bracket."""
+    """Split at the commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(declaration):
         depth += (character in "(<[") - (character in ")>]")
@@ -33,19 +33,19 @@ def _split(declaration: str) -> list[str]:
 
 
 def _variables(declaration: str) -> list[tuple[str, str, str]]:
-    """Return type, name and extent (``[32][33]`` or nothing) of what is declared."""
+    """Return type, name and extent (``[32][33]`` or empty) of each declared variable."""
     first, *others = _split(declaration)
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(?P<type>.*[\s>*)])(?P<name>\w+)\s*(?P<extent>(?:\[.*\])?)\s*", first, re.S
     )
-    if found is None:
+    if match is None:
         raise ValueError(f"__shared__{declaration}; is not understood: expected TYPE NAME[SIZE]")
-    variables = [(found["type"], found["name"], found["extent"])]
+    variables = [(match["type"], match["name"], match["extent"])]
     for other in others:
-        more = re.fullmatch(r"\s*(\w+)\s*((?:\[.*\])?)\s*", other, re.S)
-        if more is None:
+        further = re.fullmatch(r"\s*(\w+)\s*((?:\[.*\])?)\s*", other, re.S)
+        if further is None:
             raise ValueError(f"__shared__{declaration}; is not understood: declare {other} apart")
-        variables.append((found["type"], more[1], more[2]))
+        variables.append((match["type"], further[1], further[2]))
     return variables
 
 
@@ -62,38 +62,38 @@ def _dynamic(declaration: str) -> str:
 
 
 def _static(declaration: str, number: int) -> str:
-    made = []
+    statements = []
     for i, (kind, name, extent) in enumerate(_variables(declaration)):
         struct = f"cuda_on_cpu_shared_{number}_{i}"
-        made.append(f"struct {struct} {{ {kind} value{extent}; }}")
-        made.append(f"auto& {name} = cuda_on_cpu::static_shared_as<{struct}>().value")
-    return "; ".join(made)
+        statements.append(f"struct {struct} {{ {kind} value{extent}; }}")
+        statements.append(f"auto& {name} = cuda_on_cpu::static_shared_as<{struct}>().value")
+    return "; ".join(statements)
 
 
 def translate(code: str) -> str:
-    """Turn declarations of shared memory into C++; every line keeps its number."""
+    """Replace declarations of shared memory by C++; every line keeps its number."""
     result, end = [], 0
-    for number, found in enumerate(_SHARED.finditer(_without_hidden(code))):
-        declaration = code[found.start("declaration") : found.end("declaration")]
-        made = _dynamic(declaration) if found["extern"] else _static(declaration, number)
-        lines = "\n" * (found[0].count("\n") - made.count("\n"))
-        result += [code[end : found.start()], made, ";", lines]
-        end = found.end()
+    for number, match in enumerate(_SHARED.finditer(_without_hidden(code))):
+        declaration = code[match.start("declaration") : match.end("declaration")]
+        statement = _dynamic(declaration) if match["extern"] else _static(declaration, number)
+        lines = "\n" * (match[0].count("\n") - statement.count("\n"))
+        result += [code[end : match.start()], statement, ";", lines]
+        end = match.end()
     return "".join([*result, code[end:]])
 
 
 def shared_alignment(code: str) -> int:
-    """Return the greatest alignment that a declaration of dynamic shared memory asks for."""
-    asked = [16]
-    for found in _SHARED.finditer(_without_hidden(code)):
-        if found["extern"]:
-            asked += map(int, _ALIGNED.findall(found["declaration"]))
-    return max(asked)
+    """Return the greatest alignment of the declarations of dynamic shared memory."""
+    alignments = [16]
+    for match in _SHARED.finditer(_without_hidden(code)):
+        if match["extern"]:
+            alignments += map(int, _ALIGNED.findall(match["declaration"]))
+    return max(alignments)
 
 
 def kernel_names(code: str, expressions: Sequence[str]) -> list[str]:
-    """Return the kernels that can be asked for: by expression, or declared `extern "C"`."""
+    """Return the names of kernels: the name expressions, and those declared `extern "C"`."""
     hidden = _without_hidden(code)
-    # The literal "C" is blanked too, so it is looked for in the text itself.
+    # The literal "C" is replaced by spaces as well, so search in the original text.
     plain = [m[1] for m in _KERNEL.finditer(code) if hidden[m.start(1)] != " "]
     return list(dict.fromkeys([*expressions, *plain]))

@@ -1,6 +1,6 @@
-"""Backends with one planted defect each, which the conformance suite has to catch.
+"""Backends with one planted defect each, which the conformance suite must catch.
 
-`MUTANTS` lists them; each class says what an author might get wrong. ``python -m mutants``
+`MUTANTS` lists them; the docstring of each class describes the defect. ``python -m mutants``
 runs the suite on them and writes the table of docs/mutants.md.
 """
 

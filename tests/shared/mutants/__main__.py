@@ -1,7 +1,7 @@
-"""Run the telling case on every mutant, and write the table of docs/mutants.md.
+"""Run the case that must fail on every mutant, and write the table of docs/mutants.md.
 
-``--whole`` runs the whole quick suite on each besides, about a minute for one, and prints how
-many of its cases fail.
+``--whole`` also runs the quick suite on each, which takes about a minute each, and prints how many
+cases fail.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from pathlib import Path
 
 from .registry import PARENT
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TABLE = ROOT / "docs" / "mutants.md"
 
-#: Runs some mutants in one interpreter; prints, for each, its cases that did not pass.
+#: A script that runs some mutants and prints, for each, the cases that did not pass.
 RUN = """
 import json, sys
 sys.path.insert(0, {tests!r})
 import mutants
 from pdcore_conformance.runner.conforming import conform
 mutants.register()
-found = {{}}
+results = {{}}
 for name, cases in {runs!r}:
     run, code = conform(name, cases=cases)
-    found[name] = {{
+    results[name] = {{
         "ran": len(run["cases"]),
         "bad": {{c["id"]: [c["ratio"], c["message"]] for c in run["cases"]
                  if c["outcome"] in ("failed", "error")}},
     }}
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
 def run(runs: list[tuple[str, list[str]]]) -> dict[str, dict]:
-    """Run the suite on some backends, each with its cases, or all of them for none."""
-    script = RUN.format(tests=str(ROOT / "tests"), runs=runs)
+    """Run the suite on some backends, each with some cases, or all cases for an empty list."""
+    script = RUN.format(tests=str(ROOT / "tests" / "shared"), runs=runs)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         check=False,
@@ -58,20 +58,20 @@ def run(runs: list[tuple[str, list[str]]]) -> dict[str, dict]:
 
 
 def write(results: dict[str, dict]) -> None:
-    """Write the table."""
+    """Write docs/mutants.md."""
     from .registry import MUTANTS
 
     lines = [
         "# Planted defects",
         "",
-        f"The suite is tested too. {len(MUTANTS)} backends are right but for one planted defect",
-        "each, and each is caught by a case whose name tells what is wrong. `nox -s mutants`",
-        "writes this table; `tests/test_mutants.py` runs the same cases in every test run, and",
-        "sees them pass on the backend without a defect. *error / budget* is the error of the",
-        "case over what it is allowed, where 1 is the limit: *inf* for a NaN or an infinity in a",
-        "wrong place, empty where the defect is not one of numbers.",
+        f"The suite is tested too. {len(MUTANTS)} backends are right except for one planted defect",
+        "each, and each is caught by a case whose name describes the defect. `nox -s mutants`",
+        "writes this table; `tests/conformance/test_mutants.py` runs the same cases in every",
+        "test run, and checks that they pass on the backend without a defect. *error / budget*",
+        "is the error of the case divided by its budget, so 1 is the limit: *inf* for a NaN or",
+        "an infinity in a wrong place, empty where the defect is not a wrong number.",
         "",
-        "| mutant | what is wrong | telling case | error / budget |",
+        "| mutant | defect | case that fails | error / budget |",
         "|---|---|---|---|",
     ]
     for name, mutant in MUTANTS.items():
@@ -85,7 +85,7 @@ def write(results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    """Run, and write."""
+    """Run the mutants and write the table; exit with a message where a mutant is not caught."""
     from .registry import MUTANTS, register
 
     parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
@@ -96,7 +96,7 @@ def main() -> None:
     results = run([(f"mutant_{name}", [mutant.case]) for name, mutant in MUTANTS.items()])
     missed = [n for n, m in MUTANTS.items() if m.case not in results[f"mutant_{n}"]["bad"]]
     if missed:
-        sys.exit(f"not caught by their telling cases: {', '.join(missed)}")
+        sys.exit(f"not caught by their cases: {', '.join(missed)}")
     write(results)
     parent = run([(PARENT, sorted({mutant.case for mutant in MUTANTS.values()}))])[PARENT]
     if parent["bad"]:
@@ -104,8 +104,8 @@ def main() -> None:
     if arguments.whole:
 
         def count(name: str) -> str:
-            found = run([(f"mutant_{name}", [])])[f"mutant_{name}"]
-            return f"{name}: {len(found['bad'])} of {found['ran']} cases fail"
+            result = run([(f"mutant_{name}", [])])[f"mutant_{name}"]
+            return f"{name}: {len(result['bad'])} of {result['ran']} cases fail"
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for line in pool.map(count, MUTANTS):

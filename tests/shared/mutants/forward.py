@@ -1,56 +1,21 @@
-"""Defects of the forward computation, and of what a backend declares."""
+"""Defects of kernels, pooling, visibility and weights."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from pdcore.lowering import Fold, Plan, Scores, Signature, lower
-from pdcore.plugins import registry as plugins
-from pdcore.spec import Convolution, HeadScaling
+from pdcore.lowering import Fold, Plan, Signature, lower
+from pdcore.spec import HeadScaling
 
+from .changed_inputs import ChangedInputs, edited
 from .registry import Unmutated, planted
 
 
-def edited(inputs: Any, **functions: Any) -> Any:
-    """Change some of the inputs by functions, where they are given."""
-    return inputs._replace(
-        **{
-            name: function(getattr(inputs, name))
-            for name, function in functions.items()
-            if getattr(inputs, name) is not None
-        }
-    )
-
-
-class Inputs(Unmutated):
-    """A backend that changes its inputs before it runs a plan; what is left of it is right."""
-
-    def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
-        raise NotImplementedError
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        return super().attention(*self.change(plan, inputs), lse=lse)
-
-    def attention_vjp(self, plan: Plan, inputs: Any) -> Any:
-        return super().attention_vjp(*self.change(plan, inputs))
-
-    def attention_weights(self, plan: Plan, inputs: Any) -> Any:
-        return super().attention_weights(*self.change(plan, inputs))
-
-
-def contraction(plan: Plan, **changes: Any) -> Plan:
-    """Change the contraction of a plan by scores."""
-    if not isinstance(plan.contraction, Scores):
-        return plan
-    return replace(plan, contraction=replace(plan.contraction, **changes))
-
-
 @planted("kernels::kernel_is_computed[softmax-float32]")
-class ScaleOffByOnePercent(Inputs):
+class ScaleOffByOnePercent(ChangedInputs):
     """A scale that is 1 % too large."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
@@ -58,16 +23,18 @@ class ScaleOffByOnePercent(Inputs):
 
 
 @planted("kernels::kernel_is_computed[softmax-float32]")
-class ReducedPrecisionProducts(Inputs):
+class ReducedPrecisionProducts(ChangedInputs):
     """Matrix products in TF32, with 10 bits of mantissa, for float32."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
-        def cut(x: Any) -> Any:
+        def truncate(x: Any) -> Any:
             if x.dtype != np.float32:
                 return x
             return (x.view(np.int32) & np.int32(-(2**13))).view(np.float32)
 
-        return plan, edited(inputs, q=lambda q: cut(np.array(q)), k=lambda k: cut(np.array(k)))
+        return plan, edited(
+            inputs, q=lambda q: truncate(np.array(q)), k=lambda k: truncate(np.array(k))
+        )
 
 
 @planted("shapes::lengths_are_any[softmax-float32-lead=1-rows=65-keys=257]")
@@ -78,112 +45,14 @@ class LastKeyDropped(Unmutated):
         if o.k.shape[-2] < 2:
             return super().scores(c, o)
         hidden = np.arange(o.k.shape[-2]) < o.k.shape[-2] - 1
-        seen = o.visibility.key_mask
-        mask = np.broadcast_to(hidden, o.k.shape[:-1]) if seen is None else seen & hidden
+        real = o.visibility.key_mask
+        mask = np.broadcast_to(hidden, o.k.shape[:-1]) if real is None else real & hidden
         return super().scores(c, o._replace(visibility=replace(o.visibility, key_mask=mask)))
-
-
-@planted("statistics::convolution_is_computed[conv1d-float32-keys=12]")
-class FilterTurnedRound(Inputs):
-    """A convolution as in mathematics, with the first tap on the last key."""
-
-    def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
-        def turned(params: dict[str, Any]) -> dict[str, Any]:
-            return {n: np.flip(p, axis=tuple(range(1, p.ndim - 1))) for n, p in params.items()}
-
-        convolves = isinstance(plan.spec.normalization, Convolution)
-        return plan, edited(inputs, params=turned) if convolves else inputs
-
-
-class Moments(Unmutated):
-    """A backend whose moments are changed after they were taken."""
-
-    def moments(self, final: dict[str, Any], keys: Any, mask: Any) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def statistics(self, summary: Any, keys: Any, mask: Any) -> Any:
-        final = super().statistics(summary, keys, mask)
-        return self.moments(dict(final), keys, mask) if "var" in final else final
-
-
-@planted("statistics::variance_is_biased[bn-float32-keys=2]")
-class UnbiasedVariance(Moments):
-    """A variance that divides by n - 1, as many libraries do by default."""
-
-    def moments(self, final: dict[str, Any], keys: Any, mask: Any) -> dict[str, Any]:
-        n = final["n"]
-        return final | {"var": final["var"] * n / np.where(n > 1, n - 1, 1)}
-
-
-@planted("statistics::eps_is_that_of_the_spec[bn-float32-dim=2-draw=constant]")
-class OtherEps(Moments):
-    """An eps of 1e-3 where the specification says 1e-5."""
-
-    def moments(self, final: dict[str, Any], keys: Any, mask: Any) -> dict[str, Any]:
-        return final | {"var": final["var"] + (1e-3 - 1e-5)}
-
-
-@planted("statistics::variance_needs_two_passes[bn-float32-keys=200-draw=far]")
-class OnePassVariance(Moments):
-    """E[x^2] - E[x]^2, which has no correct digit far from 0."""
-
-    def moments(self, final: dict[str, Any], keys: Any, mask: Any) -> dict[str, Any]:
-        if (
-            final["n"].shape[-2] != 1
-            or mask is not None
-            or final["mean"].shape[:-3] != keys.shape[:-3]
-        ):
-            return final
-        square = (keys * keys).mean(-2, keepdims=True) if keys.shape[-2] else final["var"]
-        return final | {"var": np.maximum(square - final["mean"] ** 2, 0)}
-
-
-@planted("statistics::padding_is_no_part_of_statistics[bn-float32-key_mask=right]")
-class StatisticsOverPadding(Unmutated):
-    """Moments over all keys, padding included."""
-
-    def statistics(self, summary: Any, keys: Any, mask: Any) -> Any:
-        if summary.scope == "prefix" or mask is None:
-            return super().statistics(summary, keys, mask)
-        return super().statistics(summary, np.nan_to_num(keys), None)
-
-
-@planted("statistics::statistics_are_those_of_the_keys[bn-float32-rows=3-keys=50]")
-class StatisticsOfQueries(Inputs):
-    """Queries normalised by their own moments."""
-
-    def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
-        q, k = inputs.q, inputs.k
-        if (
-            plan.summary is None
-            or plan.summary.scope != "sequence"
-            or not q.shape[-2]
-            or not k.shape[-2]
-            or inputs.key_mask is not None
-        ):
-            return plan, inputs
-        group = q.shape[-3] // k.shape[-3]
-        mean, sd = (
-            np.repeat(f(k.astype("float64"), -2, keepdims=True), group, -3)
-            for f in (np.mean, np.std)
-        )
-        own = (q - q.mean(-2, keepdims=True)) / (q.std(-2, keepdims=True) + 1e-6)
-        return plan, inputs._replace(q=(own * sd + mean).astype(q.dtype))
-
-
-@planted("statistics::statistics_are_per_sequence[bn(statistics=batch)-float32-lead=3]")
-class BatchStatisticsPerSequence(Unmutated):
-    """statistics=batch that forgets the batch."""
-
-    def statistics(self, summary: Any, keys: Any, mask: Any) -> Any:
-        return super().statistics(
-            replace(summary, scope="sequence") if summary.scope == "batch" else summary, keys, mask
-        )
 
 
 @planted("heads::padding_is_no_part_of_a_pool[sh(2,3)-float32-keys=12-key_mask=holes]")
 class PooledPadding(Unmutated):
-    """A pooled mean in which masked keys count, as if they were zeros."""
+    """A pooled mean that counts masked keys as zeros."""
 
     def pool(self, kind: str, x: Any, weights: Any) -> Any:
         if kind != "mean":
@@ -191,11 +60,11 @@ class PooledPadding(Unmutated):
         return super().pool(kind, np.nan_to_num(x), np.ones_like(weights))
 
 
-def seen(**changes: Any) -> Any:
-    """Make `scores` and `features` that see other keys by position."""
+def visibility_changed(**changes: Any) -> Any:
+    """Return a backend that changes which keys a query sees by position."""
 
-    class Seen(Unmutated):
-        def _moved(self, o: Any) -> Any:
+    class VisibilityChanged(Unmutated):
+        def _changed(self, o: Any) -> Any:
             visibility = o.visibility
             if not visibility.support.restricts or not visibility.static:
                 return o
@@ -203,56 +72,56 @@ def seen(**changes: Any) -> Any:
             return o._replace(visibility=replace(visibility, **changed))
 
         def scores(self, c: Any, o: Any) -> Any:
-            return super().scores(c, self._moved(o))
+            return super().scores(c, self._changed(o))
 
         def features(self, c: Any, o: Any) -> Any:
-            return super().features(c, self._moved(o))
+            return super().features(c, self._changed(o))
 
-    return Seen
+    return VisibilityChanged
 
 
 @planted("heads::pooled_key_is_visible_only_as_a_whole[causal+sh(2,3)-float32-rows=12-keys=12]")
-class PooledKeyVisibleTooEarly(seen(offset=lambda v: v.offset + v.scale - 1)):  # type: ignore[misc]
+class PooledKeyVisibleTooEarly(visibility_changed(offset=lambda v: v.offset + v.scale - 1)):  # type: ignore[misc]
     """Under causal a pooled key is seen as soon as its first key is."""
 
 
 @planted("support::causal_includes_the_present[causal-float32-rows=11]")
-class CausalOffByOne(seen(offset=lambda v: v.offset - 1)):  # type: ignore[misc]
-    """Causal without the present."""
+class CausalOffByOne(visibility_changed(offset=lambda v: v.offset - 1)):  # type: ignore[misc]
+    """Causal support that hides the key at the position of the query."""
 
 
 @planted("support::causal_is_upper_left[causal-float32-rows=4-keys=9]")
-class LowerRight(seen(offset=lambda v: v.offset + v.length - v.rows)):  # type: ignore[misc]
-    """The causal triangle in the other corner, where N and M differ."""
+class LowerRight(visibility_changed(offset=lambda v: v.offset + v.length - v.rows)):  # type: ignore[misc]
+    """A causal triangle in the lower right corner, where N and M differ."""
 
 
 @planted("support::window_reaches_left_and_right[sparse(2,1)-float32-rows=11]")
 class WindowShortOnTheLeft(
-    seen(support=lambda v: replace(v.support, left=max(v.support.left - 1, 0)))  # type: ignore[misc]
+    visibility_changed(support=lambda v: replace(v.support, left=max(v.support.left - 1, 0)))  # type: ignore[misc]
 ):
     """A window that ends one key too early on the left."""
 
 
 @planted("heads::short_window_straddles_the_present[causal+sh(2,4)-float32-rows=11]")
 class ShortWindowEndsAtM(Unmutated):
-    """The short last window taken to end at M, so that the last rows of causal see it."""
+    """A short last window that ends at M, so that the last causal rows see it."""
 
     def scores(self, c: Any, o: Any) -> Any:
         v = o.visibility
         if v.scale == 1 or v.length % v.scale == 0 or v.support.ahead != 0 or not v.static:
             return super().scores(c, o)
-        # The last window is whole from position M - 1 on, not from its nominal end.
-        whole = [super().scores(c, o)]
+        # The last window is seen from position M - 1 on, not from its nominal end.
+        results = [super().scores(c, o)]
         rows = np.arange(v.rows) + v.offset >= v.length - 1
         wide = replace(v, offset=v.offset + v.scale - v.length % v.scale)
-        whole.append(super().scores(c, o._replace(visibility=wide)))
-        (out, level), (out2, level2) = whole
+        results.append(super().scores(c, o._replace(visibility=wide)))
+        (out, level), (out2, level2) = results
         return np.where(rows[:, None], out2, out), np.where(rows, level2, level)
 
 
 @planted("shapes::query_heads_repeat_key_heads[softmax-float32-heads=4]")
-class GroupsTiled(Inputs):
-    """Query head i given key head i % Hkv: `tile` where `repeat` is meant."""
+class GroupsTiled(ChangedInputs):
+    """Query head i that uses key head i % Hkv: `tile` in place of `repeat`."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
         heads, keys = inputs.q.shape[-3], inputs.k.shape[-3]
@@ -272,23 +141,23 @@ class GroupsTiled(Inputs):
 
 
 @planted("support::mask_is_true_where_a_query_may_attend[softmax-float32-mask=random]")
-class MaskInverted(Inputs):
-    """True taken for "masked out", as in some frameworks."""
+class MaskInverted(ChangedInputs):
+    """A mask in which True means "masked out", as in some frameworks."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
         return plan, edited(inputs, mask=lambda mask: ~mask)
 
 
 @planted("bias::bias_is_added[softmax-float32-bias=full]")
-class BiasDropped(Inputs):
-    """A bias that is accepted and forgotten."""
+class BiasDropped(ChangedInputs):
+    """A bias that is accepted and ignored."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
         return plan, edited(inputs, bias=np.zeros_like)
 
 
 @planted("kernels::softcap_is_applied[softmax(softcap=3)-float32-draw=loud]")
-class SoftcapDropped(Inputs):
+class SoftcapDropped(ChangedInputs):
     """The exponential kernel without its softcap."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
@@ -304,7 +173,7 @@ class SoftcapDropped(Inputs):
 
 @planted("lse::lse_has_every_row_constant[bn(beta=0.5)-float32]")
 class RowConstantForgotten(Unmutated):
-    """lse without the term that the fold takes out of every row."""
+    """lse without the constant that the fold subtracts from every row."""
 
     def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
         transforms = tuple(
@@ -357,7 +226,7 @@ class NanOnEmptyRows(Unmutated):
 
 
 @planted("kernels::cosine_of_a_zero_vector_is_zero[cosine(scale=2)-float32-draw=zeros]")
-class CosineOfZeroIsNan(Inputs):
+class CosineOfZeroIsNan(ChangedInputs):
     """A division by the length of a zero vector."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
@@ -382,8 +251,8 @@ class PaddingCounted(Unmutated):
 
 
 @planted("support::end_is_the_last_real_key[causal-float32-key_mask=right-offset=end]")
-class EndOfTheArray(Inputs):
-    """offset="end" taken for the end of the array, padding or not."""
+class EndOfTheArray(ChangedInputs):
+    """offset="end" that means the end of the array, including padding."""
 
     def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
         if isinstance(inputs.offset, str):
@@ -391,109 +260,9 @@ class EndOfTheArray(Inputs):
         return plan, inputs
 
 
-@planted("refusals::feature[bias]", bias="unsupported")
-class SilentFallBack(Unmutated):
-    """A bias that is declared unsupported, and run all the same."""
-
-    def refusals(self, request: Any) -> list[str]:
-        return [reason for reason in super().refusals(request) if "bias" not in reason]
-
-
-@planted("behaviour::no_other_backend_is_asked[linear-float32]")
-class WorkHandedOn(Unmutated):
-    """Feature maps quietly left to another backend."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        if isinstance(plan.contraction, Scores):
-            return super().attention(plan, inputs, lse=lse)
-        return plugins.load_backend("numpy").attention(plan, inputs, lse=lse)
-
-
-@planted("refusals::feature[gaussian]")
-class UndeclaredRefusal(Unmutated):
-    """A kernel that is declared, and refused."""
-
-    def refusals(self, request: Any) -> list[str]:
-        gaussian = request.spec.kernel.word == "gaussian"
-        return [*super().refusals(request), *(["no gaussian kernel yet"] if gaussian else [])]
-
-
-@planted("behaviour::results_keep_the_dtype[softmax-float64]")
-class Float64InFloat32(Unmutated):
-    """float64 computed in float32, and cast back."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        if inputs.q.dtype != np.float64:
-            return super().attention(plan, inputs, lse=lse)
-
-        def narrow(x: Any) -> Any:
-            floating = getattr(x, "dtype", None) == np.float64
-            return x.astype(np.float32) if floating else x
-
-        params = {name: narrow(x) for name, x in inputs.params.items()}
-        less = type(inputs)(*map(narrow, inputs))._replace(params=params)
-        out, level = super().attention(plan, less, lse=lse)
-        return out.astype("float64"), None if level is None else level.astype("float64")
-
-
-@planted("behaviour::results_keep_the_dtype[softmax-float16]")
-class Float32ForFloat16(Unmutated):
-    """A float16 call that is answered in float32."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        out, level = super().attention(plan, inputs, lse=lse)
-        return (out.astype(np.float32) if out.dtype == np.float16 else out), level
-
-
-@planted("behaviour::inputs_are_left_alone[bn+sh(1,2)-float32]")
-class InputChanged(Unmutated):
-    """Keys that are centred in place."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        if plan.summary is not None and inputs.k.flags.writeable:
-            inputs.k[...] += np.asarray(1, inputs.k.dtype)
-        return super().attention(plan, inputs, lse=lse)
-
-
-@planted("shapes::lengths_are_any[softmax-float32-lead=1-rows=65-keys=63]")
-class LastRowNotWritten(Unmutated):
-    """A kernel that leaves the rows of a short last block unwritten."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        out, level = super().attention(plan, inputs, lse=lse)
-        rows = out.shape[-2] // 4 * 4 if out.shape[-2] > 60 else out.shape[-2]
-        result = np.empty(out.shape, out.dtype)
-        result[..., :rows, :] = out[..., :rows, :]
-        return result, level
-
-
-@planted("behaviour::same_call_twice_gives_the_same_bits[softmax-float32]")
-class RandomLastBit(Unmutated):
-    """Sums in an order that changes from call to call."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        out, level = super().attention(plan, inputs, lse=lse)
-        noise = np.random.default_rng().integers(0, 2, out.shape).astype(bool)
-        return np.where(noise, np.nextafter(out, np.asarray(9, out.dtype)), out), level
-
-
-@planted(
-    "behaviour::row_does_not_depend_on_its_batch[softmax-float32-lead=5-rows=70-keys=700-"
-    "dim=32-value_dim=32]"
-)
-class RowDependsOnBatch(Unmutated):
-    """Another order of sums when there are several sequences."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        out, level = super().attention(plan, inputs, lse=lse)
-        if inputs.q.ndim > 3 and inputs.q.shape[0] > 1 and out.dtype.name != "bfloat16":
-            out = np.nextafter(out, np.asarray(9, out.dtype))
-        return out, level
-
-
 @planted("weights::weight_of_a_pooled_key_is_spread[sh(2,3)-float32]")
 class WeightNotSpread(Unmutated):
-    """The weight of a pooled key given to its first key."""
+    """The weight of a pooled key put on its first key."""
 
     def attention_weights(self, plan: Plan, inputs: Any) -> Any:
         weights = super().attention_weights(plan, inputs)
@@ -510,13 +279,3 @@ class WeightNotSpread(Unmutated):
                 window[...] = 0
                 window[..., 0] = total
         return out
-
-
-@planted("behaviour::eight_threads_share_a_backend")
-class SharedScratch(Unmutated):
-    """Inputs kept in the backend while it runs: another thread's take their place."""
-
-    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
-        self.scratch = inputs
-        time.sleep(1e-3)
-        return super().attention(plan, self.scratch, lse=lse)

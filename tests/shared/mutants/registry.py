@@ -1,4 +1,4 @@
-"""The planted defects by name, and the case of the suite that tells what is wrong with each."""
+"""The planted defects by name, each with the case of the suite that must fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["MUTANTS", "PARENT", "Mutant", "planted", "register"]
 
 _FRAMEWORK = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
 FULL: Mapping[str, Any] = {f: "unsupported" if f in _FRAMEWORK else "full" for f in FEATURES}
-#: The backend without a defect, on which every telling case must pass.
+#: The backend without a defect, on which all of these cases must pass.
 PARENT = "unmutated"
 
 
@@ -22,9 +22,9 @@ class Mutant(NamedTuple):
     Attributes
     ----------
     cls : type
-        The backend.
+        The class of the backend.
     case : str
-        The case whose name tells what is wrong.
+        The id of the case that must fail, whose name describes the defect.
     """
 
     cls: type[ArrayBackend]
@@ -45,7 +45,7 @@ def _info(name: str, cls: str, module: str, **capabilities: Any) -> BackendInfo:
 
 
 def planted(case: str, **capabilities: Any) -> Callable[[type[Any]], type[Any]]:
-    """Register a class as a mutant, with the case that tells."""
+    """Return a decorator that registers a class as a mutant, with the case that must fail."""
 
     def add(cls: type[Any]) -> type[Any]:
         words = "".join(f"_{c.lower()}" if c.isupper() else c for c in cls.__name__).strip("_")
@@ -63,8 +63,8 @@ class Unmutated(ArrayBackend):
 
 
 def register() -> None:
-    """Add the mutants, and what they were made of, to this process."""
-    from . import backward, forward  # noqa: F401 - they fill the table
+    """Register the mutants and the backend without a defect in this process."""
+    from . import backward, behaviour, forward, statistics  # noqa: F401 - their import fills MUTANTS
 
     for cls in (Unmutated, *(mutant.cls for mutant in MUTANTS.values())):
         register_backend(cls.info)

@@ -1,12 +1,12 @@
-// Sums down the rows of arrays (batch, heads, rows, columns), whose columns lie beside each other.
-// What is read may be of 16 bits; sums and results are of `scalar`.
+// Sums over the rows of arrays (batch, heads, rows, columns) with contiguous columns. The arrays
+// may have 16-bit entries; sums and results have the type `scalar`.
 //
-// A block has columns of one head: a thread holds WIDE of them, and the threads that hold the same
-// ones, its lanes, have rows of their own. What they found is put together in a fixed order.
+// A block computes columns of one head. A thread holds WIDE columns; the threads with the same
+// columns, their lanes, read different rows. The sums of the lanes are added in a fixed order.
 //
-// Every kernel is a template, since a program is compiled for each of them, and has no other.
+// Every kernel is a template, because each is compiled in a program without the others.
 
-constexpr int RUN = 8;  // rows that a thread reads at a time, and holds in registers
+constexpr int RUN = 8;  // rows that a thread reads at a time into registers
 
 typedef Vector<WIDE> Columns;
 
@@ -17,13 +17,13 @@ DEVICE Columns zeros() {
   return found;
 }
 
-// Whether every row begins where WIDE entries can be read at once.
+// Whether every row is aligned, so that WIDE entries can be read in one load.
 template <class T>
 DEVICE bool in_packs(const T* first, i64 pitch) {
   return (reinterpret_cast<i64>(first) | pitch * i64(sizeof(T))) % i64(sizeof(Vector<WIDE, T>)) == 0;
 }
 
-// WIDE columns, of which `left` exist; zeros beyond.
+// WIDE columns, of which `left` exist; the others are 0.
 template <class T>
 DEVICE Columns load(const T* from, int left, bool packs) {
   Columns found = zeros();
@@ -49,10 +49,10 @@ DEVICE void store(scalar* to, const Columns& x, int left, bool packs) {
   }
 }
 
-// An array of scalars without gaps, of which a thread has WIDE columns.
+// A contiguous array of scalars, of which a thread has WIDE columns.
 template <class T>
 struct Results {
-  T* first;  // of the thread's own column
+  T* first;  // the first column of the thread
   int columns, left;
   bool packs;
 
@@ -62,13 +62,13 @@ struct Results {
   }
 };
 
-// Where a thread stands in a block that has 1 << bits threads beside each other, 32 at most.
+// The position of a thread in a block with 1 << bits threads along the columns, at most 32.
 struct Place {
   int bits;
 
   DEVICE_MEMBER int across() const { return 1 << bits; }
   DEVICE_MEMBER int lanes() const { return THREADS >> bits; }
-  DEVICE_MEMBER int tile() const { return lanes() * RUN; }  // rows of a block at a time
+  DEVICE_MEMBER int tile() const { return lanes() * RUN; }  // rows that a block reads at a time
   DEVICE_MEMBER int lane() const { return int(threadIdx.x) >> bits; }
   DEVICE_MEMBER int beside() const { return int(threadIdx.x) & (across() - 1); }
   DEVICE_MEMBER int column() const { return ((int(blockIdx.y) << bits) + beside()) * WIDE; }
@@ -79,7 +79,7 @@ DEVICE Results<T> results(Place p, T* first, int columns) {
   return {first + p.column(), columns, columns - p.column(), in_packs(first, columns)};
 }
 
-// ---- states of rows: counts, and three numbers for each column
+// ---- states of rows: a count, and three numbers for each column
 
 struct State {
   scalar n;
@@ -88,9 +88,9 @@ struct State {
 
 DEVICE State nothing() { return {0, zeros(), zeros(), zeros()}; }
 
-// Means a + c and centred second moments b, by Chan's update, as in pdcore.statistics. The distance
-// of two means enters b: c is what rounding took from a, which would cost digits in proportion to
-// |mean| / deviation.
+// Means a + c and centred second moments b, merged by Chan's update, as in pdcore.statistics. b
+// depends on the distance of two means; c is the rounding error of a, without which b would lose
+// digits in proportion to |mean| / deviation.
 struct Moments {
   static DEVICE_MEMBER void merge(State& x, const State& y) {
     if (!(y.n > 0)) return;
@@ -123,12 +123,12 @@ struct Totals {
   }
 };
 
-// States of chunks in global memory: a, b and c (count, columns) after one another, and n once for
-// every block beside, so that none waits for another's.
+// States of chunks in global memory: a, b and c, each (count, columns), and n once for every block,
+// so that no block waits for the n of another.
 struct States {
   scalar* n;
   Results<scalar> a, b, c;
-  bool counts;  // whether the thread writes n
+  bool counts;  // whether this thread writes n
 
   DEVICE_MEMBER State read(i64 i) const { return {n[i], a.read(i), b.read(i), c.read(i)}; }
   DEVICE_MEMBER void write(i64 i, const State& x) const {
@@ -145,7 +145,7 @@ DEVICE States states(Place p, scalar* n, scalar* sums, i64 count, int columns) {
           results(p, sums + 2 * count * columns, columns), p.beside() == 0};
 }
 
-// Shared memory by which threads exchange states.
+// Shared memory in which threads exchange states.
 struct Exchange {
   scalar *n, *a, *b, *c;
 
@@ -169,7 +169,7 @@ DEVICE Exchange shared_exchange() {
   return {n, a, b, c};
 }
 
-// Merge the states of all lanes into the first one's.
+// Merge the states of all lanes into that of the first lane.
 template <class Merged>
 DEVICE void reduce(Place p, State& own, const Exchange& exchange) {
   for (int half = p.lanes() / 2; half; half /= 2) {
@@ -180,7 +180,7 @@ DEVICE void reduce(Place p, State& own, const Exchange& exchange) {
   }
 }
 
-// Give what the lanes before hold together; `all` gets what all of them do.
+// Return the merged state of the lanes before this one; `all` gets that of all lanes.
 template <class Merged>
 DEVICE State scan(Place p, State own, State& all, const Exchange& exchange) {
   for (int step = 1; step < p.lanes(); step *= 2) {
@@ -200,8 +200,8 @@ DEVICE State scan(Place p, State own, State& all, const Exchange& exchange) {
   return p.lane() ? exchange.get(int(threadIdx.x) - p.across()) : nothing();
 }
 
-// Turn the states of each head's chunks into those of what comes before them, in place but for n,
-// which threads share; one block a head.
+// Replace the state of each chunk of a head by the merged state of the chunks before it, in place
+// except for n, which threads share; one block per head.
 template <class Merged>
 __global__ void __launch_bounds__(THREADS, 2)
     chunks_scanned(scalar* __restrict__ n, scalar* __restrict__ sums,

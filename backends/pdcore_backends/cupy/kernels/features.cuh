@@ -1,10 +1,10 @@
 // Feature maps and sums over chunks, for the contraction by features. `phi`, `phi_slope` and
-// LOG_FEATURES come before this text: rows hold x with phi(x) = phi, or log phi(x).
+// LOG_FEATURES are defined before this text. Rows hold x, or log phi(x) with LOG_FEATURES.
 //
-// The state of a head is sum_j phi(k_j) v_j^T, (dim, value_dim), with sum_j phi(k_j) behind it. It
-// is kept for every chunk: entry c of (count + 1) entries is the sum over the chunks before it.
-// Log features are relative to their maxima, which are kept likewise, (count + 1, dim), -inf where
-// there is no key; those of a state's keys are of entry c + 1 while its own chunk is c.
+// The state of a head is sum_j phi(k_j) v_j^T, (dim, value_dim), followed by sum_j phi(k_j). It is
+// stored for every chunk: entry c of the (count + 1) entries is the sum over the chunks before c.
+// Log features are relative to their maxima, which are stored in the same way, (count + 1, dim),
+// -inf where there is no key; the keys of chunk c are relative to the maxima of entry c + 1.
 
 struct Chunks {
   int key_size, key_count, row_size, row_count;  // sizes are multiples of SIZE
@@ -14,7 +14,7 @@ DEVICE i64 state_pitch(const Shape& s) {
   return ceil_div(i64(s.dim) * (s.value_dim + i64(1)), WIDE) * WIDE;
 }
 
-// Rows that are mapped on their way to shared memory.
+// Rows that are mapped by phi while they are copied to shared memory.
 template <class T, class Map>
 struct Mapped : RowsOf<T> {
   Map map;
@@ -31,7 +31,7 @@ DEVICE Mapped<T, Map> mapped(const RowsOf<T>& x, const Map& map) {
 template <int HEIGHT, int WIDTH, int TO_PITCH, class T, class Map>
 DEVICE void stage(scalar* to, const Mapped<T, Map>& x, int row, int column) {
   stage<HEIGHT, WIDTH, TO_PITCH>(to, static_cast<const RowsOf<T>&>(x), row, column);
-  // A thread maps what it has staged itself, so nobody waits in between.
+  // A thread maps the entries that it has copied itself, so no barrier is needed before.
   constexpr int STEPS = WIDTH / WIDE;
 #pragma unroll
   for (int i = int(threadIdx.x); i < HEIGHT * STEPS; i += THREADS) {
@@ -45,7 +45,7 @@ DEVICE void stage(scalar* to, const Mapped<T, Map>& x, int row, int column) {
   }
 }
 
-// phi of x relative to exp(less - top): of a log feature that no key has, 0.
+// phi of x relative to exp(less - top); 0 for a log feature that is -inf in all keys.
 DEVICE scalar relative(scalar x, scalar top, scalar less) {
   return top == MINUS_INFINITY ? scalar(0) : exponential(x - less);
 }
@@ -73,7 +73,7 @@ struct OfKeys {
   }
 };
 
-// phi(q); of log features, relative to keys' and to a shift of every row of the tile.
+// phi(q); log features are relative to the maxima of the keys and to a shift of every row.
 struct OfQueries {
   const scalar *top, *shifts;
   int first;
@@ -87,7 +87,7 @@ struct OfQueries {
   }
 };
 
-// phi(q) over the sum of its weights, as pullbacks need it; 0 for a row that has none.
+// phi(q) divided by the sum of the weights of its row, for pullbacks; 0 where the sum is 0.
 struct OfRows {
   const scalar *top, *level;
 
@@ -109,12 +109,13 @@ struct OfRows {
   }
 };
 
-// What a tile takes: the state of entry `entry`, none where it is 0, and `first` to `last` directly.
+// The parts of a tile: the state of entry `entry`, none where it is 0, and the keys or rows `first`
+// to `last` directly.
 struct Window {
   int entry, first, last;
 };
 
-// For SIZE rows: all of them see the keys of the state, some see keys up to `last`.
+// For SIZE rows: all of them see the keys of the state, some of them see keys up to `last`.
 DEVICE Window keys_for(const Head& head, int row0, const Chunks& cut) {
   const int keys = head.shape->keys, all = head.keys_of(row0, row0 + 1).last;
   if (all == keys) return {cut.key_count, keys, keys};
@@ -122,7 +123,7 @@ DEVICE Window keys_for(const Head& head, int row0, const Chunks& cut) {
   return {entry, entry * cut.key_size, head.keys_of(row0, row0 + SIZE).last};
 }
 
-// For SIZE keys: all of them are seen by the rows of the state, which are the last ones.
+// For SIZE keys: the rows of the state, which are the last rows, see all of them.
 DEVICE Window rows_for(const Head& head, int key0, const Chunks& cut) {
   const Shape& s = *head.shape;
   const int last_key = int(smaller(i64(key0) + SIZE, s.keys)) - 1;
@@ -132,12 +133,12 @@ DEVICE Window rows_for(const Head& head, int key0, const Chunks& cut) {
   return {cut.row_count - chunk, head.rows_of(key0, key0 + 1).first / SIZE * SIZE, last};
 }
 
-// The entry of the maxima over all keys of a window and of its state.
+// The entry of the maxima over the keys of the state and those read directly.
 DEVICE int highest_entry(const Window& at, const Chunks& cut) {
   return at.entry == cut.key_count ? at.entry : int(ceil_div(at.last, cut.key_size));
 }
 
-// The maxima of an entry; none where features are no logarithms.
+// The maxima of an entry; null without LOG_FEATURES.
 DEVICE const scalar* top_at(const scalar* tops, i64 pair, int entry, const Shape& s,
                             const Chunks& cut) {
   return tops ? tops + (pair * (cut.key_count + 1) + entry) * s.dim : nullptr;
@@ -169,9 +170,9 @@ DEVICE void row_maxima(const RowsOf<q_type>& q, int row0, const scalar* top, sca
   __syncthreads();
 }
 
-// Put a tile where `Sums` reads weights.
+// Copy a tile to where `Sums` reads weights.
 DEVICE void keep(scalar* weights, const scalar (&w)[EACH][EACH]) {
-  __syncthreads();  // a product of no columns has not waited for who reads the last tile
+  __syncthreads();  // a product without columns has no barrier, and the last tile may still be read
 #pragma unroll
   for (int i = 0; i < EACH; i++)
 #pragma unroll
@@ -179,8 +180,8 @@ DEVICE void keep(scalar* weights, const scalar (&w)[EACH][EACH]) {
       weights[(down() + SIDE * i) * WEIGHT_PITCH + across() + SIDE * j] = w[i][j];
 }
 
-// Add x . state, rows of x counted from x_row; and x . sums of the state to `totals`, of which a
-// thread gets its share. `weights` is a tile in shared memory.
+// Add x . state, for rows of x from x_row on, and add x . (sums of the state) to `totals`, of which
+// a thread has some rows. `weights` is a tile in shared memory.
 template <int COLUMNS, class X>
 DEVICE void add_state(Sums<COLUMNS>& sums, scalar (&totals)[EACH], const X& x, int x_row,
                       const State& state, int column0, scalar* weights, scalar* staged) {
@@ -196,7 +197,7 @@ DEVICE void add_state(Sums<COLUMNS>& sums, scalar (&totals)[EACH], const X& x, i
   }
 }
 
-// Add y . state^T: to the columns from column0 on, y's inner products with rows of the state.
+// Add y . state^T, the inner products of y with rows of the state, to the columns from column0 on.
 template <int COLUMNS, class Y>
 DEVICE void add_transposed(Sums<COLUMNS>& sums, const Y& y, int y_row, const State& state,
                            int column0, scalar* weights, scalar* staged) {

@@ -1,13 +1,13 @@
-// Head groups of different scales, which one launch contracts, as
-// pdcore_backends/cupy/grouped.py packs them.
+// Groups of heads of one scale each, which one launch contracts; pdcore_backends/cupy/grouped.py
+// packs them.
 
-// Key heads that are contracted alike: what they read, and where the results of the first one go.
+// Key heads of one scale: their operands, and where the results of the first head are written.
 struct Group {
   Inputs inputs;
-  const float *centre, *factor, *gap;  // of `QueryFold`, where it is used
+  const float *centre, *factor, *gap;  // of `QueryFold`, null where it is not used
   out_type* out;
   scalar* level;
-  i64 place[2];  // query heads among the results by sequence, and by key head
+  i64 place[2];  // steps in query heads of the result, per sequence and per key head
   i64 first;     // block
   Shape shape;
 };

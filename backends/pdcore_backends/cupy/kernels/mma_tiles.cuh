@@ -1,6 +1,6 @@
 // Tiles of a matrix product on tensor cores, for `element` ptx::f16 or ptx::bf16 with sums in
-// float: WARPS warps, each with its own rows of a tile, multiply 16 by 8 by 16 at a time.
-// Needs sm_80. "ptx.cuh", "tiles.cuh" and "operands.cuh" come before this text.
+// float: each of WARPS warps has some rows of a tile, and multiplies 16 by 8 by 16 at a time.
+// Needs sm_80. "ptx.cuh", "tiles.cuh" and "operands.cuh" are included before this text.
 
 typedef q_type element;
 
@@ -12,8 +12,8 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 DEVICE int warp() { return int(threadIdx.x) / 32; }
 DEVICE int lane() { return int(threadIdx.x) % 32; }
 
-// Rows of WIDTH entries in shared memory, without gaps. The chunks of a row are permuted, so that
-// 8 rows, read by ldmatrix at one column, lie in 8 different groups of 4 banks.
+// Contiguous rows of WIDTH entries in shared memory. The chunks of a row are permuted, so that 8
+// rows that ldmatrix reads at one column are in 8 different groups of 4 banks.
 template <int WIDTH>
 struct Tile {
   static_assert(WIDTH % 32 == 0, "chunks are permuted within groups of 4 or 8");
@@ -21,24 +21,24 @@ struct Tile {
   static constexpr int GROUP = WIDTH % 64 == 0 ? 64 : 32;  // entries
   element* first;
 
-  // Where the chunk that begins at a column lies.
+  // The offset of the chunk that begins at a column.
   static DEVICE_MEMBER int place(int row, int column) {
     const int turn = GROUP == 64 ? row % 8 : row / 2 % 4;
     return row * WIDTH + (column / CHUNK ^ turn) * CHUNK;
   }
 
-  // A place 8 i rows down and 16 j columns on: known steps do not need a register each.
+  // An address 8 i rows below and 16 j columns to the right: constant steps need no registers.
   DEVICE_MEMBER element* at(int place, int rows, int columns) const {
     return first + ((place ^ columns % GROUP) + columns / GROUP * GROUP + rows * WIDTH);
   }
 
-  // The tile from a row on, a multiple of 8.
+  // The tile from a row on, which is a multiple of 8.
   DEVICE_MEMBER Tile from(int row) const { return {first + row * WIDTH}; }
 
-  // Begin to copy HEIGHT rows, zeros where there are none.
+  // Start to copy HEIGHT rows; rows that do not exist are zeros.
   template <int HEIGHT>
   DEVICE_MEMBER void load(const RowsOf<element>& x, int row) const {
-    // Side by side copied at once: all chunks of a row, where their number divides the threads'.
+    // Threads copy all chunks of a row at once where their number divides that of the threads.
     constexpr int BESIDE = MMA_THREADS % CHUNKS == 0 ? CHUNKS : 4;
     constexpr int ROWS = HEIGHT < MMA_THREADS / BESIDE ? HEIGHT : MMA_THREADS / BESIDE;
     static_assert(HEIGHT % ROWS == 0 && ROWS % 8 == 0, "a copy is so many rows below the last");
@@ -58,23 +58,23 @@ struct Tile {
   }
 };
 
-// A 16 by 16 block of a tile: the left operand of a product, or with `transposed` the right one of
-// two products whose rows of the tile are summed over.
+// A 16 by 16 block of a tile: the left operand of a product, or with `transposed` the right operand
+// of two products that sum over the rows of the tile.
 template <bool transposed = false, int WIDTH>
 DEVICE void load_block(unsigned (&x)[4], const Tile<WIDTH>& tile, int row, int column) {
   const int place = tile.place(lane() % 16, lane() / 16 * 8);
   ptx::ldmatrix<transposed>(x, tile.at(place, row, column));
 }
 
-// The same with its middle quarters exchanged: the right operand of two products whose columns of
-// the tile are summed over, or with `transposed` the left operand of the transposed block.
+// A 16 by 16 block with the middle quarters exchanged: the right operand of two products that sum
+// over the columns of the tile, or with `transposed` the left operand of the transposed block.
 template <bool transposed = false, int WIDTH>
 DEVICE void load_exchanged(unsigned (&x)[4], const Tile<WIDTH>& tile, int row, int column) {
   const int place = tile.place(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2 * 8);
   ptx::ldmatrix<transposed>(x, tile.at(place, row, column));
 }
 
-// Write two neighbours, as 16-bit numbers or as they are.
+// Write two adjacent numbers, as 16-bit numbers or unchanged.
 template <class T>
 DEVICE void write_pair(T* to, float first, float second) {
   *reinterpret_cast<unsigned*>(to) = ptx::pack<T>(first, second);
@@ -101,7 +101,7 @@ struct Product {
         for (int e = 0; e < 4; e++) x[m][n][e] = 0;
   }
 
-  // The row and the column that entry e of x[m][n] stands for.
+  // The row and the column of entry e of x[m][n].
   static DEVICE_MEMBER int row(int m, int e) { return 16 * m + lane() / 4 + e / 2 * 8; }
   static DEVICE_MEMBER int column(int n, int e) { return 8 * n + lane() % 4 * 2 + e % 2; }
 
@@ -130,7 +130,7 @@ struct Product {
     }
   }
 
-  // x += w b, of which w is another product, rounded where it lies.
+  // x += w b, where w is another product, rounded in its registers.
   template <int K>
   DEVICE_MEMBER void add(const Product<M, K>& w, const Tile<8 * N>& b) {
 #pragma unroll
@@ -161,7 +161,7 @@ struct Product {
         for (int e = 0; e < 4; e++) x[m][n][e] *= factor;
   }
 
-  // Write rows row .. of an array (count, 8 N) without gaps.
+  // Write the rows from `row` on of a contiguous array (count, 8 N).
   template <class T>
   DEVICE_MEMBER void write(T* to, int row0, int count) const {
 #pragma unroll
@@ -177,7 +177,7 @@ struct Product {
   }
 };
 
-// Reduce over the 4 lanes that hold a row of a product; all get the result.
+// Reduce over the 4 lanes that hold a row of a product; all lanes get the result.
 DEVICE float sum_in_row(float x) {
   x += __shfl_xor_sync(WHOLE_WARP, x, 1);
   return x + __shfl_xor_sync(WHOLE_WARP, x, 2);

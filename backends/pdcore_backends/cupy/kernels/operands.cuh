@@ -1,23 +1,23 @@
-// What a contraction by scores reads, as `Operands` and `Visibility` of pdcore say it, and the
+// The operands of a contraction by scores, as in `Operands` and `Visibility` of pdcore, and the
 // weight of a key for a row. `log_kappa`, its slopes, VALUES, LOG_WEIGHT and the types of arrays,
-// `q_type` and so on, come before this text.
+// `q_type` and so on, are defined before this text.
 
-// As pdcore_backends/cupy/operands.py packs it. Strides count entries; -1 is no bound.
+// pdcore_backends/cupy/operands.py packs it. Strides are in entries; a bound of -1 means none.
 struct Shape {
   i64 q[4];     // strides by sequence, key head, query head of a key head, row
   i64 k[3];     // by sequence, key head, row
   i64 v[3];
-  i64 bias[5];  // by sequence, key head, query head, row, key; 0 where it is broadcast
+  i64 bias[5];  // by sequence, key head, query head, row, key; 0 for a broadcast axis
   i64 mask[5];
   i64 key_mask, real;  // by sequence
-  i64 offset;          // position of query 0, where it is the same for all sequences
-  i64 ahead, left;     // how far past and before its own position a query sees
-  double scale;        // log w = scale * s, where there is no expression
+  i64 offset;          // position of query 0 if it is the same for all sequences
+  i64 ahead, left;     // how far a query sees after and before its position
+  double scale;        // log w = scale * s, unless there is an expression
   int batch, heads, group, rows, keys;
-  int length, span;    // keys before pooling, and how many of them a key stands for
+  int length, span;    // keys before pooling, and the number of them in a pooled key
   int dim, value_dim;
   int has_sign;
-  int bias_extent[5];  // the bias's own shape
+  int bias_extent[5];  // the shape of the bias
 };
 
 #define INPUTS                                                                                    \
@@ -39,7 +39,7 @@ struct Inputs {
   const scalar* values;
 };
 
-// Keys, or rows, from `first` up to `last`.
+// A range of keys or rows, from `first` to before `last`.
 struct Range {
   int first, last;
 
@@ -63,7 +63,7 @@ struct Head {
   const bool *key_mask, *real, *mask;
   i64 offset;
 
-  // The keys that some of the rows first .. last - 1 see by position; none without rows.
+  // The range of keys that some of the rows first .. last - 1 see by position; empty without rows.
   DEVICE_MEMBER Range keys_of(int first, int last) const {
     const Shape& s = *shape;
     last = int(smaller(last, s.rows));
@@ -74,7 +74,7 @@ struct Head {
     return range(low, high, s.keys);
   }
 
-  // The rows that see some of the keys first .. last - 1 by position; none without keys.
+  // The range of rows that see some of the keys first .. last - 1 by position; empty without keys.
   DEVICE_MEMBER Range rows_of(int first, int last) const {
     const Shape& s = *shape;
     last = int(smaller(last, s.keys));
@@ -85,7 +85,7 @@ struct Head {
     return range(low, high, s.rows);
   }
 
-  // Whether key mask and mask let a row see a key: the mask has to allow all of its real keys.
+  // Whether the masks allow a key for a row: `mask` must allow all real keys of a pooled key.
   DEVICE_MEMBER bool unmasked(int row, int key) const {
     const Shape& s = *shape;
     if (key_mask && !key_mask[key]) return false;
@@ -97,7 +97,7 @@ struct Head {
     return true;
   }
 
-  // log kappa with its biases, of a key that the row sees.
+  // log kappa with the biases, for a key that the row sees.
   DEVICE_MEMBER scalar log_weight(scalar s, int row, int key) const {
     scalar found = log_kappa(s, scalar(shape->scale), values);
     if (key_bias) found += key_bias[key];

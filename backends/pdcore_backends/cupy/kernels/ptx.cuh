@@ -1,20 +1,20 @@
-// Small wrappers of PTX instructions: the only inline PTX of the project. No CUDA headers are needed.
+// Wrappers of PTX instructions: the only inline PTX of the project. No CUDA headers are needed.
 //
-// Where CUDA_ON_CPU is defined, the emulator of the tests stands for the hardware; it declares what
-// is called here. The two have not been compared on a GPU yet.
+// Where CUDA_ON_CPU is defined, the wrappers call the emulator of the tests, which declares the
+// functions that they call. The emulator has not been compared with a GPU yet.
 //
-// sm_75 has the conversions and ldmatrix; mma of 16 x 8 x 16 and cp.async need sm_80.
+// The conversions and ldmatrix need sm_75; mma of 16 x 8 x 16 and cp.async need sm_80.
 #pragma once
 
 #ifdef CUDA_ON_CPU
-#define PTX_LINE , int line = __builtin_LINE()  // of the kernel, for the emulator's messages
+#define PTX_LINE , int line = __builtin_LINE()  // in the kernel, for the emulator
 #else
 #define PTX_LINE
 #endif
 
 namespace ptx {
 
-// 16-bit floating point numbers, by their bits.
+// 16-bit floating point numbers, stored as their bits.
 struct f16 {
   unsigned short bits;
 };
@@ -22,7 +22,7 @@ struct bf16 {
   unsigned short bits;
 };
 
-// ---- conversions, to the nearest, ties to even
+// ---- conversions, rounded to nearest, ties to even
 
 __device__ __forceinline__ float to_float(bf16 value) {
   return __uint_as_float((unsigned)value.bits << 16);
@@ -67,7 +67,7 @@ __device__ __forceinline__ bf16 from_float<bf16>(float value) {
 #endif
 }
 
-// Two numbers in a register, `low` in its lower half: of two neighbours in memory, the first.
+// Two numbers in a register; `low`, in the lower half, is the first of two adjacent ones in memory.
 template <class T>
 __device__ __forceinline__ unsigned pack(float low, float high) {
   return (unsigned)from_float<T>(low).bits | (unsigned)from_float<T>(high).bits << 16;
@@ -89,7 +89,7 @@ __device__ __forceinline__ unsigned pack<bf16>(float low, float high) {
 }
 #endif
 
-// 2^x within 2 units in the last place; subnormal numbers, in or out, are 0.
+// 2^x within 2 units in the last place; subnormal arguments and results are treated as 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
 #ifdef CUDA_ON_CPU
   const float result = exp2f(fabsf(x) < 0x1p-126f ? 0.0f : x);
@@ -103,9 +103,9 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 
 // ---- ldmatrix: N matrices of 8 x 8 numbers of 16 bits from shared memory
 //
-// Lane 8 m + i gives the address of row i of matrix m, a multiple of 16 bytes; the other lanes'
-// addresses are not read. Lane l gets the numbers 2 (l % 4) and the next of row l / 4, of the
-// transposed matrix with `transposed`.
+// Lane 8 m + i passes the address of row i of matrix m, a multiple of 16 bytes; the addresses of
+// the other lanes are ignored. Lane l gets the numbers 2 (l % 4) and 2 (l % 4) + 1 of row l / 4, or
+// with `transposed` of that row of the transposed matrix.
 
 #ifndef CUDA_ON_CPU
 __device__ __forceinline__ unsigned shared_address(const void* address) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void ldmatrix(unsigned (&result)[4], const void* row)
 
 #if __CUDA_ARCH__ >= 800
 
-// ---- mma: d = a b + c by a warp, a (16, 16) by rows, b (16, 8) by columns, c and d (16, 8) in float
+// ---- mma: d = a b + c by a warp; a (16, 16) row-major, b (16, 8) column-major, c, d (16, 8) float
 //
 // With g = l / 4 and p = 2 (l % 4), lane l holds: of a, rows g and g + 8 of columns p, p + 1 (a[0],
 // a[1]) and of p + 8, p + 9 (a[2], a[3]); of b, rows p, p + 1 (b[0]) and p + 8, p + 9 (b[1]) of column
@@ -194,11 +194,11 @@ __device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const unsigned
 #endif
 #undef PTX_MMA
 
-// ---- cp.async: 4, 8 or 16 bytes from global to shared memory, while the thread goes on
+// ---- cp.async: copy 4, 8 or 16 bytes from global to shared memory while the thread continues
 //
-// Only the first `source_bytes` are read, the rest of the destination is zero. Both addresses are
-// multiples of `bytes`. The thread sees what it copied after `cp_async_wait`, others after a barrier
-// that follows it.
+// Only the first `source_bytes` are read; the rest of the destination is set to 0. Both addresses
+// are multiples of `bytes`. The thread sees its copies after `cp_async_wait`, other threads after a
+// barrier that follows it.
 
 template <int bytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global,
@@ -207,7 +207,7 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global,
 #ifdef CUDA_ON_CPU
   cuda_on_cpu::cp_async(shared, global, bytes, source_bytes, line);
 #else
-  // Past the first-level cache where the hardware can: nobody on this multiprocessor reads it again.
+  // Bypass the first-level cache where possible: this multiprocessor does not read the bytes again.
   if (bytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(shared)), "l"(global), "r"(source_bytes) : "memory");
@@ -218,7 +218,7 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global,
 #endif
 }
 
-// What was copied since the last commit is a group.
+// Make a group of the copies since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
 #ifdef CUDA_ON_CPU
   cuda_on_cpu::commit_copies();
@@ -227,7 +227,7 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-// Wait until no more than the last `groups` groups are on their way.
+// Wait until at most the last `groups` groups are unfinished.
 template <int groups>
 __device__ __forceinline__ void cp_async_wait() {
 #ifdef CUDA_ON_CPU

@@ -1,22 +1,22 @@
-// Tiles of a matrix product on CUDA cores, for `scalar` float or double: 256 threads in a square of
-// 16 by 16, each with EACH by EACH entries of a tile. No block needs more than 48 KiB of shared
-// memory, which every device has without asking, so any number of columns runs: rows are staged
-// DEPTH columns at a time, and read again for each tile from the caches.
+// Tiles of a matrix product on CUDA cores, for `scalar` float or double: a square of 16 by 16
+// threads, each with EACH by EACH entries of a tile. Rows are copied to shared memory DEPTH columns
+// at a time, and read again from the caches for each tile. So any number of columns fits in 48 KiB
+// of shared memory, which every device allows by default.
 
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 
 typedef long long i64;
 
-constexpr int SIDE = 16;              // threads along either side of a tile
-constexpr int THREADS = SIDE * SIDE;  // of a block
+constexpr int SIDE = 16;              // threads along each side of a tile
+constexpr int THREADS = SIDE * SIDE;  // threads of a block
 constexpr bool SINGLE = sizeof(scalar) == 4;
-constexpr int EACH = SINGLE ? 4 : 2;            // rows, and columns, of a tile for each thread
+constexpr int EACH = SINGLE ? 4 : 2;            // rows, and columns, of a tile per thread
 constexpr int SIZE = SIDE * EACH;               // rows, and columns, of a tile
-constexpr int WIDE = 16 / int(sizeof(scalar));  // what one load of 16 bytes brings
+constexpr int WIDE = 16 / int(sizeof(scalar));  // entries in one load of 16 bytes
 constexpr int DEPTH = 32;                       // columns of both factors staged at a time
 constexpr int STRIP = 16;                       // rows of the second factor staged at a time
-// Rows of shared memory that 8 threads read at once, 16 bytes each, begin 4 banks apart.
+// With this pitch, the rows that 8 threads read at once, 16 bytes each, start 4 banks apart.
 constexpr int PITCH = DEPTH + WIDE;
 constexpr int WEIGHT_PITCH = SIZE + WIDE;
 
@@ -35,7 +35,7 @@ DEVICE i64 no_less(i64 a, i64 b) { return a > b ? a : b; }
 DEVICE i64 floor_div(i64 a, i64 b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 DEVICE i64 ceil_div(i64 a, i64 b) { return -floor_div(-a, b); }
 
-// Numbers as they lie in memory, T, which is `scalar` or one of 16 bits, and as they are computed.
+// Conversions between T, the type in memory (`scalar` or 16 bits), and `scalar`.
 template <class T>
 struct Stored {
   static DEVICE_MEMBER scalar read(T x) { return ptx::to_float(x); }
@@ -58,13 +58,13 @@ DEVICE Vector<COUNT, T> read(const T* from) {
   return *reinterpret_cast<const Vector<COUNT, T>*>(from);
 }
 
-// Rows of one head, whose columns lie beside each other.
+// Rows of one head, with contiguous columns.
 template <class T>
 struct RowsOf {
   const T* first;
   i64 pitch;
   int count, columns;
-  bool aligned;  // every row begins where WIDE entries can be read at once
+  bool aligned;  // every row is aligned, so that WIDE entries can be read in one load
 };
 typedef RowsOf<scalar> Rows;
 
@@ -74,11 +74,11 @@ DEVICE RowsOf<T> rows_at(const T* first, i64 pitch, int count, int columns) {
   return {first, pitch, count, columns, bytes % (WIDE * int(sizeof(T))) == 0};
 }
 
-// A thread's place in the square.
+// The position of a thread in the square.
 DEVICE int down() { return int(threadIdx.x) / SIDE; }
 DEVICE int across() { return int(threadIdx.x) % SIDE; }
 
-// Reduce over the threads beside each other, which are half of a warp; all get the result.
+// Reduce over the 16 threads of a row of the square, half of a warp; all of them get the result.
 DEVICE scalar sum_across(scalar x) {
 #pragma unroll
   for (int step = SIDE / 2; step; step /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, step);
@@ -91,7 +91,7 @@ DEVICE scalar largest_across(scalar x) {
   return x;
 }
 
-// Copy HEIGHT rows of WIDTH columns to shared memory, zeros where there are none.
+// Copy HEIGHT rows of WIDTH columns to shared memory; rows that do not exist are zeros.
 template <int HEIGHT, int WIDTH, int TO_PITCH, class T>
 DEVICE void stage(scalar* to, const RowsOf<T>& x, int row, int column) {
   constexpr int STEPS = WIDTH / WIDE;
@@ -118,9 +118,9 @@ DEVICE void stage(scalar* to, const RowsOf<T>& x, int row, int column) {
   }
 }
 
-// s[i][j] = a[down + SIDE i] . b[across + SIDE j], rows counted from a_row and b_row. `staged` has
-// 2 SIZE PITCH entries; what stood in it before may be read until all threads come here. a and b
-// are `RowsOf` something, or what else there is a `stage` for.
+// s[i][j] = a[down + SIDE i] . b[across + SIDE j], with rows counted from a_row and b_row. `staged`
+// has 2 SIZE PITCH entries; other threads may still read its old content before the first barrier.
+// a and b are `RowsOf` some type, or of another type that `stage` takes.
 template <class A, class B>
 DEVICE void products(scalar (&s)[EACH][EACH], const A& a, int a_row, const B& b, int b_row,
                      scalar* staged) {
@@ -152,8 +152,8 @@ DEVICE void products(scalar (&s)[EACH][EACH], const A& a, int a_row, const B& b,
   }
 }
 
-// COLUMNS columns of a product, for which a thread holds EACH rows of OWN columns each. They come
-// in vectors, so that the threads beside each other read without bank conflicts.
+// COLUMNS columns of a product, of which a thread holds EACH rows with OWN columns. The columns are
+// read in vectors, so that adjacent threads have no bank conflicts.
 template <int COLUMNS>
 struct Sums {
   static constexpr int OWN = COLUMNS / SIDE;
@@ -167,13 +167,13 @@ struct Sums {
       for (int c = 0; c < OWN; c++) x[i][c] = 0;
   }
 
-  // The column that entry c of a thread stands for.
+  // The column of entry c of a thread.
   static DEVICE_MEMBER int column(int c) {
     return (c / GRAIN * SIDE + across()) * GRAIN + c % GRAIN;
   }
 
-  // Add weights . v, whose rows count from v_row and columns from v_column; `weights` is the tile
-  // (SIZE, SIZE) in shared memory. `staged` has STRIP COLUMNS entries, as in `products`.
+  // Add weights . v, for rows of v from v_row and columns from v_column; `weights` is the tile
+  // (SIZE, SIZE) in shared memory. `staged` has STRIP COLUMNS entries; see `products` for its use.
   template <class V>
   DEVICE_MEMBER void add(const scalar* weights, const V& v, int v_row, int v_column,
                          scalar* staged) {
@@ -201,7 +201,7 @@ struct Sums {
     }
   }
 
-  // Write rows row .. of an array (count, columns) without gaps.
+  // Write the rows from `row` on of a contiguous array (count, columns).
   template <class T>
   DEVICE_MEMBER void write(T* to, int row, int count, int first_column, int columns) const {
 #pragma unroll
@@ -216,7 +216,7 @@ struct Sums {
   }
 };
 
-// Shared memory of a kernel, in entries: what is staged, for either product, and a tile of weights.
+// Shared memory of a kernel, in entries: the factors of either product, and a tile of weights.
 template <int COLUMNS>
 struct Memory {
   static constexpr int STAGED = 2 * SIZE * PITCH > STRIP * COLUMNS ? 2 * SIZE * PITCH

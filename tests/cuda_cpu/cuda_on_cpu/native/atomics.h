@@ -1,4 +1,4 @@
-// Atomic operations and memory fences. Relaxed as CUDA's are; ThreadSanitizer is told what a fence
+// Atomic operations and memory fences, relaxed as in CUDA; a fence tells ThreadSanitizer what it
 // orders.
 #pragma once
 #include "device_math.h"
@@ -19,7 +19,7 @@ inline T atomic(T* address, F change) {
   return before;
 }
 
-// The value has the type of what it changes, by CUDA's conversions.
+// The value is converted to the type of the variable, as in CUDA.
 template <class T>
 struct Same {
   using type = T;

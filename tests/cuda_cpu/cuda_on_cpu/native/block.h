@@ -1,4 +1,4 @@
-// The block that runs, as the parts of the runtime share it.
+// The running block, which the parts of the runtime share.
 #pragma once
 #include <vector>
 
@@ -15,14 +15,14 @@ struct Collective {
   unsigned mask, arrived;
   const char* name;
   int line, parameter;
-  Work work;  // none for __syncwarp, which orders memory
+  Work work;  // null for __syncwarp, which orders memory
 };
 
 struct Warp {
   unsigned live;
   Collective pending[32];
   int n_pending;
-  char order;  // ThreadSanitizer's: what happened before its __syncwarp
+  char order;  // for ThreadSanitizer: what happened before its __syncwarp
 };
 
 struct Barrier {
@@ -53,10 +53,10 @@ extern std::vector<Buffer> regions;  // the arrays of the caller
 void yield();
 void wait(const char* name, int line);
 
-// One operation of the lanes in `mask`: the last that comes does the `work` for all.
+// One operation of the lanes in `mask`: the last lane that arrives does the `work` for all.
 void collective(unsigned mask, const char* name, int line, int parameter, void* offer, Work work);
 
-void leave(Thread& thread);  // what others wait for no longer waits for this one
+void leave(Thread& thread);  // other threads no longer wait for this one
 void reset_shared();
 void release_shared();
 

@@ -1,4 +1,4 @@
-// What a CUDA source finds defined. It is included before the source, which needs no change.
+// The definitions for a CUDA source, included before the source, which needs no change.
 #pragma once
 #include "atomics.h"
 #include "device_math.h"
@@ -23,7 +23,7 @@
 #define gridDim (cuda_on_cpu::grid_dim)
 #define warpSize 32
 
-// ---- shared memory: source.py turns declarations into these
+// ---- shared memory: source.py replaces declarations by these
 
 namespace cuda_on_cpu {
 
@@ -41,7 +41,7 @@ inline Variable& static_shared_as() {
 
 }  // namespace cuda_on_cpu
 
-// ---- barriers and votes; __builtin_LINE() is the caller's
+// ---- barriers and votes; __builtin_LINE() is the line of the caller
 
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::block_barrier(line, 0); }
 
@@ -144,7 +144,7 @@ CUDA_ON_CPU_STORE(__stwb)
 #undef CUDA_ON_CPU_LOAD
 #undef CUDA_ON_CPU_STORE
 
-// ---- what PTX wrappers have on the CPU; every access to memory is made here, in the kernel's unit
+// ---- functions for PTX wrappers; they access memory here, in the translation unit of the kernel
 
 namespace cuda_on_cpu {
 

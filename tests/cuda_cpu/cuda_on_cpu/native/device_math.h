@@ -14,7 +14,7 @@ using Common = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<
                                 std::common_type_t<A, B>>;
 }
 
-// Of a NaN and a number, the number.
+// If one argument is NaN, the result is the other.
 template <class A, class B>
 inline cuda_on_cpu::Common<A, B> min(A a, B b) {
   using T = cuda_on_cpu::Common<A, B>;
@@ -35,7 +35,7 @@ inline float fdividef(float x, float y) { return x / y; }
 inline float normcdff(float x) { return 0.5f * erfcf(-x * 0.70710678f); }
 inline double normcdf(double x) { return 0.5 * erfc(-x * 0.70710678118654752440); }
 
-// The C library's headers have some of these names for itself.
+// Headers of the C library also define some of these names.
 #define __expf(x) expf(x)
 #define __exp10f(x) exp10f(x)
 #define __logf(x) logf(x)

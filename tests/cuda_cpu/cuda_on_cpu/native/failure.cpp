@@ -1,4 +1,4 @@
-// What went wrong: said once, with the block and thread; and faults of memory, as such a message.
+// Error messages with block and thread, once per launch; memory faults become such messages.
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -16,7 +16,7 @@ namespace {
 bool has_failed;
 char message[1200];
 struct sigaction before[2];
-pthread_t runner;  // of the process's threads, the one that runs kernels
+pthread_t runner;  // the thread of the process that runs kernels
 const int faults[2] = {SIGSEGV, SIGBUS};
 stack_t stack_before;
 char* signal_stack;
@@ -47,7 +47,7 @@ const Buffer* around(const char* address, const Buffer* found, const Buffer& buf
 }
 
 void on_fault(int number, siginfo_t* info, void* context) {
-  if (!self || !pthread_equal(pthread_self(), runner)) {  // not a kernel's: it happens again, to who was there before
+  if (!self || !pthread_equal(pthread_self(), runner)) {  // not of a kernel: return to the earlier handler, where it happens again
     sigaction(number, &before[number == SIGBUS], nullptr);
     return;
   }
@@ -93,7 +93,7 @@ const char* failure() { return has_failed ? message : nullptr; }
 void clear_failure() { has_failed = false; }
 
 #ifdef CUDA_ON_CPU_ADDRESS
-void catch_faults() {}  // the sanitizer's report is the better one
+void catch_faults() {}  // the report of the sanitizer says more
 void restore_faults() {}
 #else
 void catch_faults() {

@@ -24,8 +24,8 @@ void take_stacks(size_t count) {
   n_stacks = count;
 }
 
-// Every module has a runtime of its own: if all kept theirs, the stacks of some hundred would be
-// more mappings than a process may have.
+// Every module has its own runtime: if all of them kept their stacks, some hundred modules would
+// need more memory maps than a process may have.
 void drop_stacks() {
 #ifndef CUDA_ON_CPU_ADDRESS  // there, what is noted of a stack would outlive it
   if (stacks) release_stacks(stacks, n_stacks);

@@ -12,7 +12,7 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr size_t page = 4096;
-constexpr size_t guard = 1 << 20;  // a stride too far still lands in it
+constexpr size_t guard = 1 << 20;  // wide enough that an access one stride too far is in it
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -34,7 +34,7 @@ void protect(void* first, size_t bytes, int protection) {
 
 }  // namespace
 
-// Not by the C library's functions, which the sanitizers watch.
+// Without functions of the C library, which the sanitizers intercept.
 void fill(void* to, size_t bytes) {
   auto* written = static_cast<volatile unsigned char*>(to);
   for (; bytes && (uintptr_t(written) & 7); bytes--) *written++ = poison;
@@ -63,7 +63,7 @@ Buffer allocate(size_t bytes, size_t alignment, const char* name) {
   buffer.map_bytes = middle + 2 * guard;
   buffer.map = map_memory(buffer.map_bytes, PROT_NONE);
   protect(buffer.map + guard, middle, PROT_READ | PROT_WRITE);
-  // At the end, so that what comes after the last element is a page that may not be touched.
+  // At the end of the pages, so that a protected page follows the last element.
   buffer.begin = buffer.map + guard + middle - round_up(bytes, alignment);
   fill(buffer.map + guard, middle);
 #endif

@@ -1,4 +1,4 @@
-// Memory whose ends are watched: by pages that may not be touched, or by the sanitizer.
+// Memory whose ends are checked, by protected pages or by the sanitizer.
 #pragma once
 #include <stddef.h>
 
@@ -11,7 +11,7 @@ struct Buffer {
   char name[64];
   char* begin;
   size_t bytes;
-  char* map;  // with what is watched around it
+  char* map;  // including the protected pages around it
   size_t map_bytes;
 };
 

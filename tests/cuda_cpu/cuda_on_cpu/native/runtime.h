@@ -1,7 +1,7 @@
-// What a kernel's translation unit and the runtime know of each other.
+// The interface between the translation unit of a kernel and the runtime.
 //
-// The kernel's unit is compiled with the sanitizer, the runtime never is: every access to memory of
-// the kernel's is made in the kernel's unit, where a sanitizer sees it.
+// Only the unit of the kernel is compiled with the sanitizer: every access to memory of the kernel is
+// made there, where the sanitizer sees it.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -31,8 +31,8 @@ struct Thread {
   bool at_barrier;
   int line;              // of the operation that it waits in
   const char* waits_in;  // name of that operation
-  int votes;             // what a block's vote gave
-  void* offer;           // what it brings to an operation of its warp, and takes from it
+  int votes;             // result of a vote of the block
+  void* offer;           // argument and result of an operation of its warp
   Copy copies[max_copies];
   int n_copies, group;
   void* stack_pointer;
@@ -42,7 +42,7 @@ struct Thread {
   char order;        // ThreadSanitizer's: what happened before the thread goes on
 };
 
-// An array of the caller, copied to where its ends are watched, and back.
+// An array of the caller, copied to memory whose ends are checked, and back.
 struct Region {
   char* host;
   size_t bytes;
@@ -67,7 +67,7 @@ struct Launch {
   unsigned seed;
 };
 
-// What is known of a kernel's parameter; module.py reads the same fields.
+// The type of a parameter of a kernel; arguments.py has the same fields.
 struct Parameter {
   int bytes;
   char kind;  // 'i' signed, 'u' unsigned, 'f' floating, 'b' bool, 'p' pointer, 'c' class
@@ -104,7 +104,7 @@ void fence();           // __threadfence
 void atomic_acquires(); // an atomic operation sees what was fenced before it
 #pragma GCC visibility pop
 
-// Bits, as PTX converts them.
+// Conversions of bits, as in PTX.
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);

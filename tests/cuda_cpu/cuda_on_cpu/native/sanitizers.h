@@ -1,4 +1,4 @@
-// The sanitizers' own names for fibres and for what happens before what; nothing in a plain build.
+// Functions of the sanitizers for fibres and happens-before; empty in a build without sanitizer.
 #pragma once
 #include <stddef.h>
 

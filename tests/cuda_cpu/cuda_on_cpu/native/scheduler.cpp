@@ -65,8 +65,8 @@ void switch_to(Thread& thread) {
   self = nullptr;
 }
 
-// ThreadSanitizer's: all that threads did happened before the end of the launch, and the blocks of a
-// launch are as if they ran at once.
+// For ThreadSanitizer: the work of all threads happened before the end of the launch, and the blocks
+// of a launch are not ordered.
 char joined;
 
 void switch_back([[maybe_unused]] bool for_good) {
@@ -206,7 +206,7 @@ void wait(const char* name, int line) {
   while (self->state == State::waiting) yield();
 }
 
-// Between its atomic operations a thread may be overtaken.
+// Other threads may run between the atomic operations of a thread.
 void interleave() {
   if (scheduler.schedule == Schedule::random && random_below(2)) yield();
 }

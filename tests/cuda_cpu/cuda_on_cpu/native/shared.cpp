@@ -13,7 +13,7 @@ bool contains(const Buffer& buffer, const char* address, int bytes) {
 
 void renew([[maybe_unused]] Buffer& buffer, [[maybe_unused]] size_t alignment) {
 #ifdef CUDA_ON_CPU_THREAD
-  // What another block did there is no race with this one.
+  // Accesses of an earlier block to the same memory are no race.
   char name[sizeof buffer.name];
   snprintf(name, sizeof name, "%s", buffer.name);
   const size_t bytes = buffer.bytes;
@@ -29,7 +29,7 @@ void check_alignment(const char* name, int line, const void* address, int bytes)
     fail("%s in line %d: address %p is not a multiple of %d bytes", name, line, address, bytes);
 }
 
-char fences;  // ThreadSanitizer's: what was fenced
+char fences;  // for ThreadSanitizer: what was fenced
 
 }  // namespace
 

@@ -10,8 +10,9 @@ struct Shuffle {
   int source;
 };
 
-// What happened before each arrival happened before each departure, and nothing later did: so each
-// thread is told by the one that lets it go, not by the barrier, where the next round may have begun.
+// What happened before each arrival happened before each departure, and nothing later did. So each
+// thread synchronizes with the thread that releases it, not with the barrier, where the next round may
+// have started.
 void open_barrier() {
   Barrier& barrier = block.barrier;
   acquire(&barrier.order);

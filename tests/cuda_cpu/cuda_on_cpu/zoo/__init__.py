@@ -1,4 +1,4 @@
-"""Kernels with one planted defect each, and what catches it; each has a correct twin."""
+"""Kernels with one planted defect each, the same kernels without it, and their detectors."""
 
 from __future__ import annotations
 

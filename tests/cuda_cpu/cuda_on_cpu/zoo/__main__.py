@@ -1,4 +1,4 @@
-"""Write the table of what catches which defect: ``python -m cuda_on_cpu.zoo README.md``."""
+"""Write the table of defects and their detectors: ``python -m cuda_on_cpu.zoo README.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ START, END = "<!-- defects -->", "<!-- end of defects -->"
 
 
 def table(caught: dict[str, set[str]]) -> str:
-    """Return the table, in Markdown."""
+    """Return the table in Markdown."""
     lines = [
         f"| defect | what is wrong | {' | '.join(DETECTORS)} |",
         "|---" * (2 + len(DETECTORS)) + "|",
@@ -25,14 +25,15 @@ def table(caught: dict[str, set[str]]) -> str:
 
 
 def main() -> None:
+    """Observe every defect, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path, help="the page that has the table")
     page = parser.parse_args().page
-    found = [observe(sanitize) for sanitize in SANITIZERS]
-    false = {name for runs in found for name, how in runs.items() if how["correct"]}
+    observed = [observe(sanitize) for sanitize in SANITIZERS]
+    false = {name for runs in observed for name, caught in runs.items() if caught["correct"]}
     if false:
         raise SystemExit(f"correct, and reported all the same: {', '.join(sorted(false))}")
-    caught = {name: {d for runs in found for d in runs[name]["planted"]} for name in DEFECTS}
+    caught = {name: {d for runs in observed for d in runs[name]["planted"]} for name in DEFECTS}
     before, _, rest = page.read_text("utf-8").partition(START)
     after = rest.partition(END)[2]
     page.write_text(f"{before}{START}\n\n{table(caught)}\n\n{END}{after}", "utf-8")

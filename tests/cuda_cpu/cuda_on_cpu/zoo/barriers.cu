@@ -1,4 +1,4 @@
-// Threads that do not wait for one another. `planted` builds the defect, without it the correct twin.
+// Missing barriers and races. `planted` compiles the defect; otherwise the kernel is correct.
 
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr int size = 128;  // threads of a block

@@ -1,4 +1,4 @@
-// Copies to shared memory that run beside the thread, and are used too early or go wrong.
+// Asynchronous copies to shared memory that are used too early or have wrong addresses.
 #include "ptx.cuh"
 
 constexpr int size = 128;  // threads of a block

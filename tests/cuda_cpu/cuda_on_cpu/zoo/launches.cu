@@ -1,4 +1,4 @@
-// A kernel that is right, for launches that are not.
+// A correct kernel, for wrong launches.
 
 extern "C" __global__ void scale(const float* x, float* y, int n, float factor) {
   extern __shared__ float unused[];

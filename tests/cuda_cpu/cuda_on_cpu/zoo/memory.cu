@@ -1,4 +1,4 @@
-// Addresses that are wrong, and memory that nobody wrote.
+// Wrong addresses, and memory that is read before it is written.
 
 constexpr int size = 128;  // threads of a block
 

@@ -1,4 +1,4 @@
-"""What catches a defect: checks of a launch and at run time, results, schedules, sanitizers."""
+"""Find the detectors of a defect: checks, results, schedules and sanitizers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .registry import DEFECTS, Defect
 __all__ = ["DETECTORS", "observe"]
 
 DETECTORS = {
-    "launch": "the stand-in's checks of a launch",
-    "check": "the runtime's checks while threads run",
+    "launch": "the checks before a launch",
+    "check": "the checks while threads run",
     "result": "a wrong or NaN result, under the lockstep schedule",
     "schedule": "a wrong or NaN result under another schedule only",
     "address": "AddressSanitizer",
@@ -35,17 +35,18 @@ _REPORTS = {
     "address": {"address": "ERROR: AddressSanitizer", "undefined": ": runtime error: "},
     "thread": {"thread": "WARNING: ThreadSanitizer: data race"},
 }
-#: By defect: the detectors that report it ("planted"), and those that report its twin ("correct").
+#: By defect: the detectors that report it ("planted"), and those that report the same kernel
+#: without the defect ("correct").
 Caught = dict[str, dict[str, list[str]]]
 _RUNS = [(schedule, 0) for schedule in SCHEDULES] + [("random", 1), ("random", 2)]
 
 
 def _kernels_folder() -> Path:
     """Return the folder of ptx.cuh, which belongs to pdcore's CuPy backend."""
-    found = importlib.util.find_spec("pdcore_backends.cupy")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("pdcore_backends.cupy")
+    if spec is None or spec.origin is None:
         raise RuntimeError("the defects use pdcore's kernels/ptx.cuh; install pdcore")
-    return Path(found.origin).parent / "kernels"
+    return Path(spec.origin).parent / "kernels"
 
 
 @functools.cache
@@ -102,29 +103,29 @@ def _attempt(defects: Sequence[Defect], planted: bool) -> None:
 
 
 def _reports(defects: Sequence[Defect], planted: bool, sanitize: str) -> set[str]:
-    """Return what is reported on the standard error, by the sanitizer's library."""
+    """Return the detectors whose reports the sanitizer prints to standard error."""
     status = 0
-    with tempfile.TemporaryFile() as said:
-        kept = os.dup(2)
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        stderr = os.dup(2)
+        os.dup2(output.fileno(), 2)
         try:
             if sanitize == "address":
                 status = _in_a_child(lambda: _attempt(defects, planted))
             else:
                 _attempt(defects, planted)
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    if status not in (0, 1):  # 1 is AddressSanitizer's
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if status not in (0, 1):  # AddressSanitizer exits with 1
         names = ", ".join(defect.name for defect in defects)
         raise RuntimeError(f"{names} ended with status {status}:\n{text}")
     return {name for name, report in _REPORTS[sanitize].items() if report in text}
 
 
 def _in_a_child(run: Callable[[], None]) -> int:
-    """Run what AddressSanitizer may end the process of; return how it ended."""
+    """Run a function in a child process, which AddressSanitizer may end; return its status."""
     child = os.fork()
     if not child:
         done = False

@@ -1,4 +1,4 @@
-"""The planted defects: what each kernel is given, and what its correct twin gives back."""
+"""The planted defects: the arguments of each kernel, and the results of the correct kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 128
 
 @dataclass(frozen=True)
 class Defect:
-    """A kernel with a defect, and its twin without it.
+    """A kernel with a defect, which also compiles without it.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ def missing_barrier_before_write() -> Case:
 @_defect(_barrier, "no `__syncwarp` between lanes that exchange by shared memory")
 def missing_syncwarp() -> Case:
     x, t = _numbers(SIZE), np.arange(SIZE)
-    # Lanes that run by number have written what the next one reads.
+    # In the lockstep schedule, each lane has written what the next lane reads.
     return [x, empty(SIZE)], {1: x[np.where(t % 32, t - 1, t)]}
 
 
@@ -285,7 +285,7 @@ def _launch(name: str, what: str, change: Callable[..., tuple[Any, ...]]) -> Non
 
 
 def _with(place: int, value: Any) -> Callable[..., tuple[Any, ...]]:
-    """Change one argument."""
+    """Return a function that replaces one argument of a launch."""
     return lambda grid, block, args, shared: (
         grid,
         block,

@@ -1,4 +1,4 @@
-// Lanes of a warp that take part wrongly, and fragments of matrices in wrong places.
+// Lanes of a warp that participate wrongly, and matrix fragments in wrong places.
 #include "ptx.cuh"
 
 constexpr unsigned all_lanes = 0xffffffffu;

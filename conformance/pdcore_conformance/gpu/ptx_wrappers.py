@@ -1,7 +1,7 @@
-"""The wrappers of PTX in the CuPy backend's kernels, each with what it has to give, bit by bit.
+"""The PTX wrappers of the CuPy backend's kernels, each with its expected result, bit by bit.
 
-What they give is written here in NumPy; the tests hold the emulator to it, and
-`pdcore_conformance.gpu` a GPU, so that either stands for the other.
+The expected results are computed here in NumPy. The tests check the emulator against them, and
+`pdcore_conformance.gpu` checks a GPU, so the emulator can be relied on where there is no GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ extern "C" __global__ void exponential(const float* x, float* y) {
   y[threadIdx.x] = ptx::exp2_approximate(x[threadIdx.x]);
 }
 
-// Lanes whose address is not read give one that is wrong.
+// Lanes whose address ldmatrix does not read pass a misaligned one.
 template <int N, bool transposed>
 __global__ void load(const unsigned short* x, unsigned* y) {
   __shared__ __align__(16) unsigned short tile[N * 64];
@@ -44,7 +44,7 @@ __global__ void load(const unsigned short* x, unsigned* y) {
 }
 
 #if __CUDA_ARCH__ >= 800
-// Operands by the documented layout, from matrices by rows.
+// Load the operands from row-major matrices into the layout that PTX documents.
 template <class T>
 __global__ void multiply(const unsigned short* a, const unsigned short* b, const float* c,
                          float* d) {
@@ -89,11 +89,11 @@ class Output(NamedTuple):
     Attributes
     ----------
     expected : array
-        Its first entries, or all of them; what follows is not defined.
+        The first entries of the array, or all; entries after these are undefined.
     shape : tuple of int
-        Its own.
+        The shape of the whole array.
     rtol : float
-        How far an entry may be off; 0 for the same bits, but for those of a NaN.
+        The relative tolerance; 0 for equal bits, where any NaN equals any other.
     """
 
     expected: Array
@@ -102,19 +102,20 @@ class Output(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A launch, and what has to come of it.
+    """A kernel launch and its expected results.
 
     Attributes
     ----------
     name : str
         What is checked.
     kernel : str
-        Of `CODE`.
+        The name of a kernel in `CODE`.
     grid, block : int
+        The number of blocks, and of threads in a block.
     arguments : tuple
         Arrays, NumPy numbers, and an `Output` for each result.
     capability : int
-        Of the oldest devices that have it.
+        The lowest compute capability that has the instruction, times 10.
     """
 
     name: str
@@ -126,14 +127,14 @@ class Check(NamedTuple):
 
 
 def source() -> str:
-    """Give `CODE` with the wrappers in it, which needs no include path."""
+    """Return `CODE` with ``ptx.cuh`` pasted in, so that it compiles without an include path."""
     header = files("pdcore_backends.cupy") / "kernels" / "ptx.cuh"
     text = header.read_text(encoding="utf-8").replace("#pragma once\n", "")
     return CODE.replace('#include "ptx.cuh"', text)
 
 
 def checks() -> Iterator[Check]:
-    """Give every check."""
+    """Yield every check."""
     for name in ("f16", "bf16"):
         yield _conversions(name)
     yield _exponential()
@@ -154,72 +155,77 @@ def difference(
     empty: Callable[[tuple[int, ...], Any], Any],
     host: Callable[[Any], Array],
 ) -> str:
-    """Launch, and say how the results differ from what is expected; nothing if they do not.
+    """Launch a kernel and describe how its results differ from the expected ones.
 
     Parameters
     ----------
     check : Check
     module : object
-        A `cupy.RawModule` of `source`, or what stands for one.
+        A `cupy.RawModule` of `source`, or an object with its ``get_function``.
     array, empty, host : callable
-        Bring an array to the device, allocate one by shape and dtype, bring one back.
+        Copy an array to the device, allocate one by shape and dtype, copy one back.
+
+    Returns
+    -------
+    str
+        The first difference; empty where there is none.
     """
     arguments: list[Any] = []
-    for given in check.arguments:
-        if isinstance(given, Output):
-            arguments.append(empty(given.shape, given.expected.dtype))
+    for argument in check.arguments:
+        if isinstance(argument, Output):
+            arguments.append(empty(argument.shape, argument.expected.dtype))
         else:
-            arguments.append(array(given) if isinstance(given, np.ndarray) else given)
+            arguments.append(array(argument) if isinstance(argument, np.ndarray) else argument)
     module.get_function(check.kernel)((check.grid,), (check.block,), tuple(arguments))
-    for place, (given, made) in enumerate(zip(check.arguments, arguments, strict=True)):
-        if isinstance(given, Output):
-            found = host(made).reshape(-1)[: given.expected.size]
-            why = _differs(found, given.expected.reshape(-1), given.rtol)
-            if why:
-                return f"{check.kernel}, argument {place}: {why}"
+    for index, (output, x) in enumerate(zip(check.arguments, arguments, strict=True)):
+        if isinstance(output, Output):
+            result = host(x).reshape(-1)[: output.expected.size]
+            message = _differs(result, output.expected.reshape(-1), output.rtol)
+            if message:
+                return f"{check.kernel}, argument {index}: {message}"
     return ""
 
 
-def _differs(found: Array, expected: Array, rtol: float) -> str:
+def _differs(result: Array, expected: Array, rtol: float) -> str:
     bits = np.dtype(f"u{expected.itemsize}")
-    same = found.view(bits) == expected.view(bits)
+    same = result.view(bits) == expected.view(bits)
     if expected.dtype.kind == "f":
-        same |= np.isnan(found) & np.isnan(expected)
+        same |= np.isnan(result) & np.isnan(expected)
         with np.errstate(invalid="ignore"):
-            same |= np.abs(found - expected) <= rtol * np.abs(expected)
+            same |= np.abs(result - expected) <= rtol * np.abs(expected)
     wrong = np.flatnonzero(~same)
     if not wrong.size:
         return ""
     i = wrong[0]
     return (
-        f"{wrong.size} of {expected.size} entries differ, the first is {i}: got {found[i]} "
-        f"({found.view(bits)[i]:#x}), expected {expected[i]} "
+        f"{wrong.size} of {expected.size} entries differ, the first is {i}: got {result[i]} "
+        f"({result.view(bits)[i]:#x}), expected {expected[i]} "
         f"({expected.view(bits)[i]:#x})"
     )
 
 
-def narrowed(x: Array, name: str) -> Array:
-    """Round floats to 16 bits, to the nearest, ties to even, as integers; NaN is 0x7fff."""
+def round_to_16_bits(x: Array, name: str) -> Array:
+    """Round floats to 16 bits, nearest with ties to even; return the bits. NaN is 0x7fff."""
     if name == "f16":
         with np.errstate(over="ignore", invalid="ignore"):
-            found = x.astype(np.float16).view(np.uint16)
+            rounded = x.astype(np.float16).view(np.uint16)
     else:
         bits = x.view(np.uint32).astype(np.uint64)
-        found = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), found)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
 
 
-def widened(bits: Array, name: str) -> Array:
-    """Give the floats of 16 bits."""
+def widen(bits: Array, name: str) -> Array:
+    """Return the float32 values of 16-bit floats that are given as bits."""
     if name == "f16":
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def floats(name: str) -> Array:
-    """Give every number of 16 bits, what lies halfway to the next, and any others."""
+    """Return every 16-bit float, the midpoints to their neighbours, and random float32 values."""
     rng = np.random.default_rng(0)
-    exact = widened(np.arange(2**16, dtype=np.uint16), name)
+    exact = widen(np.arange(2**16, dtype=np.uint16), name)
     half = exact.view(np.uint32) + np.uint32(0x1000 if name == "f16" else 0x8000)
     any_bits = rng.integers(0, 2**32, 2**16, dtype=np.uint32)
     subnormal = (rng.standard_normal(2**14) * 2.0**-24).astype(np.float32)
@@ -228,10 +234,10 @@ def floats(name: str) -> Array:
 
 def _conversions(name: str) -> Check:
     x = floats(name)
-    narrow = narrowed(x, name)
+    narrow = round_to_16_bits(x, name)
     second = narrow[np.arange(x.size) // 2].astype(np.uint32)
     pairs = narrow | second << np.uint32(16)
-    results = [Output(y, y.shape) for y in (narrow, widened(narrow, name), pairs)]
+    results = [Output(y, y.shape) for y in (narrow, widen(narrow, name), pairs)]
     return Check(
         f"conversions, {name}",
         f"convert<ptx::{name}>",
@@ -242,12 +248,12 @@ def _conversions(name: str) -> Check:
 
 
 def _exponential() -> Check:
-    numbers = [0, 1, -1, 10.5, -100.25, 127, 128, -126, -130, 1e-40, -np.inf, np.inf, np.nan]
-    x = np.asarray(numbers, np.float32)
+    values = [0, 1, -1, 10.5, -100.25, 127, 128, -126, -130, 1e-40, -np.inf, np.inf, np.nan]
+    x = np.asarray(values, np.float32)
     with np.errstate(over="ignore", under="ignore"):
         expected = np.exp2(x)
     expected[expected < 2.0**-126] = 0
-    # PTX promises 2 units in the last place.
+    # PTX documents an error of at most 2 units in the last place.
     return Check(
         "ex2.approx", "exponential", 1, x.size, (x, Output(expected, expected.shape, rtol=2.0**-22))
     )
@@ -257,9 +263,9 @@ def _ldmatrix(count: int, transposed: bool) -> Check:
     x = np.arange(count * 64, dtype=np.uint16).reshape(count, 8, 8)
     rows = np.ascontiguousarray(x.swapaxes(1, 2) if transposed else x)
     expected = rows.reshape(count, 64).view(np.uint32)
-    way = ".trans" if transposed else ""
+    suffix = ".trans" if transposed else ""
     return Check(
-        f"ldmatrix.x{count}{way}",
+        f"ldmatrix.x{count}{suffix}",
         f"load<{count}, {str(transposed).lower()}>",
         1,
         32,
@@ -269,7 +275,7 @@ def _ldmatrix(count: int, transposed: bool) -> Check:
 
 def _mma(name: str) -> Check:
     rng = np.random.default_rng(1)
-    # Sums of these are exact in float32.
+    # Sums of products of small integers are exact in float32.
     a, b, c = (
         rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8))
     )
@@ -279,7 +285,7 @@ def _mma(name: str) -> Check:
         f"multiply<ptx::{name}>",
         1,
         32,
-        (narrowed(a, name), narrowed(b, name), c, Output(expected, expected.shape)),
+        (round_to_16_bits(a, name), round_to_16_bits(b, name), c, Output(expected, expected.shape)),
         80,
     )
 
@@ -287,7 +293,7 @@ def _mma(name: str) -> Check:
 def _cp_async(bytes_: int, read: int) -> Check:
     x = np.random.default_rng(2).integers(0, 200, (2, 32, bytes_)).astype(np.int8)
     expected = np.where(np.arange(bytes_) < read, x, np.int8(0))
-    # After the first wait only the first stage is there for certain.
+    # After the first wait only the first stage is sure to have arrived.
     early, late = Output(expected[0], x.shape), Output(expected, x.shape)
     return Check(
         f"cp.async of {bytes_} bytes, {read} read",

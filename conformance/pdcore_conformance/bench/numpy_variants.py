@@ -1,7 +1,7 @@
-"""Softmax attention as one writes it in plain NumPy: what a backend has to beat.
+"""Softmax attention in plain NumPy, in three variants: the baseline of the NumPy backend.
 
-Three variants, all vectorised and float32 throughout: which is the fastest depends on the shape
-and the machine, so the baseline is whichever wins there.
+All are vectorized and compute in the dtype of the arrays. Which is the fastest depends on the shape
+and the machine, so the baseline is the fastest one there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 
 def textbook(q: Array, k: Array, v: Array) -> Array:
-    """Write the formula down, with a new array for every step."""
+    """Compute attention by the formula, with a new array for every step."""
     scores: Array = q @ k.swapaxes(-1, -2) * q.dtype.type(q.shape[-1] ** -0.5)
     weights: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -26,7 +26,7 @@ def textbook(q: Array, k: Array, v: Array) -> Array:
 
 
 def in_place(q: Array, k: Array, v: Array) -> Array:
-    """Keep one array of scores, scale the query instead of it, and divide the result."""
+    """Compute attention in one array of scores; scale the query, and divide the result."""
     scores = np.matmul(q * q.dtype.type(q.shape[-1] ** -0.5), k.swapaxes(-1, -2))
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -36,7 +36,7 @@ def in_place(q: Array, k: Array, v: Array) -> Array:
 
 
 def head_by_head(q: Array, k: Array, v: Array) -> Array:
-    """Do the same for one head at a time, in one array of scores for all of them."""
+    """Compute attention one head at a time, in one array of scores that all heads share."""
     out = np.empty((*q.shape[:-1], v.shape[-1]), q.dtype)
     scores = np.empty((q.shape[-2], k.shape[-2]), q.dtype)
     scale = q.dtype.type(q.shape[-1] ** -0.5)

@@ -1,0 +1,358 @@
+"""The measurements of one backend on one device, each next to its target where there is one.
+
+Nothing is timed before the numbers are right: the backend and every peer run at the shape that will
+be timed, and a sample of the rows of the result, and every gradient, are compared with the oracle.
+A backend that fails has no figures; a peer that fails is left out, and listed with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pdcore import attention_vjp, bind
+from pdcore.plugins import load_backend, registered
+
+from ..frameworks import framework
+from ..judge.budget import Verdict, expect, judge
+from ..judge.calls import dtype_of
+from ..record.environment import environment
+from .grid import Target, Targets, targets, workloads
+from .peers import Peer
+from .timing import interleaved, interval, judged, quartiles, threads_limited
+from .workload import Workload, half_pooled
+
+if TYPE_CHECKING:
+    from ..record.writing import Speed
+
+__all__ = ["FUSED", "Bench", "draw", "left_out", "unmeasured"]
+
+Array = np.ndarray[Any, Any]
+#: The number of rows of the result that are compared with the oracle.
+SAMPLE = 32
+_NOT_MEASURED = re.compile(r"not measured, for [^:]*: (.*)")
+#: Prefixes of the names of peers that run a framework's fused kernel for softmax.
+FUSED = ("torch SDPA of softmax", "jax.nn.dot_product_attention")
+
+
+class Bench:
+    """The measurements of one backend on one device.
+
+    Attributes
+    ----------
+    speed : Speed
+        The measurements so far.
+    """
+
+    def __init__(
+        self, backend: str, device: str | None, grid: str, peers: list[Peer], threads: int
+    ) -> None:
+        info = registered()[backend]
+        self.backend, self.device = backend, device or info.devices[0]
+        self.runner = load_backend(backend)
+        self.differentiates = info.support("autodiff") == "full"
+        self.pulls_back = self.differentiates or info.support("vjp") == "full"
+        self.framework = framework(info.library)
+        self.grid, self.peers, self.threads = grid, peers, threads
+        self.targets: Targets | None = targets(backend, self.device)
+        self.speed: Any = {
+            "grid": "full" if grid == "full" else "quick",
+            "threads": threads,
+            "notes": [],
+            "seconds": 0.0,
+            "load": environment()["load"],
+            "numerics": [],
+            "red": False,
+            "ratios": [],
+            "growth": [],
+            "memory": [],
+            "figures": [],
+            "missing_peers": [],
+        }
+        self._green: set[tuple[str, Workload]] = set()
+        self._list_missing_peers()
+
+    def so_far(self, rest: Sequence[str], started: float) -> Speed:
+        """Return a copy of the measurements, which lists the steps in `rest` as not measured."""
+        speed: Speed = copy.deepcopy(self.speed)
+        speed["notes"] += [left_out("the process was ended", title) for title in rest]
+        speed["seconds"] += time.perf_counter() - started
+        return speed
+
+    def resume(self, earlier: Speed) -> None:
+        """Start from the measurements of an earlier run."""
+        self.speed = copy.deepcopy(earlier)
+        self.speed["notes"] = [note for note in earlier["notes"] if not _NOT_MEASURED.match(note)]
+
+    @contextmanager
+    def limited_threads(self) -> Iterator[None]:
+        """Limit the threads of the BLAS and of the NumPy backend in a block."""
+        with threads_limited(self.threads) as blas_limited:
+            if not blas_limited:
+                self.speed["notes"].append(
+                    "threadpoolctl is not installed: the threads of the BLAS are not limited"
+                )
+            if self.speed["load"] is not None and self.speed["load"] > 0.5:
+                self.speed["notes"].append(
+                    f"the machine was busy (load {self.speed['load']:.2f}): figures may be off"
+                )
+            yield
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def call(self, workload: Workload, x: Mapping[str, Any], d: Any) -> Callable[[], Any]:
+        """Return a call of the backend that ends when its results are computed."""
+        layer = bind(workload.spec, backend=self.backend)
+        framework = self.framework
+        if workload.direction == "forward" or self.differentiates:
+            function = self._step(framework, lambda a: layer(a["q"], a["k"], a["v"]), workload)
+            return lambda: framework.finish(function(x, d))
+
+        def both() -> Any:
+            out, _, vjp = attention_vjp(x["q"], x["k"], x["v"], workload.spec, backend=self.backend)
+            return framework.finish((out, vjp(d)))
+
+        return both
+
+    def peer_call(self, peer: Peer, workload: Workload, x: Any, d: Any) -> Callable[[], Any]:
+        """Return a call of a peer that ends when its results are computed."""
+        library = framework(peer.library)
+        function = self._step(library, peer.make(workload), workload)
+        return lambda: library.finish(function(x, d))
+
+    def _step(self, library: Any, function: Any, workload: Workload) -> Callable[[Any, Any], Any]:
+        if workload.direction == "forward":
+            forward = library.prepared(function)
+            return lambda x, d: forward(x)
+        step: Callable[[Any, Any], Any] = library.step(function)
+        return step
+
+    def arrays(self, workload: Workload, library: Any) -> tuple[dict[str, Any], Any]:
+        """Draw q, k, v and a cotangent as arrays of a library on the device."""
+        drawn = draw(workload)
+        arrays = {name: library.asarray(x, self.device) for name, x in drawn.items()}
+        return {name: arrays[name] for name in "qkv"}, arrays["d"]
+
+    def runs(self, workload: Workload) -> bool:
+        """Return whether the backend declares what a workload needs."""
+        info = registered()[self.backend]
+        differentiable = workload.direction == "forward" or self.pulls_back
+        return info.support(workload.dtype) == "full" and differentiable
+
+    # --- numerics ---------------------------------------------------------------------------------
+
+    def green(self, by: str, workload: Workload, make: Callable[..., Any], library: Any) -> bool:
+        """Compare a call with the oracle and record the errors; return whether all are in budget.
+
+        A workload that was right before is not compared again.
+        """
+        if (by, workload) in self._green:
+            return True
+        drawn = draw(workload)
+        length, spec, call = workload.shape[2], workload.spec, dict[str, Any]()
+        rows = np.unique(np.linspace(0, length - 1, SAMPLE).astype(int))
+        if "causal" in spec:  # adjacent rows, whose position one offset describes
+            rows = np.arange(length // 2, min(length, length // 2 + SAMPLE))
+            call["offset"] = int(rows[0])
+        # Gradients are linear in the cotangent: where it is zero outside the sampled rows, they
+        # depend on the sampled rows only.
+        d = np.zeros_like(drawn["d"])
+        d[..., rows, :] = drawn["d"][..., rows, :]
+        x = {name: library.asarray(drawn[name], self.device) for name in "qkv"}
+        result = make(x, library.asarray(d, self.device))()
+        out, gradients = (result, {}) if workload.direction == "forward" else result
+        results = {"out": library.asnumpy(out)[..., rows, :]}
+        for name, gradient in gradients.items():
+            whole = library.asnumpy(gradient)
+            results[f"d_{name}"] = whole[..., rows, :] if name == "q" else whole
+        cotangent: dict[str, Any] = {"d_out": d[..., rows, :]} if gradients else {}
+        expected = expect(
+            drawn["q"][..., rows, :], drawn["k"], drawn["v"], spec, **call, **cotangent
+        )
+        verdicts = judge(results, expected)
+        self._note(by, workload, verdicts)
+        good = all(verdict.ok for verdict in verdicts.values())
+        if good:
+            self._green.add((by, workload))
+        return good
+
+    def _note(self, by: str, workload: Workload, verdicts: Mapping[str, Verdict]) -> None:
+        self.speed["numerics"].append(
+            {
+                "spec": workload.spec,
+                "shape": list(workload.shape),
+                "dtype": workload.dtype,
+                "by": by,
+                "error_over_budget": {name: verdict.ratio for name, verdict in verdicts.items()},
+                "ok": all(verdict.ok for verdict in verdicts.values()),
+            }
+        )
+
+    def check_backend(self, workload: Workload) -> bool:
+        """Compare the backend with the oracle; set ``red``, which ends the bench, if it fails."""
+        good = self.green(
+            self.backend, workload, lambda x, d: self.call(workload, x, d), self.framework
+        )
+        self.speed["red"] = self.speed["red"] or not good
+        return good
+
+    def _list_missing_peers(self) -> None:
+        for peer in self.peers:
+            reason = peer.missing(self.device)
+            if reason is not None:
+                self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
+
+    # --- measurements -----------------------------------------------------------------------------
+
+    def against_peers(self, workload: Workload) -> None:
+        """Time one workload against every peer that computes it."""
+        with self.framework.precision(workload.dtype):
+            if not self.check_backend(workload):
+                return
+            backend_call = self.call(workload, *self.arrays(workload, self.framework))
+            groups: dict[str, dict[str, Callable[[], Any]]] = {}
+            absent = {entry["peer"] for entry in self.speed["missing_peers"]}
+            for peer in self.peers:
+                if peer.takes(workload) and peer.name not in absent:
+                    call = self.checked_peer_call(peer, workload)
+                    if call is not None:
+                        groups.setdefault(peer.library, {})[peer.name] = call
+            # The threads of a library keep spinning after a call and would slow the next call of
+            # another library: the peers of each library are timed apart, each with the backend.
+            for calls in groups.values():
+                calls = {self.backend: backend_call, **calls}
+                once = {name: min(t) for name, t in interleaved(calls, 1).items()}
+                rounds = self._rounds(sum(once.values()))
+                self._ratios(workload, interleaved(calls, rounds, warm_up=0))
+
+    def checked_peer_call(self, peer: Peer, workload: Workload) -> Callable[[], Any] | None:
+        """Return a call of a peer; None, and a reason in ``missing_peers``, where it fails."""
+        workload = peer.computed(workload)
+        library = framework(peer.library)
+        try:
+            with library.precision(workload.dtype):
+                good = self.green(
+                    peer.name,
+                    workload,
+                    lambda x, d: self.peer_call(peer, workload, x, d),
+                    library,
+                )
+        except Exception as error:  # noqa: BLE001 - a peer may refuse in its own way
+            text = " ".join(str(error).split())[:200]
+            reason = f"{workload}: {type(error).__name__}: {text}"
+            self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
+            return None
+        if not good:
+            reason = f"{workload}: its own result is over the budget, so it is not compared with"
+            self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
+            return None
+        return self.peer_call(peer, workload, *self.arrays(workload, library))
+
+    def _ratios(self, workload: Workload, times: Mapping[str, list[float]]) -> None:
+        peers = [name for name in times if name != self.backend]
+        least_of_home = None
+        if self.targets is not None and workload.direction == "forward":
+            least_of_home = self.targets.ratios.get((workload.spec, workload.shape))
+        home = [n for n in peers if n.endswith("NumPy") and not n.startswith("literal")]
+        fastest_home = min(home, key=lambda n: statistics.median(times[n]), default=None)
+        kernels = [n for n in peers if n.startswith(FUSED)]
+        fastest_kernel = min(kernels, key=lambda n: statistics.median(times[n]), default=None)
+        for name in peers:
+            least = least_of_home if name == fastest_home else None
+            if self.targets is not None and name == fastest_kernel:
+                least = self.targets.fastest.get(workload, least)
+            if self.targets is not None and self.grid == "full":
+                key = (workload.spec, workload.shape, workload.direction, name)
+                least = self.targets.against.get(key, least)
+            self.ratio(workload, name, times[name], times[self.backend], (least, None))
+
+    def ratio(
+        self, workload: Workload, peer: str, theirs: list[float], ours: list[float], target: Target
+    ) -> None:
+        """Record the median ratio of pairs of times that were measured one after the other."""
+        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+        value = statistics.median(ratios)
+        self.speed["ratios"].append(
+            {
+                "spec": workload.spec,
+                "shape": list(workload.shape),
+                "dtype": workload.dtype,
+                "direction": workload.direction,
+                "peer": peer,
+                "ratio": value,
+                "interval": interval(ratios),
+                "rounds": len(ratios),
+                "seconds": {"backend": quartiles(ours), "peer": quartiles(theirs)},
+                **judged(value, target),
+            }
+        )
+
+    def against_softmax(self) -> None:
+        """Time Attention-BN and Attention-SH against softmax."""
+        shape = workloads(self.backend, self.device, self.grid)[0].shape
+        dtype = workloads(self.backend, self.device, self.grid)[0].dtype
+        half = half_pooled(shape[1])
+        by_spec = {spec: Workload(spec, shape, dtype) for spec in ("softmax", "bn", half)}
+        with self.framework.precision(dtype):
+            if not all(self.check_backend(workload) for workload in by_spec.values()):
+                return
+            calls = {
+                spec: self.call(workload, *self.arrays(workload, self.framework))
+                for spec, workload in by_spec.items()
+            }
+            once = sum(min(t) for t in interleaved(calls, 1).values())
+            times = interleaved(calls, self._rounds(once), warm_up=0)
+        least = self.targets.specs if self.targets and self.grid == "full" else {}
+        for spec in ("bn", half):
+            self.ratio(
+                by_spec[spec],
+                "spec softmax",
+                times["softmax"],
+                times[spec],
+                (least.get(spec), None),
+            )
+
+    def figure(self, name: str, values: list[float], unit: str, target: Target) -> None:
+        """Record the median of some values, and its target."""
+        value = statistics.median(values)
+        self.speed["figures"].append(
+            {
+                "name": name,
+                "value": value,
+                "unit": unit,
+                "interval": interval(values),
+                **judged(value, target),
+            }
+        )
+
+    def _rounds(self, seconds: float) -> int:
+        """Return how many rounds of so many seconds fit in the time of a comparison."""
+        budget, least, most = (6.0, 5, 15) if self.grid == "quick" else (25.0, 7, 31)
+        return int(min(most, max(least, budget / seconds)))
+
+
+def unmeasured(speed: Speed) -> list[str]:
+    """Return the titles of the steps that were left out."""
+    matches = (_NOT_MEASURED.match(note) for note in speed["notes"])
+    return [match[1] for match in matches if match]
+
+
+def left_out(why: str, title: str) -> str:
+    """Return the note for a step that is left out, which `unmeasured` reads."""
+    return f"not measured, for {why}: {title}"
+
+
+def draw(workload: Workload) -> dict[str, Array]:
+    """Draw q, k, v and the cotangent d as NumPy arrays."""
+    rng = np.random.default_rng(0)
+    dtype = dtype_of(workload.dtype)
+    return {
+        name: rng.standard_normal(workload.shape, dtype=np.float32).astype(dtype) for name in "qkvd"
+    }
