@@ -36,7 +36,7 @@ __all__ = ["TARGETS", "Session", "main"]
 
 #: What is judged, by default on CUDA.
 TARGETS = ("torch", "jax", "cupy")
-NEEDED = ("numpy", "pluggy", "array_api_compat", "pytest", "hypothesis")
+NEEDED = ("numpy", "pluggy", "array_api_compat", "pytest", "hypothesis", "msgspec")
 #: The share of the time after which the numerics are ended, so that some is left for speed.
 NUMERICS_SHARE = 0.65
 #: Seconds that a process gets to come to its end before it is ended.
