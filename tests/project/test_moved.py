@@ -1,7 +1,7 @@
-"""Version 0.1 in version 0.2: every name that its documentation shows imports, and its pickles load.
+"""Names of version 0.1: those that its documentation shows import, and its pickles load.
 
-``names_0_1.txt`` has the names of every module's ``__all__`` of 0.1 that its documentation shows; ``specs_0_1.pickle`` is a dict of spec
-string to `AttentionSpec`, pickled by 0.1 with protocol 4.
+``names_0_1.txt`` has, of the ``__all__`` of each module of 0.1, the names that its documentation
+shows; ``specs_0_1.pickle`` is a dict of spec string to `AttentionSpec`, pickled by 0.1 with protocol 4.
 """
 
 from __future__ import annotations

@@ -29,7 +29,15 @@ __all__ = ["TARGETS", "main"]
 #: The backends that are judged by default.
 TARGETS = ("torch", "jax", "cupy")
 #: The modules without which the command cannot run.
-NEEDED = ("numpy", "pluggy", "array_api_compat", "pytest", "hypothesis", "autograd")
+NEEDED = (
+    "numpy",
+    "pluggy",
+    "array_api_compat",
+    "pytest",
+    "hypothesis",
+    "autograd",
+    "msgspec",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """The compact form of a record: small enough to keep in a repository, a line for each case.
 
-A record of 6,000 cases takes 5 MB, nearly all of it the error and budget of each output of cases
+A record of 9,000 cases takes 5 MB, nearly all of it the error and budget of each output of cases
 that passed, to 17 digits, and features that are the same in every run. The compact form keeps what
 the page and the comparison of two records use: of a case that passed its error over budget, to two
 digits, which is what the page shows; of a case that failed everything. Each case is one line with
@@ -21,9 +21,8 @@ __all__ = ["KIND", "CompactRecord", "compacted", "expanded"]
 
 KIND: Literal["pdcore-conformance-compact"] = "pdcore-conformance-compact"
 
-#: How many significant digits are kept: of the error over budget of a case that passed, and of
-#: times, memory and other figures. The page shows as many at most.
-RATIO_DIGITS, FIGURE_DIGITS = 2, 4
+#: The significant digits of the error over budget of a case that passed; the page shows as many.
+RATIO_DIGITS = 2
 
 #: The duration of a case where it was not kept.
 _NOT_KEPT = Number("nan")
@@ -87,9 +86,7 @@ def compacted(runs: Sequence[Run]) -> CompactRecord:
         for case in run["cases"]:
             key = (case["id"], case["level"], tuple(case["features"]))
             results.setdefault(key, [None] * len(runs))[index] = _result(case)
-    headers: Any = [
-        _rounded({name: value for name, value in run.items() if name != "cases"}) for run in runs
-    ]
+    headers: Any = [{name: value for name, value in run.items() if name != "cases"} for run in runs]
     return {
         "schema": SCHEMA,
         "kind": KIND,
@@ -102,7 +99,7 @@ def _result(case: Case) -> float | Outcome | Result | None:
     outcome, ratio, message = case["outcome"], case["ratio"], case["message"]
     result: Result = {"outcome": outcome}
     if ratio is not None:
-        result["ratio"] = ratio if outcome in _WHOLE else _digits(ratio, RATIO_DIGITS)
+        result["ratio"] = ratio if outcome in _WHOLE else float(f"{ratio:.{RATIO_DIGITS}g}")
     if message is not None:
         result["message"] = message
     if outcome in _WHOLE:
@@ -112,24 +109,6 @@ def _result(case: Case) -> float | Outcome | Result | None:
     if message is None and outcome == "passed" and abs(result["ratio"]) < float("inf"):
         return result["ratio"]
     return result
-
-
-def _rounded(value: Any) -> Any:
-    """Return the header of a run with its measured floats cut to as many digits as are shown."""
-    if isinstance(value, float):
-        return _digits(value, FIGURE_DIGITS)
-    if isinstance(value, dict):
-        return {
-            name: item if name in ("at_least", "at_most") else _rounded(item)
-            for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value
-
-
-def _digits(value: float, digits: int) -> float:
-    return float(f"{value:.{digits}g}")
 
 
 def expanded(compact: CompactRecord) -> Record:
