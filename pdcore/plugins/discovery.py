@@ -7,6 +7,7 @@ reads one line instead of a traceback of the host.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import (
@@ -25,7 +26,16 @@ from ..backend import SPEC_VERSION, BackendInfo
 from ..errors import PluginError, nearest
 from . import hookspecs
 
-__all__ = ["Declared", "Owner", "check", "find", "new_manager", "read"]
+__all__ = [
+    "Declared",
+    "Owner",
+    "check",
+    "disabled_reason",
+    "find",
+    "names_in",
+    "new_manager",
+    "read",
+]
 
 GROUP = "pdcore"
 HOOKS = tuple(name for name in vars(hookspecs) if name.startswith("pdcore_"))
@@ -57,8 +67,15 @@ class Declared(NamedTuple):
     known_failures: Callable[[str], Any] | None
 
 
-def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]]:
+def find(
+    group: str = GROUP,
+) -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]]:
     """List the entry points: the distribution pdcore's first, then the others by name.
+
+    Parameters
+    ----------
+    group : str
+        The entry-point group; that of plugins by default.
 
     Returns
     -------
@@ -69,7 +86,7 @@ def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Excep
     points: list[EntryPoint] = []
     unreadable = {}
     try:
-        points += entry_points(group=GROUP)
+        points += entry_points(group=group)
     except Exception:  # noqa: BLE001 - one unreadable distribution, whosever, hides them all
         readable: dict[str, EntryPoints | tuple[()]] = {}
         for distribution in distributions():
@@ -77,7 +94,7 @@ def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Excep
             # The first of a name on the path is the one that is imported.
             if owner.distribution not in readable:
                 try:
-                    readable[owner.distribution] = distribution.entry_points.select(group=GROUP)
+                    readable[owner.distribution] = distribution.entry_points.select(group=group)
                 except Exception as error:  # noqa: BLE001 - it is reported
                     readable[owner.distribution] = ()
                     unreadable[owner.distribution] = (owner, error)
@@ -85,7 +102,7 @@ def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Excep
     found = [(point, _owner(point.dist)) for point in points]
     installed = {point.name for point, owner in found if owner.built_in}
     # Their parent package is empty, so that looking for them imports nothing.
-    if importlib.util.find_spec("pdcore_backends") is not None:
+    if group == GROUP and importlib.util.find_spec("pdcore_backends") is not None:
         source_tree = Owner(GROUP, "(source tree)", built_in=True)
         found += [
             (EntryPoint(name, module, GROUP), source_tree)
@@ -94,6 +111,24 @@ def find() -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Excep
         ]
     found.sort(key=lambda f: (not f[1].built_in, f[1].distribution.lower(), f[0].name))
     return found, unreadable
+
+
+def names_in(variable: str) -> frozenset[str] | None:
+    """Return the names that an environment variable lists, by commas; None where it is not set."""
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    return frozenset(name.strip() for name in text.split(",") if name.strip())
+
+
+def disabled_reason(name: str, owner: Owner) -> str | None:
+    """Return why the environment leaves an entry point out; None where it does not."""
+    if name in (names_in("PDCORE_BLOCK") or ()):
+        return "disabled: named in PDCORE_BLOCK"
+    allowed = names_in("PDCORE_PLUGINS")
+    if allowed is not None and not owner.built_in and name not in allowed:
+        return "disabled: not named in PDCORE_PLUGINS"
+    return None
 
 
 def _owner(distribution: Distribution | None) -> Owner:
