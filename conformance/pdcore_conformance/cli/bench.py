@@ -55,8 +55,6 @@ def bench(
     with extra_needed("pytest", "hypothesis"):
         from ..bench import peers, speed
         from ..bench import table as speed_table
-        from ..judge import subject
-        from ..record import environment
         from ..runner import plugin
     try:
         name, device = plugin.parse_backend(backend)
@@ -68,14 +66,8 @@ def bench(
         return
     if report is not None and not report.parent.is_dir():
         raise OutputError(f"--report: there is no folder {report.parent}")
-    tested = subject.Subject(name, device)
-    reason = tested.framework.available(device)
-    if reason is not None:
-        raise Failed(Exit.NO_BACKEND, f"{name}:{device} is not available: {reason}")
     run, others = _run_and_others(name, device, report)
-    run["environment"] = environment.environment(device)
-    run["versions"] = environment.versions() | tested.backend.versions()
-    run["precision"] = tested.framework.policy()
+    run |= _circumstances(name, device)
     with progress(f"bench of {name}:{device}") as bar:
         run["speed"] = measured = speed.measure(
             name,
@@ -87,11 +79,24 @@ def bench(
         )
     if report is not None:
         _save(report, [*others, run])
-    if as_json:
-        emit(run)
-    else:
-        speed_table.show(run, stdout())
+    emit(run) if as_json else speed_table.show(run, stdout())
     _check(measured, strict=strict)
+
+
+def _circumstances(name: str, device: str) -> Any:
+    """Return environment, versions and precision of a run; raise where there is no backend."""
+    from ..judge.subject import Subject
+    from ..record.environment import environment, versions
+
+    tested = Subject(name, device)
+    reason = tested.framework.available(device)
+    if reason is not None:
+        raise Failed(Exit.NO_BACKEND, f"{name}:{device} is not available: {reason}")
+    return {
+        "environment": environment(device),
+        "versions": versions() | tested.backend.versions(),
+        "precision": tested.framework.policy(),
+    }
 
 
 def _run_and_others(name: str, device: str, report: Path | None) -> tuple[Run, list[Run]]:

@@ -16,13 +16,15 @@ __all__ = ["own_file", "render"]
 _JOINT = re.compile(r"(::|[_=]|\.(?=[^\W\d]))")
 
 
-def render(folder: str, **contents: Any) -> str:
-    """Fill in the ``page.html.jinja`` of a folder of this package.
+def render(folder: str, *, package: str = "pdcore_conformance", **contents: Any) -> str:
+    """Fill in the ``page.html.jinja`` of a folder of a package.
 
     Parameters
     ----------
     folder : str
-        Such as ``"report"``.
+        Such as ``"report"``; ``"."`` for the package itself.
+    package : str
+        The package that has the folder.
     **contents
         Texts among them are taken as hostile: they are escaped everywhere, and control and
         direction characters are shown as escapes.
@@ -42,7 +44,7 @@ def render(folder: str, **contents: Any) -> str:
         return visible(value) if type(value) is str else value
 
     environment = Environment(
-        loader=PackageLoader("pdcore_conformance", folder),
+        loader=PackageLoader(package, folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=shown,
