@@ -88,17 +88,9 @@ def main(
     the epoch, by its loss. The weights of that epoch meet the test images
     once. Nothing is chosen by the test images.
     """
-    try:
-        import flax
-        import jax
-        import training_picture  # noqa: F401 - before any work: matplotlib may be missing
-        from digits_training import Settings, load
-    except ModuleNotFoundError as error:
-        if error.name not in ("flax", "jax", "optax", "sklearn"):
-            raise
-        raise Failed(
-            Exit.MISSING, f"{error.name} is not installed: pip install 'pdcore[flax,svr,cli]'"
-        ) from error
+    _check_packages()
+    from digits_training import Settings, load
+
     check_ranges(
         ("--validation", validation, 0.0 < validation < 1.0, "a share above 0 and below 1"),
         ("--rate", rate, 0.0 < rate < math.inf, "a number above 0"),
@@ -107,29 +99,51 @@ def main(
     specs = distinct("--spec", [read_spec(text) for text in spec or ["softmax"]])
     numbers = distinct("--seeds", read_seeds(seeds))
     digits = load()
-    fitted = len(stratified_split(digits.train_targets, validation, numbers[0])[0])
+    _check_batch(batch, digits, validation, numbers[0])
+    options: dict[str, Any] = {
+        "epochs": epochs,
+        "patience": patience,
+        "validation": validation,
+        "batch": batch,
+        "rate": rate,
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+    }
+    chosen = [Settings(spec=s, seed=n, **options) for s in specs for n in numbers]
+    runs = _train(chosen, len(numbers), digits, out, force=force)
+    _report(runs, digits, out, as_json=as_json)
+
+
+def _check_packages() -> None:
+    try:
+        import digits_training  # noqa: F401
+        import flax  # noqa: F401
+        import jax  # noqa: F401
+        import training_picture  # noqa: F401 - before any work: matplotlib may be missing
+    except ModuleNotFoundError as error:
+        if error.name not in ("flax", "jax", "optax", "sklearn"):
+            raise
+        raise Failed(
+            Exit.MISSING, f"{error.name} is not installed: pip install 'pdcore[flax,svr,cli]'"
+        ) from error
+
+
+def _check_batch(batch: int, digits: Digits, validation: float, seed: int) -> None:
+    """Raise where a batch has more images than the part that is fitted."""
+    fitted = len(stratified_split(digits.train_targets, validation, seed)[0])
     if batch > fitted:
         raise typer.BadParameter(
             f"got {batch}, expected at most the {fitted} images that are fitted",
             param_hint="--batch",
         )
-    chosen = [
-        Settings(
-            spec=s,
-            seed=n,
-            epochs=epochs,
-            patience=patience,
-            validation=validation,
-            batch=batch,
-            rate=rate,
-            width=width,
-            layers=layers,
-            heads=heads,
-        )
-        for s in specs
-        for n in numbers
-    ]
-    runs = _train(chosen, len(numbers), digits, out, force=force)
+
+
+def _report(runs: list[dict[str, Any]], digits: Digits, out: Path, *, as_json: bool) -> None:
+    """Write the files, and print the table or the JSON."""
+    import flax
+    import jax
+
     result: dict[str, Any] = {
         "images": {"source": DIGITS, "train": len(digits.train), "test": len(digits.test)},
         "versions": {
@@ -152,7 +166,7 @@ def main(
 def _train(
     chosen: Sequence[Settings], seeds: int, digits: Digits, out: Path, *, force: bool
 ) -> list[dict[str, Any]]:
-    """Do every run, after a look at whether each spec can run and the results have a place."""
+    """Do every run, after checks that each spec can run and the results can be written."""
     from digits_training import fit, try_spec
 
     for settings in chosen[::seeds]:
@@ -166,9 +180,9 @@ def _train(
     for settings in chosen:
         title = f"{settings.spec}, seed {settings.seed}"
         with progress(title) as done, finite(title):
-            _, found = fit(settings, digits, done)
-        results.append(found)
-        tell(title, found)
+            _, result = fit(settings, digits, done)
+        results.append(result)
+        tell(title, result)
     return results
 
 

@@ -62,57 +62,61 @@ _MEANING = (
 
 app = command_line()
 
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="A folder of the UEA archive: one *_TRAIN.ts, one "
+        "*_TEST.ts. The Japanese Vowels of pdcore by default.",
+    ),
+]
+Train = Annotated[
+    Path | None, typer.Option(metavar="FILE.ts", help="Instead of --data, with --test.")
+]
+Test = Annotated[
+    Path | None, typer.Option(metavar="FILE.ts", help="Instead of --data, with --train.")
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="Where checkpoints, results.json and training.png go."
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Start again, over what is in --out.")]
+Batch = Annotated[int, typer.Option(min=1, help="Series of one step.")]
+Dropout = Annotated[float, typer.Option(help="Of features, outside attention.")]
+Noise = Annotated[
+    float, typer.Option(help="Added in training, in standard deviations of a channel.")
+]
+Width = Annotated[int, typer.Option(min=1, help="Features of a step.")]
+Threads = Annotated[
+    int, typer.Option(min=1, help="Of PyTorch; one is enough for a model of this size.")
+]
+
 
 @app.command(epilog=CODES)
 @reported
 def main(
     spec: Specs = None,
     seeds: Seeds = "0,1,2",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="A folder of the UEA archive: one *_TRAIN.ts, one "
-            "*_TEST.ts. The Japanese Vowels of pdcore by default.",
-        ),
-    ] = None,
-    train: Annotated[
-        Path | None, typer.Option(metavar="FILE.ts", help="Instead of --data, with --test.")
-    ] = None,
-    test: Annotated[
-        Path | None, typer.Option(metavar="FILE.ts", help="Instead of --data, with --train.")
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="DIR",
-            help="Where checkpoints, results.json and training.png go.",
-        ),
-    ] = Path("pdcore-training"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoints in --out.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Start again, over what is in --out.")
-    ] = False,
+    data: Data = None,
+    train: Train = None,
+    test: Test = None,
+    out: Out = Path("pdcore-training"),
+    resume: Resume = False,
+    force: Force = False,
     epochs: Epochs = 150,
     patience: Patience = 30,
     validation: Validation = 0.2,
-    batch: Annotated[int, typer.Option(min=1, help="Series of one step.")] = 32,
+    batch: Batch = 32,
     rate: Rate = 1e-3,
-    dropout: Annotated[float, typer.Option(help="Of features, outside attention.")] = 0.1,
-    noise: Annotated[
-        float, typer.Option(help="Added in training, in standard deviations of a channel.")
-    ] = 0.3,
-    width: Annotated[int, typer.Option(min=1, help="Features of a step.")] = 64,
+    dropout: Dropout = 0.1,
+    noise: Noise = 0.3,
+    width: Width = 64,
     layers: Layers = 2,
     heads: Heads = 4,
-    threads: Annotated[
-        int,
-        typer.Option(min=1, help="Of PyTorch; one is enough for a model of this size."),
-    ] = 1,
+    threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train a small transformer to classify time series; print its accuracy.
@@ -122,60 +126,93 @@ def main(
     for so many epochs, and meets the test series once. Nothing is chosen by
     the test series.
     """
+    _check_packages()
+    if resume and force:
+        raise typer.BadParameter("excludes --force", param_hint="--resume")
+    options = {
+        "epochs": epochs,
+        "patience": patience,
+        "validation": validation,
+        "batch": batch,
+        "rate": rate,
+        "dropout": dropout,
+        "noise": noise,
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+    }
+    _check(options)
+    specs = distinct("--spec", [read_spec(text) for text in spec or ["softmax"]])
+    numbers = distinct("--seeds", read_seeds(seeds))
+    series = _load(data, train, test)
+    runs = _run(specs, numbers, options, series, threads, out, resume=resume, force=force)
+    _report(runs, series, threads, out, as_json=as_json)
+
+
+def _check_packages() -> None:
     try:
-        import torch
+        import torch  # noqa: F401
         import training_picture  # noqa: F401 - before any work: matplotlib may be missing
-        from reproduction.training.model import Settings
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise Failed(
             Exit.MISSING, "torch is not installed: pip install 'pdcore[torch,cli]'"
         ) from error
-    if resume and force:
-        raise typer.BadParameter("excludes --force", param_hint="--resume")
+
+
+def _check(options: dict[str, Any]) -> None:
+    share, dropout, noise, rate = (
+        options[name] for name in ("validation", "dropout", "noise", "rate")
+    )
     check_ranges(
-        ("--validation", validation, 0.0 < validation < 1.0, "a share above 0 and below 1"),
+        ("--validation", share, 0.0 < share < 1.0, "a share above 0 and below 1"),
         ("--dropout", dropout, 0.0 <= dropout < 1.0, "a share from 0, below 1"),
         ("--noise", noise, 0.0 <= noise < math.inf, "a number from 0"),
         ("--rate", rate, 0.0 < rate < math.inf, "a number above 0"),
     )
-    check_heads(width, heads)
-    specs = distinct("--spec", [read_spec(text) for text in spec or ["softmax"]])
-    numbers = distinct("--seeds", read_seeds(seeds))
-    series = _load(data, train, test)
+    check_heads(options["width"], options["heads"])
+
+
+def _run(
+    specs: Sequence[str],
+    seeds: Sequence[int],
+    options: dict[str, Any],
+    series: Pair,
+    threads: int,
+    out: Path,
+    *,
+    resume: bool,
+    force: bool,
+) -> list[dict[str, Any]]:
+    """Do the run of every spec and seed, after a trial step of every spec."""
+    import torch
+    from reproduction.training.model import Settings
+
     torch.set_num_threads(threads)
-    chosen = [
-        Settings(
-            spec=s,
-            seed=n,
-            epochs=epochs,
-            patience=patience,
-            validation=validation,
-            batch=batch,
-            rate=rate,
-            dropout=dropout,
-            noise=noise,
-            width=width,
-            layers=layers,
-            heads=heads,
-        )
-        for s in specs
-        for n in numbers
-    ]
-    for settings in chosen[:: len(numbers)]:
+    chosen = [Settings(spec=s, seed=n, **options) for s in specs for n in seeds]
+    for settings in chosen[:: len(seeds)]:
         _try(settings, series)
-    runs = _train(chosen, series, out, resume=resume, force=force)
+    return _train(chosen, series, out, resume=resume, force=force)
+
+
+def _report(
+    runs: list[dict[str, Any]], series: Pair, threads: int, out: Path, *, as_json: bool
+) -> None:
+    """Write the files, and print the table or the JSON."""
+    import torch
+
+    about = {
+        "name": series.name,
+        "source": series.source,
+        "train": len(series.train.labels),
+        "test": len(series.test.labels),
+        "channels": series.train.frames.shape[2],
+        "length": series.train.frames.shape[1],
+        "classes": len(series.classes),
+    }
     result = {
-        "series": {
-            "name": series.name,
-            "source": series.source,
-            "train": len(series.train.labels),
-            "test": len(series.test.labels),
-            "channels": series.train.frames.shape[2],
-            "length": series.train.frames.shape[1],
-            "classes": len(series.classes),
-        },
+        "series": about,
         "versions": {
             "pdcore": pdcore.__version__,
             "torch": str(torch.__version__),
@@ -185,7 +222,6 @@ def main(
         "summary": summarize(runs),
         "runs": runs,
     }
-    about = result["series"]
     counted = f"{series.name}: {about['train']} training and {about['test']} test series"
     result["files"] = write(result, out, f"{counted}, {about['classes']} classes")
     if as_json:
@@ -197,12 +233,12 @@ def main(
 
 
 def _load(data: Path | None, train: Path | None, test: Path | None) -> Pair:
-    """Read the series, with the option at fault in every error."""
+    """Read the series; name the option in every error."""
     if data is not None and (train or test):
         raise typer.BadParameter("excludes --train and --test", param_hint="--data")
     if (train is None) != (test is None):
-        given, lacking = ("--train", "--test") if test is None else ("--test", "--train")
-        raise typer.BadParameter(f"missing; {given} needs it", param_hint=lacking)
+        present, lacking = ("--train", "--test") if test is None else ("--test", "--train")
+        raise typer.BadParameter(f"missing; {present} needs it", param_hint=lacking)
     if data is not None:
         try:
             train, test = find_pair(data)
@@ -229,7 +265,7 @@ def _load(data: Path | None, train: Path | None, test: Path | None) -> Pair:
 
 
 def _try(settings: Settings, series: Pair) -> None:
-    """Take one step and throw it away, so that a spec that cannot run says so before any work."""
+    """Take one step and discard it, so that a spec that cannot run fails before any work."""
     from reproduction.training.run import try_step
 
     with naming(settings.spec):
@@ -239,7 +275,7 @@ def _try(settings: Settings, series: Pair) -> None:
 def _train(
     chosen: Sequence[Settings], series: Pair, out: Path, *, resume: bool, force: bool
 ) -> list[dict[str, Any]]:
-    """Do every run, each with a checkpoint of its own, which keeps the trained model too."""
+    """Do every run; the checkpoint of each keeps the trained model too."""
     from reproduction.training.run import Run
 
     make_folder(out)
@@ -267,15 +303,15 @@ def _train(
         title = f"{settings.spec}, seed {settings.seed}"
         try:
             with progress(title) as done, finite(title):
-                found = run.finish(path, done)
+                result = run.finish(path, done)
         except Failed:
             raise
         except BaseException:  # a signal too
             if path.exists():
                 note(f"--resume goes on from {path}")
             raise
-        results.append(found)
-        tell(title, found)
+        results.append(result)
+        tell(title, result)
     return results
 
 

@@ -39,7 +39,7 @@ KERNELS = {
     "random_features": "random_features(count=64,scale={width!r})",
 }
 WIDTHS = (0.1, 0.3, 1.0)
-#: Times 1 / mean K(x, x), so that they mean the same for every kernel and h.
+#: C times mean K(x, x), which makes them comparable between kernels and h.
 BOXES = (1.0, 10.0)
 EPSILON = 0.3
 PEER = "SVR(kernel='rbf')"
@@ -47,7 +47,7 @@ SOURCE = (
     "Diabetes: B. Efron, T. Hastie, I. Johnstone, R. Tibshirani, Least Angle Regression, Annals of "
     "Statistics 32, 2004; as it comes with scikit-learn, in clinical units."
 )
-#: What is done to the features, and whether the spec has bn.
+#: Whether the features are standardized, and whether the spec has bn.
 INPUTS = {"as they are": (False, False), "bn": (False, True), "standardized": (True, False)}
 
 app = command_line()
@@ -92,7 +92,7 @@ def main(
                 for label in INPUTS
                 if h or label != "bn"
             ]
-            means = ", ".join(f"{np.mean(own):.3f}" for own in scores[title])
+            means = ", ".join(f"{np.mean(cell):.3f}" for cell in scores[title])
             note(f"{title}: R^2 {means}")
             done((index + 1) / len(rows))
     result = {
@@ -126,10 +126,10 @@ def _load() -> tuple[Array, Array]:
 def _nested(
     X: Array, y: Array, name: str, h: str, standardized: bool, bn: bool, folds: int, repeats: int
 ) -> list[float]:
-    """Give R^2 on each outer fold."""
+    """Return R^2 on each outer fold."""
     from sklearn.model_selection import KFold
 
-    found = []
+    outer = []
     for repeat in range(repeats):
         for fit, test in KFold(folds, shuffle=True, random_state=repeat).split(X):
             total: dict[tuple[float, float], float] = {}
@@ -144,14 +144,14 @@ def _nested(
                         break  # no width to choose
             g, box = max(total, key=lambda pair: total[pair])
             make = _maker(name, h, g, bn, standardized, X[fit])
-            found.append(_score(make(box), standardized, X[fit], y[fit], X[test], y[test]))
-    return found
+            outer.append(_score(make(box), standardized, X[fit], y[fit], X[test], y[test]))
+    return outer
 
 
 def _maker(
     name: str, h: str, g: float, bn: bool, standardized: bool, X: Array
 ) -> Callable[[float], Any]:
-    """Give a function from the relative box to a regressor, for these training samples."""
+    """Return a function from the relative C to a regressor, for these training samples."""
     from sklearn.svm import SVR
 
     from pdcore_adapters.sklearn import SVRAttentionRegressor
@@ -171,7 +171,7 @@ def _maker(
 def _score(
     model: Any, standardized: bool, X: Array, y: Array, X_test: Array, y_test: Array
 ) -> float:
-    """Fit to standardized targets, and give R^2 on the test part."""
+    """Fit to standardized targets, and return R^2 on the test part."""
     if standardized:
         mean, deviation = X.mean(axis=0), X.std(axis=0)
         X, X_test = (X - mean) / deviation, (X_test - mean) / deviation
@@ -184,8 +184,8 @@ def _score(
 
 
 def _differences(scores: dict[str, list[list[float]]], chosen: list[str]) -> dict[str, Any]:
-    """Give what h and bn change, over the folds: mean and deviation; for bn the largest change."""
-    found = {}
+    """Return the changes by h and by bn over the folds: mean and deviation, for bn the largest."""
+    changes = {}
     for name in chosen:
         one, total = (np.array(scores[f"{name}+h({h})"]) for h in ("one", "sum"))
         pairs = {
@@ -193,10 +193,10 @@ def _differences(scores: dict[str, list[list[float]]], chosen: list[str]) -> dic
             "bn - as they are, h(one)": one[1] - one[0],
             "bn - as they are, h(sum)": total[1] - total[0],
         }
-        found[name] = {k: [float(d.mean()), float(d.std(ddof=1))] for k, d in pairs.items()}
+        changes[name] = {k: [float(d.mean()), float(d.std(ddof=1))] for k, d in pairs.items()}
         from_standardized = np.abs(np.stack([one[1] - one[2], total[1] - total[2]]))
-        found[name]["bn - standardized, largest"] = float(from_standardized.max())
-    return found
+        changes[name]["bn - standardized, largest"] = float(from_standardized.max())
+    return changes
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -217,9 +217,9 @@ def _show(result: dict[str, Any]) -> None:
     changes.add_column("kernel", overflow="fold")
     for kind in kinds:
         changes.add_column(kind, justify="right")
-    for name, own in result["differences"].items():
-        shown = [f"{mean:+.3f} ± {deviation:.3f}" for mean, deviation in list(own.values())[:-1]]
-        changes.add_row(name, *shown, f"{own[kinds[-1]]:.1e}")
+    for name, pairs in result["differences"].items():
+        shown = [f"{mean:+.3f} ± {deviation:.3f}" for mean, deviation in list(pairs.values())[:-1]]
+        changes.add_row(name, *shown, f"{pairs[kinds[-1]]:.1e}")
     stdout().print(changes)
     stdout().print("h is compared on standardized features.")
     stdout().print(

@@ -1,4 +1,4 @@
-"""Specs compared on the same seeds: options of a command, the summary, table and files."""
+"""The common part of the training examples: options, summary, table and files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CODES = (
 )
 
 
-#: Options that both commands have.
+#: Options of both commands.
 Specs = Annotated[
     list[str] | None,
     typer.Option(
@@ -80,7 +80,7 @@ AsJson = Annotated[
 
 
 def command_line() -> typer.Typer:
-    """Give an application with the habits of the command `pdcore`."""
+    """Return an application that behaves as the command `pdcore` does."""
     return typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -89,20 +89,20 @@ def command_line() -> typer.Typer:
 
 
 def check_ranges(*options: tuple[str, float, bool, str]) -> None:
-    """Refuse options, each with its number, whether that is good, and what is expected."""
-    for name, number, good, expected in options:
-        if not good:
+    """Raise on the first option out of range, from (name, value, in range, expected)."""
+    for name, number, in_range, expected in options:
+        if not in_range:
             raise typer.BadParameter(f"got {number}, expected {expected}", param_hint=name)
 
 
 def check_heads(width: int, heads: int) -> None:
-    """Refuse heads that do not share the features of a layer."""
+    """Raise where the heads do not divide the features of a layer."""
     if width % heads:
         raise typer.BadParameter(f"{heads} heads do not divide width {width}", param_hint="--heads")
 
 
 def read_spec(text: str) -> str:
-    """Give the canonical form of a spec of the command line."""
+    """Return the canonical form of a spec of the command line."""
     try:
         return str(pdcore.parse(text))
     except pdcore.SpecError as error:
@@ -122,7 +122,7 @@ def read_seeds(text: str) -> list[int]:
 
 
 def distinct(option: str, values: Sequence[Any]) -> Sequence[Any]:
-    """Give the values of an option, which may have none twice."""
+    """Return the values of an option; raise where one is repeated."""
     for value in values:
         if values.count(value) > 1:
             raise typer.BadParameter(f"{value} is there twice", param_hint=option)
@@ -130,7 +130,7 @@ def distinct(option: str, values: Sequence[Any]) -> Sequence[Any]:
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder of the results."""
+    """Create the folder of the results."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,25 +139,25 @@ def make_folder(out: Path) -> None:
 
 @contextmanager
 def finite(title: str) -> Iterator[None]:
-    """End the command where a run's loss is no longer finite."""
+    """End the command where the loss of a run is no longer finite."""
     try:
         yield
     except FloatingPointError as error:
         raise Failed(Exit.NUMERICS, f"{title}: {error}; try a smaller --rate") from error
 
 
-def tell(title: str, found: dict[str, Any]) -> None:
-    """Say how a run went."""
+def tell(title: str, result: dict[str, Any]) -> None:
+    """Print the result of a run on standard error."""
     note(
-        f"{title}: epoch {found['epoch']} of {found['epochs']} chosen, validation "
-        f"{found['validation_accuracy']:.1%}, test {found['test_accuracy']:.1%}, "
-        f"{found['seconds']:.0f} s"
+        f"{title}: epoch {result['epoch']} of {result['epochs']} chosen, validation "
+        f"{result['validation_accuracy']:.1%}, test {result['test_accuracy']:.1%}, "
+        f"{result['seconds']:.0f} s"
     )
 
 
 @contextmanager
 def naming(spec: str) -> Iterator[None]:
-    """Name the option in the errors of a spec that does not fit."""
+    """Add the option to the message of an error in a spec."""
     try:
         yield
     except pdcore.UnsupportedError as error:
@@ -169,30 +169,32 @@ def naming(spec: str) -> Iterator[None]:
 
 
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give mean and standard deviation of the test accuracy by spec, in the order of the runs.
+    """Return mean and standard deviation of the test accuracy by spec, in the order of the runs.
 
     The deviation is that of a sample, over the seeds; None for a single seed.
     """
-    found = []
+    rows = []
     for spec in dict.fromkeys(run["spec"] for run in runs):
-        own = [run for run in runs if run["spec"] == spec]
-        accuracies = [run["test_accuracy"] for run in own]
-        found.append(
+        of_spec = [run for run in runs if run["spec"] == spec]
+        accuracies = [run["test_accuracy"] for run in of_spec]
+        rows.append(
             {
                 "spec": spec,
-                "seeds": [run["seed"] for run in own],
+                "seeds": [run["seed"] for run in of_spec],
                 "test_accuracy": statistics.fmean(accuracies),
-                "deviation": statistics.stdev(accuracies) if len(own) > 1 else None,
-                "validation_accuracy": statistics.fmean(run["validation_accuracy"] for run in own),
-                "epochs": [run["epoch"] for run in own],
-                "seconds": sum(run["seconds"] for run in own),
+                "deviation": statistics.stdev(accuracies) if len(of_spec) > 1 else None,
+                "validation_accuracy": statistics.fmean(
+                    run["validation_accuracy"] for run in of_spec
+                ),
+                "epochs": [run["epoch"] for run in of_spec],
+                "seconds": sum(run["seconds"] for run in of_spec),
             }
         )
-    return found
+    return rows
 
 
 def write(result: dict[str, Any], out: Path, title: str) -> list[str]:
-    """Write ``training.png`` and ``results.json``, and give their names."""
+    """Write ``training.png`` and ``results.json``, and return their paths."""
     from training_picture import write_png
 
     picture, written = out / "training.png", out / "results.json"
@@ -203,7 +205,7 @@ def write(result: dict[str, Any], out: Path, title: str) -> list[str]:
 
 
 def show(result: dict[str, Any], title: str, notes: Sequence[str]) -> None:
-    """Print the table of the accuracies, what to know about it, and the files written."""
+    """Print the table of accuracies, notes about it, and the files written."""
     table = Table(title=escape(title), title_justify="left")
     table.add_column("attention", overflow="fold")
     seeds = ", ".join(map(str, result["summary"][0]["seeds"]))

@@ -28,16 +28,16 @@ CLASSES, SIDE = 10, 8
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run beside its images; the same for every spec.
+    """The settings of a run, the same for every spec.
 
     Attributes
     ----------
     spec : str
         The attention of all layers.
     seed : int
-        Of the split, the first weights, and everything drawn while training.
+        The seed of the split, the first weights, and all random numbers of the training.
     epochs, patience : int
-        At most so many epochs, and so many without a better validation loss.
+        The limits on epochs, and on epochs without a better validation loss.
     validation : float
         Share of the training part that chooses the epoch.
     batch : int
@@ -71,7 +71,7 @@ class Digits(NamedTuple):
 
 
 def load() -> Digits:
-    """Give the digits, a fifth of each class as the test part, standardized by the rest."""
+    """Return the digits: a fifth of each class is the test part, the rest standardizes both."""
     both = digits()
     fitted = both.train.frames
     mean, deviation = fitted.mean(), fitted.std()
@@ -82,7 +82,7 @@ def load() -> Digits:
 
 
 class Layer(nnx.Module):
-    """A pre-norm transformer layer, with Flax's own layer around the attention of the spec."""
+    """A pre-norm transformer layer, with Flax's layer around the attention of the spec."""
 
     def __init__(self, settings: Settings, rngs: nnx.Rngs) -> None:
         width = settings.width
@@ -111,7 +111,7 @@ class Classifier(nnx.Module):
         self.classify = nnx.Linear(width, CLASSES, rngs=rngs)
 
     def __call__(self, images: Any) -> Any:
-        """Give the logits (B, 10) of images (B, 8, 8)."""
+        """Return the logits (B, 10) of images (B, 8, 8)."""
         x = self.embed(images) + self.positions[...]
         for layer in self.layers:
             x = layer(x)
@@ -129,7 +129,7 @@ def _shifted(images: Any, key: Any) -> Any:
 def _train_one_epoch(
     model: Classifier, optimizer: nnx.Optimizer, images: Any, targets: Any, key: Any, batch: int
 ) -> None:
-    """Take a step for each batch; the few images that are left over wait for another order."""
+    """Take a step for each full batch, in random order; the last images may be left out."""
     order, *keys = jax.random.split(key, 1 + len(images) // batch)
     shuffled = jax.random.permutation(order, len(images))[: len(keys) * batch]
 
@@ -153,7 +153,7 @@ def _cross_entropy(logits: Any, targets: Any) -> Any:
 
 @nnx.jit
 def predict(model: Classifier, images: Any) -> Any:
-    """Give the logits (count, 10) of images."""
+    """Return the logits (count, 10) of images."""
     return model(images)
 
 
@@ -166,8 +166,8 @@ def _validate(model: Classifier, images: Any, targets: Any, epoch: int) -> dict[
 
 
 @cache
-def _descent(rate: float, decay: float) -> optax.GradientTransformation:
-    """Give AdamW: one object for all seeds, or each would compile its steps anew."""
+def _optimizer(rate: float, decay: float) -> optax.GradientTransformation:
+    """Return AdamW, one object for all seeds: each object would compile the steps again."""
 
     def matrices(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -177,7 +177,7 @@ def _descent(rate: float, decay: float) -> optax.GradientTransformation:
 
 
 def _copied(model: Classifier) -> Any:
-    """Give the weights as they are now."""
+    """Return a copy of the weights."""
     return jax.tree.map(jnp.copy, nnx.state(model))
 
 
@@ -191,7 +191,7 @@ def fit(
     settings : Settings
     digits : Digits
     done : callable
-        Is told the share of the work that is done.
+        Called with the share of the work that is done.
 
     Returns
     -------
@@ -210,7 +210,7 @@ def fit(
     images, targets = (jnp.asarray(x[fitted]) for x in (digits.train, digits.train_targets))
     validation = [jnp.asarray(x[held]) for x in (digits.train, digits.train_targets)]
     model = Classifier(settings, nnx.Rngs(settings.seed))
-    optimizer = nnx.Optimizer(model, _descent(settings.rate, settings.decay), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, _optimizer(settings.rate, settings.decay), wrt=nnx.Param)
     key = jax.random.key(settings.seed)
     history: list[dict[str, float]] = []
     best, chosen = _copied(model), 0

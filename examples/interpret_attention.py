@@ -37,33 +37,37 @@ SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 app = command_line()
 
+SpecText = Annotated[
+    str, typer.Option("--spec", "-s", metavar="SPEC", help="The attention of both layers.")
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.pt",
+        help="Of an earlier run, or of classify_time_series.py, with the same --spec, --seed "
+        "and --epochs; instead of training.",
+    ),
+]
+Utterance = Annotated[
+    int | None, typer.Option(min=0, help="Of the test part; its longest by default.")
+]
+Epsilon = Annotated[
+    float, typer.Option(help="In standard deviations of the layer's outputs at its keys.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the results go.")]
+
 
 @app.command(epilog=CODES)
 @reported
 def main(
-    spec: Annotated[
-        str, typer.Option("--spec", "-s", metavar="SPEC", help="The attention of both layers.")
-    ] = "softmax",
+    spec: SpecText = "softmax",
     seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
     epochs: Epochs = 150,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.pt",
-            help="Of an earlier run, or of classify_time_series.py, with the same --spec, --seed "
-            "and --epochs; instead of training.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint = None,
     layer: Annotated[int, typer.Option(min=1, max=2, help="Which layer to read.")] = 1,
-    utterance: Annotated[
-        int | None, typer.Option(min=0, help="Of the test part; its longest by default.")
-    ] = None,
-    epsilon: Annotated[
-        float, typer.Option(help="In standard deviations of the layer's outputs at its keys.")
-    ] = 0.3,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="DIR", help="Where the results go.")
-    ] = Path("pdcore-interpretation"),
+    utterance: Utterance = None,
+    epsilon: Epsilon = 0.3,
+    out: Out = Path("pdcore-interpretation"),
     as_json: AsJson = False,
 ) -> None:
     """Train a layer, and say what its values are as multipliers of its regression.
@@ -85,49 +89,60 @@ def main(
     settings = Settings(spec=canonical(spec), seed=seed, epochs=epochs)
     torch.set_num_threads(1)
     run = Run(settings, packaged())
-    count = len(run.series.test.labels)
-    if utterance is not None and utterance >= count:
-        raise typer.BadParameter(
-            f"got {utterance}, expected one of the {count} of the test part, from 0",
-            param_hint="--utterance",
-        )
+    index = _choose_utterance(run, utterance)
     make_folder(out)
     _train(run, checkpoint, out)
-    chosen = int(np.argmax(run.series.test.lengths)) if utterance is None else utterance
-    q, k, v, params = layer_arrays(run, layer - 1, chosen)
-    shares = sorted({*SHARES, epsilon})
-    read_at = {share: read(q, k, v, settings.spec, share, params) for share in shares}
-    found = read_at[epsilon]
-    result = {
-        "spec": settings.spec,
-        "seed": seed,
-        "layer": layer,
-        "utterance": chosen,
-        "speaker": run.series.test.labels[chosen],
-        "frames": k.shape[1],
-        "test_accuracy": run.result["test_accuracy"] if run.result else None,
-        "epsilon": found.expansion.epsilon,
-        "share": epsilon,
-        "C": found.C.tolist(),
-        "needed": found.needed.tolist(),
-        "error": found.error.tolist(),
-        "support": found.support.tolist(),
-        "counts": {str(s): r.support.sum(axis=1).tolist() for s, r in read_at.items()},
-        "certified": found.expansion.certificate().ok,
-        "source": run.series.source,
-    }
+    interpretation, result = _interpret(run, layer, index, epsilon)
     picture, written = out / "interpretation.png", out / "interpretation.json"
-    interpretation_picture.write_png(picture, found, result)
+    interpretation_picture.write_png(picture, interpretation, result)
     with replacing(written, force=True) as stream:
         stream.write((json.dumps(result, indent=2) + "\n").encode())
     result["files"] = [str(picture), str(written)]
     if as_json:
         emit(result)
         return
-    stdout().print(escape(str(found)), soft_wrap=True)
+    stdout().print(escape(str(interpretation)), soft_wrap=True)
     stdout().print(escape(run.series.source))
     for path in result["files"]:
         stdout().print(f"wrote {escape(path)}", soft_wrap=True)
+
+
+def _choose_utterance(run: Run, utterance: int | None) -> int:
+    """Return the index of an utterance of the test part, the longest by default."""
+    count = len(run.series.test.labels)
+    if utterance is not None and utterance >= count:
+        raise typer.BadParameter(
+            f"got {utterance}, expected one of the {count} of the test part, from 0",
+            param_hint="--utterance",
+        )
+    return int(np.argmax(run.series.test.lengths)) if utterance is None else utterance
+
+
+def _interpret(run: Run, layer: int, utterance: int, epsilon: float) -> tuple[Any, dict[str, Any]]:
+    """Return the interpretation at `epsilon`, and the content of ``interpretation.json``."""
+    settings = run.settings
+    q, k, v, params = layer_arrays(run, layer - 1, utterance)
+    shares = sorted({*SHARES, epsilon})
+    read_at = {share: read(q, k, v, settings.spec, share, params) for share in shares}
+    interpretation = read_at[epsilon]
+    return interpretation, {
+        "spec": settings.spec,
+        "seed": settings.seed,
+        "layer": layer,
+        "utterance": utterance,
+        "speaker": run.series.test.labels[utterance],
+        "frames": k.shape[1],
+        "test_accuracy": run.result["test_accuracy"] if run.result else None,
+        "epsilon": interpretation.expansion.epsilon,
+        "share": epsilon,
+        "C": interpretation.C.tolist(),
+        "needed": interpretation.needed.tolist(),
+        "error": interpretation.error.tolist(),
+        "support": interpretation.support.tolist(),
+        "counts": {str(s): r.support.sum(axis=1).tolist() for s, r in read_at.items()},
+        "certified": interpretation.expansion.certificate().ok,
+        "source": run.series.source,
+    }
 
 
 def _train(run: Run, checkpoint: Path | None, out: Path) -> None:
@@ -137,12 +152,12 @@ def _train(run: Run, checkpoint: Path | None, out: Path) -> None:
         return
     title = f"{run.settings.spec}, seed {run.settings.seed}"
     with progress(title) as done, finite(title):
-        found = run.finish(out / f"{run.settings.spec}-seed{run.settings.seed}.pt", done)
-    note(f"{title}: test accuracy {found['test_accuracy']:.1%}, {found['seconds']:.0f} s")
+        result = run.finish(out / f"{run.settings.spec}-seed{run.settings.seed}.pt", done)
+    note(f"{title}: test accuracy {result['test_accuracy']:.1%}, {result['seconds']:.0f} s")
 
 
 def layer_arrays(run: Run, layer: int, utterance: int) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Give the layer's q, k, v (H, N, D) for one test utterance, and its arrays, in float64."""
+    """Return q, k, v (H, N, D) of a layer for one test utterance, and its arrays, in float64."""
     import torch
     from reproduction.training.model import layer_heads
 

@@ -1,4 +1,4 @@
-"""The picture of a layer that is read as a regression."""
+"""The picture of an attention layer as a regression."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ __all__ = ["write_png"]
 BLUE, ORANGE = "#0072b2", "#d55e00"
 
 
-def write_png(path: Path, found: Interpretation, result: Mapping[str, Any]) -> Path:
+def write_png(path: Path, interpretation: Interpretation, result: Mapping[str, Any]) -> Path:
     """Draw each head: its multipliers, its support vectors, and their number by epsilon.
 
     Parameters
     ----------
     path : Path
-        Where to write; replaced if it is there.
-    found : Interpretation
-        At the epsilon that is drawn.
+        The path of the picture; an existing file is replaced.
+    interpretation : Interpretation
+        The layer at the epsilon that is drawn.
     result : mapping
-        What ``interpretation.json`` holds.
+        The content of ``interpretation.json``.
 
     Returns
     -------
     Path
         `path`.
     """
-    heads, frames = found.support.shape
+    heads, frames = interpretation.support.shape
     figure = Figure(figsize=(2.8 * heads + 1.6, 8.4), layout="constrained")
     axes = figure.subplots(3, heads, squeeze=False, height_ratios=(3, 2, 2), sharey="row")
     for head in range(heads):
-        _multipliers(axes[0, head], found, head)
-        _support(axes[1, head], found, head)
+        _multipliers(axes[0, head], interpretation, head)
+        _support(axes[1, head], interpretation, head)
         axes[1, head].sharex(axes[0, head])
         _counts(axes[2, head], result, head, frames)
     axes[0, 0].set_ylabel("output feature", fontsize=9)
@@ -61,22 +61,23 @@ def write_png(path: Path, found: Interpretation, result: Mapping[str, Any]) -> P
     return path
 
 
-def _multipliers(axes: Any, found: Interpretation, head: int) -> None:
-    shown = found.coefficients[head].T / (found.C[head] or 1.0)
+def _multipliers(axes: Any, interpretation: Interpretation, head: int) -> None:
+    box = interpretation.C[head]
+    shown = interpretation.coefficients[head].T / (box or 1.0)
     axes.imshow(shown, cmap="RdBu_r", vmin=-1.0, vmax=1.0, aspect="auto", origin="lower")
-    axes.set_title(f"head {head + 1}: the values need\nC = {found.C[head]:.3g}", fontsize=9)
+    axes.set_title(f"head {head + 1}: the values need\nC = {box:.3g}", fontsize=9)
     axes.tick_params(labelsize=8, labelbottom=False)
 
 
-def _support(axes: Any, found: Interpretation, head: int) -> None:
-    support, share = found.support[head], found.share[head]
+def _support(axes: Any, interpretation: Interpretation, head: int) -> None:
+    support, share = interpretation.support[head], interpretation.share[head]
     axes.bar(np.arange(len(share)), share, width=0.8, color=BLUE)
     none = np.flatnonzero(~support)
     axes.plot(none, np.full(len(none), 0.03), "x", color=ORANGE, markersize=4, clip_on=False)
     axes.set_ylim(0.0, 1.0)
     axes.set_title(
         f"{support.sum()} of {len(support)} frames are support\nvectors, error "
-        f"{found.error[head]:.2g} at the queries",
+        f"{interpretation.error[head]:.2g} at the queries",
         fontsize=9,
     )
     axes.set_xlabel("key frame (×: not needed)", fontsize=9)
@@ -85,7 +86,7 @@ def _support(axes: Any, found: Interpretation, head: int) -> None:
 
 def _counts(axes: Any, result: Mapping[str, Any], head: int, frames: int) -> None:
     shares = [float(share) for share in result["counts"]]
-    counts = [own[head] for own in result["counts"].values()]
+    counts = [by_head[head] for by_head in result["counts"].values()]
     axes.plot(shares, counts, "o-", color=BLUE, markersize=4, linewidth=1.2)
     axes.axvline(result["share"], color=ORANGE, linewidth=1.0)
     axes.set_xscale("log")

@@ -24,11 +24,11 @@ def write_png(path: Path, result: Mapping[str, Any], title: str) -> Path:
     Parameters
     ----------
     path : Path
-        Where to write; replaced if it is there.
+        The path of the picture; an existing file is replaced.
     result : mapping
-        What ``results.json`` holds.
+        The content of ``results.json``.
     title : str
-        What was learned from.
+        The data, for the title of the picture.
 
     Returns
     -------
@@ -88,9 +88,9 @@ def _losses(axes: Any, result: Mapping[str, Any], place: int, spec: str) -> None
 def _accuracies(axes: Any, result: Mapping[str, Any], specs: list[str]) -> None:
     for place, row in enumerate(result["summary"]):
         colour = COLOURS[place % len(COLOURS)]
-        own = [100 * run["test_accuracy"] for run in result["runs"] if run["spec"] == row["spec"]]
+        each = [100 * run["test_accuracy"] for run in result["runs"] if run["spec"] == row["spec"]]
         axes.plot(
-            own, [place] * len(own), "o", color=colour, markersize=6, alpha=0.5, markeredgewidth=0
+            each, [place] * len(each), "o", color=colour, markersize=6, alpha=0.5, markeredgewidth=0
         )
         mean, deviation = 100 * row["test_accuracy"], row["deviation"]
         spread = None if deviation is None else 100 * deviation

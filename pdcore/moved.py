@@ -54,7 +54,7 @@ MODULES = {
     "pdcore.mixture": "pdcore.spec.normalizations.mixture",
     "pdcore.normalization": "pdcore.spec.normalizations",
     "pdcore.operands": "pdcore.backend.operands",
-    "pdcore.pictures": "pdcore.cli.pictures",
+    "pdcore.pictures": "pdcore_conformance.cli.demo.pictures",
     "pdcore.pieces": "pdcore.cli.pieces",
     "pdcore.plan": "pdcore.lowering.plan",
     "pdcore.reference_inputs": "pdcore.reference.inputs",

@@ -1,4 +1,4 @@
 """Accuracy, head redundancy and cost of attentions beside softmax, measured by one protocol.
 
-The command is ``pdcore reproduce``.
+The command is ``python examples/reproduce.py``.
 """

@@ -1,4 +1,4 @@
-"""``pdcore reproduce``: the claims of the paper, measured."""
+"""The command of ``examples/reproduce.py``: the claims of the paper, measured."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import typer
 from rich.markup import escape
 
 from pdcore.cli.files import FileError
+from pdcore.cli.options import AsJson
 from pdcore.cli.reporting import Failed, emit, note, progress, reported, stdout
 from pdcore.errors import Exit, NoBackendError, SpecError, UnsupportedError
 from pdcore.spec import parse
 
 if TYPE_CHECKING:
-    from .protocol import Grid
+    from .protocol import Cell, Grid
     from .results import Results
     from .training.series import Pair
 
@@ -62,9 +63,7 @@ def reproduce(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Start anew, over what is in --out.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure accuracy, head redundancy and cost of Attention-BN and -SH, and judge the claims.
 
@@ -72,6 +71,28 @@ def reproduce(
     UWaveGestureLibrary and Handwriting by --data. The quick grid takes less than 20 minutes on two
     cores. Every finished cell is kept in --out, and a run that was interrupted goes on there.
     """
+    _check_packages()
+    from . import protocol, whole
+    from .show import show
+
+    grid = protocol.GRIDS["full" if full else "quick"]
+    specs = _specs(protocol.BASELINE, spec or protocol.SPECS)
+    series = _load(data or [], grid)
+    _try(specs, series, grid)
+    for name, reason in _missing(series).items():
+        note(f"{name}: {reason}")
+    results = whole.open_results(out, grid, specs, series, force=force, say=note)
+    conclusions = _run(results, grid, specs, series, jobs or _cores())
+    written = [str(path) for path in whole.write(results, conclusions, out, force=force)]
+    if as_json:
+        emit(results.record | {"files": written})
+        return
+    show(results.record, conclusions, stdout())
+    for path in written:
+        stdout().print(f"wrote {escape(path)}", soft_wrap=True)
+
+
+def _check_packages() -> None:
     try:
         for name in _NEEDED:
             import_module(name)
@@ -79,50 +100,47 @@ def reproduce(
         if error.name not in _NEEDED:
             raise
         raise Failed(Exit.MISSING, f"{error.name} is not installed: {EXTRAS}") from error
-    from . import protocol, whole
-    from . import show as shown
-    from .data import load
 
-    grid = protocol.GRIDS["full" if full else "quick"]
-    specs = _specs(protocol.BASELINE, spec or protocol.SPECS)
+
+def _load(folders: Sequence[Path], grid: Grid) -> dict[str, Pair]:
+    """Read the data sets; name the option in the message of an error."""
+    from . import data
+
     try:
-        series = load(data or [], grid)
+        return data.load(folders, grid)
     except FileError as error:
         raise FileError(f"--data: {error}") from error
-    _try(specs, series, grid)
-    for name, reason in _missing(series).items():
-        note(f"{name}: {reason}")
-    results = whole.open_results(out, grid, specs, series, force=force, say=note)
+
+
+def _run(
+    results: Results, grid: Grid, specs: Sequence[str], series: Mapping[str, Pair], jobs: int
+) -> dict[str, Any]:
+    """Compute the missing cells, with a line for each, and return the findings."""
+    from . import whole
+
     with progress(f"reproduce, {grid.name} grid") as bar:
 
-        def done(cell: Any, figures: Any, share: float) -> None:
+        def done(cell: Cell | None, figures: Any, share: float) -> None:
             bar(share)
             if cell is None and share:
                 note(f"{results.path}: {share:.0%} of the cells are there already")
             elif cell is not None:
-                note(f"{share:4.0%} {cell.name}{_told(figures)}")
+                note(f"{share:4.0%} {cell.name}{_summary(figures)}")
 
         try:
             with _kept(results):
-                found = whole.run(results, grid, specs, series, jobs or _cores(), done)
+                return whole.run(results, grid, specs, series, jobs, done)
         except FloatingPointError as error:
             raise Failed(Exit.NUMERICS, str(error)) from error
         except BrokenExecutor as error:
             raise Failed(
                 Exit.FAILURE, "a process was ended from outside, or had too little memory"
             ) from error
-    written = [str(path) for path in whole.write(results, found, out, force=force)]
-    if as_json:
-        emit(results.record | {"files": written})
-        return
-    shown.show(results.record, found, stdout())
-    for path in written:
-        stdout().print(f"wrote {escape(path)}", soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _kept(results: Results) -> Iterator[None]:
-    """Say of a run that ends early, by a signal too, what is left of it."""
+    """Print a note where a run ends early, also by a signal, that its results are kept."""
     try:
         yield
     except BaseException:
@@ -132,26 +150,26 @@ def _kept(results: Results) -> Iterator[None]:
 
 
 def _specs(baseline: str, texts: Sequence[str]) -> list[str]:
-    """Give the canonical forms, the baseline first."""
-    found = [baseline]
+    """Return the canonical forms, the baseline first."""
+    specs = [baseline]
     for text in texts:
         try:
-            own = str(parse(text))
+            spec = str(parse(text))
         except SpecError as error:
             raise typer.BadParameter(str(error), param_hint="--spec") from error
-        if own in found:
+        if spec in specs:
             raise typer.BadParameter(
-                f"{own} is there twice"
-                if own != baseline
-                else f"{own} is what the others are held against, expected another",
+                f"{spec} is there twice"
+                if spec != baseline
+                else f"{spec} is what the others are held against, expected another",
                 param_hint="--spec",
             )
-        found.append(own)
-    return found
+        specs.append(spec)
+    return specs
 
 
 def _try(specs: Sequence[str], series: Mapping[str, Pair], grid: Grid) -> None:
-    """Take a step of each spec and throw it away: what cannot run says so before any work."""
+    """Take a step of each spec and discard it: a spec that cannot run fails before any work."""
     from .training.model import Settings
     from .training.run import try_step
 
@@ -171,8 +189,8 @@ def _missing(series: Mapping[str, Pair]) -> dict[str, str]:
     return absent(series)
 
 
-def _told(figures: Mapping[str, Any]) -> str:
-    """Say of a training how it went."""
+def _summary(figures: Mapping[str, Any]) -> str:
+    """Return the accuracies and the time of a training, for a note."""
     if "test_accuracy" not in figures:
         return ""
     return (
@@ -183,6 +201,6 @@ def _told(figures: Mapping[str, Any]) -> str:
 
 
 def _cores() -> int:
-    """Give the processes that run side by side where nobody said."""
+    """Return the default number of processes."""
     known = hasattr(os, "sched_getaffinity")
     return min(2, len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1)

@@ -1,8 +1,10 @@
-"""What a training step costs: time, peak memory, and floating-point operations."""
+"""The cost of a training step: time, peak memory, and floating-point operations."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,12 +15,15 @@ from pdcore_conformance.bench.timing import interleaved
 
 __all__ = ["BATCH", "CHANNELS", "CLASSES", "flops", "peak", "peak_here", "times"]
 
-#: Of the series that a step is taken on, which are drawn.
+#: Sizes of the random series of a step.
 BATCH, CHANNELS, CLASSES = 2, 12, 10
+
+#: Variables of the environment that set the number of threads.
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def _step(spec: str, length: int, dim: int) -> Callable[[], None]:
-    """Make a model of heads with `dim` features, and give a training step on `BATCH` series."""
+    """Return a training step, on `BATCH` series, of a model whose heads have `dim` features."""
     import torch
 
     from .training.model import Classifier
@@ -36,7 +41,7 @@ def _step(spec: str, length: int, dim: int) -> Callable[[], None]:
 
 
 def sized(spec: str, dim: int) -> Any:
-    """Give the settings of a model whose heads have `dim` features."""
+    """Return the settings of a model whose heads have `dim` features."""
     from .training.model import Settings
 
     return Settings(spec=spec, width=Settings.heads * dim)
@@ -48,17 +53,19 @@ def times(specs: Sequence[str], length: int, dim: int, rounds: int) -> dict[str,
 
 
 def peak(spec: str, length: int, dim: int) -> float | None:
-    """Measure the peak memory of a training step, in a process of its own.
+    """Measure the peak memory of a training step, in a separate process.
 
     Returns
     -------
     float or None
-        MiB of weights, optimizer, activations and gradients; None where the system does not tell.
+        MiB of weights, optimizer, activations and gradients; None where the system reports none.
     """
     code = f"from {__name__} import peak_here; peak_here({spec!r}, {length!r}, {dim!r})"
-    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
-    found = json.loads(run_python(code, **dict.fromkeys(names, "1")))
-    return None if found is None else float(found)
+    variables = dict.fromkeys(THREADS, "1")
+    # The folder of the examples is on the path of a script in it, not of a fresh interpreter.
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    mebibytes = json.loads(run_python(code, **variables))
+    return None if mebibytes is None else float(mebibytes)
 
 
 def peak_here(spec: str, length: int, dim: int) -> None:
@@ -95,7 +102,7 @@ def flops(spec: str, length: int, dim: int) -> dict[str, int]:
         return int(sdpa_flop_count(q, k, v))
 
     # The fused kernel of the CPU is not among those that PyTorch counts.
-    own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused}
     settings = sized(spec, dim)
     model = Classifier(settings, CHANNELS, CLASSES).eval()
     attention = model.layers[0].attention
@@ -104,7 +111,7 @@ def flops(spec: str, length: int, dim: int) -> dict[str, int]:
     params = dict(attention.arrays.items())
 
     def counted(call: Callable[[], Any]) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=own) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             call()
         return int(counter.get_total_flops())
 

@@ -1,4 +1,4 @@
-"""The data sets: which are at hand, and where the others would come from."""
+"""The data sets: how each is read, and why one is not measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .training.series import Pair, Series, digits, find_pair, packaged, pair, re
 
 __all__ = ["absent", "load", "thinned"]
 
-#: What every page says of data that no run here can have.
+#: Data sets that are never measured, with the reason.
 ABSENT = {
     "ImageNet": "its images are not at hand, and a model of its size does not train on a CPU",
 }
@@ -21,33 +21,33 @@ _WITHOUT_PATH = {"JapaneseVowels": packaged, "Digits": digits}
 
 
 def load(folders: Sequence[Path], grid: Grid) -> dict[str, Pair]:
-    """Read the data sets that are at hand, in the order of `DATA`.
+    """Read the available data sets, in the order of `DATA`.
 
     Parameters
     ----------
     folders : sequence of Path
         Folders of the UEA archive, each of one data set or of several.
     grid : Grid
-        Says which steps are taken.
+        The grid, which decides the steps that are used.
 
     Raises
     ------
     FileError
         When a folder is missing, holds none of the data sets, or a file is damaged.
     """
-    found: dict[str, Path] = {}
+    folder_of: dict[str, Path] = {}
     for folder in folders:
-        for name, own in _within(folder):
-            if name in found:
-                raise FileError(f"{folder}: {name} is in {found[name]} too")
-            found[name] = own
+        for name, place in _within(folder):
+            if name in folder_of:
+                raise FileError(f"{folder}: {name} is in {folder_of[name]} too")
+            folder_of[name] = place
     every = dict(grid.thin)
     loaded = {}
     for name in DATA:
         if name in _WITHOUT_PATH:
             read = _WITHOUT_PATH[name]()
-        elif name in found:
-            train, test = find_pair(found[name])
+        elif name in folder_of:
+            train, test = find_pair(folder_of[name])
             source = f"{name}, UEA archive: {train.name}, {test.name}"
             read = pair(name, read_ts(train), read_ts(test), source)
         else:
@@ -61,7 +61,7 @@ def load(folders: Sequence[Path], grid: Grid) -> dict[str, Pair]:
 
 
 def _within(folder: Path) -> Iterable[tuple[str, Path]]:
-    """List the data sets of a folder, which may be one itself."""
+    """Return the data sets in a folder, or the folder itself where it is one."""
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "no such folder"
         raise FileError(f"{folder}: {what}")
@@ -78,19 +78,19 @@ def _within(folder: Path) -> Iterable[tuple[str, Path]]:
 
 
 def thinned(series: Series, every: int) -> Series:
-    """Take every k-th step, from the first."""
+    """Return series with every k-th step, from the first."""
     if every == 1:
         return series
     return series._replace(frames=series.frames[:, ::every], lengths=-(-series.lengths // every))
 
 
 def absent(names: Iterable[str]) -> dict[str, str]:
-    """Say for everything that was not measured why, and what to do.
+    """Return the reason for every data set that was not measured, and the remedy.
 
     Parameters
     ----------
     names : iterable of str
-        The data sets that were.
+        The data sets that were measured.
     """
     missing = [name for name in DATA if name not in names]
     return {

@@ -1,4 +1,4 @@
-"""What the cells come to: means, ratios with intervals, and the claims."""
+"""The findings from the cells: means, ratios with intervals, and verdicts on the claims."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LEVEL = 0.95
 
 
 def findings(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Work out everything that tables, pictures and the page show.
+    """Compute all that tables, pictures and the page show.
 
     Parameters
     ----------
     record : mapping
-        As `reproduction.results.Results` keeps it, complete.
+        The complete record of `reproduction.results.Results`.
     names : sequence of str
-        The data sets that count.
+        The data sets that are included.
 
     Returns
     -------
@@ -40,20 +40,20 @@ def findings(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         ``accuracy``, ``redundancy``, ``cost`` (rows), ``claims``, ``sentences``, ``absent``.
     """
     specs = record["protocol"]["specs"]
-    # One claim is made of every spec, and all of its intervals are to hold together.
+    # A claim is about all specs, so their intervals must hold together (Bonferroni).
     level = 1.0 - (1.0 - LEVEL) / (len(specs) - 1)
-    judged = _Judged(record, names, level)
+    evaluation = _Evaluation(record, names, level)
     claims = [
         claim
         for spec in specs
         if spec != BASELINE
-        for claim in (judged.accuracy(spec), judged.redundancy(spec), judged.cost(spec))
+        for claim in (evaluation.accuracy(spec), evaluation.redundancy(spec), evaluation.cost(spec))
     ]
     return {
         "level": level,
-        "accuracy": judged.accuracies(),
-        "redundancy": judged.redundancies(),
-        "cost": judged.costs(),
+        "accuracy": evaluation.accuracies(),
+        "redundancy": evaluation.redundancies(),
+        "cost": evaluation.costs(),
         "claims": claims,
         "sentences": [
             {"spec": spec, "verdict": sentence([c["verdict"] for c in claims if c["spec"] == spec])}
@@ -64,8 +64,8 @@ def findings(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-class _Judged:
-    """The cells of a record, with the questions that are put to them."""
+class _Evaluation:
+    """Figures and claims computed from the cells of a record."""
 
     def __init__(self, record: Mapping[str, Any], names: Sequence[str], level: float) -> None:
         self.cells: Mapping[str, Any] = record["cells"]
@@ -76,41 +76,42 @@ class _Judged:
     # --- figures ------------------------------------------------------------------------------
 
     def runs(self, data: str, spec: str) -> list[dict[str, Any]]:
-        """Give the trainings of a spec, seed by seed."""
+        """Return the trainings of a spec, seed by seed."""
         return [self.cells[Cell("train", spec, data, seed).name] for seed in self.protocol["seeds"]]
 
     def differences(self, data: str, spec: str) -> list[float]:
-        """Give the test accuracies less the baseline's, seed by seed."""
+        """Return the test accuracies minus the baseline's, seed by seed."""
         pairs = zip(self.runs(data, spec), self.runs(data, BASELINE), strict=True)
-        return [own["test_accuracy"] - other["test_accuracy"] for own, other in pairs]
+        return [ours["test_accuracy"] - theirs["test_accuracy"] for ours, theirs in pairs]
 
     def logarithms(self, data: str, spec: str, measure: str, when: str) -> list[float]:
-        """Give log ratios to the baseline of a distance, its mean over layers, seed by seed."""
+        """Return log ratios to the baseline of a distance averaged over layers, seed by seed."""
         pairs = zip(self.runs(data, spec), self.runs(data, BASELINE), strict=True)
         return [
-            math.log(statistics.fmean(own[when][measure]) / statistics.fmean(other[when][measure]))
-            for own, other in pairs
+            math.log(
+                statistics.fmean(ours[when][measure]) / statistics.fmean(theirs[when][measure])
+            )
+            for ours, theirs in pairs
         ]
 
     def memory(self, spec: str, length: int, dim: int) -> list[float] | None:
-        """Give the peaks of every process in MiB; None where the system does not tell."""
-        found = [
+        """Return the peak of every process in MiB; None where the system does not report it."""
+        peaks = [
             self.cells[Cell("memory", spec, "", repeat, length, dim).name]["mib"]
             for repeat in range(self.protocol["repeats"])
         ]
-        return None if None in found else found
+        return None if None in peaks else peaks
 
     def seconds(self, length: int, dim: int) -> dict[str, list[float]]:
-        """Give the times of a step, by spec."""
-        found: dict[str, list[float]] = self.cells[Cell("time", length=length, dim=dim).name][
-            "seconds"
-        ]
-        return found
+        """Return the times of a step, by spec."""
+        cell = self.cells[Cell("time", length=length, dim=dim).name]
+        seconds: dict[str, list[float]] = cell["seconds"]
+        return seconds
 
     def operations(self, spec: str, length: int, dim: int) -> dict[str, int]:
-        """Give the operations of a sequence."""
-        found: dict[str, int] = self.cells[Cell("flops", spec, length=length, dim=dim).name]
-        return found
+        """Return the operations of a sequence."""
+        counts: dict[str, int] = self.cells[Cell("flops", spec, length=length, dim=dim).name]
+        return counts
 
     # --- rows ---------------------------------------------------------------------------------
 
@@ -120,9 +121,9 @@ class _Judged:
             for spec in self.specs:
                 runs = self.runs(data, spec)
                 each = [run["test_accuracy"] for run in runs]
-                found = None
+                difference = None
                 if spec != BASELINE:
-                    found = combined([self.differences(data, spec)], [1.0], self.level)
+                    difference = combined([self.differences(data, spec)], [1.0], self.level)
                 rows.append(
                     {
                         "data": data,
@@ -133,7 +134,7 @@ class _Judged:
                         "validation": statistics.fmean(run["validation_accuracy"] for run in runs),
                         "epochs": [run["epoch"] for run in runs],
                         "seconds": sum(run["seconds"] for run in runs),
-                        "difference": found and list(found),
+                        "difference": difference and list(difference),
                     }
                 )
         return rows
@@ -154,7 +155,7 @@ class _Judged:
     def costs(self) -> list[dict[str, Any]]:
         rows = []
         for length, dim in self.protocol["sizes"]:
-            taken = self.seconds(length, dim)
+            seconds = self.seconds(length, dim)
             base = self.operations(BASELINE, length, dim)
             for spec in self.specs:
                 memory = self.memory(spec, length, dim)
@@ -167,7 +168,7 @@ class _Judged:
                         "flops": counted,
                         "attention_ratio": counted["attention"] / base["attention"],
                         "model_ratio": counted["model"] / base["model"],
-                        "milliseconds": 1e3 * statistics.median(taken[spec]),
+                        "milliseconds": 1e3 * statistics.median(seconds[spec]),
                         "time_ratio": list(self._time(spec, length, dim)),
                         "mib": memory and statistics.fmean(memory),
                         "memory_ratio": memory and list(self._memory(spec, length, dim)),
@@ -176,20 +177,22 @@ class _Judged:
         return rows
 
     def _time(self, spec: str, length: int, dim: int) -> Estimate:
-        """Give the median of the ratios of neighbouring steps, with a bootstrap interval."""
+        """Return the median of the ratios of neighbouring steps, with a bootstrap interval."""
         if spec == BASELINE:
             return Estimate(1.0, 1.0, 1.0)
-        taken = self.seconds(length, dim)
-        ratios = [own / other for own, other in zip(taken[spec], taken[BASELINE], strict=True)]
-        # Of so few steps that there is no interval, all are.
+        seconds = self.seconds(length, dim)
+        ratios = [
+            ours / theirs for ours, theirs in zip(seconds[spec], seconds[BASELINE], strict=True)
+        ]
+        # Too few steps have no bootstrap interval: their range takes its place.
         low, high = interval(ratios, self.level) or (min(ratios), max(ratios))
         return Estimate(statistics.median(ratios), low, high)
 
     def _memory(self, spec: str, length: int, dim: int) -> Estimate:
-        own, other = (self.memory(name, length, dim) for name in (spec, BASELINE))
-        if own is None or other is None or spec == BASELINE:
+        ours, theirs = (self.memory(name, length, dim) for name in (spec, BASELINE))
+        if ours is None or theirs is None or spec == BASELINE:
             return Estimate(1.0, 1.0, 1.0)
-        logs = [[math.log(x) for x in group] for group in (own, other)]
+        logs = [[math.log(x) for x in group] for group in (ours, theirs)]
         return _exp(combined(logs, [1.0, -1.0], self.level))
 
     # --- claims -------------------------------------------------------------------------------
@@ -197,9 +200,9 @@ class _Judged:
     def accuracy(self, spec: str) -> dict[str, Any]:
         """Judge the mean difference over all data sets, each with the same weight."""
         groups = [self.differences(data, spec) for data in self.names]
-        found = combined(groups, [1.0 / len(groups)] * len(groups), self.level)
-        verdict = judge(found, 0.0, more=True)
-        return _claim("accuracy", spec, [_part("test accuracy, difference", found, verdict)])
+        estimate = combined(groups, [1.0 / len(groups)] * len(groups), self.level)
+        verdict = judge(estimate, 0.0, more=True)
+        return _claim("accuracy", spec, [_part("test accuracy, difference", estimate, verdict)])
 
     def redundancy(self, spec: str) -> dict[str, Any]:
         """Judge the geometric mean of the ratios over all data sets, measure by measure."""
@@ -209,9 +212,10 @@ class _Judged:
         ):
             groups = [self.logarithms(d, spec, measure, "trained") for d in self.names]
             weights = [1.0 / len(groups)] * len(groups)
-            found = _exp(combined(groups, weights, self.level))
+            estimate = _exp(combined(groups, weights, self.level))
             before = [self.logarithms(d, spec, measure, "untrained") for d in self.names]
-            part = _part(f"distance of heads: {what}, ratio", found, judge(found, 1.0, more=True))
+            verdict = judge(estimate, 1.0, more=True)
+            part = _part(f"distance of heads: {what}, ratio", estimate, verdict)
             parts.append(part | {"untrained": list(_exp(combined(before, weights, self.level)))})
         return _claim("redundancy", spec, parts)
 
@@ -220,17 +224,18 @@ class _Judged:
         parts = []
         for length, dim in self.protocol["sizes"]:
             where = f"N {length}, D {dim}"
-            own, other = (self.operations(name, length, dim) for name in (spec, BASELINE))
-            ratio = own["model"] / other["model"]
-            found = Estimate(ratio, ratio, ratio)
-            verdict = judge(found, 1.0, more=False, exact=True)
-            parts.append(_part(f"operations of the model, {where}", found, verdict))
-            found = self._time(spec, length, dim)
-            parts.append(_part(f"time of a step, {where}", found, judge(found, 1.0, more=False)))
+            ours, theirs = (self.operations(name, length, dim) for name in (spec, BASELINE))
+            ratio = ours["model"] / theirs["model"]
+            estimate = Estimate(ratio, ratio, ratio)
+            verdict = judge(estimate, 1.0, more=False, exact=True)
+            parts.append(_part(f"operations of the model, {where}", estimate, verdict))
+            estimate = self._time(spec, length, dim)
+            verdict = judge(estimate, 1.0, more=False)
+            parts.append(_part(f"time of a step, {where}", estimate, verdict))
             if self.memory(spec, length, dim) is not None:
-                found = self._memory(spec, length, dim)
-                verdict = judge(found, 1.0, more=False)
-                parts.append(_part(f"peak memory of a step, {where}", found, verdict))
+                estimate = self._memory(spec, length, dim)
+                verdict = judge(estimate, 1.0, more=False)
+                parts.append(_part(f"peak memory of a step, {where}", estimate, verdict))
         return _claim("cost", spec, parts)
 
 
@@ -239,20 +244,20 @@ def _claim(claim: str, spec: str, parts: list[dict[str, Any]]) -> dict[str, Any]
     return {"claim": claim, "spec": spec, "verdict": verdict, "parts": parts}
 
 
-def _part(what: str, found: Estimate, verdict: str) -> dict[str, Any]:
+def _part(what: str, estimate: Estimate, verdict: str) -> dict[str, Any]:
     return {
         "what": what,
-        "value": found.value,
-        "low": found.low,
-        "high": found.high,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
         "verdict": verdict,
     }
 
 
-def _exp(found: Estimate) -> Estimate:
-    return Estimate(*map(math.exp, found))
+def _exp(estimate: Estimate) -> Estimate:
+    return Estimate(*map(math.exp, estimate))
 
 
 def _layers(runs: Iterable[Sequence[float]]) -> list[float]:
-    """Give the mean over seeds, layer by layer."""
-    return [statistics.fmean(own) for own in zip(*runs, strict=True)]
+    """Return the mean over seeds, layer by layer."""
+    return [statistics.fmean(layer) for layer in zip(*runs, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pdcore.backend import Inputs
-from pdcore_conformance.cli.demo import redundancy
+from pdcore_conformance.cli.demo.measuring import redundancy
 
 from .protocol import MEASURES
 from .training.model import Classifier, layer_heads
@@ -24,19 +24,19 @@ def distances(model: Classifier, series: Series, most: int) -> dict[str, list[fl
     Parameters
     ----------
     model : Classifier
-        With two or more heads.
+        The model, with two or more heads.
     series : Series
     most : int
-        At most so many of them, evenly spread.
+        The largest number of series that are measured, evenly spread.
 
     Returns
     -------
     dict of str to list of float
-        One figure a layer, by `MEASURES`. The smaller, the more redundant.
+        A figure for each layer, by `MEASURES`: the smaller, the more redundant.
     """
     count = len(series.labels)
     chosen = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
-    found: dict[str, list[list[float]]] = {
+    figures: dict[str, list[list[float]]] = {
         measure: [[] for _ in model.layers] for measure in MEASURES
     }
     for index in chosen:
@@ -51,13 +51,15 @@ def distances(model: Classifier, series: Series, most: int) -> dict[str, list[fl
                 outputs = attention.attend(q, k, v, params=params)
             apart = redundancy(_array(outputs))
             size = float(np.mean(np.linalg.norm(_array(outputs), axis=(1, 2))))
-            for measure, value in zip(
-                MEASURES, (redundancy(_array(maps)), apart, apart / size), strict=True
-            ):
-                found[measure][place].append(value)
-    return {measure: [statistics.fmean(own) for own in layers] for measure, layers in found.items()}
+            values = (redundancy(_array(maps)), apart, apart / size)
+            for measure, value in zip(MEASURES, values, strict=True):
+                figures[measure][place].append(value)
+    return {
+        measure: [statistics.fmean(layer) for layer in layers]
+        for measure, layers in figures.items()
+    }
 
 
 def _array(x: Any) -> Any:
-    """Give one sequence of a batch of one, (H, N, ...)."""
+    """Return the one sequence of a batch, (H, N, ...), as a NumPy array."""
     return x[0].double().numpy()

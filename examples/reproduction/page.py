@@ -14,10 +14,10 @@ from .verdict import CONFIRMED, DENIED
 
 __all__ = ["GENERATOR", "page"]
 
-#: By this a page is known for one that may be replaced.
+#: The generator that a page names; such a page may be replaced.
 GENERATOR = "pdcore reproduce"
 
-#: Of a verdict, in the style of the pages.
+#: The class of a verdict in the style sheet.
 KINDS = {CONFIRMED: "good", DENIED: "bad"}
 
 _ALT = {
@@ -27,50 +27,51 @@ _ALT = {
 }
 
 
-def page(record: Mapping[str, Any], found: Mapping[str, Any], pngs: Mapping[str, bytes]) -> str:
-    """Lay the findings out as HTML that needs nothing else.
+def page(record: Mapping[str, Any], findings: Mapping[str, Any], pngs: Mapping[str, bytes]) -> str:
+    """Return the findings as HTML that needs no other file.
 
     Parameters
     ----------
-    record, found : mapping
-        The results, and what `reproduction.findings.findings` makes of them.
+    record, findings : mapping
+        The record of the cells, and the findings of `reproduction.findings.findings`.
     pngs : mapping of str to bytes
-        As `reproduction.pictures.pictures` draws them.
+        The PNG files of `reproduction.pictures.pictures`.
 
     Returns
     -------
     str
     """
     return render(
-        "reproduce",
+        ".",
+        package="reproduction",
         generator=GENERATOR,
         about=_about(record),
         sentences=[
-            (text, verdict, KINDS.get(verdict, "")) for text, verdict in wording.sentences(found)
+            (text, verdict, KINDS.get(verdict, "")) for text, verdict in wording.sentences(findings)
         ],
-        claims=_table(wording.CLAIM, wording.claim_rows(found)),
+        claims=_table(wording.CLAIM, wording.claim_rows(findings)),
         sections=[
             (
                 "accuracy",
                 "Accuracy",
-                _table(wording.ACCURACY, wording.accuracy_rows(found)),
+                _table(wording.ACCURACY, wording.accuracy_rows(findings)),
                 _ALT["accuracy"],
             ),
             (
                 "redundancy",
                 "Distance of heads",
-                _table(wording.REDUNDANCY, wording.redundancy_rows(found)),
+                _table(wording.REDUNDANCY, wording.redundancy_rows(findings)),
                 _ALT["redundancy"],
             ),
-            ("cost", "Cost", _table(wording.COST, wording.cost_rows(found)), _ALT["cost"]),
+            ("cost", "Cost", _table(wording.COST, wording.cost_rows(findings)), _ALT["cost"]),
         ],
         pictures={
             name: "data:image/png;base64," + base64.b64encode(png).decode()
             for name, png in pngs.items()
         },
         protocol=record["protocol"],
-        level=found["level"],
-        absent=found["absent"],
+        level=findings["level"],
+        absent=findings["absent"],
         data=record["data"],
         versions=record["versions"],
         machine=record["machine"],

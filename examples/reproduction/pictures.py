@@ -20,13 +20,13 @@ MARKERS = "osD^vP*"
 _TITLES = {"maps": "attention maps", "outputs": "outputs", "relative": "outputs / norm"}
 
 
-def pictures(record: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, bytes]:
+def pictures(record: Mapping[str, Any], findings: Mapping[str, Any]) -> dict[str, bytes]:
     """Draw the plots.
 
     Parameters
     ----------
-    record, found : mapping
-        The results, and what `reproduction.findings.findings` makes of them.
+    record, findings : mapping
+        The record of the cells, and the findings of `reproduction.findings.findings`.
 
     Returns
     -------
@@ -35,9 +35,9 @@ def pictures(record: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, b
     """
     specs = record["protocol"]["specs"]
     drawn = {
-        "accuracy": _accuracy(found["accuracy"], specs),
-        "redundancy": _redundancy(found["redundancy"], specs),
-        "cost": _cost(found["cost"], specs, record["protocol"]["sizes"]),
+        "accuracy": _accuracy(findings["accuracy"], specs),
+        "redundancy": _redundancy(findings["redundancy"], specs),
+        "cost": _cost(findings["cost"], specs, record["protocol"]["sizes"]),
     }
     pngs = {}
     for name, figure in drawn.items():
@@ -53,8 +53,8 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], specs: Sequence[str]) -> Figure
     figure = Figure(figsize=(9.0, 1.0 + 1.35 * -(-len(data) // 2) * 1.5), layout="constrained")
     panels = figure.subplots(-(-len(data) // 2), min(2, len(data)), squeeze=False).flat
     for axes, name in zip(panels, data, strict=False):
-        own = [row for row in rows if row["data"] == name]
-        for place, row in enumerate(own):
+        of_data = [row for row in rows if row["data"] == name]
+        for place, row in enumerate(of_data):
             colour, mean, spread = COLOURS[place % len(COLOURS)], row["mean"], row["deviation"]
             each = [100 * a for a in row["each"]]
             axes.plot(
@@ -76,8 +76,8 @@ def _accuracy(rows: Sequence[Mapping[str, Any]], specs: Sequence[str]) -> Figure
                 markeredgewidth=2,
                 capsize=3,
             )
-        axes.set_yticks(range(len(own)), [_short(spec) for spec in specs])
-        axes.set_ylim(len(own) - 0.5, -0.5)
+        axes.set_yticks(range(len(of_data)), [_short(spec) for spec in specs])
+        axes.set_ylim(len(of_data) - 0.5, -0.5)
         axes.margins(x=0.1)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("test accuracy, %", fontsize=9)
@@ -148,20 +148,20 @@ def _cost(
     figure = Figure(figsize=(9.0, 5.4), layout="constrained")
     panels = figure.subplots(2, len(columns), sharey="col")
     # The curve with the most points at one D, or one N.
-    dim = max({d for _, d in sizes}, key=lambda d: sum(own == d for _, own in sizes))
-    length = max({n for n, _ in sizes}, key=lambda n: sum(own == n for own, _ in sizes))
+    dim = max({d for _, d in sizes}, key=lambda d: sum(other == d for _, other in sizes))
+    length = max({n for n, _ in sizes}, key=lambda n: sum(other == n for other, _ in sizes))
     for line, (over, fixed, value) in enumerate(
         (("length", "dim", dim), ("dim", "length", length))
     ):
         for axes, (title, ratio) in zip(panels[line], columns, strict=True):
             for place, spec in enumerate(specs[1:], 1):
-                own = sorted(
+                curve = sorted(
                     (row[over], *ratio(row))
                     for row in rows
                     if row["spec"] == spec and row[fixed] == value and ratio(row)
                 )
                 at, middle, low, high = (
-                    (list(x) for x in zip(*own, strict=True)) if own else ([], [], [], [])
+                    (list(x) for x in zip(*curve, strict=True)) if curve else ([], [], [], [])
                 )
                 errors = [
                     [m - a for m, a in zip(middle, low, strict=True)],
@@ -196,7 +196,7 @@ def _cost(
 
 
 def _key(figure: Figure, specs: Sequence[str], kinds: Sequence[str]) -> None:
-    """Name the curves below the panels."""
+    """Draw the legend below the panels."""
     from matplotlib.lines import Line2D
 
     marks = [
@@ -218,7 +218,7 @@ def _key(figure: Figure, specs: Sequence[str], kinds: Sequence[str]) -> None:
 
 
 def _short(spec: str) -> str:
-    """Leave out the kernel that all have."""
+    """Return a spec without the kernel, which all specs share."""
     return spec.removeprefix(f"{BASELINE}+")
 
 

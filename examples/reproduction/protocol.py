@@ -1,4 +1,4 @@
-"""What is measured: the grids, and the cells that they consist of."""
+"""The measurements: grids, and their cells."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["BASELINE", "DATA", "GRIDS", "MEASURES", "SPECS", "Cell", "Grid", "cells", "protocol"]
 
-#: Everything is measured beside it.
+#: The attention that all others are compared with.
 BASELINE = "softmax"
 SPECS = ("softmax+bn", "softmax+sh(1,1,2,2)", "softmax+bn+sh(1,1,2,2)")
 
@@ -28,11 +28,11 @@ class Grid:
     ----------
     name : str
     seeds : tuple of int
-        Of split, first weights and everything drawn while training.
+        Seeds of the split, the first weights and all random numbers of the training.
     epochs, patience : int
         As in `reproduction.training.model.Settings`.
     thin : tuple of (str, int)
-        Data sets of which every k-th step is taken.
+        Data sets of which only every k-th step is used, with k.
     sizes : tuple of (int, int)
         Sequence length N and features D of a head, for time, memory and FLOPs.
     rounds : int
@@ -90,17 +90,17 @@ GRIDS = {
 
 
 class Cell(NamedTuple):
-    """One measurement, which is made, kept and skipped as a whole.
+    """One measurement, which is computed, kept and skipped as a whole.
 
     Attributes
     ----------
     kind : {"train", "memory", "flops", "time"}
     spec : str
-        "" for times: those of all specs are taken in turn.
+        The attention; "" for times, which are measured for all specs in turn.
     data : str
-        "" for what has no data.
+        The data set; "" for costs.
     seed : int
-        Of a training, or which repetition.
+        The seed of a training, or the number of a repetition.
     length, dim : int
         N and D; 0 for trainings.
     """
@@ -114,22 +114,22 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name it in files and messages."""
+        """The name of the cell in files and messages."""
         where = self.data or f"N={self.length} D={self.dim}"
         last = {"train": f"seed {self.seed}", "memory": f"repeat {self.seed}"}.get(self.kind, "")
         return " ".join(word for word in (self.kind, where, self.spec, last) if word)
 
 
 def cells(grid: Grid, specs: Sequence[str], data: Sequence[str]) -> Iterator[Cell]:
-    """Give all cells, the seeds one after another, so that an early end leaves whole seeds.
+    """Yield all cells, seed by seed, so that an early end leaves whole seeds.
 
     Parameters
     ----------
     grid : Grid
     specs : sequence of str
-        The baseline among them.
+        The attentions, with the baseline.
     data : sequence of str
-        The data sets that are at hand.
+        The available data sets.
     """
     for seed in grid.seeds:
         for name in data:
@@ -146,7 +146,7 @@ def cells(grid: Grid, specs: Sequence[str], data: Sequence[str]) -> Iterator[Cel
 
 
 def protocol(grid: Grid, specs: Sequence[str]) -> dict[str, Any]:
-    """Give all that decides the figures beside data and versions, as JSON has it."""
+    """Return all that the figures depend on beside data and versions, as JSON."""
     from .cost import BATCH, CHANNELS
     from .training.model import Settings
 
@@ -155,7 +155,7 @@ def protocol(grid: Grid, specs: Sequence[str]) -> dict[str, Any]:
         for name, value in asdict(Settings()).items()
         if name not in ("spec", "seed", "epochs", "patience")
     }
-    found = asdict(grid) | {
+    settings_of_run = asdict(grid) | {
         "specs": list(specs),
         "settings": settings,
         "batch_of_a_step": BATCH,
@@ -166,5 +166,5 @@ def protocol(grid: Grid, specs: Sequence[str]) -> dict[str, Any]:
         name: [list(v) if isinstance(v, tuple) else v for v in value]
         if isinstance(value, tuple)
         else value
-        for name, value in found.items()
+        for name, value in settings_of_run.items()
     }

@@ -1,4 +1,4 @@
-"""The file of results: every finished cell is in it at once, and is not done again."""
+"""The file of results, which keeps every finished cell at once."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Results:
     Parameters
     ----------
     path : Path
-        Of the file.
+        The path of the file.
     setting : mapping
-        As `setting` gives it. Figures made with another are not used.
+        The setting, see `setting`. Figures of another setting are not used.
 
     Attributes
     ----------
     record : dict
-        What the file holds.
+        The content of the file.
     """
 
     def __init__(self, path: Path, setting: Mapping[str, Any]) -> None:
@@ -56,8 +56,8 @@ class Results:
     @property
     def cells(self) -> dict[str, Any]:
         """The figures, by the names of cells."""
-        found: dict[str, Any] = self.record["cells"]
-        return found
+        cells: dict[str, Any] = self.record["cells"]
+        return cells
 
     @classmethod
     def open(
@@ -68,9 +68,9 @@ class Results:
         force: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> Results:
-        """Go on from a file, or start anew where there is none, or it was made otherwise.
+        """Return the results of a file, or new ones where there is none of this setting.
 
-        A file made with another protocol, version or machine is kept beside, as ``*.before.json``
+        A file of another protocol, version or machine is kept, renamed to ``*.before.json``
         or, where there is one, ``*.before-2.json`` and so on.
 
         Parameters
@@ -78,9 +78,9 @@ class Results:
         path, setting
             As in the class.
         force : bool
-            Start anew whatever is there.
+            Return new results even where a file exists.
         say : callable
-            Is told why a file is not used.
+            Called with the reason where a file is not used.
 
         Raises
         ------
@@ -90,12 +90,12 @@ class Results:
         results = cls(path, setting)
         if force or not path.exists():
             return results
-        found = _read(path)
+        record = _read(path)
         differing = [
-            f"{part} {name}: {_short(found[part].get(name))}, now {_short(values.get(name))}"
+            f"{part} {name}: {_short(record[part].get(name))}, now {_short(values.get(name))}"
             for part, values in setting.items()
-            for name in {**values, **found[part]}
-            if found[part].get(name) != values.get(name)
+            for name in {**values, **record[part]}
+            if record[part].get(name) != values.get(name)
         ]
         if differing:
             before = _free(path.with_suffix(".before.json"))
@@ -108,11 +108,11 @@ class Results:
                 f"the old figures are in {before}"
             )
             return results
-        results.record = found
+        results.record = record
         return results
 
     def take(self, data: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Set what the data sets are; figures of a set that has changed are dropped."""
+        """Set the descriptions of the data sets; drop the figures of a set that has changed."""
         known = self.record["data"]
         for name, about in data.items():
             if name in known and known[name] != about:
@@ -126,16 +126,16 @@ class Results:
     def keep(self, cell: Cell, figures: Mapping[str, Any]) -> None:
         """Add the figures of a cell, and write the file."""
         commit, dirty = revision()
-        made = f"{commit}{', changed' if dirty else ''}" if commit else "unknown"
-        if made not in self.record["commits"]:
-            self.record["commits"].append(made)
+        version = f"{commit}{', changed' if dirty else ''}" if commit else "unknown"
+        if version not in self.record["commits"]:
+            self.record["commits"].append(version)
         self.cells[cell.name] = dict(figures)
         self.record["updated"] = _now()
         self._save()
 
-    def conclude(self, found: Mapping[str, Any]) -> None:
-        """Add what the figures come to, and write the file."""
-        self.record["findings"] = dict(found)
+    def conclude(self, findings: Mapping[str, Any]) -> None:
+        """Add the findings, and write the file."""
+        self.record["findings"] = dict(findings)
         self._save()
 
     def _save(self) -> None:
@@ -145,7 +145,7 @@ class Results:
 
 
 def setting(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what figures depend on: protocol, versions, machine."""
+    """Return all that figures depend on: protocol, versions, machine."""
     import torch
 
     where = environment()
@@ -157,24 +157,24 @@ def setting(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a file, which nobody vouches for."""
+    """Return the content of a file, after checks against the declared types."""
 
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no figure")
 
     try:
-        found = json.loads(path.read_bytes(), parse_constant=refuse)
+        record = json.loads(path.read_bytes(), parse_constant=refuse)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: damaged: {error}; --force starts anew") from error
-    if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise FileError(f"{path}: not results of pdcore reproduce; --force writes over it")
+    if not isinstance(record, dict) or record.get("kind") != KIND:
+        raise FileError(f"{path}: not results of examples/reproduce.py; --force writes over it")
     try:
-        _check(found)
+        _check(record)
     except ValueError as error:
         raise FileError(f"{path}: damaged: {str(error)[:300]}; --force starts anew") from error
-    return found
+    return record
 
 
 def _check(content: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def _check(content: dict[str, Any]) -> None:
 
 
 def _free(path: Path) -> Path:
-    """Give a name that no file has, for figures that took hours."""
+    """Return a path that does not exist, so that no figures are replaced."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain((path,), names) if not os.path.lexists(name))
 

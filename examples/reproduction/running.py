@@ -15,16 +15,16 @@ __all__ = ["compute", "compute_all"]
 
 
 def compute(cell: Cell, grid: Grid, specs: Sequence[str], series: Any) -> dict[str, Any]:
-    """Make one measurement, on one thread.
+    """Return one measurement, taken on one thread.
 
     Parameters
     ----------
     cell : Cell
     grid : Grid
     specs : sequence of str
-        All that are compared.
+        All attentions that are compared.
     series : Pair or None
-        Those of a training.
+        The series of a training; None for other cells.
 
     Returns
     -------
@@ -55,7 +55,7 @@ def compute(cell: Cell, grid: Grid, specs: Sequence[str], series: Any) -> dict[s
 
 
 def _trained(cell: Cell, grid: Grid, series: Pair) -> dict[str, Any]:
-    """Train once, and measure the heads of the first weights and of the last."""
+    """Train once, and measure the heads before and after."""
     from .heads import distances
     from .training.model import Settings
     from .training.run import Run
@@ -63,15 +63,15 @@ def _trained(cell: Cell, grid: Grid, series: Pair) -> dict[str, Any]:
     settings = Settings(spec=cell.spec, seed=cell.seed, epochs=grid.epochs, patience=grid.patience)
     run = Run(settings, series)
     untrained = distances(run.averaged, series.test, grid.shown)
-    found = run.finish()
+    result = run.finish()
     return {
-        "epoch": found["epoch"],
-        "epochs": found["epochs"],
-        "validation_accuracy": found["validation_accuracy"],
-        "validation_loss": found["history"][found["epoch"] - 1]["loss"],
-        "test_accuracy": found["test_accuracy"],
-        "test_correct": found["test_correct"],
-        "seconds": found["seconds"],
+        "epoch": result["epoch"],
+        "epochs": result["epochs"],
+        "validation_accuracy": result["validation_accuracy"],
+        "validation_loss": result["history"][result["epoch"] - 1]["loss"],
+        "test_accuracy": result["test_accuracy"],
+        "test_correct": result["test_correct"],
+        "seconds": result["seconds"],
         "untrained": untrained,
         "trained": distances(run.averaged, series.test, grid.shown),
     }
@@ -85,9 +85,9 @@ def compute_all(
     jobs: int,
     keep: Callable[[Cell, dict[str, Any]], None],
 ) -> None:
-    """Compute cells, and hand each over when it is done.
+    """Compute cells, and pass on each when it is done.
 
-    Times are taken last, when nothing else of this runs.
+    Times are measured last, when no other process of the run is active.
 
     Parameters
     ----------
@@ -95,11 +95,11 @@ def compute_all(
     grid, specs
         As in `compute`.
     series : mapping of str to Pair
-        By data set.
+        The series by data set.
     jobs : int
-        Processes that compute at the same time; with 1 this one does all.
+        The number of processes; with 1 this process computes all.
     keep : callable
-        Is given each cell with its figures.
+        Called with each cell and its figures.
     """
     timed = [cell for cell in wanted if cell.kind == "time"]
     rest = [cell for cell in wanted if cell.kind != "time"]
@@ -130,7 +130,7 @@ def _side_by_side(
         for task in as_completed(tasks):
             keep(tasks[task], task.result())
     except BaseException:
-        # A cell may take minutes, and its end is not waited for.
+        # A cell may take minutes, so its process is ended.
         for child in multiprocessing.active_children():
             child.terminate()
         raise
@@ -139,5 +139,5 @@ def _side_by_side(
 
 
 def _leave_signals() -> None:
-    """Leave Ctrl-C to the process that started this one."""
+    """Ignore Ctrl-C, which the parent process handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

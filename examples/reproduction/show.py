@@ -17,15 +17,15 @@ __all__ = ["show"]
 COLOURS = {CONFIRMED: "green", DENIED: "red", IN_PART: "yellow", NOT_SHOWN: "yellow"}
 
 
-def show(record: Mapping[str, Any], found: Mapping[str, Any], console: Console) -> None:
-    """Print the tables, what is missing, and the verdicts last."""
-    _table(console, "Accuracy", wording.ACCURACY, wording.accuracy_rows(found))
-    _table(console, "Distance of heads", wording.REDUNDANCY, wording.redundancy_rows(found))
-    _table(console, "Cost", wording.COST, wording.cost_rows(found))
-    _table(console, "Claims", wording.CLAIM, wording.claim_rows(found))
-    for name, reason in found["absent"].items():
+def show(record: Mapping[str, Any], findings: Mapping[str, Any], console: Console) -> None:
+    """Print the tables, the data sets that are missing, and the verdicts."""
+    _table(console, "Accuracy", wording.ACCURACY, wording.accuracy_rows(findings))
+    _table(console, "Distance of heads", wording.REDUNDANCY, wording.redundancy_rows(findings))
+    _table(console, "Cost", wording.COST, wording.cost_rows(findings))
+    _table(console, "Claims", wording.CLAIM, wording.claim_rows(findings))
+    for name, reason in findings["absent"].items():
         console.print(f"{escape(name)}: not measured, {escape(reason)}", soft_wrap=True)
-    for text, verdict in wording.sentences(found):
+    for text, verdict in wording.sentences(findings):
         console.print(f"[bold]{escape(text)}[/]: {_coloured(verdict)}", soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Whether figures bear a claim out: intervals, and what follows from them."""
+"""The verdicts on claims: intervals of figures, and the conclusions from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 __all__ = ["Estimate", "combined", "judge", "sentence", "together"]
 
-#: What is said of a claim. "not shown": the interval holds both answers. "in part": true of some
-#: figures only.
+#: The verdicts on a claim. "not shown": the interval contains both answers. "in part": only some
+#: figures confirm the claim.
 CONFIRMED, DENIED, NOT_SHOWN, IN_PART = "confirmed", "denied", "not shown", "in part"
 
 
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def combined(groups: Sequence[Sequence[float]], weights: Sequence[float], level: float) -> Estimate:
-    """Estimate a weighted sum of the means of groups, each with a variance of its own.
+    """Estimate a weighted sum of the means of groups, each with its variance.
 
     By Student's t with the degrees of freedom of Welch and Satterthwaite.
 
@@ -32,9 +32,9 @@ def combined(groups: Sequence[Sequence[float]], weights: Sequence[float], level:
     groups : sequence of sequence of float
         Two or more independent values each.
     weights : sequence of float
-        Of each group's mean.
+        The weight of each group's mean.
     level : float
-        Of the interval, such as 0.95.
+        The level of the interval, such as 0.95.
 
     Raises
     ------
@@ -59,12 +59,12 @@ def combined(groups: Sequence[Sequence[float]], weights: Sequence[float], level:
     return Estimate(value, value - half, value + half)
 
 
-def judge(found: Estimate, null: float, *, more: bool, exact: bool = False) -> str:
-    """Say whether a figure lies where a claim puts it.
+def judge(estimate: Estimate, null: float, *, more: bool, exact: bool = False) -> str:
+    """Return the verdict on the claim that a figure is above, or below, a value.
 
     Parameters
     ----------
-    found : Estimate
+    estimate : Estimate
     null : float
         The value of no difference.
     more : bool
@@ -76,14 +76,14 @@ def judge(found: Estimate, null: float, *, more: bool, exact: bool = False) -> s
     -------
     {"confirmed", "denied", "not shown"}
     """
-    above, below = found.low > null, found.high < null
+    above, below = estimate.low > null, estimate.high < null
     if above or below:
         return CONFIRMED if above == more else DENIED
     return DENIED if exact else NOT_SHOWN
 
 
 def together(verdicts: Sequence[str]) -> str:
-    """Say what several figures of one claim come to.
+    """Return the verdict on a claim of several figures.
 
     Returns
     -------
@@ -98,7 +98,7 @@ def together(verdicts: Sequence[str]) -> str:
 
 
 def sentence(verdicts: Sequence[str]) -> str:
-    """Judge claims that are joined by "and".
+    """Return the verdict on claims that are joined by "and".
 
     Returns
     -------

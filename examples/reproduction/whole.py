@@ -1,4 +1,4 @@
-"""The whole of it: data, cells that are missing, findings, and the files."""
+"""A whole reproduction: the missing cells, the findings, and the files."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def open_results(
     force: bool,
     say: Callable[[str], None],
 ) -> Results:
-    """Make the folder, and go on from the results in it where they fit.
+    """Create the folder, or open the results in it where their settings are the same.
 
     Raises
     ------
     OutputError
-        When the folder cannot be made, or takes no files.
+        When the folder cannot be created, or takes no files.
     FileError
-        When there is a file that is damaged, or no file of results.
+        When a file of that name is damaged, or is no file of results.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def open_results(
         raise OutputError(f"--out: {out}: cannot write there: {error.strerror}") from error
     path = out / f"{grid.name}.json"
     results = Results.open(path, setting(protocol(grid, specs)), force=force, say=say)
-    results.take({name: _about(own) for name, own in series.items()}, say)
+    results.take({name: _about(pair) for name, pair in series.items()}, say)
     return results
 
 
@@ -70,22 +70,22 @@ def run(
     jobs: int,
     done: Callable[[Cell | None, dict[str, Any] | None, float], None],
 ) -> dict[str, Any]:
-    """Compute what is missing, and work out the findings.
+    """Compute the missing cells, and the findings.
 
     Parameters
     ----------
     results : Results
-        Every finished cell is kept there at once.
+        The results, which keep every finished cell at once.
     grid, specs, series, jobs
         As in `reproduction.running.compute_all`.
     done : callable
-        Is told each cell, its figures and the share of the cells that are there; at the start
-        None, None and that share.
+        Called with each cell, its figures and the share of the cells that are done; at the start
+        with None, None and that share.
 
     Returns
     -------
     dict
-        As `reproduction.findings.findings` gives it.
+        The findings of `reproduction.findings.findings`.
     """
     every = list(cells(grid, specs, list(series)))
     wanted = [cell for cell in every if cell.name not in results.cells]
@@ -99,35 +99,37 @@ def run(
         done(cell, figures, 1.0 - left / len(every))
 
     compute_all(wanted, grid, specs, series, jobs, keep)
-    found = findings(results.record, list(series))
-    results.conclude(found)
-    return found
+    conclusions = findings(results.record, list(series))
+    results.conclude(conclusions)
+    return conclusions
 
 
-def write(results: Results, found: Mapping[str, Any], out: Path, *, force: bool) -> list[Path]:
-    """Write the plots and the page beside the results, and give the names of all.
+def write(
+    results: Results, conclusions: Mapping[str, Any], out: Path, *, force: bool
+) -> list[Path]:
+    """Write the plots and the page beside the results, and return the paths of all.
 
     Raises
     ------
     OutputError
-        When a page that is there is not one of these, and `force` is not set.
+        When the page exists, is of another program, and `force` is not set.
     """
     grid = results.record["protocol"]["name"]
-    pngs = pictures(results.record, found)
+    pngs = pictures(results.record, conclusions)
     written = [results.path]
     for name, png in pngs.items():
         written.append(out / f"{grid}-{name}.png")
         with replacing(written[-1], force=True) as stream:
             stream.write(png)
     written.append(out / f"{grid}.html")
-    text = page(results.record, found, pngs)
+    text = page(results.record, conclusions, pngs)
     with replacing(written[-1], force=force or _is_page(written[-1])) as stream:
         stream.write(text.encode("utf-8"))
     return written
 
 
 def _is_page(path: Path) -> bool:
-    """Tell whether a file is such a page."""
+    """Return whether a file is a page of results."""
     try:
         with path.open("rb") as stream:
             return f'content="{GENERATOR}"'.encode() in stream.read(1024)

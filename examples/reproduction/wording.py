@@ -1,4 +1,4 @@
-"""Figures and verdicts in words, the same in the terminal and on the page."""
+"""Figures and verdicts as text, the same in the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .protocol import BASELINE, MEASURES
 
 __all__ = ["accuracy_rows", "claim_rows", "cost_rows", "redundancy_rows", "sentences"]
 
-#: Of a row: texts of its cells; verdicts are words of `reproduction.verdict`.
+#: The texts of a row; verdicts are those of `reproduction.verdict`.
 Row = tuple[str, ...]
 
 ACCURACY = ("data", "attention", "test %", "seeds", "validation %", "less softmax", "epochs", "s")
@@ -30,16 +30,16 @@ COST = (
 CLAIM = ("attention", "claim", "figure", "value", "verdict")
 
 
-def sentences(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Give the sentence for every spec, with its verdict."""
+def sentences(findings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the sentence about every spec, with its verdict."""
     whole = " and ".join([", ".join(list(CLAIMS.values())[:-1]), list(CLAIMS.values())[-1]])
-    return [(f"{row['spec']} {whole}", row["verdict"]) for row in found["sentences"]]
+    return [(f"{row['spec']} {whole}", row["verdict"]) for row in findings["sentences"]]
 
 
-def claim_rows(found: Mapping[str, Any]) -> list[Row]:
-    """Give a line for every claim, and under it one for every figure that it rests on."""
+def claim_rows(findings: Mapping[str, Any]) -> list[Row]:
+    """Return a row for every claim, and below each a row for every figure of it."""
     rows: list[Row] = []
-    for claim in found["claims"]:
+    for claim in findings["claims"]:
         rows.append((claim["spec"], CLAIMS[claim["claim"]], "", "", claim["verdict"]))
         for part in claim["parts"]:
             rows.append(("", "", part["what"], _value(claim["claim"], part), part["verdict"]))
@@ -47,7 +47,7 @@ def claim_rows(found: Mapping[str, Any]) -> list[Row]:
 
 
 def _value(claim: str, part: Mapping[str, Any]) -> str:
-    """Write a figure with its interval, and what it was before training."""
+    """Return a figure with its interval, and its value before training."""
     if claim == "accuracy":
         return _points([part["value"], part["low"], part["high"]])
     text = _ratio([part["value"], part["low"], part["high"]])
@@ -56,20 +56,20 @@ def _value(claim: str, part: Mapping[str, Any]) -> str:
     return text
 
 
-def _points(found: Sequence[float]) -> str:
-    value, low, high = (100 * x for x in found)
+def _points(estimate: Sequence[float]) -> str:
+    value, low, high = (100 * x for x in estimate)
     return f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
 
 
-def _ratio(found: Sequence[float]) -> str:
-    value, low, high = found
+def _ratio(estimate: Sequence[float]) -> str:
+    value, low, high = estimate
     if low == value == high:
         return f"{value:.3f}"
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
-def accuracy_rows(found: Mapping[str, Any]) -> list[Row]:
-    """Give a line for every data set and spec, as `ACCURACY` names the columns."""
+def accuracy_rows(findings: Mapping[str, Any]) -> list[Row]:
+    """Return a row for every data set and spec, as `ACCURACY` names the columns."""
     return [
         (
             row["data"],
@@ -81,12 +81,12 @@ def accuracy_rows(found: Mapping[str, Any]) -> list[Row]:
             ", ".join(map(str, row["epochs"])),
             f"{row['seconds']:.0f}",
         )
-        for row in found["accuracy"]
+        for row in findings["accuracy"]
     ]
 
 
-def redundancy_rows(found: Mapping[str, Any]) -> list[Row]:
-    """Give a line for every data set and spec, as `REDUNDANCY` names the columns."""
+def redundancy_rows(findings: Mapping[str, Any]) -> list[Row]:
+    """Return a row for every data set and spec, as `REDUNDANCY` names the columns."""
     return [
         (
             row["data"],
@@ -94,12 +94,12 @@ def redundancy_rows(found: Mapping[str, Any]) -> list[Row]:
             *(", ".join(f"{d:.3g}" for d in row["trained"][measure]) for measure in MEASURES),
             ", ".join(f"{d:.3g}" for d in row["untrained"]["maps"]),
         )
-        for row in found["redundancy"]
+        for row in findings["redundancy"]
     ]
 
 
-def cost_rows(found: Mapping[str, Any]) -> list[Row]:
-    """Give a line for every size and spec, as `COST` names the columns."""
+def cost_rows(findings: Mapping[str, Any]) -> list[Row]:
+    """Return a row for every size and spec, as `COST` names the columns."""
     return [
         (
             str(row["length"]),
@@ -115,5 +115,5 @@ def cost_rows(found: Mapping[str, Any]) -> list[Row]:
             if row["spec"] == BASELINE or row["memory_ratio"] is None
             else _ratio(row["memory_ratio"]),
         )
-        for row in found["cost"]
+        for row in findings["cost"]
     ]

@@ -1,6 +1,6 @@
-"""The console script ``pdcore``; the commands are in `pdcore.cli.commands`.
+"""The console script ``pdcore``; the application is `pdcore.cli.commands.app`.
 
-This module imports without the extra ``cli``, so that it can say what is missing.
+This module imports without the extra ``cli``, so that `main` can say what is missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ..errors import Exit
 
 __all__ = ["EXTRA", "main"]
 
-#: What the extra ``cli`` brings, by import name.
+#: The packages of the extra ``cli``, by import name.
 EXTRA = ("matplotlib", "ml_dtypes", "rich", "safetensors", "typer")
 
 
@@ -28,11 +28,11 @@ def main() -> None:
 
 
 def optional(error: ModuleNotFoundError) -> bool:
-    """Whether what was not found belongs to the extra ``cli``."""
+    """Return whether the missing module belongs to the extra ``cli``."""
     return (error.name or "").partition(".")[0] in EXTRA
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """Say that an optional package is missing, and what installs it."""
+    """Return the message that an optional package is missing, and what installs it."""
     package = (error.name or "").partition(".")[0]
     return f"pdcore: {package} is not installed: pip install 'pdcore[cli]'"

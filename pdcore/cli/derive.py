@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 
 from ..derivation import LAYERS
-from ..derivation import derive as derived
+from ..derivation import derive as compute_derivation
+from .options import AsJson
 from .reporting import emit, reported, stdout
 
 __all__ = ["derive"]
@@ -28,13 +29,11 @@ def derive(
     ] = "exponential",
     dim: Annotated[int, typer.Option(help="D, which the plan is for.", min=1)] = 64,
     latex: Annotated[bool, typer.Option("--latex", help="Print the steps as LaTeX.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Derive an attention from a layer of a neural network, step by step."""
-    found = derived(layer, kernel, dim=dim)
+    derivation = compute_derivation(layer, kernel, dim=dim)
     if as_json:
-        emit(found.to_dict())
+        emit(derivation.to_dict())
         return
-    stdout().print(escape(found.latex() if latex else str(found)), soft_wrap=True)
+    stdout().print(escape(derivation.latex() if latex else str(derivation)), soft_wrap=True)

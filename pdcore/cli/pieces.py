@@ -1,10 +1,10 @@
-"""A long call cut into pieces that can be counted, without changing what it computes.
+"""A long call computed in pieces, so that progress can be shown; the result is the same.
 
 Three cuts are exact. *Sequences* are independent of one another, unless statistics are taken over
 the batch. *Rows* are independent given the keys, whatever the spec, for statistics depend on keys
-only; a block of rows is the same call with fewer queries and its offset moved along. *Heads* are
-independent too. Rows are cut for scores, where the work is theirs; heads for features, whose sums
-over the keys would otherwise be made again for every block of rows.
+only; a block of rows is the same call with fewer queries and a larger offset. *Heads* are
+independent too. Scores are cut by rows, and features by heads: the sums over the keys would
+otherwise be computed again for every block of rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..spec import AttentionSpec, Batch, HeadScaling
 
 __all__ = ["Piece", "attend_in_pieces", "divide"]
 
-#: Multiplications in a piece: a few tenths of a second on a small machine.
+#: Multiplications in a piece, which take a few tenths of a second on a small machine.
 TARGET = 4e9
-#: The least rows of a block, so that what is done once for the keys stays a small part.
+#: The fewest rows of a block; every block repeats the work on the keys.
 ROWS = 512
 
 
@@ -35,13 +35,13 @@ class Piece(NamedTuple):
     Attributes
     ----------
     axis : int
-        The leading axis that is cut.
+        The leading axis that `lead` cuts.
     lead : slice or None
-        Along that axis; None for all of it.
+        The slice of that axis; None for all of it.
     heads : slice or None
-        Key heads.
+        The slice of the key heads; None for all.
     rows : slice or None
-        Queries.
+        The slice of the queries; None for all.
     cost : float
         Multiplications.
     """
@@ -56,12 +56,12 @@ class Piece(NamedTuple):
 def divide(
     plan: Plan, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], target: float = TARGET
 ) -> list[Piece]:
-    """Cut a call.
+    """Divide a call into pieces.
 
     Parameters
     ----------
     plan : Plan
-        What the call is lowered to.
+        The plan of the call.
     q, k, v : tuple of int
         Shapes.
     target : float
@@ -70,7 +70,7 @@ def divide(
     Returns
     -------
     list of Piece
-        They cover the result once; one piece for a call that is small, or cannot be cut.
+        Pieces that cover the result once; a single one for a call that is small or cannot be cut.
     """
     lead, rows, length = q[:-3], q[-2], k[-2]
     by_scores = isinstance(plan.contraction, Scores)
@@ -120,22 +120,22 @@ def attend_in_pieces(
     arrays : mapping
         The array arguments of `pdcore.attention`, checked already.
     plan : Plan
-        What the call is lowered to; it says where the call may be cut.
+        The plan of the call, which decides how the call may be divided.
     lse : bool
-        Whether to return it.
+        Whether to return the log-sum-exp.
     backend, device
         As in `pdcore.attention`.
     target : float
         See `divide`.
     done : callable
-        Told after every piece the share of the work that is done, up to 1.
+        Called after every piece with the share of the work that is done, up to 1.
 
     Returns
     -------
     outputs : dict of str to array
         ``out``, and ``lse`` if asked for; equal to one call's within rounding.
     pieces : int
-        How many there were.
+        The number of pieces.
     """
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
     pieces = divide(plan, q.shape, k.shape, v.shape, target)
@@ -155,14 +155,14 @@ def attend_in_pieces(
             if name not in outputs:
                 shape = (*q.shape[:-1], v.shape[-1]) if name == "out" else q.shape[:-1]
                 outputs[name] = np.empty(shape, dtype=part.dtype)
-            outputs[name][_where(piece, q, k, name)] = part
+            outputs[name][_index(piece, q, k, name)] = part
         finished += piece.cost
         done(finished / total if total else 1.0)
     return outputs, len(pieces)
 
 
 def _slices(size: int, step: int) -> list[slice]:
-    """Cut a range into parts of nearly equal length, at most `step`."""
+    """Return slices of nearly equal length, at most `step`, that cover a range."""
     count = -(-size // step)
     edges = [size * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]
@@ -185,8 +185,8 @@ def _query_heads(piece: Piece, q: Any, k: Any) -> slice | None:
     return slice(piece.heads.start * group, piece.heads.stop * group)
 
 
-def _where(piece: Piece, q: Any, k: Any, name: str) -> tuple[Any, ...]:
-    """Index of a piece in an output."""
+def _index(piece: Piece, q: Any, k: Any, name: str) -> tuple[Any, ...]:
+    """Return the index of a piece in an output."""
     index = [slice(None)] * (q.ndim if name == "out" else q.ndim - 1)
     if piece.lead is not None:
         index[piece.axis] = piece.lead
@@ -198,14 +198,14 @@ def _where(piece: Piece, q: Any, k: Any, name: str) -> tuple[Any, ...]:
 def _arguments(arrays: Mapping[str, Any], piece: Piece) -> dict[str, Any]:
     q, k = arrays["q"], arrays["k"]
     lead = q.ndim - 3
-    given = {name: value for name, value in arrays.items() if value is not None}
+    call = {name: value for name, value in arrays.items() if value is not None}
     if piece.rows is not None:
-        given["offset"] = _first_position(given, piece.rows.start)
-    for name, value in given.items():
+        call["offset"] = _first_position(call, piece.rows.start)
+    for name, value in call.items():
         if name == "params":
             if piece.heads is not None:
                 # A parameter always has the head axis first.
-                given[name] = {n: p[piece.heads] for n, p in value.items()}
+                call[name] = {n: p[piece.heads] for n, p in value.items()}
             continue
         if not isinstance(value, np.ndarray) or not value.ndim:
             continue
@@ -221,17 +221,17 @@ def _arguments(arrays: Mapping[str, Any], piece: Piece) -> dict[str, Any]:
             slice(None) if cuts.get(i) is None or value.shape[i] == 1 else cuts[i]
             for i in range(value.ndim)
         )
-        given[name] = value[index]
-    return given
+        call[name] = value[index]
+    return call
 
 
-def _first_position(given: Mapping[str, Any], start: int) -> Any:
-    """Give the offset of a block of rows; ``"end"`` counts from all rows, not the block's."""
-    offset = given.get("offset", 0)
+def _first_position(call: Mapping[str, Any], start: int) -> Any:
+    """Return the offset of a block of rows; ``"end"`` refers to all rows of the call."""
+    offset = call.get("offset", 0)
     if not isinstance(offset, str):
         return offset + start
-    rows, length = given["q"].shape[-2], given["k"].shape[-2]
-    key_mask = given.get("key_mask")
+    rows, length = call["q"].shape[-2], call["k"].shape[-2]
+    key_mask = call.get("key_mask")
     if key_mask is None:
         return length - rows + start
     last = np.max(np.where(key_mask, np.arange(1, length + 1), 0), axis=-1, initial=0)

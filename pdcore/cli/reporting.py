@@ -1,4 +1,4 @@
-"""How commands speak: results on stdout, everything else on stderr, an exit code for each kind."""
+"""Output of the commands: results on stdout, the rest on stderr, an exit code for each error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any, ParamSpec
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..errors import Exit, NoBackendError, PluginError, SpecError, UnsupportedError
 from . import missing, optional
@@ -41,7 +40,7 @@ class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet
     code : Exit
         The exit code.
     message : str
-        For stderr.
+        The message on stderr.
     """
 
     def __init__(self, code: Exit, message: str) -> None:
@@ -50,14 +49,14 @@ class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet
 
 
 class _Signalled(BaseException):
-    """A signal that asks the process to end, so that `finally` blocks run."""
+    """A signal to end the process, raised so that `finally` blocks run."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-# The first class that fits decides, so subclasses come before their bases.
+# The first matching class decides, so subclasses come before their bases.
 _CODES: tuple[tuple[type[Exception], Exit], ...] = (
     (FileError, Exit.INPUT),
     (OutputError, Exit.OUTPUT),
@@ -70,17 +69,17 @@ _CODES: tuple[tuple[type[Exception], Exit], ...] = (
 
 
 def stdout() -> Console:
-    """Give a console on the present standard output."""
+    """Return a console on the present standard output."""
     return Console(highlight=False)
 
 
 def stderr() -> Console:
-    """Give a console on the present standard error."""
+    """Return a console on the present standard error."""
     return Console(stderr=True, highlight=False)
 
 
 def note(message: str) -> None:
-    """Say something that is not the result."""
+    """Print a message on standard error."""
     stderr().print(escape(message), soft_wrap=True)
 
 
@@ -107,8 +106,7 @@ def _finite(value: Any) -> Any:
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Turn the exceptions of a command into messages and exit codes.
 
-    A command with ``as_json`` set gets its error as JSON on stdout too, where its result is not
-    there yet.
+    Where ``as_json`` is set and no result has been printed, the error is printed as JSON too.
     """
 
     @functools.wraps(command)
@@ -139,7 +137,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         note(f"pdcore: {message}")
         raise typer.Exit(code)
 
-    # In the help only the first paragraph would be filled anew, and the others keep their lines.
+    # Typer fills the lines of the first paragraph only; so every paragraph becomes one line.
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     return run
@@ -147,10 +145,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Let signals that end the process unwind the stack; one that is ignored stays ignored.
+    """Let signals that end the process unwind the stack; an ignored signal stays ignored.
 
-    Ctrl-C too: a KeyboardInterrupt that passes through an `eval`, and modules have some, makes
-    the interpreter end by the signal whatever exit code it is given.
+    Ctrl-C too: a KeyboardInterrupt that passes through an `eval` (some modules have one) ends the
+    interpreter by the signal, whatever the exit code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -182,19 +180,27 @@ def progress(title: str, *, patience: float | None = None) -> Iterator[Callable[
     Parameters
     ----------
     title : str
-        What is going on.
+        The text beside the bar.
     patience : float, optional
         Seconds until the bar appears; `PATIENCE` by default.
 
     Yields
     ------
     callable
-        To be told the share of the work that is done.
+        A function to call with the share of the work that is done, up to 1.
     """
     console = stderr()
     if not console.is_terminal:
         yield lambda share: None
         return
+    from rich.progress import (  # for those who wait; the help need not load it
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -7,6 +7,7 @@ line, so that the author of a plugin need not read a traceback of pdcore.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import (
@@ -29,7 +30,9 @@ __all__ = [
     "Declarations",
     "Owner",
     "check_backend_info",
+    "disabled_reason",
     "find_entry_points",
+    "names_in",
     "new_manager",
     "read_declarations",
 ]
@@ -64,10 +67,15 @@ class Declarations(NamedTuple):
     known_failures: Callable[[str], Any] | None
 
 
-def find_entry_points() -> tuple[
-    list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]
-]:
+def find_entry_points(
+    group: str = GROUP,
+) -> tuple[list[tuple[EntryPoint, Owner]], dict[str, tuple[Owner, Exception]]]:
     """Return the entry points: first those of the distribution pdcore, then the others by name.
+
+    Parameters
+    ----------
+    group : str
+        The entry-point group; that of plugins by default.
 
     Returns
     -------
@@ -78,7 +86,7 @@ def find_entry_points() -> tuple[
     points: list[EntryPoint] = []
     unreadable = {}
     try:
-        points += entry_points(group=GROUP)
+        points += entry_points(group=group)
     except Exception:  # noqa: BLE001 - one unreadable distribution hides all others
         readable: dict[str, EntryPoints | tuple[()]] = {}
         for distribution in distributions():
@@ -86,7 +94,7 @@ def find_entry_points() -> tuple[
             # Of distributions of one name, the first on the path is the one that is imported.
             if owner.distribution not in readable:
                 try:
-                    readable[owner.distribution] = distribution.entry_points.select(group=GROUP)
+                    readable[owner.distribution] = distribution.entry_points.select(group=group)
                 except Exception as error:  # noqa: BLE001 - the error is reported
                     readable[owner.distribution] = ()
                     unreadable[owner.distribution] = (owner, error)
@@ -94,7 +102,7 @@ def find_entry_points() -> tuple[
     owned = [(point, _owner(point.dist)) for point in points]
     installed = {point.name for point, owner in owned if owner.built_in}
     # The package pdcore_backends is empty, so that `find_spec` of its modules imports nothing.
-    if importlib.util.find_spec("pdcore_backends") is not None:
+    if group == GROUP and importlib.util.find_spec("pdcore_backends") is not None:
         source_tree = Owner(GROUP, "(source tree)", built_in=True)
         owned += [
             (EntryPoint(name, module, GROUP), source_tree)
@@ -103,6 +111,24 @@ def find_entry_points() -> tuple[
         ]
     owned.sort(key=lambda pair: (not pair[1].built_in, pair[1].distribution.lower(), pair[0].name))
     return owned, unreadable
+
+
+def names_in(variable: str) -> frozenset[str] | None:
+    """Return the names that an environment variable lists, by commas; None where it is not set."""
+    text = os.environ.get(variable)
+    if text is None:
+        return None
+    return frozenset(name.strip() for name in text.split(",") if name.strip())
+
+
+def disabled_reason(name: str, owner: Owner) -> str | None:
+    """Return why the environment leaves an entry point out; None where it does not."""
+    if name in (names_in("PDCORE_BLOCK") or ()):
+        return "disabled: named in PDCORE_BLOCK"
+    allowed = names_in("PDCORE_PLUGINS")
+    if allowed is not None and not owner.built_in and name not in allowed:
+        return "disabled: not named in PDCORE_PLUGINS"
+    return None
 
 
 def _owner(distribution: Distribution | None) -> Owner:

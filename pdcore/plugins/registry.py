@@ -14,7 +14,6 @@ these names; if it is set and empty, none are loaded.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -264,27 +263,19 @@ def _discover_all() -> None:
     from . import discovery  # here, so that `import pdcore` does not import pluggy
 
     manager = discovery.new_manager()
-    block = _names_in("PDCORE_BLOCK") or frozenset()
-    allowed = _names_in("PDCORE_PLUGINS")
+    block = discovery.names_in("PDCORE_BLOCK") or frozenset()
+    allowed = discovery.names_in("PDCORE_PLUGINS") or frozenset()
     points, unreadable = discovery.find_entry_points()
     for name, (owner, error) in unreadable.items():
         broken[name] = BrokenPlugin(owner.distribution, owner.version, error)
     for point, owner in points:
-        if point.name in block:
-            disabled[point.name] = "disabled: named in PDCORE_BLOCK"
-        elif allowed is not None and not owner.built_in and point.name not in allowed:
-            disabled[point.name] = "disabled: not named in PDCORE_PLUGINS"
-        else:
+        reason = discovery.disabled_reason(point.name, owner)
+        if reason is None:
             _load(manager, point, owner, block)
-    for name in sorted((allowed or frozenset()) - {point.name for point, _ in points}):
+        else:
+            disabled[point.name] = reason
+    for name in sorted(allowed - {point.name for point, _ in points}):
         disabled[name] = "not installed: named in PDCORE_PLUGINS, but no distribution has it"
-
-
-def _names_in(variable: str) -> frozenset[str] | None:
-    text = os.environ.get(variable)
-    if text is None:
-        return None
-    return frozenset(name.strip() for name in text.split(",") if name.strip())
 
 
 def _load(manager: PluginManager, point: EntryPoint, owner: Owner, block: frozenset[str]) -> None:

@@ -59,10 +59,10 @@ def test_attend_is_attention(source: Path, tmp_path: Path) -> None:
     assert "wrote" in result.stdout
     assert "(2, 4, 6, 8) float32" in result.stdout
     expected = pdcore.attention(**QKV, spec="bn+sh(1,1,2,2)", return_lse=True)
-    with np.load(out, allow_pickle=False) as found:
-        assert set(found) == {"out", "lse"}
-        np.testing.assert_array_equal(found["out"], expected[0])
-        np.testing.assert_array_equal(found["lse"], expected[1])
+    with np.load(out, allow_pickle=False) as written:
+        assert set(written) == {"out", "lse"}
+        np.testing.assert_array_equal(written["out"], expected[0])
+        np.testing.assert_array_equal(written["lse"], expected[1])
 
 
 def test_attend_takes_everything_a_file_may_hold(tmp_path: Path) -> None:
@@ -77,10 +77,10 @@ def test_attend_takes_everything_a_file_may_hold(tmp_path: Path) -> None:
     spec = "bn(beta=param)+sparse(3,2)"
     result = run("attend", spec, tmp_path / "in.npz", "-o", tmp_path / "out.safetensors")
     assert result.exit_code == 0, result.stderr
-    found = load_file(tmp_path / "out.safetensors")
-    assert set(found) == {"out"}
+    written = load_file(tmp_path / "out.safetensors")
+    assert set(written) == {"out"}
     expected = pdcore.attention(**QKV, **call, spec=spec, params={"beta": beta})
-    np.testing.assert_array_equal(found["out"], expected)
+    np.testing.assert_array_equal(written["out"], expected)
 
 
 @pytest.mark.parametrize("offset", ["end", "-2", "3"])
@@ -88,9 +88,9 @@ def test_attend_offset(source: Path, tmp_path: Path, offset: str) -> None:
     out = tmp_path / "out.npz"
     assert run("attend", "causal", source, "-o", out, "--offset", offset).exit_code == 0
     value: Any = offset if offset == "end" else int(offset)
-    with np.load(out) as found:
+    with np.load(out) as written:
         np.testing.assert_array_equal(
-            found["out"], pdcore.attention(**QKV, spec="causal", offset=value)
+            written["out"], pdcore.attention(**QKV, spec="causal", offset=value)
         )
 
 
@@ -98,11 +98,11 @@ def test_attend_json(source: Path, tmp_path: Path) -> None:
     result = run("attend", "softmax", source, "-o", tmp_path / "out.npz", "--json")
     assert result.exit_code == 0
     assert result.stderr == ""
-    told = json.loads(result.stdout)
-    assert told["backend"] == "numpy"
-    assert told["arrays"] == {"out": {"shape": [2, 4, 6, 8], "dtype": "float32"}}
-    assert told["pieces"] == 1
-    assert told["seconds"] >= 0
+    printed = json.loads(result.stdout)
+    assert printed["backend"] == "numpy"
+    assert printed["arrays"] == {"out": {"shape": [2, 4, 6, 8], "dtype": "float32"}}
+    assert printed["pieces"] == 1
+    assert printed["seconds"] >= 0
 
 
 def test_attend_in_bfloat16(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_attend_in_bfloat16(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     result = run("attend", "bn", tmp_path / "in.safetensors", "-o", out)
     assert result.exit_code == 0, result.stderr
-    found = load_file(out)["out"]
-    assert found.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(found, pdcore.attention(**low, spec="bn"))
+    written = load_file(out)["out"]
+    assert written.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(written, pdcore.attention(**low, spec="bn"))
 
 
 def test_attend_refuses_to_overwrite(source: Path, tmp_path: Path) -> None:
@@ -210,10 +210,10 @@ def test_wrong_calls_say_why(tmp_path: Path, case: str) -> None:
 def test_a_wrong_call_with_json_has_its_error_on_stdout(source: Path, tmp_path: Path) -> None:
     result = run("attend", "causal+bn", source, "-o", tmp_path / "out.npz", "--json")
     assert result.exit_code == Exit.UNSUPPORTED
-    told = json.loads(result.stdout)
-    assert told["exit_code"] == Exit.UNSUPPORTED
-    assert told["error"]["kind"] == "UnsupportedError"
-    assert "the future leaks" in told["error"]["message"]
+    printed = json.loads(result.stdout)
+    assert printed["exit_code"] == Exit.UNSUPPORTED
+    assert printed["error"]["kind"] == "UnsupportedError"
+    assert "the future leaks" in printed["error"]["message"]
 
 
 def test_a_missing_input_and_a_bad_output(tmp_path: Path, source: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_bar_appears_on_a_terminal_and_only_after_a_while() -> None:
 
 
 def on_a_terminal(code: str) -> str:
-    """Run code whose stderr is a terminal, and give what it shows."""
+    """Run code whose stderr is a terminal, and return what the terminal shows."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -313,7 +313,7 @@ def test_unknown_commands_name_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["attend", "demo", "backends", "explain", "specs", "derive", "bench", "reproduce"],
+    ["attend", "demo", "backends", "explain", "specs", "derive", "bench", "report", "new-backend"],
 )
 def test_every_command_has_help_and_json(command: str) -> None:
     result = run(command, "--help")
@@ -322,8 +322,8 @@ def test_every_command_has_help_and_json(command: str) -> None:
 
 
 def test_the_help_fills_every_paragraph() -> None:
-    helped = [line.strip() for line in run("reproduce", "--help").stdout.splitlines()]
-    first = next(n for n, line in enumerate(helped) if line.startswith("The data are"))
+    helped = [line.strip() for line in run("report", "--help").stdout.splitlines()]
+    first = next(n for n, line in enumerate(helped) if line.startswith("Two: says what"))
     paragraph = helped[first : helped.index("", first)]
     assert len(paragraph) >= 3
     for line, after in itertools.pairwise(paragraph):
@@ -331,21 +331,26 @@ def test_the_help_fills_every_paragraph() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("bench", "numpy"), ("conform", "numpy"), ("new-backend", "mine")]
+    ("arguments", "package"),
+    [
+        (("bench", "numpy"), "pytest"),
+        (("conform", "numpy"), "pytest"),
+        (("new-backend", "mine"), "copier"),
+    ],
 )
 def test_a_missing_extra_is_json_too(
-    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: tuple[str, ...], package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in [name for name in sys.modules if name.startswith("pdcore_conformance")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "pdcore_conformance", None)
+    monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)
     result = run(*arguments, "--json")
     assert result.exit_code == Exit.MISSING
-    told = json.loads(result.stdout)
-    message = "pdcore_conformance is not installed: pip install 'pdcore[conformance]'"
-    assert told["error"] == {"kind": "ModuleNotFoundError", "message": message}
-    assert told["exit_code"] == Exit.MISSING
+    printed = json.loads(result.stdout)
+    message = f"{package} is not installed: pip install 'pdcore[conformance]'"
+    assert printed["error"] == {"kind": "ModuleNotFoundError", "message": message}
+    assert printed["exit_code"] == Exit.MISSING
     assert message in result.stderr
 
 
@@ -364,8 +369,8 @@ def test_a_result_before_the_failure_is_the_only_json() -> None:
         "--json",
     )
     assert result.exit_code == Exit.NO_BACKEND
-    told = json.loads(result.stdout)
-    assert "error" not in told
+    printed = json.loads(result.stdout)
+    assert "error" not in printed
     assert "no backend can run it" in result.stderr
 
 
@@ -384,11 +389,11 @@ def test_version() -> None:
 def test_backends() -> None:
     result = run("backends", "--json")
     assert result.exit_code == 0
-    found = {b["name"]: b for b in json.loads(result.stdout)["backends"]}
-    assert found["numpy"]["available"] is True
-    assert found["numpy"]["reason"] is None
-    assert found["numpy"]["versions"]["numpy"] == np.__version__
-    assert found["numpy"]["capabilities"]["batch"] == "full"
+    listed = {b["name"]: b for b in json.loads(result.stdout)["backends"]}
+    assert listed["numpy"]["available"] is True
+    assert listed["numpy"]["reason"] is None
+    assert listed["numpy"]["versions"]["numpy"] == np.__version__
+    assert listed["numpy"]["capabilities"]["batch"] == "full"
     assert "numpy" in run("backends").stdout
 
 
@@ -405,10 +410,10 @@ def test_backends_that_are_missing_or_broken_say_why(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(plugins.broken, "bad", broken)
     plugins.register_backend(info)
     try:
-        found = {b["name"]: b for b in json.loads(run("backends", "--json").stdout)["backends"]}
-        assert found["absent"]["available"] is False
-        assert found["absent"]["reason"] == "not installed: pip install absent"
-        assert "ImportError: no libfoo (distribution some-plugin 1.0)" in found["bad"]["reason"]
+        listed = {b["name"]: b for b in json.loads(run("backends", "--json").stdout)["backends"]}
+        assert listed["absent"]["available"] is False
+        assert listed["absent"]["reason"] == "not installed: pip install absent"
+        assert "ImportError: no libfoo (distribution some-plugin 1.0)" in listed["bad"]["reason"]
         assert "absent" in run("backends").stdout
         result = run("explain", "softmax", "--shape", "1,2,3,4", "--backend", "absent")
         assert result.exit_code == Exit.NO_BACKEND
@@ -420,9 +425,9 @@ def test_backends_that_are_missing_or_broken_say_why(monkeypatch: pytest.MonkeyP
 def test_specs() -> None:
     result = run("specs", "--json")
     assert result.exit_code == 0
-    found = json.loads(result.stdout)
-    assert {p["name"] for p in found["presets"]} == set(pdcore.PRESETS)
-    words = {w["word"]: w for w in found["words"]}
+    printed = json.loads(result.stdout)
+    assert {p["name"] for p in printed["presets"]} == set(pdcore.PRESETS)
+    words = {w["word"]: w for w in printed["words"]}
     assert words["softmax"]["aliases"] == ["exponential"]
     beta = words["bn"]["arguments"][0]
     assert beta == {"name": "beta", "expects": "float or str", "required": False, "default": 1.0}
@@ -445,9 +450,9 @@ def test_every_listed_word_parses() -> None:
         "width": "4",
     }
     for word in json.loads(run("specs", "--json").stdout)["words"]:
-        given = [values[a["name"]] for a in word["arguments"] if a["required"]]
+        arguments = [values[a["name"]] for a in word["arguments"] if a["required"]]
         for name in (word["word"], *word["aliases"]):
-            pdcore.parse(f"{name}({','.join(given)})" if given else name)
+            pdcore.parse(f"{name}({','.join(arguments)})" if arguments else name)
 
 
 def test_explain() -> None:
@@ -458,11 +463,11 @@ def test_explain() -> None:
     assert "backend: numpy" in result.stdout
     assert "align" not in result.stdout
     assert r"\begin{align*}" in run(*arguments, "--latex").stdout
-    told = json.loads(run(*arguments, "--json").stdout)
-    assert told["backend"] == "numpy"
-    assert told["request"]["k"] == [2, 4, 512, 64]
-    assert told["plan"]["groups"][1]["scale"] == 2
-    assert told["latex"].startswith(r"\begin{align*}")
+    printed = json.loads(run(*arguments, "--json").stdout)
+    assert printed["backend"] == "numpy"
+    assert printed["request"]["k"] == [2, 4, 512, 64]
+    assert printed["plan"]["groups"][1]["scale"] == 2
+    assert printed["latex"].startswith(r"\begin{align*}")
 
 
 def test_explain_shows_what_a_mask_costs() -> None:
@@ -480,8 +485,8 @@ def test_derive_gives_the_steps_as_text_latex_and_data() -> None:
     assert "5. The plan" in text
     assert run(*base, "--latex").stdout.startswith(r"\begin{align*}")
     assert json.loads(run(*base, "--json").stdout)["spec"] == "gaussian(gamma=0.3)+bn"
-    found = json.loads(run("derive", "conv2d(14, 14, size=5)", "--json").stdout)
-    assert (found["layer"], found["spec"]) == (
+    printed = json.loads(run("derive", "conv2d(14, 14, size=5)", "--json").stdout)
+    assert (printed["layer"], printed["spec"]) == (
         "conv2d",
         "softmax+conv2d(height=14,width=14,size=5)",
     )

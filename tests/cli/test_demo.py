@@ -19,7 +19,7 @@ from pdcore import datasets
 from pdcore.cli.commands import app
 from pdcore.datasets import japanese_vowels
 from pdcore.errors import Exit
-from pdcore_conformance.cli import demo
+from pdcore_conformance.cli.demo import measuring, recordings
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,12 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    """One run of the demo, as the command line gives it."""
+    """Return what one run of the demo prints."""
     done = CliRunner().invoke(app, ["demo", "--out", str(folder), "--json"])
     assert done.exit_code in (Exit.DONE, Exit.NUMERICS), done.stderr
     assert "utterances" in done.stderr
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    printed: dict[str, Any] = json.loads(done.stdout)
+    return printed
 
 
 # --- the recordings ---------------------------------------------------------------------------
@@ -82,20 +82,20 @@ def test_the_script_that_made_them_reads_the_format(tmp_path: Path) -> None:
     (tmp_path / "a.ts").write_text(header + "1,2,3:4,5,6:2\n", encoding="utf-8")
     (tmp_path / "b.ts").write_text(header + "7,8:9,0.5:1\n", encoding="utf-8")
     module.make(tmp_path / "a.ts", tmp_path / "b.ts", tmp_path / "out.npz")
-    with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as packed:
         np.testing.assert_array_equal(
-            found["frames"], [[[1, 4], [2, 5], [3, 6]], [[7, 9], [8, 0.5], [0, 0]]]
+            packed["frames"], [[[1, 4], [2, 5], [3, 6]], [[7, 9], [8, 0.5], [0, 0]]]
         )
-        assert found["lengths"].tolist() == [3, 2]
-        assert found["speakers"].tolist() == [2, 1]
-        assert found["train"].tolist() == [True, False]
+        assert packed["lengths"].tolist() == [3, 2]
+        assert packed["speakers"].tolist() == [2, 1]
+        assert packed["train"].tolist() == [True, False]
 
 
 # --- the demo ---------------------------------------------------------------------------------
 
 
 def test_the_projections_are_fixed_and_leave_padding_at_zero() -> None:
-    first, again = demo.project(japanese_vowels()), demo.project(japanese_vowels())
+    first, again = recordings.project(japanese_vowels()), recordings.project(japanese_vowels())
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     padded = ~first.key_mask[:, None, :].repeat(4, axis=1)
@@ -105,24 +105,24 @@ def test_the_projections_are_fixed_and_leave_padding_at_zero() -> None:
 
 def test_redundancy_is_the_mean_distance_between_heads() -> None:
     same = np.broadcast_to(np.eye(3), (4, 3, 3))
-    assert demo.redundancy(same) == 0.0
+    assert measuring.redundancy(same) == 0.0
     apart = np.stack([np.eye(3), np.zeros((3, 3)), np.eye(3)])
-    assert demo.redundancy(apart) == pytest.approx(3**0.5 * 2 / 3)
+    assert measuring.redundancy(apart) == pytest.approx(3**0.5 * 2 / 3)
 
 
 def test_the_presets_are_the_documented_ones() -> None:
-    kinds = {re.sub(r"\d+,\d+", "_", str(pdcore.parse(spec))) for spec in demo.PRESETS}
+    kinds = {re.sub(r"\d+,\d+", "_", str(pdcore.parse(spec))) for spec in recordings.PRESETS}
     assert kinds == {re.sub(r"\d+,\d+", "_", str(pdcore.parse(spec))) for spec in pdcore.PRESETS}
 
 
 def test_every_preset_is_judged_and_timed(result: dict[str, Any]) -> None:
-    assert [p["spec"] for p in result["presets"]] == list(demo.PRESETS)
+    assert [p["spec"] for p in result["presets"]] == list(recordings.PRESETS)
     for preset in result["presets"]:
-        found = preset["backends"]["numpy"]
-        assert 0 <= found["error_over_budget"] <= 1, preset["spec"]
-        low, high = found["spread"]
-        assert 0 < low <= found["milliseconds"] <= high
-        assert found["versus_softmax"] > 0
+        measured = preset["backends"]["numpy"]
+        assert 0 <= measured["error_over_budget"] <= 1, preset["spec"]
+        low, high = measured["spread"]
+        assert 0 < low <= measured["milliseconds"] <= high
+        assert measured["versus_softmax"] > 0
         assert preset["redundancy"]["utterance"] > 0
     assert result["presets"][0]["backends"]["numpy"]["versus_softmax"] == 1.0
     assert result["within_budget"] is True
@@ -147,18 +147,18 @@ class Page(HTMLParser):
         self.tags: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
-        self.links += [found[name] for name in ("src", "href", "srcset") if name in found]
+        self.links += [attributes[name] for name in ("src", "href", "srcset") if name in attributes]
         if tag == "img":
-            self.alt.append(found.get("alt", ""))
+            self.alt.append(attributes.get("alt", ""))
 
 
 def test_the_page_needs_nothing_else(result: dict[str, Any], folder: Path) -> None:
     text = (folder / "attention.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
-    assert len(page.alt) == 4 * len(demo.PRESETS) + 1
+    assert len(page.alt) == 4 * len(recordings.PRESETS) + 1
     assert all(page.alt)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not {"script", "link", "iframe"} & set(page.tags)
@@ -181,11 +181,11 @@ def test_the_weights_of_each_preset_are_drawn(result: dict[str, Any], folder: Pa
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "ROUNDS", 2)
+    monkeypatch.setattr(measuring, "ROUNDS", 2)
     monkeypatch.setenv("COLUMNS", "140")
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "deep" / "folder")])
     assert done.exit_code == 0, done.stderr
-    for spec in demo.PRESETS:
+    for spec in recordings.PRESETS:
         assert spec in done.stdout
     assert f"wrote {tmp_path / 'deep' / 'folder' / 'attention.html'}" in done.stdout
     assert "Kudo" in done.stdout
@@ -203,18 +203,18 @@ def test_an_error_over_its_budget_ends_with_its_own_code(
         return (out * np.float32(1.0001), level) if plan.spec.support.causal else (out, level)
 
     monkeypatch.setattr(NumpyBackend, "attention", careless)
-    monkeypatch.setattr(demo, "ROUNDS", 2)
+    monkeypatch.setattr(measuring, "ROUNDS", 2)
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
     assert done.exit_code == Exit.NUMERICS
-    told = json.loads(done.stdout)
-    assert told["within_budget"] is False
-    assert told["presets"][-1]["backends"]["numpy"]["error_over_budget"] > 1
-    assert told["presets"][0]["backends"]["numpy"]["error_over_budget"] < 1
+    printed = json.loads(done.stdout)
+    assert printed["within_budget"] is False
+    assert printed["presets"][-1]["backends"]["numpy"]["error_over_budget"] > 1
+    assert printed["presets"][0]["backends"]["numpy"]["error_over_budget"] < 1
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr(demo, "ROUNDS", 2)
+    monkeypatch.setattr(measuring, "ROUNDS", 2)
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file" / "x")])
     assert done.exit_code == Exit.OUTPUT
     assert "cannot write there" in done.stderr

@@ -1,4 +1,4 @@
-"""The command ``pdcore reproduce``: its cells, its file of results, its page."""
+"""The command ``examples/reproduce.py``: its cells, its file of results, its page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reproduce import app
 from reproduction import protocol
 from reproduction.training.series import Pair, Series, packaged, pair
 from typer.testing import CliRunner
 
-from pdcore.cli.commands import app
 from pdcore.cli.files import FileError
 from pdcore.errors import Exit
 
@@ -73,8 +73,8 @@ def tiny(vowels: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(*arguments: Any) -> Any:
-    given = ["reproduce", "--jobs", "1", *map(str, arguments)]
-    return CliRunner().invoke(app, given, env={"COLUMNS": "220"})
+    options = ["--jobs", "1", *map(str, arguments)]
+    return CliRunner().invoke(app, options, env={"COLUMNS": "220"})
 
 
 # --- cells ------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_figures_of_data_that_changed_are_dropped(out: Path) -> None:
     ("damage", "words"),
     [
         (lambda text: text[: len(text) // 2], "damaged"),
-        (lambda text: "[1]", "not results of pdcore reproduce"),
+        (lambda text: "[1]", "not results of examples/reproduce.py"),
         (lambda text: "{" * 100_000, "damaged"),
         (lambda text: text.replace('"schema": 1', '"schema": 2'), r"damaged: \$.schema"),
         (lambda text: re.sub(r'"test_accuracy": [\d.]+', '"test_accuracy": NaN', text), "NaN"),

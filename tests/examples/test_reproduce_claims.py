@@ -1,4 +1,4 @@
-"""What `pdcore reproduce` concludes from planted figures, whichever way they point."""
+"""What `examples/reproduce.py` concludes from planted figures, whichever way they point."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reproduce import app
 from reproduction.findings import findings
 from reproduction.protocol import BASELINE, DATA, Cell
 from reproduction.verdict import Estimate, combined, judge, sentence, together
 from typer.testing import CliRunner
 
-from pdcore.cli.commands import app
 from pdcore.errors import Exit
 
 scipy_stats = pytest.importorskip("scipy.stats")
@@ -230,7 +230,7 @@ def test_several_verdicts_come_to_one(parts: str, claim: str, joined: str) -> No
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = CliRunner().invoke(app, ["reproduce"])
+    found = CliRunner().invoke(app, [])
     assert found.exit_code == Exit.MISSING
     words = "torch is not installed: pip install 'pdcore[cli,conformance,svr,torch]'"
     assert words in found.stderr.replace("\n", " ")

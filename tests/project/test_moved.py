@@ -1,7 +1,8 @@
 """Names of version 0.1: those that its documentation shows import, and its pickles load.
 
 ``names_0_1.txt`` has, of the ``__all__`` of each module of 0.1, the names that its documentation
-shows; ``specs_0_1.pickle`` is a dict of spec string to `AttentionSpec`, pickled by 0.1 with protocol 4.
+shows; ``specs_0_1.pickle`` is a dict of spec string to `AttentionSpec`, pickled by 0.1 with
+protocol 4.
 """
 
 from __future__ import annotations

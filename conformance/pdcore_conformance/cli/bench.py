@@ -1,4 +1,4 @@
-"""``pdcore bench``: speed and memory of one backend, after its numbers are found right."""
+"""``pdcore bench``: speed and memory of one backend whose numbers are right."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdcore.cli.files import OutputError
+from pdcore.cli.options import AsJson
 from pdcore.cli.reporting import Failed, emit, note, progress, reported, stdout
 from pdcore.errors import Exit
+
+from .extra import extra_needed
 
 if TYPE_CHECKING:
     from ..record.writing import Run
@@ -41,9 +44,7 @@ def bench(
     list_peers: Annotated[
         bool, typer.Option("--list-peers", help="List the peers, and why one cannot be had here.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure speed, growth and memory, interleaved with the peers that compute the same.
 
@@ -51,66 +52,77 @@ def bench(
     """
     if grid not in ("quick", "full"):
         raise typer.BadParameter(f"got {grid!r}, expected quick or full", param_hint="--grid")
-    try:
+    with extra_needed("pytest", "hypothesis", "autograd"):
         from ..bench import peers, speed
         from ..bench import table as speed_table
         from ..judge import gradients, subject  # noqa: F401 - without autograd, say so at once
-        from ..record import environment
-        from ..record import writing as record
         from ..runner import plugin
-    except ModuleNotFoundError as error:
-        needed = (error.name or "").partition(".")[0]
-        if needed not in ("pdcore_conformance", "pytest", "hypothesis", "autograd"):
-            raise
-        raise Failed(
-            Exit.MISSING, f"{needed} is not installed: pip install 'pdcore[conformance]'"
-        ) from error
     try:
         name, device = plugin.parse_backend(backend)
         peers.choose_peers(against)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if list_peers:
-        _list(peers, device, as_json)
+        _list_peers(device, as_json)
         return
     if report is not None and not report.parent.is_dir():
         raise OutputError(f"--report: there is no folder {report.parent}")
-    tested = subject.Subject(name, device)
-    reason = tested.framework.available(device)
-    if reason is not None:
-        raise Failed(Exit.NO_BACKEND, f"{name}:{device} is not available: {reason}")
-    run = _run(record, name, device, report)
-    run["environment"] = environment.environment(device)
-    run["versions"] = environment.versions() | tested.backend.versions()
-    run["precision"] = tested.framework.policy()
-    with progress(f"bench of {name}:{device}") as show:
-        run["speed"] = found = speed.measure(
+    run, others = _run_and_others(name, device, report)
+    run |= _circumstances(name, device)
+    with progress(f"bench of {name}:{device}") as bar:
+        run["speed"] = measured = speed.measure(
             name,
             device,
             grid=grid,
             peers=against,
             threads=threads,
-            say=lambda title, share: show(share),
+            say=lambda title, share: bar(share),
         )
     if report is not None:
-        others = (
-            []
-            if not report.exists()
-            else [
-                other
-                for other in record.load(report)["runs"]
-                if (other["backend"], other["device"]) != (name, device)
-            ]
-        )
-        record.save(report, [*others, run], replace=True)
-        note(f"record: {report}")
-    if as_json:
-        emit(run)
-    else:
-        speed_table.show(run, stdout())
-    if found["red"]:
+        _save(report, [*others, run])
+    emit(run) if as_json else speed_table.show(run, stdout())
+    _check(measured, strict=strict)
+
+
+def _circumstances(name: str, device: str) -> Any:
+    """Return environment, versions and precision of a run; raise where there is no backend."""
+    from ..judge.subject import Subject
+    from ..record.environment import environment, versions
+
+    tested = Subject(name, device)
+    reason = tested.framework.available(device)
+    if reason is not None:
+        raise Failed(Exit.NO_BACKEND, f"{name}:{device} is not available: {reason}")
+    return {
+        "environment": environment(device),
+        "versions": versions() | tested.backend.versions(),
+        "precision": tested.framework.policy(),
+    }
+
+
+def _run_and_others(name: str, device: str, report: Path | None) -> tuple[Run, list[Run]]:
+    """Return the run of this backend and device, new where the record has none, and the others."""
+    from ..record import writing as record
+
+    runs: list[Run] = []
+    if report is not None and report.exists():
+        runs = record.load(report)["runs"]
+    ours = [run for run in runs if (run["backend"], run["device"]) == (name, device)]
+    others = [run for run in runs if (run["backend"], run["device"]) != (name, device)]
+    return ours[0] if ours else record.new_run(name, device), others
+
+
+def _save(report: Path, runs: list[Run]) -> None:
+    from ..record.writing import save
+
+    save(report, runs, replace=True)
+    note(f"record: {report}")
+
+
+def _check(measured: Any, *, strict: bool) -> None:
+    """End the command with an exit code where numerics are red or, if strict, a target unmet."""
+    if measured["red"]:
         raise Failed(Exit.NUMERICS, "the numerics are red, so nothing is said about speed")
-    measured: Any = found
     unmet = [
         str(entry.get("name") or entry.get("peer") or entry.get("spec"))
         for group in ("ratios", "growth", "memory", "figures")
@@ -121,36 +133,27 @@ def bench(
         raise Failed(Exit.UNMET, f"not met: {', '.join(unmet)}")
 
 
-def _run(record: Any, name: str, device: str, report: Path | None) -> Run:
-    """Give the run of a record that the speed belongs to, a new one where there is none."""
-    if report is not None and report.exists():
-        for known in record.load(report)["runs"]:
-            if (known["backend"], known["device"]) == (name, device):
-                found: Run = known
-                return found
-    made: Run = record.new_run(name, device)
-    return made
+def _list_peers(device: str, as_json: bool) -> None:
+    from ..bench.peers import PEERS
 
-
-def _list(peers: Any, device: str, as_json: bool) -> None:
-    found = [
+    rows: list[dict[str, Any]] = [
         {
             "peer": peer.name,
             "computes": list(peer.computes or ()),
             "backward": peer.backward,
             "missing": peer.missing(device),
         }
-        for peer in peers.PEERS.values()
+        for peer in PEERS.values()
     ]
     if as_json:
-        emit({"peers": found})
+        emit({"peers": rows})
         return
     table = Table("peer", "computes", "backward", f"on {device}")
-    for entry in found:
+    for row in rows:
         table.add_row(
-            escape(entry["peer"]),
-            escape(", ".join(entry["computes"])),
-            "yes" if entry["backward"] else "",
-            escape(entry["missing"] or "available"),
+            escape(row["peer"]),
+            escape(", ".join(row["computes"])),
+            "yes" if row["backward"] else "",
+            escape(row["missing"] or "available"),
         )
     stdout().print(table)

@@ -11,8 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from pdcore.cli.files import OutputError
+from pdcore.cli.options import AsJson
 from pdcore.cli.reporting import Failed, emit, note, progress, reported, stdout
 from pdcore.errors import Exit
+
+from .extra import extra_needed
 
 if TYPE_CHECKING:
     from ..record.writing import Case, Run
@@ -42,9 +45,7 @@ def conform(
         bool, typer.Option("--allow-missing", help="Succeed where it is not available here.")
     ] = False,
     only_list: Annotated[bool, typer.Option("--list", help="List the ids of the cases.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge a backend by the float64 oracle: every axis, every pair, refusals, gradients, threads.
 
@@ -53,32 +54,25 @@ def conform(
     """
     _among("--level", level, ("core", "all"))
     _among("--grid", grid, ("quick", "full"))
-    try:
+    with extra_needed("pytest", "hypothesis", "autograd"):
         from ..judge import gradients  # noqa: F401 - without autograd, say so at once
-        from ..runner import conforming as running
-    except ModuleNotFoundError as error:
-        needed = (error.name or "").partition(".")[0]
-        if needed not in ("pdcore_conformance", "pytest", "hypothesis", "autograd"):
-            raise
-        raise Failed(
-            Exit.MISSING, f"{needed} is not installed: pip install 'pdcore[conformance]'"
-        ) from error
+        from ..runner import conforming
     if report is not None and not report.parent.is_dir():
         raise OutputError(f"--report: there is no folder {report.parent}")
     try:
         if only_list:
-            ids = running.list_cases(backend, level=level, grid=grid)
+            ids = conforming.list_cases(backend, level=level, grid=grid)
             emit({"cases": ids}) if as_json else print("\n".join(ids))
             return
-        with progress(f"conformance of {backend}") as say:
-            run, code = running.conform(
+        with progress(f"conformance of {backend}") as bar:
+            run, code = conforming.conform(
                 backend,
                 level=level,
                 grid=grid,
                 cases=case or (),
                 report=report,
                 allow_missing=allow_missing,
-                say=say,
+                say=bar,
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
@@ -94,7 +88,7 @@ def conform(
 
 
 def show(run: Run, report: Path | None) -> None:
-    """Print how a run went: counts, the worst ratio of each group, failures."""
+    """Print the outcome of a run: counts, the worst ratio of each group, failures."""
     out = stdout()
     versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
     out.print(escape(f"{_name(run)}: {versions}"), soft_wrap=True)
@@ -102,6 +96,14 @@ def show(run: Run, report: Path | None) -> None:
         out.print(escape(f"not available: {run['reason']}"), soft_wrap=True)
         return
     out.print(escape(run["precision"]), soft_wrap=True)
+    out.print(_counts(run))
+    _show_failures(run, report)
+    if report is not None:
+        note(f"record: {report}")
+
+
+def _counts(run: Run) -> Table:
+    """Return the table of outcomes, group by group."""
     groups: dict[str, list[Case]] = {}
     for case in run["cases"]:
         groups.setdefault(case["group"], []).append(case)
@@ -119,7 +121,11 @@ def show(run: Run, report: Path | None) -> None:
     total = [str(run["counts"][outcome]) for outcome in outcomes]
     table.add_section()
     table.add_row("all", *total, "", f"{run['seconds']:.1f}")
-    out.print(table)
+    return table
+
+
+def _show_failures(run: Run, report: Path | None) -> None:
+    out = stdout()
     failures = [case for case in run["cases"] if case["outcome"] in ("failed", "error")]
     for failed in failures[:SHOWN]:
         out.print(f"[bold red]{failed['outcome']}[/] {escape(failed['id'])}", soft_wrap=True)
@@ -129,16 +135,14 @@ def show(run: Run, report: Path | None) -> None:
     if len(failures) > SHOWN:
         where = f"see {report}" if report else "--report FILE keeps them"
         out.print(escape(f"and {len(failures) - SHOWN} more failures: {where}"))
-    if report is not None:
-        note(f"record: {report}")
 
 
 def _verdict(run: Run, code: int) -> str:
     if not run["available"]:
         return f"{_name(run)} is not available: {run['reason']} (--allow-missing permits it)"
-    bad = run["counts"]["failed"] + run["counts"]["error"]
-    if bad:
-        return f"{_name(run)} does not conform: {bad} of {len(run['cases'])} cases failed"
+    failures = run["counts"]["failed"] + run["counts"]["error"]
+    if failures:
+        return f"{_name(run)} does not conform: {failures} of {len(run['cases'])} cases failed"
     if not run["counts"]["passed"]:
         return f"{_name(run)}: nothing passed, so nothing is proven"
     return f"pytest ended with {code}"

@@ -1,4 +1,4 @@
-"""``pdcore new-backend``: a plugin to begin with."""
+"""``pdcore new-backend``: a project with a backend that conforms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pdcore.cli.reporting import Failed, emit, reported, stdout
-from pdcore.errors import Exit
+from pdcore.cli.options import AsJson
+from pdcore.cli.reporting import emit, reported, stdout
+
+from .extra import extra_needed
 
 __all__ = ["new_backend"]
 
@@ -23,22 +25,14 @@ def new_backend(
     library: Annotated[
         str, typer.Option(help="The array library: numpy, torch, jax, cupy or any other.")
     ] = "numpy",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an installable backend that conforms at once, with one step to make fast."""
     try:
-        from ..template.new_backend import new_backend as write
+        with extra_needed("copier"):
+            from ..template.new_backend import new_backend as write
 
-        project = write(name, output, library=library)
-    except ModuleNotFoundError as error:
-        needed = (error.name or "").partition(".")[0]
-        if needed not in ("pdcore_conformance", "copier"):
-            raise
-        raise Failed(
-            Exit.MISSING, f"{needed} is not installed: pip install 'pdcore[conformance]'"
-        ) from error
+            project = write(name, output, library=library)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:

@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from pdcore.cli.options import AsJson
 from pdcore.cli.reporting import Failed, emit, note, reported, stdout
 from pdcore.errors import Exit
+
+from .extra import extra_needed
 
 __all__ = ["report"]
 
@@ -47,9 +50,7 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", "-f", help="Replace any FILE, not just a page or a record.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: AsJson = False,
     schema: Annotated[
         bool,
         typer.Option(
@@ -75,23 +76,17 @@ def report(
     if html is None and merged is None and len(records) == 2:
         _compare(records[0], records[1], as_json)
         return
-    from pdcore_conformance.report import summary, write_page
+    from ..report import summary, write_page
 
     record = merge([load(path) for path in records], say=note)
     if merged is not None:
         save(merged, record["runs"], replace=force, compact=compact)
     if html is not None:
-        try:
+        with extra_needed("jinja2", "markupsafe"):
             write_page(html, record, force=force)
-        except ModuleNotFoundError as error:
-            if error.name not in ("jinja2", "markupsafe"):
-                raise
-            raise Failed(
-                Exit.MISSING, f"{error.name} is not installed: pip install 'pdcore[conformance]'"
-            ) from error
     if as_json:
-        wrote = {"html": html and str(html), "merged": merged and str(merged)}
-        emit(summary.as_dict(record) | wrote)
+        paths = {"html": html and str(html), "merged": merged and str(merged)}
+        emit(summary.as_dict(record) | paths)
         return
     console = stdout()
     summary.show(record, console)
@@ -101,9 +96,8 @@ def report(
 
 
 def _compare(before: Path, after: Path, as_json: bool) -> None:
-    from pdcore_conformance.report import summary
-
     from ..record.writing import load
+    from ..report import summary
     from ..report.comparison import as_dict, compare
 
     comparison = compare(load(before), load(after))

@@ -17,13 +17,15 @@ __all__ = ["asset", "render"]
 _JOINT = re.compile(r"(::|[_=]|\.(?=[^\W\d]))")
 
 
-def render(folder: str, **contents: Any) -> str:
-    """Return the ``page.html.jinja`` of a folder of this package, filled in.
+def render(folder: str, *, package: str = "pdcore_conformance", **contents: Any) -> str:
+    """Return the ``page.html.jinja`` of a folder of a package, filled in.
 
     Parameters
     ----------
     folder : str
-        Such as ``"report"``.
+        Such as ``"report"``; ``"."`` for the package itself.
+    package : str
+        The package that has the folder.
     **contents
         Values by name. Texts may be hostile: they are escaped everywhere, and control and
         direction characters are shown as escapes.
@@ -43,7 +45,7 @@ def render(folder: str, **contents: Any) -> str:
         return visible(value) if type(value) is str else value
 
     environment = Environment(
-        loader=PackageLoader("pdcore_conformance", folder),
+        loader=PackageLoader(package, folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=shown,

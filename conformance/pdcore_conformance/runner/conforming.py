@@ -1,4 +1,4 @@
-"""The suite run from Python: what ``pdcore conform`` and the tests of the suite call."""
+"""The suite run from Python, as ``pdcore conform`` and the tests of the suite run it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from . import plugin
 if TYPE_CHECKING:
     from ..record.writing import Run
 
-__all__ = ["Outcome", "conform", "list_cases"]
+__all__ = ["SuiteResult", "conform", "list_cases"]
 
 SETTINGS = Path(__file__).parents[1] / "suite" / "pytest.ini"
 
 
-class Outcome(NamedTuple):
-    """How a run ended.
+class SuiteResult(NamedTuple):
+    """The record of a run, and its exit code.
 
     Attributes
     ----------
     run : Run or None
-        None where pytest did not get as far as a backend.
+        The record; None where pytest ended before a backend was loaded.
     code : int
-        The exit code: `pdcore.cli.Exit`, or pytest's own where it was interrupted or could not
-        start.
+        The exit code: one of `pdcore.errors.Exit`, or of pytest where pytest was interrupted or
+        could not start.
     """
 
     run: Run | None
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 class _Watcher:
-    """Tells how far a run has come, and keeps its `Conformance`."""
+    """A plugin of pytest that reports the share of cases done, and keeps the `Conformance`."""
 
     def __init__(self, say: Callable[[float], None]) -> None:
         self.say, self.done, self.total = say, 0, 0
@@ -71,7 +71,7 @@ def conform(
     allow_missing: bool = False,
     say: Callable[[float], None] = lambda share: None,
     more: Sequence[object] = (),
-) -> Outcome:
+) -> SuiteResult:
     """Run the suite in this process.
 
     Parameters
@@ -79,23 +79,24 @@ def conform(
     backend : str
         ``NAME`` or ``NAME:DEVICE``.
     level : {"core", "all"}
-        Only what every backend has to have, or everything that it declares too.
+        ``core`` has the cases that every backend must pass, ``all`` also those of the features
+        that the backend declares.
     grid : {"quick", "full"}
-        How many sizes and dtypes.
+        ``full`` has more sizes, and every pair of axes in every dtype.
     cases : sequence of str
-        Ids; all cases by default.
+        Ids of cases; all by default.
     report : path, optional
-        Where to write the record.
+        The path of the record to write.
     allow_missing : bool
-        Succeed where the backend is not available here.
+        Return the code 0 where the backend is not available on this machine.
     say : callable
-        Is told the share of the cases that have run.
+        Called with the share of the cases that have run.
     more : sequence of object
-        Other plugins of pytest, such as one that ends the run in time.
+        Further plugins of pytest, such as one that limits the time.
 
     Returns
     -------
-    Outcome
+    SuiteResult
 
     Raises
     ------
@@ -113,10 +114,10 @@ def conform(
     code = _pytest(backend, arguments, watcher, *more, modules=_modules(cases))
     if watcher.errors:
         raise RuntimeError("the suite cannot be collected:\n" + "\n".join(watcher.errors))
-    found = watcher.conformance
-    if found is not None and found.refused:
-        raise ValueError(found.refused)
-    return Outcome(None if found is None else found.run, code)
+    conformance = watcher.conformance
+    if conformance is not None and conformance.refused:
+        raise ValueError(conformance.refused)
+    return SuiteResult(None if conformance is None else conformance.run, code)
 
 
 def list_cases(backend: str, *, level: str = "all", grid: str = "quick") -> list[str]:
@@ -127,7 +128,7 @@ def list_cases(backend: str, *, level: str = "all", grid: str = "quick") -> list
 
 
 def _modules(cases: Sequence[str]) -> list[str]:
-    """Name the modules that some cases are in; all of them, where an id is nobody's."""
+    """Return the modules of these cases; the whole suite where an id has no module."""
     names = sorted({f"test_{case.partition('::')[0]}" for case in cases})
     if not names or not all((SETTINGS.parent / f"{name}.py").is_file() for name in names):
         return [plugin.SUITE]
@@ -142,7 +143,7 @@ def _pytest(
     modules: Sequence[str] = (plugin.SUITE,),
 ) -> int:
     plugin.parse_backend(backend)
-    # Plugins that are installed for other purposes have no say in what conforms.
+    # Installed plugins of pytest must not change the outcome.
     before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:

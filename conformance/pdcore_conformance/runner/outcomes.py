@@ -1,4 +1,4 @@
-"""How a case ended, in the words of the record."""
+"""The outcome of a case as the record has it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["new_case", "outcome_of", "plain"]
 
 
 def outcome_of(report: pytest.TestReport) -> tuple[Outcome, str | None]:
-    """Give the outcome of a report, and a message where there is one."""
+    """Return the outcome of a report, and its message or None."""
     if hasattr(report, "wasxfail"):
         if report.skipped:
             return "known failure", report.wasxfail.removeprefix("reason: ")
@@ -38,7 +38,7 @@ def outcome_of(report: pytest.TestReport) -> tuple[Outcome, str | None]:
 def new_case(
     name: str, level: str, features: list[str], outcome: Outcome, message: str | None = None
 ) -> Case:
-    """Begin the record of a case."""
+    """Return the record of a case that has not run."""
     return {
         "id": name,
         "group": name.partition("::")[0],
@@ -53,7 +53,7 @@ def new_case(
 
 
 def plain(evidence: Evidence) -> dict[str, Any]:
-    """Make evidence of plain objects, which travel between processes."""
+    """Return evidence as dicts and numbers, which can be sent between processes."""
     verdicts = {
         name: {"ratio": v.ratio, "error": v.error, "budget": v.budget}
         for name, v in evidence.verdicts.items()

@@ -1,4 +1,4 @@
-"""The pytest plugin of the suite: which backend, which cases, how they ended, and the record.
+"""The pytest plugin of the suite: options, choice of cases, outcomes and the record.
 
 ::
 
@@ -44,7 +44,7 @@ def parse_backend(text: str) -> tuple[str, str]:
     Returns
     -------
     name, device : str
-        The first device that the backend declares, where none is given.
+        The device is the first that the backend declares where `text` names none.
 
     Raises
     ------
@@ -111,14 +111,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Conformance:
-    """One run of the suite: outcomes as they come, and the record at the end.
+    """One run of the suite: it collects outcomes, and writes the record at the end.
 
     Attributes
     ----------
     run : Run
-        What the record will say.
+        The record of this run.
     refused : str or None
-        What was wrong with the options.
+        The error in the options.
     """
 
     def __init__(self, config: pytest.Config, name: str, device: str) -> None:
@@ -141,7 +141,7 @@ class Conformance:
         return self._cases
 
     def _prepare(self, name: str, device: str) -> None:
-        """Load the backend, or note why it cannot be had here."""
+        """Load the backend, or record why it is not available here."""
         run = self.run
         run["capabilities"] = {f: plugins.registered()[name].support(f) for f in _features()}
         try:
@@ -164,8 +164,8 @@ class Conformance:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keep the cases that are asked for, and mark the known failures of the backend."""
-        ours = [item for item in items if item.nodeid and _is_ours(item)]
+        """Keep the cases that the options name, and mark the known failures of the backend."""
+        ours = [item for item in items if item.nodeid and _is_of_suite(item)]
         for item in ours:
             item.stash[_ID] = case_id(item)
             item.stash[_NEEDS] = _needs(item)
@@ -203,7 +203,7 @@ class Conformance:
         return self.option("--level") == "all" or needs <= CORE
 
     def _dead(self, ids: set[str], collected: bool) -> None:
-        """Fail for the known failures that name no case: they would hide a new one."""
+        """Fail for known failures that name no case: one might hide a new failure."""
         for name in sorted(ids) if collected and not self.option("--case") else ():
             self._cases[name] = new_case(
                 name,
@@ -217,14 +217,14 @@ class Conformance:
 
     @pytest.fixture
     def subject(self, request: pytest.FixtureRequest) -> Iterator[Subject]:
-        """The backend under test, with new evidence."""
+        """Return the backend under test, without evidence of earlier cases."""
         assert self.under_test is not None
         self.under_test.evidence = Evidence()
         yield self.under_test
         request.node.user_properties.append(("evidence", plain(self.under_test.evidence)))
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Leave a case out whose feature the backend does not claim, and say so."""
+        """Skip a case whose feature the backend does not claim, with the reason."""
         if self.under_test is None or _NEEDS not in item.stash:
             return
         needs: frozenset[str] = item.stash[_NEEDS]
@@ -236,7 +236,7 @@ class Conformance:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
-        """Send what the controller of a distributed run needs along with the report."""
+        """Add to the report what the controller of a distributed run needs."""
         report = yield
         if _ID in item.stash:
             needs: frozenset[str] = item.stash[_NEEDS]
@@ -245,7 +245,7 @@ class Conformance:
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count an outcome."""
+        """Record the outcome of a phase of a case."""
         about = getattr(report, "pdcore", None)
         if about is None:
             return
@@ -271,7 +271,7 @@ class Conformance:
     # --- the end ----------------------------------------------------------------------------------
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write the record, and give the run its exit code."""
+        """Write the record, and set the exit code of the run."""
         if hasattr(self.config, "workerinput"):
             return
         run = self.run
@@ -291,7 +291,7 @@ class Conformance:
             session.exitstatus = self.exit_code()
 
     def exit_code(self) -> int:
-        """Give 0 only where something ran and nothing failed."""
+        """Return the exit code; 0 only where a case passed and none failed."""
         counts = self.run["counts"]
         if not self.run["available"]:
             return int(Exit.DONE if self.option("--allow-missing") else Exit.NO_BACKEND)
@@ -300,15 +300,17 @@ class Conformance:
         return int(Exit.DONE if counts["passed"] else Exit.FAILURE)
 
     def pytest_report_header(self) -> str:
-        """Say what is tested, and by which precision."""
+        """Return a line with the backend, its versions and its precision."""
         run = self.run
         if not run["available"]:
             return f"pdcore conformance: {run['backend']} is not available: {run['reason']}"
-        found = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
-        return f"pdcore conformance: {run['backend']}:{run['device']} ({found}); {run['precision']}"
+        versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
+        return (
+            f"pdcore conformance: {run['backend']}:{run['device']} ({versions}); {run['precision']}"
+        )
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Say how many cases ended how."""
+        """Print the number of cases by outcome."""
         counts = ", ".join(f"{n} {name}" for name, n in self.run["counts"].items() if n)
         name = f"{self.run['backend']}:{self.run['device']}"
         terminalreporter.write_sep("=", f"pdcore conformance of {name}: {counts or 'nothing ran'}")
@@ -321,7 +323,7 @@ _NEEDS = pytest.StashKey[frozenset[str]]()
 
 
 def case_id(item: pytest.Item) -> str:
-    """Give the id of a case: ``statistics::variance_is_biased[bn-float32]``."""
+    """Return the id of a case: ``statistics::variance_is_biased[bn-float32]``."""
     function: Any = item
     group = function.module.__name__.rpartition(".")[2].removeprefix("test_")
     name = (getattr(function, "originalname", None) or item.name).removeprefix("test_")
@@ -329,22 +331,22 @@ def case_id(item: pytest.Item) -> str:
     return f"{group}::{name}" + (f"[{callspec.id}]" if callspec else "")
 
 
-def _is_ours(item: pytest.Item) -> bool:
+def _is_of_suite(item: pytest.Item) -> bool:
     module = getattr(item, "module", None)
     return module is not None and module.__name__.startswith(f"{SUITE}.")
 
 
 def _needs(item: Any) -> frozenset[str]:
-    """Collect the features that a case asks for."""
-    found = {feature for marker in item.iter_markers("claims") for feature in marker.args}
+    """Return the features that a case needs."""
+    features = {feature for marker in item.iter_markers("claims") for feature in marker.args}
     callspec = getattr(item, "callspec", None)
     if callspec and "call" in callspec.params:
         through = getattr(item.function, "asked", "forward")
-        asked = {name: True for name in ("vjp", "weights") if name == through}
-        found |= set(callspec.params["call"].features(**asked))
+        options = {name: True for name in ("vjp", "weights") if name == through}
+        features |= set(callspec.params["call"].features(**options))
         if through == "autodiff":
-            found.add("autodiff")
-    return frozenset(found)
+            features.add("autodiff")
+    return frozenset(features)
 
 
 def _features() -> list[str]:

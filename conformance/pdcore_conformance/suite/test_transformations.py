@@ -150,7 +150,7 @@ def test_shards_agree_with_the_whole(spec: str, subject: Subject) -> None:
 def require_close(
     result: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], relative: float, what: str
 ) -> None:
-    """Raise Nonconforming where a result is far from the oracle's, relative to the largest entry."""
+    """Raise Nonconforming where a result is far from the oracle's, by its largest entry."""
     for name, x in result.items():
         y = np.asarray(expected[name], np.longdouble)
         error = float(np.max(np.abs(x - y), initial=0.0))

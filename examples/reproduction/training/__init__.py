@@ -1,5 +1,4 @@
-"""A small transformer that is trained: its data, model and protocol.
+"""A small transformer: its data, model and training.
 
-The examples train it one specification at a time; `reproduction` compares
-specifications by it.
+The examples train one specification at a time; `reproduction` compares several.
 """

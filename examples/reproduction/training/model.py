@@ -16,34 +16,34 @@ __all__ = ["Attention", "Classifier", "Settings", "layer_heads"]
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run beside its series; the same for every spec unless said otherwise.
+    """The settings of a run; the same for every spec unless said otherwise.
 
     Attributes
     ----------
     spec : str
         The attention of both layers.
     seed : int
-        Of the split, the first weights, and everything drawn while training.
+        The seed of the split, the first weights, and all random numbers of the training.
     epochs, patience : int
-        At most so many epochs, and so many without a better validation loss.
+        The limits on epochs, and on epochs without a better validation loss.
     validation : float
         Share of the training part that chooses the epoch.
     batch : int
-        Series of one step.
+        The number of series in a step.
     rate, decay : float
         Learning rate and weight decay of AdamW; only the matrices of linear maps decay.
     width, layers, heads : int
         Size of the model.
     dropout : float
-        Of features, outside attention.
+        The dropout of features, outside attention.
     noise : float
-        Standard deviation of what is added to standardized channels.
+        Standard deviation of the noise that is added to standardized channels.
     crop : float
-        Up to this share of a series' steps is cut off, at either end.
+        The largest share of a series' steps that is cut off, at either end.
     smoothing : float
-        Of the labels.
+        The smoothing of the labels.
     average : float
-        Per step, the share that the averaged weights keep; the averaged weights are the result.
+        The decay of the moving average of the weights, which is the result.
     """
 
     spec: str = "softmax"
@@ -93,7 +93,7 @@ class Attention(nn.Module):  # type: ignore[misc]
             self.arrays[p.name] = nn.Parameter(torch.full(shape, start))
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Give queries, keys and values (B, H, N, D) of what `inward` gives, (B, N, 3 width)."""
+        """Return q, k and v (B, H, N, D) from the output (B, N, 3 width) of `inward`."""
         q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -154,17 +154,17 @@ class Classifier(nn.Module):  # type: ignore[misc]
         self.classify = nn.Linear(settings.width, classes)
 
     def standardize_by(self, frames: Tensor, real: Tensor) -> None:
-        """Take the channels' mean and deviation over real steps."""
+        """Set mean and deviation of the channels from the real steps."""
         steps = frames[real].double()
         deviation = steps.std(dim=0, correction=0)
         self.mean.copy_(steps.mean(dim=0))
-        # A constant channel says nothing: it becomes 0, not noise divided by nearly 0.
+        # A constant channel becomes 0, not noise divided by nearly 0.
         self.deviation.copy_(torch.where(deviation > 1e-6, deviation, torch.inf))
 
     def forward(self, frames: Tensor, real: Tensor) -> Tensor:
-        """Give the logits (B, classes) of frames (B, N, channels); real (B, N) bool.
+        """Return the logits (B, classes) of frames (B, N, channels); real (B, N) bool.
 
-        What `frames` holds where `real` is False changes nothing. In training, noise is added
+        Frames where `real` is False change nothing. In training, noise is added
         and ends are cut off.
         """
         x = (frames - self.mean) / self.deviation
@@ -182,11 +182,13 @@ class Classifier(nn.Module):  # type: ignore[misc]
 def layer_heads(
     model: Classifier, frames: Tensor, real: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Give queries, keys and values (B, H, N, D) of every layer, with dropout and noise off."""
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Return queries, keys and values (B, H, N, D) of every layer, without dropout and noise."""
+    heads: list[tuple[Tensor, Tensor, Tensor]] = []
     hooks = [
         layer.attention.inward.register_forward_hook(
-            lambda module, given, out, own=layer.attention: seen.append(own.split(out))
+            lambda module, inputs, out, attention=layer.attention: heads.append(
+                attention.split(out)
+            )
         )
         for layer in model.layers
     ]
@@ -197,18 +199,18 @@ def layer_heads(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return heads
 
 
 def _positions(length: int, width: int) -> Tensor:
-    """Give sines and cosines (length, width), which serve any length."""
+    """Return sines and cosines (length, width) of the positions."""
     rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angles = torch.arange(length)[:, None] * rates
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
 
 
 def _kept(real: Tensor, share: float) -> Tensor:
-    """Cut up to a share of each series off, split at random between its ends; (B, N) bool."""
+    """Return the steps (B, N) bool that remain after random cuts at both ends of each series."""
     lengths = real.sum(dim=1, keepdim=True)
     draws = torch.rand(2, len(real), 1)
     cut = (draws[0] * share * lengths).floor()

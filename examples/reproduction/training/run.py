@@ -33,7 +33,7 @@ class Run:
 
     First a part of the training series is fitted, and after each epoch the loss on the rest, the
     validation part, is taken. The epoch with the smallest is chosen. Then a new model is fitted
-    on all training series for so many epochs. Nothing looks at the test part before that.
+    on all training series for so many epochs. The test part is not used before that.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def share(self) -> float:
-        """How much of the work is done, as far as one can tell."""
+        """The estimated share of the work that is done."""
         if self.phase == "choose":
             return 0.5 * self.epoch / self.settings.epochs
         return 0.5 + 0.5 * self.epoch / self.chosen
@@ -81,14 +81,14 @@ class Run:
     def finish(
         self, checkpoint: Path | None = None, done: Callable[[float], None] = lambda share: None
     ) -> dict[str, Any]:
-        """Do all that is left.
+        """Do the rest of the run.
 
         Parameters
         ----------
         checkpoint : Path, optional
-            Written now and then, and at the end.
+            The checkpoint, written from time to time and at the end.
         done : callable
-            Is told the share of the work that is done.
+            Called with the share of the work that is done.
 
         Returns
         -------
@@ -102,18 +102,18 @@ class Run:
             When the validation loss is no longer finite.
         """
         written = time.monotonic()
-        while (found := self.result) is None:
+        while (result := self.result) is None:
             self.advance()
             done(self.share)
             if checkpoint and (self.result or time.monotonic() - written >= INTERVAL):
                 self.save(checkpoint)
                 written = time.monotonic()
-        return found
+        return result
 
     def advance(self) -> None:
-        """Train for one epoch, and take what follows from it."""
+        """Train for one epoch; then validate, start the second fit, or test."""
         began = time.perf_counter()
-        # The state of a run's own generator is its own: nothing outside disturbs it, or notices.
+        # Each run has a state of the random generator: other code neither changes nor sees it.
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(self.random)
             self._train_one_epoch()
@@ -178,7 +178,7 @@ class Run:
         }
 
     def save(self, path: Path) -> None:
-        """Write all that the rest of the run depends on, whole or not at all."""
+        """Write a checkpoint of all that the rest of the run depends on."""
         state = {
             "settings": asdict(self.settings),
             "series": self.series.digest(),
@@ -230,7 +230,7 @@ class Run:
 
 
 def adamw(model: nn.Module, settings: Settings) -> Any:
-    """Give the optimizer of a model: only the matrices of linear maps decay."""
+    """Return the optimizer of a model; only the matrices of linear maps decay."""
     maps = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     rest = [p for p in model.parameters() if not any(p is weight for weight in maps)]
     return torch.optim.AdamW(
@@ -265,7 +265,7 @@ def try_step(settings: Settings, series: Pair) -> None:
 
 
 def predict(model: nn.Module, frames: Tensor, real: Tensor) -> Tensor:
-    """Give the logits of any number of series, with dropout and noise off."""
+    """Return the logits of any number of series, without dropout and noise."""
     model.eval()
     with torch.no_grad():
         parts = zip(frames.split(256), real.split(256), strict=True)

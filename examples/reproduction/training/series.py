@@ -18,13 +18,13 @@ __all__ = ["DIGITS", "Pair", "Series", "digits", "find_pair", "packaged", "pair"
 
 Array = np.ndarray[Any, Any]
 
-#: What a header may say, by keyword in small letters. Others are passed over: the archive's
-#: files carry several that change nothing.
+#: Keywords of a header, in small letters, that are true or false. Unknown keywords are ignored:
+#: the files of the archive have several that change nothing.
 _SWITCHES = ("timestamps", "missing", "univariate", "equallength", "targetlabel")
 
 LARGEST = float(np.finfo(np.float32).max)
 
-#: Where the digits are from.
+#: The origin of the digits.
 DIGITS = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin, C. Kaynak, 1998, "
     "doi:10.24432/C50P49, CC BY 4.0; the part that comes with scikit-learn."
@@ -60,12 +60,12 @@ class Pair(NamedTuple):
     Attributes
     ----------
     name : str
-        For tables and pictures.
+        The name in tables and pictures.
     train, test : Series
     classes : tuple of str
         The labels of the training part, sorted; a class is an index into it.
     source : str
-        Where the series are from, and their attribution where the package has one.
+        The origin of the series, with the attribution where the package has one.
     """
 
     name: str
@@ -75,18 +75,18 @@ class Pair(NamedTuple):
     source: str
 
     def targets(self, part: Series) -> Array:
-        """Give the class of each series of a part, (count,) int64."""
+        """Return the class of each series of a part, (count,) int64."""
         index = {label: i for i, label in enumerate(self.classes)}
         return np.array([index[label] for label in part.labels], dtype=np.int64)
 
     def digest(self) -> str:
-        """Hash both parts: a checkpoint belongs to the series it was made from."""
-        found = hashlib.sha256()
+        """Return a hash of both parts, by which a checkpoint recognizes its series."""
+        digest = hashlib.sha256()
         for part in (self.train, self.test):
-            found.update(repr((part.frames.shape, part.labels)).encode())
-            found.update(part.lengths.astype("<i8").tobytes())
-            found.update(np.ascontiguousarray(part.frames, dtype="<f4").tobytes())
-        return found.hexdigest()
+            digest.update(repr((part.frames.shape, part.labels)).encode())
+            digest.update(part.lengths.astype("<i8").tobytes())
+            digest.update(np.ascontiguousarray(part.frames, dtype="<f4").tobytes())
+        return digest.hexdigest()
 
 
 def read_ts(path: Path) -> Series:
@@ -150,22 +150,22 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _header(where: str, line: str, header: dict[str, list[str]]) -> bool:
-    """Take one line of the header, and tell whether it was the last."""
-    word, *given = line[1:].split()
+    """Add one line to the header; return whether it was the last."""
+    word, *values = line[1:].split()
     word = word.lower()
-    if word in _SWITCHES and [g.lower() for g in given] not in (["true"], ["false"]):
-        raise FileError(f"{where}: @{word} says {' '.join(given)!r}, expected true or false")
-    header[word] = given
-    on = [g.lower() for g in given[:1]] == ["true"]
+    if word in _SWITCHES and [value.lower() for value in values] not in (["true"], ["false"]):
+        raise FileError(f"{where}: @{word} says {' '.join(values)!r}, expected true or false")
+    header[word] = values
+    on = [value.lower() for value in values[:1]] == ["true"]
     if word == "timestamps" and on:
         raise FileError(f"{where}: series with time stamps are not supported")
     if word == "targetlabel" and on:
         raise FileError(f"{where}: regression targets are not supported, only classes")
     if word == "classlabel" and not on:
         raise FileError(f"{where}: the series have no class labels")
-    if word == "dimensions" and not (len(given) == 1 and given[0].isdecimal() and int(given[0])):
+    if word == "dimensions" and not (len(values) == 1 and values[0].isdecimal() and int(values[0])):
         raise FileError(
-            f"{where}: @dimensions says {' '.join(given)!r}, expected a whole number from 1"
+            f"{where}: @dimensions says {' '.join(values)!r}, expected a whole number from 1"
         )
     return word == "data"
 
@@ -219,7 +219,7 @@ def _padded(series: Sequence[Array], labels: Sequence[str]) -> Series:
 
 
 def packaged() -> Pair:
-    """Give the Japanese Vowels utterances that come with pdcore: 270 to train, 370 to test."""
+    """Return the Japanese Vowels utterances that come with pdcore: 270 to train, 370 to test."""
     vowels = japanese_vowels()
     train, test = (
         Series(
@@ -233,21 +233,20 @@ def packaged() -> Pair:
 
 
 def digits() -> Pair:
-    """Give the 8 x 8 digits of scikit-learn, a row of pixels a step: 1438 to train, 359 to test.
+    """Return the 8 x 8 digits of scikit-learn, a step for each row: 1438 to train, 359 to test.
 
-    scikit-learn has no test part of its own; this one, a fifth of each class, is the same whatever
-    is trained.
+    scikit-learn has no test part; this one, a fifth of each class, does not depend on the run.
     """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    bunch = load_digits()
     train, test = (
         Series(
-            found.images[chosen].astype(np.float32),
-            np.full(len(chosen), found.images.shape[1]),
-            tuple(map(str, found.target[chosen].tolist())),
+            bunch.images[chosen].astype(np.float32),
+            np.full(len(chosen), bunch.images.shape[1]),
+            tuple(map(str, bunch.target[chosen].tolist())),
         )
-        for chosen in stratified_split(found.target, 0.2, seed=0)
+        for chosen in stratified_split(bunch.target, 0.2, seed=0)
     )
     return pair("Digits", train, test, source=DIGITS)
 
@@ -263,18 +262,18 @@ def find_pair(folder: Path) -> tuple[Path, Path]:
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "no such folder"
         raise FileError(f"{folder}: {what}")
-    found = []
+    paths = []
     for part in ("TRAIN", "TEST"):
         files = sorted(p for p in folder.glob("*.ts") if p.stem.upper().endswith(f"_{part}"))
         if len(files) != 1:
             names = ", ".join(p.name for p in files) or "none"
             raise FileError(f"{folder}: expected one *_{part}.ts, found {names}")
-        found.append(files[0])
-    return found[0], found[1]
+        paths.append(files[0])
+    return paths[0], paths[1]
 
 
 def pair(name: str, train: Series, test: Series, source: str) -> Pair:
-    """Put two parts together.
+    """Return a training and a test part as a pair.
 
     Raises
     ------

@@ -19,10 +19,10 @@ def stratified_split(targets: Array, share: float, seed: int) -> tuple[Array, Ar
     targets : int array (count,)
         The class of each series.
     share : float
-        Of each class, this share validates, rounded, and one series at least. A class with a
+        The share of each class that validates, rounded, and at least one series. A class with a
         single series is only fitted.
     seed : int
-        The same seed gives the same split, whatever is trained on it.
+        The seed, on which alone the split depends.
 
     Returns
     -------

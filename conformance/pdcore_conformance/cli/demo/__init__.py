@@ -1,0 +1,1 @@
+"""``pdcore demo``: every preset on recorded vowels, judged, timed and drawn."""
