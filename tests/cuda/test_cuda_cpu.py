@@ -6,16 +6,14 @@ import re
 import shutil
 from pathlib import Path
 
+import cuda_on_cpu as cuda
 import numpy as np
 import pytest
 
-cuda = pytest.importorskip("cuda_on_cpu")
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
-from cuda_on_cpu import compiler, source  # noqa: E402
-
-pytestmark = pytest.mark.cuda
+from cuda_on_cpu import compiler, source
 
 KERNELS = r"""
 // __shared__ int in_a_comment[4];

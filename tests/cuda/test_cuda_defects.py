@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cuda_on_cpu")
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
 from cuda_on_cpu import zoo
 from cuda_on_cpu.zoo.__main__ import table
 from cuda_on_cpu.zoo.observe import DETECTORS, observe
-
-pytestmark = pytest.mark.cuda
 
 README = Path(__file__).parents[1] / "cuda_cpu" / "README.md"
 #: What each way to run can report.

@@ -22,8 +22,6 @@ from pdcore.backend import Inputs
 from pdcore.plugins import load_backend
 from pdcore_conformance.judge.budget import expect, judge
 
-pytestmark = pytest.mark.jax
-
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 

@@ -7,11 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.jax
-pytest.importorskip("jax")
-
 FILE = Path(__file__).with_name("sharded_jax.py")
 
 
