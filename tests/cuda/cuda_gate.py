@@ -1,6 +1,6 @@
 """The compile gate: what NVRTC makes of every kernel, on a machine without a GPU.
 
-`python tests/cuda_gate.py` writes the table of docs/cuda-kernels.md anew.
+`python tests/cuda/cuda_gate.py` writes the table of docs/cuda-kernels.md anew.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STATES = (
 #: A block has 256 threads, and a multiprocessor 65,536 registers.
 MOST = 255
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<scalar>\w+) \| (?P<cells>[^|]*\|.*) \|$", re.M)
-_START, _END = "<!-- written by tests/cuda_gate.py -->\n", "<!-- end -->\n"
+_START, _END = "<!-- written by tests/cuda/cuda_gate.py -->\n", "<!-- end -->\n"
 
 Key = TypeVar("Key", bound=Hashable)
 Found = TypeVar("Found")

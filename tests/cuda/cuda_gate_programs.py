@@ -1,6 +1,6 @@
 """The compile gate over programs: every built-in log kappa, and arrays of 16 bits.
 
-A program is another text of the same kernels. `python tests/cuda_gate_programs.py` writes its table
+A program is another text of the same kernels. `python tests/cuda/cuda_gate_programs.py` writes its table
 of docs/cuda-kernels.md anew, a line for each: what the widest instantiations take at most.
 """
 
@@ -31,7 +31,10 @@ SPECS = ("softmax(softcap=20)", "polynomial", "linear+sparse(9,2)")
 #: Every kernel at its widest, where registers are scarcest.
 KERNELS = (*(name.format(COLUMNS[-1]) for name in TEMPLATES), "scores_bias", "scores_delta")
 OF_FEATURES = (*(name.format(feature_programs.COLUMNS[-1]) for name in FEATURES), *STATES)
-_START, _END = "<!-- written by tests/cuda_gate_programs.py -->\n", "<!-- end of programs -->\n"
+_START, _END = (
+    "<!-- written by tests/cuda/cuda_gate_programs.py -->\n",
+    "<!-- end of programs -->\n",
+)
 _ROW = re.compile(r"^\| (?P<what>[^|]+) \| (?P<cells>\d+ \| \d+ \| \d+ \| \d+) \|$", re.M)
 
 

@@ -1,6 +1,6 @@
 """The compile gate for tensor cores: registers, spills, and the instructions that are in a cubin.
 
-`python tests/cuda_gate_tensor_cores.py` writes its table of docs/cuda-kernels.md anew.
+`python tests/cuda/cuda_gate_tensor_cores.py` writes its table of docs/cuda-kernels.md anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 #: The opcodes of machine code of sm_80 and sm_90, the low 12 bits of an instruction of 128.
 OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B, "LDGSTS": 0xFAE}
 _START, _END = (
-    "<!-- written by tests/cuda_gate_tensor_cores.py -->\n",
+    "<!-- written by tests/cuda/cuda_gate_tensor_cores.py -->\n",
     "<!-- end of tensor cores -->\n",
 )
 _ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<cells>[^|]*\|.*) \|$", re.M)

@@ -34,7 +34,7 @@ def test_kernels_take_no_more_than_the_page_says() -> None:
         or use.shared != table[key].shared
         or any(a > b for a, b in zip(use.registers, table[key].registers, strict=True))
     }
-    assert not more, f"if that is meant, run python tests/cuda_gate.py: {more}"
+    assert not more, f"if that is meant, run python tests/cuda/cuda_gate.py: {more}"
 
 
 def test_programs_take_no_more_than_the_page_says_and_never_spill() -> None:

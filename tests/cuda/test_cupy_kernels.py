@@ -1,7 +1,7 @@
 """The CuPy backend's kernels and launch code, on the emulator, against the float64 oracle.
 
 Nothing is drawn at random: each call is there for a way through the kernels. The conformance suite
-draws; `python tests/emulated_cupy.py` runs it.
+draws; `python tests/cuda/emulated_cupy.py` runs it.
 """
 
 from __future__ import annotations

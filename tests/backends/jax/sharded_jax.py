@@ -1,6 +1,6 @@
 """Attention on arrays that lie on several devices of the CPU.
 
-`tests/test_jax_sharding.py` runs these in a process of their own, because JAX has the devices that
+`test_jax_sharding.py` runs these in a process of their own, because JAX has the devices that
 it is told of before its first use.
 """
 

@@ -1,4 +1,4 @@
-"""`tests/sharded_jax.py`, in a process that has several devices."""
+"""`sharded_jax.py`, in a process that has several devices."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .registry import PARENT
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TABLE = ROOT / "docs" / "mutants.md"
 
 #: Runs some mutants in one interpreter; prints, for each, its cases that did not pass.
@@ -40,7 +40,7 @@ print(json.dumps(found))
 
 def run(runs: list[tuple[str, list[str]]]) -> dict[str, dict]:
     """Run the suite on some backends, each with its cases, or all of them for none."""
-    script = RUN.format(tests=str(ROOT / "tests"), runs=runs)
+    script = RUN.format(tests=str(ROOT / "tests" / "shared"), runs=runs)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         check=False,
@@ -66,8 +66,8 @@ def write(results: dict[str, dict]) -> None:
         "",
         f"The suite is tested too. {len(MUTANTS)} backends are right but for one planted defect",
         "each, and each is caught by a case whose name tells what is wrong. `nox -s mutants`",
-        "writes this table; `tests/test_mutants.py` runs the same cases in every test run, and",
-        "sees them pass on the backend without a defect. *error / budget* is the error of the",
+        "writes this table; `tests/conformance/test_mutants.py` runs the same cases in every test",
+        "run, and sees them pass on the backend without a defect. *error / budget* is the error of the",
         "case over what it is allowed, where 1 is the limit: *inf* for a NaN or an infinity in a",
         "wrong place, empty where the defect is not one of numbers.",
         "",
