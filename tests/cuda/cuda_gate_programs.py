@@ -1,7 +1,7 @@
 """The compile gate over programs: every built-in log kappa, and arrays of 16 bits.
 
-A program is another text of the same kernels. `python tests/cuda/cuda_gate_programs.py` writes its table
-of docs/cuda-kernels.md anew, a line for each: what the widest instantiations take at most.
+A program is another text of the same kernels. `python tests/cuda/cuda_gate_programs.py` writes its
+table of docs/cuda-kernels.md anew, a line for each: what the widest instantiations take at most.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CuPy backend's kernels and launch code on NumPy arrays, by the emulator of tests/cuda_cpu.
 
-`python tests/cuda/emulated_cupy.py --level core` is ``pdcore conform`` on it; with `--level all` and
-`--dtype bfloat16`, all cases of the suite in that dtype.
+`python tests/cuda/emulated_cupy.py --level core` is ``pdcore conform`` on it; with `--level all`
+and `--dtype bfloat16`, all cases of the suite in that dtype.
 """
 
 from __future__ import annotations
