@@ -32,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
     """One run of the demo, as the command line gives it."""
-    done = CliRunner().invoke(app, ["demo", "--out", str(folder), "--json"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "ROUNDS", 3)
+        done = CliRunner().invoke(app, ["demo", "--out", str(folder), "--json"])
     assert done.exit_code in (Exit.DONE, Exit.NUMERICS), done.stderr
     assert "utterances" in done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
@@ -204,6 +206,8 @@ def test_an_error_over_its_budget_ends_with_its_own_code(
 
     monkeypatch.setattr(NumpyBackend, "attention", careless)
     monkeypatch.setattr(demo, "ROUNDS", 2)
+    first, *_, last = demo.PRESETS.items()
+    monkeypatch.setattr(demo, "PRESETS", dict([first, last]))
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
     assert done.exit_code == Exit.NUMERICS
     told = json.loads(done.stdout)
