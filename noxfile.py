@@ -1,4 +1,9 @@
-"""The project's tasks: `nox -l` lists them, `nox -s NAME -- ARGS` runs one with arguments."""
+"""The project's tasks: `nox -l` lists them, `nox -s NAME -- ARGS` runs one with arguments.
+
+Two environments serve nearly all sessions: ``numpy``, on the Python that runs nox, and
+``frameworks``, with PyTorch, JAX and what stands on them. The first session that needs one builds
+it in .nox, and those after it take it as it is until what it is built from changes.
+"""
 
 from __future__ import annotations
 
@@ -6,244 +11,279 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
 import nox
 
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / ".ci"))
+
+from environments import RUNNING, Environment, local, pip, uv  # noqa: E402
+
 nox.needs_version = ">=2025.11.12"
-nox.options.default_venv_backend = "virtualenv"
-nox.options.download_python = "never"
-# One of the Pythons is enough, and nox lists those it skipped; its own default with CI set is to
-# fail.
-nox.options.error_on_missing_interpreters = False
+nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
 
-ROOT = Path(__file__).resolve().parent
 PACKAGES = ("pdcore", "pdcore_backends", "pdcore_adapters", "pdcore_conformance")
-
-# What runs nox is tested too, whatever it is: "skipped" is never all that happens.
-PYTHONS = ["3.11", "3.12", "3.13"]
-RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
+PYTHONS = ("3.11", "3.12", "3.13")
 if sys.version_info < (3, 11):
     sys.exit(f"pdcore needs Python 3.11 or newer, but this nox runs on Python {RUNNING}")
-if RUNNING not in PYTHONS:
-    PYTHONS.append(RUNNING)
 
 # The PyTorch and JAX releases in constraints/ were chosen for this one.
 FRAMEWORKS_PYTHON = "3.11"
-# On the second, constraints/jax.txt has a newer JAX.
-JAX_PYTHONS = [FRAMEWORKS_PYTHON, "3.12"]
-NUMPY_ONLY = (
-    "not torch and not triton and not transformers and not jax and not jax_adapters and not svr "
-    "and not cuda and not example and not browser"
-)
+# Here constraints/jax.txt has a newer JAX.
+NEWER_JAX_PYTHON = "3.12"
 
-# What the conformance matrix installs for each backend: an extra, and the pins to go with it.
-MATRIX = {"numpy": "tests", "strict": "tests", "torch": "torch", "jax": "jax", "cupy": "cupy"}
+#: What other Pythons than nox's own run: words, errors, files, plugins, no numbers.
+SMOKE = (
+    "spec",
+    "dispatch",
+    "plugins",
+    "derivation",
+    "project/test_packaging.py",
+    "cli/test_files.py",
+)
+#: What reads files of the packages, entry points and plugins, and so tells a wheel from a checkout.
+OF_FILES = (
+    *("plugins", "dispatch", "backends/test_builtin_backends.py", "project/test_packaging.py"),
+    *(
+        "conformance/test_conformance.py",
+        "conformance/test_records.py",
+        "conformance/test_new_backend.py",
+    ),
+    *("cli/test_files.py", "cli/test_pieces.py", "reference/test_reference.py"),
+)
+BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
 RECORDS = ROOT / "docs" / "records"
 
-# pyenv's own commands answer only for the versions that are active here; nox may use every
-# installed one. At the end of the path they hide nothing.
-if pyenv_root := os.environ.get("PYENV_ROOT"):
-    installed = sorted(str(folder) for folder in Path(pyenv_root).glob("versions/3.*/bin"))
-    os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *installed])
+
+def numpy_environment(session: nox.Session, python: str = RUNNING) -> Environment:
+    """Return the environment of the library, its tests and tools, without a framework."""
+    tools = ["array-api-strict", "pytest-xdist", "build", "mypy", "ruff"]
+    if "[tool.importlinter]" in (ROOT / "pyproject.toml").read_text(encoding="utf-8"):
+        tools.append("import-linter")
+    project = uv("-e", ".[cli,conformance]", *tools, pins=("tests", "tools"))
+    name = "numpy" if python == RUNNING else f"numpy-{python}"
+    return Environment(session, name, python, [project, local("tests/example_plugin")])
 
 
-def pinned(*names: str) -> list[str]:
-    """Return pip's options for these files of constraints/."""
-    return [f"--constraint={ROOT / 'constraints' / name}.txt" for name in names]
+def framework_environment(session: nox.Session) -> Environment:
+    """Return the environment of PyTorch, JAX, what stands on them, the solvers and the emulator.
+
+    PyTorch comes first, alone and by pip, because its build for the CPU is the one that pip is
+    configured to find; nothing later names it. Triton stays out, see constraints/triton.txt.
+    """
+    extras = ".[cli,conformance,jax,flax,equinox,cupy,svr]"
+    tools = ["array-api-strict", "pytest-xdist", "transformers", "numba", "nvidia-cuda-nvrtc"]
+    pins = ("transformers", "jax_adapters", "cupy", "svr", "example")
+    return Environment(
+        session,
+        "frameworks",
+        FRAMEWORKS_PYTHON,
+        [
+            pip("torch", pins=("torch",)),
+            uv("-e", extras, *tools, pins=pins),
+            local("tests/example_plugin"),
+            local("tests/cuda_cpu"),
+        ],
+    )
 
 
-def install_for_tests(
-    session: nox.Session, *project: str, root: Path = ROOT, pins: tuple[str, ...] = ("tests",)
-) -> None:
-    """Install `project`, the test tools and the third-party distribution of the tests."""
-    session.install(*pinned(*pins), *project, "array-api-strict", "pytest-xdist")
-    # Without dependencies: its pdcore is the one just installed, not one from an index.
-    session.install("--no-deps", str(root / "tests" / "example_plugin"))
+def folders(*names: str) -> list[str]:
+    """Return the folders of tests/ that are named for these frameworks."""
+    return [
+        str(path.relative_to(ROOT)) for n in names for path in sorted(ROOT.glob(f"tests/*/{n}"))
+    ]
 
 
-def run_tests(
-    session: nox.Session, *arguments: str, env: dict[str, str | None] | None = None
-) -> None:
-    """Run pytest on two cores; a module's tests stay together, with what they share."""
-    session.run("pytest", "-n", "2", "--dist", "loadfile", *arguments, *session.posargs, env=env)
+# --- environments ---------------------------------------------------------------------------------
+
+
+@nox.session
+def install(session: nox.Session) -> None:
+    """Build both environments (`-- numpy`, `-- frameworks` one of them)."""
+    names = session.posargs or ["numpy", "frameworks"]
+    if "numpy" in names:
+        numpy_environment(session)
+    if "frameworks" in names:
+        framework_environment(session)
+
+
+# --- what to run ----------------------------------------------------------------------------------
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
     """Run the main job on real data (`pdcore demo`)."""
-    session.install(*pinned("cli"), ".[cli]")
-    session.run("pdcore", "demo", *session.posargs)
+    numpy_environment(session).run("pdcore", "demo", *session.posargs)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def example_training(session: nox.Session) -> None:
     """Train a transformer on recorded vowels; `-- --spec bn` with another attention."""
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    session.install(*pinned("torch"), ".[cli,torch]")
-    session.run("python", "examples/classify_time_series.py", *session.posargs)
+    here = framework_environment(session)
+    here.run("python", "examples/classify_time_series.py", *session.posargs)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def reproduce(session: nox.Session) -> None:
     """Measure the paper's claims; `-- --data DIR` with more data sets."""
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    session.install(*pinned("torch", "svr"), ".[cli,conformance,torch,svr]")
-    session.run("python", "examples/reproduce.py", *session.posargs)
+    framework_environment(session).run("python", "examples/reproduce.py", *session.posargs)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def example_digits(session: nox.Session) -> None:
     """Train a Flax transformer on handwritten digits; `-- --spec bn` with another attention."""
-    session.install(*pinned("jax_adapters"), ".[cli,flax,svr]")
-    session.run("python", "examples/classify_digits.py", *session.posargs)
+    framework_environment(session).run("python", "examples/classify_digits.py", *session.posargs)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def example_interpretation(session: nox.Session) -> None:
     """Read a trained attention layer as a regression; `-- --spec bn` with another attention."""
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    session.install(*pinned("torch", "svr"), ".[cli,torch,svr]")
-    session.run("python", "examples/interpret_attention.py", *session.posargs)
+    here = framework_environment(session)
+    here.run("python", "examples/interpret_attention.py", *session.posargs)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def example_regressors(session: nox.Session) -> None:
     """Compare support vector regressions whose kernels are attentions, on diabetes data."""
-    session.install(*pinned("svr"), ".[cli,svr]")
-    session.run("python", "examples/compare_regressors.py", *session.posargs)
+    framework_environment(session).run("python", "examples/compare_regressors.py", *session.posargs)
 
 
-# Numbers, which one Python shows as well as another, and processes by the dozen.
-OF_ONE_PYTHON = (
-    "precision",
-    "invariances",
-    "gradients",
-    "reference",
-    "properties",
-    "mutants",
-    "speed",
-    "gpu_command",
-)
+# --- tests ----------------------------------------------------------------------------------------
 
 
-@nox.session(python=PYTHONS)
+@nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests, on NumPy and array-api-strict; the grids of numbers on nox's own Python."""
-    install_for_tests(session, "-e", ".[cli,conformance]")
-    left_out = () if session.python == RUNNING else OF_ONE_PYTHON
-    ignored = [f"--ignore=tests/test_{name}.py" for name in left_out]
-    run_tests(session, "-m", NUMPY_ONLY, *ignored)
+    """Run the tests on NumPy and array-api-strict; on other Pythons that are here, some of them."""
+    began = time.monotonic()
+    numpy_environment(session).pytest(*(session.posargs or ["tests"]))
+    if not session.posargs:
+        for python in PYTHONS:
+            if python != RUNNING and Environment.interpreter(python):
+                here = numpy_environment(session, python)
+                here.pytest(*(f"tests/{name}" for name in SMOKE), workers=1)
+    session.log(f"in all: {time.monotonic() - began:.0f} s")
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
+def tests_pythons(session: nox.Session) -> None:
+    """Run all tests that need NumPy alone on every Python that is here but nox's own."""
+    for python in PYTHONS:
+        if python != RUNNING and Environment.interpreter(python):
+            numpy_environment(session, python).pytest(*(session.posargs or ["tests"]))
+
+
+@nox.session
 def tests_torch(session: nox.Session) -> None:
     """Run the tests that need PyTorch (CPU)."""
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    install_for_tests(session, "-e", ".[cli,conformance,torch,svr]", pins=("torch", "svr"))
-    session.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
-    run_tests(session, "-m", "torch")
+    here = framework_environment(session)
+    here.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
+    here.pytest(*(session.posargs or folders("torch")))
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def tests_triton(session: nox.Session) -> None:
     """Run the tests of the Triton kernels, by Triton's interpreter (CPU)."""
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    install_for_tests(session, "-e", ".[cli,conformance,torch]", "triton", pins=("triton",))
-    session.run("python", "-c", "import triton; print('Triton', triton.__version__)")
+    here = framework_environment(session).beside("triton", pins=("triton",))
     # Read at its import, so before that of any test.
-    run_tests(session, "-m", "triton", env={"TRITON_INTERPRET": "1"})
+    env = {"TRITON_INTERPRET": "1"}
+    here.run("python", "-c", "import triton; print('Triton', triton.__version__)", env=env)
+    here.pytest(*(session.posargs or folders("triton")), env=env)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def tests_transformers(session: nox.Session) -> None:
     """Run the tests that need Hugging Face transformers (CPU, nothing downloaded)."""
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    install_for_tests(session, "-e", ".[cli,conformance,transformers]", pins=("transformers",))
-    session.run("python", "-c", "import transformers; print(transformers.__version__)")
-    run_tests(session, "-m", "transformers")
+    framework_environment(session).pytest(*(session.posargs or folders("transformers")))
 
 
-@nox.session(python=JAX_PYTHONS)
+@nox.session
 def tests_jax(session: nox.Session) -> None:
-    """Run the tests that need JAX (CPU); with a newer JAX, those of the backend's own code."""
-    install_for_tests(session, "-e", ".[cli,conformance,jax,svr]", pins=("jax", "svr"))
-    session.run("python", "-c", "import jax; print('JAX', jax.__version__)")
-    own = [f"tests/test_jax_{name}.py" for name in ("backend", "blocks", "sharding")]
-    run_tests(session, "-m", "jax", *([] if session.python == FRAMEWORKS_PYTHON else own))
+    """Run the tests that need JAX (CPU)."""
+    framework_environment(session).pytest(*(session.posargs or folders("jax")))
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
+def tests_jax_newer(session: nox.Session) -> None:
+    """Run the tests of the JAX backend's own code with a newer JAX, on Python 3.12."""
+    tools = ["array-api-strict", "pytest-xdist"]
+    project = uv("-e", ".[cli,conformance,jax,svr]", *tools, pins=("jax", "svr"))
+    here = Environment(session, "jax", NEWER_JAX_PYTHON, [project])
+    here.run("python", "-c", "import jax; print('JAX', jax.__version__)")
+    here.pytest(*(session.posargs or ["tests/backends/jax"]))
+
+
+@nox.session
 def tests_jax_adapters(session: nox.Session) -> None:
-    """Run the tests that need Flax and Equinox (CPU)."""
-    install_for_tests(session, "-e", ".[cli,conformance,flax,equinox,svr]", pins=("jax_adapters",))
-    session.run("python", "-c", "import flax, equinox; print(flax.__version__)")
-    run_tests(session, "-m", "jax_adapters")
+    """Run the tests that need Flax or Equinox (CPU)."""
+    framework_environment(session).pytest(*(session.posargs or folders("flax", "equinox")))
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
-def tests_cuda(session: nox.Session) -> None:
-    """Run the CUDA kernels on the CPU, by the emulator, and compile them; no GPU is needed."""
-    project = ["-e", ".[cli,conformance,cupy,svr]"]
-    install_for_tests(session, *project, "nvidia-cuda-nvrtc", pins=("cupy", "svr"))
-    session.install("--no-deps", "./tests/cuda_cpu")
-    session.run("g++", "--version", external=True)
-    # Builds are kept in the environment, not in the user's cache.
-    env: dict[str, str | None] = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
-    run_tests(session, "-m", "cuda", env=env)
-    session.run("python", "tests/emulated_cupy.py", "--level", "core", env=env)
-    half = ("--dtype", "float16", "--dtype", "bfloat16")
-    session.run("python", "tests/emulated_cupy.py", "--level", "all", *half, env=env)
-
-
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
 def tests_svr(session: nox.Session) -> None:
     """Run the tests of the regression, `pdcore.svr`, and of its scikit-learn estimator."""
-    install_for_tests(session, "-e", ".[cli,conformance,svr]", pins=("svr",))
-    session.run("python", "-c", "import sklearn; print('scikit-learn', sklearn.__version__)")
-    run_tests(session, "-m", "svr")
-    modules = ["pdcore/svr", "adapters/pdcore_adapters/sklearn.py"]
-    session.run("pytest", "--doctest-modules", *modules)
+    here = framework_environment(session)
+    here.pytest(*(session.posargs or folders("solvers", "sklearn")))
+    here.doctests("pdcore/svr", "adapters/pdcore_adapters/sklearn.py")
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
-def conform_emulated(session: nox.Session) -> None:
-    """Judge the CuPy backend's kernels on the emulator (`tests_cuda` does so on the core level)."""
-    session.install(*pinned("tests"), "-e", ".[cli,conformance]")
-    session.install("--no-deps", "./tests/cuda_cpu")
+@nox.session
+def tests_cuda(session: nox.Session) -> None:
+    """Run the CUDA kernels on the CPU, by the emulator, and compile them; no GPU is needed."""
+    here = framework_environment(session)
     session.run("g++", "--version", external=True)
-    arguments = session.posargs or ["--level", "all"]
-    env = {"CUDA_ON_CPU_CACHE": session.create_tmp()}
-    session.run("python", "tests/emulated_cupy.py", *arguments, env=env)
+    here.pytest(*(session.posargs or ["tests/cuda", *folders("cuda")]))
+    here.run("python", "tests/cuda/emulated_cupy.py", "--level", "core")
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
+@nox.session
+def tests_emulator(session: nox.Session) -> None:
+    """Run the tests of the emulator itself, its zoo of defects under both sanitizers."""
+    session.run("g++", "--version", external=True)
+    framework_environment(session).pytest(*(session.posargs or ["tests/emulator"]))
+
+
+@nox.session
 def tests_example(session: nox.Session) -> None:
     """Run the tests of the third-party example, a Numba backend, and its conformance."""
-    install_for_tests(session, "-e", ".[cli,conformance]")
-    session.install(*pinned("example"), "numba", "./tests/example_plugin")
-    run_tests(session, "-m", "example")
-    session.run("pdcore", "conform", "numba")
+    here = framework_environment(session)
+    here.pytest(*(session.posargs or folders("numba")))
+    here.run("pdcore", "conform", "numba")
 
 
 @nox.session
 def tests_browser(session: nox.Session) -> None:
     """Look at the page of a record in a headless Chromium."""
-    install_for_tests(session, "-e", ".[cli,conformance]")
-    session.install(*pinned("browser"), "selenium")
-    session.run("pytest", "-m", "browser", *session.posargs)
+    here = numpy_environment(session).beside("selenium", pins=("browser",))
+    here.pytest(*(session.posargs or folders("browser")), workers=1)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
-@nox.parametrize("backend", list(MATRIX), ids=list(MATRIX))
+@nox.session
+def docs_examples(session: nox.Session) -> None:
+    """Run the Python examples of the README, docs/ and the docstrings."""
+    here = numpy_environment(session)
+    here.pytest(*(session.posargs or ["tests/project/test_docs_examples.py"]), workers=1)
+    # The backends whose library is here; the others' modules cannot be imported.
+    backends = [f"backends/pdcore_backends/{name}" for name in ("numpy", "strict")]
+    here.doctests("pdcore", "--ignore=pdcore/svr", *backends)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Plant every defect, run its telling case on each, and write the table of docs/mutants.md."""
+    here = numpy_environment(session)
+    path = str(ROOT / "tests" / "shared")
+    here.run("python", "-m", "mutants", *session.posargs, env={"PYTHONPATH": path})
+
+
+# --- the conformance matrix -----------------------------------------------------------------------
+
+
+@nox.session
+@nox.parametrize("backend", list(BACKENDS), ids=list(BACKENDS))
 def conform(session: nox.Session, backend: str) -> None:
     """Judge the built-in backends on every device that is here, and merge the records.
 
@@ -255,80 +295,117 @@ def conform(session: nox.Session, backend: str) -> None:
     if measured:
         arguments.remove("bench")
     gpu = shutil.which("nvidia-smi") is not None
-    extra = "" if backend in ("numpy", "strict") else f",{backend}"
-    if backend == "cupy" and not gpu:
-        session.log("no NVIDIA GPU: CuPy is not installed, and its record says so")
-        extra = ""
-    if backend == "torch":
-        # By itself and first: in an environment that has it, nothing later asks for another build.
-        session.install(*pinned("torch"), "torch")
-    session.install(*pinned(MATRIX[backend]), "-e", f".[cli,conformance{extra}]")
-    if backend == "strict":
-        session.install(*pinned("tests"), "array-api-strict")
+    here = framework_environment(session)
     devices = {"torch": ["cpu", "cuda"], "jax": ["cpu", "cuda"], "cupy": ["cuda"]}
     RECORDS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for device in devices.get(backend, ["cpu"]):
             if device == "cuda" and not gpu and backend != "cupy":
                 continue
-            record = Path(folder, f"{backend}-{device}.json")
+            record = str(Path(folder, f"{backend}-{device}.json"))
             name = f"{backend}:{device}"
-            session.run(
-                "pdcore", "conform", name, "--report", str(record), "--allow-missing", *arguments
-            )
+            here.run("pdcore", "conform", name, "--report", record, "--allow-missing", *arguments)
             if measured:
-                session.run("pdcore", "bench", name, "--report", str(record))
-        found = sorted(map(str, Path(folder).glob("*.json")))
+                here.run("pdcore", "bench", name, "--report", record)
+        records = sorted(map(str, Path(folder).glob("*.json")))
         merged = RECORDS / "record.json"
         before = [str(merged)] if merged.exists() else []
-        session.run(
-            "pdcore",
-            "report",
-            *before,
-            *found,
-            "--merge",
-            str(merged),
-            "--html",
-            str(RECORDS / "record.html"),
-        )
+        page = str(RECORDS / "record.html")
+        here.run("pdcore", "report", *before, *records, "--merge", str(merged), "--html", page)
 
 
-@nox.session(venv_backend="none")
+@nox.session
+def conform_emulated(session: nox.Session) -> None:
+    """Judge the CuPy backend's kernels on the emulator (`tests_cuda` does so on the core level)."""
+    session.run("g++", "--version", external=True)
+    arguments = session.posargs or ["--level", "all"]
+    framework_environment(session).run("python", "tests/cuda/emulated_cupy.py", *arguments)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Judge and measure everything that needs a GPU, with the frameworks of this Python."""
     roots = [ROOT, *(ROOT / name for name in ("backends", "adapters", "conformance"))]
     path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
-    session.run(
-        sys.executable,
-        "-m",
-        "pdcore_conformance.gpu",
-        *session.posargs,
-        env={"PYTHONPATH": path},
-        external=True,
-    )
+    command = [sys.executable, "-m", "pdcore_conformance.gpu", *session.posargs]
+    session.run(*command, env={"PYTHONPATH": path}, external=True)
 
 
-@nox.session(python=FRAMEWORKS_PYTHON)
-def mutants(session: nox.Session) -> None:
-    """Plant every defect, run the whole suite on each, and write the table of docs/mutants.md."""
-    install_for_tests(session, "-e", ".[cli,conformance]")
-    session.run("python", "-m", "tests.mutants", *session.posargs)
+@nox.session
+@nox.parametrize("what", ["numpy", "peers"], ids=["numpy", "peers"])
+def bench(session: nox.Session, what: str) -> None:
+    """Measure the NumPy backend (`pdcore bench numpy --grid full`), or JAX beside PyTorch.
+
+    `nox -s "bench(peers)"` alternates processes of the JAX backend and of PyTorch's fused kernel.
+    """
+    if what == "numpy":
+        here = numpy_environment(session)
+        here.run("pdcore", "bench", "numpy", "--grid", "full", *session.posargs)
+    else:
+        here = framework_environment(session)
+        here.run("python", "-m", "pdcore_conformance.bench.apart", *session.posargs)
+
+
+# --- the code -------------------------------------------------------------------------------------
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and likely mistakes (ruff), and who imports whom (import-linter)."""
-    session.install(*pinned("numpy", "tools"), "-e", ".", "import-linter", "ruff")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-    session.run("lint-imports")
+    """Check style and likely mistakes (ruff), and which room imports which (import-linter)."""
+    here = numpy_environment(session)
+    here.run("ruff", "check", ".")
+    here.run("ruff", "format", "--check", ".")
+    if here.has("lint-imports"):
+        here.run("lint-imports")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
     """Check the type annotations (mypy, strict)."""
-    session.install(*pinned("tests", "tools"), "-e", ".[cli,conformance]", "mypy")
-    session.run("mypy", *session.posargs)
+    numpy_environment(session).run("mypy", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, check its top-level names, run tests on it installed.
+
+    Those that read files of the packages, entry points and plugins; `tests` runs all on the code.
+    """
+    # Outside the checkout, with the tests from the source archive: nothing of the checkout can be
+    # imported by accident, and a file that the archive lacks is missed.
+    with tempfile.TemporaryDirectory() as folder:
+        numpy_environment(session).run("python", "-m", "build", "--outdir", folder)
+        [archive] = Path(folder).glob("pdcore-*.tar.gz")
+        [built] = Path(folder).glob("pdcore-*.whl")
+        check_wheel(session, built)
+
+        shutil.unpack_archive(archive, folder, filter="data")
+        source = Path(folder, archive.name.removesuffix(".tar.gz"))
+        for root in ("pdcore", "backends", "adapters", "conformance"):
+            shutil.rmtree(source / root)
+
+        project = uv(
+            f"{built}[cli,conformance]", "array-api-strict", "pytest-xdist", pins=("tests",)
+        )
+        steps = [project, local(str(source / "tests" / "example_plugin"))]
+        here = Environment(session, "wheel", RUNNING, steps, folder=Path(folder))
+        with session.chdir(source):
+            here.run("python", "-c", IMPORTED_FROM_ENVIRONMENT)
+            here.pytest(*(f"tests/{name}" for name in OF_FILES))
+
+
+def check_wheel(session: nox.Session, built: Path) -> None:
+    """End the session if the wheel has other names at its top level, or untyped packages."""
+    expected = {*PACKAGES, f"{'-'.join(built.name.split('-')[:2])}.dist-info"}
+    with zipfile.ZipFile(built) as contents:
+        names = set(contents.namelist())
+    top = {name.partition("/")[0] for name in names}
+    if top != expected:
+        session.error(f"top level of {built.name}: {sorted(top)}, not {sorted(expected)}")
+    untyped = [package for package in PACKAGES if f"{package}/py.typed" not in names]
+    if untyped:
+        session.error(f"{built.name} has no py.typed in {untyped}")
+    session.log(f"top level of {built.name}: {sorted(top)}")
 
 
 IMPORTED_FROM_ENVIRONMENT = f"""
@@ -339,81 +416,7 @@ for name in {PACKAGES}:
 """
 
 
-OF_FILES = (
-    "packaging",
-    "plugins",
-    "selection",
-    "dispatch",
-    "builtin_backends",
-    "cli",
-    "demo",
-    "files",
-    "conformance",
-    "records",
-    "new_backend",
-    "array_backend",
-    "reference",
-)
-
-
 @nox.session
-def wheel(session: nox.Session) -> None:
-    """Build the wheel, check its top-level names, run tests on it installed.
-
-    Those that read files of the packages, entry points and plugins; `tests` runs all on the code.
-    """
-    session.install(*pinned("tools"), "build")
-    # Outside the checkout, with the tests from the source archive: nothing of the checkout can be
-    # imported by accident, and a file that the archive lacks is missed.
-    with tempfile.TemporaryDirectory() as folder:
-        session.run("python", "-m", "build", "--outdir", folder)
-        [archive] = Path(folder).glob("pdcore-*.tar.gz")
-        [built] = Path(folder).glob("pdcore-*.whl")
-
-        expected = {*PACKAGES, f"{'-'.join(built.name.split('-')[:2])}.dist-info"}
-        with zipfile.ZipFile(built) as contents:
-            names = set(contents.namelist())
-        found = {name.partition("/")[0] for name in names}
-        if found != expected:
-            session.error(f"top level of {built.name}: {sorted(found)}, not {sorted(expected)}")
-        untyped = [package for package in PACKAGES if f"{package}/py.typed" not in names]
-        if untyped:
-            session.error(f"{built.name} has no py.typed in {untyped}")
-        session.log(f"top level of {built.name}: {sorted(found)}")
-
-        shutil.unpack_archive(archive, folder, filter="data")
-        source = Path(folder, archive.name.removesuffix(".tar.gz"))
-        for root in ("pdcore", "backends", "adapters", "conformance"):
-            shutil.rmtree(source / root)
-
-        install_for_tests(session, f"{built}[cli,conformance]", root=source)
-        with session.chdir(source):
-            session.run("python", "-c", IMPORTED_FROM_ENVIRONMENT)
-            run_tests(session, "-m", NUMPY_ONLY, *(f"tests/test_{name}.py" for name in OF_FILES))
-
-
-@nox.session
-def docs_examples(session: nox.Session) -> None:
-    """Run the Python examples of the README, docs/ and the docstrings."""
-    session.install(*pinned("tests"), "-e", ".[cli,conformance]")
-    session.run("pytest", "tests/test_docs_examples.py", "-m", NUMPY_ONLY, *session.posargs)
-    # The backends whose library is here; the others' modules cannot be imported.
-    backends = [f"backends/pdcore_backends/{name}" for name in ("numpy", "strict")]
-    session.run("pytest", "--doctest-modules", "pdcore", "--ignore=pdcore/svr", *backends)
-
-
-@nox.session(python=FRAMEWORKS_PYTHON)
-@nox.parametrize("what", ["numpy", "peers"], ids=["numpy", "peers"])
-def bench(session: nox.Session, what: str) -> None:
-    """Measure the NumPy backend (`pdcore bench numpy --grid full`), or JAX beside PyTorch.
-
-    `nox -s "bench(peers)"` alternates processes of the JAX backend and of PyTorch's fused kernel.
-    """
-    if what == "numpy":
-        session.install(*pinned("tests"), ".[cli,conformance]")
-        session.run("pdcore", "bench", "numpy", "--grid", "full", *session.posargs)
-        return
-    # By itself and first: in an environment that has it, nothing later asks for another build.
-    session.install(*pinned("torch"), "torch")
-    session.install(*pinned("jax"), ".[cli,conformance,jax]")
-    session.run("python", "-m", "pdcore_conformance.bench.apart", *session.posargs)
+def nightly(session: nox.Session) -> None:
+    """Run what is too long for `.ci/run`, all of it or the parts named, and note what passed."""
+    session.run(sys.executable, ".ci/nightly.py", *session.posargs, external=True)

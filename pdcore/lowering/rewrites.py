@@ -1,6 +1,6 @@
 """Lower a spec to a plan by exact rewrites.
 
-Every rewrite here is an identity; `tests/test_lowering.py` holds each against the oracle
+Every rewrite here is an identity; `tests/lowering/test_lowering.py` holds each against the oracle
 beside a planted wrong variant.
 """
 

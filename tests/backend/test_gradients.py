@@ -89,6 +89,7 @@ def dressed(text: str, seed: int) -> Case:
 
 
 @pytest.mark.parametrize(("seed", "text"), list(enumerate(combined())))
+@pytest.mark.sampled(5)  # shares no factor with the lengths of the axes
 def test_every_axis(seed: int, text: str) -> None:
     # relu has kinks: where a difference straddles one, the next draw has to do.
     assert any(agrees(text, seed + 60 * attempt) for attempt in range(4 if "relu" in text else 1))
@@ -401,6 +402,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("text", LONG)
+@pytest.mark.sampled(3)
 def test_no_array_of_all_pairs_is_kept(text: str) -> None:
     case = normal_case(text, lead=(), heads=1, group=1, n=N, m=N, d=16, dv=16, dtype=np.float32)
     d_out = ones(case)

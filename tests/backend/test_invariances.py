@@ -9,8 +9,9 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from nightly import examples
 from reference_cases import INF, Array, Case, Strict, check_forward, cotangents, normal_case, run
 from strategies import cases
 
@@ -113,6 +114,7 @@ def part(case: Case, rows: slice, keys: slice, **changed: Any) -> Case:
 
 
 @pytest.mark.parametrize("text", CAUSAL)
+@pytest.mark.sampled(2)
 def test_growth(text: str, on: Any) -> None:
     case = normal_case(causal(text), n=11, m=11, d=4)
     out, lse = on.forward(case)
@@ -139,6 +141,7 @@ def test_growth_would_show_a_leak(on: Any) -> None:
 
 @pytest.mark.parametrize("offset", ["int", "array", "end"])
 @pytest.mark.parametrize("text", CAUSAL)
+@pytest.mark.sampled(3)
 def test_decoding_step_by_step_is_the_whole(text: str, offset: str, on: Any) -> None:
     case = normal_case(causal(text), n=9, m=9, d=4)
     out, lse = on.forward(case)
@@ -149,6 +152,7 @@ def test_decoding_step_by_step_is_the_whole(text: str, offset: str, on: Any) -> 
 
 
 @pytest.mark.parametrize("text", CAUSAL)
+@pytest.mark.sampled(2)
 def test_each_sequence_may_stand_at_its_own_position(text: str, on: Any) -> None:
     case = normal_case(causal(text), lead=(3,), n=4, m=9, d=4)
     at = np.asarray([0, 5, -2])
@@ -179,6 +183,7 @@ def test_left_padding_moves_positions_alone(text: str, on: Any) -> None:
 @pytest.mark.parametrize("h", ["sum", "count", "one"])
 @pytest.mark.parametrize("bn", ["", "+bn", "+bn(statistics=batch,beta=0.5)"])
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.sampled(3)
 def test_the_order_of_keys_does_not_matter(kernel: str, bn: str, h: str, on: Any) -> None:
     case = normal_case(f"{kernel}{bn}+h({h})", n=5, m=13, d=4)
     real = np.arange(13) % 5 != 1
@@ -287,6 +292,7 @@ EVERY_KIND = [
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("text", EVERY_KIND)
+@pytest.mark.sampled(3)
 def test_padding_may_hold_anything(text: str, poison: float, on: Any) -> None:
     rng = np.random.default_rng(8)
     case = normal_case(text, n=7, m=9)
@@ -340,6 +346,7 @@ SILENCED = [
 
 @pytest.mark.parametrize("h", ["sum", "count", "one"])
 @pytest.mark.parametrize(("text", "how"), SILENCED)
+@pytest.mark.sampled(3)
 def test_empty_rows_are_zero_with_zero_gradient(text: str, h: str, how: str, on: Any) -> None:
     case = normal_case(f"{text}+h({h})", n=5, m=7)
     empty = np.zeros((2, 4, 5), dtype=bool)
@@ -410,6 +417,7 @@ def test_rows_of_vanishing_kernel_values_are_zero(text: str, h: str, on: Any) ->
         "sh(2,2)+sparse(3,3)",
     ],
 )
+@pytest.mark.sampled(3)
 def test_a_nan_never_reaches_another_head_or_sequence(
     text: str, poison: float, which: str, on: Any
 ) -> None:
@@ -450,6 +458,7 @@ def test_a_nan_reaches_a_row_that_sees_it(on: Any) -> None:
 @pytest.mark.parametrize("h", ["sum", "count", "one"])
 @pytest.mark.parametrize("support", ["", "+causal", "+sparse(3,2)"])
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.sampled(3)
 def test_blocks_of_keys_merge(kernel: str, support: str, h: str, on: Any) -> None:
     case = normal_case(f"{kernel}{support}+h({h})", n=8, m=11)
     rng = np.random.default_rng(6)
@@ -482,7 +491,7 @@ def test_blocks_of_keys_merge(kernel: str, support: str, h: str, on: Any) -> Non
 # --- batch and heads ------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(cases(smallest=1, largest=7), st.integers(0, 3))
 def test_sequences_are_independent(case: Case, seed: int) -> None:
     assume(case.q.shape[:-3] and "statistics=batch" not in str(case.spec))

@@ -102,6 +102,7 @@ TURNS = [
     ("dtype", "size", "text", "kind"),
     [pytest.param(*t, id=f"{t[0]}-{t[1][0]}x{t[1][1]}-{t[2]}-{t[3] % 4}") for t in TURNS],
 )
+@pytest.mark.sampled(3)
 def test_tile_edges(dtype: str, size: tuple[int, int], text: str, kind: int) -> None:
     n, m = size
     d = 4 if "prefix" in text else 16
@@ -111,6 +112,7 @@ def test_tile_edges(dtype: str, size: tuple[int, int], text: str, kind: int) -> 
 
 @pytest.mark.parametrize("text", TILED)
 @pytest.mark.parametrize("size", [(65, 130), (200, 63)])
+@pytest.mark.sampled(3)
 def test_gradients_over_tile_edges(text: str, size: tuple[int, int]) -> None:
     n, m = size
     case = normal_case(text, lead=(2,), heads=3 if "sh(" not in text else 2, n=n, m=m, d=8, dv=5)

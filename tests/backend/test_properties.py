@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import array_api_strict
 import numpy as np
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from nightly import examples
 from reference_cases import (
     EXACT,
     Case,
@@ -24,7 +25,7 @@ from strategies import cases
 import pdcore
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(cases())
 def test_numpy_equals_the_oracle(case: Case) -> None:
     out, lse = pdcore.attention(*case.qkv, case.spec, return_lse=True, **case.call)
@@ -33,7 +34,7 @@ def test_numpy_equals_the_oracle(case: Case) -> None:
     check_forward(case, out, lse, weights)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(cases())
 def test_array_backend_equals_the_oracle(case: Case) -> None:
     with np.errstate(all="ignore"):  # array-api-strict is NumPy underneath, and warns
@@ -43,7 +44,7 @@ def test_array_backend_equals_the_oracle(case: Case) -> None:
     check_forward(case, out, lse, weights)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(cases())
 def test_array_backend_gives_the_same_in_float32(case: Case) -> None:
     low = case.cast(np.float32)
@@ -56,7 +57,7 @@ def test_array_backend_gives_the_same_in_float32(case: Case) -> None:
     np.testing.assert_array_equal(np.asarray(lse), level)
 
 
-@settings(max_examples=120)
+@examples(120)
 @given(cases(smallest=1, largest=7), st.integers(0, 2**16))
 def test_numpy_gradients_are_central_differences(case: Case, seed: int) -> None:
     out, lse, vjp = pdcore.attention_vjp(*case.qkv, case.spec, **case.call)
@@ -66,7 +67,7 @@ def test_numpy_gradients_are_central_differences(case: Case, seed: int) -> None:
     assume(check_gradients(case, vjp(d_out, d_lse), d_out, d_lse, seed))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(cases(smallest=1, largest=7), st.integers(0, 2**16))
 def test_array_backend_gradients_are_central_differences(case: Case, seed: int) -> None:
     xp = array_api_strict
@@ -79,7 +80,7 @@ def test_array_backend_gradients_are_central_differences(case: Case, seed: int) 
     assume(check_gradients(case, gradients, d_out, d_lse, seed))
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(cases(smallest=1, largest=7), st.integers(0, 2**16))
 def test_the_pullback_is_linear_and_repeatable(case: Case, seed: int) -> None:
     _, lse, vjp = pdcore.attention_vjp(*case.qkv, case.spec, **case.call)
@@ -94,7 +95,7 @@ def test_the_pullback_is_linear_and_repeatable(case: Case, seed: int) -> None:
         assert_close(x, alone[name] + rest[name], scale, EXACT, name)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(cases(smallest=4, largest=16, dense=True))
 def test_numpy_float32_is_within_the_budget(case: Case) -> None:
     low = case.cast(np.float32)

@@ -19,7 +19,7 @@ from pdcore import datasets
 from pdcore.cli.commands import app
 from pdcore.datasets import japanese_vowels
 from pdcore.errors import Exit
-from pdcore_conformance.cli.demo import measuring, recordings
+from pdcore_conformance.cli.demo import measuring, recordings, running
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    """Return what one run of the demo prints."""
-    done = CliRunner().invoke(app, ["demo", "--out", str(folder), "--json"])
+    """One run of the demo, as the command line gives it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "ROUNDS", 3)
+        done = CliRunner().invoke(app, ["demo", "--out", str(folder), "--json"])
     assert done.exit_code in (Exit.DONE, Exit.NUMERICS), done.stderr
     assert "utterances" in done.stderr
     printed: dict[str, Any] = json.loads(done.stdout)
@@ -204,6 +206,9 @@ def test_an_error_over_its_budget_ends_with_its_own_code(
 
     monkeypatch.setattr(NumpyBackend, "attention", careless)
     monkeypatch.setattr(measuring, "ROUNDS", 2)
+    first, *_, last = recordings.PRESETS.items()
+    for module in (measuring, running):
+        monkeypatch.setattr(module, "PRESETS", dict([first, last]))
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
     assert done.exit_code == Exit.NUMERICS
     printed = json.loads(done.stdout)

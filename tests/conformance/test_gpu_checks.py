@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 import signal
 import subprocess
@@ -14,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gpu_command import BIAS, SOFTMAX, command, runs_of
+from gpu_command import BIAS, SOFTMAX, command, runs_of
 
 from pdcore.errors import Exit
-from pdcore.plugins import registry as plugins
 from pdcore_conformance.gpu import checks as gpu_checks
 from pdcore_conformance.gpu.ptx_wrappers import Check, Output
 
@@ -172,51 +170,6 @@ def test_wrappers_that_do_not_compile_are_an_error(monkeypatch: pytest.MonkeyPat
     [case] = gpu_checks.wrapper_cases()
     assert case["outcome"] == "error"
     assert case["message"] == "RuntimeError: NVRTC_ERROR_COMPILATION"
-
-
-@pytest.mark.cuda
-def test_the_wrappers_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = pytest.importorskip("cuda_on_cpu")
-    from pdcore_conformance.gpu.ptx_wrappers import checks, source
-
-    names = dict.fromkeys(check.kernel for check in checks())
-    module = cuda.RawModule(source(), options=("-std=c++17",), name_expressions=tuple(names))
-    monkeypatch.setattr(
-        gpu_checks,
-        "compiled",
-        lambda: {
-            "module": module,
-            "capability": 90,
-            "array": np.asarray,
-            "empty": cuda.empty,
-            "host": np.asarray,
-        },
-    )
-    outcomes = [case["outcome"] for case in gpu_checks.wrapper_cases()]
-    assert outcomes == ["passed"] * (1 + len(list(checks())))
-
-
-def template_of(kernel: str) -> str:
-    """Return the name of a kernel without the widths and dtypes of its instantiation."""
-    return re.sub(r"\b(ptx::\w+|scalar|float|double|\d\d+)\b", "", kernel)
-
-
-@pytest.mark.cuda
-def test_the_small_calls_run_every_kernel() -> None:
-    emulated = pytest.importorskip("emulated_cupy")
-    import cuda_gate
-    import cuda_gate_tensor_cores
-
-    emulated.register()
-    try:
-        runtime = plugins.load_backend(emulated.NAME).runtime
-        assert gpu_checks.small_calls(f"{emulated.NAME}:cpu") == len(gpu_checks.CALLS)
-    finally:
-        plugins.unregister_backend(emulated.NAME)
-    launched = set(map(template_of, runtime.launches))
-    known = {template_of(name) for name, _ in cuda_gate.kernels()}
-    known |= set(map(template_of, cuda_gate_tensor_cores.kernels()))
-    assert launched == known
 
 
 # --- as a stage of the command --------------------------------------------------------------------

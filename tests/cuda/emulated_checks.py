@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from reference_cases import Case, cotangents
@@ -19,11 +20,10 @@ from pdcore_backends.cupy.features import CompiledFeatures
 from pdcore_backends.cupy.fused import Compiled
 from pdcore_conformance.judge.budget import expect, judge
 
-cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
-from emulated_cupy import EmulatedBackend  # noqa: E402
+from emulated_cupy import EmulatedBackend
 
 TESTS = Path(__file__).resolve().parent
 DTYPES = ("float32", "float64")

@@ -15,8 +15,6 @@ from pdcore.spec import kernels
 from pdcore_backends.cupy import feature_programs, tensor_cores
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory, tile
 
-pytestmark = pytest.mark.cuda
-
 
 def test_the_page_has_every_kernel_within_the_limits() -> None:
     table = cuda_gate.written()
@@ -28,7 +26,6 @@ def test_the_page_has_every_kernel_within_the_limits() -> None:
 
 
 def test_kernels_take_no_more_than_the_page_says() -> None:
-    pytest.importorskip("cupy")
     table, usages = cuda_gate.written(), cuda_gate.measured()
     more = {
         key: (use, table[key])
@@ -37,13 +34,12 @@ def test_kernels_take_no_more_than_the_page_says() -> None:
         or use.shared != table[key].shared
         or any(a > b for a, b in zip(use.registers, table[key].registers, strict=True))
     }
-    assert not more, f"if that is meant, run python tests/cuda_gate.py: {more}"
+    assert not more, f"if that is meant, run python tests/cuda/cuda_gate.py: {more}"
 
 
 def test_programs_take_no_more_than_the_page_says_and_never_spill() -> None:
     table = cuda_gate_programs.written()
     assert set(table) == set(cuda_gate_programs.programs())
-    pytest.importorskip("cupy")
     for what, (*registers, spilled) in cuda_gate_programs.measured().items():
         *most, none = table[what]
         assert spilled == none == 0, what
@@ -54,8 +50,7 @@ def test_tensor_cores_take_no_more_than_the_page_says_and_never_spill() -> None:
     table = cuda_gate_tensor_cores.written()
     assert set(table) == set(cuda_gate_tensor_cores.kernels())
     for name, use in table.items():
-        assert use.shared <= 99 * 1024, name  # the limit of every device since sm_80
-    pytest.importorskip("cupy")
+        assert use.shared <= 99 * 1024, name  # what every device since sm_80 has
     for name, use in cuda_gate_tensor_cores.measured().items():
         assert use.spilled == table[name].spilled == 0, name
         assert use.shared == table[name].shared, name
@@ -64,7 +59,6 @@ def test_tensor_cores_take_no_more_than_the_page_says_and_never_spill() -> None:
 
 @pytest.mark.parametrize("spec", cuda_gate_programs.SPECS[:2])
 def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
-    pytest.importorskip("cupy")
     expression = cuda_gate_programs.lowered(spec).expression
     program = replace(cuda_gate_tensor_cores.program("float16"), expression=expression)
     for arch in cuda_gate_tensor_cores.ARCHITECTURES:
@@ -79,7 +73,6 @@ def test_expressions_do_not_spill_on_tensor_cores(spec: str) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("arch", cuda_gate_tensor_cores.ARCHITECTURES)
 def test_products_are_instructions_of_tensor_cores(arch: str, dtype: str) -> None:
-    pytest.importorskip("cupy")
     name, keys = ("scores_mma<64, 64>", 64) if dtype == "float16" else ("scores_mma<32, 96>", 32)
     dim, value_dim = cuda_gate_tensor_cores.sizes(name)
     # Products of 16 by 8 by 16, for 32 rows of a warp and a tile of keys.
@@ -103,7 +96,6 @@ def assert_constants(program: Program, kernel: str, expected: dict[str, int]) ->
 
 @pytest.mark.parametrize("spec", ["softmax", "polynomial"])
 def test_launches_on_tensor_cores_take_the_shared_memory_of_the_kernels(spec: str) -> None:
-    pytest.importorskip("cupy")
     expression = cuda_gate_programs.lowered(spec).expression
     program = replace(cuda_gate_tensor_cores.program(), expression=expression)
     expected = {"MMA_THREADS": tensor_cores.THREADS}
@@ -120,7 +112,6 @@ def test_launches_on_tensor_cores_take_the_shared_memory_of_the_kernels(spec: st
 
 @pytest.mark.parametrize("scalar", cuda_gate.SCALARS)
 def test_launches_on_cuda_cores_take_the_shared_memory_of_the_kernels(scalar: str) -> None:
-    pytest.importorskip("cupy")
     sizes = {
         f"Memory<{columns}>::BYTES": memory(scalar, columns)
         for columns in (*COLUMNS, *feature_programs.COLUMNS)
@@ -128,8 +119,7 @@ def test_launches_on_cuda_cores_take_the_shared_memory_of_the_kernels(scalar: st
     assert_constants(Program(scalar), "scores_forward<32>", {"SIZE": tile(scalar), **sizes})
 
 
-def test_a_wrong_constant_is_detected() -> None:
-    pytest.importorskip("cupy")
+def test_shared_memory_that_differs_would_be_seen() -> None:
     with pytest.raises(AssertionError, match="SIZE is not 63"):
         assert_constants(Program("float"), "scores_forward<32>", {"SIZE": 63})
 
@@ -152,8 +142,7 @@ def test_every_built_in_expression_has_a_program() -> None:
         assert expression is None or expression in cuda_gate_programs.expressions(), spec
 
 
-def test_a_kernel_that_spills_is_detected() -> None:
-    pytest.importorskip("cupy")
+def test_a_kernel_that_spills_would_be_seen() -> None:
     code = """__global__ void spills(float* x, int n) {
       float kept[64];
       for (int i = 0; i < 64; i++) kept[i] = x[i] * n;

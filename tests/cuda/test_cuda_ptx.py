@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu as cuda
 import numpy as np
 import pytest
 
-cuda = pytest.importorskip("cuda_on_cpu")
 bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
@@ -26,8 +26,6 @@ from pdcore_conformance.gpu.ptx_wrappers import (  # noqa: E402
     source,
     widen,
 )
-
-pytestmark = pytest.mark.cuda
 
 FOLDER = Path(pdcore_backends.cupy.__file__).parent / "kernels"
 KINDS = ("ptx::f16", "ptx::bf16")

@@ -9,22 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
-from reference_cases import normal_case
-
-import pdcore
-from pdcore.plugins import registry as plugins
-from pdcore.spec import Elu, FeatureMap, Parameter, Relu
-from pdcore_backends.cupy import feature_programs, features
-from pdcore_backends.cupy.feature_programs import FeatureProgram
-from pdcore_conformance.judge.calls import dtype_of
-
-pytestmark = pytest.mark.cuda
-
-cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
-
-from emulated_checks import (  # noqa: E402
+from emulated_checks import (
     DTYPES,
     check,
     fused,
@@ -33,8 +21,16 @@ from emulated_checks import (  # noqa: E402
     same_bits,
     sanitized,
 )
-from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import LONG  # noqa: E402
+from emulated_cupy import NAME, EmulatedBackend, register
+from reference_cases import normal_case
+from test_cupy_kernels import LONG
+
+import pdcore
+from pdcore.plugins import registry as plugins
+from pdcore.spec import Elu, FeatureMap, Parameter, Relu
+from pdcore_backends.cupy import feature_programs, features
+from pdcore_backends.cupy.feature_programs import FeatureProgram
+from pdcore_conformance.judge.calls import dtype_of
 
 
 @pytest.fixture(scope="module")

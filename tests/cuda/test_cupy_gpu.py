@@ -12,8 +12,6 @@ import pytest
 
 import pdcore
 
-pytestmark = pytest.mark.cuda
-
 cupy = pytest.importorskip("cupy")
 try:
     cupy.cuda.runtime.getDeviceCount()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from reference_cases import Case, normal_case
@@ -18,13 +19,10 @@ from pdcore_backends.cupy.tensor_cores import TensorCores
 from pdcore_conformance.judge.budget import expect, judge
 from pdcore_conformance.judge.calls import dtype_of
 
-pytestmark = pytest.mark.cuda
-
-cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 pytest.importorskip("ml_dtypes")
 
-from emulated_checks import fused, normal, random_mask, same_bits  # noqa: E402
-from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # noqa: E402
+from emulated_checks import fused, normal, random_mask, same_bits
+from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register
 
 
 class Noting(EmulatedRuntime):
@@ -198,8 +196,7 @@ def test_the_table_is_within_the_parameters_of_a_launch() -> None:
     assert TABLE.itemsize == GROUPS * GROUP.itemsize + 8
 
 
-def test_addresses_are_written_to_the_pointers() -> None:
-    pytest.importorskip("cupy")
+def test_addresses_are_put_where_the_pointers_are() -> None:
     from pdcore_backends.cupy.impl import CupyRuntime
 
     at = {8: 4096, TABLE.itemsize - 16: 2**63 + 1}

@@ -1,7 +1,7 @@
 """The CuPy backend's kernels and launch code, on the emulator, against the float64 oracle.
 
 Nothing is drawn at random: each call is there for a way through the kernels. The conformance suite
-draws; `python tests/emulated_cupy.py` runs it.
+draws; `python tests/cuda/emulated_cupy.py` runs it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
+from emulated_checks import (
+    DTYPES,
+    check,
+    fused,
+    normal,
+    random_mask,
+    same_bits,
+    sanitized,
+)
+from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register
 from reference_cases import normal_case
 
 import pdcore
@@ -23,21 +34,6 @@ from pdcore_backends.cupy.fused import limit
 from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
 from pdcore_conformance.judge.calls import dtype_of
-
-pytestmark = pytest.mark.cuda
-
-cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
-
-from emulated_checks import (  # noqa: E402
-    DTYPES,
-    check,
-    fused,
-    normal,
-    random_mask,
-    same_bits,
-    sanitized,
-)
-from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register  # noqa: E402
 
 
 @pytest.fixture(scope="module")

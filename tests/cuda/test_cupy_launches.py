@@ -6,17 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated_checks import request_of
+from emulated_cupy import EmulatedBackend, EmulatedRuntime
 from reference_cases import Case, normal_case
 
 from pdcore.errors import UnsupportedError
 from pdcore_backends.cupy.launches import CheckedKernel, Limits, Usage
-
-pytestmark = pytest.mark.cuda
-
-pytest.importorskip("cuda_on_cpu")
-
-from emulated_checks import request_of  # noqa: E402
-from emulated_cupy import EmulatedBackend, EmulatedRuntime  # noqa: E402
 
 
 class OnDevice(np.ndarray):

@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
+from emulated_checks import (
+    DTYPES,
+    check,
+    fused,
+    random_mask,
+    same_bits,
+    sanitized,
+)
+from emulated_cupy import NAME, EmulatedBackend, register
 from reference_cases import normal_case
 
 import pdcore
@@ -20,20 +30,6 @@ from pdcore_backends.cupy.columns import limit
 from pdcore_backends.cupy.pooling import CompiledPool
 from pdcore_backends.cupy.statistics import CompiledSummary, summarised
 from pdcore_conformance.judge.calls import dtype_of
-
-pytestmark = pytest.mark.cuda
-
-cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
-
-from emulated_checks import (  # noqa: E402
-    DTYPES,
-    check,
-    fused,
-    random_mask,
-    same_bits,
-    sanitized,
-)
-from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 from reference_cases import Case, normal_case
@@ -17,21 +18,18 @@ from pdcore_backends.cupy.tensor_cores import TensorCores, unfit
 from pdcore_conformance.judge.budget import expect, judge
 from pdcore_conformance.judge.calls import dtype_of
 
-pytestmark = pytest.mark.cuda
-
-cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
 pytest.importorskip("ml_dtypes")
 
-import emulated_checks  # noqa: E402
-from emulated_checks import (  # noqa: E402
+import emulated_checks
+from emulated_checks import (
     check,
     normal,
     random_mask,
     same_bits,
     sanitized,
 )
-from emulated_cupy import NAME, EmulatedBackend, register  # noqa: E402
-from test_cupy_kernels import CALLS, Tempered  # noqa: E402
+from emulated_cupy import NAME, EmulatedBackend, register
+from test_cupy_kernels import CALLS, Tempered
 
 DTYPES = ("float16", "bfloat16")
 #: Two tiles of rows and three of keys, the last of each partial.

@@ -656,6 +656,7 @@ LONG_CAUSAL = ["linear+causal", "random_features(6,1)+causal+h(count)", "relu+ca
 
 @pytest.mark.parametrize("offset", [0, 40, -30, "array", "end"])
 @pytest.mark.parametrize("text", LONG_CAUSAL)
+@pytest.mark.sampled(3)
 def test_causal_features_over_several_chunks(text: str, offset: Any) -> None:
     case = spread(normal_case(text, n=150, m=170))
     if offset == "array":
@@ -680,6 +681,7 @@ def both_gradients(text: str, offset: Any) -> list[dict[str, Array]]:
 
 @pytest.mark.parametrize("offset", [0, 40, -30, "array", "end"])
 @pytest.mark.parametrize("text", LONG_CAUSAL)
+@pytest.mark.sampled(3)
 def test_causal_gradients_over_several_chunks(
     text: str, offset: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from nightly import examples
 from reference_cases import (
     INF,
     Array,
@@ -300,7 +301,7 @@ def visibilities(draw: st.DrawFn) -> tuple[Visibility, Array]:
     return seen, want
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(visibilities(), st.integers(0, 8), st.integers(0, 8), st.integers(0, 11), st.integers(0, 11))
 def test_visibility_by_position(
     drawn: tuple[Visibility, Array], r0: int, r1: int, k0: int, k1: int
@@ -326,7 +327,7 @@ def test_visibility_by_position(
     assert 0 <= low <= high <= seen.keys
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(visibilities())
 def test_visible_keys_are_counted(drawn: tuple[Visibility, Array]) -> None:
     seen, want = drawn
@@ -339,7 +340,7 @@ def test_visible_keys_are_counted(drawn: tuple[Visibility, Array]) -> None:
         np.testing.assert_array_equal(later[:, 0, 0], want.sum(axis=-2))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(visibilities(), st.integers(0, 999))
 def test_masked_keys_are_counted(drawn: tuple[Visibility, Array], seed: int) -> None:
     seen, want = drawn
@@ -415,7 +416,7 @@ def merge(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return out, level
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(cases(smallest=1), st.integers(1, 8))
 def test_contractions_merge_over_blocks_of_keys(case: Case, size: int) -> None:
     backend = Recording()
@@ -432,7 +433,7 @@ def test_contractions_merge_over_blocks_of_keys(case: Case, size: int) -> None:
             assert_close(total, level, 1.0 + np.abs(finite), 1e-11, "L")
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(cases(smallest=1), st.integers(1, 8))
 def test_contractions_fall_apart_into_blocks_of_queries(case: Case, size: int) -> None:
     backend = Recording()

@@ -289,6 +289,7 @@ def joined(*words: str) -> str:
 
 @pytest.mark.parametrize("normaliser", ["h(sum)", "h(count)", "h(one)"])
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.sampled(3)
 def test_kernels_with_every_normalization_and_head_scaling(kernel: str, normaliser: str) -> None:
     rng = np.random.default_rng(0)
     for normalization, heads, _ in itertools.product(NORMALIZATIONS, HEADS, range(2)):
@@ -297,6 +298,7 @@ def test_kernels_with_every_normalization_and_head_scaling(kernel: str, normalis
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.sampled(2)
 def test_support(support: str, heads: str) -> None:
     rng = np.random.default_rng(1)
     if support.startswith("sparse(2,1)") and "4" in heads:

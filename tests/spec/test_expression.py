@@ -12,8 +12,9 @@ from typing import Any
 import array_api_strict
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from nightly import examples
 
 from pdcore.errors import UnsupportedError
 from pdcore.spec import Expression, exp, log, maximum, tanh, trace, where
@@ -112,7 +113,7 @@ def value(f: Function, s: float, t: float) -> float:
     return result
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(FUNCTIONS, POINTS, POINTS)
 def test_an_expression_evaluates_as_its_function(f: Function, s: float, t: float) -> None:
     want = value(f, s, t)
@@ -124,7 +125,7 @@ def test_an_expression_evaluates_as_its_function(f: Function, s: float, t: float
         )
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(FUNCTIONS, *GENERIC)
 def test_the_derivative_is_the_central_difference(f: Function, s: float, t: float) -> None:
     e, h = traced(f), 1e-4
@@ -143,7 +144,7 @@ def test_the_derivative_is_the_central_difference(f: Function, s: float, t: floa
         assert abs(got - slopes[1]) <= 1e-6 * scale + curvature
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(FUNCTIONS, POINTS, POINTS)
 def test_cuda_text_says_the_same(f: Function, s: float, t: float) -> None:
     want = value(f, s, t)
@@ -215,7 +216,7 @@ def innermost_choice(text: str) -> str:
     return f"{text[:start]}(({x}) if ({condition}) else ({y})){text[end + 1 :]}"
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(FUNCTIONS)
 def test_expressions_are_values(f: Function) -> None:
     e, again = traced(f), traced(f)

@@ -1,6 +1,6 @@
 """Attention on arrays that lie on several devices of the CPU.
 
-`tests/test_jax_sharding.py` runs these in a process of their own, because JAX has the devices that
+`test_jax_sharding.py` runs these in a process of their own, because JAX has the devices that
 it is told of before its first use.
 """
 
@@ -21,8 +21,6 @@ import pdcore
 from pdcore.backend import Inputs
 from pdcore.plugins import load_backend
 from pdcore_conformance.judge.budget import expect, judge
-
-pytestmark = pytest.mark.jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 import pdcore
-
-pytestmark = pytest.mark.jax
-jax: Any = pytest.importorskip("jax")
 
 
 @pytest.mark.parametrize("spec", ["softmax", "causal", "causal+sparse(64,0)"])

@@ -1,4 +1,4 @@
-"""`tests/sharded_jax.py`, in a process that has several devices."""
+"""`sharded_jax.py`, in a process that has several devices."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-pytestmark = pytest.mark.jax
-pytest.importorskip("jax")
 
 FILE = Path(__file__).with_name("sharded_jax.py")
 

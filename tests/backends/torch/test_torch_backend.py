@@ -11,14 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-import pdcore  # noqa: E402
-from pdcore.reference import reference_attention  # noqa: E402
-from pdcore_backends.torch import blocked, direct, flash, fold, operators  # noqa: E402
-
-pytestmark = pytest.mark.torch
+import pdcore
+from pdcore.reference import reference_attention
+from pdcore_backends.torch import blocked, direct, flash, fold, operators
 
 FUSED = "scaled_dot_product_attention (flash)"
 OWN = "blocks of our own"

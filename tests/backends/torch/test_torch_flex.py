@@ -14,26 +14,22 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.attention.flex_attention as framework
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-torch = pytest.importorskip("torch")
-
-import torch.nn.attention.flex_attention as framework  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import pdcore  # noqa: E402
-from pdcore.backend import Request  # noqa: E402
-from pdcore.plugins import registry as plugins  # noqa: E402
-from pdcore.reference import reference_attention  # noqa: E402
-from pdcore.spec import (  # noqa: E402
+import pdcore
+from pdcore.backend import Request
+from pdcore.plugins import registry as plugins
+from pdcore.reference import reference_attention
+from pdcore.spec import (
     Support,
     Visibility,
     parse,
 )
-from pdcore_backends.torch import choice, device, flash, flex, kernels, namespace  # noqa: E402
-from pdcore_conformance.runner import conforming as running  # noqa: E402
-
-pytestmark = pytest.mark.torch
+from pdcore_backends.torch import choice, device, flash, flex, kernels, namespace
+from pdcore_conformance.runner import conforming as running
 
 CASES = cache(lambda: running.list_cases("torch:cpu"))
 FLEX = "kernel: FlexAttention, compiled, in "

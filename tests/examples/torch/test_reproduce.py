@@ -1,0 +1,492 @@
+"""The command ``examples/reproduce.py``: its cells, its file of results, its page."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reproduce import app
+from reproduction import cost, data, heads, page, protocol, results, running
+from reproduction.training import model
+from reproduction.training.series import Pair, Series, packaged, pair
+from typer.testing import CliRunner
+
+from pdcore.cli.files import FileError
+from pdcore.errors import Exit
+
+TINY = replace(
+    protocol.GRIDS["quick"],
+    seeds=(0, 1),
+    epochs=2,
+    patience=2,
+    thin=(),
+    sizes=((32, 4),),
+    rounds=3,
+    repeats=2,
+    shown=4,
+)
+
+
+def part(series: Series, chosen: Any) -> Series:
+    labels = tuple(np.array(series.labels)[chosen].tolist())
+    return Series(series.frames[chosen], series.lengths[chosen], labels)
+
+
+@pytest.fixture(scope="module")
+def vowels() -> Pair:
+    """Two speakers, ten utterances each to train."""
+    whole = packaged()
+    train, test = (whole.targets(p) for p in (whole.train, whole.test))
+    first = np.concatenate([np.flatnonzero(train == c)[:10] for c in range(2)])
+    return pair(
+        "JapaneseVowels", part(whole.train, first), part(whole.test, test < 2), source="two"
+    )
+
+
+@pytest.fixture
+def tiny(vowels: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give the command a grid of seconds. Memory, which takes processes, is planted."""
+    monkeypatch.setitem(protocol.GRIDS, "quick", TINY)
+    monkeypatch.setattr(data, "load", lambda folders, grid: {vowels.name: vowels})
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(cost, "peak", lambda *given: 5.0 + float(rng.random()))
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads
+
+
+def run(*arguments: Any) -> Any:
+    options = ["--jobs", "1", *map(str, arguments)]
+    return CliRunner().invoke(app, options, env={"COLUMNS": "220"})
+
+
+# --- cells ------------------------------------------------------------------------------------
+
+
+def test_operations_are_those_of_the_formula() -> None:
+    n, d, heads_, layers = 65, 8, 4, 2
+    found = {spec: cost.flops(spec, n, d) for spec in (protocol.BASELINE, *protocol.SPECS)}
+    assert found["softmax"]["attention"] == layers * heads_ * 4 * n * n * d
+    # Two heads on 33 pooled keys.
+    pooled = layers * 4 * n * d * (2 * n + 2 * 33)
+    assert found["softmax+sh(1,1,2,2)"]["attention"] == pooled
+    width, linear = heads_ * d, found["softmax"]["model"] - found["softmax"]["attention"]
+    maps = layers * 2 * n * (3 + 1 + 2 + 2) * width * width
+    assert linear == maps + 2 * n * cost.CHANNELS * width + 2 * width * cost.CLASSES
+    for spec, plain in (("softmax+bn", "softmax"), (protocol.SPECS[2], protocol.SPECS[1])):
+        # The statistics of the keys, which are few.
+        assert 1.0 < found[spec]["attention"] / found[plain]["attention"] < 1.05
+
+
+def test_distances_of_heads_are_those_of_their_definition(vowels: Pair) -> None:
+    torch.manual_seed(0)
+    net = model.Classifier(model.Settings(), 12, 2)
+    found = heads.distances(net, vowels.test, most=1)
+    length = int(vowels.test.lengths[0])
+    frames = torch.from_numpy(vowels.test.frames[:1, :length])
+    layers = model.layer_heads(net, frames, torch.ones(1, length, dtype=torch.bool))
+    for place, (q, k, v) in enumerate(layers):
+        maps = torch.softmax(q[0] @ k[0].mT / 4.0, dim=-1)
+        outputs = maps @ v[0]
+        for measure, x in (("maps", maps), ("outputs", outputs)):
+            apart = [(a - b).norm().item() for a, b in combinations(x, 2)]
+            assert found[measure][place] == pytest.approx(np.mean(apart), rel=1e-4)
+        relative = found["outputs"][place] / outputs.norm(dim=(1, 2)).mean().item()
+        assert found["relative"][place] == pytest.approx(relative, rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn+sh(2,2,2,2)", "bn(beta=param)"])
+def test_heads_that_are_the_same_are_no_distance_apart(spec: str, vowels: Pair) -> None:
+    torch.manual_seed(0)
+    net = model.Classifier(model.Settings(spec=spec), 12, 2)
+    with torch.no_grad():
+        for layer in net.layers:
+            for array in (layer.attention.inward.weight, layer.attention.inward.bias):
+                own = array.view(3, 4, 16, -1)
+                own[:] = own[:, :1].clone()
+    found = heads.distances(net, vowels.test, most=3)
+    assert all(max(found[measure]) < 1e-5 for measure in protocol.MEASURES)
+
+
+def test_peak_memory_grows_with_the_length() -> None:
+    few, many = (cost.peak("softmax", length, 16) for length in (64, 1024))
+    assert few is not None
+    assert many is not None
+    assert 0.5 < few < 10.0
+    assert many > 5 * few
+
+
+def test_times_of_all_specs_are_taken_in_turn() -> None:
+    found = cost.times(["softmax", "softmax+bn"], 16, 4, rounds=3)
+    assert {spec: len(own) for spec, own in found.items()} == {"softmax": 3, "softmax+bn": 3}
+    assert all(seconds > 0 for own in found.values() for seconds in own)
+
+
+def test_processes_side_by_side_give_the_same_figures(vowels: Pair) -> None:
+    cells = [protocol.Cell("train", "softmax+bn", vowels.name, seed) for seed in (0, 1)]
+    found: dict[int, dict[str, Any]] = {}
+    for jobs in (1, 2):
+        found[jobs] = {}
+        running.compute_all(
+            cells,
+            TINY,
+            ["softmax", "softmax+bn"],
+            {vowels.name: vowels},
+            jobs,
+            lambda cell, figures, jobs=jobs: found[jobs].update({cell.name: figures}),
+        )
+    assert set(found[1]) == set(found[2]) == {cell.name for cell in cells}
+    for cell in cells:
+        one, two = ({**found[jobs][cell.name], "seconds": 0} for jobs in (1, 2))
+        assert one == two
+
+
+def test_a_failing_cell_ends_the_processes(vowels: Pair) -> None:
+    cells = [protocol.Cell("train", "softmax+bn", vowels.name, seed) for seed in (0, 1)]
+    unknown = protocol.Cell("train", "softmax", "Nowhere", 0)
+    with pytest.raises((AttributeError, KeyError)):
+        running.compute_all(
+            [unknown, *cells],
+            replace(TINY, epochs=10_000, patience=10_000),
+            ["softmax"],
+            {vowels.name: vowels},
+            2,
+            lambda cell, figures: None,
+        )
+
+
+# --- data -------------------------------------------------------------------------------------
+
+HEADER = "@timeStamps false\n@classLabel true a b\n@data\n"
+
+
+def archive(folder: Path, name: str) -> Path:
+    own = folder / name
+    own.mkdir(parents=True)
+    for which in ("TRAIN", "TEST"):
+        (own / f"{name}_{which}.ts").write_text(HEADER + "1,2,3,4,5:a\n3,4,1,1,2:b\n" * 3)
+    return own
+
+
+def test_data_are_found_in_a_folder_or_a_folder_of_folders(tmp_path: Path) -> None:
+    one = archive(tmp_path / "one", "Handwriting")
+    archive(tmp_path / "two", "UWaveGestureLibrary")
+    assert list(data.load([], TINY)) == ["JapaneseVowels", "Digits"]
+    found = data.load([one, tmp_path / "two"], replace(TINY, thin=(("Handwriting", 2),)))
+    assert tuple(found) == protocol.DATA
+    assert found["Handwriting"].train.frames[0, :, 0].tolist() == [1, 3, 5]
+    assert found["Handwriting"].train.lengths.tolist() == [3] * 6
+    assert found["UWaveGestureLibrary"].train.lengths.tolist() == [5] * 6
+    assert set(data.absent(["JapaneseVowels"])) == {
+        "UWaveGestureLibrary",
+        "Handwriting",
+        "Digits",
+        "ImageNet",
+    }
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["a/Handwriting/Handwriting_TEST.ts"], "Handwriting_TEST.ts: is no folder"),
+        (["."], "no data set in it; expected UWaveGestureLibrary or Handwriting"),
+        (["Writing"], "unknown data set 'Writing'; did you mean 'Handwriting'"),
+        (["a/Handwriting", "a"], "Handwriting is in a/Handwriting too"),
+        (["b"], r"Handwriting_TEST.ts:4: channel 1, step 2: got 'x'"),
+    ],
+)
+def test_a_path_that_does_not_serve_is_an_error(
+    folders: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    archive(tmp_path / "a", "Handwriting")
+    damaged = archive(tmp_path / "b", "Handwriting") / "Handwriting_TEST.ts"
+    damaged.write_text(HEADER + "1,x:a\n")
+    archive(tmp_path, "Writing")
+    if folders == ["."]:
+        monkeypatch.chdir(tmp_path / "Writing")
+        (tmp_path / "Writing" / "Writing_TRAIN.ts").unlink()
+        (tmp_path / "Writing" / "Writing_TEST.ts").unlink()
+    given = [word for folder in folders for word in ("--data", folder)]
+    found = run(*given, "--out", tmp_path / "out")
+    assert found.exit_code == Exit.INPUT, found.output
+    assert re.search(f"--data: .*{words}", found.stderr), found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(vowels: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A whole run of the tiny grid, which tests copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(protocol.GRIDS, "quick", TINY)
+        patch.setattr(data, "load", lambda folders, grid: {vowels.name: vowels})
+        rng = np.random.default_rng(0)
+        patch.setattr(cost, "peak", lambda *given: 5.0 + float(rng.random()))
+        out = tmp_path_factory.mktemp("reproduction")
+        return out, run("--out", out, "--json")
+
+
+@pytest.fixture
+def out(finished: tuple[Path, Any], tmp_path: Path) -> Path:
+    for path in finished[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def stopped(*given: Any) -> Any:
+    raise AssertionError("a cell is computed again")
+
+
+def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
+    out, result = finished
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    specs = [protocol.BASELINE, *protocol.SPECS]
+    cells = {c.name for c in protocol.cells(TINY, specs, ["JapaneseVowels"])}
+    assert set(found["cells"]) == cells
+    files = found.pop("files")
+    assert found == json.loads((out / "quick.json").read_text())
+    assert {Path(path).name for path in files} == {
+        "quick.json",
+        "quick.html",
+        "quick-accuracy.png",
+        "quick-redundancy.png",
+        "quick-cost.png",
+    }
+    assert all(
+        (out / f"quick-{n}.png").read_bytes()[:4] == b"\x89PNG"
+        for n in ("accuracy", "redundancy", "cost")
+    )
+    assert len(found["findings"]["claims"]) == 9
+    assert "UWaveGestureLibrary: not at hand: --data DIR" in result.stderr
+
+
+def test_the_page_stands_alone_and_says_all(finished: tuple[Path, Any]) -> None:
+    out, result = finished
+    text = (out / "quick.html").read_text(encoding="utf-8")
+    found = json.loads(result.stdout)["findings"]
+    for row in found["sentences"]:
+        words = "raises accuracy, lowers head redundancy and costs less"
+        assert f"{row['spec']} {words}: {row['verdict']}" in text
+    for row in found["accuracy"]:
+        assert f"<td>{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}</td>" in text
+    for words in ("ImageNet", "Handwriting</b>: not at hand", "paper’s set-up", "Bonferroni"):
+        assert words in text
+    assert text.count('src="data:image/png;base64,') == 3
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)|@import|url\(|<script", text)
+
+
+def test_texts_of_the_file_stay_text(finished: tuple[Path, Any]) -> None:
+    record = json.loads((finished[0] / "quick.json").read_text())
+    hostile = "<script>alert(1)</script>\u202e"
+    record["data"]["JapaneseVowels"]["source"] = hostile
+    record["versions"]["torch"] = record["machine"]["cpu"] = hostile
+    record["commits"] = [hostile]
+    found = page.page(
+        record, record["findings"], dict.fromkeys(("accuracy", "redundancy", "cost"), b"")
+    )
+    assert "<script" not in found
+    assert "\u202e" not in found
+    assert found.count("&lt;script&gt;") == 6
+
+
+def test_what_is_done_is_not_done_again(
+    out: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (out / "quick.json").read_bytes()
+    monkeypatch.setattr(running, "compute", stopped)
+    again = run("--out", out)
+    assert again.exit_code == 0, again.stderr
+    assert "100% of the cells are there already" in again.stderr
+    assert (out / "quick.json").read_bytes() == before
+    for words in ("Accuracy", "Distance of heads", "Cost", "Claims", "costs less", "quick.html"):
+        assert words in again.stdout
+
+
+def test_a_run_that_was_interrupted_goes_on(
+    tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = running.compute, []
+
+    def some(cell: Any, *given: Any) -> Any:
+        calls.append(cell)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(cell, *given)
+
+    monkeypatch.setattr(running, "compute", some)
+    ended = run("--out", tmp_path)
+    assert ended.exit_code != 0
+    words = "quick.json: what is finished is kept; the same command goes on from there"
+    assert words in ended.stderr
+    kept = json.loads((tmp_path / "quick.json").read_text())["cells"]
+    assert list(kept) == [cell.name for cell in calls[:3]]
+    assert not (tmp_path / "quick.html").exists()
+    again = run("--out", tmp_path)
+    assert again.exit_code == 0, again.stderr
+    assert not {cell.name for cell in calls[4:]} & set(kept)
+    found = json.loads((tmp_path / "quick.json").read_text())["cells"]
+    assert {name: found[name] for name in kept} == kept
+
+
+def test_another_protocol_starts_anew_and_says_so(
+    out: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (out / "quick.json").read_bytes()
+    monkeypatch.setitem(protocol.GRIDS, "quick", replace(TINY, epochs=1))
+    again = run("--out", out)
+    assert again.exit_code == 0, again.stderr
+    assert "protocol epochs: 2, now 1" in again.stderr
+    assert "starts anew" in again.stderr
+    assert (out / "quick.before.json").read_bytes() == before
+    found = json.loads((out / "quick.json").read_text())
+    assert {c["epochs"] for n, c in found["cells"].items() if n.startswith("train")} == {1}
+
+
+def test_figures_of_several_protocols_are_all_kept(out: Path) -> None:
+    path, kept = out / "quick.json", []
+    found = json.loads(path.read_text())
+    setting = {name: dict(found[name]) for name in ("protocol", "versions", "machine")}
+    for cpu in ("one", "another", "a third"):
+        kept.append(path.read_text())
+        setting["machine"]["cpu"] = cpu
+        results.Results.open(path, setting)
+        path.write_text(json.dumps(found | {"machine": dict(setting["machine"])}))
+    names = ("quick.before.json", "quick.before-2.json", "quick.before-3.json")
+    assert [(out / name).read_text() for name in names] == kept
+
+
+@pytest.mark.parametrize("part", ["versions", "machine"])
+def test_another_version_or_machine_starts_anew(part: str, out: Path) -> None:
+    path = out / "quick.json"
+    found = json.loads(path.read_text())
+    setting = {name: dict(found[name]) for name in ("protocol", "versions", "machine")}
+    assert results.Results.open(path, setting).cells == found["cells"]
+    setting[part]["python" if part == "versions" else "cpu"] = "another"
+    said: list[str] = []
+    assert not results.Results.open(path, setting, say=said.append).cells
+    assert re.search(rf"{part} (python|cpu): .*now \"another\"", said[0])
+
+
+def test_figures_of_data_that_changed_are_dropped(out: Path) -> None:
+    path = out / "quick.json"
+    found = json.loads(path.read_text())
+    setting = {name: found[name] for name in ("protocol", "versions", "machine")}
+    opened = results.Results.open(path, setting)
+    about = found["data"]["JapaneseVowels"]
+    said: list[str] = []
+    opened.take({"JapaneseVowels": about}, said.append)
+    assert (opened.cells, said) == (found["cells"], [])
+    opened.take({"JapaneseVowels": about | {"digest": "another"}}, said.append)
+    assert "JapaneseVowels has changed" in said[0]
+    assert {name.partition(" ")[0] for name in opened.cells} == {"memory", "flops", "time"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged"),
+        (lambda text: "[1]", "not results of examples/reproduce.py"),
+        (lambda text: "{" * 100_000, "damaged"),
+        (lambda text: text.replace('"schema": 1', '"schema": 2'), r"damaged: \$.schema"),
+        (lambda text: re.sub(r'"test_accuracy": [\d.]+', '"test_accuracy": NaN', text), "NaN"),
+        (lambda text: re.sub(r'"test_accuracy": [\d.]+', '"test_accuracy": 7', text), "<= 1.0"),
+        (lambda text: text.replace('"trained"', '"retrained"'), "missing required field `trained`"),
+        (lambda text: text.replace('"flops N', '"flips N'), "flips"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_force_starts_anew(
+    damage: Any, words: str, out: Path, tiny: None
+) -> None:
+    path = out / "quick.json"
+    path.write_text(damage(path.read_text()))
+    found = run("--out", out)
+    assert found.exit_code == Exit.INPUT, found.output
+    assert re.search(f"quick.json: .*{words}", found.stderr), found.stderr
+    assert "--force" in found.stderr
+    setting = {"protocol": {}, "versions": {}, "machine": {}}
+    with pytest.raises(FileError):
+        results.Results.open(path, setting)
+    assert not results.Results.open(path, setting, force=True).cells
+
+
+def test_a_page_that_is_something_else_is_not_replaced(out: Path, tiny: None) -> None:
+    (out / "quick.html").write_text("mine")
+    assert run("--out", out).exit_code == Exit.OUTPUT
+    assert (out / "quick.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("specs", "code", "words"),
+    [
+        (["sh(1,2)"], Exit.USAGE, r"--spec: softmax\+sh\(1,2\): .*4 heads"),
+        (["sotfmax"], Exit.USAGE, "--spec: .*'sotfmax'; did you mean 'softmax'"),
+        (["softmax"], Exit.USAGE, "--spec: softmax is what the others are held against"),
+        (["bn", "softmax+bn"], Exit.USAGE, r"--spec: softmax\+bn is there twice"),
+        (["causal+bn"], Exit.UNSUPPORTED, "future"),
+        (["bn(statistics=running)"], Exit.UNSUPPORTED, "--spec .*running"),
+    ],
+)
+def test_a_spec_that_does_not_serve_is_an_error(
+    specs: list[str], code: Exit, words: str, tiny: None, tmp_path: Path
+) -> None:
+    given = [word for spec in specs for word in ("--spec", spec)]
+    found = run(*given, "--out", tmp_path / "out")
+    assert found.exit_code == code, found.output
+    assert re.search(words, found.stderr), found.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_takes_no_files_is_an_error_before_the_work(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**given: Any) -> Any:
+        assert given == {"dir": tmp_path}
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(running, "compute", stopped)
+    found = run("--out", tmp_path)
+    assert found.exit_code == Exit.OUTPUT, found.output
+    assert f"--out: {tmp_path}: cannot write there: Permission denied" in found.stderr
+
+
+def test_a_loss_that_is_not_finite_ends_it(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.Settings, "__init__", _rash(model.Settings.__init__))
+    found = run("--out", tmp_path)
+    assert found.exit_code == Exit.NUMERICS, found.output
+    assert "the validation loss is nan" in found.stderr
+
+
+def test_a_process_that_dies_is_not_a_traceback(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*given: Any) -> None:
+        raise BrokenProcessPool("killed")
+
+    monkeypatch.setattr(running, "compute", die)
+    found = run("--out", tmp_path)
+    assert found.exit_code == Exit.FAILURE, found.output
+    assert "a process was ended from outside" in found.stderr
+    assert "is kept" not in found.stderr  # nothing is
+
+
+def _rash(made: Any) -> Any:
+    return lambda self, **given: made(self, **given | {"rate": 1e30})
