@@ -310,8 +310,7 @@ def conform(session: nox.Session, backend: str) -> None:
         records = sorted(map(str, Path(folder).glob("*.json")))
         merged = RECORDS / "record.json"
         before = [str(merged)] if merged.exists() else []
-        page = str(RECORDS / "record.html")
-        here.run("pdcore", "report", *before, *records, "--merge", str(merged), "--html", page)
+        here.run("pdcore", "report", *before, *records, "--merge", str(merged), "--compact")
 
 
 @nox.session
