@@ -38,6 +38,11 @@ PARTS = {
         ("pdcore/spec", "pdcore/reference", "pdcore/lowering", "pdcore/backend"),
         15,
     ),
+    "frameworks": Part(
+        ("-s", "tests_torch", "tests_jax"),
+        ("pdcore/reference", "pdcore/backend", "tests/reference", "tests/backend"),
+        10,
+    ),
     "pythons": Part(("-s", "tests_pythons"), ("pyproject.toml", "constraints"), 20),
     "conform-numpy": Part(
         ("-s", "conform(numpy)", "conform(strict)"),

@@ -132,6 +132,7 @@ def central_difference(
 
 
 @pytest.mark.parametrize("text", SPECS)
+@pytest.mark.sampled(2)
 def test_numbers_are_those_of_numpy_and_gradients_true(text: str, framework: Framework) -> None:
     smooth, fixed = arguments(text)
     out, lse, slopes = framework.slopes(text)(smooth, fixed)
@@ -195,6 +196,7 @@ class Square(PointwiseKernel):
 
 @pytest.mark.parametrize("h", ["sum", "count", "one"])
 @pytest.mark.parametrize("kernel", ["relu", "polynomial(coef0=0)", "cosine", "square"])
+@pytest.mark.sampled(2)
 def test_where_kappa_or_its_logarithm_bends(kernel: str, h: str, framework: Framework) -> None:
     spec: str | AttentionSpec = f"{kernel}+h({h})"
     if kernel == "square":

@@ -54,6 +54,7 @@ COMPILED = [(text, True) for text in SPECS] + [
 
 
 @pytest.mark.parametrize(("text", "array_offset"), COMPILED)
+@pytest.mark.sampled(2)
 def test_jax_jit_and_grad(text: str, array_offset: bool) -> None:
     jnp = jax.numpy
     case = per_sequence(text) if array_offset else full_case(text)
