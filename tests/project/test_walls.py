@@ -48,7 +48,7 @@ PLANTED = {
         ("pdcore/attention.py", "from .derivation import derive", "pdcore.derivation"),
         ("pdcore/derivation/layers.py", "from ..svr import fit", "pdcore.svr"),
         ("pdcore/svr/fitting.py", "from ..cli import main", "pdcore.cli"),
-        ("pdcore/cli/files.py", "from ..extend import Plan", "pdcore.extend"),
+        ("pdcore/cli/pieces.py", "from ..extend import Plan", "pdcore.extend"),
         ("pdcore/moved.py", "from .errors import SpecError", "pdcore.errors"),
         ("pdcore/datasets/__init__.py", "from ..arrays import dtype_name", "pdcore.arrays"),
     ],
