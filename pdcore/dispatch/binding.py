@@ -334,7 +334,7 @@ _BOUND: dict[Any, BoundAttention] = {}
 
 
 def bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
-    """Give the bound function of a call, kept from call to call."""
+    """Return the bound function of a call, kept from call to call."""
     named: Any = backend
     if backend is not None and not isinstance(backend, str) and isinstance(backend, Sequence):
         named = tuple(backend)
@@ -345,6 +345,8 @@ def bound(spec: str | AttentionSpec, backend: Choice, device: str | None) -> Bou
     except TypeError:
         return BoundAttention(spec, named, device)
     if layer is None:
+        plugins.discover()  # it counts as a change, which would make the layer old at once
+        key = (*key[:-1], plugins.generation())
         layer = BoundAttention(spec, named, device)
         if len(_BOUND) >= 1024:  # specs made in a loop must not grow it without end
             _BOUND.clear()

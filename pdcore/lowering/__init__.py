@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .plan import Features, Group, Plan, Scores, Summary, Transform
-from .rewrites import Signature, lower
+from .rewrites import Signature, lower, restored
 from .transforms import (
     FeatureRows,
     Fold,
@@ -37,5 +37,6 @@ __all__ = [
     "central",
     "first_real",
     "lower",
+    "restored",
     "sum_to",
 ]

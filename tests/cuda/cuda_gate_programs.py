@@ -21,7 +21,7 @@ from cuda_gate import (
 
 import pdcore
 from pdcore.lowering import Scores, Signature, lower
-from pdcore.spec import Elu, Expression
+from pdcore.spec import Expression
 from pdcore_backends.cupy import feature_programs
 from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, STORED, Program
@@ -49,7 +49,7 @@ def programs() -> dict[str, Program]:
         stored = tuple((name, dtype) for name in STORED)
         found[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
         found[f"`linear`, arrays of {dtype}"] = FeatureProgram(
-            "float", "features", stored=stored, phi=Elu
+            "float", "features", stored=stored, phi="elu"
         )
     for scalar in ("float", "double"):
         found[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)

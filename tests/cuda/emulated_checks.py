@@ -16,7 +16,7 @@ from strategies import Case, cotangents
 from pdcore.backend import Request
 from pdcore.lowering import Plan
 from pdcore_backends.cupy.features import CompiledFeatures
-from pdcore_backends.cupy.fused import Compiled
+from pdcore_backends.cupy.scores import Compiled
 from pdcore_conformance.judge.budget import expect, judge
 
 cuda_on_cpu = pytest.importorskip("cuda_on_cpu")
@@ -60,7 +60,7 @@ def fused(
 ) -> Plan:
     """Give a case's plan, whose contraction has to be of a kind."""
     plan = backend.fuse(case.plan(), request_of(case, **asked))
-    assert isinstance(plan.contraction, kind), plan.steps
+    assert isinstance(plan.contraction.choice, kind), plan.steps
     return plan
 
 

@@ -19,7 +19,7 @@ from pdcore.backend import Request
 from pdcore.plugins import registry as plugins
 from pdcore.spec import Expression, Parameter, PointwiseKernel, exp, log
 from pdcore_backends.cupy import programs
-from pdcore_backends.cupy.fused import limit
+from pdcore_backends.cupy.choice import limit
 from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
 from pdcore_conformance.judge.calls import dtype_of
@@ -179,8 +179,8 @@ def test_padding_leaves_bfloat16_as_it_is() -> None:
 
 def test_a_pullback_takes_out_before_it_is_rounded(backend: Any) -> None:
     case = normal_case("causal", dtype=np.float16)
-    assert fused(backend, case).contraction.rounds
-    assert not fused(backend, case, vjp=True).contraction.rounds
+    assert fused(backend, case).contraction.choice.rounds
+    assert not fused(backend, case, vjp=True).contraction.choice.rounds
 
 
 # --- how it runs ----------------------------------------------------------------------------------

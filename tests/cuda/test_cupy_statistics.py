@@ -17,8 +17,7 @@ from pdcore.lowering import Summary
 from pdcore.plugins import registry as plugins
 from pdcore.spec import Moments, heads
 from pdcore_backends.cupy.columns import limit
-from pdcore_backends.cupy.pooling import CompiledPool
-from pdcore_backends.cupy.statistics import CompiledSummary, summarised
+from pdcore_backends.cupy.statistics import KERNELS, summarised
 from pdcore_conformance.judge.calls import dtype_of
 
 pytestmark = pytest.mark.cuda
@@ -174,7 +173,7 @@ def test_moments_of_keys_far_from_0(backend: Any, dtype: str, scope: str) -> Non
     keys = normal(2, 2, 1100, 6, mean=1000.0).astype(dtype_of(dtype))
     real = ones_and_zeros(2, 1, 1100, 1)
     keys[~np.broadcast_to(real, keys.shape)] = np.nan
-    found = backend.statistics(CompiledSummary(Moments(), scope), keys, real)
+    found = backend.statistics(Summary(Moments(), scope, KERNELS), keys, real)
     sums = "float64" if dtype == "float64" else "float32"
     assert found["var"].dtype == sums
     axes = (0, 2) if scope == "batch" else (2,)
@@ -186,14 +185,14 @@ def test_a_constant_feature_has_no_variance(backend: Any) -> None:
     # Of 7 keys the rounded mean is off by up to a rounding of 1000, whose square is 4e-9.
     values = (1000 + np.arange(40) / 7).astype("float32")
     keys = np.broadcast_to(values, (1, 1, 7, 40))
-    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    found = backend.statistics(Summary(Moments(), "sequence", KERNELS), keys, None)
     np.testing.assert_array_equal(found["mean"], values[None, None, None])
     assert found["var"].max() < 1e-14
 
 
 def test_squares_that_overflow_are_not_taken(backend: Any) -> None:
     keys = np.full((1, 1, 20, 4), 2.0**84, "float32")
-    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    found = backend.statistics(Summary(Moments(), "sequence", KERNELS), keys, None)
     np.testing.assert_array_equal(found["mean"], keys[:, :, :1])
     np.testing.assert_array_equal(found["var"], 0)
 
@@ -205,7 +204,7 @@ def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
     count, tile = (64 * 64 + 50, 64) if wide else (300, 256)
     keys = normal(1, 1, count, 66 if wide else 7, mean=1000.0).astype(dtype)
     real = ones_and_zeros(1, 1, count, 1)
-    found = backend.statistics(CompiledSummary(Moments(), "prefix"), keys, real)
+    found = backend.statistics(Summary(Moments(), "prefix", KERNELS), keys, real)
     for end in (9, tile, tile + 1, count):
         rows = {n: x[..., end : end + 1, :] for n, x in found.items()}
         close(rows, moments(keys[..., :end, :], real[..., :end, :], (2,)), dtype)
@@ -213,7 +212,7 @@ def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
 
 def test_later_keys_change_nothing_of_a_prefix(backend: Any) -> None:
     keys = normal(1, 1, 300, 5).astype("float32")
-    summary = CompiledSummary(Moments(), "prefix")
+    summary = Summary(Moments(), "prefix", KERNELS)
     whole = backend.statistics(summary, keys, None)
     keys[..., 200:, :] = np.nan
     for cut in (keys, keys[..., :201, :]):
@@ -231,7 +230,7 @@ def test_pools_and_their_cotangent(backend: Any, dtype: str, kind: str) -> None:
     like = np.empty(0, "float64")
     wanted_weights = heads.pooling_weights(100, real, 9, kind, like, xp=np)
     sums = "float64" if dtype == "float64" else "float32"
-    found, pull = backend.pool(CompiledPool(kind), x, wanted_weights.astype(sums))
+    found, pull = backend.pool_by_kernels(kind, x, wanted_weights.astype(sums))
     wide = np.where(real[..., None], x, 0).astype("float64")
     wanted, wanted_pull = heads.pool(kind, wide, wanted_weights, xp=backend.xp)
     tight = 8 * np.finfo(sums).eps
@@ -244,9 +243,9 @@ def test_pools_and_their_cotangent(backend: Any, dtype: str, kind: str) -> None:
 def test_keys_are_read_where_they_lie(backend: Any) -> None:
     wide = normal(2, 70, 3, 16).astype("float32")
     keys = wide.swapaxes(1, 2)[..., 8:]  # sequence before heads, columns of wider rows
-    found = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    found = backend.statistics(Summary(Moments(), "sequence", KERNELS), keys, None)
     whole = backend.statistics(
-        CompiledSummary(Moments(), "sequence"), np.ascontiguousarray(keys), None
+        Summary(Moments(), "sequence", KERNELS), np.ascontiguousarray(keys), None
     )
     for name, value in found.items():
         np.testing.assert_array_equal(value, whole[name])
@@ -346,7 +345,7 @@ def test_the_pullback_of_prefixes_needs_a_grid_for_the_queries(spec: str, refuse
     queries = (1, 4, 2**30 + 1, 4)
     request = Request(pdcore.parse(spec), "cupy", "float32", "cuda:0", queries, keys, keys)
     plan = summarised(request.lower(), request, 90, "cupy")
-    assert isinstance(plan.summary, CompiledSummary) != refused
+    assert (plan.summary.choice == KERNELS) != refused
     assert ("got (1, 2, 1073741825, 4)" in plan.steps[-1]) == refused
 
 

@@ -134,7 +134,7 @@ def test_several_tiles(backend: Any, spec: str) -> None:
 def test_statistics_are_folded_as_queries_are_read(backend: Any) -> None:
     case = case_of("bn(beta=param)+h(count)", n=70, m=75, key_mask=ones_and_zeros(2, 75))
     given = list(fused(backend, case).transforms)
-    assert [type(step) for step in given] == [FoldedLoad]
+    assert [type(step.choice) for step in given] == [FoldedLoad]
     check_forward(backend, case)
     far = case_of("bn", n=70, m=75, mean=40.0, sd=2.0)
     check_forward(backend, far)

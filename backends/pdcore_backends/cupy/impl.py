@@ -15,7 +15,7 @@ from pdcore.arrays import device_name, dtype_name, library_of
 from pdcore.backend import Request
 
 from . import INFO
-from .fused import KernelBackend
+from .kernel_backend import KernelBackend
 from .launches import Limits, Usage
 from .runtime import SHARED, Kernel
 
