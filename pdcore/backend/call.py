@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from ..arrays import device_of, dtype_name
@@ -32,17 +31,18 @@ class Call:
         self.plan, self.inputs, self.level = plan, inputs, level
         self.native: frozenset[str] = backend.native(plan)
         q, k, v = inputs.q, inputs.k, inputs.v
+        *lead, heads, rows, dim = q.shape
         self.dtype = q.dtype
         self.accumulate = accumulation(q, xp)
-        self.lead = len(q.shape) - 3
+        self.lead = len(lead)
         self.several = len(plan.groups) > 1
         self.key_heads = k.shape[-3]
-        self.grouped = (*q.shape[:-3], self.key_heads, q.shape[-3] // self.key_heads)
+        self.grouped = (*lead, self.key_heads, heads // self.key_heads)
         self.device = getattr(q, "device", None)  # see `arrays.device_of`
         if inputs.key_mask is not None:
             # Whatever stands in padding must not enter a product, nor a gradient.
             k, v = self._kept(k), self._kept(v)
-        self.q = xp.reshape(q, (*self.grouped, *q.shape[-2:]))
+        self.q = xp.reshape(q, (*self.grouped, rows, dim))
         self.k, self.v = k, v
         real = inputs.key_mask
         self.key_mask = None if real is None else real[..., None, :]
@@ -117,11 +117,14 @@ class Call:
 
     def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:
         """Put head groups back in order and query heads on one axis; `whole` is in order."""
-        xp = self.xp
-        axis = self.lead
-        x = _ordered(parts, self.plan.groups, axis, xp) if whole is None else whole
-        shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-        return self._as(xp.reshape(x, shape), dtype)
+        axis, xp = self.lead, self.xp
+        if whole is not None:
+            x = whole
+        else:
+            x = parts[0] if len(parts) == 1 else _ordered(parts, self.plan, axis, xp)
+        shape = tuple(x.shape)
+        joined = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+        return self._as(xp.reshape(x, joined), dtype)
 
     def pull_back(
         self, pullbacks: list[Callable[[Any, Any], dict[str, Any]]], d_out: Any, d_lse: Any
@@ -139,9 +142,7 @@ class Call:
             pullback(*(cut_heads(d, group.heads, axis, xp) for d in (d_out, d_lse)))
             for pullback, group in zip(pullbacks, self.plan.groups, strict=True)
         ]
-        joined = {
-            n: _ordered([g[n] for g in grads], self.plan.groups, axis, xp) for n in ("q", "k", "v")
-        }
+        joined = {n: _ordered([g[n] for g in grads], self.plan, axis, xp) for n in ("q", "k", "v")}
         result = {
             "q": self._as(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
             "k": self._as(joined["k"], self.dtype),
@@ -153,14 +154,14 @@ class Call:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1
             # A bias shared by all heads collects from every group.
-            total = _ordered(parts, self.plan.groups, axis, xp) if whole else _added(parts)
+            total = _ordered(parts, self.plan, axis, xp) if whole else _added(parts)
             result["bias"] = self._as(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
-            total = _ordered(parts, self.plan.groups, 0, xp)
+            total = _ordered(parts, self.plan, 0, xp)
             result[name] = self._as(xp.reshape(total, x.shape), x.dtype)
         return result
 
@@ -180,9 +181,12 @@ def constants_held(plan: Plan, inputs: Inputs, stop: Callable[[Any], Any]) -> In
 
 def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
     """Take heads along an axis that may be broadcast; a view where they are consecutive."""
-    if x.shape[axis] == 1 or chosen == tuple(range(x.shape[axis])):
+    size, count = x.shape[axis], len(chosen)
+    if size == 1:
         return x
-    if chosen == tuple(range(chosen[0], chosen[-1] + 1)):
+    if chosen == tuple(range(chosen[0], chosen[0] + count)):
+        if count == size:
+            return x
         index: list[Any] = [slice(None)] * x.ndim
         index[axis] = slice(chosen[0], chosen[-1] + 1)
         return x[tuple(index)]
@@ -195,29 +199,17 @@ def spacing(chosen: tuple[int, ...]) -> int | None:
     return step if chosen == tuple(range(chosen[0], chosen[-1] + 1, step)) else None
 
 
-def _ordered(parts: list[Any], groups: tuple[Group, ...], axis: int, xp: Any) -> Any:
+def _ordered(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
     """Join arrays of head groups along an axis, heads in the caller's order."""
     if len(parts) == 1:
         return parts[0]
-    pieces = []
-    for part, start, stop in _runs(groups):
-        cut = (slice(None),) * axis + (slice(start, stop),)
-        pieces.append(parts[part][cut])
+    pieces = parts
+    if plan.runs:
+        lead = (slice(None),) * axis
+        pieces = [
+            parts[group][(*lead, slice(start, stop), ...)] for group, start, stop in plan.runs
+        ]
     return xp.concat(pieces, axis=axis)
-
-
-@lru_cache(maxsize=256)
-def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:
-    """List which heads of which group follow one another in the order of all heads."""
-    place = {head: (g, i) for g, group in enumerate(groups) for i, head in enumerate(group.heads)}
-    runs: list[tuple[int, int, int]] = []
-    for head in sorted(place):
-        group, index = place[head]
-        if runs and runs[-1][0] == group and runs[-1][2] == index:
-            runs[-1] = (group, runs[-1][1], index + 1)
-        else:
-            runs.append((group, index, index + 1))
-    return tuple(runs)
 
 
 def _added(parts: list[Any]) -> Any:

@@ -256,7 +256,7 @@ def _kind(x: Any) -> Any:
         return kind
     if kind is str or kind is float:
         return x
-    if isinstance(x, Mapping):
+    if not hasattr(x, "shape") and isinstance(x, Mapping):
         return tuple((name, *_kind(value)) for name, value in x.items())
     return kind, x.shape, x.dtype, x.device
 

@@ -7,7 +7,7 @@ values of its own, and no other backend reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..spec import Expression, Statistics, Support
@@ -159,6 +159,9 @@ class Plan:
         The spec and the signature, from which `restored` lowers the plan again.
     pool_choice : object or None
         The slot of the pool step.
+    runs : tuple of (int, int, int)
+        How heads of groups are put in the order of all heads: group, start, stop. Empty where the
+        groups follow one another.
     """
 
     spec: AttentionSpec
@@ -175,6 +178,10 @@ class Plan:
     constants: tuple[str, ...]
     text: str
     pool_choice: Any = None
+    runs: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", _runs(self.groups))
 
     @property
     def prefix(self) -> bool:
@@ -189,3 +196,18 @@ class Plan:
     def chosen(self, contraction: Scores | Features, *steps: str) -> Plan:
         """Return the plan with another contraction, and with steps added for `explain`."""
         return replace(self, contraction=contraction, steps=(*self.steps, *steps))
+
+
+def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:
+    """List which heads of which group follow one another, see `Plan.runs`."""
+    place = {head: (g, i) for g, group in enumerate(groups) for i, head in enumerate(group.heads)}
+    if list(place) == sorted(place):
+        return ()
+    runs: list[tuple[int, int, int]] = []
+    for head in sorted(place):
+        group, index = place[head]
+        if runs and runs[-1][0] == group and runs[-1][2] == index:
+            runs[-1] = (group, runs[-1][1], index + 1)
+        else:
+            runs.append((group, index, index + 1))
+    return tuple(runs)

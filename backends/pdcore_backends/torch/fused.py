@@ -88,7 +88,11 @@ class FusedRun(GroupRun):
 
     def transform(self) -> None:
         """Fold the statistics of the keys, or transform as any backend does."""
-        step = self.call.plan.contraction.choice.fold
+        plan = self.call.plan
+        if not plan.transforms:
+            self.operands = self.operands_of(self.q, self.k, self.v)
+            return
+        step = plan.contraction.choice.fold
         if step is None:
             super().transform()
             return

@@ -146,14 +146,23 @@ class TorchBackend(ArrayBackend):
         return versions
 
 
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+#: Where PyTorch keeps the precision of float32 matrix products, by the kind of device.
+_SWITCHES: dict[str, Any] = {
+    "cpu": getattr(torch.backends.mkldnn, "matmul", None),
+    "cuda": getattr(torch.backends.cuda, "matmul", None),
+}
+
+
 def _as_declared(x: Any) -> AbstractContextManager[Any]:
     """Compute in the arrays' own dtypes: not in TF32, and not in what autocast would choose."""
     _check_precision(x)
     kind = x.device.type
-    declared: AbstractContextManager[Any] = nullcontext()
     if torch.is_autocast_enabled(kind):
-        declared = torch.autocast(kind, enabled=False)
-    return declared
+        declared: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
+        return declared
+    return _AS_IT_IS
 
 
 def _check_precision(x: Any) -> None:
@@ -166,16 +175,13 @@ def _check_precision(x: Any) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reduced_precision(kind: str) -> list[str]:
     """Say whether float32 matrix products would be computed in less."""
-    backend = torch.backends.mkldnn if kind == "cpu" else torch.backends.cuda
-    switch: Any = getattr(backend, "matmul", None)
-    if hasattr(switch, "fp32_precision"):
-        chosen = switch.fp32_precision
-    else:  # a release from before the switches by device
-        chosen = torch.get_float32_matmul_precision()
-    if chosen in ("none", "ieee", "highest"):
+    precision = getattr(_SWITCHES["cpu" if kind == "cpu" else "cuda"], "fp32_precision", None)
+    if precision is None:  # a release from before the switches by device
+        precision = torch.get_float32_matmul_precision()
+    if precision in ("none", "ieee", "highest"):
         return []
     reason = (
-        f"float32 inputs: matrix products on {kind} are set to {chosen}, which is not float32; "
+        f"float32 inputs: matrix products on {kind} are set to {precision}, which is not float32; "
         "torch.set_float32_matmul_precision('highest') takes that back"
     )
     return [reason]
