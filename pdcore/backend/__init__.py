@@ -6,6 +6,7 @@ from .array_backend import ArrayBackend
 from .call import Call, accumulation, constants_held, cut_heads, spacing
 from .contract import FEATURES, SPEC_VERSION, Backend, BackendInfo, Inputs, Request
 from .feature_contraction import chunks, shifted_features
+from .group_run import GroupRun
 from .operands import Contracted, Operands
 from .score_contraction import divide, finite, log_weight, relative_features, scores, scores_vjp
 from .silent_backend import SilentBackend
@@ -17,6 +18,7 @@ __all__ = [
     "Call",
     "Contracted",
     "FEATURES",
+    "GroupRun",
     "Inputs",
     "Operands",
     "Request",

@@ -1,4 +1,4 @@
-"""A call on its way through `ArrayBackend`: its arrays by head group, and its normaliser."""
+"""A call on its way through `ArrayBackend`: its arrays, cut into head groups and joined again."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..arrays import device_of, dtype_name
-from ..lowering import Features, Group, Plan, Scores
-from ..spec import Batch, PointwiseKernel, Visibility, heads
-from . import score_contraction
+from ..lowering import Group, Plan
+from ..spec import Visibility
 from .contract import Inputs
-from .operands import Operands
 
-__all__ = ["Call", "Normaliser", "constants_held", "spacing"]
+__all__ = ["Call", "accumulation", "constants_held", "cut_heads", "spacing"]
 
 
 class Call:
@@ -20,37 +18,47 @@ class Call:
 
     Attributes
     ----------
+    several : bool
+        Whether there is more than one head group.
+    level : bool
+        Whether L is read: for the log-sum-exp, another normaliser than the sum, or a pullback.
     native : frozenset of str
-        The steps that read them as they are, see `ArrayBackend.native`; others get a cast.
+        The steps that read arrays as they are, see `ArrayBackend.native`; others get a cast.
     """
 
-    def __init__(self, backend: Any, plan: Plan, inputs: Inputs) -> None:
+    def __init__(self, backend: Any, plan: Plan, inputs: Inputs, *, level: bool = True) -> None:
         xp = self.xp = backend.xp
-        self.plan, self.inputs = plan, inputs
+        self.plan, self.inputs, self.level = plan, inputs, level
         self.native: frozenset[str] = backend.native(plan)
         q, k, v = inputs.q, inputs.k, inputs.v
+        *lead, heads, rows, dim = q.shape
         self.dtype = q.dtype
         self.accumulate = accumulation(q, xp)
-        self.lead = len(q.shape) - 3
+        self.lead = len(lead)
+        self.several = len(plan.groups) > 1
         self.key_heads = k.shape[-3]
-        self.grouped = (*q.shape[:-3], self.key_heads, q.shape[-3] // self.key_heads)
-        self.device = device_of(q)
+        self.grouped = (*lead, self.key_heads, heads // self.key_heads)
+        self.device = getattr(q, "device", None)  # see `arrays.device_of`
         if inputs.key_mask is not None:
             # Whatever stands in padding must not enter a product, nor a gradient.
             k, v = self._kept(k), self._kept(v)
-        self.q = xp.reshape(q, (*self.grouped, *q.shape[-2:]))
+        self.q = xp.reshape(q, (*self.grouped, rows, dim))
         self.k, self.v = k, v
-        self.mask = self._ranked(inputs.mask)
-        self.bias = self._ranked(inputs.bias)
-        self.offset = self._offset()
+        real = inputs.key_mask
+        self.key_mask = None if real is None else real[..., None, :]
+        self.mask = None if inputs.mask is None else self._ranked(inputs.mask)
+        self.bias = None if inputs.bias is None else self._ranked(inputs.bias)
+        self.offset = inputs.offset if isinstance(inputs.offset, int) else self._offset()
 
     def cast(self, x: Any) -> Any:
         """Bring an array to the accumulation dtype."""
         return self._as(x, self.accumulate)
 
-    def taken(self, step: str, x: Any) -> Any:
-        """Bring an array to the dtype in which a step takes it."""
-        return x if step in self.native else self.cast(x)
+    def read_by(self, step: str, x: Any) -> Any:
+        """Bring an array to the dtype in which a step reads it."""
+        if step in self.native or x.dtype == self.accumulate:
+            return x
+        return self.xp.astype(x, self.accumulate)
 
     def _kept(self, x: Any) -> Any:
         """Put zeros where keys are padding, in the array's dtype: CuPy has no bfloat16 `where`."""
@@ -61,18 +69,15 @@ class Call:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
     def _ranked(self, x: Any) -> Any:
-        """Give a mask or bias all axes, (*B, H, G, N, M), each whole or of length 1."""
-        if x is None:
-            return None
+        """Return a mask or bias all axes, (*B, H, G, N, M), each whole or of length 1."""
         shape = (1,) * (self.lead + 3 - x.ndim) + tuple(x.shape)
         heads_ = self.grouped[-2:] if shape[-3] != 1 else (1, 1)
         return self.xp.reshape(x, (*shape[:-3], *heads_, *shape[-2:]))
 
     def _offset(self) -> Any:
+        """Return the position of query 0 of an offset that is no int, see `Visibility`."""
         xp, offset = self.xp, self.inputs.offset
         rows, length = self.q.shape[-2], self.k.shape[-2]
-        if isinstance(offset, int):
-            return offset
         if isinstance(offset, str):  # "end"
             if self.inputs.key_mask is None:
                 return length - rows
@@ -82,61 +87,49 @@ class Call:
             offset = end - rows
         return xp.astype(offset, xp.int64)[..., None, None, None, None]
 
-    def heads(self, x: Any, group: Group, axis: int) -> Any:
-        """Cut the key heads of a group; a view where they are consecutive."""
-        return cut_heads(x, group.heads, axis, self.xp)
-
-    def group_params(self, group: Group) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Give the parameters of a group: for transforms, and for the log kappa expression."""
-        xp, spec = self.xp, self.plan.spec
-        shaped = {}
+    def params(self, group: Group) -> dict[str, Any]:
+        """Return the parameters of a group, (H, 1, 1) or (H, 1, D) where they are of heads."""
+        xp, shaped = self.xp, {}
         for name, x in self.inputs.params.items():
-            x = self.cast(cut_heads(x, group.heads, 0, xp))
+            x = self.cast(cut_heads(x, group.heads, 0, xp) if self.several else x)
             if x.ndim <= 2:
                 x = xp.reshape(x, (x.shape[0], 1, *(x.shape[1:] or (1,))))
             shaped[name] = x
-        pointwise = isinstance(spec.kernel, PointwiseKernel)
-        own = {p.name for p in spec.kernel.parameters()} if pointwise else set()
-        return shaped, {n: shaped[n][..., None] for n in shaped if n in own}
+        return shaped
 
-    def visibility(self, group: Group) -> tuple[Visibility, Any]:
-        """Give the support of a group, and the pooling weights if it pools."""
-        xp, scale = self.xp, group.scale
-        real = self.inputs.key_mask
-        key_mask = None if real is None else real[..., None, :]
-        weights = None
-        if scale > 1:
-            like = self.cast(self.k[..., :0])
-            weights = heads.pooling_weights(
-                self.k.shape[-2], key_mask, scale, self.plan.pool, like, xp=xp
-            )
-            key_mask = None if real is None else xp.any(weights > 0, axis=-1)
+    def visibility(self, group: Group, key_mask: Any) -> Visibility:
+        """Return the support of a group; `key_mask` (*B, 1, M) is that of its pooled keys."""
         mask = self.mask
-        if mask is not None:
-            mask = cut_heads(mask, group.heads, -4, xp)
+        if mask is not None and self.several:
+            mask = cut_heads(mask, group.heads, -4, self.xp)
         return Visibility(
-            self.plan.spec.support,
-            xp,
+            self.plan.support,
+            self.xp,
             self.q.shape[-2],
             self.k.shape[-2],
-            scale,
+            group.scale,
             self.offset,
             key_mask,
-            real,
+            self.inputs.key_mask,
             mask,
             self.device,
-        ), weights
+        )
 
     def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:
         """Put head groups back in order and query heads on one axis; `whole` is in order."""
-        xp = self.xp
-        axis = self.lead
-        x = _ordered(parts, self.plan.groups, axis, xp) if whole is None else whole
-        shape = (*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-        return self._as(xp.reshape(x, shape), dtype)
+        axis, xp = self.lead, self.xp
+        if whole is not None:
+            x = whole
+        else:
+            x = parts[0] if len(parts) == 1 else _ordered(parts, self.plan, axis, xp)
+        shape = tuple(x.shape)
+        joined = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+        return self._as(xp.reshape(x, joined), dtype)
 
-    def pull_back(self, vjps: list[Any], d_out: Any, d_lse: Any) -> dict[str, Any]:
-        """Take cotangents of the results through every group to all inputs."""
+    def pull_back(
+        self, pullbacks: list[Callable[[Any, Any], dict[str, Any]]], d_out: Any, d_lse: Any
+    ) -> dict[str, Any]:
+        """Take cotangents of the results through the pullback of every group to all inputs."""
         xp, inputs = self.xp, self.inputs
         d_out = xp.reshape(d_out, (*self.grouped, *d_out.shape[-2:]))
         if d_lse is None:
@@ -146,12 +139,10 @@ class Call:
             d_lse = xp.reshape(self.cast(d_lse), (*self.grouped, d_lse.shape[-1]))
         axis = self.lead
         grads = [
-            vjp(self.heads(d_out, g, axis), self.heads(d_lse, g, axis))
-            for vjp, g in zip(vjps, self.plan.groups, strict=True)
+            pullback(*(cut_heads(d, group.heads, axis, xp) for d in (d_out, d_lse)))
+            for pullback, group in zip(pullbacks, self.plan.groups, strict=True)
         ]
-        joined = {
-            n: _ordered([g[n] for g in grads], self.plan.groups, axis, xp) for n in ("q", "k", "v")
-        }
+        joined = {n: _ordered([g[n] for g in grads], self.plan, axis, xp) for n in ("q", "k", "v")}
         result = {
             "q": self._as(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
             "k": self._as(joined["k"], self.dtype),
@@ -163,37 +154,39 @@ class Call:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1
             # A bias shared by all heads collects from every group.
-            total = _ordered(parts, self.plan.groups, axis, xp) if whole else _added(parts)
+            total = _ordered(parts, self.plan, axis, xp) if whole else _added(parts)
             result["bias"] = self._as(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
-            total = _ordered(parts, self.plan.groups, 0, xp)
+            total = _ordered(parts, self.plan, 0, xp)
             result[name] = self._as(xp.reshape(total, x.shape), x.dtype)
         return result
 
 
 def accumulation(x: Any, xp: Any) -> Any:
-    """Give the dtype of sums: float32 for 16 bit, the array's own otherwise."""
+    """Return the dtype of sums: float32 for 16 bit, the array's own otherwise."""
     return xp.float32 if dtype_name(x) in ("float16", "bfloat16") else x.dtype
 
 
 def constants_held(plan: Plan, inputs: Inputs, stop: Callable[[Any], Any]) -> Inputs:
-    """Let `stop` cut the gradients of running statistics, which are constants of a call."""
-    normalization = plan.spec.normalization
-    if not isinstance(normalization, Batch) or normalization.statistics != "running":
+    """Let `stop` cut the gradients of parameters that are constants of a call."""
+    if not plan.constants:
         return inputs
-    held = {name: stop(inputs.params[name]) for name in ("mean", "var")}
+    held = {name: stop(inputs.params[name]) for name in plan.constants}
     return inputs._replace(params={**inputs.params, **held})
 
 
 def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
     """Take heads along an axis that may be broadcast; a view where they are consecutive."""
-    if x.shape[axis] == 1 or chosen == tuple(range(x.shape[axis])):
+    size, count = x.shape[axis], len(chosen)
+    if size == 1:
         return x
-    if chosen == tuple(range(chosen[0], chosen[-1] + 1)):
+    if chosen == tuple(range(chosen[0], chosen[0] + count)):
+        if count == size:
+            return x
         index: list[Any] = [slice(None)] * x.ndim
         index[axis] = slice(chosen[0], chosen[-1] + 1)
         return x[tuple(index)]
@@ -201,20 +194,22 @@ def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
 
 
 def spacing(chosen: tuple[int, ...]) -> int | None:
-    """Give how far apart the chosen heads are, if that is the same for all."""
+    """Return how far apart the chosen heads are, if that is the same for all."""
     step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
     return step if chosen == tuple(range(chosen[0], chosen[-1] + 1, step)) else None
 
 
-def _ordered(parts: list[Any], groups: tuple[Group, ...], axis: int, xp: Any) -> Any:
+def _ordered(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
+    """Join arrays of head groups along an axis, heads in the caller's order."""
     if len(parts) == 1:
         return parts[0]
-    heads_ = [h for g in groups for h in g.heads]
-    x = xp.concat(parts, axis=axis)
-    if heads_ == sorted(heads_):
-        return x
-    back = sorted(range(len(heads_)), key=heads_.__getitem__)
-    return xp.take(x, xp.asarray(back, dtype=xp.int64, device=device_of(x)), axis=axis)
+    pieces = parts
+    if plan.runs:
+        lead = (slice(None),) * axis
+        pieces = [
+            parts[group][(*lead, slice(start, stop), ...)] for group, start, stop in plan.runs
+        ]
+    return xp.concat(pieces, axis=axis)
 
 
 def _added(parts: list[Any]) -> Any:
@@ -222,80 +217,3 @@ def _added(parts: list[Any]) -> Any:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-class Normaliser:
-    """From (out, L) of a contraction to the result and its log-sum-exp, by h."""
-
-    def __init__(
-        self, plan: Plan, o: Operands, out: Any, level: Any, constant: Any, alive: Any, xp: Any
-    ) -> None:
-        self.h, self.signed = plan.normaliser, plan.contraction.signed
-        self.o, self.xp, self.alive = o, xp, alive
-        self.out, self.inner = out, level
-        if alive is not None:
-            level = xp.where(alive, level, xp.full_like(level, -xp.inf))
-        # L of an empty row stays -inf whatever the row constant is.
-        self.level = (
-            level if constant is None else xp.where(level == -xp.inf, level, level + constant)
-        )
-        self.factor: Any = None
-        if self.h == "sum":
-            return
-        counts = o.visibility.counts(o.bias)
-        if alive is not None:
-            counts = xp.where(alive, counts, xp.zeros_like(counts))
-        counts = xp.broadcast_to(counts, level.shape)
-        self.seen = counts > 0
-        count = xp.astype(xp.where(self.seen, counts, xp.ones_like(counts)), level.dtype)
-        self.log_h = xp.log(count) if self.h == "count" else xp.zeros_like(count)
-        self.factor = xp.exp(self.level - self.log_h)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the contraction's `out` is the result, and ``d_out`` its cotangent."""
-        return self.factor is None and self.alive is None
-
-    def result(self) -> tuple[Any, Any]:
-        """Give (out, lse)."""
-        xp, out = self.xp, self.out
-        if self.factor is not None:
-            out = out * self.factor[..., None]
-        if self.alive is not None:
-            out = xp.where(self.alive[..., None], out, xp.zeros_like(out))
-        if self.factor is None:
-            return out, self.level
-        return out, xp.where(self.seen, self.log_h, xp.full_like(self.log_h, -xp.inf))
-
-    def pull_back(self, d_out: Any, d_lse: Any) -> tuple[Any, Any]:
-        """Give the cotangents of the contraction's (out, L)."""
-        xp = self.xp
-        if self.alive is not None:
-            d_out = xp.where(self.alive[..., None], d_out, xp.zeros_like(d_out))
-        if self.factor is None:
-            d_level = d_lse
-        else:
-            # The lse of count and one is a constant.
-            d_out = d_out * self.factor[..., None]
-            d_level = xp.sum(d_out * self.out, axis=-1)
-        dead = self.level == -xp.inf
-        return d_out, xp.where(dead, xp.zeros_like(d_level), d_level)
-
-    def weights(self, c: Scores | Features, pooling: Any, backend: Any) -> Any:
-        """Compute kappa / h for every query and every key of the call."""
-        xp, o = self.xp, self.o
-        if isinstance(c, Features):
-            if c.raw:
-                q, k = (c.kernel.features(x, xp=xp, params={}) for x in (o.q, o.k))
-                o = o._replace(q=q, k=k)
-            c = Scores("log_features" if c.log else "features", signed=c.signed)
-        w = score_contraction.weights(c, o, self.inner, xp=xp, query_block=backend.query_block)
-        if self.factor is not None:
-            w = w * self.factor[..., None]
-        if self.alive is not None:
-            w = xp.where(self.alive[..., None], w, xp.zeros_like(w))
-        if pooling is None:
-            return w
-        spread = w[..., None] * pooling[..., None, None, :, :]
-        *lead, count, scale = spread.shape
-        return xp.reshape(spread, (*lead, count * scale))[..., : o.visibility.length]

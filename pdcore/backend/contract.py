@@ -19,6 +19,7 @@ from ..spec import (
     Gaussian,
     Identity,
     Polynomial,
+    Statistics,
 )
 
 __all__ = ["FEATURES", "SPEC_VERSION", "Backend", "BackendInfo", "Inputs", "Request"]
@@ -243,6 +244,24 @@ class Request(NamedTuple):
             "axis_name": self.axis_name is not None,
         }
         return needed + [name for name, used in optional.items() if used]
+
+    @property
+    def feature_map(self) -> str:
+        """The word of the kernel if it is a feature map, which has no weights; else empty."""
+        return self.spec.kernel.word if isinstance(self.spec.kernel, FeatureMap) else ""
+
+    def missing_pullbacks(self) -> list[str]:
+        """Say which steps of the call a backend without automatic differentiation cannot pull."""
+        kernel, normalization = self.spec.kernel, self.spec.normalization
+        what, reasons = FEATURES["vjp"], []
+        if isinstance(kernel, FeatureMap) and not kernel.has_vjp:
+            reasons.append(f"{what}: {kernel.word} has no features_vjp")
+        if not isinstance(normalization, Identity) and not normalization.has_vjp:
+            reasons.append(f"{what}: {normalization.word} has no apply_vjp")
+        statistics = normalization.statistics_state()
+        if statistics is not None and type(statistics).vjp is Statistics.vjp:
+            reasons.append(f"{what}: {type(statistics).__name__} has no vjp")
+        return reasons
 
 
 class Backend(ABC):

@@ -1,4 +1,4 @@
-"""What a contraction reads, and gives.
+"""What a contraction reads, and what it returns.
 
 Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
 keys and values (*B, H, M, D) and (*B, H, M, Dv).
@@ -28,10 +28,12 @@ class Operands(NamedTuple):
         Scalars per head of the log kappa expression.
     visibility : Visibility
     keep : callable or None
-        Dropout: ``keep(start, stop, first, last, like)`` gives what the weights of a block are
+        Dropout: ``keep(start, stop, first, last, like)`` returns what the weights of a block are
         multiplied by, 0 or 1 / (1 - p), and the same whenever it is asked.
     fold : object or None
-        As in `transforms.Rows`; None unless a backend's own transform leaves it.
+        As in `transforms.Rows`; None unless a transform that a backend chose leaves it.
+    level : bool
+        Whether L is read; where it is not, a contraction may return None for it.
     """
 
     q: Any
@@ -43,10 +45,11 @@ class Operands(NamedTuple):
     visibility: Visibility
     keep: Callable[[int, int, int, int, Any], Any] | None = None
     fold: Any = None
+    level: bool = True
 
 
 class Contracted(NamedTuple):
-    """What the contractions of a plan's head groups give.
+    """What the contractions of a plan's head groups return.
 
     Attributes
     ----------

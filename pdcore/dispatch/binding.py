@@ -257,7 +257,7 @@ def _signature(x: Any) -> Any:
         return kind
     if kind is str or kind is float:
         return x
-    if isinstance(x, Mapping):
+    if not hasattr(x, "shape") and isinstance(x, Mapping):
         return tuple((name, *_signature(value)) for name, value in x.items())
     return kind, x.shape, x.dtype, x.device
 
@@ -354,6 +354,9 @@ def cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) 
     except TypeError:
         return BoundAttention(spec, choice, device)
     if layer is None:
+        # Discovery counts as a change of the registry, which would make this entry stale at once.
+        plugins.discover()
+        key = (*key[:-1], plugins.generation())
         layer = BoundAttention(spec, choice, device)
         if len(_BOUND) >= 1024:  # a loop over new specs must not grow the cache without end
             _BOUND.clear()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..moved import attribute as _attribute
 from .plan import Features, Group, Plan, Scores, Summary, Transform
-from .rewrites import Signature, lower
+from .rewrites import Signature, lower, restored
 from .transforms import (
     FeatureRows,
     Fold,
@@ -40,6 +40,7 @@ __all__ = [
     "central",
     "first_real",
     "lower",
+    "restored",
     "sum_to",
 ]
 

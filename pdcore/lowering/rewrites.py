@@ -7,6 +7,8 @@ beside a planted wrong variant.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..errors import UnsupportedError
@@ -14,18 +16,25 @@ from ..spec import (
     AttentionSpec,
     Batch,
     Cosine,
+    Elu,
     Exponential,
     FeatureMap,
     Gaussian,
     Identity,
     KeySet,
     PointwiseKernel,
+    RandomFeatures,
+    Relu,
+    as_spec,
     default_scale,
 )
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .transforms import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
 
-__all__ = ["Signature", "lower"]
+__all__ = ["Signature", "lower", "restored"]
+
+#: Feature maps that are a function of single entries, by the name that `Features.phi` gives it.
+PHI: Mapping[type[FeatureMap], str] = {Elu: "elu", Relu: "relu"}
 
 
 class Signature(NamedTuple):
@@ -97,7 +106,18 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
         normaliser=spec.normaliser,
         accumulate="float32" if signature.dtype in ("float16", "bfloat16") else signature.dtype,
         steps=tuple(steps),
+        support=spec.support,
+        holds=spec.normalization.holds,
+        constants=tuple(p.name for p in spec.parameters() if not p.differentiable),
+        text=" ".join([*map(str, signature[:3]), str(int(signature.masked)), str(spec)]),
     )
+
+
+@lru_cache(maxsize=256)
+def restored(text: str) -> Plan:
+    """Lower a plan again from its `Plan.text`, where a compiler passes on nothing but text."""
+    dim, heads, dtype, masked, spec = text.split(" ", 4)
+    return lower(as_spec(spec), Signature(int(dim), int(heads), dtype, bool(int(masked))))
 
 
 def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
@@ -161,7 +181,7 @@ def _contraction(
         steps.append(f"cosine: unit rows; scores: log kappa = {kernel.scale:.6g} q'.k'")
         return tuple(transforms), Scores(scale=kernel.scale)
     if isinstance(kernel, FeatureMap):
-        transforms.append(FeatureRows(kernel))
+        transforms.append(FeatureRows(kernel, PHI.get(type(kernel), "")))
         return tuple(transforms), _features(spec, kernel, signature, steps)
     if not isinstance(kernel, PointwiseKernel):
         raise UnsupportedError(
@@ -176,7 +196,8 @@ def _contraction(
         return tuple(transforms), Scores(scale=scale)
     expression = kernel.expression(signature.dim)
     steps.append(f"scores: log kappa = {expression} with s = q'.k'")
-    return tuple(transforms), Scores(expression=expression)
+    scalars = tuple(p.name for p in kernel.parameters())
+    return tuple(transforms), Scores(expression=expression, scalars=scalars)
 
 
 def _features(
@@ -195,4 +216,10 @@ def _features(
         return Scores(weight=weight, signed=kernel.signed)
     causal = " by prefix sums over chunks" if spec.support.causal else ""
     steps.append(f"features: phi(q).sum phi(k) v, O(N + M){causal}")
-    return Features(kernel, log=kernel.log_domain, signed=kernel.signed)
+    return Features(
+        kernel,
+        log=kernel.log_domain,
+        signed=kernel.signed,
+        phi=PHI.get(type(kernel), ""),
+        count=kernel.count if isinstance(kernel, RandomFeatures) else None,
+    )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..arrays import stop_gradient
 from ..spec import Batch, FeatureMap, Normalization
+from .plan import Transform
 
 __all__ = ["FeatureRows", "Fold", "GaussianRows", "Normalize", "Pullback", "Rows", "UnitRows"]
 
@@ -32,7 +33,7 @@ class Rows(NamedTuple):
     key_mask : bool array (*B, 1, M) or None
         True for a real key.
     fold : object or None
-        What a backend's own transform leaves for its contraction to do to the queries.
+        What a transform that a backend chose leaves for its contraction to do to the queries.
     """
 
     q: Any
@@ -80,9 +81,17 @@ class Normalize:
     ----------
     normalization : Normalization
         T.
+    choice : Transform or None
+        What a backend's `fuse` puts in place of this transform.
     """
 
     normalization: Normalization
+    choice: Transform | None = None
+
+    @property
+    def word(self) -> str:
+        """The word of T."""
+        return self.normalization.word
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
@@ -126,19 +135,56 @@ class Fold:
         Whether a row sees only keys that its statistics count. Then a row that counts one key has
         k - c = 0 for all that it sees, and the contraction gets q' = 0: its own q', divided by eps
         alone, would multiply the rounding of the weights' cotangent.
+    choice : Transform or None
+        What a backend's `fuse` puts in place of this transform.
     """
 
     batch: Batch
     scale: float
     split: bool = False
     closed: bool = False
+    choice: Transform | None = None
+
+    @property
+    def of(self) -> str:
+        """What the statistics are of: a ``"sequence"``, a ``"batch"``, every ``"prefix"``.
+
+        ``"running"`` statistics come as parameters of the call.
+        """
+        return self.batch.statistics
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return self.batch.eps
+
+    @property
+    def beta(self) -> float | None:
+        """The weight of the mean; None where it is the call's parameter ``beta``."""
+        beta = self.batch.beta
+        return None if isinstance(beta, str) else beta
+
+    def weight(self, params: Any) -> Any:
+        """Return the weight of the mean: a number, or the call's parameter."""
+        return self.batch.weight(params)
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
-        given = params if self.batch.statistics == "running" else state
-        mean, beta = given["mean"], self.batch.weight(params)
-        inverse = 1.0 / (given["var"] + self.batch.eps)
-        shift = self.first(rows, xp=xp) if self.batch.statistics == "prefix" else mean
+        of = self.batch.statistics
+        if of == "prefix":
+            shift = first_real(rows.k, rows.key_mask, xp=xp)
+        else:
+            shift = (params if of == "running" else state)["mean"]
+        return self.about(shift, rows, state, params, xp=xp)
+
+    def about(
+        self, shift: Any, rows: Rows, state: Any, params: Any, *, xp: Any
+    ) -> tuple[Rows, Pullback]:
+        """Transform with a shift c (*B, H, 1, D), for a backend that chooses another one."""
+        batch, running = self.batch, self.batch.statistics == "running"
+        moments = params if running else state
+        mean, beta = moments["mean"], batch.weight(params)
+        inverse = 1.0 / (moments["var"] + batch.eps)
         centre, centred = beta * mean, rows.k - shift
         root: Any = xp.sqrt(inverse) if self.split else None
         folded = (rows.q - centre) * (root if self.split else inverse)
@@ -172,20 +218,16 @@ class Fold:
                 dvar = -inverse * inverse * dfactor
             dstate: dict[str, Any] = {}
             dparams: dict[str, Any] = {}
-            if self.batch.statistics != "running":
+            if not running:
                 dstate = {"mean": beta * dcentre, "var": dvar}
                 if several is not None:
                     dshift = xp.where(several, xp.zeros_like(folded), drow * folded * pull)
                     dstate["mean"] = dstate["mean"] + sum_to(dshift, mean.shape, xp=xp)
-            if self.batch.beta == "param":
+            if batch.beta == "param":
                 dparams = {"beta": sum_to(dcentre * mean, params["beta"].shape, xp=xp)}
             return Rows(dq * factor, dk), dstate, dparams
 
         return rows._replace(q=seen, k=k, row_constant=constant), pullback
-
-    def first(self, rows: Rows, *, xp: Any) -> Any:
-        """Give the first real key of each head, see `first_real`."""
-        return first_real(rows.k, rows.key_mask, xp=xp)
 
 
 @dataclass(frozen=True)
@@ -199,14 +241,20 @@ class GaussianRows:
     ----------
     gamma : float
         As in `pdcore.spec.kernels.Gaussian`.
+    choice : Transform or None
+        What a backend's `fuse` puts in place of this transform.
     """
 
     gamma: float
+    choice: Transform | None = None
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
-        shift = self.centre(rows, xp=xp)
-        q, k = (self.points(x - shift, xp=xp) for x in (rows.q, rows.k))
+        shift = central(rows.k, rows.key_mask, xp=xp)
+        return self.between(rows.q - shift, rows.k - shift, rows.key_mask, xp=xp)
+
+    def between(self, q: Any, k: Any, key_mask: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform shifted rows, for a backend that shifts or rounds them in another way."""
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
             # The shift is held fixed: the value does not depend on it.
@@ -219,21 +267,21 @@ class GaussianRows:
             k,
             key_bias=-self.gamma * xp.sum(k * k, axis=-1),
             row_constant=-self.gamma * xp.sum(q * q, axis=-1),
-            key_mask=rows.key_mask,
+            key_mask=key_mask,
         ), pullback
-
-    def centre(self, rows: Rows, *, xp: Any) -> Any:
-        """Give a point amid the keys of each head, see `central`."""
-        return central(rows.k, rows.key_mask, xp=xp)
-
-    def points(self, x: Any, *, xp: Any) -> Any:
-        """Give the points between which distances are taken, for a backend that rounds them."""
-        return x
 
 
 @dataclass(frozen=True)
 class UnitRows:
-    """x / |x|; a zero vector stays zero, with zero gradient."""
+    """x / |x|; a zero vector stays zero, with zero gradient.
+
+    Attributes
+    ----------
+    choice : Transform or None
+        What a backend's `fuse` puts in place of this transform.
+    """
+
+    choice: Transform | None = None
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""
@@ -257,9 +305,15 @@ class FeatureRows:
     ----------
     kernel : FeatureMap
         phi.
+    phi : str
+        Its name, as in `Features`.
+    choice : Transform or None
+        What a backend's `fuse` puts in place of this transform.
     """
 
     kernel: FeatureMap
+    phi: str = ""
+    choice: Transform | None = None
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform; see `Rows`."""

@@ -22,7 +22,7 @@ from cuda_gate import (
 
 import pdcore
 from pdcore.lowering import Scores, Signature, lower
-from pdcore.spec import Elu, Expression
+from pdcore.spec import Expression
 from pdcore_backends.cupy import feature_programs
 from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, STORED, Program
@@ -53,7 +53,7 @@ def programs() -> dict[str, Program]:
         stored = tuple((name, dtype) for name in STORED)
         named[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)
         named[f"`linear`, arrays of {dtype}"] = FeatureProgram(
-            "float", "features", stored=stored, phi=Elu
+            "float", "features", stored=stored, phi="elu"
         )
     for scalar in ("float", "double"):
         named[f"`random_features` in {scalar}"] = FeatureProgram(scalar, "features", log=True)

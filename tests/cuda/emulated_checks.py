@@ -17,7 +17,7 @@ from reference_cases import Case, cotangents
 from pdcore.backend import Request
 from pdcore.lowering import Plan
 from pdcore_backends.cupy.features import CompiledFeatures
-from pdcore_backends.cupy.fused import Compiled
+from pdcore_backends.cupy.scores import Compiled
 from pdcore_conformance.judge.budget import expect, judge
 
 if shutil.which("g++") is None:
@@ -60,7 +60,7 @@ def fused(
 ) -> Plan:
     """Return the fused plan of a case; assert that its contraction is of a type."""
     plan = backend.fuse(case.plan(), request_of(case, **fields))
-    assert isinstance(plan.contraction, kind), plan.steps
+    assert isinstance(plan.contraction.choice, kind), plan.steps
     return plan
 
 

@@ -21,7 +21,7 @@ import cuda_on_cpu
 import pdcore
 from pdcore.backend import SilentBackend
 from pdcore_backends.cupy import INFO
-from pdcore_backends.cupy.fused import KernelBackend
+from pdcore_backends.cupy.kernel_backend import KernelBackend
 from pdcore_backends.cupy.launches import Limits, Usage
 from pdcore_backends.cupy.runtime import SHARED, Kernel
 

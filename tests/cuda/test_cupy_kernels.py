@@ -30,7 +30,7 @@ from pdcore.backend import Request
 from pdcore.plugins import registry as plugins
 from pdcore.spec import Expression, Parameter, PointwiseKernel, exp, log
 from pdcore_backends.cupy import programs
-from pdcore_backends.cupy.fused import limit
+from pdcore_backends.cupy.choice import limit
 from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
 from pdcore_conformance.judge.calls import dtype_of
@@ -175,8 +175,8 @@ def test_padding_keeps_the_dtype_bfloat16() -> None:
 
 def test_a_pullback_uses_out_before_rounding(backend: Any) -> None:
     case = normal_case("causal", dtype=np.float16)
-    assert fused(backend, case).contraction.rounds
-    assert not fused(backend, case, vjp=True).contraction.rounds
+    assert fused(backend, case).contraction.choice.rounds
+    assert not fused(backend, case, vjp=True).contraction.choice.rounds
 
 
 # --- execution ------------------------------------------------------------------------------------

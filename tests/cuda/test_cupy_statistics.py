@@ -27,8 +27,7 @@ from pdcore.lowering import Summary
 from pdcore.plugins import registry as plugins
 from pdcore.spec import Moments, heads
 from pdcore_backends.cupy.columns import limit
-from pdcore_backends.cupy.pooling import CompiledPool
-from pdcore_backends.cupy.statistics import CompiledSummary, summarised
+from pdcore_backends.cupy.statistics import KERNELS, summarised
 from pdcore_conformance.judge.calls import dtype_of
 
 
@@ -170,7 +169,7 @@ def test_moments_of_keys_far_from_0(backend: Any, dtype: str, scope: str) -> Non
     keys = normal(2, 2, 1100, 6, mean=1000.0).astype(dtype_of(dtype))
     real = random_mask(2, 1, 1100, 1)
     keys[~np.broadcast_to(real, keys.shape)] = np.nan
-    state = backend.statistics(CompiledSummary(Moments(), scope), keys, real)
+    state = backend.statistics(Summary(Moments(), scope, KERNELS), keys, real)
     sums = "float64" if dtype == "float64" else "float32"
     assert state["var"].dtype == sums
     axes = (0, 2) if scope == "batch" else (2,)
@@ -182,14 +181,14 @@ def test_a_constant_feature_has_no_variance(backend: Any) -> None:
     # The mean of 7 keys is rounded by up to one unit of 1000, whose square is 4e-9.
     values = (1000 + np.arange(40) / 7).astype("float32")
     keys = np.broadcast_to(values, (1, 1, 7, 40))
-    state = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    state = backend.statistics(Summary(Moments(), "sequence", KERNELS), keys, None)
     np.testing.assert_array_equal(state["mean"], values[None, None, None])
     assert state["var"].max() < 1e-14
 
 
 def test_squares_do_not_overflow(backend: Any) -> None:
     keys = np.full((1, 1, 20, 4), 2.0**84, "float32")
-    state = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    state = backend.statistics(Summary(Moments(), "sequence", KERNELS), keys, None)
     np.testing.assert_array_equal(state["mean"], keys[:, :, :1])
     np.testing.assert_array_equal(state["var"], 0)
 
@@ -201,7 +200,7 @@ def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
     count, tile = (64 * 64 + 50, 64) if wide else (300, 256)
     keys = normal(1, 1, count, 66 if wide else 7, mean=1000.0).astype(dtype)
     real = random_mask(1, 1, count, 1)
-    state = backend.statistics(CompiledSummary(Moments(), "prefix"), keys, real)
+    state = backend.statistics(Summary(Moments(), "prefix", KERNELS), keys, real)
     for end in (9, tile, tile + 1, count):
         rows = {n: x[..., end : end + 1, :] for n, x in state.items()}
         assert_close(rows, moments(keys[..., :end, :], real[..., :end, :], (2,)), dtype)
@@ -209,7 +208,7 @@ def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
 
 def test_later_keys_change_nothing_of_a_prefix(backend: Any) -> None:
     keys = normal(1, 1, 300, 5).astype("float32")
-    summary = CompiledSummary(Moments(), "prefix")
+    summary = Summary(Moments(), "prefix", KERNELS)
     whole = backend.statistics(summary, keys, None)
     keys[..., 200:, :] = np.nan
     for cut in (keys, keys[..., :201, :]):
@@ -227,7 +226,7 @@ def test_pooling_and_its_pullback(backend: Any, dtype: str, kind: str) -> None:
     like = np.empty(0, "float64")
     expected_weights = heads.pooling_weights(100, real, 9, kind, like, xp=np)
     sums = "float64" if dtype == "float64" else "float32"
-    pooled, pull = backend.pool(CompiledPool(kind), x, expected_weights.astype(sums))
+    pooled, pull = backend.pool_by_kernels(kind, x, expected_weights.astype(sums))
     wide = np.where(real[..., None], x, 0).astype("float64")
     expected, expected_pull = heads.pool(kind, wide, expected_weights, xp=backend.xp)
     tight = 8 * np.finfo(sums).eps
@@ -240,9 +239,9 @@ def test_pooling_and_its_pullback(backend: Any, dtype: str, kind: str) -> None:
 def test_keys_are_read_without_a_copy(backend: Any) -> None:
     wide = normal(2, 70, 3, 16).astype("float32")
     keys = wide.swapaxes(1, 2)[..., 8:]  # the sequence axis before the heads, a slice of wider rows
-    state = backend.statistics(CompiledSummary(Moments(), "sequence"), keys, None)
+    state = backend.statistics(Summary(Moments(), "sequence", KERNELS), keys, None)
     whole = backend.statistics(
-        CompiledSummary(Moments(), "sequence"), np.ascontiguousarray(keys), None
+        Summary(Moments(), "sequence", KERNELS), np.ascontiguousarray(keys), None
     )
     for name, value in state.items():
         np.testing.assert_array_equal(value, whole[name])
@@ -342,7 +341,7 @@ def test_the_pullback_of_prefixes_needs_a_grid_for_the_queries(spec: str, refuse
     queries = (1, 4, 2**30 + 1, 4)
     request = Request(pdcore.parse(spec), "cupy", "float32", "cuda:0", queries, keys, keys)
     plan = summarised(request.lower(), request, 90, "cupy")
-    assert isinstance(plan.summary, CompiledSummary) != refused
+    assert (plan.summary.choice == KERNELS) != refused
     assert ("got (1, 2, 1073741825, 4)" in plan.steps[-1]) == refused
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pdcore.extend import Elu, FeatureMap, Features, Relu, Scores
+from pdcore.extend import Features, Scores
 
 from .programs import Program
 
@@ -14,10 +14,10 @@ __all__ = ["COLUMNS", "MAPS", "FeatureProgram", "columns_for"]
 #: Columns of a result that a block of `features_forward` and of the pullbacks holds in registers.
 COLUMNS = (64, 128)
 
-#: phi(x) and its derivative as CUDA C++; a NaN comes through.
-MAPS: dict[type[FeatureMap], tuple[str, str]] = {
-    Elu: ("x < 0 ? exponential(x) : x + 1", "x >= 0 ? scalar(1) : exponential(x)"),
-    Relu: ("x <= 0 ? scalar(0) : x", "x <= 0 ? scalar(0) : scalar(1)"),
+#: phi(x) and its derivative as CUDA C++, by `Features.phi`; a NaN comes through.
+MAPS: dict[str, tuple[str, str]] = {
+    "elu": ("x < 0 ? exponential(x) : x + 1", "x >= 0 ? scalar(1) : exponential(x)"),
+    "relu": ("x <= 0 ? scalar(0) : x", "x <= 0 ? scalar(0) : scalar(1)"),
 }
 
 
@@ -29,22 +29,22 @@ class FeatureProgram(Program):
     ----------
     log : bool
         Whether rows hold log phi.
-    phi : type or None
-        Of `MAPS`, where rows hold x; they hold phi itself where it is None.
+    phi : str
+        Of `MAPS`, where rows hold x; they hold phi itself where it is empty.
     """
 
     log: bool = False
-    phi: type[FeatureMap] | None = None
+    phi: str = ""
 
     @classmethod
     def of_features(cls, c: Features, dtypes: Mapping[str, str]) -> FeatureProgram:
         """Give the program of a contraction, see `Program.of`."""
         base = Program.of(Scores("features"), (), dtypes)
-        phi = type(c.kernel) if c.raw else None
+        phi = c.phi if c.raw else ""
         return cls(base.scalar, base.weight, stored=base.stored, log=c.log, phi=phi)
 
     def _weight(self) -> str:
-        value, slope = ("x", "scalar(1)") if self.phi is None else MAPS[self.phi]
+        value, slope = ("x", "scalar(1)") if not self.phi else MAPS[self.phi]
         return "\n".join(
             [
                 super()._weight(),

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdcore.extend import FeatureMap, Features, Operands, RandomFeatures, Scores, dtype_name
+from pdcore.extend import Features, Operands, Scores, dtype_name
 
 from .feature_programs import FeatureProgram, columns_for
 from .operands import NULL
 from .programs import tile
-from .scores import THREADS, ScoreCall, ScoreKernels
+from .scores import THREADS, Compiled, ScoreCall, ScoreKernels
 
-__all__ = ["CompiledFeatures", "FeatureKernels", "feature_count", "state_blocks"]
+__all__ = ["CompiledFeatures", "FeatureKernels", "state_blocks"]
 
 #: A chunk under causal: some rows and keys for each 64 features, so that the states of all chunks
 #: take about as much memory as the values.
@@ -26,16 +26,8 @@ _CHUNKS = np.dtype([(n, np.int32) for n in ("key_size", "key_count", "row_size",
 
 
 @dataclass(frozen=True)
-class CompiledFeatures(Features):
-    """A contraction by features that the kernels compute.
-
-    Attributes
-    ----------
-    rounds : bool
-        As of `pdcore_backends.cupy.scores.Compiled`.
-    """
-
-    rounds: bool = False
+class CompiledFeatures(Compiled):
+    """The choice of the kernels for a contraction by features."""
 
 
 class FeatureKernels:
@@ -44,11 +36,11 @@ class FeatureKernels:
     def __init__(self, kernels: ScoreKernels) -> None:
         self.kernels = kernels
 
-    def forward(self, c: CompiledFeatures, o: Operands, *, xp: Any) -> tuple[Any, Any]:
+    def forward(self, c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
         """Contract, see `feature_contraction.features`; 16-bit arrays are read so."""
         with self.kernels.runtime.on(o.q):
             call = _Call(self.kernels, c, o, xp)
-            dtype = o.v.dtype if c.rounds else call.dtype
+            dtype = o.v.dtype if c.choice.rounds else call.dtype
             out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
             x, tops = call.packed, call.tops()
@@ -176,11 +168,6 @@ def _cut(count: int, dim: int, causal: bool) -> _Cut:
 
 def _tiles(dim: int, value_dim: int, size: int) -> int:
     return -(-dim // size) * max(1, -(-value_dim // size))
-
-
-def feature_count(kernel: FeatureMap, dim: int) -> int:
-    """Give the number of features of a built-in map; of another, what it has of `dim`."""
-    return kernel.count if isinstance(kernel, RandomFeatures) else dim
 
 
 def state_blocks(dim: int, value_dim: int, length: int, heads: int, size: int) -> int:

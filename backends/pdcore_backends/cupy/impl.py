@@ -14,7 +14,7 @@ import numpy as np
 from pdcore.extend import Request, device_name, dtype_name, library_of
 
 from . import INFO
-from .fused import KernelBackend
+from .kernel_backend import KernelBackend
 from .launches import Limits, Usage
 from .runtime import SHARED, Kernel
 

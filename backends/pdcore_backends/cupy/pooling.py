@@ -15,7 +15,10 @@ from .columns import ColumnLaunch, limit
 from .operands import in_rows, one_lead, record, strides_of
 from .runtime import KernelCache
 
-__all__ = ["CompiledPool", "PoolKernels", "pooled"]
+__all__ = ["KERNELS", "PoolKernels", "pooled"]
+
+#: What `Plan.pool_choice` is where the kernels pool.
+KERNELS = "kernels"
 
 #: Rows that a lane adds before others share its window.
 ALONE = 8
@@ -34,15 +37,9 @@ WINDOWS = np.dtype(
 )
 
 
-class CompiledPool(str):
-    """How windows are pooled, by the kernels."""
-
-    __slots__ = ()
-
-
 def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     """Choose the kernels for the pooling of a plan where they compute it."""
-    if all(group.scale == 1 for group in plan.groups):
+    if not plan.pools:
         return plan
     why = limit(request.k, capability) or limit(request.v, capability)
     if why:
@@ -50,7 +47,7 @@ def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     step = f"pooling: kernels, each key and value read once, in {plan.accumulate}"
     if request.dtype != plan.accumulate:
         step += f", of keys and values in {request.dtype}"
-    return replace(plan, pool=CompiledPool(plan.pool), steps=(*plan.steps, step))
+    return replace(plan, pool_choice=KERNELS, steps=(*plan.steps, step))
 
 
 class PoolKernels:

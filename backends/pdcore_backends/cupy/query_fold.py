@@ -50,7 +50,7 @@ class FoldedLoad:
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Say what the load does, see `transforms.Rows`."""
         mean, var = state["mean"], state["var"]
-        centre, factor = self.fold.batch.weight(params) * mean, 1.0 / (var + self.fold.batch.eps)
+        centre, factor = self.fold.weight(params) * mean, 1.0 / (var + self.fold.eps)
         equal = var <= (LEAST * mean) ** 2
         exact = rows.k.dtype.itemsize == 2
         shift = xp.where(equal, mean, xp.zeros_like(mean)) if exact else mean

@@ -23,8 +23,8 @@ THREADS = 256
 
 
 @dataclass(frozen=True)
-class Compiled(Scores):
-    """A contraction by scores that the kernels compute.
+class Compiled:
+    """The choice of the kernels for a contraction.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class ScoreKernels:
 
     def forward(
         self,
-        c: Compiled,
+        c: Scores,
         operands: Sequence[Operands],
         heads: Sequence[tuple[int, ...]],
         *,
@@ -51,7 +51,7 @@ class ScoreKernels:
     ) -> Contracted:
         """Contract, see `ArrayBackend.scores_of_groups`; 16-bit arrays are read as they are."""
         with self.runtime.on(operands[0].q):
-            groups = [GroupCall.of(ScoreCall(self, c, o, xp), c.rounds) for o in operands]
+            groups = [GroupCall.of(ScoreCall(self, c, o, xp), c.choice.rounds) for o in operands]
             first = groups[0].call
             width, scalar = first.packed.value_dim, first.scalar
             columns = columns_for(width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,10 @@ from .columns import ColumnLaunch, limit
 from .operands import NULL, in_rows, one_lead, record, strides_of
 from .runtime import KernelCache
 
-__all__ = ["CompiledSummary", "MomentKernels", "summarised"]
+__all__ = ["KERNELS", "MomentKernels", "summarised"]
+
+#: What `Summary.choice` is where the kernels compute the statistics.
+KERNELS = "kernels"
 
 #: Rows of a chunk whose state is merged with others: more of them, and few blocks run at once.
 CHUNK = 512
@@ -31,11 +34,6 @@ LAYOUT = np.dtype(
     ],
     align=True,
 )
-
-
-@dataclass(frozen=True)
-class CompiledSummary(Summary):
-    """Moments that the kernels compute."""
 
 
 def summarised(plan: Plan, request: Request, capability: int, library: str) -> Plan:
@@ -54,8 +52,7 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
     step = f"statistics: kernels, by {how}, in {plan.accumulate}"
     if request.dtype != plan.accumulate and all(group.scale == 1 for group in plan.groups):
         step += f", of keys in {request.dtype}"
-    chosen = CompiledSummary(summary.statistics, summary.scope)
-    return replace(plan, summary=chosen, steps=(*plan.steps, step))
+    return replace(plan, summary=replace(summary, choice=KERNELS), steps=(*plan.steps, step))
 
 
 def _unfit(summary: Summary, request: Request, capability: int) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 
 from pdcore.extend import (
-    Batch,
     Contracted,
     Fold,
     GaussianRows,
-    Identity,
     Operands,
     Plan,
+    Pullback,
     Request,
+    Rows,
     Scores,
+    central,
     dtype_name,
 )
 
@@ -54,7 +55,7 @@ OWN = 64
 
 @dataclass(frozen=True)
 class TensorCores(Compiled):
-    """A contraction by scores whose products tensor cores compute.
+    """The choice of tensor cores for the products of a contraction by scores.
 
     Attributes
     ----------
@@ -67,7 +68,7 @@ class TensorCores(Compiled):
 
 def unfit(plan: Plan, request: Request, capability: int) -> str:
     """Say why tensor cores do not run a 16-bit plan that the kernels run, nothing if they do."""
-    c, normalization = plan.contraction, plan.spec.normalization
+    c = plan.contraction
     if capability < CAPABILITY:
         return (
             f"tensor cores are for compute capability {CAPABILITY / 10} and later, the device "
@@ -80,14 +81,11 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
             f"tensor cores are for D and Dv of {', '.join(map(str, WIDTHS))}, got "
             f"{request.q[-1]} and {request.v[-1]}"
         )
-    known = isinstance(normalization, Identity) or (
-        isinstance(normalization, Batch) and normalization.statistics != "prefix"
-    )
-    if not known:
+    if plan.holds != "float16":
         return f"transformed rows may leave the range of {request.dtype}"
     if request.weights:
         return "the weights are array operations"
-    if request.vjp and plan.spec.kernel.parameters():
+    if request.vjp and c.scalars:
         return "tensor cores give no gradients of a kernel's parameters"
     return ""
 
@@ -107,11 +105,12 @@ def folded_in(plan: Plan, request: Request) -> Plan:
     ):
         return plan
     step = "fold: as the kernel reads queries, with c = 0 for keys that are not pooled"
-    return replace(plan, transforms=(FoldedLoad(first),), steps=(*plan.steps, step))
+    folded = replace(first, choice=FoldedLoad(first))
+    return replace(plan, transforms=(folded,), steps=(*plan.steps, step))
 
 
 @dataclass(frozen=True)
-class RoundedGaussian(GaussianRows):
+class RoundedGaussian:
     """Distances between points as the tensor cores read them.
 
     Of rows that are rounded afterwards, the squares would not be those of the product: the
@@ -119,21 +118,29 @@ class RoundedGaussian(GaussianRows):
 
     Attributes
     ----------
+    gaussian : GaussianRows
+        In whose place it is chosen.
     dtype : {"float16", "bfloat16"}
     """
 
-    dtype: str = "float16"
+    gaussian: GaussianRows
+    dtype: str
 
-    def points(self, x: Any, *, xp: Any) -> Any:
-        """Round, and compute with what that gives."""
-        return xp.astype(_rounded(x, self.dtype, xp), x.dtype)
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Round the shifted rows, and compute with what that gives, see `GaussianRows`."""
+        shift = central(rows.k, rows.key_mask, xp=xp)
+        shifted = [x - shift for x in (rows.q, rows.k)]
+        q, k = (xp.astype(_rounded(x, self.dtype, xp), x.dtype) for x in shifted)
+        return self.gaussian.between(q, k, rows.key_mask, xp=xp)
 
 
 def rounded_in(plan: Plan, dtype: str) -> Plan:
     """Let distances be of rows that are rounded to a dtype already."""
     steps = tuple(
-        RoundedGaussian(s.gamma, dtype) if isinstance(s, GaussianRows) else s
-        for s in plan.transforms
+        replace(step, choice=RoundedGaussian(step, dtype))
+        if isinstance(step, GaussianRows)
+        else step
+        for step in plan.transforms
     )
     return replace(plan, transforms=steps)
 
@@ -153,7 +160,7 @@ def pullback_memory(dim: int, value_dim: int) -> int:
 
 def forward(
     kernels: ScoreKernels,
-    c: TensorCores,
+    c: Scores,
     operands: Sequence[Operands],
     heads: Sequence[tuple[int, ...]],
     *,
@@ -162,7 +169,9 @@ def forward(
     """Contract, see `ArrayBackend.scores_of_groups`."""
     with kernels.runtime.on(operands[0].q):
         given = [_handed_over(kernels.runtime, c, o, xp) for o in operands]
-        groups = [GroupCall.of(ScoreCall(kernels, c, o, xp), c.rounds, _fold(o, xp)) for o in given]
+        groups = [
+            GroupCall.of(ScoreCall(kernels, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in given
+        ]
         x = groups[0].call.packed
         how = How(
             f"scores_mma<{x.dim}, {x.value_dim}>",
@@ -175,7 +184,7 @@ def forward(
 
 def pullback(
     kernels: ScoreKernels,
-    c: TensorCores,
+    c: Scores,
     o: Operands,
     out: Any,
     level: Any,
@@ -191,7 +200,7 @@ def pullback(
         o = _handed_over(kernels.runtime, c, o, xp)
         call = ScoreCall(kernels, c, o, xp)
         out, level, d_level = map(xp.ascontiguousarray, (out, level, d_level))
-        d_out = xp.ascontiguousarray(_rounded(d_out, c.dtype, xp))
+        d_out = xp.ascontiguousarray(_rounded(d_out, c.choice.dtype, xp))
         d_out = _aligned(kernels.runtime, d_out, xp)
         given = (d_out, level, call.delta(out, level, d_out, d_level))
         grads = {name: call.result(*x.shape, dtype=x.dtype) for name, x in like.items()}
@@ -227,9 +236,9 @@ def _fold(o: Operands, xp: Any) -> tuple[Any, ...]:
     return tuple(xp.ascontiguousarray(xp.broadcast_to(x, shape)) for x in o.fold)
 
 
-def _handed_over(runtime: Runtime, c: TensorCores, o: Operands, xp: Any) -> Operands:
+def _handed_over(runtime: Runtime, c: Scores, o: Operands, xp: Any) -> Operands:
     """Round rows that a step before has computed; copy rows that 16 bytes cannot be read from."""
-    q, k, v = (_aligned(runtime, _rounded(x, c.dtype, xp), xp) for x in (o.q, o.k, o.v))
+    q, k, v = (_aligned(runtime, _rounded(x, c.choice.dtype, xp), xp) for x in (o.q, o.k, o.v))
     return o._replace(q=q, k=k, v=v)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,8 @@ from pdcore.extend import (
 )
 
 from . import INFO
-from .cudnn import ByCudnn, cudnn_scores, unfit
+from .choice import Blocked, ByCudnn, chosen
+from .cudnn import cudnn_scores
 from .device import find
 from .features import prefix_contract
 from .namespace import NAMESPACE
@@ -34,19 +34,6 @@ from .prefix import prefix_states
 from .scores import scores
 
 __all__ = ["JaxBackend"]
-
-
-@dataclass(frozen=True)
-class Blocked(Scores):
-    """A contraction by scores as this backend runs it.
-
-    Attributes
-    ----------
-    turns : bool
-        Whether key heads may take turns, see `.blocks.sizes`.
-    """
-
-    turns: bool = False
 
 
 class JaxBackend(ArrayBackend):
@@ -79,21 +66,7 @@ class JaxBackend(ArrayBackend):
         """Say how the backend runs a plan by scores, see `Backend.fuse`."""
         if request.axis_name is not None:
             plan = _sharded().described(plan, request.axis_name)
-        c = plan.contraction
-        if not isinstance(c, Scores):
-            return plan
-        why = unfit(plan, c, request)
-        if not why:
-            return _by_cudnn(plan, c, request)
-        # The arrays of a shard lie on one device.
-        alone = request.axis_name is not None or len(jax.devices("cpu")) == 1
-        kind = request.device.partition(":")[0]
-        turns = alone and kind == "cpu"
-        how = "key heads in turn where they are large" if turns else "all heads at once"
-        step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
-        if kind == "cuda":
-            step += f"; not cuDNN: {why}"
-        return replace(plan, contraction=c.run_as(Blocked, turns=turns), steps=(*plan.steps, step))
+        return chosen(plan, request)
 
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, see `heads.pool`."""
@@ -112,11 +85,11 @@ class JaxBackend(ArrayBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by cuDNN where the plan says so; see `.scores.scores`."""
-        if isinstance(c, ByCudnn):
-            found = cudnn_scores(c, o)
-            if found is not None:
-                return found
-        return scores(c, o, turns=isinstance(c, Blocked) and c.turns)
+        if isinstance(c.choice, ByCudnn):
+            result = cudnn_scores(c, o)
+            if result is not None:
+                return result
+        return scores(c, o, turns=isinstance(c.choice, Blocked) and c.choice.turns)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
         """Contract by features, under causal by loops of XLA's; see `.features`."""
@@ -124,24 +97,23 @@ class JaxBackend(ArrayBackend):
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
-        found: tuple[Any, Any]
+        results: tuple[Any, Any]
         if inputs.axis_name is not None:
-            found = _sharded().attention(plan, inputs, lse=lse)
+            results = _sharded().attention(plan, inputs, lse=lse)
         else:
-            found = _attention(self, plan, *_static(inputs), lse=lse)
-        return found
+            results = _attention(self, plan, *_static(inputs), lse=lse)
+        return results
 
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and give its pullback, see `Backend.attention_vjp`."""
-        given = _static(inputs)
-        out, lse, pull = _with_pullback(self, plan, *given)
+        out, lse, pull = _with_pullback(self, plan, *_static(inputs))
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
             cotangents = d_out, jax.numpy.zeros_like(lse) if d_lse is None else d_lse
-            found: dict[str, Any] = _pulled(pull, cotangents)
-            return found
+            gradients: dict[str, Any] = _pulled(pull, cotangents)
+            return gradients
 
         return out, lse, vjp
 
@@ -162,20 +134,6 @@ class JaxBackend(ArrayBackend):
         """Give the versions of JAX and of its compiler."""
         compiler = importlib.import_module("jaxlib").__version__
         return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
-
-
-def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
-    causal = plan.spec.support.causal
-    step = (
-        f"kernel: cuDNN, which reads {request.dtype}; it has no forward-mode derivatives and "
-        "no gradients of gradients: ask for the log-sum-exp, which goes by blocks, to have "
-        "them"
-    )
-    steps = [*plan.steps, step]
-    if causal:
-        steps.append("causal rows at another offset than 0: blocks of rows and keys")
-    contraction = c.run_as(ByCudnn, dtype=request.dtype, causal=causal)
-    return replace(plan, contraction=contraction, steps=tuple(steps))
 
 
 def _sharded() -> Any:
@@ -202,9 +160,9 @@ def _with_pullback(backend: JaxBackend, plan: Plan, offset: Any, arrays: Any) ->
     moving = {name: arrays[name] for name in ("q", "k", "v", "bias") if arrays[name] is not None}
 
     def run(moving: dict[str, Any]) -> Any:
-        given = {name: moving.get(name, x) for name, x in arrays.items()}
-        given["params"] = {name: moving[name] for name in params}
-        return _attention(backend, plan, offset, given, lse=True)
+        changed = {name: moving.get(name, x) for name, x in arrays.items()}
+        changed["params"] = {name: moving[name] for name in params}
+        return _attention(backend, plan, offset, changed, lse=True)
 
     (out, lse), pull = jax.vjp(run, {**moving, **params})
     # The pullback is a tree whose leaves are what it keeps, so a program can give it back.

@@ -16,28 +16,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from pdcore.extend import (
-    AttentionSpec,
-    FeatureMap,
     Features,
     Fold,
     GaussianRows,
     Inputs,
     KeySet,
+    Normalize,
     Operands,
     Plan,
+    Pullback,
     Request,
     Rows,
     Scores,
     Statistics,
     Transform,
     UnsupportedError,
+    central,
     divide,
     feature_contraction,
     finite,
     score_contraction,
 )
 
-from .impl import Blocked, JaxBackend
+from .choice import Blocked
+from .impl import JaxBackend
 from .namespace import NAMESPACE as xp
 from .ring import Ring, around, merged
 from .scores import prepared
@@ -51,17 +53,17 @@ def attention(plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, An
     assert inputs.axis_name is not None
     shards = Shards.along(inputs.axis_name)
     _check(plan, inputs)
-    transforms = tuple(_shared(step, shards) for step in plan.transforms)
+    transforms = tuple(_with_one_point(step, shards) for step in plan.transforms)
     plan, inputs = replace(plan, transforms=transforms), inputs._replace(axis_name=None)
     return _backend(shards).attention(plan, inputs, lse=lse)
 
 
 def refusals(request: Request) -> list[str]:
     """Say why a call cannot run in shards, see `Backend.refusals`."""
-    spec, rows, length = request.spec, request.q[-2], request.k[-2]
+    plan, rows, length = request.lower(), request.q[-2], request.k[-2]
     about = f"shards along {request.axis_name!r}"
     reasons = []
-    for scale in sorted({s for s in spec.heads.scales if length % s}):
+    for scale in sorted({g.scale for g in plan.groups if length % g.scale}):
         reasons.append(
             f"{about}: {length} keys in a shard are no multiple of the scale {scale}, so a window "
             "would straddle two shards; cut the sequence at multiples of it"
@@ -75,12 +77,13 @@ def refusals(request: Request) -> list[str]:
     if request.vjp or request.weights:
         name = "attention_vjp" if request.vjp else "attention_weights"
         reasons.append(f"{about}: {name} is not written for them; differentiate attention by JAX")
-    if isinstance(spec.normalization.statistics_state(), KeySet):
+    if plan.summary is not None and isinstance(plan.summary.statistics, KeySet):
+        [word] = [step.word for step in plan.transforms if isinstance(step, Normalize)]
         reasons.append(
-            f"{about}: {spec.normalization.word} needs all keys of the sequence at "
+            f"{about}: {word} needs all keys of the sequence at "
             "once; write it with statistics of a fixed size"
         )
-    what = _aligned(spec)
+    what = _aligned(plan)
     if what is not None:
         if rows != length:
             reasons.append(
@@ -112,23 +115,23 @@ def described(plan: Plan, axis: str) -> Plan:
             "by log-sum-exp"
         )
     else:
-        how = "an exclusive scan of" if plan.spec.support.ahead == 0 else "psum of"
+        how = "an exclusive scan of" if plan.support.ahead == 0 else "psum of"
         steps.append(f"shards along {axis!r}: {how} the sums of phi(k) v")
     return replace(plan, steps=(*plan.steps, *steps))
 
 
-def _aligned(spec: AttentionSpec) -> str | None:
-    """Say what in a spec needs the queries of a shard at the positions of its keys."""
-    if spec.prefix:
+def _aligned(plan: Plan) -> str | None:
+    """Say what in a plan needs the queries of a shard at the positions of its keys."""
+    if plan.prefix:
         return "prefix statistics"
-    support = spec.support
-    by_sums = isinstance(spec.kernel, FeatureMap) and support.left == float("inf")
+    c, support = plan.contraction, plan.support
+    by_sums = (isinstance(c, Features) or c.weight != "log") and support.left == float("inf")
     return "causal features" if by_sums and support.ahead == 0 else None
 
 
 def _check(plan: Plan, inputs: Inputs) -> None:
     # A request does not hold the value of an offset.
-    what = _aligned(plan.spec)
+    what = _aligned(plan)
     if what is not None and isinstance(inputs.offset, int) and inputs.offset:
         raise UnsupportedError(
             f"offset: got {inputs.offset}, expected 0: with axis_name={inputs.axis_name!r}, {what} "
@@ -137,38 +140,42 @@ def _check(plan: Plan, inputs: Inputs) -> None:
 
 
 @dataclass(frozen=True)
-class _Fold(Fold):
-    """`Fold`, with the first real key of all shards."""
+class _FoldOfShards:
+    """`Fold` about the first real key of all shards."""
 
-    shards: Shards | None = None
+    fold: Fold
+    shards: Shards
 
-    def first(self, rows: Rows, *, xp: Any) -> Any:
-        assert self.shards is not None
-        return self.shards.first_key(rows.k, rows.key_mask)
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        shift = self.shards.first_key(rows.k, rows.key_mask)
+        return self.fold.about(shift, rows, state, params, xp=xp)
 
 
 @dataclass(frozen=True)
-class _GaussianRows(GaussianRows):
-    """`GaussianRows`, with a point amid the keys of all shards."""
+class _GaussianOfShards:
+    """`GaussianRows` about a point amid the keys of all shards."""
 
-    shards: Shards | None = None
+    gaussian: GaussianRows
+    shards: Shards
 
-    def centre(self, rows: Rows, *, xp: Any) -> Any:
-        # The value does not depend on it.
-        assert self.shards is not None
-        own = lax.stop_gradient(super().centre(rows, xp=xp))
-        has = jnp.ones_like(own[..., :1])
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        # The value does not depend on the point.
+        local = lax.stop_gradient(central(rows.k, rows.key_mask, xp=xp))
+        has = jnp.ones_like(local[..., :1])
         if rows.key_mask is not None:
             has = has * jnp.any(rows.key_mask, axis=-1)[..., None, None]
-        count, total = self.shards.added((has, jnp.where(has > 0, own, 0)))
-        return total / jnp.maximum(count, 1)
+        count, total = self.shards.added((has, jnp.where(has > 0, local, 0)))
+        shift = total / jnp.maximum(count, 1)
+        return self.gaussian.between(rows.q - shift, rows.k - shift, rows.key_mask, xp=xp)
 
 
-def _shared(step: Transform, shards: Shards) -> Transform:
-    """Give a transform that subtracts the same point on all shards."""
-    if isinstance(step, Fold):
-        return _Fold(step.batch, step.scale, step.split, step.closed, shards)
-    return _GaussianRows(step.gamma, shards) if isinstance(step, GaussianRows) else step
+def _with_one_point(step: Transform, shards: Shards) -> Transform:
+    """Let a transform subtract the same point on all shards."""
+    if isinstance(step, Fold) and step.of == "prefix":
+        return replace(step, choice=_FoldOfShards(step, shards))
+    if isinstance(step, GaussianRows):
+        return replace(step, choice=_GaussianOfShards(step, shards))
+    return step
 
 
 class ShardedBackend(JaxBackend):
@@ -178,9 +185,9 @@ class ShardedBackend(JaxBackend):
         super().__init__()
         self.shards = shards
 
-    def call(self, plan: Plan, inputs: Inputs) -> ShardCall:
+    def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> ShardCall:
         """Take the arrays of a shard."""
-        return ShardCall(self, plan, inputs, self.shards)
+        return ShardCall(self, plan, inputs, self.shards, level=level)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Merge the states of all shards."""
@@ -201,7 +208,7 @@ class ShardedBackend(JaxBackend):
         columns = o.v.shape[-1]
         if not columns:  # L is wanted all the same
             o = o._replace(v=jnp.zeros_like(o.k[..., :1]))
-        call, arrays = prepared(c, o, turns=isinstance(c, Blocked) and c.turns)
+        call, arrays = prepared(c, o, turns=isinstance(c.choice, Blocked) and c.choice.turns)
         out, level = around(Ring(call, self.shards), arrays)
         out = jnp.reshape(out, (*o.q.shape[:-1], -1))
         return out[..., :columns], jnp.reshape(level, o.q.shape[:-1])

@@ -136,9 +136,11 @@ class Shards:
 class ShardCall(Call):
     """The arrays of a call as one shard has them; its offset is that of the whole sequence."""
 
-    def __init__(self, backend: Any, plan: Plan, inputs: Inputs, shards: Shards) -> None:
+    def __init__(
+        self, backend: Any, plan: Plan, inputs: Inputs, shards: Shards, *, level: bool
+    ) -> None:
         self.shards = shards
-        super().__init__(backend, plan, inputs)
+        super().__init__(backend, plan, inputs, level=level)
 
     def _offset(self) -> Any:
         if not isinstance(self.inputs.offset, str):
@@ -151,11 +153,11 @@ class ShardCall(Call):
         end = shards.highest(jnp.max(jnp.where(real, index, 0), axis=-1, initial=0))
         return jnp.asarray(end - shards.count * rows, xp.int64)[..., None, None, None, None]
 
-    def visibility(self, group: Group) -> tuple[Visibility, Any]:
-        """Give the support of a group, see `Call.visibility`."""
-        seen, weights = super().visibility(group)
-        given = {f.name: getattr(seen, f.name) for f in fields(seen)}
-        return _ShardVisibility(**given, shards=self.shards), weights
+    def visibility(self, group: Group, key_mask: Any) -> Visibility:
+        """Return the support of a group, see `Call.visibility`."""
+        seen = super().visibility(group, key_mask)
+        values = {f.name: getattr(seen, f.name) for f in fields(seen)}
+        return _ShardVisibility(**values, shards=self.shards)
 
 
 @dataclass(frozen=True)

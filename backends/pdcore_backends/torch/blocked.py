@@ -1,4 +1,4 @@
-"""The contraction by scores in blocks of our own, with its pullback: O(N + M) memory.
+"""The contraction by scores in blocks of this backend, with its pullback: O(N + M) memory.
 
 For what no fused kernel computes: windows, softcap and other maps of the scores, offsets by
 sequence, gradients of a bias, log-sum-exp, dropout on the CPU.
@@ -6,7 +6,6 @@ sequence, gradients of a bias, log-sum-exp, dropout on the CPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,37 +17,23 @@ from . import namespace as xp
 from .flash import recorded, transformed
 from .operators import BLOCKS, keeper, traced_scores
 
-__all__ = ["Blocked", "Dropout", "blocked_scores", "dropout"]
-
-
-@dataclass(frozen=True)
-class Blocked(Scores):
-    """A contraction by scores that no fused kernel computes.
-
-    Attributes
-    ----------
-    plan : str
-        See `.operators.described`.
-    """
-
-    plan: str = ""
+__all__ = ["Dropout", "blocked_scores", "dropout"]
 
 
 def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
     """Contract by scores, see `score_contraction.scores`."""
     arrays = (o.q, o.k, o.v, o.key_bias, o.bias, *o.values.values())
     query_block, key_block = BLOCKS
-    plan = getattr(c, "plan", "")
-    if torch.compiler.is_compiling() and plan and not transformed():
+    if torch.compiler.is_compiling() and c.choice is not None and not transformed():
         keep: Any = o.keep
         p, seed = (0.0, None) if keep is None else (keep.p, keep.seed)
-        return traced_scores(o, p, seed, plan)
+        return traced_scores(o, p, seed, c.choice.plan)
     if torch.compiler.is_compiling() or transformed() or not recorded(*arrays):
         return scores(c, o, xp=xp, query_block=query_block, key_block=key_block)
     names = tuple(o.values)
     fixed = o._replace(q=None, k=None, v=None, key_bias=None, bias=None, values={})
-    found: tuple[Tensor, Tensor] = _Recomputed.apply(c, fixed, BLOCKS, names, *arrays)
-    return found
+    results: tuple[Tensor, Tensor] = _Recomputed.apply(c, fixed, BLOCKS, names, *arrays)
+    return results
 
 
 class _Recomputed(torch.autograd.Function):  # type: ignore[misc]

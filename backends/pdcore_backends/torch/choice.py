@@ -1,35 +1,20 @@
-"""Which kernel runs a plan by scores: PyTorch's own attention, FlexAttention, or our blocks.
+"""Which kernel runs a plan by scores: PyTorch's own attention, FlexAttention, or blocks.
 
-The choice follows from the plan and the call without its values, and is a step of the plan.
+The choice follows from the plan and the call without its values. It stands in the slot of the
+contraction, and in words in the steps of the plan.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from pdcore.extend import (
-    Batch,
-    Conv1d,
-    Conv2d,
-    Cosine,
-    Exponential,
-    Fold,
-    Gaussian,
-    Group,
-    Identity,
-    InstanceEnhanced,
-    Plan,
-    Request,
-    Scores,
-)
+from pdcore.extend import Fold, Normalize, Plan, Request, Scores
 
 from . import device
-from .blocked import Blocked
-from .flex import Flexed
-from .operators import described
 
-__all__ = ["Fused", "chosen"]
+__all__ = ["Blocked", "Flexed", "Fused", "chosen"]
 
 #: FlexAttention's block: it skips none of a shorter call, and is compiled for seconds.
 FLEX_LEAST = 128
@@ -38,34 +23,80 @@ FLEX_MOST = 256
 
 
 @dataclass(frozen=True)
-class Fused(Scores):
-    """A contraction by scores that `scaled_dot_product_attention` computes.
+class Blocked:
+    """A contraction by scores in blocks, see `.blocked`.
 
     Attributes
     ----------
-    short : bool
-        Whether the whole call may go by `.direct`.
-    plain : bool
-        Whether `.direct.plain` computes it.
-    grouped : bool
-        Whether query heads share key heads.
-    causal : bool
-        Whether keys after a row's own position are hidden.
-    runs : tuple of (int, int, int)
-        Which heads of which group follow one another in the result: group, start, stop.
     plan : str
-        See `.operators.described`.
-    dtype : str
-        Of the queries, keys and values that its kernel reads where `.direct` does not run it.
+        `Plan.text`, which `.operators` lowers again.
     """
 
-    short: bool = False
-    plain: bool = False
-    grouped: bool = False
-    causal: bool = False
-    runs: tuple[tuple[int, int, int], ...] = ()
-    plan: str = ""
-    dtype: str = "float32"
+    plan: str
+
+
+@dataclass(frozen=True)
+class Flexed(Blocked):
+    """A contraction by scores that FlexAttention computes, see `.flex`.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the queries, keys and values that its kernel reads.
+    """
+
+    dtype: str
+
+
+class OnePass(NamedTuple):
+    """The fold of statistics, which are computed in the same pass, see `transforms.Fold`.
+
+    Attributes
+    ----------
+    of : {"sequence", "batch", "running", "prefix"}
+        What the statistics are of.
+    beta : float or None
+        The weight of the mean; None where it is a parameter of the call.
+    eps, split, closed
+        As of `Fold`.
+    """
+
+    of: str
+    beta: float | None
+    eps: float
+    split: bool
+    closed: bool
+
+
+@dataclass(frozen=True)
+class Fused(Blocked):
+    """A contraction by scores that `scaled_dot_product_attention` computes, see `.fused`.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the queries, keys and values that its kernel reads where L is read too.
+    narrow : str
+        Of the same in a `.fused.FusedCall`.
+    causal : bool
+        Whether keys after a row's own position are hidden.
+    whole : bool
+        Whether L is not read, so that the call may be a `.fused.FusedCall`.
+    plain : bool
+        Whether `.fused.plain` computes the call.
+    grouped : bool
+        Whether query heads share key heads.
+    fold : OnePass or None
+        The fold of statistics, if it is all that happens to queries and keys.
+    """
+
+    dtype: str
+    narrow: str
+    causal: bool
+    whole: bool
+    plain: bool
+    grouped: bool
+    fold: OnePass | None
 
 
 def chosen(plan: Plan, request: Request) -> Plan:
@@ -73,53 +104,40 @@ def chosen(plan: Plan, request: Request) -> Plan:
     c = plan.contraction
     if not isinstance(c, Scores):
         return plan
-    text = described(
-        str(plan.spec), request.q[-1], request.k[-3], request.dtype, request.mask is not None
-    )
     why = _not_fused(plan, c, request)
     if not why:
-        return _fused(plan, c, request, text)
+        return _fused(plan, c, request)
     limit = _not_flex(c, request)
     if not limit:
-        return _flexed(plan, c, request, text, why)
+        return _flexed(plan, c, request, why)
     step = f"kernel: blocks of our own, O(N + M) memory, for {why}; not FlexAttention: {limit}"
-    return replace(plan, contraction=c.run_as(Blocked, plan=text), steps=(*plan.steps, step))
+    return plan.chosen(replace(c, choice=Blocked(plan.text)), step)
 
 
-def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
-    spec, kind = plan.spec, device.kind(request.device)
-    short = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
-    plain = not plan.transforms and len(plan.groups) == 1 and plan.groups[0].scale == 1
-    contraction = c.run_as(
-        Fused,
-        short=short,
-        causal=spec.support.causal,
-        runs=_runs(plan.groups),
-        plan=text,
+def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
+    causal, kind = plan.support.causal, device.kind(request.device)
+    whole = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
+    choice = Fused(
+        plan=plan.text,
         dtype=plan.accumulate if kind == "cpu" else _read(plan, request),
-        plain=short
-        and plain
-        and request.key_mask is None
-        and len(request.q) == 4
-        and request.mask is None
-        and request.bias is None
-        and not spec.support.causal
-        and request.q[-1] == request.v[-1]
-        and kind == "cpu"
-        and all(request.q + request.k),
+        narrow=plan.accumulate if plan.prefix else request.dtype,
+        causal=causal,
+        whole=whole,
+        plain=whole and kind == "cpu" and _plain(plan, request),
         grouped=request.q[-3] != request.k[-3],
+        fold=_one_pass(plan),
     )
     name = "scaled_dot_product_attention" + (
         " (flash)" if kind == "cpu" else " (cuDNN, flash or memory-efficient)"
     )
-    steps = [*plan.steps, f"kernel: {name}"]
-    if kind == "cuda" and not short:
-        flash = contraction.dtype != "float32" and request.key_mask is None
+    steps = [f"kernel: {name}"]
+    if kind == "cuda" and not whole:
+        flash = choice.dtype != "float32" and request.key_mask is None
         steps.append(
-            f"here {'flash' if flash else 'memory-efficient'}, in {contraction.dtype}, as "
+            f"here {'flash' if flash else 'memory-efficient'}, in {choice.dtype}, as "
             "the log-sum-exp is asked for or needed"
         )
-    if kind == "cuda" and short and _folds(plan):
+    if kind == "cuda" and whole and choice.fold is not None and choice.fold.of == "sequence":
         why = device.unfolded(request.device, request.dtype, request.k[-1])
         steps.append(
             "statistics and fold: two Triton kernels"
@@ -131,17 +149,40 @@ def _fused(plan: Plan, c: Scores, request: Request, text: str) -> Plan:
             f"the mask or bias goes there as {request.dtype}; one that requires a "
             "gradient goes by blocks of our own"
         )
-    if spec.support.causal:
+    if causal:
         steps.append(
             "causal rows at another offset than 0 that see some keys only: blocks of our own"
         )
-    return replace(plan, contraction=contraction, steps=tuple(steps))
+    return plan.chosen(replace(c, choice=choice), *steps)
 
 
-def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Plan:
+def _one_pass(plan: Plan) -> OnePass | None:
+    """Describe the fold of a plan, None where it has other transforms."""
+    step = plan.transforms[0] if len(plan.transforms) == 1 else None
+    if not isinstance(step, Fold):
+        return None
+    return OnePass(step.of, step.beta, step.eps, step.split, step.closed)
+
+
+def _plain(plan: Plan, request: Request) -> bool:
+    """Whether a call is PyTorch's function of queries, keys and values as they are."""
+    return (
+        not plan.transforms
+        and not plan.pools
+        and not plan.support.causal
+        and request.mask is None
+        and request.key_mask is None
+        and request.bias is None
+        and len(request.q) == 4
+        and request.q[-1] == request.v[-1]
+        and all(request.q + request.k)
+    )
+
+
+def _flexed(plan: Plan, c: Scores, request: Request, why: str) -> Plan:
     dtype = _read(plan, request)
-    steps = [*plan.steps, f"kernel: FlexAttention, compiled, in {dtype}, for {why}"]
-    if plan.spec.support.restricts:
+    steps = [f"kernel: FlexAttention, compiled, in {dtype}, for {why}"]
+    if plan.support.restricts:
         skipped = (
             "no block is skipped, as positions are arrays"
             if _arrays(request)
@@ -152,65 +193,50 @@ def _flexed(plan: Plan, c: Scores, request: Request, text: str, why: str) -> Pla
         "traced calls, torch.func, dispatch modes, gradients of gradients, and a bias or "
         "parameter that requires a gradient: blocks of our own"
     )
-    return replace(plan, contraction=c.run_as(Flexed, plan=text, dtype=dtype), steps=tuple(steps))
-
-
-def _folds(plan: Plan) -> bool:
-    """Whether all that happens to queries and keys is a fold of statistics of a sequence."""
-    first = plan.transforms[0] if len(plan.transforms) == 1 else None
-    return isinstance(first, Fold) and first.batch.statistics == "sequence"
+    return plan.chosen(replace(c, choice=Flexed(plan.text, dtype)), *steps)
 
 
 def _read(plan: Plan, request: Request) -> str:
-    """Give the dtype in which a kernel of CUDA reads transformed queries and keys."""
-    normalization = plan.spec.normalization
-    known = isinstance(normalization, Identity) or (
-        isinstance(normalization, Batch) and normalization.statistics != "prefix"
-    )
-    # What others give may leave the range of 16 bit, and pullbacks compute the weights again.
-    return request.dtype if known and not (request.vjp or request.weights) else plan.accumulate
-
-
-def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:
-    """Say how the heads of groups, each in order, are put in the order of all heads."""
-    place = {head: (g, i) for g, group in enumerate(groups) for i, head in enumerate(group.heads)}
-    found: list[tuple[int, int, int]] = []
-    for head in sorted(place):
-        group, index = place[head]
-        if found and found[-1][0] == group and found[-1][2] == index:
-            found[-1] = (group, found[-1][1], index + 1)
-        else:
-            found.append((group, index, index + 1))
-    return tuple(found)
+    """Return the dtype in which a kernel of CUDA reads transformed queries and keys."""
+    # Rows beyond the range of 16 bit are read as they are summed; pullbacks compute weights again.
+    narrow = plan.holds == "float16" and not (request.vjp or request.weights)
+    return request.dtype if narrow else plan.accumulate
 
 
 def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     """Say what no fused kernel computes, nothing if one computes the plan."""
-    spec, support = plan.spec, plan.spec.support
+    support = plan.support
     if c.weight != "log" or c.expression is not None:
         return "weights that are no exp of an inner product"
-    if not isinstance(spec.kernel, (Exponential, Gaussian, Cosine)):
-        return "a kernel of a plugin"
-    if not isinstance(spec.normalization, (Identity, Batch)):
-        if type(spec.normalization) not in (Conv1d, Conv2d, InstanceEnhanced):
-            return f"the normalization {spec.normalization.word}"
-        if request.dtype == "float16":
-            return f"{spec.normalization.word}, which may leave the range of float16"
+    if why := _out_of_range(plan, request):
+        return why
     if request.dropout:
         return "dropout"
     if support.left != math.inf or (support.right != math.inf and not support.causal):
         return "a window"
-    scaled = any(group.scale > 1 for group in plan.groups)
-    if scaled and support.causal:
+    if plan.pools and support.causal:
         return "pooled keys under causal"
-    if scaled and spec.prefix:
+    if plan.pools and plan.prefix:
         return "prefix statistics of pooled keys"
-    if scaled and request.mask is not None:
+    if plan.pools and request.mask is not None:
         return "a mask over pooled keys"
-    if (support.causal or spec.prefix) and _arrays(request):
+    if (support.causal or plan.prefix) and _arrays(request):
         return "positions that are arrays"
     if request.dtype == "float64" and device.kind(request.device) != "cpu":
         return "float64 on this device"
+    return ""
+
+
+def _out_of_range(plan: Plan, request: Request) -> str:
+    """Say which normalization may leave the range of 16 bit rows, nothing if none does."""
+    # Prefix statistics are folded in the accumulation dtype, see `Fused.narrow`.
+    if plan.holds == "float16" or plan.prefix or request.dtype == plan.accumulate:
+        return ""
+    names = [step.word for step in plan.transforms if isinstance(step, Normalize)]
+    if plan.holds == "float32":
+        return f"the normalization {names[0]}"
+    if request.dtype == "float16":
+        return f"{names[0]}, which may leave the range of float16"
     return ""
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import Elu, FeatureRows, Features, Operands, Plan
+from pdcore.extend import FeatureRows, Features, Operands, Plan, Pullback, Rows
 
 from .flash import recorded, transformed
 
-__all__ = ["features", "own_features"]
+__all__ = ["chosen_features", "features"]
 
 
 #: Rows and keys of a chunk.
@@ -48,27 +47,34 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
     return out, torch.where(none, -torch.inf, torch.log(torch.where(none, 1.0, total)))[..., 0]
 
 
-def own_features(plan: Plan) -> Plan:
-    """Put feature maps that are quicker here in the place of the core's."""
+def chosen_features(plan: Plan) -> Plan:
+    """Choose feature maps that are quicker here than those of the core."""
     transforms = tuple(
-        FeatureRows(_Elu()) if isinstance(t, FeatureRows) and type(t.kernel) is Elu else t
-        for t in plan.transforms
+        replace(step, choice=elu_rows)
+        if isinstance(step, FeatureRows) and step.phi == "elu"
+        else step
+        for step in plan.transforms
     )
     return replace(plan, transforms=transforms)
 
 
-@dataclass(frozen=True)
-class _Elu(Elu):
-    """elu + 1 whose pullback reads nothing but its result."""
+def elu_rows(rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+    """Apply elu + 1, whose pullback reads nothing but its result, see `transforms.FeatureRows`."""
+    q, k = _elu(rows.q), _elu(rows.k)
 
-    def features(self, x: Tensor, *, xp: Any, params: Mapping[str, Any]) -> Tensor:
-        """Phi(x), see `pdcore.spec.kernels.FeatureMap.features`."""
-        if torch.compiler.is_compiling() or transformed():
-            return torch.where(x < 0, x.clamp_max(0.0).exp(), x + 1.0)
-        if recorded(x):
-            phi: Tensor = _EluPlusOne.apply(x)
-            return phi
-        return _elu_plus_one(x)
+    def pullback(d: Rows) -> Any:
+        return Rows(d.q * q.clamp_max(1.0), d.k * k.clamp_max(1.0)), {}, {}
+
+    return rows._replace(q=q, k=k), pullback
+
+
+def _elu(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or transformed():
+        return torch.where(x < 0, x.clamp_max(0.0).exp(), x + 1.0)
+    if recorded(x):
+        phi: Tensor = _EluPlusOne.apply(x)
+        return phi
+    return _elu_plus_one(x)
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:

@@ -27,7 +27,11 @@ ROWS = 256
 
 def recorded(*tensors: Any) -> bool:
     """Whether automatic differentiation records what is done with some tensors."""
-    return bool(torch.is_grad_enabled()) and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def transformed() -> bool:
@@ -119,7 +123,11 @@ def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tens
 
 def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append zeros where the numbers of features differ, which changes no product."""
-    width = max(q.shape[-1], v.shape[-1])
+    width = q.shape[-1]
+    fits = v.shape[-1] == width and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    if fits and q.device.type == "cpu":
+        return q, k, v
+    width = max(width, v.shape[-1])
     if q.device.type == "cuda":
         width += -width % 8  # the alignment that the memory-efficient kernel asks for
     return widened(q, width), widened(k, width), widened(v, width)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -26,28 +25,12 @@ from .inner import Inner, begun
 from .kernels import widened
 from .operators import BLOCKS
 
-__all__ = ["Flexed", "block_mask", "flex_scores"]
+__all__ = ["block_mask", "flex_scores"]
 
 #: Queries and keys of a block.
 BLOCK = 128
 #: Features that the products of its kernels ask for; zeros make up for what is missing.
 LEAST = 16
-
-
-@dataclass(frozen=True)
-class Flexed(Scores):
-    """A contraction by scores that FlexAttention computes.
-
-    Attributes
-    ----------
-    plan : str
-        See `.operators.described`.
-    dtype : str
-        Of the queries, keys and values that its kernel reads.
-    """
-
-    plan: str = ""
-    dtype: str = "float32"
 
 
 class _Kind(NamedTuple):
@@ -88,13 +71,13 @@ class _Extra(NamedTuple):
     at: Tensor | None
 
 
-def flex_scores(c: Flexed, o: Operands) -> tuple[Tensor, Tensor] | None:
+def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     """Contract by scores, see `score_contraction.scores`.
 
     Returns
     -------
     (out, L) or None
-        None where `Flexed` says that our blocks run a call, and where nothing is to be computed.
+        None where `.choice` says that blocks run a call, and where nothing is to be computed.
     """
     if torch.compiler.is_compiling() or transformed() or o.keep is not None:
         return None
@@ -124,14 +107,14 @@ class _Flex(torch.autograd.Function):  # type: ignore[misc]
     """FlexAttention with its own gradient, and a second derivative by our blocks."""
 
     @staticmethod
-    def forward(ctx: Any, c: Flexed, fixed: Operands, *arrays: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, c: Scores, fixed: Operands, *arrays: Any) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed = c, fixed
         ctx.inner, (out, level) = begun(_Flex.computed(c, fixed), *arrays)
         ctx.save_for_backward(*arrays, out, level)
         return out, level
 
     @staticmethod
-    def computed(c: Flexed, fixed: Operands) -> Callable[..., tuple[Tensor, Tensor]]:
+    def computed(c: Scores, fixed: Operands) -> Callable[..., tuple[Tensor, Tensor]]:
         """Give the contraction as a function of the arrays that have a gradient."""
         return lambda *arrays: _run(c, _filled(fixed, *arrays))
 
@@ -154,9 +137,9 @@ def _filled(fixed: Operands, q: Any, k: Any, v: Any, key_bias: Any) -> Operands:
     return fixed._replace(q=q, k=k, v=v, key_bias=key_bias)
 
 
-def _run(c: Flexed, o: Operands) -> tuple[Tensor, Tensor]:
+def _run(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
     seen, shape, wide = o.visibility, o.q.shape, o.q.dtype
-    group, width, dtype = shape[-3], o.v.shape[-1], getattr(torch, c.dtype)
+    group, width, dtype = shape[-3], o.v.shape[-1], getattr(torch, c.choice.dtype)
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
     if o.key_bias is not None:
         bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
@@ -177,7 +160,7 @@ def _run(c: Flexed, o: Operands) -> tuple[Tensor, Tensor]:
         seen.support if extra.at is not None else None,
         seen.scale,
         (
-            c.dtype,
+            c.choice.dtype,
             *q.shape[1::2],
             k.shape[1],
             v.shape[3],

@@ -77,7 +77,7 @@ def fold(
     if torch.compiler.is_compiling():
         return _plain(q, k, real, beta, eps, split, over_batch)
     kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
-    if not over_batch and by_triton(k):
+    if k.is_cuda and not over_batch and by_triton(k):
         from . import triton_fold
 
         return triton_fold.fold(q, k, real, beta, eps, split, _plain, kept)
@@ -88,9 +88,9 @@ def fold(
 
 
 def by_triton(k: Tensor) -> bool:
-    """Whether the statistics of these keys, and their fold, are a matter of `.triton_fold`."""
+    """Whether `.triton_fold` folds the statistics of keys on a CUDA device."""
     name = str(k.dtype).removeprefix("torch.")
-    return k.is_cuda and not device.unfolded(str(k.device), name, k.shape[-1])
+    return not device.unfolded(str(k.device), name, k.shape[-1])
 
 
 def _ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
@@ -105,16 +105,16 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
     one = _ones(real, k, wide)
     n: Any = k.shape[-2] if real is None else one.sum(-1, keepdim=True)
 
-    def total(x: Tensor) -> Tensor:
-        return x.sum(0, keepdim=True) if over_batch else x
-
     if over_batch:
-        n = n * k.shape[0] if real is None else total(n)
+        n = n * k.shape[0] if real is None else n.sum(0, keepdim=True)
     count = n if real is None else torch.where(n > 0, n, 1.0)
-    mean = total(one @ k) / count
+    total = one @ k
+    mean = (total.sum(0, keepdim=True) if over_batch else total) / count
     centred = k - mean
-    rest = total(one @ centred) / count
-    square = total(one @ (centred * centred)) / count
+    total = one @ centred
+    rest = (total.sum(0, keepdim=True) if over_batch else total) / count
+    total = one @ (centred * centred)
+    square = (total.sum(0, keepdim=True) if over_batch else total) / count
     # The square of what rounding has left in `rest` is all that is taken off.
     inverse = 1.0 / (square - rest * rest + eps)
     if real is not None:

@@ -10,8 +10,10 @@ import torch
 
 from pdcore.extend import (
     ArrayBackend,
-    FeatureMap,
+    Call,
     Features,
+    Group,
+    GroupRun,
     Inputs,
     Operands,
     Plan,
@@ -24,11 +26,11 @@ from pdcore.extend import (
 
 from . import INFO, namespace
 from .blocked import blocked_scores, dropout
-from .choice import Fused, chosen
-from .direct import direct, fused_scores, plain
-from .features import features, own_features
+from .choice import Flexed, Fused, chosen
+from .features import chosen_features, features
 from .flash import recorded, transformed
-from .flex import Flexed, flex_scores
+from .flex import flex_scores
+from .fused import FusedCall, FusedRun, fused_out, fused_scores, plain, taken_whole
 from .operators import BLOCKS
 
 __all__ = ["TorchBackend"]
@@ -54,9 +56,9 @@ class TorchBackend(ArrayBackend):
             reasons.append(f"device {device}: PyTorch {torch.__version__} sees no CUDA device")
         if request.dtype == "float32":
             reasons += _reduced_precision(device.partition(":")[0])
-        if request.dropout and isinstance(request.spec.kernel, FeatureMap):
+        if request.dropout and request.feature_map:
             reasons.append(
-                f"dropout {request.dropout}: {request.spec.kernel.word} has no weights "
+                f"dropout {request.dropout}: {request.feature_map} has no weights "
                 "to drop; use a kernel that runs as scores"
             )
         return reasons
@@ -67,38 +69,48 @@ class TorchBackend(ArrayBackend):
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel that runs a plan, see `Backend.fuse`."""
-        return own_features(chosen(plan, request))
+        return chosen_features(chosen(plan, request))
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
         c: Any = plan.contraction
-        short = isinstance(c, Fused) and c.short and not transformed()
-        eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
-        if short and c.plain and eager:
+        whole = isinstance(c.choice, Fused) and c.choice.whole and not (lse or transformed())
+        if whole and c.choice.plain:
             q, k, v = inputs[:3]
+            eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
             packed = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-            if packed and not recorded(q, k, v):
+            if eager and packed and not recorded(q, k, v):
                 _check_precision(q)
                 return plain(c, inputs), None
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
         with _as_declared(inputs.q):
-            if short:
-                out = direct(plan, inputs)
-                if out is not None:
-                    return out, None
-            return super().attention(plan, inputs, lse=lse)
+            prepared = taken_whole(plan, inputs) if whole else None
+            if prepared is None:
+                return super().attention(plan, inputs, lse=lse)
+            call = FusedCall(self, plan, prepared)
+            out, _ = self.results(call, *self.run(call), lse=False)
+            lead = inputs.q.shape[:-3]
+            return (out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])), None
+
+    def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
+        """Take the arrays of a call; without L there are only those of a `FusedCall`."""
+        return super().call(plan, inputs)
+
+    def group_run(self, call: Call, group: Group) -> GroupRun:
+        """Return the steps of a head group, those of fused kernels where they run the call."""
+        steps = FusedRun if isinstance(call, FusedCall) else GroupRun
+        return steps(self, call, group)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by a fused kernel where one computes it."""
-        if isinstance(c, Fused) and not transformed():
-            found = fused_scores(c, o)
-            if found is not None:
-                return found
-        if isinstance(c, Flexed):
-            found = flex_scores(c, o)
-            if found is not None:
-                return found
-        return blocked_scores(c, o)
+        if not o.level:
+            return fused_out(c, o), None
+        result = None
+        if isinstance(c.choice, Fused) and not transformed():
+            result = fused_scores(c, o)
+        elif isinstance(c.choice, Flexed):
+            result = flex_scores(c, o)
+        return blocked_scores(c, o) if result is None else result
 
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
@@ -121,8 +133,8 @@ class TorchBackend(ArrayBackend):
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
         """Contract by features, in whole products where that is exact."""
-        found = features(c, o)
-        return super().features(c, o) if found is None else found
+        result = features(c, o)
+        return super().features(c, o) if result is None else result
 
     def synchronize(self) -> None:
         """Wait for the current CUDA device."""
@@ -130,19 +142,30 @@ class TorchBackend(ArrayBackend):
             torch.cuda.synchronize()
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of PyTorch and of the CUDA that it was built for."""
-        found = {"torch": str(torch.__version__)}
-        return found if torch.version.cuda is None else {**found, "cuda": str(torch.version.cuda)}
+        """Return the versions of PyTorch and of the CUDA that it was built for."""
+        versions = {"torch": str(torch.__version__)}
+        if torch.version.cuda is not None:
+            versions["cuda"] = str(torch.version.cuda)
+        return versions
+
+
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+#: Where PyTorch keeps the precision of float32 matrix products, by the kind of device.
+_SWITCHES: dict[str, Any] = {
+    "cpu": getattr(torch.backends.mkldnn, "matmul", None),
+    "cuda": getattr(torch.backends.cuda, "matmul", None),
+}
 
 
 def _as_declared(x: Any) -> AbstractContextManager[Any]:
     """Compute in the arrays' own dtypes: not in TF32, and not in what autocast would choose."""
     _check_precision(x)
     kind = x.device.type
-    declared: AbstractContextManager[Any] = nullcontext()
     if torch.is_autocast_enabled(kind):
-        declared = torch.autocast(kind, enabled=False)
-    return declared
+        declared: AbstractContextManager[Any] = torch.autocast(kind, enabled=False)
+        return declared
+    return _AS_IT_IS
 
 
 def _check_precision(x: Any) -> None:
@@ -155,16 +178,13 @@ def _check_precision(x: Any) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reduced_precision(kind: str) -> list[str]:
     """Say whether float32 matrix products would be computed in less."""
-    backend = torch.backends.mkldnn if kind == "cpu" else torch.backends.cuda
-    switch: Any = getattr(backend, "matmul", None)
-    if hasattr(switch, "fp32_precision"):
-        chosen = switch.fp32_precision
-    else:  # a release from before the switches by device
-        chosen = torch.get_float32_matmul_precision()
-    if chosen in ("none", "ieee", "highest"):
+    precision = getattr(_SWITCHES["cpu" if kind == "cpu" else "cuda"], "fp32_precision", None)
+    if precision is None:  # a release from before the switches by device
+        precision = torch.get_float32_matmul_precision()
+    if precision in ("none", "ieee", "highest"):
         return []
     reason = (
-        f"float32 inputs: matrix products on {kind} are set to {chosen}, which is not float32; "
+        f"float32 inputs: matrix products on {kind} are set to {precision}, which is not float32; "
         "torch.set_float32_matmul_precision('highest') takes that back"
     )
     return [reason]

@@ -1,7 +1,8 @@
 """The array-API namespace of PyTorch as the compiler of PyTorch can trace it.
 
 array-api-compat's `cumulative_sum` and `clip` look namespaces up in caches, or compare with NaN in
-Python, which a trace cannot follow; all else is theirs. `random_matrix` is asked for by
+Python, which a trace cannot follow, and its `concat` promotes dtypes once more; all else is
+array-api-compat's. `random_matrix` is asked for by
 `pdcore.spec.kernels.RandomFeatures`.
 """
 
@@ -33,6 +34,13 @@ def cumulative_sum(
     shape = list(x.shape)
     shape[axis] = 1
     return torch.cat([total.new_zeros(shape), total], axis)
+
+
+def concat(arrays: Any, /, *, axis: int | None = 0) -> torch.Tensor:
+    """Join along an axis, see the array-API standard; PyTorch promotes dtypes by itself."""
+    if axis is None:
+        return torch.cat([x.flatten() for x in arrays])
+    return torch.cat(arrays, axis)
 
 
 def clip(x: torch.Tensor, /, min: Any = None, max: Any = None) -> torch.Tensor:

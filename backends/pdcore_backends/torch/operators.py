@@ -7,27 +7,16 @@ A trace through the loops over blocks would hold for one length, and be as long 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdcore.extend import (
-    Operands,
-    Scores,
-    Signature,
-    Support,
-    Visibility,
-    as_spec,
-    lower,
-    scores,
-    scores_vjp,
-)
+from pdcore.extend import Operands, Scores, Visibility, restored, scores, scores_vjp
 
 from . import namespace as xp
 
-__all__ = ["BLOCKS", "described", "keeper", "traced_scores"]
+__all__ = ["BLOCKS", "keeper", "traced_scores"]
 
 
 #: Queries and keys of a block.
@@ -40,25 +29,11 @@ _ARGUMENTS = (
 )
 
 
-def described(spec: str, dim: int, heads: int, dtype: str, masked: bool) -> str:
-    """Describe a plan, so that the operator finds its contraction and support again."""
-    return f"{dim} {heads} {dtype} {int(masked)} {spec}"
-
-
-@lru_cache(maxsize=256)
-def _plan(text: str) -> tuple[Scores, Support, tuple[str, ...]]:
-    dim, heads, dtype, masked, spec = text.split(" ", 4)
-    parsed = as_spec(spec)
-    plan = lower(parsed, Signature(int(dim), int(heads), dtype, bool(int(masked))))
-    assert isinstance(plan.contraction, Scores)
-    return plan.contraction, parsed.support, tuple(p.name for p in parsed.kernel.parameters())
-
-
 def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tuple[Tensor, Tensor]:
-    """Contract by scores through the operator."""
+    """Contract by scores through the operator; `plan` is a `Plan.text`."""
     seen = o.visibility
     static = isinstance(seen.offset, int)
-    found: tuple[Tensor, Tensor] = torch.ops.pdcore.scores(
+    results: tuple[Tensor, Tensor] = torch.ops.pdcore.scores(
         o.q,
         o.k,
         o.v,
@@ -76,7 +51,7 @@ def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tupl
         p,
         plan,
     )
-    return found
+    return results
 
 
 def keeper(p: float, seed: int) -> Callable[[int, int, int, int, Tensor], Tensor]:
@@ -109,9 +84,11 @@ def _operands(
     p: float,
     plan: str,
 ) -> tuple[Scores, Operands]:
-    contraction, support, names = _plan(plan)
+    lowered = restored(plan)
+    contraction = lowered.contraction
+    assert isinstance(contraction, Scores)
     seen = Visibility(
-        support,
+        lowered.support,
         xp,
         q.shape[-2],
         length,
@@ -124,7 +101,7 @@ def _operands(
     )
     keep = None if seed is None else keeper(p, int(seed))
     return contraction, Operands(
-        q, k, v, key_bias, bias, dict(zip(names, values, strict=True)), seen, keep
+        q, k, v, key_bias, bias, dict(zip(contraction.scalars, values, strict=True)), seen, keep
     )
 
 

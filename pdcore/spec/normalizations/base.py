@@ -38,6 +38,15 @@ class Normalization(ABC):
     causal_choice: ClassVar[str] = ""
 
     @property
+    def holds(self) -> str:
+        """The shortest dtype whose range T(x) never leaves, for rows and keys within that range.
+
+        ``"float16"``, ``"bfloat16"``, or ``"float32"``, which promises nothing about 16 bits: there
+        T(x) goes to no kernel that reads 16-bit rows.
+        """
+        return "float32"
+
+    @property
     def leaks(self) -> bool:
         """Whether T of one row depends on keys at later positions, which ``causal`` refuses.
 
@@ -148,6 +157,11 @@ class Identity(Normalization):
     """T(x) = x."""
 
     word = "identity"
+
+    @property
+    def holds(self) -> str:
+        """T changes nothing."""
+        return "float16"
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute T(x), see `Normalization.apply`."""

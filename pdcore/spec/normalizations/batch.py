@@ -62,6 +62,11 @@ class Batch(Normalization):
             )
 
     @property
+    def holds(self) -> str:
+        """float16, but for prefixes: a short one has a deviation near 0, so its rows are large."""
+        return "float32" if self.statistics == "prefix" else "float16"
+
+    @property
     def leaks(self) -> bool:
         """Whether T depends on later keys: with sequence and batch statistics, unless allowed."""
         return self.statistics in ("sequence", "batch") and not self.allow_leak

@@ -43,6 +43,11 @@ class InstanceEnhanced(Normalization):
     word = "iebn"
     aliases = ("instance_enhanced",)
 
+    @property
+    def holds(self) -> str:
+        """A constant feature divided by sqrt(eps) may leave the range of float16."""
+        return "bfloat16"
+
     def __post_init__(self) -> None:
         check_centre(self.word, self.beta, self.eps)
 

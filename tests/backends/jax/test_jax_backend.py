@@ -102,22 +102,22 @@ class Cudnn:
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
     """Choose as on a GPU, and let XLA compute what cuDNN would get."""
-    from pdcore_backends.jax import cudnn, impl
+    from pdcore_backends.jax import choice, cudnn
 
-    asked = Cudnn()
+    asked, judged = Cudnn(), choice.unfit
 
     def attend(*arrays: Any, **options: Any) -> Any:
         asked.causal.append(options["is_causal"])
         return jax.nn.dot_product_attention(*arrays, implementation="xla", **options)
 
     def unfit(*arguments: Any) -> str:
-        asked.reasons.append(cudnn.unfit(*arguments))
+        asked.reasons.append(judged(*arguments))
         return asked.reasons[-1]
 
     jax.clear_caches()
-    monkeypatch.setattr(cudnn, "_missing", lambda device: "")
+    monkeypatch.setattr(choice, "_missing", lambda device: "")
     monkeypatch.setattr(cudnn, "_attend", attend)
-    monkeypatch.setattr(impl, "unfit", unfit)
+    monkeypatch.setattr(choice, "unfit", unfit)
     yield asked
     jax.clear_caches()
 

@@ -6,6 +6,7 @@ What its numbers are is for the conformance suite to say.
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 import pdcore
+from pdcore.lowering import Signature, lower
 from pdcore.reference import reference_attention
-from pdcore_backends.torch import blocked, direct, flash, fold, operators
+from pdcore.spec import HeadScaling, Moments, Support
+from pdcore_backends.torch import blocked, flash, fold, fused
 
 FUSED = "scaled_dot_product_attention (flash)"
 OWN = "blocks of our own"
@@ -48,7 +51,7 @@ def relative(found: Any, wanted: Any) -> float:
         ("conv1d", {}, FUSED),
         ("conv2d(2,3)+gaussian(gamma=0.3)", {}, FUSED),
         ("causal+conv1d(padding=causal)", {}, FUSED),
-        ("mixture", {}, "the normalization mixture"),
+        ("mixture", {}, FUSED),
         ("softmax", {"mask": torch.ones(6, 6, dtype=torch.bool)}, FUSED),
         ("softmax(softcap=2.0)", {}, "weights that are no exp of an inner product"),
         ("polynomial(degree=2,coef0=1)", {}, "weights that are no exp of an inner product"),
@@ -513,7 +516,7 @@ def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
     more = {
         n: torch.randn(given[n], requires_grad=True) for n in ("key_bias", "bias") if n in given
     }
-    plan = operators.described("softmax(softcap=2.0)+sparse(3,3)", 4, 2, "float32", False)
+    plan = lower(pdcore.parse("softmax(softcap=2.0)+sparse(3,3)"), Signature(4, 2, "float32")).text
     arguments = (
         q,
         k,
@@ -535,6 +538,53 @@ def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
     torch.library.opcheck(torch.ops.pdcore.scores.default, arguments)
 
 
+# --- a normalization of one's own -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recentre(pdcore.Normalization):
+    """T(x) = x - mu."""
+
+    allow_leak: bool = False
+    word = "recentre"
+
+    def statistics_state(self) -> Moments:
+        return Moments()
+
+    def apply(self, x: Any, state: Any, *, xp: Any, params: Any) -> Any:
+        return x - state["mean"]
+
+    def latex(self) -> str:
+        return r"x - \mu"
+
+
+@pytest.mark.parametrize(
+    ("more", "keys"),
+    [
+        ({}, 9),
+        ({"heads": HeadScaling((1, 2))}, 8),
+        ({"support": Support(causal=True), "normalization": Recentre(allow_leak=True)}, 9),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_normalization_of_ones_own_runs_by_fused_kernels(
+    more: dict[str, Any], keys: int, dtype: Any
+) -> None:
+    spec = pdcore.AttentionSpec(**{"normalization": Recentre(), **more})
+    [q] = draw(1, 4, 9, 8, count=1, dtype=dtype, grad=True)
+    k, v = draw(1, 2, keys, 8, count=2, dtype=dtype, grad=True)
+    fused_ = "kernel: scaled_dot_product_attention" in str(pdcore.explain(q, k, v, spec))
+    assert fused_ == (dtype == torch.float32)
+    out = pdcore.attention(q, k, v, spec)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    wanted = reference_attention(*wide, spec)
+    tight = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(out.double(), wanted, rtol=tight, atol=tight)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    for grad, want in zip(grads, torch.autograd.grad(wanted.sum(), wide), strict=True):
+        torch.testing.assert_close(grad.double(), want, rtol=tight, atol=10 * tight)
+
+
 # --- the rest of the framework --------------------------------------------------------------------
 
 
@@ -551,9 +601,9 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_stays_16_bit(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    attend = direct.attend
+    attend = fused.attend
     monkeypatch.setattr(
-        direct,
+        fused,
         "attend",
         lambda q, k, v, *a, **n: (seen.append(k.dtype), attend(q, k, v, *a, **n))[1],
     )

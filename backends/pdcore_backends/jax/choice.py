@@ -1,0 +1,123 @@
+"""Which kernel runs a plan by scores: cuDNN, or blocks of rows and keys; and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import jax
+
+from pdcore.extend import GaussianRows, Plan, Request, Scores
+
+from .device import find
+
+__all__ = ["Blocked", "ByCudnn", "chosen", "unfit"]
+
+#: Features up to which it runs on every device that it knows, and what divides their number.
+MOST, UNIT = 128, 8
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A contraction by scores in blocks, see `.scores`.
+
+    Attributes
+    ----------
+    turns : bool
+        Whether key heads may take turns, see `.blocks.sizes`.
+    """
+
+    turns: bool
+
+
+@dataclass(frozen=True)
+class ByCudnn:
+    """A contraction by scores that cuDNN computes, see `.cudnn`.
+
+    Attributes
+    ----------
+    dtype : str
+        Of the queries, keys and values that it reads.
+    causal : bool
+        Whether keys after a row's own position are hidden.
+    """
+
+    dtype: str
+    causal: bool
+
+
+def chosen(plan: Plan, request: Request) -> Plan:
+    """Choose the kernel of a plan by scores, and say so in its steps."""
+    c = plan.contraction
+    if not isinstance(c, Scores):
+        return plan
+    why = unfit(plan, c, request)
+    if not why:
+        return _by_cudnn(plan, c, request)
+    # The arrays of a shard lie on one device.
+    alone = request.axis_name is not None or len(jax.devices("cpu")) == 1
+    kind = request.device.partition(":")[0]
+    turns = alone and kind == "cpu"
+    how = "key heads in turn where they are large" if turns else "all heads at once"
+    step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
+    if kind == "cuda":
+        step += f"; not cuDNN: {why}"
+    return plan.chosen(replace(c, choice=Blocked(turns)), step)
+
+
+def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
+    causal = plan.support.causal
+    step = (
+        f"kernel: cuDNN, which reads {request.dtype}; it has no forward-mode derivatives and "
+        "no gradients of gradients: ask for the log-sum-exp, which goes by blocks, to have "
+        "them"
+    )
+    more = ["causal rows at another offset than 0: blocks of rows and keys"] if causal else []
+    return plan.chosen(replace(c, choice=ByCudnn(request.dtype, causal)), step, *more)
+
+
+def unfit(plan: Plan, c: Scores, request: Request) -> str:
+    """Say why cuDNN does not run a call; nothing if it does."""
+    support = plan.support
+    why = _missing(request.device)
+    if why:
+        return why
+    if request.dtype not in ("float16", "bfloat16"):
+        return f"it has no {request.dtype}"
+    biased = any(isinstance(step, GaussianRows) for step in plan.transforms)
+    if c.weight != "log" or c.expression is not None or biased:
+        return "weights that are no exp of an inner product"
+    if request.axis_name is not None:
+        return "shards merge by the log-sum-exp"
+    if plan.holds != "float16":
+        return "transformed queries and keys that 16 bit may not hold"
+    if request.lse or request.vjp or request.weights or plan.normaliser != "sum":
+        return "the log-sum-exp is needed, and it has no gradient of that"
+    for name in ("mask", "key_mask", "bias"):
+        if getattr(request, name) is not None:
+            return f"{name} may leave a row without keys, which it does not give zeros"
+    if support.left != math.inf or (support.right != math.inf and not support.causal):
+        return "a window"
+    if support.causal and request.offset in ("array", "sequence"):
+        return "positions that are arrays"
+    if support.causal and any(group.scale > 1 for group in plan.groups):
+        return "pooled keys under causal"
+    dim = request.q[-1]
+    if dim != request.v[-1] or dim % UNIT or dim > MOST:
+        return (
+            f"{dim} features and {request.v[-1]} of values; it has equally many, multiples of "
+            f"{UNIT} up to {MOST}"
+        )
+    return "" if all(request.q + request.k) else "nothing to compute"
+
+
+@lru_cache(maxsize=64)
+def _missing(device: str) -> str:
+    kind = device.partition(":")[0]
+    if kind != "cuda":
+        return f"{kind} is no CUDA device"
+    capability = str(getattr(find(device), "compute_capability", "0.0"))
+    if int(capability.partition(".")[0]) < 8:
+        return f"compute capability {capability} is below 8.0"
+    return ""

@@ -1,0 +1,201 @@
+"""Plans by PyTorch's fused attention: the contraction, and the steps before it without casts.
+
+Where L is not read, a call keeps the dtype of its inputs, and statistics and fold are one
+computation, see `FusedRun`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from pdcore.extend import Call, GroupRun, Inputs, Operands, Plan, Scores, pool, pooling_weights
+
+from . import namespace as xp
+from .flash import attend, attend_with_lse, biased, recorded
+from .fold import fold, fold_given, fold_prefix
+
+__all__ = ["FusedCall", "FusedRun", "fused_out", "fused_scores", "plain", "taken_whole"]
+
+
+def plain(c: Scores, inputs: Inputs) -> Tensor:
+    """Run a call in which nothing happens to queries, keys and values, and no gradient is kept."""
+    return scaled_dot_product_attention(
+        inputs.q, inputs.k, inputs.v, scale=c.scale, enable_gqa=c.choice.grouped
+    )
+
+
+def taken_whole(plan: Plan, inputs: Inputs) -> Inputs | None:
+    """Prepare the inputs of a call whose L is not read for `FusedCall`.
+
+    Returns
+    -------
+    Inputs or None
+        With one leading axis, and the offset an int. None where the kernel does not compute the
+        call: nothing to compute, a bias with a gradient, causal rows at an offset at which the
+        kernel has no triangle.
+    """
+    q, k, v, _, _, bias, offset, *_ = inputs
+    if not all(q.shape) or not all(k.shape) or not v.shape[-1] or recorded(bias):
+        return None
+    causal, prefix = plan.contraction.choice.causal, plan.prefix
+    if causal or prefix:
+        keys = k.shape[-2]
+        if isinstance(offset, str):
+            offset = keys - q.shape[-2]
+        if (causal and offset != 0 and offset < keys - 1) or (prefix and offset < 0):
+            return None
+    else:
+        offset = 0  # no position is read
+    if q.ndim != 4:
+        return _with_one_lead(inputs, offset)
+    return inputs if offset is inputs.offset else inputs._replace(offset=offset)
+
+
+class FusedCall(Call):
+    """A call of one leading axis whose contraction reads arrays in the caller's dtype."""
+
+    def __init__(self, backend: Any, plan: Plan, inputs: Inputs) -> None:
+        super().__init__(backend, plan, inputs, level=False)
+        self.native = frozenset({"contraction"})
+
+
+class FusedRun(GroupRun):
+    """A head group of a `FusedCall`: statistics and fold in one computation, and sums for means."""
+
+    def pool(self) -> None:
+        """Pool keys and values; the keys stay wide, as statistics would magnify a rounding."""
+        scale, kind = self.group.scale, self.call.plan.pool
+        dtype, wide, real = self.v.dtype, xp.accumulation(self.k), self.key_mask
+        k, v = self.k.to(wide), self.v.to(wide)
+        if real is None and kind == "mean" and k.shape[-2] % scale == 0:
+            self.k, self.v = _mean(k, scale), _mean(v, scale).to(dtype)
+            return
+        weights = pooling_weights(k.shape[-2], real, scale, kind, k, xp=xp)
+        self.k, v = (pool(kind, x, weights, xp=xp)[0] for x in (k, v))
+        self.v = v.to(dtype)
+        self.key_mask = None if real is None else (weights > 0).any(-1)
+
+    def summarise(self) -> None:
+        """Leave statistics that are folded to the fold."""
+        if self.call.plan.contraction.choice.fold is None:
+            super().summarise()
+
+    def transform(self) -> None:
+        """Fold the statistics of the keys, or transform as any backend does."""
+        plan = self.call.plan
+        if not plan.transforms:
+            self.operands = self.operands_of(self.q, self.k, self.v)
+            return
+        step = plan.contraction.choice.fold
+        if step is None:
+            super().transform()
+            return
+        q, k, real = self.q, self.k, self.key_mask
+        beta = self.params["beta"] if step.beta is None else step.beta
+        if step.of == "running":
+            mean, var = self.params["mean"], self.params["var"]
+            q, k = fold_given(q, k, mean, var, beta, eps=step.eps, split=step.split)
+        elif step.of == "prefix":
+            q, k, alive = fold_prefix(
+                q, k, real, beta, self.call.offset, eps=step.eps, closed=step.closed
+            )
+            self.alive = None if alive is None else alive[:, :, None]
+        else:
+            over_batch = step.of == "batch"
+            q, k = fold(q, k, real, beta, eps=step.eps, split=step.split, over_batch=over_batch)
+        self.operands = self.operands_of(q, k, self.v)
+
+
+def _mean(x: Tensor, scale: int) -> Tensor:
+    """Take the means of whole windows; several times as fast as PyTorch's reduction."""
+    first, *others = x.unflatten(-2, (-1, scale)).unbind(-2)
+    total = sum(others, first)
+    return total * (1.0 / scale)
+
+
+def _with_one_lead(inputs: Inputs, offset: int) -> Inputs:
+    """Join the leading axes of all arrays to one."""
+    q, k, v, mask, key_mask, bias, *_ = inputs
+    lead = q.shape[:-3]
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    if key_mask is not None:
+        key_mask = key_mask.reshape(-1, k.shape[-2])
+    mask, bias = (_one_lead(x, lead) for x in (mask, bias))
+    return inputs._replace(q=q, k=k, v=v, mask=mask, key_mask=key_mask, bias=bias, offset=offset)
+
+
+def _one_lead(x: Any, lead: tuple[int, ...]) -> Any:
+    """Give a mask or bias one leading axis in place of several, or of none."""
+    if x is None:
+        return None
+    shape = (1,) * (len(lead) + 3 - x.ndim) + tuple(x.shape)
+    x = x.reshape(shape)
+    if all(size == 1 for size in shape[: len(lead)]):
+        return x.reshape(1, *shape[-3:])
+    return x.expand(*lead, *shape[-3:]).reshape(-1, *shape[-3:])
+
+
+def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
+    """Contract by scores with L, see `score_contraction.scores`.
+
+    Returns
+    -------
+    (out, L) or None
+        None where a mask, a bias or the offset keeps a row from being known to see a key or not.
+    """
+    seen, causal = o.visibility, c.choice.causal
+    if torch.compiler.is_compiling() or not all(o.q.shape):
+        return None
+    if not all(o.k.shape) or not o.v.shape[-1] or seen.mask is not None or o.bias is not None:
+        return None
+    if causal and seen.offset != 0:
+        if not (seen.static and seen.offset >= seen.keys - 1):
+            return None
+        causal = False
+    shape, wide, dtype = o.q.shape, o.q.dtype, getattr(torch, c.choice.dtype)
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
+    if o.key_bias is not None:
+        bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
+        q, k = biased(q, k, bias, dtype)
+    q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
+    if seen.key_mask is None:
+        out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal)
+    else:
+        real = seen.key_mask.reshape(-1, 1, seen.key_mask.shape[-1])
+        added = torch.where(real[:, :, None, :], q.new_zeros(()), -torch.inf)
+        out, level = attend_with_lse(q, k, v, added, scale=c.scale, causal=causal)
+        if causal:
+            index = torch.arange(shape[-2], device=q.device).clamp(max=seen.keys - 1)
+            any_key = (real.cumsum(-1) > 0)[..., index]
+        else:
+            any_key = real.any(-1, keepdim=True)
+        level = torch.where(any_key, level, -torch.inf)
+    out = out if out.dtype == wide else out.to(wide)
+    return out.reshape(*shape[:-1], v.shape[-1]), level.reshape(shape[:-1]).to(wide)
+
+
+def fused_out(c: Scores, o: Operands) -> Tensor:
+    """Contract a `FusedCall` by scores without L; rows that see no key become zeros."""
+    q, k, v, seen = o.q, o.k, o.v, o.visibility
+    dtype = getattr(torch, c.choice.narrow)
+    if o.key_bias is not None:
+        q, k = biased(q, k, o.key_bias / c.scale, dtype)
+    q = q if q.dtype == dtype else q.to(dtype)
+    k = k if k.dtype == dtype else k.to(dtype)
+    v = v if v.dtype == dtype else v.to(dtype)
+    allowed = None if seen.mask is None else seen.mask.flatten(1, 2)
+    if seen.key_mask is not None:
+        real = seen.key_mask[:, :, None, :]
+        allowed = real if allowed is None else allowed & real
+    added = None if o.bias is None else o.bias.flatten(1, 2).to(dtype)
+    if allowed is not None:
+        zero = q.new_zeros(()) if added is None else added
+        added = torch.where(allowed, zero, -torch.inf)
+    # At another offset every row sees every key, see `taken_whole`.
+    causal = c.choice.causal and seen.offset == 0
+    out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
+    return out.unflatten(1, q.shape[1:3])
