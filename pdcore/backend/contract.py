@@ -14,11 +14,14 @@ from ..spec import (
     AttentionSpec,
     Batch,
     Cosine,
+    Elu,
     Exponential,
     FeatureMap,
     Gaussian,
     Identity,
     Polynomial,
+    RandomFeatures,
+    Relu,
     Statistics,
 )
 
@@ -213,7 +216,7 @@ class Request(NamedTuple):
                 needed.append("softcap")
             case Gaussian() | Cosine() | Polynomial() as kernel:
                 needed.append(kernel.word)
-            case FeatureMap() as kernel if type(kernel).__module__ == FeatureMap.__module__:
+            case kernel if type(kernel) in (Elu, Relu, RandomFeatures):
                 needed.append("features")
             case _:
                 needed.append("user_kernel")

@@ -1,8 +1,8 @@
 """Names of version 0.1 import where 0.1 had them, and its pickles load.
 
 ``names_0_1.txt`` has the ``__all__`` of the modules of 0.1, without internal names that no page of
-its documentation shows and that were renamed since; ``specs_0_1.pickle`` is a dict of spec string to
-`AttentionSpec`, pickled by 0.1 with protocol 4.
+its documentation shows and that were renamed since; ``specs_0_1.pickle`` is a dict of spec string
+to `AttentionSpec`, pickled by 0.1 with protocol 4.
 """
 
 from __future__ import annotations
