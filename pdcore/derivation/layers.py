@@ -13,13 +13,8 @@ from ..plugins import summary
 from ..spec import (
     AttentionSpec,
     Batch,
-    Conv1d,
-    Conv2d,
-    Convolution,
     Identity,
-    InstanceEnhanced,
     Kernel,
-    Mixture,
     Normalization,
     align_environment,
     instantiate,
@@ -29,18 +24,13 @@ from ..spec import (
     read_words,
     sections,
 )
+from ..spec.normalizations import BUILT_IN
 
 __all__ = ["LAYERS", "Derivation", "Step", "derive"]
 
+_NORMALIZATIONS: tuple[type[Normalization], ...] = (Identity, Batch, *BUILT_IN)
 #: The layers by name, each with the normalization T of its input.
-LAYERS: Mapping[str, type[Normalization]] = {
-    "linear": Identity,
-    "batch_norm": Batch,
-    "conv1d": Conv1d,
-    "conv2d": Conv2d,
-    "mixture_norm": Mixture,
-    "instance_enhanced_batch_norm": InstanceEnhanced,
-}
+LAYERS: Mapping[str, type[Normalization]] = {cls.layer: cls for cls in _NORMALIZATIONS}
 
 
 @dataclass(frozen=True)
@@ -203,13 +193,6 @@ def _scale(kernel: Kernel) -> str:
 
 def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
     part = sections(spec)
-    alone = ""
-    if isinstance(spec.normalization, Convolution):
-        alone = (
-            f"Key j stands at tap c = {spec.normalization.before[0]}. A convolution is of the key "
-            "sequence, so it changes the points that the layer is fitted on; a query is one "
-            "point, without neighbours, and T leaves it. "
-        )
     space = (
         "Phi is needed in inner products alone"
         if positive_semidefinite(spec)
@@ -219,8 +202,8 @@ def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
         Step(
             "The layer",
             "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
-            f"{summary(type(spec.normalization))}. {alone}{space}: kappa(x, y) = Phi(x).Phi(y), "
-            f"{summary(type(spec.kernel))}{_scale(spec.kernel)}. h(x) = sum_j kappa(T(x), T(k_j)).",
+            f"{summary(type(spec.normalization))}. {spec.normalization.layer_note()}{space}: "
+            f"kappa(x, y) = Phi(x).Phi(y), {summary(type(spec.kernel))}{_scale(spec.kernel)}. h(x) = sum_j kappa(T(x), T(k_j)).",
             align_environment([*part["points"], *part["choices"]]),
         ),
         Step(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from pluggy import HookimplMarker
 
-from ..spec import Conv1d, Conv2d, InstanceEnhanced, Mixture, Normalization
+from ..spec import Normalization
+from ..spec.normalizations import BUILT_IN
 
 
 @HookimplMarker("pdcore")
 def pdcore_normalizations() -> Sequence[type[Normalization]]:
     """Return the classes."""
-    return [InstanceEnhanced, Mixture, Conv1d, Conv2d]
+    return BUILT_IN

@@ -31,8 +31,6 @@ from .latex_text import (
 from .normalizations.base import Identity
 from .normalizations.batch import Batch
 from .normalizations.convolution import Convolution
-from .normalizations.instance_enhanced import InstanceEnhanced
-from .normalizations.mixture import Mixture
 from .statistics import Moments
 
 __all__ = ["align_environment", "derivation_latex", "sections"]
@@ -218,12 +216,8 @@ class _Derivation:
     def _statistics(self) -> Iterator[str]:
         normalization = self.spec.normalization
         key = self.key("j")
-        if isinstance(normalization, Mixture):
-            steps, seed = normalization.steps, normalization.seed
-            yield (
-                rf"\pi_c, \mu_c, \sigma_c^2 \text{{ by {steps} steps of EM on the }} {key},\ "
-                rf"j \in R \text{{, from centres of seed {seed}}}"
-            )
+        if (definition := normalization.statistics_latex(key)) is not None:
+            yield definition
             return
         statistics = normalization.statistics_state()
         if not isinstance(normalization, Batch) and type(statistics) is not Moments:
@@ -361,22 +355,7 @@ class _Derivation:
         normalization = spec.normalization
         if isinstance(spec.kernel, Exponential) and spec.kernel.softcap is not None:
             choices.append("softcap")
-        if isinstance(normalization, Batch | InstanceEnhanced | Mixture):
-            choices.append(
-                rf"the value }} {latex_number(normalization.eps)} \text{{ added to the variance"
-            )
-            if normalization.beta != 1.0:
-                choices.append("the weight of the mean")
-            if isinstance(normalization, Batch) and normalization.statistics != "sequence":
-                choices.append(f"{normalization.statistics} statistics")
-            if self.pooled:
-                choices.append("statistics over pooled keys")
-        if isinstance(normalization, Convolution):
-            choices.append("the convolution: of keys alone, depthwise, with zeros beyond them")
-        if isinstance(normalization, InstanceEnhanced):
-            choices.append("an instance is one sequence as one head has it; queries get its gate")
-        if isinstance(normalization, Mixture):
-            choices.append(f"the start of EM, {normalization.steps} steps, posteriors as weights")
+        choices += normalization.choices(pooled=bool(self.pooled))
         if self.pooled:
             if spec.heads.pool == "mean":
                 choices.append("pooling by means")

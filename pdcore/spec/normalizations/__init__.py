@@ -8,7 +8,12 @@ from .convolution import Conv1d, Conv2d, Convolution
 from .instance_enhanced import InstanceEnhanced
 from .mixture import GaussianMixture, Mixture
 
+#: What pdcore brings beside `Identity` and `Batch`, registered by
+#: `pdcore.plugins.builtin_normalizations`.
+BUILT_IN: tuple[type[Normalization], ...] = (Conv1d, Conv2d, Mixture, InstanceEnhanced)
+
 __all__ = [
+    "BUILT_IN",
     "Normalization",
     "Identity",
     "Batch",

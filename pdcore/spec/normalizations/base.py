@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...errors import SpecError, UnsupportedError
 from ..kernel_base import Parameter
+from ..latex_text import latex_number
 from ..statistics import State, Statistics
 
 __all__ = ["Identity", "Normalization"]
@@ -29,12 +30,16 @@ class Normalization(ABC):
         The name of the normalization in the grammar.
     aliases : tuple of str
         Other names of the normalization.
+    layer : str
+        The layer of a network whose attention it gives, for `pdcore.derive`; empty where there is
+        none.
     causal_choice : str
         The arguments with which ``causal`` accepts the normalization; empty if there are none.
     """
 
     word: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
+    layer: ClassVar[str] = ""
     causal_choice: ClassVar[str] = ""
 
     @property
@@ -147,6 +152,27 @@ class Normalization(ABC):
         """Return the text of this step in a plan."""
         return f"normalize: queries and keys by {self.word}"
 
+    def statistics_latex(self, key: str) -> str | None:
+        """Return LaTeX that defines the statistics, by the symbol of key j.
+
+        None, as by default, for moments, or for the name of the statistics alone.
+        """
+        return None
+
+    def choices(self, *, pooled: bool) -> Iterator[str]:
+        """Yield what this project chose where the source of the formula does not, as LaTeX text.
+
+        Parameters
+        ----------
+        pooled : bool
+            Whether some head is fitted on pooled keys.
+        """
+        yield from ()
+
+    def layer_note(self) -> str:
+        """Return a sentence for the derivation of its layer; empty where none is needed."""
+        return ""
+
     @abstractmethod
     def latex(self) -> str:
         """Return T(x) as LaTeX mathematics."""
@@ -157,6 +183,7 @@ class Identity(Normalization):
     """T(x) = x."""
 
     word = "identity"
+    layer = "linear"
 
     @property
     def holds(self) -> str:
@@ -193,3 +220,28 @@ def check_eps(word: str, eps: float) -> None:
 
 def _is_finite(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def choices_of_moments(
+    eps: float, *, weighted: bool, pooled: bool, statistics: str = "sequence"
+) -> Iterator[str]:
+    """Yield the choices of a normalization by mean and variance, see `Normalization.choices`.
+
+    Parameters
+    ----------
+    eps : float
+        Added to the variance.
+    weighted : bool
+        Whether the mean has another weight than 1.
+    pooled : bool
+        Whether some head is fitted on pooled keys.
+    statistics : str
+        As in `Batch`.
+    """
+    yield rf"the value }} {latex_number(eps)} \text{{ added to the variance"
+    if weighted:
+        yield "the weight of the mean"
+    if statistics != "sequence":
+        yield f"{statistics} statistics"
+    if pooled:
+        yield "statistics over pooled keys"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from ...errors import SpecError, nearest
 from ..kernel_base import Parameter
 from ..latex_text import latex_number
 from ..statistics import Moments, State, Statistics
-from .base import Normalization, check_centre, check_eps
+from .base import Normalization, check_centre, check_eps, choices_of_moments
 
 __all__ = ["Batch"]
 
@@ -45,6 +45,7 @@ class Batch(Normalization):
     statistics: str = "sequence"
     allow_leak: bool = False
     word = "bn"
+    layer = "batch_norm"
     aliases = ("batch",)
     causal_choice = "statistics=prefix or statistics=running"
 
@@ -107,6 +108,12 @@ class Batch(Normalization):
     def weight(self, params: Mapping[str, Any]) -> Any:
         """Return beta: the number in the spec, or the array in `params`."""
         return params["beta"] if self.beta == "param" else self.beta
+
+    def choices(self, *, pooled: bool) -> Iterator[str]:
+        """Yield the choices of this project, see `Normalization.choices`."""
+        yield from choices_of_moments(
+            self.eps, weighted=self.beta != 1.0, pooled=pooled, statistics=self.statistics
+        )
 
     def latex(self) -> str:
         """Return T as LaTeX."""

@@ -103,6 +103,18 @@ class Convolution(Normalization):
         """Return the text of the step, see `Normalization.step`."""
         return f"convolve: keys by {self.word}, zeros beyond them; queries as they are"
 
+    def choices(self, *, pooled: bool) -> Iterator[str]:
+        """Yield the choice of this project, see `Normalization.choices`."""
+        yield "the convolution: of keys alone, depthwise, with zeros beyond them"
+
+    def layer_note(self) -> str:
+        """Return what a convolution does to keys, and to a query."""
+        return (
+            f"Key j stands at tap c = {self.before[0]}. A convolution is of the key sequence, so "
+            "it changes the points that the layer is fitted on; a query is one point, without "
+            "neighbours, and T leaves it. "
+        )
+
     def latex(self, key: str = "k") -> str:
         """Return T of key j as LaTeX; `key` is the symbol of keys."""
         return rf"\sum_t w_t \odot {key}_{{j + t}}"
@@ -138,6 +150,7 @@ class Conv1d(Convolution):
     padding: str = "same"
     allow_leak: bool = False
     word = "conv1d"
+    layer = "conv1d"
     causal_choice = "padding=causal"
 
     def __post_init__(self) -> None:
@@ -193,6 +206,7 @@ class Conv2d(Convolution):
     size: int = 3
     allow_leak: bool = False
     word = "conv2d"
+    layer = "conv2d"
 
     def __post_init__(self) -> None:
         _check_sizes(self, "height", "width", "size")

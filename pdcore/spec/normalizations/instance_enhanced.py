@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..kernel_base import Parameter
 from ..statistics import Moments, State, Statistics
-from .base import Normalization, check_centre
+from .base import Normalization, check_centre, choices_of_moments
 from .batch import Batch
 
 __all__ = ["InstanceEnhanced"]
@@ -41,6 +41,7 @@ class InstanceEnhanced(Normalization):
     eps: float = 1e-5
     allow_leak: bool = False
     word = "iebn"
+    layer = "instance_enhanced_batch_norm"
     aliases = ("instance_enhanced",)
 
     @property
@@ -72,6 +73,11 @@ class InstanceEnhanced(Normalization):
         d = cotangent * self._batch.apply(x, state, xp=xp, params={}) * gate * (1.0 - gate)
         dstate = {**dstate, "mean": dstate["mean"] + params["slope"] * d}
         return dx, dstate, {"slope": d * state["mean"], "shift": d}
+
+    def choices(self, *, pooled: bool) -> Iterator[str]:
+        """Yield the choices of this project, see `Normalization.choices`."""
+        yield from choices_of_moments(self.eps, weighted=self.beta != 1.0, pooled=pooled)
+        yield "an instance is one sequence as one head has it; queries get its gate"
 
     def latex(self) -> str:
         """Return T as LaTeX."""

@@ -11,7 +11,7 @@ from ...arrays import constant
 from ...errors import SpecError
 from ..latex_text import latex_number
 from ..statistics import KeySet, State, Statistics
-from .base import Normalization, check_centre
+from .base import Normalization, check_centre, choices_of_moments
 
 __all__ = ["GaussianMixture", "Mixture", "uniform_draws"]
 
@@ -48,6 +48,7 @@ class Mixture(Normalization):
     eps: float = 1e-5
     allow_leak: bool = False
     word = "mixture"
+    layer = "mixture_norm"
 
     def __post_init__(self) -> None:
         for name, least in (("components", 1), ("steps", 1), ("seed", 0)):
@@ -88,6 +89,18 @@ class Mixture(Normalization):
         dstate["mean"] = dstate["mean"] + xp.concat(dmean, axis=-2)
         dstate["var"] = dstate["var"] + xp.concat(dvar, axis=-2)
         return dx + dx_logits, dstate, {}
+
+    def statistics_latex(self, key: str) -> str:
+        """Return LaTeX that defines the mixture, see `Normalization.statistics_latex`."""
+        return (
+            rf"\pi_c, \mu_c, \sigma_c^2 \text{{ by {self.steps} steps of EM on the }} {key},\ "
+            rf"j \in R \text{{, from centres of seed {self.seed}}}"
+        )
+
+    def choices(self, *, pooled: bool) -> Iterator[str]:
+        """Yield the choices of this project, see `Normalization.choices`."""
+        yield from choices_of_moments(self.eps, weighted=self.beta != 1.0, pooled=pooled)
+        yield f"the start of EM, {self.steps} steps, posteriors as weights"
 
     def latex(self) -> str:
         """Return T as LaTeX."""
