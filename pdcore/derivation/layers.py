@@ -203,7 +203,8 @@ def _steps(spec: AttentionSpec, plan: Plan, where: str) -> list[Step]:
             "The layer",
             "f(x) = W Phi(T(x)) / h(x) + b. Of the layer's input comes "
             f"{summary(type(spec.normalization))}. {spec.normalization.layer_note()}{space}: "
-            f"kappa(x, y) = Phi(x).Phi(y), {summary(type(spec.kernel))}{_scale(spec.kernel)}. h(x) = sum_j kappa(T(x), T(k_j)).",
+            f"kappa(x, y) = Phi(x).Phi(y), {summary(type(spec.kernel))}{_scale(spec.kernel)}. "
+            "h(x) = sum_j kappa(T(x), T(k_j)).",
             align_environment([*part["points"], *part["choices"]]),
         ),
         Step(
