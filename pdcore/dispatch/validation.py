@@ -1,4 +1,8 @@
-"""Check a call's arguments against the spec and against each other, before anything runs."""
+"""Check a call's arguments against the spec and against each other, before anything runs.
+
+The checks read shapes, dtypes and libraries, never values of arrays: they run at the first call of
+each signature only, and while a compiler traces a call.
+"""
 
 from __future__ import annotations
 
