@@ -161,7 +161,7 @@ class Environment:
     ) -> None:
         """Run tests; a module's tests stay in one process, with what they share."""
         parallel = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
-        self.run("pytest", *parallel, *arguments, env=env)
+        self.run("pytest", *parallel, "--durations=12", *arguments, env=env)
 
     def doctests(self, *arguments: str) -> None:
         """Run the examples of docstrings."""

@@ -58,6 +58,12 @@ PARTS = {
         8,
     ),
     "emulator": Part(("-s", "tests_emulator"), ("tests/cuda_cpu", "tests/emulator"), 2),
+    "cuda": Part(("-s", "tests_cuda"), (CUPY, "tests/cuda"), 20),
+    "gpu-command": Part(
+        ("-s", "tests", "--", "tests/conformance/test_gpu_command.py"),
+        ("conformance/pdcore_conformance/gpu", "tests/conformance"),
+        8,
+    ),
     "gate": Part(("-s", "tests_cuda", "--", "tests/cuda/test_cuda_gate.py"), (CUPY,), 5),
     "browser": Part(
         ("-s", "tests_browser"),

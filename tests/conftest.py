@@ -54,7 +54,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Thin out the tests marked ``sampled(n)``, except at night."""
+    """Leave out the tests marked ``nightly``, and most of those marked ``sampled(n)``, by day."""
     if NIGHTLY:
         return
     left_out = [item for item in items if not in_sample(item)]
@@ -64,14 +64,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def in_sample(item: pytest.Item) -> bool:
-    """Tell whether a combination of parameters is in the sample that its test is marked for.
+    """Tell whether a test runs by day: not marked ``nightly``, and its parameters in the sample.
 
     Parameter values are numbered, and a combination is in it if its numbers add up to a multiple of
     n. So each value is in the sample where another parameter has n values or more, and of two
     parameters each value meets every n-th of the other.
     """
+    if item.get_closest_marker("nightly"):
+        return False
     mark = item.get_closest_marker("sampled")
-    if mark is None or not isinstance(item, pytest.Function):
+    if mark is None or not hasattr(item, "callspec"):
         return True
     numbers = dict(item.callspec.indices)
     for parametrized in item.iter_markers("parametrize"):

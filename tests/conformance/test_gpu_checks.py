@@ -239,6 +239,7 @@ def test_checks_are_a_stage(tmp_path: Path, stand_in: Path) -> None:
         assert run["counts"]["not claimed"] == 1
 
 
+@pytest.mark.nightly
 def test_wrong_wrappers_fail(tmp_path: Path, stand_in: Path) -> None:
     tool(tmp_path, FINDS)
     path = f"{tmp_path}:/usr/bin:/bin"
@@ -258,6 +259,7 @@ def test_wrong_wrappers_fail(tmp_path: Path, stand_in: Path) -> None:
     assert "not reached: speed of numpy:cpu: its numerics are not green" in text
 
 
+@pytest.mark.nightly
 def test_a_check_needs_a_backend_with_cuda_kernels(tmp_path: Path) -> None:
     only = ("--only", "numpy", "--no-speed", f"--case={BIAS}", f"--case={EXPONENTIAL}")
     code, text = command(tmp_path / "records", *only)

@@ -131,6 +131,7 @@ def test_numerics_of_two_backends_and_going_on(tmp_path: Path) -> None:
     assert "numpy:cpu: 1 cases in 1 processes\n" in text
 
 
+@pytest.mark.nightly
 def test_parts_of_a_run_that_was_killed_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "records"
     only = ("--only", "numpy", "--no-speed")
@@ -162,6 +163,7 @@ if os.environ.get("SMALL_BENCH") and "pdcore_conformance.gpu.stage" in " ".join(
 """
 
 
+@pytest.mark.nightly
 def test_speed_before_a_crash_is_kept(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SMALL, encoding="utf-8")
     out = tmp_path / "records"
@@ -191,6 +193,7 @@ def test_speed_before_a_crash_is_kept(tmp_path: Path) -> None:
     assert runs_of(out / "record.json")["numpy:cpu"]["speed"] == whole
 
 
+@pytest.mark.nightly
 def test_nothing_optional_is_needed(tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
@@ -210,6 +213,7 @@ def test_nothing_optional_is_needed(tmp_path: Path) -> None:
 # --- failures -----------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_without_a_gpu(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -241,6 +245,7 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert runs["cupy:cpu"]["reason"]
 
 
+@pytest.mark.nightly
 def test_a_wrong_backend_fails_and_is_not_measured(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     code, text = command(out, "--only", "wrong", *CASES, path=planted)
@@ -251,6 +256,7 @@ def test_a_wrong_backend_fails_and_is_not_measured(tmp_path: Path, planted: Path
     assert runs_of(out / "record.json")["wrong:cpu"]["counts"]["failed"] >= 2
 
 
+@pytest.mark.nightly
 def test_a_process_that_crashes_leaves_the_others(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     code, text = command(out, "--only", "dying,numpy", "--no-speed", *CASES, path=planted)
@@ -260,6 +266,7 @@ def test_a_process_that_crashes_leaves_the_others(tmp_path: Path, planted: Path)
     assert runs_of(out / "record.json")["numpy:cpu"]["counts"]["passed"] == 3
 
 
+@pytest.mark.nightly
 def test_a_case_that_does_not_end_is_stopped(tmp_path: Path, planted: Path) -> None:
     out = tmp_path / "records"
     began = time.monotonic()
@@ -273,6 +280,7 @@ def test_a_case_that_does_not_end_is_stopped(tmp_path: Path, planted: Path) -> N
     assert "the known failure kernels::no_such_case is no case of the suite: remove it" in text
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -291,6 +299,7 @@ def test_wrong_use(arguments: list[str], code: int, message: str, tmp_path: Path
     assert message in text
 
 
+@pytest.mark.nightly
 def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, text = command(tmp_path / "file" / "records", "--only", "numpy")
@@ -298,6 +307,7 @@ def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
     assert "--out: " in text
 
 
+@pytest.mark.nightly
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['hypothesis'] = None\n")
     code, text = command(tmp_path / "records", "--only", "numpy", path=tmp_path)

@@ -32,6 +32,9 @@ from pdcore_backends.cupy import feature_programs, features
 from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_conformance.judge.calls import dtype_of
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(6)
+
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:

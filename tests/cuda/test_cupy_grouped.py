@@ -24,6 +24,9 @@ pytest.importorskip("ml_dtypes")
 from emulated_checks import fused, normal, random_mask, same_bits
 from emulated_cupy import NAME, EmulatedBackend, EmulatedRuntime, register
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(6)
+
 
 class Noting(EmulatedRuntime):
     """A runtime that records the tables that are passed to kernels."""

@@ -35,6 +35,9 @@ from pdcore_backends.cupy.operands import packed
 from pdcore_backends.cupy.programs import Program, columns_for
 from pdcore_conformance.judge.calls import dtype_of
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(6)
+
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:

@@ -30,6 +30,9 @@ from pdcore_backends.cupy.columns import limit
 from pdcore_backends.cupy.statistics import KERNELS, summarised
 from pdcore_conformance.judge.calls import dtype_of
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(6)
+
 
 @pytest.fixture(scope="module")
 def backend() -> EmulatedBackend:

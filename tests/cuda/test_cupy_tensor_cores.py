@@ -31,6 +31,9 @@ from emulated_checks import (
 from emulated_cupy import NAME, EmulatedBackend, register
 from test_cupy_kernels import CALLS, Tempered
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(6)
+
 DTYPES = ("float16", "bfloat16")
 #: Two tiles of rows and three of keys, the last of each partial.
 LONG = {"n": 140, "m": 150}
