@@ -341,7 +341,7 @@ def _needs(item: Any) -> frozenset[str]:
     features = {feature for marker in item.iter_markers("claims") for feature in marker.args}
     callspec = getattr(item, "callspec", None)
     if callspec and "call" in callspec.params:
-        through = getattr(item.function, "asked", "forward")
+        through = getattr(item.function, "through", "forward")
         options = {name: True for name in ("vjp", "weights") if name == through}
         features |= set(callspec.params["call"].features(**options))
         if through == "autodiff":
