@@ -85,7 +85,7 @@ MODULES = {
     "pdcore_conformance.memory": "pdcore_conformance.bench.memory",
     "pdcore_conformance.new_backend": "pdcore_conformance.template.new_backend",
     "pdcore_conformance.outcomes": "pdcore_conformance.runner.outcomes",
-    "pdcore_conformance.own_words": "pdcore_conformance.judge.own_words",
+    "pdcore_conformance.own_words": "pdcore_conformance.judge.user_axes",
     "pdcore_conformance.peers": "pdcore_conformance.bench.peers",
     "pdcore_conformance.plain": "pdcore_conformance.bench.numpy_variants",
     "pdcore_conformance.plugin": "pdcore_conformance.runner.plugin",

@@ -13,7 +13,16 @@ __all__ = ["accuracy_rows", "claim_rows", "cost_rows", "redundancy_rows", "sente
 #: The texts of a row; verdicts are those of `reproduction.verdict`.
 Row = tuple[str, ...]
 
-ACCURACY = ("data", "attention", "test %", "seeds", "validation %", "less softmax", "epochs", "s")
+ACCURACY = (
+    "data",
+    "attention",
+    "test %",
+    "seeds",
+    "validation %",
+    "minus softmax's",
+    "epochs",
+    "s",
+)
 REDUNDANCY = ("data", "attention", *(f"{m}, layer by layer" for m in MEASURES), "untrained maps")
 COST = (
     "N",

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and with which exit code."""
+"""Test what the command line prints, on which stream, and its exit codes."""
 
 from __future__ import annotations
 
@@ -238,11 +238,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: int, code: in
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell lets what it starts in the background, and all below it, ignore SIGINT.
+        # A shell's background processes, and their children, ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as started:
         try:
-            # The temporary file is there from the moment on when the work begins.
+            # The temporary file exists from the moment the work begins.
             for _ in range(600):
                 if len(os.listdir(tmp_path)) > 1:
                     break
@@ -269,7 +269,7 @@ def test_a_bar_appears_on_a_terminal_and_only_after_a_while() -> None:
         text = on_a_terminal(code.format(patience=patience))
         assert ("attention" in text) is shown, text
         assert ("left:" in text) is shown
-    # Without a terminal there is nobody to look at it.
+    # Without a terminal nobody would see progress.
     silent = subprocess.run(
         [sys.executable, "-c", code.format(patience="0.1")],
         capture_output=True,

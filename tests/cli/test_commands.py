@@ -1,4 +1,4 @@
-"""The commands of the command line: declared by entry points, imported when they are called."""
+"""Test that commands are declared by entry points and imported when they are called."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*arguments: str) -> Any:
 
 
 def install(folder: Path, name: str, module: str, content: str) -> Path:
-    """Write a distribution whose one table of commands is `module`, with its metadata."""
+    """Write a distribution, with metadata, whose only table of commands is `module`."""
     info = folder / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -47,7 +47,7 @@ def install(folder: Path, name: str, module: str, content: str) -> Path:
 def third_party(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Install a distribution called ``thirdparty``; the test's parameter is its table's module."""
+    """Install a distribution ``thirdparty``; the parameter is the module of its table."""
     install(tmp_path, "thirdparty", "thirdparty_table", request.param)
     (tmp_path / "thirdparty_greeting.py").write_text(GREETING)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -131,7 +131,7 @@ def test_one_command_imports_no_other() -> None:
 
 
 def test_the_core_names_nothing_above_it() -> None:
-    """Neither by an import nor by a text: only entry points do."""
+    """Check that neither an import nor a text of the core names conformance: entry points do."""
     for path in Path(pdcore.cli.__file__).parent.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"pdcore_(conformance|backends|adapters)", text), path

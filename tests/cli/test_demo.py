@@ -1,4 +1,4 @@
-"""The bundled recordings, and the demo on them."""
+"""Test the bundled recordings, and the demo on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    """One run of the demo, as the command line gives it."""
+    """Run the demo once, by the command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "ROUNDS", 3)
         done = CliRunner().invoke(app, ["demo", "--out", str(folder), "--json"])
@@ -140,7 +140,7 @@ def test_the_picture_is_a_picture(result: dict[str, Any], folder: Path) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser would fetch, and the images' descriptions."""
+    """Collect what a browser would fetch, and the images' descriptions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Arrays in files: what is read back, and what hostile or damaged files get for an answer."""
+"""Test that arrays in files are read back, and that hostile or damaged files are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TRACE: list[str] = []
 
 
 class Harmful:
-    """Leaves a trace when it is unpickled."""
+    """An object that leaves a trace when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return (TRACE.append, ("unpickled",))
@@ -78,7 +78,7 @@ def archive(path: Path, members: dict[str, bytes], compression: int = zipfile.ZI
 
 
 def members(**changed: Any) -> dict[str, bytes]:
-    """A good archive's members, some of them changed, None leaving one out."""
+    """Return the members of a good archive, with changes; None leaves a member out."""
     content = {f"{name}.npy": npy(array) for name, array in QKV.items()}
     content.update({name.replace("_npy", ".npy"): value for name, value in changed.items()})
     return {name: value for name, value in content.items() if value is not None}
@@ -90,24 +90,24 @@ def test_everything_is_read_back(tmp_path: Path, kind: str) -> None:
         path = save(tmp_path / "in.npz", QKV | EXTRA).rename(tmp_path / "in.NPZ")
     else:
         path = save(tmp_path / f"in{kind}", QKV | EXTRA)
-    found = read_arrays(path)
-    params = found.pop("params")
-    assert set(found) | {f"params.{n}" for n in params} == set(QKV | EXTRA)
-    for name, array in found.items():
+    result = read_arrays(path)
+    params = result.pop("params")
+    assert set(result) | {f"params.{n}" for n in params} == set(QKV | EXTRA)
+    for name, array in result.items():
         np.testing.assert_array_equal(array, (QKV | EXTRA)[name])
         assert array.dtype == (QKV | EXTRA)[name].dtype
     np.testing.assert_array_equal(params["beta"], 1.0)
 
 
 def test_compressed_fortran_ordered_and_swapped_arrays(tmp_path: Path) -> None:
-    given = dict(QKV)
-    given["q"] = np.asfortranarray(QKV["q"])
-    given["k"] = QKV["k"].astype(">f4")
-    np.savez_compressed(tmp_path / "in.npz", **given)
-    found = read_arrays(tmp_path / "in.npz")
+    options = dict(QKV)
+    options["q"] = np.asfortranarray(QKV["q"])
+    options["k"] = QKV["k"].astype(">f4")
+    np.savez_compressed(tmp_path / "in.npz", **options)
+    result = read_arrays(tmp_path / "in.npz")
     for name in QKV:
-        np.testing.assert_array_equal(found[name], QKV[name])
-        assert found[name].dtype.isnative
+        np.testing.assert_array_equal(result[name], QKV[name])
+        assert result[name].dtype.isnative
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -120,9 +120,9 @@ def test_dtypes_survive(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.parametrize(("offset", "expected"), [(np.array(7), 7), (np.array("end"), "end")])
 def test_a_scalar_offset_is_a_plain_value(tmp_path: Path, offset: Any, expected: Any) -> None:
     path = save(tmp_path / "in.npz", QKV | {"offset": offset})
-    found = read_arrays(path)["offset"]
-    assert found == expected
-    assert type(found) is type(expected)
+    actual = read_arrays(path)["offset"]
+    assert actual == expected
+    assert type(actual) is type(expected)
 
 
 def test_bytes_that_are_no_bools_do_not_stay_bools(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_other_compressions_are_refused(tmp_path: Path) -> None:
 def test_sizes_that_the_bytes_cannot_hold_are_not_allocated(tmp_path: Path) -> None:
     path = archive(tmp_path / "in.npz", members(), zipfile.ZIP_DEFLATED)
     raw = bytearray(path.read_bytes())
-    # The directory at the end says how large a member will be; claim 2 GiB for the first.
+    # The directory at the end states the size of each member; claim 2 GiB for the first.
     at = raw.index(b"PK\x01\x02") + 24
     raw[at : at + 4] = (2**31).to_bytes(4, "little")
     path.write_bytes(raw)
@@ -246,7 +246,7 @@ def test_a_damaged_byte_of_a_member_fails_its_checksum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [".npz", ".safetensors"])
 def test_no_damage_gets_past(tmp_path: Path, kind: str) -> None:
-    """Whatever happens to the bytes, the answer is a `FileError` or arrays."""
+    """Check that damaged bytes raise `FileError` or give arrays, and nothing else."""
     path = save(tmp_path / f"in{kind}", QKV | EXTRA)
     good = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -256,7 +256,7 @@ def test_no_damage_gets_past(tmp_path: Path, kind: str) -> None:
         if turn % 2:
             raw = raw[: rng.integers(len(raw))]
         else:
-            # Headers are short: aim there half of the time.
+            # Headers are short: damage one in half of the runs.
             limit = 200 if turn % 4 else len(raw)
             for at in rng.integers(limit, size=rng.integers(1, 4)):
                 raw[at] = rng.integers(256)
@@ -336,14 +336,14 @@ def test_what_is_written_can_be_read(tmp_path: Path, kind: str) -> None:
     with replacing(path) as stream:
         write_arrays(stream, kind, arrays, {"spec": "softmax"})
     if kind == ".npz":
-        with np.load(path, allow_pickle=False) as found:
-            loaded = dict(found)
+        with np.load(path, allow_pickle=False) as result:
+            loaded = dict(result)
     else:
         from safetensors import safe_open
 
-        with safe_open(path, framework="numpy") as found:
-            assert found.metadata() == {"spec": "softmax"}
-            loaded = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        with safe_open(path, framework="numpy") as result:
+            assert result.metadata() == {"spec": "softmax"}
+            loaded = {name: result.get_tensor(name) for name in result.keys()}  # noqa: SIM118
     assert set(loaded) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(loaded[name], array)

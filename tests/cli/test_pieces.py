@@ -1,4 +1,4 @@
-"""A call cut into pieces is the call."""
+"""Test that a call cut into pieces computes what the whole call does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `examples/reproduce.py` concludes from planted figures, whichever way they point."""
+"""Test what `examples/reproduce.py` concludes from planted figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def planted(
     seeds: int = 3,
     spread: float = 0.01,
 ) -> dict[str, Any]:
-    """Figures in which every spec differs from softmax by so much, and a little by chance."""
+    """Return figures in which every spec differs from softmax by these amounts, plus noise."""
     rng = np.random.default_rng(0)
 
     def about(value: float) -> float:
@@ -39,11 +39,11 @@ def planted(
 
     cells: dict[str, Any] = {}
     for place, spec in enumerate(SPECS):
-        own = place > 0
+        changed = place > 0
         for seed in range(seeds):
             for data in DATA:
-                found = {
-                    measure: [about(apart**own * layer) for layer in (1.0, 2.0)]
+                result = {
+                    measure: [about(apart**changed * layer) for layer in (1.0, 2.0)]
                     for measure in ("maps", "outputs", "relative")
                 }
                 cells[Cell("train", spec, data, seed).name] = {
@@ -51,17 +51,17 @@ def planted(
                     "epochs": 6,
                     "validation_accuracy": 0.5,
                     "seconds": 1.0,
-                    "test_accuracy": 0.7 + gain * own + 0.5 * spread * rng.standard_normal(),
-                    "trained": found,
-                    "untrained": found,
+                    "test_accuracy": 0.7 + gain * changed + 0.5 * spread * rng.standard_normal(),
+                    "trained": result,
+                    "untrained": result,
                 }
         for length, dim in SIZES:
             for repeat in range(3):
                 name = Cell("memory", spec, "", repeat, length, dim).name
-                cells[name] = {"mib": about(10.0 * cost**own)}
+                cells[name] = {"mib": about(10.0 * cost**changed)}
             cells[Cell("flops", spec, length=length, dim=dim).name] = {
                 "attention": 1000,
-                "model": round(2000 * products**own),
+                "model": round(2000 * products**changed),
             }
     for length, dim in SIZES:
         cells[Cell("time", length=length, dim=dim).name] = {
@@ -75,36 +75,36 @@ def planted(
 
 
 def verdicts(record: dict[str, Any]) -> dict[str, set[str]]:
-    """All verdicts of each claim; the planted specs are alike."""
-    found = findings(record, DATA)
-    every: dict[str, set[str]] = {"sentence": {row["verdict"] for row in found["sentences"]}}
-    for claim in found["claims"]:
+    """Return the verdicts of each claim as a set; the planted specs differ by noise only."""
+    result = findings(record, DATA)
+    every: dict[str, set[str]] = {"sentence": {row["verdict"] for row in result["sentences"]}}
+    for claim in result["claims"]:
         every.setdefault(claim["claim"], set()).add(claim["verdict"])
     return every
 
 
 def test_what_is_planted_for_the_claims_is_confirmed() -> None:
-    found = verdicts(planted(gain=0.05, apart=1.5, cost=0.8, products=0.9))
-    assert found == {key: {"confirmed"} for key in ("sentence", "accuracy", "redundancy", "cost")}
+    result = verdicts(planted(gain=0.05, apart=1.5, cost=0.8, products=0.9))
+    assert result == {key: {"confirmed"} for key in ("sentence", "accuracy", "redundancy", "cost")}
 
 
 def test_what_is_planted_against_them_is_denied() -> None:
-    found = verdicts(planted(gain=-0.05, apart=0.7, cost=1.2, products=1.1))
-    assert found == {key: {"denied"} for key in ("sentence", "accuracy", "redundancy", "cost")}
+    result = verdicts(planted(gain=-0.05, apart=0.7, cost=1.2, products=1.1))
+    assert result == {key: {"denied"} for key in ("sentence", "accuracy", "redundancy", "cost")}
 
 
 def test_one_part_that_fails_denies_the_sentence() -> None:
-    found = verdicts(planted(gain=0.05, apart=1.5, cost=1.2, products=1.1))
-    assert found["accuracy"] == found["redundancy"] == {"confirmed"}
-    assert found["cost"] == found["sentence"] == {"denied"}
+    result = verdicts(planted(gain=0.05, apart=1.5, cost=1.2, products=1.1))
+    assert result["accuracy"] == result["redundancy"] == {"confirmed"}
+    assert result["cost"] == result["sentence"] == {"denied"}
 
 
 def test_no_difference_is_not_shown() -> None:
-    found = verdicts(planted(products=0.9, spread=0.03))
-    assert found["accuracy"] == found["redundancy"] == {"not shown"}
-    # Fewer operations, which are exact, and neither time nor memory that follow.
-    assert found["cost"] == {"in part"}
-    assert found["sentence"] == {"not shown"}
+    result = verdicts(planted(products=0.9, spread=0.03))
+    assert result["accuracy"] == result["redundancy"] == {"not shown"}
+    # Operations, which are exact, are fewer; time and memory are not.
+    assert result["cost"] == {"in part"}
+    assert result["sentence"] == {"not shown"}
 
 
 def test_equal_operations_are_not_fewer() -> None:
@@ -120,9 +120,9 @@ def test_a_system_that_does_not_tell_memory() -> None:
     for name, figures in record["cells"].items():
         if name.startswith("memory"):
             figures["mib"] = None
-    found = findings(record, DATA)
-    assert all(row["mib"] is None and row["memory_ratio"] is None for row in found["cost"])
-    claim = next(c for c in found["claims"] if c["claim"] == "cost")
+    result = findings(record, DATA)
+    assert all(row["mib"] is None and row["memory_ratio"] is None for row in result["cost"])
+    claim = next(c for c in result["claims"] if c["claim"] == "cost")
     assert claim["verdict"] == "confirmed"
     assert not any("memory" in part["what"] for part in claim["parts"])
 
@@ -131,25 +131,25 @@ def test_data_sets_that_are_missing_are_named_and_not_counted() -> None:
     record = planted(gain=0.05)
     for name in [n for n in record["cells"] if "Handwriting" in n]:
         del record["cells"][name]
-    found = findings(record, [name for name in DATA if name != "Handwriting"])
-    assert set(found["absent"]) == {"Handwriting", "ImageNet"}
-    assert "Handwriting" not in {row["data"] for row in found["accuracy"]}
+    result = findings(record, [name for name in DATA if name != "Handwriting"])
+    assert set(result["absent"]) == {"Handwriting", "ImageNet"}
+    assert "Handwriting" not in {row["data"] for row in result["accuracy"]}
 
 
 def test_the_figures_are_those_of_the_cells() -> None:
     record = planted(gain=0.05, apart=1.5)
-    found = findings(record, DATA)
-    assert found["level"] == pytest.approx(1 - 0.05 / 2)
-    row = next(r for r in found["accuracy"] if (r["data"], r["spec"]) == (DATA[1], SPECS[1]))
-    own, other = (
+    result = findings(record, DATA)
+    assert result["level"] == pytest.approx(1 - 0.05 / 2)
+    row = next(r for r in result["accuracy"] if (r["data"], r["spec"]) == (DATA[1], SPECS[1]))
+    accuracies, other = (
         [record["cells"][Cell("train", s, DATA[1], n).name]["test_accuracy"] for n in range(3)]
         for s in (SPECS[1], BASELINE)
     )
-    assert row["mean"] == pytest.approx(np.mean(own))
-    assert row["deviation"] == pytest.approx(np.std(own, ddof=1))
-    # One group is Student's paired interval.
-    paired = scipy_stats.ttest_rel(own, other).confidence_interval(found["level"])
-    assert row["difference"] == pytest.approx([np.mean(own) - np.mean(other), *paired])
+    assert row["mean"] == pytest.approx(np.mean(accuracies))
+    assert row["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
+    # With one group the interval is Student's paired interval.
+    paired = scipy_stats.ttest_rel(accuracies, other).confidence_interval(result["level"])
+    assert row["difference"] == pytest.approx([np.mean(accuracies) - np.mean(other), *paired])
 
 
 # --- intervals --------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_the_figures_are_those_of_the_cells() -> None:
 def test_the_interval_of_two_groups_is_that_of_welch() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.normal(2, 1, 4).tolist(), rng.normal(0, 3, 6).tolist()
-    found = combined([a, b], [1.0, -1.0], 0.9)
+    result = combined([a, b], [1.0, -1.0], 0.9)
     theirs = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
-    assert found == pytest.approx((np.mean(a) - np.mean(b), theirs.low, theirs.high))
+    assert result == pytest.approx((np.mean(a) - np.mean(b), theirs.low, theirs.high))
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
@@ -171,7 +171,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         low <= 1.0 <= high
         for _, low, high in (combined(d.tolist(), [0.25] * 4, 0.95) for d in draws)
     ]
-    # Four standard errors, and Welch's approximation errs to the safe side.
+    # Four standard errors; Welch's approximation covers more than its level.
     assert 0.93 <= np.mean(covered) <= 0.995
 
 
@@ -202,8 +202,8 @@ def test_a_group_without_a_variance_is_refused(groups: list[list[float]]) -> Non
 def test_a_figure_is_judged_by_its_interval(
     low: float, high: float, more: bool, exact: bool, verdict: str
 ) -> None:
-    found = judge(Estimate((low + high) / 2, low, high), 0.0, more=more, exact=exact)
-    assert found == verdict
+    result = judge(Estimate((low + high) / 2, low, high), 0.0, more=more, exact=exact)
+    assert result == verdict
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_several_verdicts_come_to_one(parts: str, claim: str, joined: str) -> No
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = CliRunner().invoke(app, [])
-    assert found.exit_code == Exit.MISSING
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == Exit.MISSING
     words = "torch is not installed: pip install 'pdcore[cli,conformance,svr,torch]'"
-    assert words in found.stderr.replace("\n", " ")
+    assert words in result.stderr.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""The oracle against a second one: plain Python loops over rows, keys and features."""
+"""Test the oracle against plain Python loops over rows, keys and features."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def loops(
     offset: Any = 0,
     params: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Give out, lse and the weights over the original keys, for q of shape (B, Hq, N, D)."""
+    """Compute out, lse and the weights over the original keys, for q of shape (B, Hq, N, D)."""
     spec = as_spec(text)
     kappa = KERNELS[text.split("+")[0]]
     batches, query_heads, rows, dim = q.shape
@@ -192,7 +192,7 @@ def _transforms(
     params: Mapping[str, Any],
     dim: int,
 ) -> Callable[[Vector], Vector] | None:
-    """Give T for one row, or None where prefix statistics have no key."""
+    """Return T for one row, or None where prefix statistics have no key."""
     bn: Any = spec.normalization
     if bn.word == "identity":
         return lambda x: x
@@ -226,7 +226,7 @@ def operands(rng: np.random.Generator) -> tuple[Any, Any, Any]:
 
 
 def matched(text: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Draw the params that a spec asks for."""
+    """Draw the params that a spec needs."""
     params = {}
     if "beta=param" in text:
         params["beta"] = rng.normal(size=(HKV,) if rng.random() < 0.5 else (HKV, D))
@@ -252,7 +252,7 @@ def restrictions(text: str, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def agree(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
-    """Compare; entries that are exactly 0 or infinite must be so on both sides."""
+    """Check that results agree; entries exactly 0 or infinite must be so on both sides."""
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
     finite = np.isfinite(expected)
     scale = max(np.max(np.abs(expected), where=finite, initial=0.0), 1e-300)
@@ -262,11 +262,11 @@ def agree(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
 
 def check(text: str, rng: np.random.Generator) -> None:
     q, k, v = operands(rng)
-    given = {**restrictions(text, rng), "params": matched(text, rng)}
-    out, lse = reference_attention(q, k, v, text, return_lse=True, **given)
-    expected = loops(q, k, v, text, **given)
+    options = {**restrictions(text, rng), "params": matched(text, rng)}
+    out, lse = reference_attention(q, k, v, text, return_lse=True, **options)
+    expected = loops(q, k, v, text, **options)
     for got, want in zip(
-        (out, lse, reference_weights(q, k, v, text, **given)), expected, strict=True
+        (out, lse, reference_weights(q, k, v, text, **options)), expected, strict=True
     ):
         agree(got, want)
 
@@ -503,8 +503,8 @@ def test_leading_axes() -> None:
     key_mask = rng.random((2, B, M)) < 0.7
     offset = rng.integers(0, 4, size=(2, B))
     spec = "bn(allow_leak=true)+sh(1,2)+causal"
-    given = {"key_mask": key_mask, "offset": offset}
-    five = reference_attention(q, k, v, spec, **given)
+    options = {"key_mask": key_mask, "offset": offset}
+    five = reference_attention(q, k, v, spec, **options)
     for a, b in itertools.product(range(2), range(B)):
         single = reference_attention(
             q[a, b], k[a, b], v[a, b], spec, key_mask=key_mask[a, b], offset=offset[a, b]
@@ -546,10 +546,10 @@ def test_empty(spec: str, n: int, m: int, b: int) -> None:
     q, k, v = np.ones((b, 2, n, D)), np.ones((b, 2, m, D)), np.ones((b, 2, m, DV))
     for offset in (0, "end"):
         for key_mask in (None, np.ones((b, m), dtype=bool)):
-            given = {"offset": offset, "key_mask": key_mask}
-            out, lse = reference_attention(q, k, v, spec, return_lse=True, **given)
+            options = {"offset": offset, "key_mask": key_mask}
+            out, lse = reference_attention(q, k, v, spec, return_lse=True, **options)
             assert out.shape == (b, 2, n, DV)
-            assert reference_weights(q, k, v, spec, **given).shape == (b, 2, n, m)
+            assert reference_weights(q, k, v, spec, **options).shape == (b, 2, n, m)
             if m == 0:
                 assert not out.any()
                 assert (lse == -math.inf).all()
@@ -617,15 +617,15 @@ def test_a_nan_reaches_exactly_the_rows_that_see_it(spec: str, which: str) -> No
     q, k, v = operands(rng)
     spec = joined(spec, "causal")
     scale = dict(enumerate(as_spec(spec).heads.scales or (1, 1)))
-    given = {"offset": 2, "bias": np.zeros((B, HQ, N, M)) if which == "bias" else None}
-    clean, clean_lse = reference_attention(q, k, v, spec, return_lse=True, **given)
+    options = {"offset": 2, "bias": np.zeros((B, HQ, N, M)) if which == "bias" else None}
+    clean, clean_lse = reference_attention(q, k, v, spec, return_lse=True, **options)
     b, head, at = 1, 1, 3
     expected = np.zeros((B, HQ, N), dtype=bool)
     if which == "q":
         q[b, head, at, 0] = math.nan
         expected[b, head, at] = True
     elif which == "bias":
-        given["bias"][b, head, 2, at] = math.nan
+        options["bias"][b, head, 2, at] = math.nan
         expected[b, head, 2] = True
     else:
         at = 4  # head 1 has scale 1 or 3, or 2, whose window starts there
@@ -633,7 +633,7 @@ def test_a_nan_reaches_exactly_the_rows_that_see_it(spec: str, which: str) -> No
         last = at // scale[head] * scale[head] + scale[head] - 1
         for i in (2 * head, 2 * head + 1):
             expected[b, i] = np.arange(N) + 2 >= last
-    out, lse = reference_attention(q, k, v, spec, return_lse=True, **given)
+    out, lse = reference_attention(q, k, v, spec, return_lse=True, **options)
     columns = slice(0, 1) if which == "v" else slice(None)
     np.testing.assert_array_equal(np.isnan(out[..., columns]).any(-1), expected)
     np.testing.assert_array_equal(out[~expected], clean[~expected])
@@ -650,7 +650,7 @@ def test_infinite_values_give_what_the_sum_gives() -> None:
     mask = np.asarray([[1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0]], dtype=bool)
     out = reference_attention(q, k, v, mask=mask)
     np.testing.assert_array_equal(out[0, :, 0], [math.inf, -math.inf, math.nan, 1.0, 0.0])
-    out = reference_attention(q, k, v, "relu+h(one)", mask=mask)  # 0 * inf is NaN
+    out = reference_attention(q, k, v, "relu+h(one)", mask=mask)  # 0 * inf would be NaN
     np.testing.assert_array_equal(out[0, :, 0], [math.nan, math.nan, math.nan, 0.0, 0.0])
 
 
@@ -661,12 +661,12 @@ def test_infinite_values_give_what_the_sum_gives() -> None:
 def test_array_api_strict_gives_the_same_numbers(spec: str) -> None:
     rng = np.random.default_rng(10)
     q, k, v = operands(rng)
-    given = {"mask": rng.random((N, M)) < 0.7, "key_mask": rng.random((B, M)) < 0.7}
-    given["offset"] = rng.integers(0, 4, size=(B,))
+    options = {"mask": rng.random((N, M)) < 0.7, "key_mask": rng.random((B, M)) < 0.7}
+    options["offset"] = rng.integers(0, 4, size=(B,))
     if spec.startswith(WITH_LOG) and "sh(" not in spec:
-        given["bias"] = rng.normal(size=(HQ, N, M))
-    expected = reference_attention(q, k, v, spec, return_lse=True, **given)
-    strict = {name: array_api_strict.asarray(x) for name, x in given.items()}
+        options["bias"] = rng.normal(size=(HQ, N, M))
+    expected = reference_attention(q, k, v, spec, return_lse=True, **options)
+    strict = {name: array_api_strict.asarray(x) for name, x in options.items()}
     arrays = [array_api_strict.asarray(x) for x in (q, k, v)]
     for got, want in zip(
         reference_attention(*arrays, spec, return_lse=True, **strict), expected, strict=True
@@ -674,20 +674,22 @@ def test_array_api_strict_gives_the_same_numbers(spec: str) -> None:
         assert type(got) is type(arrays[0])
         agree(np.asarray(got), want, 1e-13)
     weights = reference_weights(*arrays, spec, **strict)
-    agree(np.asarray(weights), reference_weights(q, k, v, spec, **given), 1e-13)
+    agree(np.asarray(weights), reference_weights(q, k, v, spec, **options), 1e-13)
     end = reference_attention(*arrays, spec, **{**strict, "offset": "end"})
-    agree(np.asarray(end), reference_attention(q, k, v, spec, **{**given, "offset": "end"}), 1e-13)
+    agree(
+        np.asarray(end), reference_attention(q, k, v, spec, **{**options, "offset": "end"}), 1e-13
+    )
 
 
 @pytest.mark.parametrize("spec", [*KERNELS, "bn(beta=param)", "bn(statistics=prefix)+sh(1,2)"])
 def test_longdouble_stays_longdouble(spec: str) -> None:
     rng = np.random.default_rng(11)
     q, k, v = operands(rng)
-    given = {"params": {"beta": np.full((HKV,), 0.9)}} if "param" in spec else {}
+    options = {"params": {"beta": np.full((HKV,), 0.9)}} if "param" in spec else {}
     exact = reference_attention(
-        *(x.astype(np.longdouble) for x in (q, k, v)), spec, return_lse=True, **given
+        *(x.astype(np.longdouble) for x in (q, k, v)), spec, return_lse=True, **options
     )
-    low = reference_attention(q, k, v, spec, return_lse=True, **given)
+    low = reference_attention(q, k, v, spec, return_lse=True, **options)
     for x, y in zip(exact, low, strict=True):
         assert x.dtype == np.longdouble
         assert y.dtype == np.float64
@@ -815,7 +817,7 @@ class Square(PointwiseKernel):
 
 @dataclass(frozen=True)
 class Bilinear(FeatureMap):
-    """x.(a y) with positive a: may be negative."""
+    """x.(a y) with positive a; kappa may be negative."""
 
     signed = True
     word = "bilinear"
@@ -833,7 +835,7 @@ class Bilinear(FeatureMap):
 
 @dataclass(frozen=True)
 class LogRelu(FeatureMap):
-    """phi = relu(x), by its logarithm."""
+    """phi = relu(x), computed as log phi."""
 
     log_domain = True
     word = "log_relu"
@@ -847,7 +849,7 @@ class LogRelu(FeatureMap):
 
 @dataclass(frozen=True)
 class PositiveExp(FeatureMap):
-    """phi = exp(x), by its logarithm."""
+    """phi = exp(x), computed as log phi."""
 
     log_domain = True
     word = "positive_exp"
@@ -860,7 +862,7 @@ class PositiveExp(FeatureMap):
 
 
 class CentredTwice(Statistics):
-    """Two rounds: the mean, then the mean of what that mean leaves."""
+    """Two rounds: the mean, then the mean of the keys minus it."""
 
     rounds = 2
 
@@ -881,7 +883,7 @@ class CentredTwice(Statistics):
 
 @dataclass(frozen=True)
 class Standardise(Normalization):
-    """What bn computes, by the public hooks."""
+    """The normalization of bn, written by the public hooks."""
 
     statistics: str = "moments"
     word = "standardise"
@@ -1010,9 +1012,9 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case: str) -> None:
     error, message, changed = REFUSED[case]
-    given = {"q": F, "k": F, "v": F, **changed}
+    options = {"q": F, "k": F, "v": F, **changed}
     with pytest.raises(error, match=message):
-        reference_attention(**given)
+        reference_attention(**options)
 
 
 def test_mixed_libraries_are_refused() -> None:

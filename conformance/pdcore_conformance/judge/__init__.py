@@ -1,1 +1,1 @@
-"""What a call must give: the oracle, its error budget, and the comparison."""
+"""Judge the results of a backend: the oracle, its error budget, and the comparison."""

@@ -1,4 +1,4 @@
-"""What a case of the suite calls a backend with: a spec, and inputs that try it.
+"""Describe the calls of the suite: a spec, and how to draw inputs that try it.
 
 A `Call` is data: it can be listed, selected and named before any array exists, and it draws the
 same NumPy arrays on every machine.
@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 
 def dtype_of(name: str) -> Any:
-    """Give the NumPy dtype of a name; bfloat16 is that of ml_dtypes."""
+    """Return the NumPy dtype of a name; bfloat16 is that of ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes
 
@@ -41,7 +41,7 @@ class Arrays:
     ----------
     q, k, v : array (*B, Hq, N, D), (*B, Hkv, M, D), (*B, Hkv, M, Dv)
     options : mapping
-        Those of mask, key_mask, bias, offset and params that the call has.
+        The mask, key_mask, bias, offset and params of the call, those that it has.
     """
 
     q: Array
@@ -51,23 +51,23 @@ class Arrays:
 
     @property
     def differentiable(self) -> dict[str, Array]:
-        """What has a gradient, by name: q, k, v, bias and the params given."""
-        found = {"q": self.q, "k": self.k, "v": self.v}
+        """The arrays that may have a gradient, by name: q, k, v, bias and the params."""
+        inputs = {"q": self.q, "k": self.k, "v": self.v}
         if "bias" in self.options:
-            found["bias"] = self.options["bias"]
-        return found | dict(self.options.get("params", {}))
+            inputs["bias"] = self.options["bias"]
+        return inputs | dict(self.options.get("params", {}))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A spec and how its inputs are drawn; the defaults are a small plain call.
+    """A spec and how its inputs are drawn; the defaults are a small call without options.
 
     Parameters
     ----------
     spec : str
-        What to compute.
+        The specification of the attention.
     dtype : str
-        Of q, k and v.
+        The dtype of q, k and v.
     lead : tuple of int
         The leading axes (*B).
     heads, key_heads : int
@@ -75,20 +75,23 @@ class Call:
     rows, keys, dim, value_dim : int
         N, M, D and Dv.
     key_mask : {"", "right", "left", "holes", "one", "none"}
-        Which keys are real: all; padding at the right, at the left, in the middle; only one; not
-        one in the last sequence. Padding holds NaN.
+        Which keys are real: all; all but padding at the right, at the left, in the middle; one
+        key; no key of the last sequence. Padding holds NaN.
     mask : {"", "random", "keys", "heads", "empty"}
-        Whole; one for all rows; one for each head; with rows that see nothing.
+        No mask; one of full shape; one row for all rows; one for each head; with rows that see no
+        key.
     bias : {"", "full", "keys", "rows", "inf", "float32"}
-        Whole; broadcast over rows; over batch and heads; with -inf and empty rows; float32
-        whatever the dtype.
+        No bias; one of full shape; broadcast over rows; broadcast over batch and heads; with -inf
+        and rows that see no key; in float32 whatever the dtype.
     offset : int or {"array", "sequence", "end"}
-        Of the queries: an int, an integer array (), one for each sequence, or the end.
+        The offset of the queries: an int, an integer array of shape (), one for each sequence, or
+        the end of the keys.
     given : bool
-        Whether parameters that have a default are given too.
+        Whether `params` has the parameters that have a default too. (The ids of cases contain the
+        name of this field.)
     draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
-        constant feature; with an outlier for a first key; logits in the hundreds; with rows of
+        constant feature; with an outlier as the first key; logits in the hundreds; with rows of
         zeros; all keys equal; norms growing along the sequence.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
@@ -113,17 +116,17 @@ class Call:
     seed: int = field(default=0, compare=True)
 
     def but(self, **changes: Any) -> Call:
-        """Change some of it."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     @property
     def parsed(self) -> AttentionSpec:
-        """The spec."""
+        """The parsed spec."""
         return parse(self.spec)
 
     @property
     def label(self) -> str:
-        """The spec, the dtype, and whatever else is not the default, for the id of a case."""
+        """The spec, the dtype, and every field that is not the default, as the id of a case."""
         words = [self.spec.replace(" ", ""), self.dtype]
         for f in fields(self):
             value = getattr(self, f.name)
@@ -136,8 +139,8 @@ class Call:
             words.append(f"{f.name}={text}")
         return "-".join(words)
 
-    def request(self, library: str, device: str, **asked: Any) -> Request:
-        """Describe the call as a backend judges it; `asked` are lse, vjp, weights..."""
+    def request(self, library: str, device: str, **outputs: Any) -> Request:
+        """Return the request that a backend judges; `outputs` are lse, vjp, weights..."""
         full = (*self.lead, self.heads, self.rows, self.keys)
         present = self.shapes
         kind = self.offset if isinstance(self.offset, str) else "int"
@@ -153,7 +156,7 @@ class Call:
             present.get("key_mask"),
             present.get("bias"),
             kind,
-            **asked,
+            **outputs,
         )
 
     @property
@@ -179,13 +182,13 @@ class Call:
             }.get(self.bias, full)
         return shapes
 
-    def features(self, **asked: Any) -> list[str]:
-        """List the features that the call needs, see `pdcore.backend.FEATURES`."""
-        return self.request("", "cpu", **asked).features()
+    def features(self, **outputs: Any) -> list[str]:
+        """Return the features that the call needs, see `pdcore.backend.FEATURES`."""
+        return self.request("", "cpu", **outputs).features()
 
     def arrays(self) -> Arrays:
         """Draw the inputs."""
-        # The same values in every dtype and layout.
+        # The seed leaves out dtype and layout, so that values are the same in all of them.
         plain = self.but(dtype="float32", layout="").label
         rng = np.random.default_rng(zlib.crc32(plain.encode()))
         shapes = self.shapes
@@ -273,7 +276,7 @@ class Call:
 
 
 def _laid_out(x: Array, layout: str) -> Array:
-    """Give an array of equal values that lies otherwise in memory."""
+    """Return an array of equal values with this layout in memory."""
     match layout:
         case "":
             return x
@@ -285,9 +288,9 @@ def _laid_out(x: Array, layout: str) -> Array:
             return wide[..., ::2, :]
         case "reversed":
             return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
-        case "broadcast":  # the first sequence again and again, with stride 0
+        case "broadcast":  # the first sequence repeated, with stride 0
             return np.broadcast_to(x[:1], x.shape)
-        case "packed":  # q, k and v out of one projection
+        case "packed":  # a slice of one array that holds q, k and v
             wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), math.nan, x.dtype)
             wide[..., x.shape[-1] : 2 * x.shape[-1]] = x
             return wide[..., x.shape[-1] : 2 * x.shape[-1]]
@@ -300,5 +303,5 @@ def _laid_out(x: Array, layout: str) -> Array:
 
 @lru_cache(maxsize=8)
 def drawn(call: Call) -> Arrays:
-    """Draw a call's inputs, kept for the cases that use the same ones next to each other."""
+    """Draw the inputs of a call; a cache serves consecutive cases of the same inputs."""
     return call.arrays()

@@ -1,4 +1,4 @@
-"""How the suite is written: a test is a sentence and the calls that try it."""
+"""Build the tests of the suite, each from a rule in one sentence and the calls that try it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 def judged(why: str, *calls: Any, through: str = "forward") -> Callable[..., None]:
-    """Make a test that judges each of some calls by the oracle.
+    """Build a test that compares each of these calls with the oracle.
 
     Parameters
     ----------
     why : str
-        What a backend that fails has got wrong.
+        The rule, in one sentence, that a backend breaks where the test fails.
     *calls : Call
-        Or `full(call)`, for the full grid only.
+        The calls; `full(call)` for one of the full grid only.
     through : {"forward", "vjp", "autodiff", "weights"}
         See `pdcore_conformance.judge.subject.Subject.judge`.
     """
@@ -33,27 +33,27 @@ def judged(why: str, *calls: Any, through: str = "forward") -> Callable[..., Non
         subject.judge(call, through)
 
     test.__doc__ = why
-    test.asked = through  # type: ignore[attr-defined]
+    test.through = through  # type: ignore[attr-defined]
     return test
 
 
 def full(call: Call) -> Any:
-    """Keep a call for the full grid."""
+    """Return a call as a parameter that only the full grid runs."""
     return pytest.param(call, marks=pytest.mark.full_grid)
 
 
 def claims(*features: str) -> pytest.MarkDecorator:
-    """Mark a test as asking for features that a backend claims or does not."""
+    """Return a mark for a test that needs these features; it runs where they are declared."""
     return pytest.mark.claims(*features)
 
 
 def each(calls: Sequence[Any]) -> pytest.MarkDecorator:
-    """Run a test on each of some calls, as its argument `call`."""
+    """Return a mark that runs a test on each of these calls, as its argument `call`."""
     return pytest.mark.parametrize("call", calls, ids=_label)
 
 
 def specs(base: Call, *texts: str) -> list[Call]:
-    """Give a call for each of some specs."""
+    """Return the call with each of these specs."""
     return [base.but(spec=text) for text in texts]
 
 

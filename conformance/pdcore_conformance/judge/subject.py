@@ -1,4 +1,4 @@
-"""The backend under test: called as a user calls it, watched, and held against the oracle."""
+"""Call a backend as a user does, watch the call, and compare its results with the oracle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["CORE", "PROPERTIES", "Evidence", "Nonconforming", "Subject"]
 
 Array = np.ndarray[Any, Any]
 
-#: What every backend has to have.
+#: The features that every backend must have.
 CORE = frozenset(
     {
         "float32",
@@ -38,7 +38,7 @@ CORE = frozenset(
     }
 )
 
-#: Features that no single call asks for: a backend claims them, or nothing is asked of it.
+#: Features that no single call needs: their cases run where a backend declares the feature.
 PROPERTIES = frozenset(
     {
         "autodiff",
@@ -59,14 +59,14 @@ class Nonconforming(AssertionError):  # noqa: N818 - pytest reports it as a fail
 
 @dataclass
 class Evidence:
-    """What one case found out; `outcome` is filled in where it is not simply passed or failed."""
+    """The verdicts of one case; `outcome` is set where it is neither passed nor failed."""
 
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     outcome: str | None = None
     note: str | None = None
 
     def add(self, verdicts: Mapping[str, Verdict]) -> None:
-        """Keep the worst verdict of each output, and fail on one over its budget."""
+        """Keep the worst verdict of each output, and raise where one is over its budget."""
         for name, verdict in verdicts.items():
             known = self.verdicts.get(name)
             if known is None or not verdict.ratio <= known.ratio:
@@ -82,14 +82,14 @@ class Subject:
     Parameters
     ----------
     name : str
-        Of the backend.
+        The name of the backend.
     device : str, optional
-        Where its arrays are; the first that it declares by default.
+        The device of its arrays, by default the first that the backend declares.
 
     Attributes
     ----------
     evidence : Evidence
-        Of the case that runs now; the plugin puts a new one before each.
+        The evidence of the current case; the pytest plugin sets a new one before each case.
     """
 
     def __init__(self, name: str, device: str | None = None) -> None:
@@ -101,17 +101,17 @@ class Subject:
         self.evidence = Evidence()
 
     def claims(self, feature: str) -> bool:
-        """Whether the backend declares full support for a feature."""
+        """Return whether the backend declares full support for a feature."""
         return self.info.support(feature) == "full"
 
     def unclaimed(self, features: list[str]) -> list[str]:
-        """List the features that the backend does not declare."""
+        """Return the features that the backend does not declare."""
         return [feature for feature in features if not self.claims(feature)]
 
     # --- judged calls -----------------------------------------------------------------------------
 
     def judge(self, call: Call, through: str = "forward") -> None:
-        """Run a call and hold its results against the oracle, or verify that it is refused.
+        """Run a call and compare its results with the oracle, or verify that it is refused.
 
         Parameters
         ----------
@@ -123,52 +123,51 @@ class Subject:
         Raises
         ------
         Nonconforming
-            When a result is wrong, when something declared is refused, or something runs that is
-            not declared.
+            If a result is wrong, a declared feature is refused, or an undeclared feature runs.
         """
-        asked = {
+        outputs = {
             "vjp": through == "vjp",
             "weights": through == "weights",
             "lse": through == "forward" and self.claims("lse"),
         }
-        features = call.features(**asked)
+        features = call.features(**outputs)
         if through == "autodiff":
             features.append("autodiff")
         missing = self.unclaimed(features)
         arrays = drawn(call)
         if missing:
-            self.refuses(missing, lambda: self._run(call, arrays, through, asked["lse"]), call)
+            self.refuses(missing, lambda: self._run(call, arrays, through, outputs["lse"]), call)
             return
-        found = self.accepts(lambda: self._run(call, arrays, through, asked["lse"]))
-        self.evidence.add(judge(found, self.expected(call, arrays, through)))
+        results = self.accepts(lambda: self._run(call, arrays, through, outputs["lse"]))
+        self.evidence.add(judge(results, self.expected(call, arrays, through)))
 
     def expected(self, call: Call, arrays: Arrays, through: str = "forward") -> Expected:
-        """Run the oracle on the inputs of a call."""
-        asked: dict[str, Any] = {}
+        """Compute the oracle's results for a call, and their budgets."""
+        outputs: dict[str, Any] = {}
         if through in ("vjp", "autodiff"):
-            asked = dict(zip(("d_out", "d_lse"), cotangents(call), strict=True))
+            outputs = dict(zip(("d_out", "d_lse"), cotangents(call), strict=True))
         elif through == "weights":
-            asked = {"weights": True}
-        return expect(arrays.q, arrays.k, arrays.v, call.spec, **arrays.options, **asked)
+            outputs = {"weights": True}
+        return expect(arrays.q, arrays.k, arrays.v, call.spec, **arrays.options, **outputs)
 
     def compute(
         self, arrays: Arrays, spec: str, *, lse: bool = True, **more: Any
     ) -> dict[str, Array]:
-        """Call `attention` on NumPy arrays taken to the backend, and bring the results back.
+        """Compute attention on the backend, from NumPy arrays to NumPy arrays.
 
         Raises
         ------
         Nonconforming
-            When it changes its inputs, asks another backend, refuses, or gives results in
-            another library, dtype or device.
+            If the backend changes its inputs, calls another backend or refuses, or if a result is
+            of another library or on another device.
         """
-        found: dict[str, Array] = self.accepts(lambda: self.attempt(arrays, spec, lse, **more))
-        return found
+        results: dict[str, Array] = self.accepts(lambda: self.attempt(arrays, spec, lse, **more))
+        return results
 
     # --- refusals ---------------------------------------------------------------------------------
 
     def refuses(self, features: list[str], attempt: Callable[[], Any], call: Any = None) -> None:
-        """Verify that the backend refuses, with a reason, what it does not declare."""
+        """Check that the backend refuses features that it does not declare, with a reason."""
         try:
             attempt()
         except (UnsupportedError, NoBackendError) as error:
@@ -187,7 +186,7 @@ class Subject:
             )
 
     def accepts(self, attempt: Callable[[], Any]) -> Any:
-        """Run what the backend declares: a refusal is a failure."""
+        """Run a call that the backend declares, for which a refusal is a failure."""
         try:
             return attempt()
         except (UnsupportedError, NoBackendError) as error:
@@ -208,14 +207,14 @@ class Subject:
         raise ValueError(f"through: got {through!r}, expected forward, vjp, autodiff or weights")
 
     def attempt(self, arrays: Arrays, spec: str, lse: bool = True, **more: Any) -> dict[str, Array]:
-        """Do as `compute`, and let a refusal pass on to the caller."""
+        """Compute as `compute` does, but let the error of a refusal pass to the caller."""
         with self.watched(arrays) as (q, k, v, options):
             result = attention(q, k, v, spec, return_lse=lse, backend=self.name, **options, **more)
             out, level = result if lse else (result, None)
-            found = {"out": self.back(out, "out")}
+            results = {"out": self.back(out, "out")}
             if lse:
-                found["lse"] = self.back(level, "lse")
-        return found
+                results["lse"] = self.back(level, "lse")
+        return results
 
     def _weights(self, arrays: Arrays, spec: str) -> dict[str, Array]:
         with self.watched(arrays) as (q, k, v, options):
@@ -225,32 +224,36 @@ class Subject:
     def _vjp(self, call: Call, arrays: Arrays) -> dict[str, Array]:
         with self.watched(arrays) as (q, k, v, options):
             out, lse, vjp = attention_vjp(q, k, v, call.spec, backend=self.name, **options)
-            found = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
+            results = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
             gradients = vjp(*map(self.there, cotangents(call)))
             wanted = _differentiable(call, arrays)
             absent = [name for name in wanted if name not in gradients]
             if absent:
                 raise Nonconforming(f"vjp gives no gradient of {', '.join(absent)}")
-            return found | {f"d_{name}": self.back(gradients[name], f"d_{name}") for name in wanted}
+            return results | {
+                f"d_{name}": self.back(gradients[name], f"d_{name}") for name in wanted
+            }
 
     def _autodiff(self, call: Call, arrays: Arrays) -> dict[str, Array]:
         with self.watched(arrays) as (q, k, v, options):
             names = _differentiable(call, arrays)
-            given = {"q": q, "k": k, "v": v, "bias": options.get("bias")}
-            given |= dict(options.get("params", {}))
+            inputs = {"q": q, "k": k, "v": v, "bias": options.get("bias")}
+            inputs |= dict(options.get("params", {}))
 
             def function(x: Mapping[str, Any]) -> tuple[Any, Any]:
                 return self.called(x, call.spec, options)
 
             d = tuple(map(self.there, cotangents(call)))
-            (out, lse), gradients = self.framework.vjp(function, {n: given[n] for n in names}, d)
-            found = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
-            return found | {f"d_{name}": self.back(gradients[name], f"d_{name}") for name in names}
+            (out, lse), gradients = self.framework.vjp(function, {n: inputs[n] for n in names}, d)
+            results = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
+            return results | {
+                f"d_{name}": self.back(gradients[name], f"d_{name}") for name in names
+            }
 
     def called(
         self, x: Mapping[str, Any], spec: str, options: Mapping[str, Any], backend: str | None = ""
     ) -> tuple[Any, Any]:
-        """Call `attention` on arrays of the framework, some of them given by name in `x`."""
+        """Call `attention` on arrays of the framework; those in `x` replace arrays of `options`."""
         options = dict(options)
         if "bias" in x:
             options["bias"] = x["bias"]
@@ -265,13 +268,13 @@ class Subject:
     # --- to the backend and back ------------------------------------------------------------------
 
     def there(self, x: Any) -> Any:
-        """Take a NumPy array to the library and device of the backend."""
+        """Return a NumPy array as an array of the backend's library, on its device."""
         if x is None or not isinstance(x, np.ndarray):
             return x
         return self.framework.asarray(x, self.device)
 
     def back(self, x: Any, name: str = "out") -> Array:
-        """Bring a result back to NumPy, after a look at whose array it is and where it lies."""
+        """Return a result as a NumPy array, after a check of its library and device."""
         if not self.framework.is_array(x):
             raise Nonconforming(
                 f"{name}: got {type(x).__module__}.{type(x).__name__}, expected an array of "
@@ -280,20 +283,20 @@ class Subject:
         device = self.framework.device_of(x)
         if device.partition(":")[0] != self.device.partition(":")[0]:
             raise Nonconforming(f"{name}: on {device}, expected {self.device} like the inputs")
-        found: Array = self.framework.asnumpy(x)
-        return found
+        array: Array = self.framework.asnumpy(x)
+        return array
 
     @contextmanager
     def watched(self, arrays: Arrays) -> Iterator[tuple[Any, Any, Any, dict[str, Any]]]:
-        """Take the inputs to the backend, and see that it leaves them and the others alone.
+        """Yield the inputs on the backend; check that it keeps their values and runs alone.
 
-        Fresh memory is NaN in the block, where the library allows it, so that what a backend
-        never writes shows.
+        Where the library allows it, new memory in the block is filled with NaN, so that an
+        element of a result that the backend never writes is NaN.
         """
         dtype = str(arrays.q.dtype)
         with self.framework.precision(dtype), self._alone():
             try:
-                taken = [self.there(x) for x in (arrays.q, arrays.k, arrays.v)]
+                operands = [self.there(x) for x in (arrays.q, arrays.k, arrays.v)]
                 options = {
                     name: {n: self.there(p) for n, p in x.items()}
                     if isinstance(x, Mapping)
@@ -304,29 +307,29 @@ class Subject:
                 raise NoSuchArrayError(
                     f"{self.info.library} takes no {dtype} array: {error}"
                 ) from error
-            inputs = dict(zip("qkv", taken, strict=True)) | options | options.get("params", {})
+            inputs = dict(zip("qkv", operands, strict=True)) | options | options.get("params", {})
             before = self._bits(inputs)
             with self.framework.poisoned():
-                yield (*taken, options)
+                yield (*operands, options)
             for name, bits in self._bits(inputs).items():
                 if bits != before[name]:
                     raise Nonconforming(f"{name}: the call changed its input in place")
 
-    def _bits(self, taken: Mapping[str, Any]) -> dict[str, bytes]:
-        """Copy what the inputs hold, bit by bit."""
+    def _bits(self, inputs: Mapping[str, Any]) -> dict[str, bytes]:
+        """Return a copy of the bytes of every input."""
         return {
             name: np.ascontiguousarray(self.framework.asnumpy(x)).tobytes()
-            for name, x in taken.items()
+            for name, x in inputs.items()
             if self.framework.is_array(x)
         }
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Let no other backend be asked to run anything: a backend runs, or refuses."""
+        """Raise `Nonconforming` in the block where the backend calls another backend."""
         load, guarded = plugins.load_backend, {}
 
         def guard(name: str, other: Any) -> None:
-            def asked(*args: Any, **kwargs: Any) -> Any:
+            def refuse(*args: Any, **kwargs: Any) -> Any:
                 raise Nonconforming(
                     f"it asks backend {name} to do the work: a backend runs a call or refuses it"
                 )
@@ -334,7 +337,7 @@ class Subject:
             if name not in guarded:
                 guarded[name] = other
                 for method in ("attention", "attention_vjp", "attention_weights"):
-                    setattr(other, method, asked)
+                    setattr(other, method, refuse)
 
         def watching(name: str) -> Any:
             other = load(name)
@@ -355,7 +358,7 @@ class Subject:
 
 
 class NoSuchArrayError(Exception):
-    """The library has no arrays of the kind."""
+    """The library has no arrays of a dtype."""
 
 
 def cotangents(call: Call) -> tuple[Array, Array]:
@@ -370,7 +373,7 @@ def cotangents(call: Call) -> tuple[Array, Array]:
 
 
 def _differentiable(call: Call, arrays: Arrays) -> list[str]:
-    """Name what the call has a gradient of: running statistics are constants."""
+    """Return the names of the arrays that get a gradient: running statistics are constants."""
     constant = {p.name for p in call.parsed.parameters() if not p.differentiable}
     return [name for name in arrays.differentiable if name not in constant]
 

@@ -22,7 +22,7 @@ import pytest
 from pdcore.errors import Exit, NoBackendError, nearest
 from pdcore.plugins import registry as plugins
 
-from ..judge import own_words
+from ..judge import user_axes
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
 from ..record import writing as record
 from ..record.environment import environment, versions
@@ -132,7 +132,7 @@ class Conformance:
             self.run["selection"] = list(self.option("--case"))
         self.began = time.perf_counter()
         self._cases: dict[str, Case] = {}
-        own_words.register()
+        user_axes.register()
         self._prepare(name, device)
 
     @property
@@ -341,7 +341,7 @@ def _needs(item: Any) -> frozenset[str]:
     features = {feature for marker in item.iter_markers("claims") for feature in marker.args}
     callspec = getattr(item, "callspec", None)
     if callspec and "call" in callspec.params:
-        through = getattr(item.function, "asked", "forward")
+        through = getattr(item.function, "through", "forward")
         options = {name: True for name in ("vjp", "weights") if name == through}
         features |= set(callspec.params["call"].features(**options))
         if through == "autodiff":

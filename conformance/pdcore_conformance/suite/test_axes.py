@@ -8,7 +8,7 @@ from typing import Any
 
 from pdcore.errors import SpecError, UnsupportedError
 
-from ..judge import own_words
+from ..judge import user_axes
 from ..judge.calls import Call
 from ..judge.judging import DTYPES, full, judged
 
@@ -88,7 +88,7 @@ def pairs(**more: Any) -> Iterator[Call]:
                     yield call
 
 
-own_words.register()
+user_axes.register()
 SINGLE = [value for values in AXES.values() for value in values]
 
 test_one = judged(

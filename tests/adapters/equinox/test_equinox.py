@@ -1,4 +1,4 @@
-"""pdcore_adapters.equinox: the layer against equinox.nn.MultiheadAttention and the core."""
+"""Test pdcore_adapters.equinox against equinox.nn.MultiheadAttention and the core."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def drawn(*shape: int, seed: int = 0) -> Any:
 
 
 def hide(*shape: int) -> Any:
-    """Give a mask, True where a query may attend, that leaves the first key to all."""
+    """Return a mask, True where a query may attend, in which every query sees the first key."""
     mask = np.random.default_rng(1).random(shape) < 0.6
     mask[..., 0] = True
     return jnp.asarray(mask)
 
 
 def pair(**options: Any) -> tuple[Any, Any]:
-    """Give a layer of Equinox and ours, with the same parameters."""
+    """Return Equinox's layer and the adapter's, with the same parameters."""
     key = jax.random.key(0)
     plain = eqx.nn.MultiheadAttention(H, E, **options, key=key)
     return plain, PDMultiheadAttention(H, E, **options, key=key)
@@ -80,7 +80,7 @@ def test_a_batch_by_vmap() -> None:
     x, mask = drawn(B, N, E), hide(B, N, N)
     got, want = (jax.vmap(lambda x, m, f=f: f(x, x, x, m))(x, mask) for f in (ours, plain))
     close(got, want)
-    # Several layers as one, with the arrays stacked.
+    # Several layers as one, with their arrays stacked.
     keys = jax.random.split(jax.random.key(1), 2)
     stacked = eqx.filter_vmap(lambda key: PDMultiheadAttention(H, E, key=key))(keys)
     each = eqx.filter_vmap(lambda layer, x: layer(x, x, x), in_axes=(eqx.if_array(0), None))
@@ -161,7 +161,7 @@ def test_layers_of_one_spec_have_one_structure() -> None:
     assert jax.tree.structure(one) != jax.tree.structure(softmax)
     mean = jax.tree.map(lambda a, b: (a + b) / 2 if eqx.is_array(a) else a, one, other)
     assert mean.spec == one.spec
-    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # noqa: S301 - its own
+    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # noqa: S301 - pickled here
         assert eqx.tree_equal(again, one)
 
 

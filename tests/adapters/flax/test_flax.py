@@ -1,4 +1,4 @@
-"""pdcore_adapters.flax: the layers of NNX and Linen against Flax's own attention and the core."""
+"""Test pdcore_adapters.flax, on NNX and Linen, against Flax's attention and the core."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn(*shape: int, seed: int = 0) -> Any:
 
 
 def hide(*shape: int, seed: int = 1) -> Any:
-    """Give a mask, True where a query may attend, that leaves the first key to all."""
+    """Return a mask, True where a query may attend, in which every query sees the first key."""
     mask = np.random.default_rng(seed).random(shape) < 0.6
     mask[..., 0] = True
     return jnp.asarray(mask)
@@ -52,22 +52,22 @@ def causal(n: int) -> Any:
     return jnp.tril(jnp.ones((n, n), dtype=bool))
 
 
-# --- with softmax it is Flax's own attention ------------------------------------------------------
+# --- with softmax the layers equal Flax's attention -----------------------------------------------
 
 
 def nnx_pair(spec: str = "softmax", **options: Any) -> tuple[Any, Any]:
-    """Give a layer of Flax and one with our attention, with the same parameters."""
-    given = {"num_heads": H, "in_features": E, "decode": False} | options
-    plain = nnx.MultiHeadAttention(**given, rngs=nnx.Rngs(0))
-    ours = nnx.MultiHeadAttention(**given, attention_fn=attention_fn(spec), rngs=nnx.Rngs(1))
+    """Return a layer of Flax and one with pdcore's attention, with the same parameters."""
+    arguments = {"num_heads": H, "in_features": E, "decode": False} | options
+    plain = nnx.MultiHeadAttention(**arguments, rngs=nnx.Rngs(0))
+    ours = nnx.MultiHeadAttention(**arguments, attention_fn=attention_fn(spec), rngs=nnx.Rngs(1))
     nnx.update(ours, nnx.state(plain))
     return plain, ours
 
 
 def linen_pair(spec: str = "softmax", **options: Any) -> tuple[Any, Any, Any]:
-    given = {"num_heads": H} | options
-    plain = linen.MultiHeadDotProductAttention(**given)
-    ours = linen.MultiHeadDotProductAttention(**given, attention_fn=attention_fn(spec))
+    arguments = {"num_heads": H} | options
+    plain = linen.MultiHeadDotProductAttention(**arguments)
+    ours = linen.MultiHeadDotProductAttention(**arguments, attention_fn=attention_fn(spec))
     return plain, ours, plain.init(jax.random.key(0), drawn(B, N, E), deterministic=True)
 
 
@@ -87,12 +87,12 @@ def test_nnx(mask: str) -> None:
     plain, ours = nnx_pair(normalize_qk=mask == "none")
     m = N if mask == "causal" else M
     x, y, z = drawn(B, N, E), drawn(B, m, E, seed=1), drawn(B, m, E, seed=2)
-    given = MASKS[mask]
+    options = MASKS[mask]
     seen = jnp.ones((B, N, 1)) if mask != "attention" else real([6, 6, 2], N)[..., None]
 
     def loss(layer: Any, *args: Any) -> Any:
-        # A row that sees nothing is another thing here and there, and counts nowhere.
-        return jnp.sum(jnp.sin(layer(*args, mask=given)) * seen)
+        # Flax and pdcore differ on rows that see no key: leave them out of the loss.
+        return jnp.sum(jnp.sin(layer(*args, mask=options)) * seen)
 
     step = nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1, 2, 3)))
     close(step(ours, x, y, z), step(plain, x, y, z), tolerance=5e-6)
@@ -115,23 +115,23 @@ def test_linen(mask: str) -> None:
 
 
 def test_the_function_by_itself() -> None:
-    """Every argument, without a layer, for any number of leading axes."""
+    """Check every argument, without a layer, for any number of leading axes."""
     ours = attention_fn()
     run = jax.jit(ours)
     for lead in ((), (2, B)):
         q, k, v = drawn(*lead, N, H, 8), drawn(*lead, M, H, 8, seed=1), drawn(*lead, M, H, 8)
-        given = {"mask": hide(*lead, 1, N, M), "bias": drawn(H, N, M, seed=4)}
-        close(run(q, k, v, **given), linen.dot_product_attention(q, k, v, **given))
-        given["mask"] = hide(N, M)
-        close(run(q, k, v, **given), linen.dot_product_attention(q, k, v, **given))
+        options = {"mask": hide(*lead, 1, N, M), "bias": drawn(H, N, M, seed=4)}
+        close(run(q, k, v, **options), linen.dot_product_attention(q, k, v, **options))
+        options["mask"] = hide(N, M)
+        close(run(q, k, v, **options), linen.dot_product_attention(q, k, v, **options))
     want = nnx.dot_product_attention(q, q, q, is_causal=True)
     close(ours(q, q, q, is_causal=True), want)
-    # The first two arguments after the arrays are bias and mask, here as there.
-    given = [given["bias"], given["mask"]]
-    want = linen.dot_product_attention(q, k, v, *given)
-    close(ours(q, k, v, *given), want)
+    # The first two arguments after the arrays are bias and mask, in Flax as in pdcore.
+    options = [options["bias"], options["mask"]]
+    want = linen.dot_product_attention(q, k, v, *options)
+    close(ours(q, k, v, *options), want)
     for precision in (jax.lax.Precision.HIGHEST, "highest", ("highest", "default")):
-        close(ours(q, k, v, *given, precision=precision, dtype=jnp.float32), want)
+        close(ours(q, k, v, *options, precision=precision, dtype=jnp.float32), want)
 
 
 def test_a_bias_gets_its_gradient() -> None:
@@ -171,7 +171,7 @@ def test_vmap() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits(dtype: str) -> None:
-    """The layer casts, and the result is as near to that of float32 as Flax's own."""
+    """Check that the layer casts, and errs from the float32 result no more than Flax's does."""
     plain, ours = nnx_pair(dtype=jnp.dtype(dtype))
     exact = nnx_pair()[0]
     x = drawn(B, N, E)
@@ -221,17 +221,17 @@ def test_padding_may_hold_anything() -> None:
 def test_weights_are_sown(spec: str) -> None:
     plain, ours = nnx_pair(spec)
     x, mask = drawn(B, N, E), real([6, 4, 2], N)[:, None, None]
-    [found], [want] = (
+    [actual], [want] = (
         nnx.capture(layer, nnx.Intermediate)(x, mask=mask, sow_weights=True)[1][
             "attention_weights"
         ].get_value()
         for layer in (ours, plain)
     )
-    assert found.shape == want.shape == (B, H, N, N)
+    assert actual.shape == want.shape == (B, H, N, N)
     if spec == "softmax":
-        close(found, want)
-    np.testing.assert_allclose(found.sum(-1), 1.0, rtol=1e-6)
-    assert not found[1, :, :, 4:].any()
+        close(actual, want)
+    np.testing.assert_allclose(actual.sum(-1), 1.0, rtol=1e-6)
+    assert not actual[1, :, :, 4:].any()
 
     plain, ours, variables = linen_pair(spec)
     sown = [
@@ -260,7 +260,7 @@ def test_dropout_is_refused_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"einsum_dot_general": jax.lax.dot_general}, "einsum_dot_general: got"),
         ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum: got"),
@@ -269,14 +269,14 @@ def test_dropout_is_refused_in_training() -> None:
         ({"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32}, "precision: got"),
     ],
 )
-def test_refused_arguments_are_named(given: Any, message: str) -> None:
+def test_refused_arguments_are_named(options: Any, message: str) -> None:
     x = drawn(B, N, H, 4)
     with pytest.raises(UnsupportedError, match=message):
-        attention_fn()(x, x, x, **given)
+        attention_fn()(x, x, x, **options)
 
 
 def test_linen_passes_what_it_is_asked_to() -> None:
-    """Linen leaves out arguments that it does not find by name."""
+    """Check that Linen passes every argument: it leaves out those that it does not find by name."""
     ours = inspect.signature(attention_fn()).parameters
     for known in (linen.dot_product_attention, nnx.dot_product_attention):
         theirs = inspect.signature(known).parameters
@@ -391,19 +391,19 @@ def test_the_future_is_seen_only_by_permission() -> None:
     x = drawn(1, N, H, 8)
     other = x.at[:, -1].add(1.0)
     fn = attention_fn("bn(allow_leak=true)")
-    given = {"mask": causal(N)}
-    assert not np.allclose(fn(x, x, x, **given)[:, 2], fn(x, other, other, **given)[:, 2])
+    options = {"mask": causal(N)}
+    assert not np.allclose(fn(x, x, x, **options)[:, 2], fn(x, other, other, **options)[:, 2])
     for spec in CAUSAL:
-        for given in ({"mask": causal(N)}, {"is_causal": True}):
+        for options in ({"mask": causal(N)}, {"is_causal": True}):
             fn = jax.jit(attention_fn(spec), static_argnames="is_causal")
-            got, want = fn(x, other, other, **given), fn(x, x, x, **given)
+            got, want = fn(x, other, other, **options), fn(x, x, x, **options)
             close(got[:, :-1], want[:, :-1], tolerance=0.0)
             assert not np.allclose(got[:, -1], want[:, -1]) or "sh(1,1,2,2)" in spec
 
 
 @pytest.mark.parametrize("spec", CAUSAL)
 def test_a_causal_mask_and_padding_in_one(spec: str) -> None:
-    """It is what every model of Flax makes; the statistics are over the real keys."""
+    """Check the mask that every model of Flax makes: the statistics are over the real keys."""
     x, padding = drawn(B, N, H, 8), real([6, 4, 1], N)
     mask = nnx.combine_masks(
         nnx.make_causal_mask(padding), nnx.make_attention_mask(padding, padding)
@@ -425,7 +425,7 @@ def test_nnx_decoding_equals_the_whole_sequence(spec: str) -> None:
     layer = nnx_pair(spec)[1]
     x = drawn(B, N, E)
     want = layer(x)
-    layer.init_cache((B, M, E))  # longer than what is decoded
+    layer.init_cache((B, M, E))  # longer than the sequence decoded
 
     @nnx.jit
     def step(layer: Any, x: Any) -> Any:
@@ -440,7 +440,7 @@ def test_nnx_decoding_equals_the_whole_sequence(spec: str) -> None:
     [(PREFIX, True), (f"{PREFIX}+sh(1,1,2,2)", False), ("causal+sparse(2,0)", False)],
 )
 def test_nnx_decodes_padded_sequences(spec: str, eager: bool) -> None:
-    """Padding on the left, in the mask that goes with every step."""
+    """Check padding on the left, in the mask of every step."""
     layer = nnx_pair(spec)[1]
     x = drawn(B, N, E)
     padding = jnp.arange(N) >= jnp.asarray([0, 2, 4])[:, None]
@@ -515,7 +515,7 @@ def test_equal_functions_are_one_structure() -> None:
     assert one != attention_fn("bn", backend="jax")
     assert attention_fn(backend=["strict", "jax"]) == attention_fn(backend=("strict", "jax"))
     assert nnx.graphdef(nnx_pair("bn")[1]) == nnx.graphdef(nnx_pair("bn")[1])
-    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # noqa: S301 - its own
+    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # noqa: S301 - pickled here
         assert again == one
         assert str(again.spec) == "softmax+bn"
     assert repr(attention_fn("bn", padding=True)) == (
@@ -534,7 +534,7 @@ def test_the_backend_is_settled() -> None:
 
 
 def test_layers_train_together() -> None:
-    """Parameters of Flax's layers are those of ours: a step changes both alike."""
+    """Check that a training step changes the parameters of both layers alike."""
     plain, ours = nnx_pair()
     x = drawn(B, N, E)
 

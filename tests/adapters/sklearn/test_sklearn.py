@@ -1,4 +1,4 @@
-"""pdcore_adapters.sklearn: scikit-learn's own checks, and its SVR on the explicit kernel matrix."""
+"""Test pdcore_adapters.sklearn by scikit-learn's checks and by its SVR on the kernel matrix."""
 
 from __future__ import annotations
 

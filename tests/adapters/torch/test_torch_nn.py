@@ -1,4 +1,4 @@
-"""pdcore_adapters.torch_nn: the layer against nn.MultiheadAttention and the core, and `convert`."""
+"""Test pdcore_adapters.torch_nn against nn.MultiheadAttention and the core, and `convert`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def seeded() -> Iterator[None]:
 
 
 def pair(**options: Any) -> tuple[nn.MultiheadAttention, PDMultiheadAttention]:
-    """Give nn's layer and ours, with the same random parameters."""
+    """Return nn's layer and the adapter's, with the same random parameters."""
     plain = nn.MultiheadAttention(E, H, **options)
     for p in plain.parameters():
         nn.init.normal_(p, std=0.3)
@@ -53,7 +53,7 @@ def close(a: Any, b: Any, *, tolerance: float = 2e-6) -> None:
 
 
 def hide(*shape: int) -> Any:
-    """Give a bool mask in nn's sense, True where it hides, that leaves the first key to all."""
+    """Return a mask as nn reads it, True where hidden, in which every query sees the first key."""
     mask = torch.rand(shape) < 0.4
     mask[..., 0] = False
     return mask
@@ -65,7 +65,7 @@ def causal(n: int) -> Any:
 
 @contextmanager
 def counted(layer: nn.Module) -> Iterator[list[int]]:
-    """Count the calls of a layer without a hook, which would turn the fast paths off by itself."""
+    """Count the calls of a layer without a hook: a hook would turn the fast paths off."""
     calls: list[int] = []
     kind = type(layer)
     forward = kind.forward
@@ -161,7 +161,7 @@ def test_the_same_tensor_twice() -> None:
     x, y = torch.randn(2, B, N, E)
     for call in ((x, x, x), (x, y, y), (x, x, y), (x, y, x)):
         close(ours.train()(*call), plain.train()(*call))
-        with torch.no_grad():  # nn takes its own fast path for the first
+        with torch.no_grad():  # nn takes its fast path for the first
             close(ours.eval()(*call), plain.eval()(*call))
 
 
@@ -193,7 +193,7 @@ def test_the_causal_hint(floating: bool, need: bool, padded: bool) -> None:
 def test_the_mask_is_ignored_where_nn_ignores_it() -> None:
     plain, ours = pair(batch_first=True)
     x = torch.randn(B, N, E)
-    biased = torch.randn(N, N).masked_fill(causal(N), -torch.inf)  # the hint says less than this
+    biased = torch.randn(N, N).masked_fill(causal(N), -torch.inf)  # more than causal
     padding = torch.zeros(B, N)
     padding[:, 4:] = -torch.inf
     for options in (
@@ -280,7 +280,7 @@ def test_every_spec(spec: str) -> None:
         )
         close(got, want)
     flipped = layer(x, x, x, key_padding_mask=~padding, average_attn_weights=False)
-    assert not torch.allclose(flipped[0], want[0], atol=1e-3)  # the sense of the mask matters
+    assert not torch.allclose(flipped[0], want[0], atol=1e-3)  # inverting matters
 
 
 @pytest.mark.parametrize("hint", [False, True])
@@ -293,7 +293,7 @@ def test_a_causal_spec_with_the_usual_mask(hint: bool) -> None:
         for need in (False, True):
             out, _ = layer(x, x, x, attn_mask=mask, is_causal=hint, need_weights=need)
             close(out, want)
-    for m in range(1, N):  # nothing later than a row reaches it
+    for m in range(1, N):  # no later key reaches a row
         close(layer(x[:, :m], x[:, :m], x[:, :m])[0], want[:, :m])
 
 
@@ -384,8 +384,8 @@ def test_dropout() -> None:
         many = x.expand(4000, N, E)
         out, _ = ours.train()(many, many, many, need_weights=False)
         like, _ = plain.train()(many, many, many, need_weights=False)
-    close(out.mean(0), want[0], tolerance=0.03)  # a weight has its mean
-    close(out.std(0), like.std(0), tolerance=0.03)  # and its spread, since 1 / (1 - p) are kept
+    close(out.mean(0), want[0], tolerance=0.03)  # dropout keeps the mean of a weight
+    close(out.std(0), like.std(0), tolerance=0.03)  # and its spread, by 1 / (1 - p)
     assert (out[0] - out[1]).abs().max() > 1e-3
     out, weights = ours(x, x, x)
     close(weights, plain.eval()(x, x, x)[1])  # before dropout
@@ -446,7 +446,7 @@ def test_wrong_calls(call: dict[str, Any], error: type[Exception], message: str)
 
 def nested(*lengths: int) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype, says PyTorch
+        warnings.simplefilter("ignore")  # PyTorch calls the feature a prototype
         return torch.nested.nested_tensor([torch.randn(n, E) for n in lengths])
 
 
@@ -457,7 +457,7 @@ def test_nested_tensors_are_refused() -> None:
         layer(x, x, x)
 
 
-# --- in nn's own layers ---------------------------------------------------------------------------
+# --- in nn's layers -------------------------------------------------------------------------------
 
 
 def encoder_layer(**options: Any) -> nn.TransformerEncoderLayer:
@@ -492,7 +492,7 @@ def test_encoder_layer(by: str, norm_first: bool, training: bool, grad: bool) ->
 
 
 def test_the_plain_layer_is_passed_by() -> None:
-    """Show that the test above would see a bypass."""
+    """Check that the test above would notice a bypass of the layer."""
     layer = encoder_layer().eval()
     with torch.no_grad(), counted(layer.self_attn) as calls:
         layer(torch.randn(B, N, E))
@@ -527,7 +527,7 @@ def test_encoder(when: str, training: bool) -> None:
         for mask in (padding, None):
             got = ours(x, src_key_padding_mask=mask)
             want = plain(x, src_key_padding_mask=mask)
-            if mask is not None:  # a padded row of the output means nothing, and is 0 there or not
+            if mask is not None:  # padded rows of the output have no meaning, 0 or not
                 got, want = got[~mask], want[~mask]
             close(got, want)
     assert len(calls) == 4
@@ -727,7 +727,7 @@ def test_parametrized_layers() -> None:
 # --- compiling, copies ----------------------------------------------------------------------------
 
 
-# array-api-compat remembers the namespace of a type, which Dynamo says of every cached function.
+# array-api-compat caches the namespace of a type; Dynamo warns of every cached function.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
 @pytest.mark.parametrize(
     ("spec", "backend"), [("softmax", "eager"), *((spec, "aot_eager") for spec in SPECS)]
@@ -777,11 +777,11 @@ def test_copies(how: str) -> None:
         layer = PDMultiheadAttention(E, H, batch_first=True, spec="bn(beta=param)+sh(1,1,2,2)")
     x = torch.randn(B, N, E)
     want = layer(x, x, x)
-    with pdcore.use_backend("strict"):  # the choice was settled, and goes with the copy
+    with pdcore.use_backend("strict"):  # the copy keeps the backend chosen before
         if how == "deepcopy":
             again = copy.deepcopy(layer)
         else:
-            again = pickle.loads(pickle.dumps(layer))  # noqa: S301 - its own
+            again = pickle.loads(pickle.dumps(layer))  # noqa: S301 - pickled here
         close(again(x, x, x), want, tolerance=0)
     assert again.spec == layer.spec
     assert again.state_dict().keys() == layer.state_dict().keys()

@@ -1,4 +1,4 @@
-"""pdcore attention in models of Hugging Face transformers: tiny random ones, nothing downloaded."""
+"""Test pdcore attention in tiny random models of Hugging Face transformers; no downloads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ENCODER = {
 
 
 def build(name: str) -> Any:
-    """Make a model whose weights are large enough for attention to matter."""
+    """Build a model whose weights are large enough for attention to matter."""
     t = transformers
     match name:
         case "llama":  # two query heads for each key head
@@ -71,7 +71,7 @@ def build(name: str) -> Any:
                 max_window_layers=1,
             )
             model = t.Qwen3ForCausalLM(config)
-        case "gemma2":  # sliding and full layers in turn, a softcap, and a scale of its own
+        case "gemma2":  # sliding and full layers in turn, a softcap, and another scale
             config = t.Gemma2Config(
                 **DECODER,
                 head_dim=8,
@@ -101,7 +101,7 @@ MODELS: dict[str, Any] = {}
 
 @pytest.fixture
 def model_of() -> Callable[..., Any]:
-    """Give a model by name, the same weights each time, with an attention."""
+    """Return the model of this name with an attention, its weights the same each time."""
 
     def model(name: str, attention: str = "eager") -> Any:
         if name not in MODELS:
@@ -137,7 +137,7 @@ def positions(real: Any) -> Any:
 
 
 def logits(model: Any, ids: Any, real: Any = None, **others: Any) -> Any:
-    """Run a model without a cache unless it is given one."""
+    """Compute the logits of a model, without a cache unless the call has one."""
     others.setdefault("use_cache", "past_key_values" in others)
     if real is not None and model.config.model_type != "bert":
         others.setdefault("position_ids", positions(real)[:, -ids.shape[1] :])
@@ -146,13 +146,13 @@ def logits(model: Any, ids: Any, real: Any = None, **others: Any) -> Any:
 
 
 def close(a: Any, b: Any) -> None:
-    """Equal to float32 rounding, where the logits are of the order of 5."""
+    """Check that logits, of the order of 5, are equal to float32 rounding."""
     assert b.abs().max() > 0.5
     torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5)
 
 
 def literal(spec: str) -> None:
-    """Register the formulas of a spec as an attention: key padding is what no query sees."""
+    """Register the formulas of a spec as an attention; keys that no query sees are padding."""
 
     def mask(*arguments: Any, **named: Any) -> Any:
         named |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -178,9 +178,9 @@ def test_softmax_equals_eager(name: str, side: str, model_of: Any) -> None:
     register()
     ids, real = tokens(), padding(side)
     expected = logits(model_of(name), ids, real)
-    found = logits(model_of(name, "pdcore"), ids, real)
-    close(found[real.bool()], expected[real.bool()])
-    assert torch.isfinite(found).all()
+    actual = logits(model_of(name, "pdcore"), ids, real)
+    close(actual[real.bool()], expected[real.bool()])
+    assert torch.isfinite(actual).all()
 
 
 def test_softmax_equals_eager_in_a_vision_transformer(model_of: Any) -> None:
@@ -196,7 +196,7 @@ def test_generation_equals_that_of_eager(name: str, model_of: Any) -> None:
     register()
     ids, real = tokens(), padding("left")
     for cache in ("dynamic", "static"):
-        found = [
+        result = [
             model_of(name, attention).generate(
                 ids,
                 attention_mask=real,
@@ -206,8 +206,8 @@ def test_generation_equals_that_of_eager(name: str, model_of: Any) -> None:
             )
             for attention in ("eager", "pdcore")
         ]
-        assert found[0].shape == (B, M + 8)
-        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+        assert result[0].shape == (B, M + 8)
+        torch.testing.assert_close(result[1], result[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -241,16 +241,16 @@ def test_gradients_of_attention_bn(model_of: Any) -> None:
     register("pdcore_bn", PREFIX)
     model = copy.deepcopy(model_of("llama", "pdcore_bn"))
     ids, real = tokens(), padding("right")
-    found = []
+    result = []
     for checkpointing in (False, True):  # the recomputed forward pass has its mask too
         model.zero_grad()
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable()
         model(ids, attention_mask=real, labels=ids, use_cache=False).loss.backward()
-        found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
-    assert found[0].abs().max() > 1e-3
-    torch.testing.assert_close(found[1], found[0])
+        result.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    assert result[0].abs().max() > 1e-3
+    torch.testing.assert_close(result[1], result[0])
 
 
 # --- encoders: statistics and pooling over the real keys ------------------------------------------
@@ -264,14 +264,14 @@ def test_encoder_is_the_formula(spec: str, side: str, model_of: Any) -> None:
     register("pdcore_encoder", spec)
     literal(spec)
     ids, real = tokens(), padding(side)
-    found = logits(model_of("bert", "pdcore_encoder"), ids, real)
+    actual = logits(model_of("bert", "pdcore_encoder"), ids, real)
     expected = logits(model_of("bert", "literal"), ids, real)
-    close(found[real.bool()], expected[real.bool()])
-    assert (found - logits(model_of("bert"), ids, real)).abs().max() > 0.05  # it is not softmax
+    close(actual[real.bool()], expected[real.bool()])
+    assert (actual - logits(model_of("bert"), ids, real)).abs().max() > 0.05  # differs from softmax
 
-    other = torch.where(real.bool(), ids, tokens(seed=1))  # padding of another kind
+    other = torch.where(real.bool(), ids, tokens(seed=1))  # other tokens in the padding
     again = logits(model_of("bert", "pdcore_encoder"), other, real)
-    torch.testing.assert_close(again[real.bool()], found[real.bool()], rtol=0, atol=0)
+    torch.testing.assert_close(again[real.bool()], actual[real.bool()], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("spec", ["bn", "sh(1,1,2,2)", "bn+sh(1,1,2,2)"])
@@ -280,17 +280,17 @@ def test_vision_transformer_is_the_formula(spec: str, model_of: Any) -> None:
     literal(spec)
     pixels = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
-        found = model_of("vit", "pdcore_encoder")(pixels).logits
-        close(found, model_of("vit", "literal")(pixels).logits)
+        result = model_of("vit", "pdcore_encoder")(pixels).logits
+        close(result, model_of("vit", "literal")(pixels).logits)
 
 
 def test_padding_on_the_right_is_as_if_it_were_not_there(model_of: Any) -> None:
     register("pdcore_encoder", "bn+sh(1,1,2,2)")
     model = model_of("bert", "pdcore_encoder")
     ids, real = tokens(), padding("right")
-    found = logits(model, ids, real)
+    result = logits(model, ids, real)
     for row, length in enumerate(real.sum(-1).tolist()):
-        close(found[row, :length], logits(model, ids[row : row + 1, :length])[0])
+        close(result[row, :length], logits(model, ids[row : row + 1, :length])[0])
 
 
 # --- decoders -------------------------------------------------------------------------------------
@@ -300,10 +300,10 @@ def test_causal_attention_bn_is_the_formula(model_of: Any) -> None:
     register("pdcore_bn", PREFIX)
     literal(PREFIX)
     ids, real = tokens(), padding("left")
-    found = logits(model_of("llama", "pdcore_bn"), ids, real)
+    actual = logits(model_of("llama", "pdcore_bn"), ids, real)
     expected = logits(model_of("llama", "literal"), ids, real)
-    close(found[real.bool()], expected[real.bool()])
-    assert (found - logits(model_of("llama"), ids, real)).abs().max() > 0.05
+    close(actual[real.bool()], expected[real.bool()])
+    assert (actual - logits(model_of("llama"), ids, real)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -311,10 +311,10 @@ def test_causal_statistics_ignore_padding(side: str, model_of: Any) -> None:
     register("pdcore_bn", PREFIX)
     model = model_of("llama", "pdcore_bn")
     ids, real = tokens(), padding(side)
-    found = logits(model, ids, real)
+    result = logits(model, ids, real)
     for row in range(B):
         chosen = real[row].bool()
-        close(found[row, chosen], logits(model, ids[row : row + 1, chosen])[0])
+        close(result[row, chosen], logits(model, ids[row : row + 1, chosen])[0])
 
 
 @pytest.mark.parametrize("spec", CAUSAL_SPECS)
@@ -329,7 +329,7 @@ def test_decoding_equals_the_whole_sequence(spec: str, cache: str, model_of: Any
     else:
         kept = transformers.StaticCache(config=model.config, max_cache_len=M + 4)
     steps = [slice(0, 5), *(slice(i, i + 1) for i in range(5, 9)), slice(9, M)]
-    found = [
+    result = [
         logits(
             model,
             ids[:, s],
@@ -339,7 +339,7 @@ def test_decoding_equals_the_whole_sequence(spec: str, cache: str, model_of: Any
         )
         for s in steps
     ]
-    close(torch.cat(found, dim=1)[real.bool()], whole[real.bool()])
+    close(torch.cat(result, dim=1)[real.bool()], whole[real.bool()])
 
 
 @pytest.mark.parametrize("spec", ["softmax", PREFIX, f"{PREFIX}+sh(1,2)"])
@@ -355,7 +355,7 @@ def test_caches_that_are_edited(spec: str, model_of: Any) -> None:
         return kept
 
     def follow(kept: Any, ids: Any, real: Any, more: Any) -> None:
-        """Check that `more` after the cache is what it is after the tokens themselves."""
+        """Check that the logits of `more` after the cache equal those after the tokens."""
         whole = torch.cat([ids, more], dim=1)
         expected = logits(model, whole, real)[:, -more.shape[1] :]
         close(logits(model, more, real, past_key_values=kept), expected)
@@ -364,7 +364,7 @@ def test_caches_that_are_edited(spec: str, model_of: Any) -> None:
     kept.reorder_cache(torch.tensor([2, 0, 0]))  # beam search
     follow(kept, ids[[2, 0, 0]], grown[[2, 0, 0]], more)
     kept = filled()
-    kept.crop(-3)  # assisted decoding takes guesses back
+    kept.crop(-3)  # as assisted decoding drops rejected tokens
     follow(kept, ids[:, :-3], torch.cat([real[:, :-3], grown[:, -4:]], dim=1), more)
     kept = filled()
     kept.batch_select_indices(torch.tensor([1]))
@@ -410,9 +410,9 @@ def test_a_cache_that_drops_keys(spec: str, model_of: Any) -> None:
     kept = DynamicCache()
     close(torch.cat([step(kept, i) for i in range(M)], dim=1), whole)
     settings = {"max_new_tokens": 6, "do_sample": False}
-    found = model.generate(ids, past_key_values=DynamicCache(), **settings)
+    result = model.generate(ids, past_key_values=DynamicCache(), **settings)
     without = model.generate(ids, use_cache=False, **settings)
-    torch.testing.assert_close(found, without, rtol=0, atol=0)
+    torch.testing.assert_close(result, without, rtol=0, atol=0)
 
 
 def test_bn_in_a_causal_layer_names_what_to_do(model_of: Any) -> None:
@@ -436,18 +436,18 @@ def test_causal_may_be_left_to_the_model(model_of: Any) -> None:
     ids = tokens()
     register("pdcore_a", "bn(statistics=prefix)")
     register("pdcore_b", PREFIX)
-    found = logits(model_of("llama", "pdcore_a"), ids)
-    torch.testing.assert_close(found, logits(model_of("llama", "pdcore_b"), ids), rtol=0, atol=0)
+    result = logits(model_of("llama", "pdcore_a"), ids)
+    torch.testing.assert_close(result, logits(model_of("llama", "pdcore_b"), ids), rtol=0, atol=0)
 
 
 def test_a_decoder_may_look_both_ways(model_of: Any) -> None:
     register()
     ids, real = tokens(), padding("right")
     expected = logits(model_of("llama"), ids, real, is_causal=False)
-    found = logits(model_of("llama", "pdcore"), ids, real, is_causal=False)
-    close(found[real.bool()], expected[real.bool()])
+    actual = logits(model_of("llama", "pdcore"), ids, real, is_causal=False)
+    close(actual[real.bool()], expected[real.bool()])
     causal = logits(model_of("llama"), ids, real)
-    assert (found - causal).abs().max() > 0.05
+    assert (actual - causal).abs().max() > 0.05
 
 
 # --- masks of other kinds -------------------------------------------------------------------------
@@ -473,8 +473,8 @@ def test_masks_that_the_caller_makes(model_of: Any) -> None:
     scores = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     with torch.no_grad():
         expected = model_of("llama")(ids, attention_mask=scores).logits
-        for given in (mask, scores, scores + 0.0):
-            close(model_of("llama", "pdcore")(ids, attention_mask=given).logits, expected)
+        for options in (mask, scores, scores + 0.0):
+            close(model_of("llama", "pdcore")(ids, attention_mask=options).logits, expected)
 
 
 def test_a_mask_turns_into_the_whole_one() -> None:
@@ -496,7 +496,7 @@ def test_a_mask_turns_into_the_whole_one() -> None:
                 "mask_function": kind,
                 "attention_mask": padding(side).bool(),
             }
-            counter = torch.tensor(7)  # a static cache counts in place what it has got
+            counter = torch.tensor(7)  # a static cache counts its tokens in place
             mask = make(**arguments | {"q_offset": counter})
             counter += 4
             whole = sdpa_mask(**arguments, allow_is_causal_skip=False)
@@ -513,9 +513,9 @@ def test_a_mask_turns_into_the_whole_one() -> None:
             ):
                 assert type(use(mask)) is torch.Tensor
                 torch.testing.assert_close(use(mask), use(whole))
-            assert isinstance(mask.contiguous(), LayerMask)  # nothing is computed here
+            assert isinstance(mask.contiguous(), LayerMask)  # no mask is computed here
             assert isinstance(mask.detach(), LayerMask)
-            # The parts say the same as the whole.
+            # The parts of the mask agree with the whole.
             at, keys = torch.arange(4)[:, None] + mask.offset, torch.arange(M - 2)
             seen = (keys >= at - mask.pattern.left) & (keys <= at + mask.pattern.right)
             if mask.pattern.causal:
@@ -620,16 +620,16 @@ def test_weights(model_of: Any) -> None:
     register()
     real = padding("right")
     with torch.no_grad():
-        found = [
+        actual = [
             model_of("bert", attention)(tokens(), attention_mask=real, output_attentions=True)
             for attention in ("eager", "pdcore")
         ]
-    for ours, eager in zip(found[1].attentions, found[0].attentions, strict=True):
+    for ours, eager in zip(actual[1].attentions, actual[0].attentions, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_the_layers_own(model_of: Any) -> None:
-    ones = torch.ones(B, 2, 7, 8)  # every weight that is left counts as it is
+    ones = torch.ones(B, 2, 7, 8)  # so each output is the sum of a row's weights
     register("pdcore_layer")
     attention = AttentionInterface()["pdcore_layer"]
     q = torch.randn(B, 4, 5, 8)
@@ -667,9 +667,9 @@ def test_autocast(model_of: Any) -> None:
     ids, real = tokens(), padding("left")
     expected = logits(model_of("qwen3"), ids, real)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # k is normalized in float32, v is not
-        found = logits(model_of("qwen3", "pdcore"), ids, real)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found[real.bool()].float(), expected[real.bool()], rtol=0, atol=0.5)
+        actual = logits(model_of("qwen3", "pdcore"), ids, real)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual[real.bool()].float(), expected[real.bool()], rtol=0, atol=0.5)
 
 
 def test_inference_mode(model_of: Any) -> None:

@@ -1,4 +1,4 @@
-"""The example that trains on digits with Flax and Optax."""
+"""Test the example that trains on digits with Flax and Optax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pdcore.errors import Exit
 
-# In this order: each finds those before it.
+# In this order: each module imports those before it.
 example("comparison")
 training = example("digits_training")
 example("training_picture")
@@ -28,9 +28,9 @@ def digits() -> Any:
     return training.load()
 
 
-def small(**given: Any) -> Any:
+def small(**options: Any) -> Any:
     sizes = {"epochs": 4, "patience": 4, "width": 16, "layers": 1, "rate": 1e-2}
-    return training.Settings(**sizes | given)
+    return training.Settings(**sizes | options)
 
 
 def test_a_fifth_of_each_class_is_the_test_part(digits: Any) -> None:
@@ -50,9 +50,9 @@ def test_images_move_by_one_pixel_at_most(digits: Any) -> None:
     background = images.min()
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=background)
     ways = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    found = np.stack([(moved == way).all((1, 2)) for way in ways])
-    assert found.any(0).all()
-    assert found.any(1).sum() > 4
+    result = np.stack([(moved == way).all((1, 2)) for way in ways])
+    assert result.any(0).all()
+    assert result.any(1).sum() > 4
 
 
 def test_training_learns_and_is_repeatable(digits: Any) -> None:
@@ -64,7 +64,7 @@ def test_training_learns_and_is_repeatable(digits: Any) -> None:
     assert result["epoch"] == 1 + int(np.argmin(losses))
     assert losses[-1] < losses[0]
     assert shares == [0.25, 0.5, 0.75, 1.0]
-    # The model that is given back is the one that was tested.
+    # The model that is returned is the one that was tested.
     right = training.predict(model, digits.test).argmax(1) == digits.test_targets
     assert int(right.sum()) == result["test_correct"]
     # Other test images change nothing but the test accuracy.
@@ -76,25 +76,25 @@ def test_training_learns_and_is_repeatable(digits: Any) -> None:
 
 
 def test_training_stops_early_with_the_best_weights(digits: Any) -> None:
-    # So large a rate that the loss soon gets worse.
+    # The rate is so large that the loss soon gets worse.
     model, result = training.fit(small(epochs=30, patience=2, rate=0.3), digits)
     assert result["epochs"] == result["epoch"] + 2 < 30
     held = stratified_split(digits.train_targets, 0.2, 0)[1]
-    found = training._validate(model, digits.train[held], digits.train_targets[held], 0)
-    assert found == result["history"][result["epoch"] - 1]
+    actual = training._validate(model, digits.train[held], digits.train_targets[held], 0)
+    assert actual == result["history"][result["epoch"] - 1]
 
 
 # --- the command ------------------------------------------------------------------------------
 
 
 def run(*arguments: Any) -> Any:
-    given = [str(a) for a in arguments]
-    return CliRunner().invoke(command.app, given, env={"COLUMNS": "300"})
+    args = [str(a) for a in arguments]
+    return CliRunner().invoke(command.app, args, env={"COLUMNS": "300"})
 
 
 def test_the_command_compares_specs(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    given = (
+    arguments = (
         "--out",
         out,
         "--epochs",
@@ -112,18 +112,18 @@ def test_the_command_compares_specs(tmp_path: Path) -> None:
         "--seeds",
         "0,1",
     )
-    result = run(*given, "--json")
+    result = run(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert [row["spec"] for row in found["summary"]] == ["softmax", "softmax+bn+sh(1,1,2,2)"]
-    for row in found["summary"]:
-        accuracies = [r["test_accuracy"] for r in found["runs"] if r["spec"] == row["spec"]]
+    actual = json.loads(result.stdout)
+    assert [row["spec"] for row in actual["summary"]] == ["softmax", "softmax+bn+sh(1,1,2,2)"]
+    for row in actual["summary"]:
+        accuracies = [r["test_accuracy"] for r in actual["runs"] if r["spec"] == row["spec"]]
         assert row["test_accuracy"] == pytest.approx(np.mean(accuracies))
         assert row["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
-    assert json.loads((out / "results.json").read_text()) | {"files": found["files"]} == found
+    assert json.loads((out / "results.json").read_text()) | {"files": actual["files"]} == actual
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert run(*given).exit_code == Exit.OUTPUT
-    again = run(*given, "--force")
+    assert run(*arguments).exit_code == Exit.OUTPUT
+    again = run(*arguments, "--force")
     assert again.exit_code == 0, again.stderr
     for words in ("Digits: 1438 training and 359 test images", "seeds 0, 1", "wrote", "CC BY 4.0"):
         assert words in again.stdout

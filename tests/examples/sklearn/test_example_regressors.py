@@ -1,4 +1,4 @@
-"""The example that compares regressors whose kernels are attentions."""
+"""Test the example that compares regressors whose kernels are attentions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_table_holds_what_is_known_of_it(small: None) -> None:
     # exp(-gamma |x - y|^2) with h = 1 is the kernel of the peer.
     np.testing.assert_allclose(same[[0, 2]], peer, atol=1e-2)
     for title in ("gaussian+h(sum)", "linear+h(one)"):
-        # bn standardizes by the same numbers, but for its eps.
+        # bn standardizes by the same mean and deviation, except for eps.
         np.testing.assert_allclose(scores[title][1], scores[title][2], atol=1e-2)
         assert np.all(scores[title] < 0.7)
     assert np.all(scores["gaussian+h(one)"] > 0.2)

@@ -1,4 +1,4 @@
-"""The example that trains a classifier of time series."""
+"""Test the example that trains a classifier of time series."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from pdcore.cli.files import FileError
 from pdcore.errors import Exit
 
-# In this order: each finds those before it.
+# In this order: each module imports those before it.
 example("comparison")
 example("training_picture")
 command = example("classify_time_series")
@@ -42,7 +42,7 @@ def part(series: Any, chosen: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def vowels() -> Any:
-    """Four speakers, twelve utterances each to train, and those of the test part."""
+    """Return four speakers, with twelve utterances each to train and all of the test part."""
     whole = time_series.packaged()
     train, test = (whole.targets(p) for p in (whole.train, whole.test))
     first = np.concatenate([np.flatnonzero(train == c)[:12] for c in range(4)])
@@ -51,8 +51,8 @@ def vowels() -> Any:
     )
 
 
-def small(**given: Any) -> Any:
-    return model.Settings(**{"epochs": 12, "patience": 12, "batch": 12, "width": 16} | given)
+def small(**options: Any) -> Any:
+    return model.Settings(**{"epochs": 12, "patience": 12, "batch": 12, "width": 16} | options)
 
 
 # --- .ts files --------------------------------------------------------------------------------
@@ -79,23 +79,23 @@ HEADER = """@problemName Vowels
 def test_a_file_holds_the_series(vowels: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.ts"
     path.write_text(as_ts(vowels.train, HEADER))
-    found = time_series.read_ts(path)
-    np.testing.assert_array_equal(found.lengths, vowels.train.lengths)
-    length = found.lengths.max()
-    np.testing.assert_array_equal(found.frames, vowels.train.frames[:, :length])
+    result = time_series.read_ts(path)
+    np.testing.assert_array_equal(result.lengths, vowels.train.lengths)
+    length = result.lengths.max()
+    np.testing.assert_array_equal(result.frames, vowels.train.frames[:, :length])
     assert not vowels.train.frames[:, length:].any()
-    assert found.labels == vowels.train.labels
-    assert found.frames.dtype == np.float32
+    assert result.labels == vowels.train.labels
+    assert result.frames.dtype == np.float32
 
 
 def test_other_encodings_line_ends_and_blanks_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.ts"
     text = "#pp 1\xe031\r\n@PROBLEMNAME x\r\n\r\n@Data\r\n1, 2,-3e1:left turn\r\n\r\n4:right\r\n"
     path.write_bytes(text.encode("latin-1"))
-    found = time_series.read_ts(path)
-    np.testing.assert_array_equal(found.frames[..., 0], [[1.0, 2.0, -30.0], [4.0, 0.0, 0.0]])
-    assert found.labels == ("left turn", "right")
-    np.testing.assert_array_equal(found.real, [[True, True, True], [True, False, False]])
+    result = time_series.read_ts(path)
+    np.testing.assert_array_equal(result.frames[..., 0], [[1.0, 2.0, -30.0], [4.0, 0.0, 0.0]])
+    assert result.labels == ("left turn", "right")
+    np.testing.assert_array_equal(result.real, [[True, True, True], [True, False, False]])
 
 
 GOOD = "1,2:3,4:a"
@@ -182,7 +182,7 @@ def test_channels_are_standardized_and_a_constant_one_is_left_out(vowels: Any) -
     changed = frames.clone()
     changed[..., 3] = 2e3
     torch.testing.assert_close(net(frames, real), net(changed, real), rtol=0.0, atol=0.0)
-    net.embed.register_forward_hook(lambda module, given, result: seen.append(given[0]))
+    net.embed.register_forward_hook(lambda module, options, result: seen.append(options[0]))
     seen: list[Any] = []
     net(frames, real)
     steps = seen[0][real]
@@ -234,7 +234,7 @@ def test_training_learns(vowels: Any, tmp_path: Path) -> None:
 
 
 def test_the_epoch_is_chosen_without_the_test_part(vowels: Any) -> None:
-    """Other test series change nothing but the test accuracy."""
+    """Check that other test series change nothing but the test accuracy."""
     results = []
     for test in (vowels.test, part(vowels.test, slice(0, 3))):
         pair = time_series.pair("", vowels.train, test, "")
@@ -244,7 +244,7 @@ def test_the_epoch_is_chosen_without_the_test_part(vowels: Any) -> None:
 
 
 def test_training_stops_early(vowels: Any) -> None:
-    # So large a rate that the loss soon gets worse.
+    # The rate is so large that the loss soon gets worse.
     run = training.Run(small(epochs=50, patience=2, rate=0.1), vowels)
     while run.phase == "choose":
         run.advance()
@@ -261,12 +261,12 @@ def test_a_resumed_run_gives_the_same(spec: str, after: int, vowels: Any, tmp_pa
     for _ in range(after):
         first.advance()
     first.save(tmp_path / "run.pt")
-    torch.rand(7)  # what others draw does not matter
+    torch.rand(7)  # draws elsewhere must not matter
     second = training.Run(settings, vowels)
     second.load(tmp_path / "run.pt")
     assert second.phase == ("choose" if after < 4 else "refit")
-    found = second.finish()
-    assert found | {"seconds": 0} == expected | {"seconds": 0}
+    actual = second.finish()
+    assert actual | {"seconds": 0} == expected | {"seconds": 0}
     for a, b in zip(whole.averaged.parameters(), second.averaged.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -291,8 +291,8 @@ def test_a_checkpoint_of_something_else_is_refused(vowels: Any, tmp_path: Path) 
 
 
 def run(*arguments: Any) -> Any:
-    given = [str(a) for a in arguments]
-    return CliRunner().invoke(command.app, given, env={"COLUMNS": "300"})
+    args = [str(a) for a in arguments]
+    return CliRunner().invoke(command.app, args, env={"COLUMNS": "300"})
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def folder(vowels: Any, tmp_path: Path) -> Path:
 
 def test_the_command_compares_specs(folder: Path) -> None:
     out = folder / "out"
-    given = (
+    arguments = (
         "--data",
         folder,
         "--out",
@@ -319,26 +319,26 @@ def test_the_command_compares_specs(folder: Path) -> None:
         "--spec",
         "bn",
     )
-    result = run(*given, "--seeds", "0,1")
+    result = run(*arguments, "--seeds", "0,1")
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert [row["spec"] for row in found["summary"]] == ["softmax", "softmax+bn"]
-    for row in found["summary"]:
-        accuracies = [r["test_accuracy"] for r in found["runs"] if r["spec"] == row["spec"]]
+    actual = json.loads(result.stdout)
+    assert [row["spec"] for row in actual["summary"]] == ["softmax", "softmax+bn"]
+    for row in actual["summary"]:
+        accuracies = [r["test_accuracy"] for r in actual["runs"] if r["spec"] == row["spec"]]
         assert row["test_accuracy"] == pytest.approx(np.mean(accuracies))
         assert row["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
-    assert json.loads((out / "results.json").read_text()) | {"files": found["files"]} == found
+    assert json.loads((out / "results.json").read_text()) | {"files": actual["files"]} == actual
     assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert run(*given).exit_code == Exit.OUTPUT
-    more = run(*given, "--seeds", "0,1,2", "--resume")
+    assert run(*arguments).exit_code == Exit.OUTPUT
+    more = run(*arguments, "--seeds", "0,1,2", "--resume")
     assert more.exit_code == 0, more.stderr
     kept = [r for r in json.loads(more.stdout)["runs"] if r["seed"] < 2]
-    assert kept == found["runs"]  # to the second: they were not done again
+    assert kept == actual["runs"]  # with equal times, so none was repeated
 
 
 def test_the_table(folder: Path) -> None:
-    given = ("--data", folder, "--out", folder / "out", "--epochs", 1, "--width", 16)
-    result = run(*given, "--seeds", "4")
+    arguments = ("--data", folder, "--out", folder / "out", "--epochs", 1, "--width", 16)
+    result = run(*arguments, "--seeds", "4")
     assert result.exit_code == 0, result.stderr
     for words in ("Four: 48 training and", "seeds 4", "validation", "wrote", "training.png"):
         assert words in result.stdout
@@ -407,8 +407,8 @@ def test_errors_name_the_argument(
 
 
 def test_a_loss_that_is_not_finite_ends_it(folder: Path) -> None:
-    given = ("--data", folder, "--out", folder / "out", "--width", 16, "--rate", "1e30")
-    result = run(*given, "--seeds", 0)
+    arguments = ("--data", folder, "--out", folder / "out", "--width", 16, "--rate", "1e30")
+    result = run(*arguments, "--seeds", 0)
     assert result.exit_code == Exit.NUMERICS, result.output
     assert "softmax, seed 0: the validation loss is nan" in result.stderr
     assert "--rate" in result.stderr

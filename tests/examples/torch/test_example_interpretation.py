@@ -1,4 +1,4 @@
-"""The example that reads a trained layer as a regression."""
+"""Test the example that reads a trained layer as a regression."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import pdcore
 from pdcore.errors import Exit
 
-# In this order: each finds those before it.
+# In this order: each module imports those before it.
 example("comparison")
 example("interpretation_picture")
 command = example("interpret_attention")
@@ -37,14 +37,16 @@ def test_the_arrays_are_those_of_the_layer() -> None:
     assert q.shape == k.shape == v.shape == (4, length, 16)
     attention = run.averaged.layers[1].attention
     seen: list[Any] = []
-    hook = attention.outward.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    hook = attention.outward.register_forward_hook(
+        lambda module, options, out: seen.append(options[0])
+    )
     frames = torch.from_numpy(run.series.test.frames[5:6, :length]).double()
     with torch.no_grad():
         run.averaged(frames, torch.ones(1, length, dtype=torch.bool))
     hook.remove()
-    found = pdcore.attention(q, k, v, "bn(beta=param)", params=params)
+    result = pdcore.attention(q, k, v, "bn(beta=param)", params=params)
     inside = seen[0].numpy().reshape(length, 4, 16).swapaxes(0, 1)
-    np.testing.assert_allclose(found, inside, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(result, inside, rtol=1e-10, atol=1e-12)
 
 
 def test_the_command_writes_a_picture_and_what_is_in_it(

@@ -1,4 +1,4 @@
-"""The command ``examples/reproduce.py``: its cells, its file of results, its page."""
+"""Test the command ``examples/reproduce.py``: its cells, its file of results, its page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def part(series: Series, chosen: Any) -> Series:
 
 @pytest.fixture(scope="module")
 def vowels() -> Pair:
-    """Two speakers, ten utterances each to train."""
+    """Return two speakers, with ten utterances each to train."""
     whole = packaged()
     train, test = (whole.targets(p) for p in (whole.train, whole.test))
     first = np.concatenate([np.flatnonzero(train == c)[:10] for c in range(2)])
@@ -56,11 +56,11 @@ def vowels() -> Pair:
 
 @pytest.fixture
 def tiny(vowels: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give the command a grid of seconds. Memory, which takes processes, is planted."""
+    """Replace the grid by one that takes seconds, and memory, which takes processes, by figures."""
     monkeypatch.setitem(protocol.GRIDS, "quick", TINY)
     monkeypatch.setattr(data, "load", lambda folders, grid: {vowels.name: vowels})
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(cost, "peak", lambda *given: 5.0 + float(rng.random()))
+    monkeypatch.setattr(cost, "peak", lambda *arguments: 5.0 + float(rng.random()))
     threads = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == threads
@@ -76,23 +76,23 @@ def run(*arguments: Any) -> Any:
 
 def test_operations_are_those_of_the_formula() -> None:
     n, d, heads_, layers = 65, 8, 4, 2
-    found = {spec: cost.flops(spec, n, d) for spec in (protocol.BASELINE, *protocol.SPECS)}
-    assert found["softmax"]["attention"] == layers * heads_ * 4 * n * n * d
+    result = {spec: cost.flops(spec, n, d) for spec in (protocol.BASELINE, *protocol.SPECS)}
+    assert result["softmax"]["attention"] == layers * heads_ * 4 * n * n * d
     # Two heads on 33 pooled keys.
     pooled = layers * 4 * n * d * (2 * n + 2 * 33)
-    assert found["softmax+sh(1,1,2,2)"]["attention"] == pooled
-    width, linear = heads_ * d, found["softmax"]["model"] - found["softmax"]["attention"]
+    assert result["softmax+sh(1,1,2,2)"]["attention"] == pooled
+    width, linear = heads_ * d, result["softmax"]["model"] - result["softmax"]["attention"]
     maps = layers * 2 * n * (3 + 1 + 2 + 2) * width * width
     assert linear == maps + 2 * n * cost.CHANNELS * width + 2 * width * cost.CLASSES
     for spec, plain in (("softmax+bn", "softmax"), (protocol.SPECS[2], protocol.SPECS[1])):
-        # The statistics of the keys, which are few.
-        assert 1.0 < found[spec]["attention"] / found[plain]["attention"] < 1.05
+        # The statistics of the keys add a few operations.
+        assert 1.0 < result[spec]["attention"] / result[plain]["attention"] < 1.05
 
 
 def test_distances_of_heads_are_those_of_their_definition(vowels: Pair) -> None:
     torch.manual_seed(0)
     net = model.Classifier(model.Settings(), 12, 2)
-    found = heads.distances(net, vowels.test, most=1)
+    result = heads.distances(net, vowels.test, most=1)
     length = int(vowels.test.lengths[0])
     frames = torch.from_numpy(vowels.test.frames[:1, :length])
     layers = model.layer_heads(net, frames, torch.ones(1, length, dtype=torch.bool))
@@ -101,9 +101,9 @@ def test_distances_of_heads_are_those_of_their_definition(vowels: Pair) -> None:
         outputs = maps @ v[0]
         for measure, x in (("maps", maps), ("outputs", outputs)):
             apart = [(a - b).norm().item() for a, b in combinations(x, 2)]
-            assert found[measure][place] == pytest.approx(np.mean(apart), rel=1e-4)
-        relative = found["outputs"][place] / outputs.norm(dim=(1, 2)).mean().item()
-        assert found["relative"][place] == pytest.approx(relative, rel=1e-4)
+            assert result[measure][place] == pytest.approx(np.mean(apart), rel=1e-4)
+        relative = result["outputs"][place] / outputs.norm(dim=(1, 2)).mean().item()
+        assert result["relative"][place] == pytest.approx(relative, rel=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["softmax", "bn+sh(2,2,2,2)", "bn(beta=param)"])
@@ -113,10 +113,10 @@ def test_heads_that_are_the_same_are_no_distance_apart(spec: str, vowels: Pair) 
     with torch.no_grad():
         for layer in net.layers:
             for array in (layer.attention.inward.weight, layer.attention.inward.bias):
-                own = array.view(3, 4, 16, -1)
-                own[:] = own[:, :1].clone()
-    found = heads.distances(net, vowels.test, most=3)
-    assert all(max(found[measure]) < 1e-5 for measure in protocol.MEASURES)
+                weights = array.view(3, 4, 16, -1)
+                weights[:] = weights[:, :1].clone()
+    result = heads.distances(net, vowels.test, most=3)
+    assert all(max(result[measure]) < 1e-5 for measure in protocol.MEASURES)
 
 
 def test_peak_memory_grows_with_the_length() -> None:
@@ -128,27 +128,27 @@ def test_peak_memory_grows_with_the_length() -> None:
 
 
 def test_times_of_all_specs_are_taken_in_turn() -> None:
-    found = cost.times(["softmax", "softmax+bn"], 16, 4, rounds=3)
-    assert {spec: len(own) for spec, own in found.items()} == {"softmax": 3, "softmax+bn": 3}
-    assert all(seconds > 0 for own in found.values() for seconds in own)
+    result = cost.times(["softmax", "softmax+bn"], 16, 4, rounds=3)
+    assert {spec: len(times) for spec, times in result.items()} == {"softmax": 3, "softmax+bn": 3}
+    assert all(seconds > 0 for times in result.values() for seconds in times)
 
 
 def test_processes_side_by_side_give_the_same_figures(vowels: Pair) -> None:
     cells = [protocol.Cell("train", "softmax+bn", vowels.name, seed) for seed in (0, 1)]
-    found: dict[int, dict[str, Any]] = {}
+    result: dict[int, dict[str, Any]] = {}
     for jobs in (1, 2):
-        found[jobs] = {}
+        result[jobs] = {}
         running.compute_all(
             cells,
             TINY,
             ["softmax", "softmax+bn"],
             {vowels.name: vowels},
             jobs,
-            lambda cell, figures, jobs=jobs: found[jobs].update({cell.name: figures}),
+            lambda cell, figures, jobs=jobs: result[jobs].update({cell.name: figures}),
         )
-    assert set(found[1]) == set(found[2]) == {cell.name for cell in cells}
+    assert set(result[1]) == set(result[2]) == {cell.name for cell in cells}
     for cell in cells:
-        one, two = ({**found[jobs][cell.name], "seconds": 0} for jobs in (1, 2))
+        one, two = ({**result[jobs][cell.name], "seconds": 0} for jobs in (1, 2))
         assert one == two
 
 
@@ -172,22 +172,22 @@ HEADER = "@timeStamps false\n@classLabel true a b\n@data\n"
 
 
 def archive(folder: Path, name: str) -> Path:
-    own = folder / name
-    own.mkdir(parents=True)
+    place = folder / name
+    place.mkdir(parents=True)
     for which in ("TRAIN", "TEST"):
-        (own / f"{name}_{which}.ts").write_text(HEADER + "1,2,3,4,5:a\n3,4,1,1,2:b\n" * 3)
-    return own
+        (place / f"{name}_{which}.ts").write_text(HEADER + "1,2,3,4,5:a\n3,4,1,1,2:b\n" * 3)
+    return place
 
 
 def test_data_are_found_in_a_folder_or_a_folder_of_folders(tmp_path: Path) -> None:
     one = archive(tmp_path / "one", "Handwriting")
     archive(tmp_path / "two", "UWaveGestureLibrary")
     assert list(data.load([], TINY)) == ["JapaneseVowels", "Digits"]
-    found = data.load([one, tmp_path / "two"], replace(TINY, thin=(("Handwriting", 2),)))
-    assert tuple(found) == protocol.DATA
-    assert found["Handwriting"].train.frames[0, :, 0].tolist() == [1, 3, 5]
-    assert found["Handwriting"].train.lengths.tolist() == [3] * 6
-    assert found["UWaveGestureLibrary"].train.lengths.tolist() == [5] * 6
+    result = data.load([one, tmp_path / "two"], replace(TINY, thin=(("Handwriting", 2),)))
+    assert tuple(result) == protocol.DATA
+    assert result["Handwriting"].train.frames[0, :, 0].tolist() == [1, 3, 5]
+    assert result["Handwriting"].train.lengths.tolist() == [3] * 6
+    assert result["UWaveGestureLibrary"].train.lengths.tolist() == [5] * 6
     assert set(data.absent(["JapaneseVowels"])) == {
         "UWaveGestureLibrary",
         "Handwriting",
@@ -219,10 +219,10 @@ def test_a_path_that_does_not_serve_is_an_error(
         monkeypatch.chdir(tmp_path / "Writing")
         (tmp_path / "Writing" / "Writing_TRAIN.ts").unlink()
         (tmp_path / "Writing" / "Writing_TEST.ts").unlink()
-    given = [word for folder in folders for word in ("--data", folder)]
-    found = run(*given, "--out", tmp_path / "out")
-    assert found.exit_code == Exit.INPUT, found.output
-    assert re.search(f"--data: .*{words}", found.stderr), found.stderr
+    arguments = [word for folder in folders for word in ("--data", folder)]
+    result = run(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == Exit.INPUT, result.output
+    assert re.search(f"--data: .*{words}", result.stderr), result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -231,12 +231,12 @@ def test_a_path_that_does_not_serve_is_an_error(
 
 @pytest.fixture(scope="module")
 def finished(vowels: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A whole run of the tiny grid, which tests copy."""
+    """Run the tiny grid once; tests work on copies of its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(protocol.GRIDS, "quick", TINY)
         patch.setattr(data, "load", lambda folders, grid: {vowels.name: vowels})
         rng = np.random.default_rng(0)
-        patch.setattr(cost, "peak", lambda *given: 5.0 + float(rng.random()))
+        patch.setattr(cost, "peak", lambda *arguments: 5.0 + float(rng.random()))
         out = tmp_path_factory.mktemp("reproduction")
         return out, run("--out", out, "--json")
 
@@ -248,19 +248,19 @@ def out(finished: tuple[Path, Any], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def stopped(*given: Any) -> Any:
+def stopped(*arguments: Any) -> Any:
     raise AssertionError("a cell is computed again")
 
 
 def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
     out, result = finished
     assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    actual = json.loads(result.stdout)
     specs = [protocol.BASELINE, *protocol.SPECS]
     cells = {c.name for c in protocol.cells(TINY, specs, ["JapaneseVowels"])}
-    assert set(found["cells"]) == cells
-    files = found.pop("files")
-    assert found == json.loads((out / "quick.json").read_text())
+    assert set(actual["cells"]) == cells
+    files = actual.pop("files")
+    assert actual == json.loads((out / "quick.json").read_text())
     assert {Path(path).name for path in files} == {
         "quick.json",
         "quick.html",
@@ -272,18 +272,18 @@ def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
         (out / f"quick-{n}.png").read_bytes()[:4] == b"\x89PNG"
         for n in ("accuracy", "redundancy", "cost")
     )
-    assert len(found["findings"]["claims"]) == 9
+    assert len(actual["findings"]["claims"]) == 9
     assert "UWaveGestureLibrary: not at hand: --data DIR" in result.stderr
 
 
 def test_the_page_stands_alone_and_says_all(finished: tuple[Path, Any]) -> None:
     out, result = finished
     text = (out / "quick.html").read_text(encoding="utf-8")
-    found = json.loads(result.stdout)["findings"]
-    for row in found["sentences"]:
+    actual = json.loads(result.stdout)["findings"]
+    for row in actual["sentences"]:
         words = "raises accuracy, lowers head redundancy and costs less"
         assert f"{row['spec']} {words}: {row['verdict']}" in text
-    for row in found["accuracy"]:
+    for row in actual["accuracy"]:
         assert f"<td>{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}</td>" in text
     for words in ("ImageNet", "Handwriting</b>: not at hand", "paper’s set-up", "Bonferroni"):
         assert words in text
@@ -297,12 +297,12 @@ def test_texts_of_the_file_stay_text(finished: tuple[Path, Any]) -> None:
     record["data"]["JapaneseVowels"]["source"] = hostile
     record["versions"]["torch"] = record["machine"]["cpu"] = hostile
     record["commits"] = [hostile]
-    found = page.page(
+    result = page.page(
         record, record["findings"], dict.fromkeys(("accuracy", "redundancy", "cost"), b"")
     )
-    assert "<script" not in found
-    assert "\u202e" not in found
-    assert found.count("&lt;script&gt;") == 6
+    assert "<script" not in result
+    assert "\u202e" not in result
+    assert result.count("&lt;script&gt;") == 6
 
 
 def test_what_is_done_is_not_done_again(
@@ -323,11 +323,11 @@ def test_a_run_that_was_interrupted_goes_on(
 ) -> None:
     real, calls = running.compute, []
 
-    def some(cell: Any, *given: Any) -> Any:
+    def some(cell: Any, *arguments: Any) -> Any:
         calls.append(cell)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(cell, *given)
+        return real(cell, *arguments)
 
     monkeypatch.setattr(running, "compute", some)
     ended = run("--out", tmp_path)
@@ -340,8 +340,8 @@ def test_a_run_that_was_interrupted_goes_on(
     again = run("--out", tmp_path)
     assert again.exit_code == 0, again.stderr
     assert not {cell.name for cell in calls[4:]} & set(kept)
-    found = json.loads((tmp_path / "quick.json").read_text())["cells"]
-    assert {name: found[name] for name in kept} == kept
+    result = json.loads((tmp_path / "quick.json").read_text())["cells"]
+    assert {name: result[name] for name in kept} == kept
 
 
 def test_another_protocol_starts_anew_and_says_so(
@@ -354,19 +354,19 @@ def test_another_protocol_starts_anew_and_says_so(
     assert "protocol epochs: 2, now 1" in again.stderr
     assert "starts anew" in again.stderr
     assert (out / "quick.before.json").read_bytes() == before
-    found = json.loads((out / "quick.json").read_text())
-    assert {c["epochs"] for n, c in found["cells"].items() if n.startswith("train")} == {1}
+    result = json.loads((out / "quick.json").read_text())
+    assert {c["epochs"] for n, c in result["cells"].items() if n.startswith("train")} == {1}
 
 
 def test_figures_of_several_protocols_are_all_kept(out: Path) -> None:
     path, kept = out / "quick.json", []
-    found = json.loads(path.read_text())
-    setting = {name: dict(found[name]) for name in ("protocol", "versions", "machine")}
+    result = json.loads(path.read_text())
+    setting = {name: dict(result[name]) for name in ("protocol", "versions", "machine")}
     for cpu in ("one", "another", "a third"):
         kept.append(path.read_text())
         setting["machine"]["cpu"] = cpu
         results.Results.open(path, setting)
-        path.write_text(json.dumps(found | {"machine": dict(setting["machine"])}))
+        path.write_text(json.dumps(result | {"machine": dict(setting["machine"])}))
     names = ("quick.before.json", "quick.before-2.json", "quick.before-3.json")
     assert [(out / name).read_text() for name in names] == kept
 
@@ -374,9 +374,9 @@ def test_figures_of_several_protocols_are_all_kept(out: Path) -> None:
 @pytest.mark.parametrize("part", ["versions", "machine"])
 def test_another_version_or_machine_starts_anew(part: str, out: Path) -> None:
     path = out / "quick.json"
-    found = json.loads(path.read_text())
-    setting = {name: dict(found[name]) for name in ("protocol", "versions", "machine")}
-    assert results.Results.open(path, setting).cells == found["cells"]
+    result = json.loads(path.read_text())
+    setting = {name: dict(result[name]) for name in ("protocol", "versions", "machine")}
+    assert results.Results.open(path, setting).cells == result["cells"]
     setting[part]["python" if part == "versions" else "cpu"] = "another"
     said: list[str] = []
     assert not results.Results.open(path, setting, say=said.append).cells
@@ -385,13 +385,13 @@ def test_another_version_or_machine_starts_anew(part: str, out: Path) -> None:
 
 def test_figures_of_data_that_changed_are_dropped(out: Path) -> None:
     path = out / "quick.json"
-    found = json.loads(path.read_text())
-    setting = {name: found[name] for name in ("protocol", "versions", "machine")}
+    result = json.loads(path.read_text())
+    setting = {name: result[name] for name in ("protocol", "versions", "machine")}
     opened = results.Results.open(path, setting)
-    about = found["data"]["JapaneseVowels"]
+    about = result["data"]["JapaneseVowels"]
     said: list[str] = []
     opened.take({"JapaneseVowels": about}, said.append)
-    assert (opened.cells, said) == (found["cells"], [])
+    assert (opened.cells, said) == (result["cells"], [])
     opened.take({"JapaneseVowels": about | {"digest": "another"}}, said.append)
     assert "JapaneseVowels has changed" in said[0]
     assert {name.partition(" ")[0] for name in opened.cells} == {"memory", "flops", "time"}
@@ -415,10 +415,10 @@ def test_a_damaged_file_is_refused_and_force_starts_anew(
 ) -> None:
     path = out / "quick.json"
     path.write_text(damage(path.read_text()))
-    found = run("--out", out)
-    assert found.exit_code == Exit.INPUT, found.output
-    assert re.search(f"quick.json: .*{words}", found.stderr), found.stderr
-    assert "--force" in found.stderr
+    result = run("--out", out)
+    assert result.exit_code == Exit.INPUT, result.output
+    assert re.search(f"quick.json: .*{words}", result.stderr), result.stderr
+    assert "--force" in result.stderr
     setting = {"protocol": {}, "versions": {}, "machine": {}}
     with pytest.raises(FileError):
         results.Results.open(path, setting)
@@ -445,48 +445,48 @@ def test_a_page_that_is_something_else_is_not_replaced(out: Path, tiny: None) ->
 def test_a_spec_that_does_not_serve_is_an_error(
     specs: list[str], code: Exit, words: str, tiny: None, tmp_path: Path
 ) -> None:
-    given = [word for spec in specs for word in ("--spec", spec)]
-    found = run(*given, "--out", tmp_path / "out")
-    assert found.exit_code == code, found.output
-    assert re.search(words, found.stderr), found.stderr
+    arguments = [word for spec in specs for word in ("--spec", spec)]
+    result = run(*arguments, "--out", tmp_path / "out")
+    assert result.exit_code == code, result.output
+    assert re.search(words, result.stderr), result.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_takes_no_files_is_an_error_before_the_work(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**given: Any) -> Any:
-        assert given == {"dir": tmp_path}
+    def refuse(**options: Any) -> Any:
+        assert options == {"dir": tmp_path}
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(running, "compute", stopped)
-    found = run("--out", tmp_path)
-    assert found.exit_code == Exit.OUTPUT, found.output
-    assert f"--out: {tmp_path}: cannot write there: Permission denied" in found.stderr
+    result = run("--out", tmp_path)
+    assert result.exit_code == Exit.OUTPUT, result.output
+    assert f"--out: {tmp_path}: cannot write there: Permission denied" in result.stderr
 
 
 def test_a_loss_that_is_not_finite_ends_it(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.Settings, "__init__", _rash(model.Settings.__init__))
-    found = run("--out", tmp_path)
-    assert found.exit_code == Exit.NUMERICS, found.output
-    assert "the validation loss is nan" in found.stderr
+    result = run("--out", tmp_path)
+    assert result.exit_code == Exit.NUMERICS, result.output
+    assert "the validation loss is nan" in result.stderr
 
 
 def test_a_process_that_dies_is_not_a_traceback(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(*given: Any) -> None:
+    def die(*arguments: Any) -> None:
         raise BrokenProcessPool("killed")
 
     monkeypatch.setattr(running, "compute", die)
-    found = run("--out", tmp_path)
-    assert found.exit_code == Exit.FAILURE, found.output
-    assert "a process was ended from outside" in found.stderr
-    assert "is kept" not in found.stderr  # nothing is
+    result = run("--out", tmp_path)
+    assert result.exit_code == Exit.FAILURE, result.output
+    assert "a process was ended from outside" in result.stderr
+    assert "is kept" not in result.stderr  # no figure is kept
 
 
-def _rash(made: Any) -> Any:
-    return lambda self, **given: made(self, **given | {"rate": 1e30})
+def _rash(settings: Any) -> Any:
+    return lambda self, **options: settings(self, **options | {"rate": 1e30})

@@ -1,4 +1,4 @@
-"""The oracle on JAX."""
+"""Test the oracle on JAX."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def jax_framework() -> Framework:
             out, lse = call(spec, smooth, fixed, return_lse=True)
             return loss(out, lse, jnp.where, jnp.isfinite, jnp.asarray), (out, lse)
 
-        # Traced whole, and hardly optimised: compiling is what takes the time here.
+        # Traced as a whole with little optimisation, because compiling takes most of the time.
         traced = jax.jit(
             jax.value_and_grad(function, has_aux=True),
             compiler_options={"xla_backend_optimization_level": 0},

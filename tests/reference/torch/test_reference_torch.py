@@ -1,4 +1,4 @@
-"""The oracle on PyTorch."""
+"""Test the oracle on PyTorch."""
 
 from __future__ import annotations
 
