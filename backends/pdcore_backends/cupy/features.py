@@ -12,7 +12,9 @@ from pdcore.extend import Features, Operands, Scores, dtype_name
 from .feature_programs import FeatureProgram, columns_for
 from .operands import NULL
 from .programs import tile
-from .scores import THREADS, Compiled, ScoreCall, ScoreKernels
+from .runtime import KernelCache
+from .score_call import THREADS, ScoreCall
+from .scores import Compiled
 
 __all__ = ["CompiledFeatures", "FeatureKernels", "state_blocks"]
 
@@ -33,13 +35,13 @@ class CompiledFeatures(Compiled):
 class FeatureKernels:
     """The contraction by features, by the kernels of one runtime."""
 
-    def __init__(self, kernels: ScoreKernels) -> None:
-        self.kernels = kernels
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache = cache
 
     def forward(self, c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
         """Contract, see `feature_contraction.features`; 16-bit arrays are read so."""
-        with self.kernels.runtime.on(o.q):
-            call = _Call(self.kernels, c, o, xp)
+        with self.cache.runtime.on(o.q):
+            call = _Call(self.cache, c, o, xp)
             dtype = o.v.dtype if c.choice.rounds else call.dtype
             out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
@@ -53,8 +55,8 @@ class FeatureKernels:
         self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
     ) -> dict[str, Any]:
         """Pull back, see `feature_contraction.features_vjp`, in the operands' dtypes."""
-        with self.kernels.runtime.on(o.q):
-            call = _Call(self.kernels, c, o, xp)
+        with self.cache.runtime.on(o.q):
+            call = _Call(self.cache, c, o, xp)
             x, tops = call.packed, call.tops()
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
@@ -93,9 +95,9 @@ class _Cut(NamedTuple):
 class _Call(ScoreCall):
     """The launches of one contraction."""
 
-    def __init__(self, kernels: ScoreKernels, c: Features, o: Operands, xp: Any) -> None:
+    def __init__(self, cache: KernelCache, c: Features, o: Operands, xp: Any) -> None:
         self.features = c
-        super().__init__(kernels, Scores("features", signed=c.signed), o, xp)
+        super().__init__(cache, Scores("features", signed=c.signed), o, xp)
         x, causal = self.packed, o.visibility.support.ahead == 0
         self.keys, self.rows = (_cut(n, x.dim, causal) for n in (x.keys, x.rows))
         self.cut = np.array((*self.keys, *self.rows), np.int32).view(_CHUNKS)[0]

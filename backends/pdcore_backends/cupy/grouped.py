@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pdcore.extend import Contracted, spacing
 
 from .operands import SHAPE, record
-
-if TYPE_CHECKING:
-    from .programs import Program
-    from .scores import ScoreCall
+from .programs import Program
+from .score_call import ScoreCall
 
 __all__ = ["GROUPS", "GroupCall", "How", "contract", "launches"]
 
@@ -142,7 +140,7 @@ def _launch(program: Program, groups: Sequence[_Launched], how: How) -> None:
     if not blocks:
         return
     table["count"] = len(groups)
-    cache = groups[0].given.call.kernels.cache
+    cache = groups[0].given.call.cache
     kernel = cache.kernel(program, how.name, how.shared)
     argument = cache.runtime.structure(table[()], arrays)
     kernel((blocks, how.slices), (how.threads,), (argument,), shared_mem=how.shared)

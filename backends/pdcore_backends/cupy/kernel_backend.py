@@ -37,11 +37,11 @@ class KernelBackend(ArrayBackend):
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        cache = KernelCache(runtime)
-        self.kernels = ScoreKernels(cache)
-        self.feature_kernels = FeatureKernels(self.kernels)
-        self.moments = MomentKernels(cache)
-        self.pooling = PoolKernels(cache)
+        self.cache = KernelCache(runtime)
+        self.kernels = ScoreKernels(self.cache)
+        self.feature_kernels = FeatureKernels(self.cache)
+        self.moments = MomentKernels(self.cache)
+        self.pooling = PoolKernels(self.cache)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernels where they compute the plan, see `Backend.fuse`."""
@@ -147,7 +147,7 @@ class KernelBackend(ArrayBackend):
     ) -> Contracted:
         """Contract all head groups at once, by the kernels where they were chosen."""
         if isinstance(c.choice, TensorCores):
-            return forward(self.kernels, c, operands, heads, xp=self.xp)
+            return forward(self.cache, c, operands, heads, xp=self.xp)
         if c.choice is not None:
             return self.kernels.forward(c, operands, heads, xp=self.xp)
         return super().scores_of_groups(c, operands, heads)
@@ -157,7 +157,7 @@ class KernelBackend(ArrayBackend):
     ) -> dict[str, Any]:
         """Pull back, by the kernels where they were chosen."""
         if isinstance(c.choice, TensorCores):
-            return pullback(self.kernels, c, o, out, level, d_out, d_level, xp=self.xp)
+            return pullback(self.cache, c, o, out, level, d_out, d_level, xp=self.xp)
         if c.choice is not None:
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)

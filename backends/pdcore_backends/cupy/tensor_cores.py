@@ -27,8 +27,9 @@ from .grouped import GroupCall, How, contract
 from .operands import NULL
 from .programs import type_of
 from .query_fold import FoldedLoad
-from .runtime import Runtime
-from .scores import Compiled, ScoreCall, ScoreKernels
+from .runtime import KernelCache, Runtime
+from .score_call import ScoreCall
+from .scores import Compiled
 
 __all__ = [
     "WIDTHS",
@@ -159,7 +160,7 @@ def pullback_memory(dim: int, value_dim: int) -> int:
 
 
 def forward(
-    kernels: ScoreKernels,
+    cache: KernelCache,
     c: Scores,
     operands: Sequence[Operands],
     heads: Sequence[tuple[int, ...]],
@@ -167,10 +168,10 @@ def forward(
     xp: Any,
 ) -> Contracted:
     """Contract, see `ArrayBackend.scores_of_groups`."""
-    with kernels.runtime.on(operands[0].q):
-        given = [_handed_over(kernels.runtime, c, o, xp) for o in operands]
+    with cache.runtime.on(operands[0].q):
+        given = [_handed_over(cache.runtime, c, o, xp) for o in operands]
         groups = [
-            GroupCall.of(ScoreCall(kernels, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in given
+            GroupCall.of(ScoreCall(cache, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in given
         ]
         x = groups[0].call.packed
         how = How(
@@ -183,7 +184,7 @@ def forward(
 
 
 def pullback(
-    kernels: ScoreKernels,
+    cache: KernelCache,
     c: Scores,
     o: Operands,
     out: Any,
@@ -196,12 +197,12 @@ def pullback(
     """Pull back, see `score_contraction.scores_vjp`; gradients are as what they are of."""
     names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
     like = {name: getattr(o, name) for name in names}
-    with kernels.runtime.on(o.q):
-        o = _handed_over(kernels.runtime, c, o, xp)
-        call = ScoreCall(kernels, c, o, xp)
+    with cache.runtime.on(o.q):
+        o = _handed_over(cache.runtime, c, o, xp)
+        call = ScoreCall(cache, c, o, xp)
         out, level, d_level = map(xp.ascontiguousarray, (out, level, d_level))
         d_out = xp.ascontiguousarray(_rounded(d_out, c.choice.dtype, xp))
-        d_out = _aligned(kernels.runtime, d_out, xp)
+        d_out = _aligned(cache.runtime, d_out, xp)
         given = (d_out, level, call.delta(out, level, d_out, d_level))
         grads = {name: call.result(*x.shape, dtype=x.dtype) for name, x in like.items()}
         types = {name: type_of(dtype_name(x)) for name, x in like.items()}
@@ -210,7 +211,7 @@ def pullback(
 
         def launch(name: str, blocks: int, *results: Any) -> None:
             if blocks:
-                kernel = kernels.cache.kernel(program, f"scores_mma_{name}>", shared)
+                kernel = cache.kernel(program, f"scores_mma_{name}>", shared)
                 arguments = (*x.arrays, *given, *results, x.shape)
                 kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
 

@@ -39,7 +39,7 @@ from pdcore.extend import (
 )
 
 from .choice import Blocked
-from .impl import JaxBackend
+from .local import LocalJaxBackend
 from .namespace import NAMESPACE as xp
 from .ring import Ring, around, merged
 from .scores import prepared
@@ -178,7 +178,7 @@ def _with_one_point(step: Transform, shards: Shards) -> Transform:
     return step
 
 
-class ShardedBackend(JaxBackend):
+class ShardedBackend(LocalJaxBackend):
     """Runs a plan on one shard; made for the shards of one axis."""
 
     def __init__(self, shards: Shards) -> None:
