@@ -41,7 +41,7 @@ class FeatureKernels:
     def forward(self, c: Features, o: Operands, *, xp: Any) -> tuple[Any, Any]:
         """Contract, see `feature_contraction.features`; 16-bit arrays are read so."""
         with self.cache.runtime.on(o.q):
-            call = _Call(self.cache, c, o, xp)
+            call = _FeatureCall(self.cache, c, o, xp)
             dtype = o.v.dtype if c.choice.rounds else call.dtype
             out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
@@ -56,7 +56,7 @@ class FeatureKernels:
     ) -> dict[str, Any]:
         """Pull back, see `feature_contraction.features_vjp`, in the operands' dtypes."""
         with self.cache.runtime.on(o.q):
-            call = _Call(self.cache, c, o, xp)
+            call = _FeatureCall(self.cache, c, o, xp)
             x, tops = call.packed, call.tops()
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
@@ -85,21 +85,21 @@ class FeatureKernels:
         return grads
 
 
-class _Cut(NamedTuple):
+class _Chunks(NamedTuple):
     """Chunks of `size` along an axis."""
 
     size: int
     chunks: int
 
 
-class _Call(ScoreCall):
+class _FeatureCall(ScoreCall):
     """The launches of one contraction."""
 
     def __init__(self, cache: KernelCache, c: Features, o: Operands, xp: Any) -> None:
         self.features = c
         super().__init__(cache, Scores("features", signed=c.signed), o, xp)
         x, causal = self.packed, o.visibility.support.ahead == 0
-        self.keys, self.rows = (_cut(n, x.dim, causal) for n in (x.keys, x.rows))
+        self.keys, self.rows = (_chunks(n, x.dim, causal) for n in (x.keys, x.rows))
         self.cut = np.array((*self.keys, *self.rows), np.int32).view(_CHUNKS)[0]
 
     def program(self, **more: Any) -> FeatureProgram:
@@ -160,12 +160,12 @@ class _Call(ScoreCall):
         return (*super().arguments(*more), self.cut)
 
 
-def _cut(count: int, dim: int, causal: bool) -> _Cut:
+def _chunks(count: int, dim: int, causal: bool) -> _Chunks:
     if causal:
         size = min(-(-max(dim, 1) // CHUNK) * CHUNK, LARGEST_CHUNK)
     else:
         size = max(-(-count // (SPLITS * CHUNK)) * CHUNK, SMALLEST_SPLIT)
-    return _Cut(size, -(-count // size))
+    return _Chunks(size, -(-count // size))
 
 
 def _tiles(dim: int, value_dim: int, size: int) -> int:

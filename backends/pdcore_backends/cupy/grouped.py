@@ -13,7 +13,7 @@ from .operands import SHAPE, record
 from .programs import Program
 from .score_call import ScoreCall
 
-__all__ = ["GROUPS", "GroupCall", "How", "contract", "launches"]
+__all__ = ["GROUPS", "GroupCall", "ForwardKernel", "contract", "launches"]
 
 #: Groups of a launch, and `Group` and `Groups` of kernels/groups.cuh, member by member.
 GROUPS = 8
@@ -31,8 +31,8 @@ GROUP = np.dtype(
 TABLE = np.dtype([("x", GROUP, GROUPS), ("count", np.int64)], align=True)
 
 
-class How(NamedTuple):
-    """How a forward kernel is launched.
+class ForwardKernel(NamedTuple):
+    """ForwardKernel a forward kernel is launched.
 
     Attributes
     ----------
@@ -87,7 +87,9 @@ class _Launched(NamedTuple):
     place: tuple[int, int]
 
 
-def contract(groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], how: How) -> Contracted:
+def contract(
+    groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], how: ForwardKernel
+) -> Contracted:
     """Contract groups, of one kernel `how`, whose key heads are `heads` of the caller's.
 
     Heads that are equally far apart, in every group, are written where the caller has them.
@@ -123,7 +125,7 @@ def _together(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Laun
             yield program, found[first : first + GROUPS]
 
 
-def _launch(program: Program, groups: Sequence[_Launched], how: How) -> None:
+def _launch(program: Program, groups: Sequence[_Launched], how: ForwardKernel) -> None:
     """Launch a kernel for groups, whose blocks follow one another."""
     arrays: dict[int, Any] = {}  # by their place in the table
     table, blocks = np.zeros((), TABLE), 0

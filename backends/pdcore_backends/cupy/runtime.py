@@ -21,7 +21,7 @@ __all__ = [
     "SHARED",
     "Kernel",
     "KernelCache",
-    "Program",
+    "KernelSource",
     "Runtime",
     "too_old",
 ]
@@ -85,7 +85,7 @@ def too_old(capability: int) -> str:
     )
 
 
-class Program(Protocol):
+class KernelSource(Protocol):
     """What is compiled in; hashable."""
 
     def text(self, kernel: str) -> str:
@@ -97,11 +97,11 @@ class KernelCache:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
+        self._compiled: dict[tuple[int, KernelSource, str], Kernel] = {}
         self._allowed: dict[int, Limits] = {}
         self._lock = Lock()
 
-    def kernel(self, program: Program, name: str, shared: int = 0) -> Kernel:
+    def kernel(self, program: KernelSource, name: str, shared: int = 0) -> Kernel:
         """Give a kernel for the current device, see `Runtime.compile`.
 
         Raises

@@ -8,7 +8,7 @@ from typing import Any
 
 from pdcore.extend import Contracted, Operands, Scores
 
-from .grouped import GroupCall, How, contract
+from .grouped import ForwardKernel, GroupCall, contract
 from .programs import columns_for, memory, tile
 from .runtime import KernelCache
 from .score_call import THREADS, ScoreCall
@@ -51,7 +51,7 @@ class ScoreKernels:
             first = groups[0].call
             width, scalar = first.packed.value_dim, first.scalar
             columns = columns_for(width)
-            how = How(
+            how = ForwardKernel(
                 f"scores_forward<{columns}>",
                 tile(scalar),
                 THREADS,

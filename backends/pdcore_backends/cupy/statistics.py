@@ -89,7 +89,7 @@ class MomentKernels:
             n (*B, H, 1, 1), mean and var (*B, H, 1, D), of 1s for B with `shared`.
         """
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
             chunks = call.long_chunks
             layout = call.layout(chunks, call.tiles, shared)
             states = call.states(chunks)
@@ -111,7 +111,7 @@ class MomentKernels:
     ) -> Any:
         """Pull back, see `Moments.vjp`."""
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
             chunks = call.long_chunks
             shared = math.prod(final["mean"].shape[:-3]) == 1
             state = tuple(xp.ascontiguousarray(final[n]) for n in ("n", "mean"))
@@ -127,7 +127,7 @@ class MomentKernels:
     def prefixes(self, keys: Any, mask: Any, *, xp: Any) -> dict[str, Any]:
         """Give the finalised state of every prefix, (*B, H, M + 1, D), see `prefix_states`."""
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
             chunks = call.chunks
             layout = call.layout(chunks)
             states = call.states(chunks)
@@ -149,8 +149,8 @@ class MomentKernels:
     ) -> Any:
         """Pull back, see `Moments.prefix_vjp`."""
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
-            queries = _Keys(self.cache, rows["mean"], None, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
+            queries = _MomentCall(self.cache, rows["mean"], None, xp)
             first = _first_counting(rows["n"], xp)
             given = (
                 *map(
@@ -189,7 +189,7 @@ class MomentKernels:
         return found
 
 
-class _Keys:
+class _MomentCall:
     """Keys, or the means of rows, as the kernels read them."""
 
     def __init__(self, cache: KernelCache, keys: Any, mask: Any, xp: Any) -> None:

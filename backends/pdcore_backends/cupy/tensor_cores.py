@@ -23,7 +23,7 @@ from pdcore.extend import (
     dtype_name,
 )
 
-from .grouped import GroupCall, How, contract
+from .grouped import ForwardKernel, GroupCall, contract
 from .operands import NULL
 from .programs import type_of
 from .query_fold import FoldedLoad
@@ -174,7 +174,7 @@ def forward(
             GroupCall.of(ScoreCall(cache, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in given
         ]
         x = groups[0].call.packed
-        how = How(
+        how = ForwardKernel(
             f"scores_mma<{x.dim}, {x.value_dim}>",
             ROWS,
             THREADS,

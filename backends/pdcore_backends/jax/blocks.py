@@ -21,8 +21,8 @@ from .namespace import NAMESPACE as xp
 
 __all__ = [
     "Arrays",
-    "Call",
-    "Sizes",
+    "StaticCall",
+    "BlockSizes",
     "flat",
     "over_heads",
     "over_keys",
@@ -57,7 +57,7 @@ _BANDED_KEYS = 4096
 _SKIPPED_KEYS = 1024
 
 
-class Sizes(NamedTuple):
+class BlockSizes(NamedTuple):
     """How a contraction is cut.
 
     Attributes
@@ -78,7 +78,7 @@ class Sizes(NamedTuple):
 
 def sizes(
     heads: int, group: int, rows: int, keys: int, *, turns: bool, restricts: bool = False
-) -> Sizes:
+) -> BlockSizes:
     """Choose blocks by shape.
 
     XLA's matrix products on a CPU are fast where they are large, so heads take turns; many small
@@ -98,18 +98,18 @@ def sizes(
     """
     scores = heads * group * rows * keys
     if group * rows * keys <= _SMALL and scores <= 8 * _BLOCK:
-        return Sizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
+        return BlockSizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
     mapped = turns and heads > 1
     key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
     if restricts and keys > _BANDED_KEYS:
         key_block = _SKIPPED_KEYS
     at_once = group * (1 if mapped else heads)
     fit = max(16, _BLOCK // (at_once * key_block))
-    return Sizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
+    return BlockSizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
 
 
 @dataclass(frozen=True)
-class Call:
+class StaticCall:
     """What is static about a contraction.
 
     Attributes
@@ -124,7 +124,7 @@ class Call:
         The length of the pooling window.
     offset : int or None
         The position of query 0; None where it is an array.
-    sizes : Sizes
+    sizes : BlockSizes
         How it is cut.
     """
 
@@ -134,7 +134,7 @@ class Call:
     keys: int
     scale: int
     offset: int | None
-    sizes: Sizes
+    sizes: BlockSizes
 
     def visibility(self, rows: int, keys: int, offset: Any) -> Visibility:
         """Give the support by position alone, of a block whose first key is at position 0."""
@@ -151,7 +151,7 @@ def ungrouped(arrays: Arrays) -> Arrays:
     }
 
 
-def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
+def over_heads(call: StaticCall, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
     """Run `body` for one key head at a time.
 
     An array without an axis of heads, or with several leading axes that are partly broadcast, is
@@ -207,7 +207,7 @@ def _axes(name: str, arrays: Arrays) -> int:
     return _BY_GROUP.get(name, 2) + groups
 
 
-def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays:
+def over_rows(call: StaticCall, body: Callable[..., Arrays], arrays: Arrays) -> Arrays:
     """Run ``body(arrays, visibility, whole)`` on blocks of rows with the keys that they can see.
 
     `visibility` speaks of the block by position; `whole` says that it lets everything through.
@@ -221,7 +221,7 @@ def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays
 
 
 def _band(
-    call: Call,
+    call: StaticCall,
     body: Callable[..., Arrays],
     arrays: Arrays,
     start: int,
@@ -266,7 +266,7 @@ def _band(
 
 
 def over_keys(
-    call: Call,
+    call: StaticCall,
     body: Callable[..., Any],
     merge: Callable[[Any, Any], Any],
     arrays: Arrays,
@@ -306,7 +306,7 @@ def over_keys(
     return total
 
 
-def _any_seen(call: Call, visibility: Visibility, first: Any, keys: int) -> Any:
+def _any_seen(call: StaticCall, visibility: Visibility, first: Any, keys: int) -> Any:
     """Whether a row may see one of the keys from `first` on, by position."""
     support, offset = call.support, jnp.asarray(visibility.offset)
     begin, end = first * call.scale, (first + keys) * call.scale - 1
@@ -319,7 +319,7 @@ def _any_seen(call: Call, visibility: Visibility, first: Any, keys: int) -> Any:
     return seen
 
 
-def _bands(call: Call) -> list[tuple[int, int, int, int]]:
+def _bands(call: StaticCall) -> list[tuple[int, int, int, int]]:
     """Cut rows into bands (start, stop) with the keys (first, last) that they can see."""
     several = call.keys > call.sizes.keys  # which `over_keys` skips
     if not call.support.restricts or call.offset is None or not call.rows or several:
@@ -338,7 +338,7 @@ def _bands(call: Call) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def _reach(call: Call, rows: int, keys: int) -> int | None:
+def _reach(call: StaticCall, rows: int, keys: int) -> int | None:
     """Bound how many keys a block of rows sees through a window; None if it may be all."""
     support = call.support
     if float("inf") in (support.left, support.ahead):

@@ -12,14 +12,14 @@ from pdcore.extend import GaussianRows, Plan, Request, Scores
 
 from .device import find
 
-__all__ = ["Blocked", "ByCudnn", "chosen", "unfit"]
+__all__ = ["ByBlocks", "ByCudnn", "chosen", "unfit"]
 
 #: Features up to which it runs on every device that it knows, and what divides their number.
 MOST, UNIT = 128, 8
 
 
 @dataclass(frozen=True)
-class Blocked:
+class ByBlocks:
     """A contraction by scores in blocks, see `.scores`.
 
     Attributes
@@ -63,7 +63,7 @@ def chosen(plan: Plan, request: Request) -> Plan:
     step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
     if kind == "cuda":
         step += f"; not cuDNN: {why}"
-    return plan.chosen(replace(c, choice=Blocked(turns)), step)
+    return plan.chosen(replace(c, choice=ByBlocks(turns)), step)
 
 
 def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:

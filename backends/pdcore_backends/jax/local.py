@@ -24,7 +24,7 @@ from pdcore.extend import (
 )
 
 from . import INFO
-from .choice import Blocked, ByCudnn
+from .choice import ByBlocks, ByCudnn
 from .cudnn import cudnn_scores
 from .device import find
 from .features import prefix_contract
@@ -66,7 +66,7 @@ class LocalJaxBackend(ArrayBackend):
             result = cudnn_scores(c, o)
             if result is not None:
                 return result
-        return scores(c, o, turns=isinstance(c.choice, Blocked) and c.choice.turns)
+        return scores(c, o, turns=isinstance(c.choice, ByBlocks) and c.choice.turns)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
         """Contract by features, under causal by loops of XLA's; see `.features`."""

@@ -22,7 +22,7 @@ from jax import lax
 
 from pdcore.extend import Support, divide, finite
 
-from .blocks import Arrays, Call
+from .blocks import Arrays, StaticCall
 from .namespace import NAMESPACE as xp
 from .scores import checkpointed, contract, contract_tangents, nonzero
 from .shards import Shards
@@ -30,7 +30,7 @@ from .shards import Shards
 __all__ = ["Ring", "around", "merged"]
 
 Pair = tuple[Any, Any]
-More = Callable[[Pair, Call, Arrays], Pair]
+More = Callable[[Pair, StaticCall, Arrays], Pair]
 
 _TRAVEL = frozenset({"k", "v", "key_bias", "key_mask"})
 #: What queries of a shard see of the keys of another.
@@ -52,12 +52,12 @@ class Ring:
 
     Attributes
     ----------
-    call : Call
+    call : StaticCall
         The contraction with the shard's own keys; its offset is that of the whole sequence.
     shards : Shards
     """
 
-    call: Call
+    call: StaticCall
     shards: Shards
 
     @cached_property
@@ -94,7 +94,7 @@ class Ring:
         up, down = self.ways
         return (*range(1, up + 1), *range(-1, -down - 1, -1))
 
-    def own(self, arrays: Arrays) -> tuple[Call, Arrays]:
+    def own(self, arrays: Arrays) -> tuple[StaticCall, Arrays]:
         """Give the contraction with the shard's own keys."""
         call = self.call
         if not call.support.restricts or call.offset is None or call.rows != self.length:
@@ -107,7 +107,7 @@ class Ring:
         """M."""
         return self.call.keys * self.call.scale
 
-    def seeing(self, kind: int, by: Any, arrays: Arrays) -> tuple[Call, Arrays]:
+    def seeing(self, kind: int, by: Any, arrays: Arrays) -> tuple[StaticCall, Arrays]:
         """Give the contraction with keys from `by` places before."""
         call = self.call
         given = {name: x for name, x in arrays.items() if name != "offset"}
@@ -145,7 +145,7 @@ def around(ring: Ring, arrays: Arrays) -> Pair:
     """Contract with the keys of all shards; see `.scores.contract`."""
     signed = ring.call.contraction.signed
 
-    def more(total: Pair, call: Call, given: Arrays) -> Pair:
+    def more(total: Pair, call: StaticCall, given: Arrays) -> Pair:
         return merged(signed, total, contract(call, given))
 
     total: Pair = contract(*ring.own(arrays))
@@ -177,13 +177,13 @@ def _around_jvp(ring: Ring, primals: tuple[Arrays], tangents: tuple[Arrays]) -> 
 
 
 def _tangents(ring: Ring, arrays: Arrays, moved: Arrays) -> Pair:
-    def found(call: Call, given: Arrays) -> Pair:
+    def found(call: StaticCall, given: Arrays) -> Pair:
         parts = {n: x for n, x in given.items() if not n.startswith("d_")}
         moves = {n: x for n, x in given.items() if n.startswith("d_")}
         tangent = contract_tangents(call, parts, moves)
         return tangent["out"], tangent["level"]
 
-    def more(total: Pair, call: Call, given: Arrays) -> Pair:
+    def more(total: Pair, call: StaticCall, given: Arrays) -> Pair:
         out, level = found(call, given)
         return total[0] + out, total[1] + level
 

@@ -34,7 +34,7 @@ from pdcore.extend import (
     shifted_features,
 )
 
-from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes, ungrouped
+from .blocks import Arrays, StaticCall, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
 
 __all__ = ["checkpointed", "contract", "contract_tangents", "nonzero", "prepared", "scores"]
@@ -72,7 +72,7 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
 
 
-def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
+def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays]:
     """Part what is static about a contraction, which is not empty, from its arrays."""
     seen = o.visibility
     *lead, group, rows, _ = o.q.shape
@@ -89,7 +89,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
         arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, 1, 1, 1))
     if group == 1:
         arrays = ungrouped(arrays)
-    call = Call(
+    call = StaticCall(
         c,
         seen.support,
         rows,
@@ -105,7 +105,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def contract(call: Call, arrays: Arrays) -> tuple[Any, Any]:
+def contract(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
     """Give (out, L) of what `prepared` gave, in the shapes of its arrays."""
 
     def rows(given: Arrays) -> Arrays:
@@ -116,14 +116,14 @@ def contract(call: Call, arrays: Arrays) -> tuple[Any, Any]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _contract_kept(call: Call, arrays: Arrays) -> tuple[Any, Any]:
+def _contract_kept(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
     """Contract heads that are so small that a derivative may keep all weights."""
     found: tuple[Any, Any] = contract(call, arrays)
     return found
 
 
 @partial(_contract_kept.defjvp, symbolic_zeros=False)
-def _contract_kept_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
+def _contract_kept_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     def run(arrays: Arrays) -> tuple[Any, Any]:
         found = over_rows(call, partial(_forward, call, derived=True), arrays)
         return found["out"], found["level"]
@@ -131,7 +131,7 @@ def _contract_kept_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Array
     return jax.jvp(run, primals, tangents)
 
 
-class _Sums(NamedTuple):
+class _WeightedSums(NamedTuple):
     """Sums over keys relative to exp(peak)."""
 
     values: Any
@@ -140,12 +140,12 @@ class _Sums(NamedTuple):
 
 
 def _forward(
-    call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *, derived: bool = False
+    call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool, *, derived: bool = False
 ) -> Arrays:
     """Contract a block of rows with all keys that it can see; `derived`, where JAX derives it."""
     c, arrays = _scaled(call.contraction, arrays)
 
-    def body(cut: Arrays, seen: Visibility) -> _Sums:
+    def body(cut: Arrays, seen: Visibility) -> _WeightedSums:
         o = _operands(cut, seen, whole)
         if c.weight == "log":
             logits = _logits(c, _inner(o.q, o.k), o)
@@ -156,14 +156,16 @@ def _forward(
             k = o.k if o.q.ndim == o.k.ndim else o.k[..., None, :, :]
             rows, keys, peak = relative_features(c, o.q, k, xp=xp)
             p = _seen_only(_inner(rows, jnp.reshape(keys, o.k.shape)), o)
-        return _Sums(_times(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
+        return _WeightedSums(_times(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
 
-    def merge(a: _Sums, b: _Sums) -> _Sums:
+    def merge(a: _WeightedSums, b: _WeightedSums) -> _WeightedSums:
         peak = jnp.maximum(a.peak, b.peak)
         left, right = (jnp.exp(x.peak - _base(peak)) for x in (a, b))
-        return _Sums(a.values * left + b.values * right, a.total * left + b.total * right, peak)
+        return _WeightedSums(
+            a.values * left + b.values * right, a.total * left + b.total * right, peak
+        )
 
-    found: _Sums = over_keys(call, body, merge, arrays, visibility)
+    found: _WeightedSums = over_keys(call, body, merge, arrays, visibility)
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return {"out": found.values, "level": jnp.zeros_like(found.total[..., 0])}
@@ -185,7 +187,7 @@ def _base(peak: Any) -> Any:
 
 
 @partial(contract.defjvp, symbolic_zeros=True)
-def _contract_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
+def _contract_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = contract(call, arrays)
     given = {**arrays, "out": out, "level": level}
@@ -203,7 +205,7 @@ def nonzero(tangents: Arrays) -> Arrays:
     }
 
 
-def contract_tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
+def contract_tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
     """Give the tangents of ``out`` and ``level``, which `arrays` holds too.
 
     They are sums over keys: what disjoint sets of keys give adds up, where ``out`` and ``level``
@@ -218,7 +220,7 @@ def checkpointed(function: Callable[..., Result], *arguments: Any) -> Result:
     return found
 
 
-def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arrays]:
+def _plain(call: StaticCall, arrays: Arrays, moved: Arrays) -> tuple[StaticCall, Arrays, Arrays]:
     """Turn log features, and what moves, into features with their maxima subtracted."""
     c = call.contraction
     if c.weight != "log_features":
@@ -238,7 +240,7 @@ def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arr
     return replace(call, contraction=features), found, moves
 
 
-def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
+def _tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
     def block(cut: Arrays, visibility: Visibility, whole: bool) -> Arrays:
         return checkpointed(lambda x: _tangent(call, x, visibility, whole), cut)
 
@@ -251,7 +253,7 @@ def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
     return over_heads(call, partial(checkpointed, rows), given)
 
 
-def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
+def _tangent(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
     """Give the tangent of a block of rows.
 
     Weights and what is multiplied by them have keys as the outer axis, ahead of those of rows.

@@ -38,7 +38,7 @@ from pdcore.extend import (
     score_contraction,
 )
 
-from .choice import Blocked
+from .choice import ByBlocks
 from .local import LocalJaxBackend
 from .namespace import NAMESPACE as xp
 from .ring import Ring, around, merged
@@ -208,7 +208,7 @@ class ShardedBackend(LocalJaxBackend):
         columns = o.v.shape[-1]
         if not columns:  # L is wanted all the same
             o = o._replace(v=jnp.zeros_like(o.k[..., :1]))
-        call, arrays = prepared(c, o, turns=isinstance(c.choice, Blocked) and c.choice.turns)
+        call, arrays = prepared(c, o, turns=isinstance(c.choice, ByBlocks) and c.choice.turns)
         out, level = around(Ring(call, self.shards), arrays)
         out = jnp.reshape(out, (*o.q.shape[:-1], -1))
         return out[..., :columns], jnp.reshape(level, o.q.shape[:-1])
