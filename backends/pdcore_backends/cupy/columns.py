@@ -51,8 +51,8 @@ class RowProgram:
 
     def text(self, kernel: str) -> str:
         """Give the source of a kernel, by the name of an instantiation."""
-        own = KERNELS.get(kernel) or KERNELS[kernel.partition("<")[0]]
-        files = ("tiles.cuh", "columns.cuh", *own[0])
+        entry = KERNELS.get(kernel) or KERNELS[kernel.partition("<")[0]]
+        files = ("tiles.cuh", "columns.cuh", *entry[0])
         return "\n".join([read("ptx.cuh"), f"typedef {self.scalar} scalar;", *map(read, files)])
 
 

@@ -46,9 +46,9 @@ class FeatureKernels:
             out = call.result(*o.q.shape[:-1], o.v.shape[-1], dtype=dtype)
             level = call.result(*o.q.shape[:-1])
             x, tops = call.packed, call.tops()
-            given = (call.states(tops), tops, out, level)
+            arguments = (call.states(tops), tops, out, level)
             heads = x.batch * x.heads * x.group
-            call.tiled("features_forward", x.rows, heads, x.value_dim, given, out=out)
+            call.tiled("features_forward", x.rows, heads, x.value_dim, arguments, out=out)
         return out, level
 
     def pullback(
@@ -60,15 +60,15 @@ class FeatureKernels:
             x, tops = call.packed, call.tops()
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
-            given = (d_out, level, delta)
+            cotangents = (d_out, level, delta)
             grads = {
                 n: call.result(*a.shape, dtype=a.dtype)
                 for n, a in (("q", o.q), ("k", o.k), ("v", o.v))
             }
             heads, pairs = x.batch * x.heads * x.group, x.batch * x.heads
-            seen = (*given, call.states(tops), tops)
+            seen = (*cotangents, call.states(tops), tops)
             call.tiled("features_rows", x.rows, heads, x.dim, (*seen, grads["q"]), d_out=d_out)
-            seen = (*given, call.states(tops, given), tops)
+            seen = (*cotangents, call.states(tops, cotangents), tops)
             call.tiled(
                 "features_keys", x.keys, pairs, x.dim, (*seen, grads["k"]), ", false", d_out=d_out
             )
@@ -130,10 +130,10 @@ class _FeatureCall(ScoreCall):
         states = self.result(x.batch * x.heads, cut.chunks + 1, pitch)
         blocks = x.batch * x.heads * cut.chunks
         blocks *= _tiles(x.dim, x.value_dim, tile(self.scalar))
-        given = self.arguments(*(cotangents or 3 * (NULL,)), tops, states)
+        arguments = self.arguments(*(cotangents or 3 * (NULL,)), tops, states)
         name = f"features_states<{'true' if cotangents else 'false'}>"
         stored = {"d_out": cotangents[0]} if cotangents else {}
-        self.start(name, (blocks,), given, **stored)
+        self.start(name, (blocks,), arguments, **stored)
         relative = self.features.log and not cotangents
         self.scan(int(relative), states, tops, numbers, pitch, cut.chunks)
         return states

@@ -82,59 +82,59 @@ class GroupCall(NamedTuple):
 class _Launched(NamedTuple):
     """A group with what is written: (out, L), and where its heads are in memory."""
 
-    given: GroupCall
+    group: GroupCall
     results: tuple[Any, Any]
     place: tuple[int, int]
 
 
 def contract(
-    groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], how: ForwardKernel
+    groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], kernel: ForwardKernel
 ) -> Contracted:
     """Contract groups, of one kernel `how`, whose key heads are `heads` of the caller's.
 
     Heads that are equally far apart, in every group, are written where the caller has them.
     """
-    steps = [spacing(chosen) for chosen in heads]
+    steps = [spacing(places) for places in heads]
     known = len({group.dtype for group in groups}) == 1 and None not in steps
     total = sum(map(len, heads))
     whole = groups[0].results(total) if len(groups) > 1 and known else None
-    found = []
-    for given, chosen, step in zip(groups, heads, steps, strict=True):
-        x = given.call.packed
+    launched = []
+    for group, places, step in zip(groups, heads, steps, strict=True):
+        x = group.call.packed
         if whole is None:
-            own = given.results(x.heads)
-            found.append(_Launched(given, own, (x.heads * x.group, x.group)))
+            results = group.results(x.heads)
+            launched.append(_Launched(group, results, (x.heads * x.group, x.group)))
             continue
-        at = slice(chosen[0], chosen[-1] + 1, step)
+        at = slice(places[0], places[-1] + 1, step)
         parts = whole[0][..., at, :, :, :], whole[1][..., at, :, :]
-        found.append(_Launched(given, parts, (total * x.group, (step or 1) * x.group)))
-    for program, together in _together(found):
-        _launch(program, together, how)
-    return Contracted([one.results for one in found], whole)
+        launched.append(_Launched(group, parts, (total * x.group, (step or 1) * x.group)))
+    for program, together in _together(launched):
+        _launch(program, together, kernel)
+    return Contracted([one.results for one in launched], whole)
 
 
 def _together(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Launched]]]:
     """Give what one launch contracts: groups of a program, those of most keys first."""
     by_program: dict[Program, list[_Launched]] = {}
-    for one in groups:
-        program = one.given.call.program(out=one.results[0])
-        by_program.setdefault(program, []).append(one)
-    for program, found in by_program.items():
-        found.sort(key=lambda one: -one.given.call.packed.keys)
-        for first in range(0, len(found), GROUPS):
-            yield program, found[first : first + GROUPS]
+    for launched in groups:
+        program = launched.group.call.program(out=launched.results[0])
+        by_program.setdefault(program, []).append(launched)
+    for program, members in by_program.items():
+        members.sort(key=lambda launched: -launched.group.call.packed.keys)
+        for first in range(0, len(members), GROUPS):
+            yield program, members[first : first + GROUPS]
 
 
-def _launch(program: Program, groups: Sequence[_Launched], how: ForwardKernel) -> None:
+def _launch(program: Program, groups: Sequence[_Launched], kernel: ForwardKernel) -> None:
     """Launch a kernel for groups, whose blocks follow one another."""
     arrays: dict[int, Any] = {}  # by their place in the table
     table, blocks = np.zeros((), TABLE), 0
-    for i, one in enumerate(groups):
-        x = one.given.call.packed
-        table["x"][i] = record(GROUP, {"place": one.place, "first": blocks, "shape": x.shape})
-        blocks += x.batch * x.heads * x.group * -(-x.rows // how.rows)
-        given = {"inputs": x.arrays, "fold": one.given.fold, "results": one.results}
-        for name, members in given.items():
+    for i, launched in enumerate(groups):
+        x = launched.group.call.packed
+        table["x"][i] = record(GROUP, {"place": launched.place, "first": blocks, "shape": x.shape})
+        blocks += x.batch * x.heads * x.group * -(-x.rows // kernel.rows)
+        pointers = {"inputs": x.arrays, "fold": launched.group.fold, "results": launched.results}
+        for name, members in pointers.items():
             start = GROUP.itemsize * i + GROUP.fields[name][1]  # type: ignore[index]
             arrays.update(
                 (start + 8 * n, a) for n, a in enumerate(members) if not isinstance(a, np.uint64)
@@ -142,10 +142,10 @@ def _launch(program: Program, groups: Sequence[_Launched], how: ForwardKernel) -
     if not blocks:
         return
     table["count"] = len(groups)
-    cache = groups[0].given.call.cache
-    kernel = cache.kernel(program, how.name, how.shared)
+    cache = groups[0].group.call.cache
+    compiled = cache.kernel(program, kernel.name, kernel.shared)
     argument = cache.runtime.structure(table[()], arrays)
-    kernel((blocks, how.slices), (how.threads,), (argument,), shared_mem=how.shared)
+    compiled((blocks, kernel.slices), (kernel.threads,), (argument,), shared_mem=kernel.shared)
 
 
 def launches(kinds: Sequence[str]) -> int:

@@ -52,10 +52,10 @@ class CupyRuntime:
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
         """Compile by NVRTC; CuPy keeps the result on disk, see `Runtime.compile`."""
         module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
-        made: Any = module.get_function(name)
+        function: Any = module.get_function(name)
         if shared > SHARED:
-            made.max_dynamic_shared_size_bytes = shared
-        kernel: Kernel = made
+            function.max_dynamic_shared_size_bytes = shared
+        kernel: Kernel = function
         return kernel
 
     def address(self, array: Any) -> int:
@@ -64,11 +64,11 @@ class CupyRuntime:
 
     def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
         """Put the arrays' addresses in, see `Runtime.structure`."""
-        made = np.frombuffer(bytearray(value.tobytes()), value.dtype)
-        members = made.view(np.uint64)
+        structure = np.frombuffer(bytearray(value.tobytes()), value.dtype)
+        members = structure.view(np.uint64)
         for at, array in arrays.items():
             members[at // 8] = array.data.ptr
-        return made[0]
+        return structure[0]
 
     def usage(self, kernel: Any) -> Usage:
         """Ask the driver, see `Runtime.usage`."""
@@ -76,12 +76,12 @@ class CupyRuntime:
 
     def limits(self) -> Limits:
         """Ask the driver, see `Runtime.limits`."""
-        found = cupy.cuda.Device().attributes
-        grid = tuple(found[f"MaxGridDim{axis}"] for axis in "XYZ")
+        attributes = cupy.cuda.Device().attributes
+        grid = tuple(attributes[f"MaxGridDim{axis}"] for axis in "XYZ")
         return Limits(
-            found["MaxThreadsPerBlock"],
-            found["MaxRegistersPerBlock"],
-            found["MaxSharedMemoryPerBlockOptin"],
+            attributes["MaxThreadsPerBlock"],
+            attributes["MaxRegistersPerBlock"],
+            attributes["MaxSharedMemoryPerBlockOptin"],
             grid,
         )
 
@@ -119,8 +119,8 @@ class CupyBackend(KernelBackend):
             half = dtype_name(array) == "bfloat16"
             with self.stream_of(array):
                 # CuPy's DLPack has no bfloat16, so its bits travel.
-                found = cupy.from_dlpack(_bits(array) if half else array)
-                return found.view(_bfloat16()) if half else found
+                result = cupy.from_dlpack(_bits(array) if half else array)
+                return result.view(_bfloat16()) if half else result
         with cupy.cuda.Device(index):
             # `asarray` copies from the host, and from another GPU; `from_dlpack` refuses to.
             return cupy.asarray(array)
@@ -147,10 +147,10 @@ class CupyBackend(KernelBackend):
 
     def versions(self) -> dict[str, str]:
         """Give the versions of CuPy and of its CUDA runtime."""
-        found = {"cupy": str(cupy.__version__)}
+        versions = {"cupy": str(cupy.__version__)}
         if _devices()[0]:
-            found["cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
-        return found
+            versions["cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
+        return versions
 
 
 class _Stream(NamedTuple):

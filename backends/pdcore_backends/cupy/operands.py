@@ -98,8 +98,8 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
     if offsets is not None and offsets.shape[0] != batch:
         offsets = xp.ascontiguousarray(xp.broadcast_to(offsets, (batch,)))
     extent = (1,) * 5 if bias is None else tuple(bias.shape)
-    given = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
-    arrays = tuple(NULL if x is None else x for x in given)
+    members = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
+    arrays = tuple(NULL if x is None else x for x in members)
     sizes = (batch, heads, group, rows, keys, dim, value_dim)
     shape = record(
         SHAPE,
@@ -130,18 +130,18 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
 
 def record(dtype: Any, members: Mapping[str, Any]) -> Any:
     """Give a structure with these members, 0 elsewhere."""
-    found = np.zeros((), dtype)
+    structure = np.zeros((), dtype)
     for name, value in members.items():
-        found[name] = value
-    return found[()]
+        structure[name] = value
+    return structure[()]
 
 
 def one_lead(x: Any, lead: Sequence[int], xp: Any) -> Any:
     """Make the leading axes one; of length 1 where the array is the same for all of them."""
-    own, rest = tuple(x.shape[: len(lead)]), tuple(x.shape[len(lead) :])
-    if math.prod(own) == 1:
+    leading, rest = tuple(x.shape[: len(lead)]), tuple(x.shape[len(lead) :])
+    if math.prod(leading) == 1:
         return xp.reshape(x, (1, *rest))
-    if own != tuple(lead):  # the same for some: no stride says that
+    if leading != tuple(lead):  # the same for some: no stride says that
         x = xp.broadcast_to(x, (*lead, *rest))
     return xp.reshape(x, (math.prod(lead), *rest))
 

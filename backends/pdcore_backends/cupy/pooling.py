@@ -86,26 +86,31 @@ class PoolKernels:
 
         def pullback(cotangent: Any) -> Any:
             with self.cache.runtime.on(cotangent):
-                found = launch.empty(*x.shape)
+                result = launch.empty(*x.shape)
                 blocks = -(-rows // launch.tile)
                 launch.run(
                     "pooled_vjp",
                     batch * heads * blocks,
-                    (weights, xp.ascontiguousarray(cotangent), found, layout((0, 0, 0), blocks, 1)),
+                    (
+                        weights,
+                        xp.ascontiguousarray(cotangent),
+                        result,
+                        layout((0, 0, 0), blocks, 1),
+                    ),
                 )
-            return found
+            return result
 
         with self.cache.runtime.on(x):
-            given = in_rows(one_lead(x, lead, xp), xp)
+            source = in_rows(one_lead(x, lead, xp), xp)
             team = _team(scale, launch.lanes)
             blocks = -(-windows // (launch.lanes // team))
-            found = launch.empty(*lead, heads, windows, columns)
+            result = launch.empty(*lead, heads, windows, columns)
             launch.run(
                 "pooled",
                 batch * heads * blocks,
-                (given, weights, found, layout(strides_of(given)[:-1], blocks, team)),
+                (source, weights, result, layout(strides_of(source)[:-1], blocks, team)),
             )
-        return found, pullback
+        return result, pullback
 
 
 def _team(scale: int, lanes: int) -> int:

@@ -112,18 +112,20 @@ class KernelCache:
         """
         key = (self.runtime.device(), program, name)
         with self._lock:
-            found = self._compiled.get(key)
-            if found is None:
+            checked = self._compiled.get(key)
+            if checked is None:
                 if self.runtime.capturing():
                     raise UnsupportedError(
                         f"the kernel {name} is not compiled yet, and the stream is being captured "
                         "into a CUDA graph, which cannot load it; make the same call once before "
                         "the capture, forward and backward if both are captured"
                     )
-                made = self.runtime.compile(program.text(name), name, shared)
-                found = CheckedKernel(name, made, self.runtime.usage(made), self._limits(key[0]))
-                self._compiled[key] = found
-        return found
+                compiled = self.runtime.compile(program.text(name), name, shared)
+                checked = CheckedKernel(
+                    name, compiled, self.runtime.usage(compiled), self._limits(key[0])
+                )
+                self._compiled[key] = checked
+        return checked
 
     def _limits(self, device: int) -> Limits:
         if device not in self._allowed:

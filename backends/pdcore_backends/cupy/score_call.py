@@ -92,13 +92,15 @@ class ScoreCall:
             kernel((-(-rows // (THREADS // 32)),), (THREADS,), arguments, shared_mem=0)
         return delta
 
-    def of_rows(self, given: tuple[Any, ...]) -> dict[str, Any]:
+    def of_rows(self, cotangents: tuple[Any, ...]) -> dict[str, Any]:
         """Give the cotangents of the queries, and of the scalars of log kappa."""
         x, o, xp, names = self.packed, self.o, self.xp, self.names
         dq = self.result(*o.q.shape, dtype=o.q.dtype)
         heads, tiles = x.batch * x.heads * x.group, self.tiles(x.rows)
         sums = self.result(heads, tiles, len(names)) if names else NULL
-        self.tiled("scores_rows", x.rows, heads, x.dim, (*given, dq, sums), d_out=given[0])
+        self.tiled(
+            "scores_rows", x.rows, heads, x.dim, (*cotangents, dq, sums), d_out=cotangents[0]
+        )
         grads = {n: xp.zeros_like(value) for n, value in o.values.items()}
         if names:
             parts = xp.reshape(sums, (x.batch, x.heads, x.group * tiles, len(names)))
@@ -106,42 +108,42 @@ class ScoreCall:
             grads |= {n: xp.reshape(parts[:, i], grads[n].shape) for i, n in enumerate(names)}
         return grads | {"q": dq}
 
-    def of_keys(self, given: tuple[Any, ...]) -> dict[str, Any]:
+    def of_keys(self, cotangents: tuple[Any, ...]) -> dict[str, Any]:
         """Give the cotangents of keys, values and key bias."""
         x, o = self.packed, self.o
         grads = {n: self.result(*y.shape, dtype=y.dtype) for n, y in (("k", o.k), ("v", o.v))}
         if o.key_bias is not None:
             grads["key_bias"] = self.result(*o.key_bias.shape)
         heads = x.batch * x.heads
-        of_keys = (*given, grads["k"], grads.get("key_bias", NULL))
-        self.tiled("scores_keys", x.keys, heads, x.dim, of_keys, ", false", d_out=given[0])
+        arguments = (*cotangents, grads["k"], grads.get("key_bias", NULL))
+        self.tiled("scores_keys", x.keys, heads, x.dim, arguments, ", false", d_out=cotangents[0])
         if x.value_dim:
             self.tiled(
                 "scores_keys",
                 x.keys,
                 heads,
                 x.value_dim,
-                (*given, grads["v"], NULL),
+                (*cotangents, grads["v"], NULL),
                 ", true",
-                d_out=given[0],
+                d_out=cotangents[0],
             )
         return grads
 
-    def of_bias(self, given: tuple[Any, ...]) -> Any:
+    def of_bias(self, cotangents: tuple[Any, ...]) -> Any:
         """Give the cotangent of the bias."""
         batch, heads, group, rows, keys = extent = self.packed.bias_extent
-        own = self.o.bias.shape
-        whole = math.prod(own) == math.prod(extent)
-        found = self.result(*extent, dtype=self.o.bias.dtype if whole else None)
+        shape = self.o.bias.shape
+        whole = math.prod(shape) == math.prod(extent)
+        result = self.result(*extent, dtype=self.o.bias.dtype if whole else None)
         planes = batch * heads * group
         grid = (planes * self.tiles(rows) * self.tiles(keys),)
         self.start(
             "scores_bias",
             grid,
-            self.arguments(*given, found),
+            self.arguments(*cotangents, result),
             memory(self.scalar, 32),
-            d_out=given[0],
-            d_bias=found,
+            d_out=cotangents[0],
+            d_bias=result,
         )
-        lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(own) - 4)
-        return sum_to(self.xp.reshape(found, (*lead, *extent[1:])), own, xp=self.xp)
+        lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(shape) - 4)
+        return sum_to(self.xp.reshape(result, (*lead, *extent[1:])), shape, xp=self.xp)

@@ -51,14 +51,14 @@ class ScoreKernels:
             first = groups[0].call
             width, scalar = first.packed.value_dim, first.scalar
             columns = columns_for(width)
-            how = ForwardKernel(
+            kernel = ForwardKernel(
                 f"scores_forward<{columns}>",
                 tile(scalar),
                 THREADS,
                 memory(scalar, columns),
                 max(1, -(-width // columns)),
             )
-            return contract(groups, heads, how)
+            return contract(groups, heads, kernel)
 
     def pullback(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
@@ -71,8 +71,8 @@ class ScoreKernels:
             call = ScoreCall(self.cache, c, o, xp)
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
-            given = (d_out, level, delta)
-            grads = call.of_rows(given) | call.of_keys(given)
+            cotangents = (d_out, level, delta)
+            grads = call.of_rows(cotangents) | call.of_keys(cotangents)
             if o.bias is not None:
-                grads["bias"] = call.of_bias(given)
+                grads["bias"] = call.of_bias(cotangents)
         return grads

@@ -44,12 +44,12 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
     why = _unfit(summary, request, capability)
     if why:
         return replace(plan, steps=(*plan.steps, f"statistics: {library}'s own operations: {why}"))
-    how = (
+    method = (
         "a scan of chunks in three passes"
         if summary.scope == "prefix"
         else "chunks, each key read once, merged in a fixed order"
     )
-    step = f"statistics: kernels, by {how}, in {plan.accumulate}"
+    step = f"statistics: kernels, by {method}, in {plan.accumulate}"
     if request.dtype != plan.accumulate and all(group.scale == 1 for group in plan.groups):
         step += f", of keys in {request.dtype}"
     return replace(plan, summary=replace(summary, choice=KERNELS), steps=(*plan.steps, step))
@@ -95,10 +95,10 @@ class MomentKernels:
             states = call.states(chunks)
             call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
             count = call.heads if shared else call.batch * call.heads
-            found = call.results(count)
-            call.launch.run("moments_merged", count, (*states, *found, layout))
+            results = call.results(count)
+            call.launch.run("moments_merged", count, (*states, *results, layout))
         lead = (1,) * len(call.lead) if shared else call.lead
-        return call.named(found, (*lead, call.heads, 1), xp)
+        return call.named(results, (*lead, call.heads, 1), xp)
 
     def vjp(
         self,
@@ -115,14 +115,14 @@ class MomentKernels:
             chunks = call.long_chunks
             shared = math.prod(final["mean"].shape[:-3]) == 1
             state = tuple(xp.ascontiguousarray(final[n]) for n in ("n", "mean"))
-            given = tuple(
+            cotangents = tuple(
                 xp.ascontiguousarray(cotangent[n]) if n in cotangent else NULL
                 for n in ("mean", "var")
             )
-            found = call.launch.empty(*keys.shape)
+            gradient = call.launch.empty(*keys.shape)
             layout = call.layout(chunks, call.tiles, shared)
-            call.run("moments_vjp", chunks, (*call.arrays, *state, *given, found, layout))
-        return found
+            call.run("moments_vjp", chunks, (*call.arrays, *state, *cotangents, gradient, layout))
+        return gradient
 
     def prefixes(self, keys: Any, mask: Any, *, xp: Any) -> dict[str, Any]:
         """Give the finalised state of every prefix, (*B, H, M + 1, D), see `prefix_states`."""
@@ -133,9 +133,9 @@ class MomentKernels:
             states = call.states(chunks)
             call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
             before = call.scanned("Moments", chunks, states)
-            found = call.results(call.batch * call.heads * (call.rows + 1))
-            call.run("prefixes", chunks, (*call.arrays, *before, *found, layout))
-        return call.named(found, (*call.lead, call.heads, call.rows + 1), xp)
+            results = call.results(call.batch * call.heads * (call.rows + 1))
+            call.run("prefixes", chunks, (*call.arrays, *before, *results, layout))
+        return call.named(results, (*call.lead, call.heads, call.rows + 1), xp)
 
     def prefix_vjp(
         self,
@@ -152,7 +152,7 @@ class MomentKernels:
             call = _MomentCall(self.cache, keys, mask, xp)
             queries = _MomentCall(self.cache, rows["mean"], None, xp)
             first = _first_counting(rows["n"], xp)
-            given = (
+            row_arrays = (
                 *map(
                     xp.ascontiguousarray,
                     (rows["n"], rows["mean"], cotangent["mean"], cotangent["var"]),
@@ -162,31 +162,31 @@ class MomentKernels:
             chunks = queries.chunks
             layout = queries.layout(chunks)
             sums = queries.states(chunks)
-            queries.run("levels_of_chunks", chunks, (*given, *sums, layout))
+            queries.run("levels_of_chunks", chunks, (*row_arrays, *sums, layout))
             before = queries.scanned("Totals", chunks, sums)
             shape = (*rows["mean"].shape[:-2], queries.rows + 1, keys.shape[-1])
             level, slope = call.launch.empty(*shape), call.launch.empty(*shape)
-            queries.run("suffixes", chunks, (*given, *before, level, slope, layout))
+            queries.run("suffixes", chunks, (*row_arrays, *before, level, slope, layout))
             # (M, 1) or (*B, 1, 1, M, 1)
             of_each = 0 if math.prod(later.shape) == call.rows else call.rows
-            found = call.launch.empty(*keys.shape)
+            gradient = call.launch.empty(*keys.shape)
             call.run(
                 "prefixes_vjp",
                 call.chunks,
                 (
                     *call.arrays,
-                    given[1],
+                    row_arrays[1],
                     first,
                     level,
                     slope,
                     xp.ascontiguousarray(later),
                     np.int64(of_each),
-                    found,
+                    gradient,
                     layout,
                     call.layout(call.chunks),
                 ),
             )
-        return found
+        return gradient
 
 
 class _MomentCall:
@@ -257,12 +257,14 @@ class _MomentCall:
         shape = (count, launch.columns)
         return launch.empty(count), launch.empty(*shape), launch.empty(*shape)
 
-    def named(self, found: tuple[Any, Any, Any], shape: tuple[int, ...], xp: Any) -> dict[str, Any]:
+    def named(
+        self, results: tuple[Any, Any, Any], shape: tuple[int, ...], xp: Any
+    ) -> dict[str, Any]:
         """Give finalised states their names and axes."""
         widths = (1, self.launch.columns, self.launch.columns)
         return {
             n: xp.reshape(x, (*shape, w))
-            for n, x, w in zip(("n", "mean", "var"), found, widths, strict=True)
+            for n, x, w in zip(("n", "mean", "var"), results, widths, strict=True)
         }
 
 

@@ -169,18 +169,18 @@ def forward(
 ) -> Contracted:
     """Contract, see `ArrayBackend.scores_of_groups`."""
     with cache.runtime.on(operands[0].q):
-        given = [_handed_over(cache.runtime, c, o, xp) for o in operands]
+        rounded = [_handed_over(cache.runtime, c, o, xp) for o in operands]
         groups = [
-            GroupCall.of(ScoreCall(cache, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in given
+            GroupCall.of(ScoreCall(cache, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in rounded
         ]
         x = groups[0].call.packed
-        how = ForwardKernel(
+        kernel = ForwardKernel(
             f"scores_mma<{x.dim}, {x.value_dim}>",
             ROWS,
             THREADS,
             memory(x.dim, x.value_dim, c.expression is None),
         )
-        return contract(groups, heads, how)
+        return contract(groups, heads, kernel)
 
 
 def pullback(
@@ -203,7 +203,7 @@ def pullback(
         out, level, d_level = map(xp.ascontiguousarray, (out, level, d_level))
         d_out = xp.ascontiguousarray(_rounded(d_out, c.choice.dtype, xp))
         d_out = _aligned(cache.runtime, d_out, xp)
-        given = (d_out, level, call.delta(out, level, d_out, d_level))
+        cotangents = (d_out, level, call.delta(out, level, d_out, d_level))
         grads = {name: call.result(*x.shape, dtype=x.dtype) for name, x in like.items()}
         types = {name: type_of(dtype_name(x)) for name, x in like.items()}
         x = call.packed
@@ -212,7 +212,7 @@ def pullback(
         def launch(name: str, blocks: int, *results: Any) -> None:
             if blocks:
                 kernel = cache.kernel(program, f"scores_mma_{name}>", shared)
-                arguments = (*x.arrays, *given, *results, x.shape)
+                arguments = (*x.arrays, *cotangents, *results, x.shape)
                 kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
 
         heads, sizes = x.batch * x.heads, f"<{x.dim}, {x.value_dim}"
@@ -225,7 +225,7 @@ def pullback(
             grads.get("key_bias", NULL),
         )
         if o.bias is not None:
-            grads["bias"] = call.of_bias(given)
+            grads["bias"] = call.of_bias(cotangents)
     return grads
 
 

@@ -162,40 +162,40 @@ def over_heads(call: StaticCall, body: Callable[[Arrays], Arrays], arrays: Array
     turns: Arrays = {}
     shared: Arrays = {}
     for name, x in arrays.items():
-        own = tuple(x.shape[: x.ndim - _axes(name, arrays)])
-        tail = tuple(x.shape[len(own) :])
-        if own == lead:
+        leading = tuple(x.shape[: x.ndim - _axes(name, arrays)])
+        tail = tuple(x.shape[len(leading) :])
+        if leading == lead:
             turns[name] = jnp.reshape(x, (count, *tail))
         else:
-            shared[name] = (jnp.reshape(x, (-1, *tail)), own)
+            shared[name] = (jnp.reshape(x, (-1, *tail)), leading)
 
-    def turn(given: tuple[Any, Arrays]) -> Arrays:
-        index, cut = given
+    def turn(indexed: tuple[Any, Arrays]) -> Arrays:
+        index, cut = indexed
         places: list[Any] = []
         for size in reversed(lead):
             places.insert(0, index % size)
             index = index // size
-        for name, (x, own) in shared.items():
+        for name, (x, leading) in shared.items():
             place: Any = 0
-            for size, at in zip(own, places[len(lead) - len(own) :], strict=True):
+            for size, at in zip(leading, places[len(lead) - len(leading) :], strict=True):
                 place = place * size + (at if size != 1 else 0)
             cut = {**cut, name: lax.dynamic_index_in_dim(x, place, keepdims=False)}
         return body(cut)
 
-    found = lax.map(turn, (jnp.arange(count), turns))
-    return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in found.items()}
+    results = lax.map(turn, (jnp.arange(count), turns))
+    return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in results.items()}
 
 
 def flat(arrays: Arrays) -> Arrays:
     """Give all arrays one leading axis; as they are if one is broadcast along some only."""
     lead = arrays["k"].shape[:-2]
-    found = {}
+    flattened = {}
     for name, x in arrays.items():
-        own = x.shape[: x.ndim - _axes(name, arrays)]
-        if own != lead and math.prod(own) != 1:
+        leading = x.shape[: x.ndim - _axes(name, arrays)]
+        if leading != lead and math.prod(leading) != 1:
             return arrays
-        found[name] = jnp.reshape(x, (math.prod(own), *x.shape[len(own) :]))
-    return found
+        flattened[name] = jnp.reshape(x, (math.prod(leading), *x.shape[len(leading) :]))
+    return flattened
 
 
 def _axes(name: str, arrays: Arrays) -> int:
@@ -252,12 +252,12 @@ def _band(
     else:
         moving, still = _split(arrays, _ROWS, block, count)
 
-        def turn(given: tuple[Any, Arrays]) -> Arrays:
-            index, cut = given
+        def turn(indexed: tuple[Any, Arrays]) -> Arrays:
+            index, cut = indexed
             return run({**still, **cut}, index * block, block)
 
-        found = lax.map(turn, (jnp.arange(count), moving))
-        parts = [{name: _joined(x, _ROWS[name]) for name, x in found.items()}]
+        results = lax.map(turn, (jnp.arange(count), moving))
+        parts = [{name: _joined(x, _ROWS[name]) for name, x in results.items()}]
     done = count * block
     if done < stop - start:
         rest = _cut(arrays, _ROWS, done, stop - start)
@@ -288,8 +288,8 @@ def over_keys(
     if count > 1:
         rest = {name: x[1:] for name, x in moving.items()}
 
-        def step(total: Any, given: tuple[Any, Arrays]) -> tuple[Any, None]:
-            index, cut = given
+        def step(total: Any, indexed: tuple[Any, Arrays]) -> tuple[Any, None]:
+            index, cut = indexed
 
             def more(total: Any) -> Any:
                 return merge(total, at(cut, index * block, block))
@@ -328,14 +328,14 @@ def _bands(call: StaticCall) -> list[tuple[int, int, int, int]]:
     size = max(least, -(-call.rows // _BANDS))
     size = -(-size // least) * least
     seen = call.visibility(call.rows, call.keys, call.offset)
-    found = []
+    bands = []
     for start in range(0, call.rows, size):
         stop = min(start + size, call.rows)
         first, last = seen.key_range(start, stop)
         # Rows that see no key see one that is hidden: a maximum of nothing is an error.
         first = min(first, call.keys - 1)
-        found.append((start, stop, first, max(last, first + 1)))
-    return found
+        bands.append((start, stop, first, max(last, first + 1)))
+    return bands
 
 
 def _reach(call: StaticCall, rows: int, keys: int) -> int | None:
@@ -359,22 +359,22 @@ def _axis(axes: dict[str, int], name: str, x: Any) -> int | None:
 
 def _slide(arrays: Arrays, begin: Any, size: int) -> Arrays:
     """Cut `size` keys from a traced one on."""
-    found = {}
+    windowed = {}
     for name, x in arrays.items():
         axis = _axis(_KEYS, name, x)
-        found[name] = x if axis is None else lax.dynamic_slice_in_dim(x, begin, size, axis)
-    return found
+        windowed[name] = x if axis is None else lax.dynamic_slice_in_dim(x, begin, size, axis)
+    return windowed
 
 
 def _cut(arrays: Arrays, axes: dict[str, int], start: int, stop: int) -> Arrays:
-    found = {}
+    slices = {}
     for name, x in arrays.items():
         axis = _axis(axes, name, x)
         if axis is None or (start == 0 and stop == x.shape[axis]):
-            found[name] = x
+            slices[name] = x
         else:
-            found[name] = lax.slice_in_dim(x, start, stop, axis=axis)
-    return found
+            slices[name] = lax.slice_in_dim(x, start, stop, axis=axis)
+    return slices
 
 
 def _split(arrays: Arrays, axes: dict[str, int], block: int, count: int) -> tuple[Arrays, Arrays]:

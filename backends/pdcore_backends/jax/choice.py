@@ -59,8 +59,8 @@ def chosen(plan: Plan, request: Request) -> Plan:
     alone = request.axis_name is not None or len(jax.devices("cpu")) == 1
     kind = request.device.partition(":")[0]
     turns = alone and kind == "cpu"
-    how = "key heads in turn where they are large" if turns else "all heads at once"
-    step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
+    order = "key heads in turn where they are large" if turns else "all heads at once"
+    step = f"kernel: blocks of rows and keys, {order}, O(N + M) memory"
     if kind == "cuda":
         step += f"; not cuDNN: {why}"
     return plan.chosen(replace(c, choice=ByBlocks(turns)), step)

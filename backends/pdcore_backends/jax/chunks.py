@@ -9,9 +9,9 @@ import jax.numpy as jnp
 __all__ = ["cut", "joined"]
 
 
-def cut(x: Any, size: int, **how: Any) -> Any:
+def cut(x: Any, size: int, **options: Any) -> Any:
     """Cut rows (..., R, F) into (C, ..., size, F), padded with zeros, or as `how` says."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % size), (0, 0)], **how)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % size), (0, 0)], **options)
     return jnp.moveaxis(jnp.reshape(x, (*x.shape[:-2], -1, size, x.shape[-1])), -3, 0)
 
 

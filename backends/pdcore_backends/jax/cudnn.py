@@ -38,18 +38,18 @@ def cudnn_scores(c: Scores, o: Operands) -> tuple[Any, Any] | None:
     *lead, heads, group, rows, dim = o.q.shape
     dtype = jnp.dtype(c.choice.dtype)
 
-    def laid(x: Any, count: int) -> Any:
+    def reordered(x: Any, count: int) -> Any:
         x = jnp.reshape(x, (-1, count, *x.shape[-2:]))
         return jnp.swapaxes(x, 1, 2).astype(dtype)
 
-    found = _attend(
-        laid(o.q, heads * group),
-        laid(o.k, heads),
-        laid(o.v, heads),
+    result = _attend(
+        reordered(o.q, heads * group),
+        reordered(o.k, heads),
+        reordered(o.v, heads),
         scale=c.scale,
         is_causal=c.choice.causal,
     )
-    out = jnp.reshape(jnp.swapaxes(found, 1, 2), (*lead, heads, group, rows, dim))
+    out = jnp.reshape(jnp.swapaxes(result, 1, 2), (*lead, heads, group, rows, dim))
     out = out.astype(o.q.dtype)
     return out, jnp.full(out.shape[:-1], jnp.nan, out.dtype)
 

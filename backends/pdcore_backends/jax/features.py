@@ -44,7 +44,7 @@ def prefix_contract(
     k, v = chunks(k, size, -jnp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v) if log else (_sums(k, v), None)
     index, width = _places(counts, first, rows, step, size)
-    given = {
+    blocks = {
         "a": cut(a, size),
         # The rows of the padding see what the last row sees; they are cut off.
         "seen": cut(counts, size, mode="edge") - _in_front(index)[..., None, None] * size,
@@ -53,22 +53,22 @@ def prefix_contract(
         "state": _windows(states, index, 1)[..., 0, :, :],
     }
     if tops is not None:
-        given["top"] = _windows(tops, index, 1)[..., 0, :, :]
-    summed, exponent = (joined(x, rows) for x in lax.map(_turn, given))
+        blocks["top"] = _windows(tops, index, 1)[..., 0, :, :]
+    summed, exponent = (joined(x, rows) for x in lax.map(_turn, blocks))
     return summed, exponent
 
 
-def _turn(given: dict[str, Any]) -> tuple[Any, Any]:
+def _turn(arrays: dict[str, Any]) -> tuple[Any, Any]:
     """Contract a block of rows with the state before its window of keys, and with the window."""
-    return checkpointed(_block, given)
+    return checkpointed(_block, arrays)
 
 
-def _block(given: dict[str, Any]) -> tuple[Any, Any]:
-    a, state = given["a"], given["state"]
-    k, v = (jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in (given["k"], given["v"]))
+def _block(arrays: dict[str, Any]) -> tuple[Any, Any]:
+    a, state = arrays["a"], arrays["state"]
+    k, v = (jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in (arrays["k"], arrays["v"]))
     exponent = jnp.zeros_like(a[..., :1])
-    if "top" in given:
-        running = given["top"]
+    if "top" in arrays:
+        running = arrays["top"]
         top = finite(
             stop_gradient(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp), xp
         )
@@ -77,7 +77,7 @@ def _block(given: dict[str, Any]) -> tuple[Any, Any]:
         a, k = jnp.exp(a - exponent), jnp.exp(k - top)
         state = state * jnp.swapaxes(jnp.exp(running - top), -1, -2)
     w = jnp.matmul(a, jnp.swapaxes(k, -1, -2))
-    w = jnp.where(jnp.arange(k.shape[-2]) < given["seen"], w, 0.0)
+    w = jnp.where(jnp.arange(k.shape[-2]) < arrays["seen"], w, 0.0)
     summed = jnp.matmul(a, state) + jnp.matmul(w, v)
     return summed, jnp.broadcast_to(exponent, (*summed.shape[:-1], 1))
 
@@ -108,9 +108,9 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
 
     k, v = (jnp.moveaxis(x, -3, 0) for x in (k, v))
     # The first chunk is where the scan begins, so that what it carries varies over devices.
-    _, found = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
-    first = jnp.zeros_like(found[0][:1]), jnp.full_like(found[1][:1], -jnp.inf)
-    states, tops = (jnp.concat(pair) for pair in zip(first, found, strict=True))
+    _, later = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
+    first = jnp.zeros_like(later[0][:1]), jnp.full_like(later[1][:1], -jnp.inf)
+    states, tops = (jnp.concat(pair) for pair in zip(first, later, strict=True))
     return jnp.moveaxis(states, 0, -3), jnp.moveaxis(tops, 0, -3)
 
 
@@ -138,6 +138,6 @@ def _windows(x: Any, index: Any, width: int) -> Any:
         places = jnp.reshape(places, (count, width))
         return jnp.moveaxis(jnp.take(x, places, axis=-3), -4, 0)
     flat = jnp.reshape(places, (*places.shape[:-2], -1, 1, 1))
-    found = jnp.take_along_axis(x, flat, axis=-3)
-    shape = (*found.shape[:-3], count, width, *found.shape[-2:])
-    return jnp.moveaxis(jnp.reshape(found, shape), -4, 0)
+    windows = jnp.take_along_axis(x, flat, axis=-3)
+    shape = (*windows.shape[:-3], count, width, *windows.shape[-2:])
+    return jnp.moveaxis(jnp.reshape(windows, shape), -4, 0)

@@ -45,8 +45,8 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     chunks = tuple(cut(x, CHUNK) for x in (keys, real))
 
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
-        found = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
-        return {name: x[..., -1:, :] for name, x in found.items()}, found
+        merged = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
+        return {name: x[..., -1:, :] for name, x in merged.items()}, merged
 
     # The first chunk is where the scan begins, so that what it carries varies over devices.
     first = _within(*(x[0] for x in chunks))

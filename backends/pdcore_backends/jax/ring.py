@@ -66,19 +66,19 @@ class Ring:
         call, count = self.call, self.shards.count
         if not call.support.restricts:
             return np.full((count, count), _ALL)
-        found = np.full((count, count), _SOME)
+        kinds = np.full((count, count), _SOME)
         if call.offset is None:
-            return found
+            return kinds
         for r in range(count):
             for s in range(count):
                 offset = call.offset + r * call.rows - s * call.keys * call.scale
                 seen = call.visibility(call.rows, call.keys, offset)
                 first, last = seen.key_range(0, call.rows)
                 if first >= last:
-                    found[r, s] = _NOTHING
+                    kinds[r, s] = _NOTHING
                 elif seen.whole(0, call.rows, 0, call.keys):
-                    found[r, s] = _ALL
-        return found
+                    kinds[r, s] = _ALL
+        return kinds
 
     @cached_property
     def ways(self) -> tuple[int, int]:
@@ -94,7 +94,7 @@ class Ring:
         up, down = self.ways
         return (*range(1, up + 1), *range(-1, -down - 1, -1))
 
-    def own(self, arrays: Arrays) -> tuple[StaticCall, Arrays]:
+    def local(self, arrays: Arrays) -> tuple[StaticCall, Arrays]:
         """Give the contraction with the shard's own keys."""
         call = self.call
         if not call.support.restricts or call.offset is None or call.rows != self.length:
@@ -110,15 +110,15 @@ class Ring:
     def seeing(self, kind: int, by: Any, arrays: Arrays) -> tuple[StaticCall, Arrays]:
         """Give the contraction with keys from `by` places before."""
         call = self.call
-        given = {name: x for name, x in arrays.items() if name != "offset"}
+        block = {name: x for name, x in arrays.items() if name != "offset"}
         if kind == _ALL:
-            return replace(call, support=Support(), offset=0), given
+            return replace(call, support=Support(), offset=0), block
         rank = self.shards.rank
         source = (rank - by) % self.shards.count
         apart = jnp.asarray(rank * call.rows - source * self.length, xp.int64)
         base: Any = arrays["offset"] if call.offset is None else call.offset
-        given["offset"] = apart + base
-        return replace(call, offset=None), given
+        block["offset"] = apart + base
+        return replace(call, offset=None), block
 
     def add(self, total: Pair, by: Any, arrays: Arrays, more: More) -> Pair:
         """Add to a total what keys from `by` places before give, if they are seen at all."""
@@ -132,8 +132,8 @@ class Ring:
         rank = self.shards.rank
         branches = jnp.asarray(np.searchsorted(present, self.kinds))
         index = branches[rank, (rank - by) % self.shards.count]
-        found: Pair = lax.switch(index, [partial(run, kind) for kind in present])
-        return found
+        result: Pair = lax.switch(index, [partial(run, kind) for kind in present])
+        return result
 
     def _along(self, shift: int) -> Any:
         ranks = np.arange(self.shards.count)
@@ -145,10 +145,10 @@ def around(ring: Ring, arrays: Arrays) -> Pair:
     """Contract with the keys of all shards; see `.scores.contract`."""
     signed = ring.call.contraction.signed
 
-    def more(total: Pair, call: StaticCall, given: Arrays) -> Pair:
-        return merged(signed, total, contract(call, given))
+    def more(total: Pair, call: StaticCall, block: Arrays) -> Pair:
+        return merged(signed, total, contract(call, block))
 
-    total: Pair = contract(*ring.own(arrays))
+    total: Pair = contract(*ring.local(arrays))
     for steps, sign in zip(ring.ways, (1, -1), strict=True):
         if steps:
             total = _travelled(ring, total, arrays, more, steps, sign)
@@ -172,30 +172,30 @@ def _travelled(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int, 
 def _around_jvp(ring: Ring, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = around(ring, arrays)
-    given = {**arrays, "out": out, "level": level}
-    return (out, level), checkpointed(partial(_tangents, ring), given, nonzero(tangents[0]))
+    results = {**arrays, "out": out, "level": level}
+    return (out, level), checkpointed(partial(_tangents, ring), results, nonzero(tangents[0]))
 
 
 def _tangents(ring: Ring, arrays: Arrays, moved: Arrays) -> Pair:
-    def found(call: StaticCall, given: Arrays) -> Pair:
-        parts = {n: x for n, x in given.items() if not n.startswith("d_")}
-        moves = {n: x for n, x in given.items() if n.startswith("d_")}
+    def tangents_of(call: StaticCall, block: Arrays) -> Pair:
+        parts = {n: x for n, x in block.items() if not n.startswith("d_")}
+        moves = {n: x for n, x in block.items() if n.startswith("d_")}
         tangent = contract_tangents(call, parts, moves)
         return tangent["out"], tangent["level"]
 
-    def more(total: Pair, call: StaticCall, given: Arrays) -> Pair:
-        out, level = found(call, given)
+    def more(total: Pair, call: StaticCall, block: Arrays) -> Pair:
+        out, level = tangents_of(call, block)
         return total[0] + out, total[1] + level
 
     def step(total: Pair, index: Any) -> tuple[Pair, None]:
-        def run(total: Pair, given: Arrays) -> Pair:
-            block = _fetched(ring, index, given)
-            return ring.add(total, jnp.asarray(ring.shifts)[index], block, more)
+        def run(total: Pair, both: Arrays) -> Pair:
+            fetched = _fetched(ring, index, both)
+            return ring.add(total, jnp.asarray(ring.shifts)[index], fetched, more)
 
         return checkpointed(run, total, both), None
 
     both = {**arrays, **moved}
-    total = found(*ring.own(both))
+    total = tangents_of(*ring.local(both))
     if ring.shifts:
         total, _ = lax.scan(step, total, jnp.arange(len(ring.shifts)))
     return total

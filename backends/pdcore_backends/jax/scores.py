@@ -108,25 +108,25 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
 def contract(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
     """Give (out, L) of what `prepared` gave, in the shapes of its arrays."""
 
-    def rows(given: Arrays) -> Arrays:
-        return over_rows(call, partial(_forward, call), given)
+    def rows(block: Arrays) -> Arrays:
+        return over_rows(call, partial(_forward, call), block)
 
-    found = over_heads(call, rows, arrays) if call.sizes.mapped else rows(arrays)
-    return found["out"], found["level"]
+    results = over_heads(call, rows, arrays) if call.sizes.mapped else rows(arrays)
+    return results["out"], results["level"]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _contract_kept(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
     """Contract heads that are so small that a derivative may keep all weights."""
-    found: tuple[Any, Any] = contract(call, arrays)
-    return found
+    result: tuple[Any, Any] = contract(call, arrays)
+    return result
 
 
 @partial(_contract_kept.defjvp, symbolic_zeros=False)
 def _contract_kept_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     def run(arrays: Arrays) -> tuple[Any, Any]:
-        found = over_rows(call, partial(_forward, call, derived=True), arrays)
-        return found["out"], found["level"]
+        results = over_rows(call, partial(_forward, call, derived=True), arrays)
+        return results["out"], results["level"]
 
     return jax.jvp(run, primals, tangents)
 
@@ -165,16 +165,16 @@ def _forward(
             a.values * left + b.values * right, a.total * left + b.total * right, peak
         )
 
-    found: _WeightedSums = over_keys(call, body, merge, arrays, visibility)
+    sums: _WeightedSums = over_keys(call, body, merge, arrays, visibility)
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
-        return {"out": found.values, "level": jnp.zeros_like(found.total[..., 0])}
+        return {"out": sums.values, "level": jnp.zeros_like(sums.total[..., 0])}
     if c.weight == "log" and not derived:
         # The total is 0 where no key is seen, otherwise at least 1.
-        total = jnp.maximum(found.total, jnp.finfo(found.total.dtype).tiny)
-        level = jnp.log(found.total) + _base(found.peak)
-        return {"out": found.values / total, "level": level[..., 0]}
-    out, level = divide(found.values, found.total, finite(found.peak, xp), xp=xp)
+        total = jnp.maximum(sums.total, jnp.finfo(sums.total.dtype).tiny)
+        level = jnp.log(sums.total) + _base(sums.peak)
+        return {"out": sums.values / total, "level": level[..., 0]}
+    out, level = divide(sums.values, sums.total, finite(sums.peak, xp), xp=xp)
     return {"out": out, "level": level}
 
 
@@ -190,10 +190,10 @@ def _base(peak: Any) -> Any:
 def _contract_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = contract(call, arrays)
-    given = {**arrays, "out": out, "level": level}
+    results = {**arrays, "out": out, "level": level}
     # The outermost blocks are checkpointed so that no residual but these arrays is kept.
-    found = checkpointed(partial(contract_tangents, call), given, nonzero(tangents[0]))
-    return (out, level), (found["out"], found["level"])
+    derivatives = checkpointed(partial(contract_tangents, call), results, nonzero(tangents[0]))
+    return (out, level), (derivatives["out"], derivatives["level"])
 
 
 def nonzero(tangents: Arrays) -> Arrays:
@@ -216,8 +216,8 @@ def contract_tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays
 
 def checkpointed(function: Callable[..., Result], *arguments: Any) -> Result:
     """Call a function of which only the arguments are kept for a derivative."""
-    found: Result = jax.checkpoint(function, prevent_cse=False)(*arguments)
-    return found
+    result: Result = jax.checkpoint(function, prevent_cse=False)(*arguments)
+    return result
 
 
 def _plain(call: StaticCall, arrays: Arrays, moved: Arrays) -> tuple[StaticCall, Arrays, Arrays]:
@@ -232,25 +232,25 @@ def _plain(call: StaticCall, arrays: Arrays, moved: Arrays) -> tuple[StaticCall,
     plain, shift = shifted_features(Operands(grouped, k, k, None, None, {}, seen), xp=xp)
     features = Scores(weight="features", signed=c.signed)
     level = arrays["level"] - jnp.reshape(shift, q.shape[:-1])
-    found = {**arrays, "q": jnp.reshape(plain.q, q.shape), "k": plain.k, "level": level}
+    shifted = {**arrays, "q": jnp.reshape(plain.q, q.shape), "k": plain.k, "level": level}
     moves = {
-        name: found[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
+        name: shifted[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
         for name, t in moved.items()
     }
-    return replace(call, contraction=features), found, moves
+    return replace(call, contraction=features), shifted, moves
 
 
 def _tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
     def block(cut: Arrays, visibility: Visibility, whole: bool) -> Arrays:
         return checkpointed(lambda x: _tangent(call, x, visibility, whole), cut)
 
-    def rows(given: Arrays) -> Arrays:
-        return over_rows(call, block, given)
+    def rows(part: Arrays) -> Arrays:
+        return over_rows(call, block, part)
 
-    given = {**arrays, **moved}
+    both = {**arrays, **moved}
     if not call.sizes.mapped:
-        return rows(given)
-    return over_heads(call, partial(checkpointed, rows), given)
+        return rows(both)
+    return over_heads(call, partial(checkpointed, rows), both)
 
 
 def _tangent(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:

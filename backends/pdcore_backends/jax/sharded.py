@@ -115,8 +115,8 @@ def described(plan: Plan, axis: str) -> Plan:
             "by log-sum-exp"
         )
     else:
-        how = "an exclusive scan of" if plan.support.ahead == 0 else "psum of"
-        steps.append(f"shards along {axis!r}: {how} the sums of phi(k) v")
+        exchange = "an exclusive scan of" if plan.support.ahead == 0 else "psum of"
+        steps.append(f"shards along {axis!r}: {exchange} the sums of phi(k) v")
     return replace(plan, steps=(*plan.steps, *steps))
 
 
@@ -222,8 +222,8 @@ class ShardedBackend(LocalJaxBackend):
             high = self.shards.highest(top)
             sums = self.shards.added(sums * jnp.exp(top - high))
             return _by_sums(c, o.q, sums, high)
-        own = super().features(c, o)
-        return merged(c.signed, _by_sums(c, o.q, *self._before(sums, top)), own)
+        local = super().features(c, o)
+        return merged(c.signed, _by_sums(c, o.q, *self._before(sums, top)), local)
 
     def _before(self, sums: Any, top: Any) -> tuple[Any, Any]:
         """Add up what earlier shards have; nothing of a later one takes part."""
@@ -260,8 +260,8 @@ def _by_sums(c: Features, q: Any, sums: Any, top: Any) -> tuple[Any, Any]:
         q = q + jnp.matrix_transpose(top)[..., None, :, :]
         exponent = lax.stop_gradient(jnp.max(q, axis=-1, keepdims=True))
         q = jnp.exp(q - exponent)
-    found = jnp.matmul(q, sums[..., None, :, :])
-    weighted, total = found[..., :-1], found[..., -1:]
+    products = jnp.matmul(q, sums[..., None, :, :])
+    weighted, total = products[..., :-1], products[..., -1:]
     if c.signed:
         return weighted, jnp.zeros_like(total[..., 0])
     return divide(weighted, total, exponent, xp=xp)

@@ -128,9 +128,9 @@ class Shards:
 
     def first_key(self, keys: Any, real: Any) -> Any:
         """Give the first real key (*B, H, 1, D) of all shards, mask (*B, 1, M) or None."""
-        own = first_real(keys, real, xp=xp)
+        local = first_real(keys, real, xp=xp)
         has: Any = keys.shape[-2] > 0
-        return self.first(own, has if real is None else jnp.any(real, axis=-1)[..., None, None])
+        return self.first(local, has if real is None else jnp.any(real, axis=-1)[..., None, None])
 
 
 class ShardCall(Call):
