@@ -1,4 +1,4 @@
-"""Head groups of different scales by one launch of a forward kernel, the longest first."""
+"""Head groups of different scales in one launch of a forward kernel, most keys first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .score_call import ScoreCall
 
 __all__ = ["GROUPS", "GroupCall", "ForwardKernel", "contract", "launches"]
 
-#: Groups of a launch, and `Group` and `Groups` of kernels/groups.cuh, member by member.
+#: The most groups of a launch, and `Group` and `Groups` of kernels/groups.cuh, member by member.
 GROUPS = 8
 GROUP = np.dtype(
     [
@@ -32,13 +32,14 @@ TABLE = np.dtype([("x", GROUP, GROUPS), ("count", np.int64)], align=True)
 
 
 class ForwardKernel(NamedTuple):
-    """ForwardKernel a forward kernel is launched.
+    """A forward kernel and the shape of its launch.
 
     Attributes
     ----------
     name : str
+        The template instantiation.
     rows, threads, shared : int
-        Of a block: rows of a query head, threads, and bytes of shared memory.
+        Rows of a query head, threads, and bytes of shared memory of a block.
     slices : int
         Blocks along the columns of the values.
     """
@@ -51,15 +52,15 @@ class ForwardKernel(NamedTuple):
 
 
 class GroupCall(NamedTuple):
-    """A group of key heads as it is contracted.
+    """The contraction of one group of key heads.
 
     Attributes
     ----------
     call : ScoreCall
     dtype : dtype
-        Of `out`.
+        The dtype of `out`.
     fold : tuple
-        What the query load folds in, three arrays; nothing without.
+        The three arrays of a `QueryFold`; empty without one.
     """
 
     call: ScoreCall
@@ -68,11 +69,11 @@ class GroupCall(NamedTuple):
 
     @classmethod
     def of(cls, call: ScoreCall, rounds: bool, fold: tuple[Any, ...] = ()) -> GroupCall:
-        """Give a group whose `out` is of the values' dtype, or with no `rounds` of that of sums."""
+        """Return a group; `out` has the dtype of the values with `rounds`, else that of sums."""
         return cls(call, call.o.v.dtype if rounds else call.dtype, fold)
 
     def results(self, heads: int) -> tuple[Any, Any]:
-        """Allocate (out, L) of so many key heads."""
+        """Allocate (out, L) of `heads` key heads."""
         *lead, _, group, rows, _ = self.call.o.q.shape
         shape = (*lead, heads, group, rows)
         out = self.call.result(*shape, self.call.packed.value_dim, dtype=self.dtype)
@@ -80,7 +81,7 @@ class GroupCall(NamedTuple):
 
 
 class _Launched(NamedTuple):
-    """A group with what is written: (out, L), and where its heads are in memory."""
+    """A group with its results (out, L), and the strides of its heads in them."""
 
     group: GroupCall
     results: tuple[Any, Any]
@@ -90,31 +91,32 @@ class _Launched(NamedTuple):
 def contract(
     groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], kernel: ForwardKernel
 ) -> Contracted:
-    """Contract groups, of one kernel `how`, whose key heads are `heads` of the caller's.
+    """Contract groups by one kernel; `heads` are the key heads of each group among all heads.
 
-    Heads that are equally far apart, in every group, are written where the caller has them.
+    If the heads of every group are at equal distances, they are written in place in one result of
+    all heads.
     """
-    steps = [spacing(places) for places in heads]
+    steps = [spacing(indices) for indices in heads]
     known = len({group.dtype for group in groups}) == 1 and None not in steps
     total = sum(map(len, heads))
     whole = groups[0].results(total) if len(groups) > 1 and known else None
     launched = []
-    for group, places, step in zip(groups, heads, steps, strict=True):
+    for group, indices, step in zip(groups, heads, steps, strict=True):
         x = group.call.packed
         if whole is None:
             results = group.results(x.heads)
             launched.append(_Launched(group, results, (x.heads * x.group, x.group)))
             continue
-        at = slice(places[0], places[-1] + 1, step)
+        at = slice(indices[0], indices[-1] + 1, step)
         parts = whole[0][..., at, :, :, :], whole[1][..., at, :, :]
         launched.append(_Launched(group, parts, (total * x.group, (step or 1) * x.group)))
-    for program, together in _together(launched):
-        _launch(program, together, kernel)
-    return Contracted([one.results for one in launched], whole)
+    for program, members in _by_launch(launched):
+        _launch(program, members, kernel)
+    return Contracted([group.results for group in launched], whole)
 
 
-def _together(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Launched]]]:
-    """Give what one launch contracts: groups of a program, those of most keys first."""
+def _by_launch(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Launched]]]:
+    """Return the groups of each launch, which share a program, most keys first."""
     by_program: dict[Program, list[_Launched]] = {}
     for launched in groups:
         program = launched.group.call.program(out=launched.results[0])
@@ -126,7 +128,7 @@ def _together(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Laun
 
 
 def _launch(program: Program, groups: Sequence[_Launched], kernel: ForwardKernel) -> None:
-    """Launch a kernel for groups, whose blocks follow one another."""
+    """Launch a kernel for groups; the blocks of a group follow those of the group before."""
     arrays: dict[int, Any] = {}  # by their place in the table
     table, blocks = np.zeros((), TABLE), 0
     for i, launched in enumerate(groups):
@@ -149,5 +151,5 @@ def _launch(program: Program, groups: Sequence[_Launched], kernel: ForwardKernel
 
 
 def launches(kinds: Sequence[str]) -> int:
-    """Count the launches for groups, each given by what its program is."""
+    """Count the launches for groups; `kinds` names the program of each group."""
     return sum(-(-kinds.count(kind) // GROUPS) for kind in set(kinds))

@@ -20,7 +20,7 @@ THREADS = 256
 
 
 class ScoreCall:
-    """The launches of one contraction."""
+    """The launches of one contraction by scores."""
 
     def __init__(self, cache: KernelCache, c: Scores, o: Operands, xp: Any) -> None:
         self.cache, self.c, self.o, self.xp = cache, c, o, xp
@@ -31,12 +31,12 @@ class ScoreCall:
         self.packed = packed(c, o, self.names, xp=xp)
 
     def program(self, **more: Any) -> Program:
-        """Give the program that reads the operands and these arrays too."""
+        """Return the program for the dtypes of the operands and of the arrays in `more`."""
         dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
         return Program.of(self.c, self.names, dtypes)
 
     def result(self, *shape: int, dtype: Any = None) -> Any:
-        """Allocate a result, which a kernel fills; in the dtype of sums by default."""
+        """Allocate an array for a result, in the dtype of sums by default."""
         return self.cache.runtime.empty(shape, self.dtype if dtype is None else dtype)
 
     def tiles(self, count: int) -> int:
@@ -44,11 +44,11 @@ class ScoreCall:
         return -(-count // tile(self.scalar))
 
     def columns(self, width: int) -> int:
-        """Choose how many columns of a result of `width` a block has."""
+        """Choose the columns of a block, for a result of `width` columns."""
         return columns_for(width)
 
     def arguments(self, *more: Any) -> tuple[Any, ...]:
-        """Give what kernels of the operands are passed."""
+        """Return the arguments of a kernel: operands, `more` and shape."""
         return (*self.packed.arrays, *more, self.packed.shape)
 
     def tiled(
@@ -61,9 +61,9 @@ class ScoreCall:
         flags: str = "",
         **stored: Any,
     ) -> None:
-        """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
+        """Launch a kernel for `count` rows or keys of `heads` heads, and `width` columns."""
         columns = self.columns(width)
-        # Results without columns have others beside them.
+        # A result without columns still takes a block, which writes the other results.
         grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
         shared = memory(self.scalar, columns)
         self.start(f"{name}<{columns}{flags}>", grid, self.arguments(*more), shared, **stored)
@@ -76,13 +76,13 @@ class ScoreCall:
         shared: int = 0,
         **stored: Any,
     ) -> None:
-        """Launch a kernel unless there is nothing to do."""
+        """Launch a kernel, unless the grid is empty."""
         if all(grid):
             kernel = self.cache.kernel(self.program(**stored), name)
             kernel(grid, (THREADS,), arguments, shared_mem=shared)
 
     def delta(self, out: Any, level: Any, d_out: Any, d_level: Any) -> Any:
-        """Give what all keys of a row subtract, as `score_contraction.row_delta`."""
+        """Compute d_out . out - d_L of each row, see `score_contraction.row_delta`."""
         delta = self.result(*level.shape)
         rows = math.prod(level.shape)
         if rows:
@@ -93,7 +93,7 @@ class ScoreCall:
         return delta
 
     def of_rows(self, cotangents: tuple[Any, ...]) -> dict[str, Any]:
-        """Give the cotangents of the queries, and of the scalars of log kappa."""
+        """Compute the gradients of the queries and of the scalars of log kappa."""
         x, o, xp, names = self.packed, self.o, self.xp, self.names
         dq = self.result(*o.q.shape, dtype=o.q.dtype)
         heads, tiles = x.batch * x.heads * x.group, self.tiles(x.rows)
@@ -109,7 +109,7 @@ class ScoreCall:
         return grads | {"q": dq}
 
     def of_keys(self, cotangents: tuple[Any, ...]) -> dict[str, Any]:
-        """Give the cotangents of keys, values and key bias."""
+        """Compute the gradients of keys, values and key bias."""
         x, o = self.packed, self.o
         grads = {n: self.result(*y.shape, dtype=y.dtype) for n, y in (("k", o.k), ("v", o.v))}
         if o.key_bias is not None:
@@ -130,7 +130,7 @@ class ScoreCall:
         return grads
 
     def of_bias(self, cotangents: tuple[Any, ...]) -> Any:
-        """Give the cotangent of the bias."""
+        """Compute the gradient of the bias."""
         batch, heads, group, rows, keys = extent = self.packed.bias_extent
         shape = self.o.bias.shape
         whole = math.prod(shape) == math.prod(extent)

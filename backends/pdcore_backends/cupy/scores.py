@@ -1,4 +1,4 @@
-"""The contraction by scores and its pullback, by CUDA kernels of our own."""
+"""The contraction by scores and its pullback, by CUDA kernels."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Compiled:
     Attributes
     ----------
     rounds : bool
-        Whether `out` is the call's result as it is, and so may be written in its dtype.
+        Whether `out` is the result of the call, and so may be rounded to its dtype.
     """
 
     rounds: bool = False
 
 
 class ScoreKernels:
-    """The contraction by the kernels of one runtime."""
+    """The contraction by scores, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache, self.runtime = cache, cache.runtime
@@ -43,7 +43,7 @@ class ScoreKernels:
         *,
         xp: Any,
     ) -> Contracted:
-        """Contract, see `ArrayBackend.scores_of_groups`; 16-bit arrays are read as they are."""
+        """Contract groups, see `ArrayBackend.scores_of_groups`; 16-bit arrays are not cast."""
         with self.runtime.on(operands[0].q):
             groups = [
                 GroupCall.of(ScoreCall(self.cache, c, o, xp), c.choice.rounds) for o in operands
@@ -63,9 +63,9 @@ class ScoreKernels:
     def pullback(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
     ) -> dict[str, Any]:
-        """Pull back, see `score_contraction.scores_vjp`; gradients are as what they are of.
+        """Compute the gradients, in the dtypes of the operands, see `scores_vjp`.
 
-        The bias's is in the accumulation dtype where it has yet to be summed.
+        The gradient of a bias that is broadcast is in the dtype of sums.
         """
         with self.runtime.on(o.q):
             call = ScoreCall(self.cache, c, o, xp)

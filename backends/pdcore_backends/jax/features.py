@@ -1,8 +1,8 @@
 """Causal sums of feature maps, chunk by chunk, by programs that do not grow with the sequence.
 
-The scheme is that of `feature_contraction.prefix_contract`, whose loops run here as
-`lax.scan` and `lax.map`. Every turn is checkpointed: a derivative keeps the state before each chunk
-and what it was given, O(N + M).
+The algorithm is that of `feature_contraction.prefix_contract`, with its loops as `lax.scan` and
+`lax.map`. Every iteration is checkpointed: a derivative keeps the state before each chunk and the
+arguments, O(N + M).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prefix_contract(
     index, width = _places(counts, first, rows, step, size)
     blocks = {
         "a": cut(a, size),
-        # The rows of the padding see what the last row sees; they are cut off.
+        # Padding rows see the keys of the last row, and are removed from the result.
         "seen": cut(counts, size, mode="edge") - _in_front(index)[..., None, None] * size,
         "k": _windows(k, index, width),
         "v": _windows(v, index, width),
@@ -59,7 +59,7 @@ def prefix_contract(
 
 
 def _turn(arrays: dict[str, Any]) -> tuple[Any, Any]:
-    """Contract a block of rows with the state before its window of keys, and with the window."""
+    """Contract a block of rows with the state before its window of keys, and with these keys."""
     return checkpointed(_block, arrays)
 
 
@@ -83,14 +83,14 @@ def _block(arrays: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _sums(k: Any, v: Any) -> Any:
-    """Sum k_j v_j over the chunks before each chunk."""
+    """Compute the sums of k_j v_j over the chunks before each chunk."""
     sums = jnp.matmul(jnp.swapaxes(k, -1, -2), v)
     before = jnp.cumsum(sums[..., :-1, :, :], axis=-3)
     return jnp.concat([jnp.zeros_like(sums[..., :1, :, :]), before], axis=-3)
 
 
 def _running(k: Any, v: Any) -> tuple[Any, Any]:
-    """Do the same for log features, relative to the running maximum, which is given too."""
+    """Compute these sums for log features, relative to a running maximum; return both."""
 
     def after(before: tuple[Any, Any] | None, block: Any, values: Any) -> tuple[Any, Any]:
         higher = jnp.max(block, axis=-2, keepdims=True)
@@ -107,7 +107,7 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
         return checkpointed(after, before, *chunk), before
 
     k, v = (jnp.moveaxis(x, -3, 0) for x in (k, v))
-    # The first chunk is where the scan begins, so that what it carries varies over devices.
+    # The scan starts from the first chunk, so that its carry varies over devices.
     _, later = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
     first = jnp.zeros_like(later[0][:1]), jnp.full_like(later[1][:1], -jnp.inf)
     states, tops = (jnp.concat(pair) for pair in zip(first, later, strict=True))
@@ -117,7 +117,7 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
 def _places(
     counts: Any, first: Callable[[int], int | None], rows: int, step: int, size: int
 ) -> tuple[Any, int]:
-    """Give the chunk in which the window of each block of rows begins, and its length in chunks."""
+    """Return the first chunk of the window of each block of rows, and its length in chunks."""
     known = [(first(start), first(min(start + size, rows) - 1)) for start in range(0, rows, size)]
     if known[0][0] is None:
         return counts[..., ::size, 0] // size, step + 1
@@ -134,7 +134,7 @@ def _windows(x: Any, index: Any, width: int) -> Any:
     """Give, for each block of rows, `width` chunks (..., C, F) from its place on: blocks first."""
     count = index.shape[-1]
     places = index[..., None] + np.arange(width)
-    if index.size == count:  # the same for all sequences
+    if index.size == count:  # the places are the same for all sequences
         places = jnp.reshape(places, (count, width))
         return jnp.moveaxis(jnp.take(x, places, axis=-3), -4, 0)
     flat = jnp.reshape(places, (*places.shape[:-2], -1, 1, 1))

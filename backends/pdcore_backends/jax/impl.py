@@ -1,4 +1,4 @@
-"""The backend of JAX: which calls it runs, on whole sequences and in shards."""
+"""The JAX backend: the calls it runs, on whole sequences and in shards."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["JaxBackend"]
 
 
 class JaxBackend(LocalJaxBackend):
-    """Runs plans on JAX arrays; jit, grad, vmap and jvp go through it."""
+    """Runs plans on JAX arrays, under jit, grad, vmap and jvp too."""
 
     def refusals(self, request: Request) -> list[str]:
-        """Say why the backend cannot run a call, see `Backend.refusals`."""
+        """Return why the backend cannot run a call, see `Backend.refusals`."""
         reasons = super().refusals(request)
         if request.dtype == "float64" and not jax.config.jax_enable_x64:
             reasons.append(
@@ -36,7 +36,7 @@ class JaxBackend(LocalJaxBackend):
         return reasons
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
-        """Say how the backend runs a plan by scores, see `Backend.fuse`."""
+        """Choose the kernel of a plan, and state what shards exchange, see `Backend.fuse`."""
         if request.axis_name is not None:
             plan = sharded.described(plan, request.axis_name)
         return chosen(plan, request)

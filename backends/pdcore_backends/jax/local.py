@@ -42,16 +42,16 @@ class LocalJaxBackend(ArrayBackend):
 
     @property
     def xp(self) -> Any:
-        """jax.numpy, which is an array-API namespace itself."""
+        """The array-API namespace, which is jax.numpy."""
         return NAMESPACE
 
     def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Pool keys or values, see `heads.pool`."""
         pooled, pullback = super().pool(kind, x, weights)
         if kind == "mean":
-            # The last step must not be a product. XLA repeats it wherever pooled keys are read, and
-            # rounds it or not: the first key less itself would not be 0, and a variance of 0 makes
-            # that large.
+            # The last step must not be a product. XLA repeats a product wherever pooled keys are
+            # read, rounded or fused: the first key minus itself would not be 0, and a variance of 0
+            # would make the difference large.
             cut = windows(x, weights.shape[-1], xp=self.xp)
             pooled = jax.numpy.sum(cut * weights[..., None], axis=-2)
         return pooled, pullback
@@ -61,7 +61,7 @@ class LocalJaxBackend(ArrayBackend):
         return prefix_states(stats, keys, mask)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
-        """Contract by scores, by cuDNN where the plan says so; see `.scores.scores`."""
+        """Contract by scores, by cuDNN if the plan chose it; see `.scores.scores`."""
         if isinstance(c.choice, ByCudnn):
             result = cudnn_scores(c, o)
             if result is not None:
@@ -69,7 +69,7 @@ class LocalJaxBackend(ArrayBackend):
         return scores(c, o, turns=isinstance(c.choice, ByBlocks) and c.choice.turns)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
-        """Contract by features, under causal by loops of XLA's; see `.features`."""
+        """Contract by features, under causal by loops of XLA; see `.features`."""
         return feature_contraction.features(c, o, xp=self.xp, contract=prefix_contract)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
@@ -80,7 +80,7 @@ class LocalJaxBackend(ArrayBackend):
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
+        """Run a plan and return its pullback, see `Backend.attention_vjp`."""
         out, lse, pull = _with_pullback(self, plan, *_static(inputs))
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
@@ -95,22 +95,22 @@ class LocalJaxBackend(ArrayBackend):
         return _weights(self, plan, *_static(inputs))
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library by DLPack, and move it where it was asked to be."""
+        """Convert an array of another library by DLPack, and copy it to `device`."""
         x = array if isinstance(array, jax.Array) else jax.numpy.from_dlpack(array)
         return x if device is None else jax.device_put(x, find(device))
 
     def synchronize(self) -> None:
-        """Wait for all arrays that exist."""
+        """Wait until all live arrays are computed."""
         jax.block_until_ready(jax.live_arrays())
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of JAX and of its compiler."""
+        """Return the versions of JAX and of jaxlib, its compiler."""
         compiler = importlib.import_module("jaxlib").__version__
         return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
 
 
-#: A call is one program: single operations take JAX several times as long to compile, and for
-#: each shape anew.
+#: A call is one program: JAX takes several times as long to compile single operations, and
+#: compiles them again for each shape.
 _program = partial(jax.jit, static_argnums=(0, 1, 2))
 
 
@@ -132,7 +132,7 @@ def _with_pullback(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: An
         return _attention(backend, plan, offset, changed, lse=True)
 
     (out, lse), pull = jax.vjp(run, {**moving, **params})
-    # The pullback is a tree whose leaves are what it keeps, so a program can give it back.
+    # The pullback is a pytree whose leaves are the residuals, so a program can return it.
     return out, lse, pull
 
 
@@ -151,7 +151,7 @@ def _weights(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> 
 
 
 def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
-    """Part an offset that is known in Python, which decides what a program skips, from arrays."""
+    """Return an offset known in Python, by which programs skip blocks, and the arrays."""
     if inputs.axis_name is not None:
         raise UnsupportedError(
             f"axis_name: got {inputs.axis_name!r}, expected None: only attention runs in shards"
@@ -170,8 +170,8 @@ def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
 
 
 def _in_full() -> Any:
-    """Take matrix products in full; on a GPU or TPU the default for float32 is less.
+    """Return a context of full precision, which is not the default for float32 on GPU and TPU.
 
-    It is recorded with each product, so the gradients of the call have it as well.
+    JAX records the precision with each product, so gradients have full precision too.
     """
     return jax.default_matmul_precision("highest")
