@@ -38,7 +38,7 @@ def chosen(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     if why := limit(plan, request, capability):
         step = f"kernel: {library}'s own operations, O(N + M) memory: {why}"
         return plan.chosen(c, step)
-    # A pullback needs `out` before rounding: the rounding error of d_out . out would be
+    # A pullback needs `out` before rounding: in dk the rounding error of d_out . out would be
     # multiplied by the mean of the keys.
     rounds = plan.normaliser == "sum" and not plan.prefix and not request.vjp
     if isinstance(c, Features):

@@ -14,7 +14,7 @@ __all__ = ["KERNELS", "ColumnLaunch", "RowProgram", "instances", "limit"]
 #: The threads of a block (THREADS of kernels/tiles.cuh), the most threads that share one row, the
 #: rows that a thread holds in registers (RUN of kernels/columns.cuh), and the columns of one load
 #: (WIDE of kernels/tiles.cuh).
-THREADS, BESIDE, RUN = 256, 32, 8
+THREADS, ROW_THREADS, RUN = 256, 32, 8
 WIDE = {"float": 4, "double": 2}
 
 _STATISTICS = ("statistics.cu",)
@@ -74,7 +74,7 @@ def limit(shape: tuple[int, ...], capability: int) -> str:
     if not columns:
         return "got D = 0, and a kernel takes one feature at least"
     # A kernel has at most one block for each row, and one for each head if there are no rows.
-    width = BESIDE * WIDE["double"]
+    width = ROW_THREADS * WIDE["double"]
     if math.prod(lead) * max(rows, 1) > BLOCKS[0] or -(-columns // width) > BLOCKS[1]:
         return (
             f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
@@ -100,9 +100,9 @@ class ColumnLaunch:
         self.cache, self.columns = cache, columns
         self.program, self.names = RowProgram(scalar), instances(dtype)
         self.dtype = xp.float32 if scalar == "float" else xp.float64
-        beside = -(-columns // WIDE[scalar])
-        self.bits = min((beside - 1).bit_length(), BESIDE.bit_length() - 1)
-        self.slices = -(-beside >> self.bits)
+        loads = -(-columns // WIDE[scalar])
+        self.bits = min((loads - 1).bit_length(), ROW_THREADS.bit_length() - 1)
+        self.slices = -(-loads >> self.bits)
         self.lanes = THREADS >> self.bits
         self.tile = self.lanes * RUN
 

@@ -131,7 +131,7 @@ def _in_front(index: Any) -> Any:
 
 
 def _windows(x: Any, index: Any, width: int) -> Any:
-    """Give, for each block of rows, `width` chunks (..., C, F) from its place on: blocks first."""
+    """Return `width` chunks (..., C, F) from each place on; blocks of rows are the first axis."""
     count = index.shape[-1]
     places = index[..., None] + np.arange(width)
     if index.size == count:  # the places are the same for all sequences

@@ -62,7 +62,7 @@ class Ring:
 
     @cached_property
     def kinds(self) -> Any:
-        """Whether the queries of shard r see no, all or some keys of shard s, (P, P)."""
+        """The kind of visibility of the keys of shard s to the queries of shard r, (P, P)."""
         call, count = self.call, self.shards.count
         if not call.support.restricts:
             return np.full((count, count), _ALL)
