@@ -152,7 +152,7 @@ class MomentKernels:
         with self.cache.runtime.on(keys):
             call = _MomentCall(self.cache, keys, mask, xp)
             queries = _MomentCall(self.cache, rows["mean"], None, xp)
-            first = _first_counting(rows["n"], xp)
+            first = _first_row_with_key(rows["n"], xp)
             row_arrays = (
                 *map(
                     xp.ascontiguousarray,
@@ -269,7 +269,7 @@ class _MomentCall:
         }
 
 
-def _first_counting(n: Any, xp: Any) -> Any:
+def _first_row_with_key(n: Any, xp: Any) -> Any:
     """Return the first row of each sequence whose prefix has a key, (*B,); 0 if none has.
 
     All heads have the same keys.
