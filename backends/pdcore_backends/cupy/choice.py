@@ -1,4 +1,4 @@
-"""Which CUDA kernels run a plan, and why not where they do not."""
+"""The choice of the CUDA kernels that run a plan, and the reasons against them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["chosen", "limit", "uncapturable"]
 
 
 def chosen(plan: Plan, request: Request, capability: int, library: str) -> Plan:
-    """Choose the kernels where they compute a plan, and say so in its steps.
+    """Choose the kernels that run a plan, and state them in its steps.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def chosen(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     capability : int
         The device's compute capability, 90 for 9.0.
     library : str
-        Whose operations compute all else.
+        The array library whose operations compute everything else.
     """
     plan = pooled(plan, request, capability, library)
     plan = summarised(plan, request, capability, library)
@@ -38,8 +38,8 @@ def chosen(plan: Plan, request: Request, capability: int, library: str) -> Plan:
     if why := limit(plan, request, capability):
         step = f"kernel: {library}'s own operations, O(N + M) memory: {why}"
         return plan.chosen(c, step)
-    # A pullback takes `out` as it was before it was rounded: what rounding does to
-    # d_out . out, the keys' mean would multiply.
+    # A pullback needs `out` before rounding: in dk the rounding error of d_out . out would be
+    # multiplied by the mean of the keys.
     rounds = plan.normaliser == "sum" and not plan.prefix and not request.vjp
     if isinstance(c, Features):
         return _by_features(plan, c, request.dtype, rounds)
@@ -63,7 +63,7 @@ def _by_scores(plan: Plan, c: Scores, request: Request, capability: int, rounds:
 
 
 def _by_features(plan: Plan, c: Features, dtype: str, rounds: bool) -> Plan:
-    """Leave phi to the kernels if they have it, else to array calls as the plan does."""
+    """Choose the kernels of features; phi is compiled in if they have it, else array calls."""
     raw = bool(c.phi)
     phi = "phi compiled in" if raw else f"{'log ' if c.log else ''}phi by array calls"
     if raw:
@@ -75,7 +75,7 @@ def _by_features(plan: Plan, c: Features, dtype: str, rounds: bool) -> Plan:
 
 
 def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
-    """Say which arrays of a 16-bit call the kernels read and write as they are."""
+    """Return which arrays of a 16-bit call the kernels read and write without a cast."""
     names = [] if plan.transforms else ["q"]
     if not plan.pools:
         names += [*([] if plan.transforms else ["k"]), "v", *(["out"] if rounds else [])]
@@ -85,7 +85,7 @@ def _stored(plan: Plan, dtype: str, rounds: bool) -> str:
 
 
 def _scales(plan: Plan, apart: bool = False) -> str:
-    """Say how many launches the scales take; `apart`, pooled keys are of another type."""
+    """Return the number of launches for the scales; `apart`: pooled keys have another dtype."""
     scales = [group.scale for group in plan.groups]
     if len(scales) == 1:
         return ""
@@ -96,7 +96,7 @@ def _scales(plan: Plan, apart: bool = False) -> str:
 
 
 def uncapturable(plan: Plan) -> str:
-    """Say why a plan cannot run while its stream is captured, nothing if it can."""
+    """Return why a plan cannot run while its stream is captured; empty if it can."""
     heads = [head for group in plan.groups for head in group.heads]
     if heads != sorted(heads):
         return (
@@ -114,7 +114,7 @@ def uncapturable(plan: Plan) -> str:
 
 
 def limit(plan: Plan, request: Request, capability: int) -> str:
-    """Say why the kernels do not run a plan on a device, nothing if they do.
+    """Return why the kernels cannot run a plan on a device; empty if they can.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Kernels down the rows of arrays (batch, heads, rows, columns): their text and launches."""
+"""Kernels that reduce over the rows of arrays (batch, heads, rows, columns), and their launches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from .runtime import BLOCKS, KernelCache, too_old
 
 __all__ = ["KERNELS", "ColumnLaunch", "RowProgram", "instances", "limit"]
 
-#: Of a block, THREADS of kernels/tiles.cuh, and how many of them lie beside each other at most;
-#: RUN of kernels/columns.cuh; WIDE of kernels/tiles.cuh.
-THREADS, BESIDE, RUN = 256, 32, 8
+#: The threads of a block (THREADS of kernels/tiles.cuh), the most threads that share one row, the
+#: rows that a thread holds in registers (RUN of kernels/columns.cuh), and the columns of one load
+#: (WIDE of kernels/tiles.cuh).
+THREADS, ROW_THREADS, RUN = 256, 32, 8
 WIDE = {"float": 4, "double": 2}
 
 _STATISTICS = ("statistics.cu",)
 _PREFIXES = (*_STATISTICS, "prefixes.cu")
 _POOLING = ("pooling.cu",)
 
-#: The files of each kernel after kernels/columns.cuh, and what it is compiled for: what merges two
-#: states, or "T", the type of the rows that it reads.
+#: The files of each kernel after kernels/columns.cuh, and its template argument: the class that
+#: merges two states, or "T", the type of the rows that the kernel reads.
 KERNELS = {
     "moments_of_chunks": (_STATISTICS, "T"),
     "moments_merged": (_STATISTICS, "Moments"),
@@ -39,25 +40,25 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class RowProgram:
-    """What is compiled in; a program and a kernel's name say which kernel runs.
+    """The program of the kernels of columns; with the name of a kernel it gives the source.
 
     Attributes
     ----------
     scalar : {"float", "double"}
-        The type of sums and of results.
+        The CUDA C++ type of sums and of results.
     """
 
     scalar: str
 
     def text(self, kernel: str) -> str:
-        """Give the source of a kernel, by the name of an instantiation."""
-        own = KERNELS.get(kernel) or KERNELS[kernel.partition("<")[0]]
-        files = ("tiles.cuh", "columns.cuh", *own[0])
+        """Return the source of a kernel, by the name of a template instantiation."""
+        entry = KERNELS.get(kernel) or KERNELS[kernel.partition("<")[0]]
+        files = ("tiles.cuh", "columns.cuh", *entry[0])
         return "\n".join([read("ptx.cuh"), f"typedef {self.scalar} scalar;", *map(read, files)])
 
 
 def instances(dtype: str) -> dict[str, str]:
-    """Give the name of each kernel as it is compiled for rows of a dtype."""
+    """Return the template instantiation of each kernel for rows of a dtype."""
     types = {"T": HALVES.get(dtype, "scalar")}
     return {
         kernel: f"{kernel}<{types.get(kind, kind)}>" if kind else kernel
@@ -66,14 +67,14 @@ def instances(dtype: str) -> dict[str, str]:
 
 
 def limit(shape: tuple[int, ...], capability: int) -> str:
-    """Say why no kernel takes an array (*B, H, M, D) on a device, nothing if one does."""
+    """Return why no kernel takes an array (*B, H, M, D) on a device; empty if one does."""
     *lead, rows, columns = shape
     if why := too_old(capability):
         return why
     if not columns:
         return "got D = 0, and a kernel takes one feature at least"
-    # No kernel has more blocks than rows, but for one a head where there are none.
-    width = BESIDE * WIDE["double"]
+    # A kernel has at most one block for each row, and one for each head if there are no rows.
+    width = ROW_THREADS * WIDE["double"]
     if math.prod(lead) * max(rows, 1) > BLOCKS[0] or -(-columns // width) > BLOCKS[1]:
         return (
             f"got {shape}, and a grid has {BLOCKS[0]} by {BLOCKS[1]} blocks at most, of one "
@@ -83,13 +84,13 @@ def limit(shape: tuple[int, ...], capability: int) -> str:
 
 
 class ColumnLaunch:
-    """Launches on arrays of so many columns, of one dtype.
+    """Launches of the kernels on arrays of one dtype and one number of columns.
 
     Parameters
     ----------
     cache : KernelCache
     dtype : str
-        The dtype of the rows that are read.
+        The dtype of the rows that the kernels read.
     columns : int
     xp : namespace
     """
@@ -99,18 +100,18 @@ class ColumnLaunch:
         self.cache, self.columns = cache, columns
         self.program, self.names = RowProgram(scalar), instances(dtype)
         self.dtype = xp.float32 if scalar == "float" else xp.float64
-        beside = -(-columns // WIDE[scalar])
-        self.bits = min((beside - 1).bit_length(), BESIDE.bit_length() - 1)
-        self.slices = -(-beside >> self.bits)
+        loads = -(-columns // WIDE[scalar])
+        self.bits = min((loads - 1).bit_length(), ROW_THREADS.bit_length() - 1)
+        self.slices = -(-loads >> self.bits)
         self.lanes = THREADS >> self.bits
         self.tile = self.lanes * RUN
 
     def empty(self, *shape: int) -> Any:
-        """Allocate a result, which a kernel fills."""
+        """Allocate an array for a result."""
         return self.cache.runtime.empty(shape, self.dtype)
 
     def run(self, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel for so many blocks of rows, unless there are none."""
+        """Launch a kernel with `blocks` blocks of rows, unless the grid is empty."""
         if blocks and self.slices:
             kernel = self.cache.kernel(self.program, self.names[name])
             kernel((blocks, self.slices), (THREADS,), arguments)

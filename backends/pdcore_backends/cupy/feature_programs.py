@@ -1,4 +1,4 @@
-"""The CUDA C++ text of a contraction by features: phi compiled into the kernels."""
+"""The CUDA C++ source of a contraction by features, with phi compiled in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["COLUMNS", "MAPS", "FeatureProgram", "columns_for"]
 #: Columns of a result that a block of `features_forward` and of the pullbacks holds in registers.
 COLUMNS = (64, 128)
 
-#: phi(x) and its derivative as CUDA C++, by `Features.phi`; a NaN comes through.
+#: phi(x) and its derivative as CUDA C++, by `Features.phi`; both propagate NaN.
 MAPS: dict[str, tuple[str, str]] = {
     "elu": ("x < 0 ? exponential(x) : x + 1", "x >= 0 ? scalar(1) : exponential(x)"),
     "relu": ("x <= 0 ? scalar(0) : x", "x <= 0 ? scalar(0) : scalar(1)"),
@@ -23,14 +23,14 @@ MAPS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class FeatureProgram(Program):
-    """A program of features.
+    """The program of a contraction by features.
 
     Attributes
     ----------
     log : bool
-        Whether rows hold log phi.
+        Whether the rows hold log phi.
     phi : str
-        Of `MAPS`, where rows hold x; they hold phi itself where it is empty.
+        A key of `MAPS` where the rows hold x; empty where the rows hold phi(x).
     """
 
     log: bool = False
@@ -38,7 +38,7 @@ class FeatureProgram(Program):
 
     @classmethod
     def of_features(cls, c: Features, dtypes: Mapping[str, str]) -> FeatureProgram:
-        """Give the program of a contraction, see `Program.of`."""
+        """Return the program of a contraction by features, see `Program.of`."""
         base = Program.of(Scores("features"), (), dtypes)
         phi = c.phi if c.raw else ""
         return cls(base.scalar, base.weight, stored=base.stored, log=c.log, phi=phi)
@@ -56,5 +56,5 @@ class FeatureProgram(Program):
 
 
 def columns_for(count: int) -> int:
-    """Choose how many columns a block has, for a result of `count` columns."""
+    """Choose the columns of a block, for a result of `count` columns."""
     return next((c for c in COLUMNS if c >= count), COLUMNS[-1])

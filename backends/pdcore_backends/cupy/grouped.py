@@ -1,23 +1,21 @@
-"""Head groups of different scales by one launch of a forward kernel, the longest first."""
+"""Head groups of different scales in one launch of a forward kernel, most keys first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pdcore.extend import Contracted, spacing
 
 from .operands import SHAPE, record
+from .programs import Program
+from .score_call import ScoreCall
 
-if TYPE_CHECKING:
-    from .programs import Program
-    from .scores import ScoreCall
+__all__ = ["GROUPS", "GroupCall", "ForwardKernel", "contract", "launches"]
 
-__all__ = ["GROUPS", "GroupCall", "How", "contract", "launches"]
-
-#: Groups of a launch, and `Group` and `Groups` of kernels/groups.cuh, member by member.
+#: The most groups of a launch, and `Group` and `Groups` of kernels/groups.cuh, member by member.
 GROUPS = 8
 GROUP = np.dtype(
     [
@@ -33,14 +31,15 @@ GROUP = np.dtype(
 TABLE = np.dtype([("x", GROUP, GROUPS), ("count", np.int64)], align=True)
 
 
-class How(NamedTuple):
-    """How a forward kernel is launched.
+class ForwardKernel(NamedTuple):
+    """A forward kernel and the shape of its launch.
 
     Attributes
     ----------
     name : str
+        The template instantiation.
     rows, threads, shared : int
-        Of a block: rows of a query head, threads, and bytes of shared memory.
+        Rows of a query head, threads, and bytes of shared memory of a block.
     slices : int
         Blocks along the columns of the values.
     """
@@ -53,15 +52,15 @@ class How(NamedTuple):
 
 
 class GroupCall(NamedTuple):
-    """A group of key heads as it is contracted.
+    """The contraction of one group of key heads.
 
     Attributes
     ----------
     call : ScoreCall
     dtype : dtype
-        Of `out`.
+        The dtype of `out`.
     fold : tuple
-        What the query load folds in, three arrays; nothing without.
+        The three arrays of a `QueryFold`; empty without one.
     """
 
     call: ScoreCall
@@ -70,11 +69,11 @@ class GroupCall(NamedTuple):
 
     @classmethod
     def of(cls, call: ScoreCall, rounds: bool, fold: tuple[Any, ...] = ()) -> GroupCall:
-        """Give a group whose `out` is of the values' dtype, or with no `rounds` of that of sums."""
+        """Return a group; `out` has the dtype of the values with `rounds`, else that of sums."""
         return cls(call, call.o.v.dtype if rounds else call.dtype, fold)
 
     def results(self, heads: int) -> tuple[Any, Any]:
-        """Allocate (out, L) of so many key heads."""
+        """Allocate (out, L) of `heads` key heads."""
         *lead, _, group, rows, _ = self.call.o.q.shape
         shape = (*lead, heads, group, rows)
         out = self.call.result(*shape, self.call.packed.value_dim, dtype=self.dtype)
@@ -82,59 +81,62 @@ class GroupCall(NamedTuple):
 
 
 class _Launched(NamedTuple):
-    """A group with what is written: (out, L), and where its heads are in memory."""
+    """A group with its results (out, L), and the strides of its heads in them."""
 
-    given: GroupCall
+    group: GroupCall
     results: tuple[Any, Any]
     place: tuple[int, int]
 
 
-def contract(groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], how: How) -> Contracted:
-    """Contract groups, of one kernel `how`, whose key heads are `heads` of the caller's.
+def contract(
+    groups: Sequence[GroupCall], heads: Sequence[tuple[int, ...]], kernel: ForwardKernel
+) -> Contracted:
+    """Contract groups by one kernel; `heads` are the key heads of each group among all heads.
 
-    Heads that are equally far apart, in every group, are written where the caller has them.
+    If the heads of every group are at equal distances, they are written in place in one result of
+    all heads.
     """
-    steps = [spacing(chosen) for chosen in heads]
+    steps = [spacing(indices) for indices in heads]
     known = len({group.dtype for group in groups}) == 1 and None not in steps
     total = sum(map(len, heads))
     whole = groups[0].results(total) if len(groups) > 1 and known else None
-    found = []
-    for given, chosen, step in zip(groups, heads, steps, strict=True):
-        x = given.call.packed
+    launched = []
+    for group, indices, step in zip(groups, heads, steps, strict=True):
+        x = group.call.packed
         if whole is None:
-            own = given.results(x.heads)
-            found.append(_Launched(given, own, (x.heads * x.group, x.group)))
+            results = group.results(x.heads)
+            launched.append(_Launched(group, results, (x.heads * x.group, x.group)))
             continue
-        at = slice(chosen[0], chosen[-1] + 1, step)
+        at = slice(indices[0], indices[-1] + 1, step)
         parts = whole[0][..., at, :, :, :], whole[1][..., at, :, :]
-        found.append(_Launched(given, parts, (total * x.group, (step or 1) * x.group)))
-    for program, together in _together(found):
-        _launch(program, together, how)
-    return Contracted([one.results for one in found], whole)
+        launched.append(_Launched(group, parts, (total * x.group, (step or 1) * x.group)))
+    for program, members in _by_launch(launched):
+        _launch(program, members, kernel)
+    return Contracted([group.results for group in launched], whole)
 
 
-def _together(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Launched]]]:
-    """Give what one launch contracts: groups of a program, those of most keys first."""
+def _by_launch(groups: Sequence[_Launched]) -> Iterator[tuple[Program, list[_Launched]]]:
+    """Return the groups of each launch, which share a program, most keys first."""
     by_program: dict[Program, list[_Launched]] = {}
-    for one in groups:
-        program = one.given.call.program(out=one.results[0])
-        by_program.setdefault(program, []).append(one)
-    for program, found in by_program.items():
-        found.sort(key=lambda one: -one.given.call.packed.keys)
-        for first in range(0, len(found), GROUPS):
-            yield program, found[first : first + GROUPS]
+    for launched in groups:
+        program = launched.group.call.program(out=launched.results[0])
+        by_program.setdefault(program, []).append(launched)
+    for program, members in by_program.items():
+        members.sort(key=lambda launched: -launched.group.call.packed.keys)
+        for first in range(0, len(members), GROUPS):
+            yield program, members[first : first + GROUPS]
 
 
-def _launch(program: Program, groups: Sequence[_Launched], how: How) -> None:
-    """Launch a kernel for groups, whose blocks follow one another."""
+def _launch(program: Program, groups: Sequence[_Launched], kernel: ForwardKernel) -> None:
+    """Launch a kernel for groups; the blocks of a group follow those of the group before."""
     arrays: dict[int, Any] = {}  # by their place in the table
     table, blocks = np.zeros((), TABLE), 0
-    for i, one in enumerate(groups):
-        x = one.given.call.packed
-        table["x"][i] = record(GROUP, {"place": one.place, "first": blocks, "shape": x.shape})
-        blocks += x.batch * x.heads * x.group * -(-x.rows // how.rows)
-        given = {"inputs": x.arrays, "fold": one.given.fold, "results": one.results}
-        for name, members in given.items():
+    for i, launched in enumerate(groups):
+        x = launched.group.call.packed
+        table["x"][i] = record(GROUP, {"place": launched.place, "first": blocks, "shape": x.shape})
+        blocks += x.batch * x.heads * x.group * -(-x.rows // kernel.rows)
+        pointers = {"inputs": x.arrays, "fold": launched.group.fold, "results": launched.results}
+        for name, members in pointers.items():
             start = GROUP.itemsize * i + GROUP.fields[name][1]  # type: ignore[index]
             arrays.update(
                 (start + 8 * n, a) for n, a in enumerate(members) if not isinstance(a, np.uint64)
@@ -142,12 +144,12 @@ def _launch(program: Program, groups: Sequence[_Launched], how: How) -> None:
     if not blocks:
         return
     table["count"] = len(groups)
-    cache = groups[0].given.call.kernels.cache
-    kernel = cache.kernel(program, how.name, how.shared)
+    cache = groups[0].group.call.cache
+    compiled = cache.kernel(program, kernel.name, kernel.shared)
     argument = cache.runtime.structure(table[()], arrays)
-    kernel((blocks, how.slices), (how.threads,), (argument,), shared_mem=how.shared)
+    compiled((blocks, kernel.slices), (kernel.threads,), (argument,), shared_mem=kernel.shared)
 
 
 def launches(kinds: Sequence[str]) -> int:
-    """Count the launches for groups, each given by what its program is."""
+    """Count the launches for groups; `kinds` names the program of each group."""
     return sum(-(-kinds.count(kind) // GROUPS) for kind in set(kinds))

@@ -1,4 +1,4 @@
-"""Plans on CuPy arrays: kernels of our own, and `ArrayBackend` with its pullbacks elsewhere."""
+"""Plans on CuPy arrays: CUDA kernels, and `ArrayBackend` for everything else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CAPTURE_IMPLICIT = 906
 
 
 class CupyRuntime:
-    """NVRTC, the memory pool and the current stream, by CuPy."""
+    """CuPy's NVRTC, memory pool and current stream."""
 
     def on(self, array: Any) -> AbstractContextManager[Any]:
         """Enter the array's device, see `Runtime.on`."""
@@ -33,55 +33,55 @@ class CupyRuntime:
         return device
 
     def device(self) -> int:
-        """Give the thread's device, see `Runtime.device`."""
+        """Return the device of the thread, see `Runtime.device`."""
         return int(cupy.cuda.runtime.getDevice())
 
     def capability(self, device: str) -> int:
-        """Ask the driver, see `Runtime.capability`; arrays of the host will be on device 0."""
+        """Return the compute capability, of device 0 for the host, see `Runtime.capability`."""
         return int(cupy.cuda.Device(int(device.partition(":")[2] or 0)).compute_capability)
 
     def capturing(self) -> bool:
-        """Ask the current stream, see `Runtime.capturing`."""
+        """Return whether the current stream is captured, see `Runtime.capturing`."""
         try:
             return bool(cupy.cuda.get_current_stream().is_capturing())
         except cupy.cuda.runtime.CUDARuntimeError as error:
             if error.status != CAPTURE_IMPLICIT:
                 raise
-            return True  # the default stream may not even be asked while another is captured
+            return True  # querying the default stream is an error while another is captured
 
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
-        """Compile by NVRTC; CuPy keeps the result on disk, see `Runtime.compile`."""
+        """Compile by NVRTC; CuPy caches the binary on disk, see `Runtime.compile`."""
         module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
-        made: Any = module.get_function(name)
+        function: Any = module.get_function(name)
         if shared > SHARED:
-            made.max_dynamic_shared_size_bytes = shared
-        kernel: Kernel = made
+            function.max_dynamic_shared_size_bytes = shared
+        kernel: Kernel = function
         return kernel
 
     def address(self, array: Any) -> int:
-        """Give where an array begins, see `Runtime.address`."""
+        """Return the address of an array, see `Runtime.address`."""
         return int(array.data.ptr)
 
     def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
-        """Put the arrays' addresses in, see `Runtime.structure`."""
-        made = np.frombuffer(bytearray(value.tobytes()), value.dtype)
-        members = made.view(np.uint64)
+        """Return a structure with the addresses of the arrays, see `Runtime.structure`."""
+        structure = np.frombuffer(bytearray(value.tobytes()), value.dtype)
+        members = structure.view(np.uint64)
         for at, array in arrays.items():
             members[at // 8] = array.data.ptr
-        return made[0]
+        return structure[0]
 
     def usage(self, kernel: Any) -> Usage:
-        """Ask the driver, see `Runtime.usage`."""
+        """Return the resources of a kernel, see `Runtime.usage`."""
         return Usage(kernel.num_regs, kernel.max_threads_per_block, kernel.shared_size_bytes)
 
     def limits(self) -> Limits:
-        """Ask the driver, see `Runtime.limits`."""
-        found = cupy.cuda.Device().attributes
-        grid = tuple(found[f"MaxGridDim{axis}"] for axis in "XYZ")
+        """Return the limits of the current device, see `Runtime.limits`."""
+        attributes = cupy.cuda.Device().attributes
+        grid = tuple(attributes[f"MaxGridDim{axis}"] for axis in "XYZ")
         return Limits(
-            found["MaxThreadsPerBlock"],
-            found["MaxRegistersPerBlock"],
-            found["MaxSharedMemoryPerBlockOptin"],
+            attributes["MaxThreadsPerBlock"],
+            attributes["MaxRegistersPerBlock"],
+            attributes["MaxSharedMemoryPerBlockOptin"],
             grid,
         )
 
@@ -99,7 +99,7 @@ class CupyBackend(KernelBackend):
         super().__init__(CupyRuntime())
 
     def refusals(self, request: Request) -> list[str]:
-        """Say why the backend cannot run a call, see `Backend.refusals`."""
+        """Return why the backend cannot run a call, see `Backend.refusals`."""
         reasons = super().refusals(request)
         count, why = _devices()
         if not count:
@@ -109,7 +109,7 @@ class CupyBackend(KernelBackend):
         return reasons
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array by DLPack on a GPU, by a copy from the host or to it."""
+        """Convert an array: by DLPack on a GPU, by a copy from or to the host."""
         if device == "cpu":
             return cupy.asnumpy(array)
         library = library_of(array, "array")
@@ -118,15 +118,15 @@ class CupyBackend(KernelBackend):
         if device is None or there:
             half = dtype_name(array) == "bfloat16"
             with self.stream_of(array):
-                # CuPy's DLPack has no bfloat16, so its bits travel.
-                found = cupy.from_dlpack(_bits(array) if half else array)
-                return found.view(_bfloat16()) if half else found
+                # CuPy's DLPack has no bfloat16, so the array is passed as integers.
+                result = cupy.from_dlpack(_bits(array) if half else array)
+                return result.view(_bfloat16()) if half else result
         with cupy.cuda.Device(index):
-            # `asarray` copies from the host, and from another GPU; `from_dlpack` refuses to.
+            # `asarray` copies from the host and from another GPU, which `from_dlpack` refuses.
             return cupy.asarray(array)
 
     def give(self, array: Any, namespace: Any) -> Any:
-        """Hand a result to another library, see `Backend.give`."""
+        """Convert a result to an array of another library, see `Backend.give`."""
         if dtype_name(array) != "bfloat16":
             return super().give(array, namespace)
         return namespace.from_dlpack(array.view("int16")).view(namespace.bfloat16)
@@ -146,15 +146,15 @@ class CupyBackend(KernelBackend):
         cupy.cuda.get_current_stream().synchronize()
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of CuPy and of its CUDA runtime."""
-        found = {"cupy": str(cupy.__version__)}
+        """Return the versions of CuPy and of the CUDA runtime."""
+        versions = {"cupy": str(cupy.__version__)}
         if _devices()[0]:
-            found["cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
-        return found
+            versions["cuda"] = str(cupy.cuda.runtime.runtimeGetVersion())
+        return versions
 
 
 class _Stream(NamedTuple):
-    """A stream by the protocol that CuPy asks for; not every PyTorch's own streams have it."""
+    """A stream with `__cuda_stream__`, which streams of some versions of PyTorch lack."""
 
     pointer: int
 
@@ -163,26 +163,26 @@ class _Stream(NamedTuple):
 
 
 def _stream(pointer: int) -> Any:
-    """Take a stream of the current device."""
+    """Return the stream of the current device at a pointer; 0 is the default stream."""
     if not pointer:
         return cupy.cuda.Stream.null
     return cupy.cuda.Stream.from_external(_Stream(pointer))
 
 
 def _bits(array: Any) -> Any:
-    """View an array of 16 bits, of PyTorch or JAX, as integers."""
+    """Return a 16-bit array of PyTorch or JAX viewed as integers."""
     return array.view(sys.modules[library_of(array, "array")].__dict__.get("int16", "int16"))
 
 
 def _bfloat16() -> Any:
-    """Give the dtype, which is ml_dtypes' in CuPy too."""
+    """Return the dtype bfloat16, which CuPy takes from ml_dtypes."""
     import ml_dtypes
 
     return ml_dtypes.bfloat16
 
 
 def _devices() -> tuple[int, str]:
-    """Count the CUDA devices; where there are none, say what CUDA says."""
+    """Return the number of CUDA devices, and the error of CUDA if it reports one."""
     try:
         return int(cupy.cuda.runtime.getDeviceCount()), ""
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -1,4 +1,4 @@
-"""Plans by the CUDA kernels of this backend where they compute one, else by array calls."""
+"""Plans by the CUDA kernels of this backend, and by array calls where there is no kernel."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ __all__ = ["KernelBackend"]
 
 
 class KernelBackend(ArrayBackend):
-    """Runs contractions, moments and pooling on a runtime's kernels, all else by array calls."""
+    """Runs contractions, moments and pooling by kernels, everything else by array calls."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
-        cache = KernelCache(runtime)
-        self.kernels = ScoreKernels(cache)
-        self.feature_kernels = FeatureKernels(self.kernels)
-        self.moments = MomentKernels(cache)
-        self.pooling = PoolKernels(cache)
+        self.cache = KernelCache(runtime)
+        self.kernels = ScoreKernels(self.cache)
+        self.feature_kernels = FeatureKernels(self.cache)
+        self.moments = MomentKernels(self.cache)
+        self.pooling = PoolKernels(self.cache)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
-        """Choose the kernels where they compute the plan, see `Backend.fuse`."""
+        """Choose the kernels that run a plan, see `Backend.fuse`."""
         return chosen(plan, request, self.runtime.capability(request.device), self.info.library)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ class KernelBackend(ArrayBackend):
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        """Run a plan on the arrays' device and give its pullback, see `Backend.attention_vjp`."""
+        """Run a plan and its pullback on the arrays' device, see `Backend.attention_vjp`."""
         with self.runtime.on(inputs.q):
             out, lse, vjp = super().attention_vjp(plan, inputs)
 
@@ -71,7 +71,7 @@ class KernelBackend(ArrayBackend):
             return super().attention_weights(plan, inputs)
 
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
-        """Take the arrays of a call, see `ArrayBackend.call`."""
+        """Return the arrays of a call, see `ArrayBackend.call`."""
         if self.runtime.capturing() and (why := uncapturable(plan)):
             raise UnsupportedError(
                 f"backend {self.info.name}: the stream is being captured into a "
@@ -80,7 +80,7 @@ class KernelBackend(ArrayBackend):
         return super().call(plan, inputs, level=level)
 
     def native(self, plan: Plan) -> frozenset[str]:
-        """Read 16-bit arrays where kernels run, see `ArrayBackend.native`."""
+        """Return the steps whose kernels read 16-bit arrays, see `ArrayBackend.native`."""
         contraction = plan.contraction.choice is not None
         statistics = plan.summary is not None and plan.summary.choice is not None
         loads = (isinstance(getattr(t, "choice", None), FoldedLoad) for t in plan.transforms)
@@ -94,7 +94,7 @@ class KernelBackend(ArrayBackend):
         return frozenset(step for step, by_kernel in kernels.items() if by_kernel)
 
     def pool_of(self, plan: Plan) -> Callable[..., tuple[Any, Callable[[Any], Any]]]:
-        """Return what pools keys and values, the kernels where they were chosen."""
+        """Return the function that pools keys and values: the kernels if the plan chose them."""
         return self.pool if plan.pool_choice is None else self.pool_by_kernels
 
     def pool_by_kernels(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -102,7 +102,7 @@ class KernelBackend(ArrayBackend):
         return self.pooling.pool(x, weights, xp=self.xp)
 
     def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
-        """Compute a finalised state of the keys, by the kernels where they were chosen."""
+        """Compute a finalised state of the keys, by the kernels if the plan chose them."""
         if summary.choice is None:
             return super().statistics(summary, keys, mask)
         if summary.scope == "prefix":
@@ -117,7 +117,7 @@ class KernelBackend(ArrayBackend):
         final: Mapping[str, Any],
         cotangent: Mapping[str, Any],
     ) -> Any:
-        """Pull a state back, by the kernels where they were chosen."""
+        """Compute the gradient through a state, by the kernels if the plan chose them."""
         if summary.choice is not None:
             return self.moments.vjp(keys, mask, final, cotangent, xp=self.xp)
         return super().statistics_vjp(summary, keys, mask, final, cotangent)
@@ -131,13 +131,13 @@ class KernelBackend(ArrayBackend):
         cotangent: Mapping[str, Any],
         later: Any,
     ) -> Any:
-        """Pull the states of prefixes back, by the kernels where they were chosen."""
+        """Compute the gradient through prefix states, by the kernels if the plan chose them."""
         if summary.choice is not None:
             return self.moments.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
         return super().prefix_vjp(summary, keys, mask, rows, cotangent, later)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
-        """Contract by scores, by the kernels where they were chosen."""
+        """Contract by scores, by the kernels if the plan chose them."""
         if c.choice is not None:
             return self.scores_of_groups(c, [o], [tuple(range(o.k.shape[-3]))]).parts[0]
         return super().scores(c, o)
@@ -145,9 +145,9 @@ class KernelBackend(ArrayBackend):
     def scores_of_groups(
         self, c: Scores, operands: list[Operands], heads: list[tuple[int, ...]]
     ) -> Contracted:
-        """Contract all head groups at once, by the kernels where they were chosen."""
+        """Contract all head groups at once, by the kernels if the plan chose them."""
         if isinstance(c.choice, TensorCores):
-            return forward(self.kernels, c, operands, heads, xp=self.xp)
+            return forward(self.cache, c, operands, heads, xp=self.xp)
         if c.choice is not None:
             return self.kernels.forward(c, operands, heads, xp=self.xp)
         return super().scores_of_groups(c, operands, heads)
@@ -155,15 +155,15 @@ class KernelBackend(ArrayBackend):
     def scores_vjp(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
     ) -> dict[str, Any]:
-        """Pull back, by the kernels where they were chosen."""
+        """Compute the gradients, by the kernels if the plan chose them."""
         if isinstance(c.choice, TensorCores):
-            return pullback(self.kernels, c, o, out, level, d_out, d_level, xp=self.xp)
+            return pullback(self.cache, c, o, out, level, d_out, d_level, xp=self.xp)
         if c.choice is not None:
             return self.kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().scores_vjp(c, o, out, level, d_out, d_level)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
-        """Contract by features, by the kernels where they were chosen."""
+        """Contract by features, by the kernels if the plan chose them."""
         if c.choice is not None:
             return self.feature_kernels.forward(c, o, xp=self.xp)
         return super().features(c, o)
@@ -171,7 +171,7 @@ class KernelBackend(ArrayBackend):
     def features_vjp(
         self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
     ) -> dict[str, Any]:
-        """Pull back, by the kernels where they were chosen."""
+        """Compute the gradients, by the kernels if the plan chose them."""
         if c.choice is not None:
             return self.feature_kernels.pullback(c, o, out, level, d_out, d_level, xp=self.xp)
         return super().features_vjp(c, o, out, level, d_out, d_level)

@@ -1,4 +1,4 @@
-"""Launches that are checked against what the device allows, before CUDA would fail on them."""
+"""Launches that are checked against the limits of the device, before CUDA fails on them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["CheckedKernel", "Limits", "Usage"]
 
 
 class Limits(NamedTuple):
-    """What a device allows, as it says itself.
+    """The limits of a device, as the driver reports them.
 
     Attributes
     ----------
     threads, registers, shared : int
-        Of a block: threads, registers of all of them, bytes of shared memory at most.
+        The most threads, registers of all threads, and bytes of shared memory of a block.
     grid : tuple of int
-        Blocks along each axis.
+        The most blocks along each axis.
     """
 
     threads: int
@@ -28,16 +28,16 @@ class Limits(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel takes.
+    """The resources of a compiled kernel.
 
     Attributes
     ----------
     registers : int
-        Of a thread.
+        Registers of a thread.
     threads : int
-        Of a block, beyond which a launch fails for want of registers.
+        The most threads of a block; a launch with more has too few registers.
     shared : int
-        Bytes of shared memory of a block, beside what a launch asks for.
+        Static shared memory of a block in bytes, in addition to that of the launch.
     """
 
     registers: int
@@ -46,7 +46,7 @@ class Usage(NamedTuple):
 
 
 class CheckedKernel:
-    """A kernel whose launches are refused, with the reason, where the device cannot run them."""
+    """A kernel that refuses launches beyond the limits of the device, with the reason."""
 
     def __init__(
         self, name: str, kernel: Callable[..., None], usage: Usage, limits: Limits
@@ -56,7 +56,13 @@ class CheckedKernel:
     def __call__(
         self, grid: tuple[int, ...], block: tuple[int, ...], arguments: Any, *, shared_mem: int = 0
     ) -> None:
-        """Launch on the current stream."""
+        """Launch the kernel on the current stream.
+
+        Raises
+        ------
+        UnsupportedError
+            Where the launch is beyond a limit of the device.
+        """
         why = self.refusal(grid, block, shared_mem)
         if why:
             raise UnsupportedError(
@@ -65,7 +71,7 @@ class CheckedKernel:
         self.kernel(grid, block, arguments, shared_mem=shared_mem)
 
     def refusal(self, grid: tuple[int, ...], block: tuple[int, ...], shared_mem: int) -> str:
-        """Say what a launch asks for beyond the device's limits, nothing if it can run."""
+        """Return which limit of the device a launch exceeds; empty if it can run."""
         limits, usage = self.limits, self.usage
         for axis, count, most in zip("xyz", grid, limits.grid, strict=False):
             if count > most:

@@ -12,7 +12,7 @@ from pdcore.extend import Operands, Scores
 
 __all__ = ["NULL", "SHAPE", "Packed", "in_rows", "one_lead", "packed", "record", "strides_of"]
 
-#: No array: eight bytes of 0, passed by value where a kernel expects a pointer.
+#: A null pointer: eight bytes of 0, passed by value in place of an array.
 NULL = np.uint64(0)
 
 #: `Shape` of kernels/operands.cuh, member by member.
@@ -56,13 +56,13 @@ class Packed(NamedTuple):
     Attributes
     ----------
     arrays : tuple
-        The first arguments of every kernel, INPUTS of kernels/operands.cuh; NULL for none.
+        The first arguments of every kernel, INPUTS of kernels/operands.cuh; NULL if absent.
     shape : numpy.void
-        The last argument, a `SHAPE`, which is passed by value.
+        The last argument, a `SHAPE` that is passed by value.
     batch, heads, group, rows, keys, dim, value_dim : int
-        With the leading axes as one, `batch`.
+        Sizes; `batch` is the product of the leading axes.
     bias_extent : tuple of int
-        The bias's own shape, with the leading axes as one.
+        The shape of the bias, with the leading axes merged into one.
     """
 
     arrays: tuple[Any, ...]
@@ -78,28 +78,30 @@ class Packed(NamedTuple):
 
 
 def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed:
-    """Pack the operands; arrays that rows cannot be read from as they are get copied."""
-    seen = o.visibility
+    """Build the arguments of a kernel; arrays whose rows are not contiguous are copied."""
+    visibility = o.visibility
     *lead, heads, group, rows, dim = o.q.shape
     batch, (keys, value_dim) = math.prod(lead), o.v.shape[-2:]
     q, k, v = (in_rows(one_lead(x, lead, xp), xp) for x in (o.q, o.k, o.v))
     bias = None if o.bias is None else one_lead(o.bias, lead, xp)
-    mask = None if seen.mask is None else one_lead(seen.mask, lead, xp)
+    mask = None if visibility.mask is None else one_lead(visibility.mask, lead, xp)
     key_mask, real = (
         None if x is None else xp.ascontiguousarray(xp.reshape(x, (batch, x.shape[-1])))
-        for x in (seen.key_mask, seen.real)
+        for x in (visibility.key_mask, visibility.real)
     )
     key_bias = None if o.key_bias is None else xp.ascontiguousarray(o.key_bias)
     values = None
     if names:
-        # One row a head, as a kernel reads them.
+        # A kernel reads one row of scalars for each head.
         values = xp.stack([xp.reshape(o.values[n], (heads,)) for n in names], axis=-1)
-    offsets = None if seen.static else xp.ascontiguousarray(xp.reshape(seen.offset, (-1,)))
+    offsets = (
+        None if visibility.static else xp.ascontiguousarray(xp.reshape(visibility.offset, (-1,)))
+    )
     if offsets is not None and offsets.shape[0] != batch:
         offsets = xp.ascontiguousarray(xp.broadcast_to(offsets, (batch,)))
     extent = (1,) * 5 if bias is None else tuple(bias.shape)
-    given = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
-    arrays = tuple(NULL if x is None else x for x in given)
+    members = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
+    arrays = tuple(NULL if x is None else x for x in members)
     sizes = (batch, heads, group, rows, keys, dim, value_dim)
     shape = record(
         SHAPE,
@@ -113,14 +115,14 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
                     strict=True,
                 )
             ),
-            "key_mask": seen.keys,
-            "real": seen.length,
-            "offset": seen.offset if seen.static else 0,
-            "ahead": _bound(seen.support.ahead),
-            "left": _bound(seen.support.left),
+            "key_mask": visibility.keys,
+            "real": visibility.length,
+            "offset": visibility.offset if visibility.static else 0,
+            "ahead": _reach(visibility.support.ahead),
+            "left": _reach(visibility.support.left),
             "scale": c.scale,
-            "length": seen.length,
-            "span": seen.scale,
+            "length": visibility.length,
+            "span": visibility.scale,
             "has_sign": c.signed,
             "bias_extent": extent,
         },
@@ -129,35 +131,35 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
 
 
 def record(dtype: Any, members: Mapping[str, Any]) -> Any:
-    """Give a structure with these members, 0 elsewhere."""
-    found = np.zeros((), dtype)
+    """Build a structure with these members; the others are 0."""
+    structure = np.zeros((), dtype)
     for name, value in members.items():
-        found[name] = value
-    return found[()]
+        structure[name] = value
+    return structure[()]
 
 
 def one_lead(x: Any, lead: Sequence[int], xp: Any) -> Any:
-    """Make the leading axes one; of length 1 where the array is the same for all of them."""
-    own, rest = tuple(x.shape[: len(lead)]), tuple(x.shape[len(lead) :])
-    if math.prod(own) == 1:
+    """Return an array with one leading axis, of length 1 if the array is broadcast along it."""
+    leading, rest = tuple(x.shape[: len(lead)]), tuple(x.shape[len(lead) :])
+    if math.prod(leading) == 1:
         return xp.reshape(x, (1, *rest))
-    if own != tuple(lead):  # the same for some: no stride says that
+    if leading != tuple(lead):  # broadcast along some axes only: no single stride can express it
         x = xp.broadcast_to(x, (*lead, *rest))
     return xp.reshape(x, (math.prod(lead), *rest))
 
 
 def in_rows(x: Any, xp: Any) -> Any:
-    """Give an array whose columns lie beside each other."""
+    """Return an array whose rows are contiguous, copied if needed."""
     return x if x.shape[-1] <= 1 or x.strides[-1] == x.itemsize else xp.ascontiguousarray(x)
 
 
 def strides_of(x: Any) -> tuple[int, ...]:
-    """Give strides in entries, 0 along axes of length 1."""
+    """Return the strides in entries, 0 along axes of length 1."""
     return tuple(
         0 if size == 1 else stride // x.itemsize
         for size, stride in zip(x.shape, x.strides, strict=True)
     )
 
 
-def _bound(reach: float) -> int:
+def _reach(reach: float) -> int:
     return -1 if reach == math.inf else int(reach)

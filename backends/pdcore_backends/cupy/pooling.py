@@ -1,4 +1,4 @@
-"""Keys and values pooled over windows, and the pullback, by CUDA kernels of our own."""
+"""Keys and values pooled over windows, and the pullback, by CUDA kernels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .runtime import KernelCache
 
 __all__ = ["KERNELS", "PoolKernels", "pooled"]
 
-#: What `Plan.pool_choice` is where the kernels pool.
+#: The value of `Plan.pool_choice` where the kernels pool.
 KERNELS = "kernels"
 
-#: Rows that a lane adds before others share its window.
+#: The most rows that one lane sums; longer windows are shared by several lanes.
 ALONE = 8
 
 #: `Windows` of kernels/pooling.cu, member by member.
@@ -38,7 +38,7 @@ WINDOWS = np.dtype(
 
 
 def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
-    """Choose the kernels for the pooling of a plan where they compute it."""
+    """Choose the kernels for the pooling of a plan if they can run it."""
     if not plan.pools:
         return plan
     why = limit(request.k, capability) or limit(request.v, capability)
@@ -51,7 +51,7 @@ def pooled(plan: Plan, request: Request, capability: int, library: str) -> Plan:
 
 
 class PoolKernels:
-    """What `pdcore.extend.pool` gives, by the kernels of one runtime."""
+    """The pooling of `pdcore.extend.pool`, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache = cache
@@ -61,7 +61,7 @@ class PoolKernels:
         *lead, heads, rows, columns = x.shape
         windows, scale = weights.shape[-2:]
         launch = ColumnLaunch(self.cache, dtype_name(x), columns, xp)
-        # (*B, 1, windows, s), or the same for all sequences.
+        # One (windows, s) for each sequence, or one for all sequences.
         weights = xp.ascontiguousarray(
             xp.reshape(weights, (math.prod(weights.shape[:-2]), windows, scale))
         )
@@ -86,30 +86,35 @@ class PoolKernels:
 
         def pullback(cotangent: Any) -> Any:
             with self.cache.runtime.on(cotangent):
-                found = launch.empty(*x.shape)
+                result = launch.empty(*x.shape)
                 blocks = -(-rows // launch.tile)
                 launch.run(
                     "pooled_vjp",
                     batch * heads * blocks,
-                    (weights, xp.ascontiguousarray(cotangent), found, layout((0, 0, 0), blocks, 1)),
+                    (
+                        weights,
+                        xp.ascontiguousarray(cotangent),
+                        result,
+                        layout((0, 0, 0), blocks, 1),
+                    ),
                 )
-            return found
+            return result
 
         with self.cache.runtime.on(x):
-            given = in_rows(one_lead(x, lead, xp), xp)
+            source = in_rows(one_lead(x, lead, xp), xp)
             team = _team(scale, launch.lanes)
             blocks = -(-windows // (launch.lanes // team))
-            found = launch.empty(*lead, heads, windows, columns)
+            result = launch.empty(*lead, heads, windows, columns)
             launch.run(
                 "pooled",
                 batch * heads * blocks,
-                (given, weights, found, layout(strides_of(given)[:-1], blocks, team)),
+                (source, weights, result, layout(strides_of(source)[:-1], blocks, team)),
             )
-        return found, pullback
+        return result, pullback
 
 
 def _team(scale: int, lanes: int) -> int:
-    """Choose how many lanes share a window of `scale` rows."""
+    """Choose the number of lanes that share a window of `scale` rows."""
     team = 1
     while team < lanes and team * ALONE < scale:
         team *= 2

@@ -1,4 +1,4 @@
-"""The CUDA C++ text of a contraction by scores: log kappa compiled into the kernels."""
+"""The CUDA C++ source of a contraction by scores, with log kappa compiled in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "type_of",
 ]
 
-#: Columns of a result that a block holds in registers; more columns take more blocks.
+#: Columns of a result that a block holds in registers; a result with more takes several blocks.
 COLUMNS = (32, 64, 128, 256)
 
 _SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
@@ -44,28 +44,28 @@ _FILES = {
     "features_rows": (*_FEATURES, "features_vjp.cu"),
     "features_keys": (*_FEATURES, "features_vjp.cu"),
 }
-#: The arrays whose type may be another than that of sums, ``q_type`` of the kernels and so on.
+#: The arrays whose type may differ from that of sums; it is ``q_type`` of the kernels for q.
 STORED = ("q", "k", "v", "bias", "out", "d_out", "d_bias")
-#: The types of CUDA C++ that arrays of 16 bits have.
+#: The CUDA C++ types of 16-bit arrays.
 HALVES = {"float16": "ptx::f16", "bfloat16": "ptx::bf16"}
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled in; a program and a kernel's name say which kernel runs.
+    """The program of a contraction by scores; with the name of a kernel it gives the source.
 
     Attributes
     ----------
     scalar : {"float", "double"}
-        The type of every sum, and of every array but for `stored`.
+        The CUDA C++ type of every sum, and of every array except `stored`.
     weight : {"log", "features"}
         As in `pdcore.extend.Scores`.
     expression : Expression or None
-        log w; scale * s, with the scale an argument, where it is None.
+        log w; None for scale * s, whose scale is an argument of the kernel.
     values : tuple of str
         Names of the scalars per head that the expression reads.
     stored : tuple of (str, str)
-        Which of `STORED` are of 16 bits, each with its dtype.
+        The 16-bit arrays among `STORED`, each with its dtype.
     """
 
     scalar: str
@@ -76,15 +76,15 @@ class Program:
 
     @classmethod
     def of(cls, c: Scores, values: tuple[str, ...], dtypes: Mapping[str, str]) -> Program:
-        """Give the program of a contraction.
+        """Return the program of a contraction by scores.
 
         Parameters
         ----------
         c : Scores
         values : tuple of str
-            Names of the scalars that the contraction is given.
+            Names of the scalars of the contraction.
         dtypes : mapping of str to str
-            The dtypes of what it reads and writes, of `STORED`.
+            The dtypes of the arrays of `STORED` that the kernels read and write.
         """
         scalar = scalar_of("float64" if "float64" in dtypes.values() else "float32")
         stored = tuple((n, dtypes[n]) for n in STORED if dtypes.get(n) in HALVES)
@@ -93,7 +93,7 @@ class Program:
         return cls(scalar, c.weight, c.expression, values, stored)
 
     def text(self, kernel: str) -> str:
-        """Give the source of a kernel, ``"scores_rows<64>"`` with the name of an instantiation."""
+        """Return the source of a kernel, by a template instantiation as ``"scores_rows<64>"``."""
         sources = ("ptx.cuh", "tiles.cuh", "operands.cuh", *_FILES[kernel.partition("<")[0]])
         ptx, tiles, *rest = (read(name) for name in sources)
         stored = dict(self.stored)
@@ -130,7 +130,7 @@ class Program:
         return self._cuda(self.expression.derivative(name))
 
     def _cuda(self, expression: Expression) -> str:
-        """Write an expression; a scalar's name may be a word of C++, so it goes by its index."""
+        """Return the CUDA C++ of an expression; scalars, whose names may be C++ words, by index."""
         return _indexed(expression, self.values).cuda(self.scalar)
 
 
@@ -143,34 +143,34 @@ def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
 
 @cache
 def read(name: str) -> str:
-    """Give the text of a file of kernels/."""
+    """Return the text of a file in kernels/."""
     text = (files(__package__) / "kernels" / name).read_text(encoding="utf-8")
-    return text.replace("#pragma once\n", "")  # it is not included but stands in the text
+    return text.replace("#pragma once\n", "")  # the text is pasted, not included
 
 
 def scalar_of(dtype: str) -> str:
-    """Give the type of CUDA C++ in which arrays of a dtype are computed."""
+    """Return the CUDA C++ type of sums over arrays of a dtype."""
     return "double" if dtype == "float64" else "float"
 
 
 def type_of(dtype: str) -> str:
-    """Give the type of CUDA C++ of an array."""
+    """Return the CUDA C++ type of the entries of an array."""
     return HALVES.get(dtype) or scalar_of(dtype)
 
 
 def tile(scalar: str) -> int:
-    """Give the rows and keys of a tile, SIZE of tiles.cuh."""
+    """Return the number of rows, and of keys, of a tile: SIZE of kernels/tiles.cuh."""
     return 64 if scalar == "float" else 32
 
 
 def columns_for(count: int) -> int:
-    """Choose how many columns a block has, for a result of `count` columns."""
+    """Choose the columns of a block, for a result of `count` columns."""
     return next((c for c in COLUMNS if c >= count), COLUMNS[-1])
 
 
 @lru_cache(maxsize=64)
 def memory(scalar: str, columns: int) -> int:
-    """Give the bytes of shared memory of a block, BYTES of tiles.cuh."""
+    """Return the bytes of shared memory of a block: BYTES of kernels/tiles.cuh."""
     size, bytes_ = tile(scalar), 4 if scalar == "float" else 8
     wide, depth, strip = 16 // bytes_, 32, 16
     staged = max(2 * size * (depth + wide), strip * columns)

@@ -1,4 +1,4 @@
-"""Statistics folded into the queries as a kernel reads them, so that keys are read as they are."""
+"""Statistics folded into the queries in the load of a kernel, so that keys stay unchanged."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pdcore.extend import Fold, Pullback, Rows, UnsupportedError
 
 __all__ = ["FoldedLoad", "QueryFold"]
 
-#: The least deviation, relative to the mean, of 16-bit keys that are not all equal: neighbours of
-#: 8 bits, of which one in 2^24 differs.
+#: The smallest deviation, relative to the mean, of 16-bit keys that are not all equal: keys of 8
+#: significant bits that are adjacent numbers, where one of 2^24 keys differs.
 LEAST = 2.0**-20
 
 
 class QueryFold(NamedTuple):
-    """What is done to queries as they are read: q' = (q - centre) factor, and tau q'.gap to L.
+    """The change to queries in the load: q' = (q - centre) factor; tau q'.gap is added to L.
 
     Attributes
     ----------
@@ -34,11 +34,12 @@ class QueryFold(NamedTuple):
 
 @dataclass(frozen=True)
 class FoldedLoad:
-    """`Fold` of statistics of the keys themselves, with c = 0 for keys as the caller gave them.
+    """`Fold` in the load of queries, with c = 0 for keys that the kernel reads unchanged.
 
-    A 16-bit key that is not shifted is exact, and what the rounding of q' does to all logits of a
-    row alike cancels. Where all keys are equal, and 1 / eps would multiply the rounding of sums,
-    c = mu, so that k - c = 0; as it is for pooled keys, which have yet to be rounded.
+    A 16-bit key that is not shifted is exact, and an error that the rounding of q' makes in all
+    logits of a row alike cancels. In a feature where all keys are equal, 1 / eps would multiply the
+    rounding error of sums, so c = mu and k - c = 0. For pooled keys, which have not been rounded
+    yet, c = mu too.
 
     Attributes
     ----------
@@ -48,7 +49,7 @@ class FoldedLoad:
     fold: Fold
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Say what the load does, see `transforms.Rows`."""
+        """Return the rows with a `QueryFold`, see `transforms.Rows`."""
         mean, var = state["mean"], state["var"]
         centre, factor = self.fold.weight(params) * mean, 1.0 / (var + self.fold.eps)
         equal = var <= (LEAST * mean) ** 2

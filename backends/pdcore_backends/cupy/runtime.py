@@ -1,7 +1,7 @@
-"""What launches need of CUDA: a compiler, memory, and the device; CuPy's, or another's in tests.
+"""The interface to CUDA: compiler, memory and device, by CuPy or by an emulator in tests.
 
-Arrays are the caller's library's, and may be NumPy's under an emulator: everything else of the
-launch code asks for nothing but shapes, strides and this protocol.
+Arrays are those of CuPy, or of NumPy under the emulator: the launch code uses only their shapes and
+strides, and this protocol.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = [
     "SHARED",
     "Kernel",
     "KernelCache",
-    "Program",
+    "KernelSource",
     "Runtime",
     "too_old",
 ]
 
-#: The oldest devices that the kernels are compiled for, and how many blocks a grid may have.
+#: The oldest compute capability of the kernels, and the most blocks of a grid along two axes.
 CAPABILITY = 75
 BLOCKS = 2**31 - 1, 65535
 
-#: Bytes of shared memory that every launch may have.
+#: Bytes of shared memory that every kernel may use without a declaration.
 SHARED = 48 * 1024
 
 #: Called as ``kernel(grid, block, arguments, shared_mem=bytes)``, on the current stream.
@@ -38,45 +38,45 @@ Kernel = Callable[..., None]
 
 
 class Runtime(Protocol):
-    """Where kernels are compiled and run."""
+    """A device and its compiler."""
 
     def on(self, array: Any) -> AbstractContextManager[Any]:
-        """Make the device of an array the current one."""
+        """Return a context in which the device of an array is the current one."""
 
     def device(self) -> int:
-        """Give the current device's index."""
+        """Return the index of the current device."""
 
     def capability(self, device: str) -> int:
-        """Give the compute capability of a device such as ``"cuda:0"``: 90 is 9.0."""
+        """Return the compute capability of a device such as ``"cuda:0"``, 90 for 9.0."""
 
     def capturing(self) -> bool:
-        """Whether the current stream is captured into a CUDA graph, rather than run."""
+        """Return whether the current stream is being captured into a CUDA graph."""
 
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
-        """Compile a program for the current device, and give one of its kernels by its name.
+        """Compile a source for the current device, and return one of its kernels by name.
 
-        `shared` is how many bytes of shared memory its launches ask for: more than `SHARED` are
-        given to no kernel of which that has not been said.
+        `shared` is the dynamic shared memory of its launches in bytes; more than `SHARED` must be
+        declared here.
         """
 
     def address(self, array: Any) -> int:
-        """Give where an array begins."""
+        """Return the address of the first entry of an array."""
 
     def structure(self, value: Any, arrays: Mapping[int, Any]) -> Any:
-        """Give a structure as kernels take it, with pointers to arrays at these bytes of it."""
+        """Return a structure as a kernel argument, with pointers to arrays at byte offsets."""
 
     def usage(self, kernel: Kernel) -> Usage:
-        """Say what a compiled kernel takes of the current device, which loads it there."""
+        """Return the resources of a compiled kernel, which this loads on the current device."""
 
     def limits(self) -> Limits:
-        """Ask the current device what it allows."""
+        """Return the limits of the current device."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Allocate an array without gaps on the current device."""
+        """Allocate a C-contiguous array on the current device."""
 
 
 def too_old(capability: int) -> str:
-    """Say that the kernels are not for a device of a compute capability, nothing if they are."""
+    """Return why the kernels do not run on a compute capability; empty if they do."""
     if capability >= CAPABILITY:
         return ""
     return (
@@ -85,45 +85,47 @@ def too_old(capability: int) -> str:
     )
 
 
-class Program(Protocol):
-    """What is compiled in; hashable."""
+class KernelSource(Protocol):
+    """A program, hashable, that has the source of its kernels."""
 
     def text(self, kernel: str) -> str:
-        """Give the source of a kernel, by the name of an instantiation."""
+        """Return the source of a kernel, by the name of a template instantiation."""
 
 
 class KernelCache:
-    """The kernels of one runtime, compiled at first use for each device."""
+    """The kernels of one runtime, compiled at their first use on each device."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._compiled: dict[tuple[int, Program, str], Kernel] = {}
+        self._compiled: dict[tuple[int, KernelSource, str], Kernel] = {}
         self._allowed: dict[int, Limits] = {}
         self._lock = Lock()
 
-    def kernel(self, program: Program, name: str, shared: int = 0) -> Kernel:
-        """Give a kernel for the current device, see `Runtime.compile`.
+    def kernel(self, program: KernelSource, name: str, shared: int = 0) -> Kernel:
+        """Return a kernel for the current device, see `Runtime.compile`.
 
         Raises
         ------
         UnsupportedError
-            Where it is not there yet and the stream is being captured: loading a module may
-            allocate and wait for the device, which a capture forbids.
+            Where the kernel is not compiled yet and the stream is being captured: loading a module
+            may allocate and wait for the device, which a capture forbids.
         """
         key = (self.runtime.device(), program, name)
         with self._lock:
-            found = self._compiled.get(key)
-            if found is None:
+            checked = self._compiled.get(key)
+            if checked is None:
                 if self.runtime.capturing():
                     raise UnsupportedError(
                         f"the kernel {name} is not compiled yet, and the stream is being captured "
                         "into a CUDA graph, which cannot load it; make the same call once before "
                         "the capture, forward and backward if both are captured"
                     )
-                made = self.runtime.compile(program.text(name), name, shared)
-                found = CheckedKernel(name, made, self.runtime.usage(made), self._limits(key[0]))
-                self._compiled[key] = found
-        return found
+                compiled = self.runtime.compile(program.text(name), name, shared)
+                checked = CheckedKernel(
+                    name, compiled, self.runtime.usage(compiled), self._limits(key[0])
+                )
+                self._compiled[key] = checked
+        return checked
 
     def _limits(self, device: int) -> Limits:
         if device not in self._allowed:

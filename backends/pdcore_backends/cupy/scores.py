@@ -1,25 +1,19 @@
-"""The contraction by scores and its pullback, by CUDA kernels of our own."""
+"""The contraction by scores and its pullback, by CUDA kernels."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from pdcore.extend import Contracted, Operands, Scores
 
-from pdcore.extend import Contracted, Operands, Scores, dtype_name, sum_to
-
-from .grouped import GroupCall, How, contract
-from .operands import NULL, packed
-from .programs import Program, columns_for, memory, tile
+from .grouped import ForwardKernel, GroupCall, contract
+from .programs import columns_for, memory, tile
 from .runtime import KernelCache
+from .score_call import THREADS, ScoreCall
 
-__all__ = ["Compiled", "ScoreCall", "ScoreKernels"]
-
-#: Of a block, THREADS of kernels/tiles.cuh.
-THREADS = 256
+__all__ = ["Compiled", "ScoreKernels"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +23,14 @@ class Compiled:
     Attributes
     ----------
     rounds : bool
-        Whether `out` is the call's result as it is, and so may be written in its dtype.
+        Whether `out` is the result of the call, and so may be rounded to its dtype.
     """
 
     rounds: bool = False
 
 
 class ScoreKernels:
-    """The contraction by the kernels of one runtime."""
+    """The contraction by scores, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache, self.runtime = cache, cache.runtime
@@ -49,162 +43,36 @@ class ScoreKernels:
         *,
         xp: Any,
     ) -> Contracted:
-        """Contract, see `ArrayBackend.scores_of_groups`; 16-bit arrays are read as they are."""
+        """Contract groups, see `ArrayBackend.scores_of_groups`; 16-bit arrays are not cast."""
         with self.runtime.on(operands[0].q):
-            groups = [GroupCall.of(ScoreCall(self, c, o, xp), c.choice.rounds) for o in operands]
+            groups = [
+                GroupCall.of(ScoreCall(self.cache, c, o, xp), c.choice.rounds) for o in operands
+            ]
             first = groups[0].call
             width, scalar = first.packed.value_dim, first.scalar
             columns = columns_for(width)
-            how = How(
+            kernel = ForwardKernel(
                 f"scores_forward<{columns}>",
                 tile(scalar),
                 THREADS,
                 memory(scalar, columns),
                 max(1, -(-width // columns)),
             )
-            return contract(groups, heads, how)
+            return contract(groups, heads, kernel)
 
     def pullback(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any
     ) -> dict[str, Any]:
-        """Pull back, see `score_contraction.scores_vjp`; gradients are as what they are of.
+        """Compute the gradients, in the dtypes of the operands, see `scores_vjp`.
 
-        The bias's is in the accumulation dtype where it has yet to be summed.
+        The gradient of a bias that is broadcast is in the dtype of sums.
         """
         with self.runtime.on(o.q):
-            call = ScoreCall(self, c, o, xp)
+            call = ScoreCall(self.cache, c, o, xp)
             out, level, d_out, d_level = map(xp.ascontiguousarray, (out, level, d_out, d_level))
             delta = xp.zeros_like(level) if c.signed else call.delta(out, level, d_out, d_level)
-            given = (d_out, level, delta)
-            grads = call.of_rows(given) | call.of_keys(given)
+            cotangents = (d_out, level, delta)
+            grads = call.of_rows(cotangents) | call.of_keys(cotangents)
             if o.bias is not None:
-                grads["bias"] = call.of_bias(given)
+                grads["bias"] = call.of_bias(cotangents)
         return grads
-
-
-class ScoreCall:
-    """The launches of one contraction."""
-
-    def __init__(self, kernels: ScoreKernels, c: Scores, o: Operands, xp: Any) -> None:
-        self.kernels, self.c, self.o, self.xp = kernels, c, o, xp
-        self.names = () if c.expression is None else tuple(o.values)
-        self.read = {"q": o.q, "k": o.k, "v": o.v} | ({} if o.bias is None else {"bias": o.bias})
-        self.scalar = self.program().scalar
-        self.dtype = xp.float64 if self.scalar == "double" else xp.float32
-        self.packed = packed(c, o, self.names, xp=xp)
-
-    def program(self, **more: Any) -> Program:
-        """Give the program that reads the operands and these arrays too."""
-        dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
-        return Program.of(self.c, self.names, dtypes)
-
-    def result(self, *shape: int, dtype: Any = None) -> Any:
-        """Allocate a result, which a kernel fills; in the dtype of sums by default."""
-        return self.kernels.runtime.empty(shape, self.dtype if dtype is None else dtype)
-
-    def tiles(self, count: int) -> int:
-        """Count the tiles along an axis."""
-        return -(-count // tile(self.scalar))
-
-    def columns(self, width: int) -> int:
-        """Choose how many columns of a result of `width` a block has."""
-        return columns_for(width)
-
-    def arguments(self, *more: Any) -> tuple[Any, ...]:
-        """Give what kernels of the operands are passed."""
-        return (*self.packed.arrays, *more, self.packed.shape)
-
-    def tiled(
-        self,
-        name: str,
-        count: int,
-        heads: int,
-        width: int,
-        more: tuple[Any, ...],
-        flags: str = "",
-        **stored: Any,
-    ) -> None:
-        """Launch a kernel for `count` rows or keys of `heads` heads, and results of `width`."""
-        columns = self.columns(width)
-        # Results without columns have others beside them.
-        grid = (self.tiles(count) * heads, max(1, -(-width // columns)))
-        shared = memory(self.scalar, columns)
-        self.start(f"{name}<{columns}{flags}>", grid, self.arguments(*more), shared, **stored)
-
-    def start(
-        self,
-        name: str,
-        grid: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        shared: int = 0,
-        **stored: Any,
-    ) -> None:
-        """Launch a kernel unless there is nothing to do."""
-        if all(grid):
-            kernel = self.kernels.cache.kernel(self.program(**stored), name)
-            kernel(grid, (THREADS,), arguments, shared_mem=shared)
-
-    def delta(self, out: Any, level: Any, d_out: Any, d_level: Any) -> Any:
-        """Give what all keys of a row subtract, as `score_contraction.row_delta`."""
-        delta = self.result(*level.shape)
-        rows = math.prod(level.shape)
-        if rows:
-            dtypes = {"out": dtype_name(out), "d_out": dtype_name(d_out)}
-            kernel = self.kernels.cache.kernel(Program.of(Scores(), (), dtypes), "scores_delta")
-            arguments = (out, d_out, level, d_level, delta, np.int64(rows), np.int32(out.shape[-1]))
-            kernel((-(-rows // (THREADS // 32)),), (THREADS,), arguments, shared_mem=0)
-        return delta
-
-    def of_rows(self, given: tuple[Any, ...]) -> dict[str, Any]:
-        """Give the cotangents of the queries, and of the scalars of log kappa."""
-        x, o, xp, names = self.packed, self.o, self.xp, self.names
-        dq = self.result(*o.q.shape, dtype=o.q.dtype)
-        heads, tiles = x.batch * x.heads * x.group, self.tiles(x.rows)
-        sums = self.result(heads, tiles, len(names)) if names else NULL
-        self.tiled("scores_rows", x.rows, heads, x.dim, (*given, dq, sums), d_out=given[0])
-        grads = {n: xp.zeros_like(value) for n, value in o.values.items()}
-        if names:
-            parts = xp.reshape(sums, (x.batch, x.heads, x.group * tiles, len(names)))
-            parts = xp.sum(parts, axis=(0, 2))
-            grads |= {n: xp.reshape(parts[:, i], grads[n].shape) for i, n in enumerate(names)}
-        return grads | {"q": dq}
-
-    def of_keys(self, given: tuple[Any, ...]) -> dict[str, Any]:
-        """Give the cotangents of keys, values and key bias."""
-        x, o = self.packed, self.o
-        grads = {n: self.result(*y.shape, dtype=y.dtype) for n, y in (("k", o.k), ("v", o.v))}
-        if o.key_bias is not None:
-            grads["key_bias"] = self.result(*o.key_bias.shape)
-        heads = x.batch * x.heads
-        of_keys = (*given, grads["k"], grads.get("key_bias", NULL))
-        self.tiled("scores_keys", x.keys, heads, x.dim, of_keys, ", false", d_out=given[0])
-        if x.value_dim:
-            self.tiled(
-                "scores_keys",
-                x.keys,
-                heads,
-                x.value_dim,
-                (*given, grads["v"], NULL),
-                ", true",
-                d_out=given[0],
-            )
-        return grads
-
-    def of_bias(self, given: tuple[Any, ...]) -> Any:
-        """Give the cotangent of the bias."""
-        batch, heads, group, rows, keys = extent = self.packed.bias_extent
-        own = self.o.bias.shape
-        whole = math.prod(own) == math.prod(extent)
-        found = self.result(*extent, dtype=self.o.bias.dtype if whole else None)
-        planes = batch * heads * group
-        grid = (planes * self.tiles(rows) * self.tiles(keys),)
-        self.start(
-            "scores_bias",
-            grid,
-            self.arguments(*given, found),
-            memory(self.scalar, 32),
-            d_out=given[0],
-            d_bias=found,
-        )
-        lead = self.o.q.shape[:-4] if batch != 1 else (1,) * (len(own) - 4)
-        return sum_to(self.xp.reshape(found, (*lead, *extent[1:])), own, xp=self.xp)

@@ -1,4 +1,4 @@
-"""Moments of the keys and their pullbacks, by CUDA kernels of our own."""
+"""Moments of the keys and their pullbacks, by CUDA kernels."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .runtime import KernelCache
 
 __all__ = ["KERNELS", "MomentKernels", "summarised"]
 
-#: What `Summary.choice` is where the kernels compute the statistics.
+#: The value of `Summary.choice` where the kernels compute the statistics.
 KERNELS = "kernels"
 
-#: Rows of a chunk whose state is merged with others: more of them, and few blocks run at once.
+#: Rows of a chunk; with longer chunks too few blocks would run at once.
 CHUNK = 512
 
 #: `Layout` of kernels/statistics.cu, member by member.
@@ -37,19 +37,19 @@ LAYOUT = np.dtype(
 
 
 def summarised(plan: Plan, request: Request, capability: int, library: str) -> Plan:
-    """Choose the kernels for the statistics of a plan where they compute them."""
+    """Choose the kernels for the statistics of a plan if they can compute them."""
     summary = plan.summary
-    if summary is None or type(summary.statistics) is KeySet:  # of which nothing is computed
+    if summary is None or type(summary.statistics) is KeySet:  # the state is the keys themselves
         return plan
     why = _unfit(summary, request, capability)
     if why:
         return replace(plan, steps=(*plan.steps, f"statistics: {library}'s own operations: {why}"))
-    how = (
+    method = (
         "a scan of chunks in three passes"
         if summary.scope == "prefix"
         else "chunks, each key read once, merged in a fixed order"
     )
-    step = f"statistics: kernels, by {how}, in {plan.accumulate}"
+    step = f"statistics: kernels, by {method}, in {plan.accumulate}"
     if request.dtype != plan.accumulate and all(group.scale == 1 for group in plan.groups):
         step += f", of keys in {request.dtype}"
     return replace(plan, summary=replace(summary, choice=KERNELS), steps=(*plan.steps, step))
@@ -60,19 +60,19 @@ def _unfit(summary: Summary, request: Request, capability: int) -> str:
     if kind is not Moments:
         return f"no kernel computes {kind.__name__}"
     why = limit(request.k, capability)
-    if summary.scope == "prefix" and not why:  # the pullback goes down the queries too
+    if summary.scope == "prefix" and not why:  # the pullback scans the rows of the queries too
         why = limit((*request.k[:-2], *request.q[-2:]), capability)
     return why
 
 
 class MomentKernels:
-    """What `Moments` and `prefix_states` give, by the kernels of one runtime."""
+    """The states of `Moments` and `prefix_states`, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache = cache
 
     def moments(self, keys: Any, mask: Any, *, shared: bool, xp: Any) -> dict[str, Any]:
-        """Give the finalised state of the keys, see `Statistics.of` and `Statistics.finalize`.
+        """Compute the finalised state of the keys, see `Statistics.of` and `Statistics.finalize`.
 
         Parameters
         ----------
@@ -86,19 +86,20 @@ class MomentKernels:
         Returns
         -------
         mapping
-            n (*B, H, 1, 1), mean and var (*B, H, 1, D), of 1s for B with `shared`.
+            n (*B, H, 1, 1), mean and var (*B, H, 1, D); with `shared` every axis of B has
+            length 1.
         """
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
             chunks = call.long_chunks
             layout = call.layout(chunks, call.tiles, shared)
             states = call.states(chunks)
             call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
             count = call.heads if shared else call.batch * call.heads
-            found = call.results(count)
-            call.launch.run("moments_merged", count, (*states, *found, layout))
+            results = call.results(count)
+            call.launch.run("moments_merged", count, (*states, *results, layout))
         lead = (1,) * len(call.lead) if shared else call.lead
-        return call.named(found, (*lead, call.heads, 1), xp)
+        return call.named(results, (*lead, call.heads, 1), xp)
 
     def vjp(
         self,
@@ -109,33 +110,33 @@ class MomentKernels:
         *,
         xp: Any,
     ) -> Any:
-        """Pull back, see `Moments.vjp`."""
+        """Compute the gradient of the keys, see `Moments.vjp`."""
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
             chunks = call.long_chunks
             shared = math.prod(final["mean"].shape[:-3]) == 1
             state = tuple(xp.ascontiguousarray(final[n]) for n in ("n", "mean"))
-            given = tuple(
+            cotangents = tuple(
                 xp.ascontiguousarray(cotangent[n]) if n in cotangent else NULL
                 for n in ("mean", "var")
             )
-            found = call.launch.empty(*keys.shape)
+            gradient = call.launch.empty(*keys.shape)
             layout = call.layout(chunks, call.tiles, shared)
-            call.run("moments_vjp", chunks, (*call.arrays, *state, *given, found, layout))
-        return found
+            call.run("moments_vjp", chunks, (*call.arrays, *state, *cotangents, gradient, layout))
+        return gradient
 
     def prefixes(self, keys: Any, mask: Any, *, xp: Any) -> dict[str, Any]:
-        """Give the finalised state of every prefix, (*B, H, M + 1, D), see `prefix_states`."""
+        """Compute the finalised state of every prefix, (*B, H, M + 1, D), see `prefix_states`."""
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
+            call = _MomentCall(self.cache, keys, mask, xp)
             chunks = call.chunks
             layout = call.layout(chunks)
             states = call.states(chunks)
             call.run("moments_of_chunks", chunks, (*call.arrays, *states, layout))
             before = call.scanned("Moments", chunks, states)
-            found = call.results(call.batch * call.heads * (call.rows + 1))
-            call.run("prefixes", chunks, (*call.arrays, *before, *found, layout))
-        return call.named(found, (*call.lead, call.heads, call.rows + 1), xp)
+            results = call.results(call.batch * call.heads * (call.rows + 1))
+            call.run("prefixes", chunks, (*call.arrays, *before, *results, layout))
+        return call.named(results, (*call.lead, call.heads, call.rows + 1), xp)
 
     def prefix_vjp(
         self,
@@ -147,12 +148,12 @@ class MomentKernels:
         *,
         xp: Any,
     ) -> Any:
-        """Pull back, see `Moments.prefix_vjp`."""
+        """Compute the gradient of the keys, see `Moments.prefix_vjp`."""
         with self.cache.runtime.on(keys):
-            call = _Keys(self.cache, keys, mask, xp)
-            queries = _Keys(self.cache, rows["mean"], None, xp)
-            first = _first_counting(rows["n"], xp)
-            given = (
+            call = _MomentCall(self.cache, keys, mask, xp)
+            queries = _MomentCall(self.cache, rows["mean"], None, xp)
+            first = _first_row_with_key(rows["n"], xp)
+            row_arrays = (
                 *map(
                     xp.ascontiguousarray,
                     (rows["n"], rows["mean"], cotangent["mean"], cotangent["var"]),
@@ -162,35 +163,35 @@ class MomentKernels:
             chunks = queries.chunks
             layout = queries.layout(chunks)
             sums = queries.states(chunks)
-            queries.run("levels_of_chunks", chunks, (*given, *sums, layout))
+            queries.run("levels_of_chunks", chunks, (*row_arrays, *sums, layout))
             before = queries.scanned("Totals", chunks, sums)
             shape = (*rows["mean"].shape[:-2], queries.rows + 1, keys.shape[-1])
             level, slope = call.launch.empty(*shape), call.launch.empty(*shape)
-            queries.run("suffixes", chunks, (*given, *before, level, slope, layout))
-            # (M, 1) or (*B, 1, 1, M, 1)
-            of_each = 0 if math.prod(later.shape) == call.rows else call.rows
-            found = call.launch.empty(*keys.shape)
+            queries.run("suffixes", chunks, (*row_arrays, *before, level, slope, layout))
+            # `later` is (M, 1) for all sequences, or (*B, 1, 1, M, 1).
+            stride = 0 if math.prod(later.shape) == call.rows else call.rows
+            gradient = call.launch.empty(*keys.shape)
             call.run(
                 "prefixes_vjp",
                 call.chunks,
                 (
                     *call.arrays,
-                    given[1],
+                    row_arrays[1],
                     first,
                     level,
                     slope,
                     xp.ascontiguousarray(later),
-                    np.int64(of_each),
-                    found,
+                    np.int64(stride),
+                    gradient,
                     layout,
                     call.layout(call.chunks),
                 ),
             )
-        return found
+        return gradient
 
 
-class _Keys:
-    """Keys, or the means of rows, as the kernels read them."""
+class _MomentCall:
+    """The launches on keys, or on the means of rows, which have the same layout."""
 
     def __init__(self, cache: KernelCache, keys: Any, mask: Any, xp: Any) -> None:
         *lead, self.heads, self.rows, columns = keys.shape
@@ -204,25 +205,25 @@ class _Keys:
 
     @property
     def tiles(self) -> int:
-        """The tiles of a chunk, where chunks are not scanned."""
+        """The tiles of a long chunk."""
         return max(1, CHUNK // int(self.launch.tile))
 
     @property
     def long_chunks(self) -> int:
-        """The chunks of a head, of so many tiles each."""
+        """The chunks of a head with `tiles` tiles each; their states are merged, not scanned."""
         return -(-int(self.rows) // (self.launch.tile * self.tiles))
 
     @property
     def chunks(self) -> int:
-        """The chunks of a head, of one tile each; one at least, which writes what is of no row."""
+        """The chunks of a head with one tile each; at least one, which writes the empty prefix."""
         return max(1, -(-int(self.rows) // self.launch.tile))
 
     def run(self, name: str, chunks: int, arguments: tuple[Any, ...]) -> None:
-        """Launch a kernel for so many chunks of every head."""
+        """Launch a kernel for `chunks` chunks of every head."""
         self.launch.run(name, self.batch * self.heads * chunks, arguments)
 
     def layout(self, chunks: int, tiles: int = 1, shared: bool = False) -> Any:
-        """Give a `LAYOUT`, which is passed by value."""
+        """Build a `LAYOUT`, which is passed by value."""
         return record(
             LAYOUT,
             {
@@ -244,7 +245,7 @@ class _Keys:
         return launch.empty(launch.slices, count), launch.empty(3, count, launch.columns)
 
     def scanned(self, kind: str, chunks: int, states: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Turn the states of each head's chunks into those of what comes before; `kind` merges."""
+        """Compute the states before each chunk of a head; the class `kind` merges states."""
         n, sums = states
         before, launch = self.launch.empty(*n.shape), self.launch
         sizes = map(np.int32, (chunks, launch.columns, launch.bits))
@@ -252,24 +253,26 @@ class _Keys:
         return before, sums
 
     def results(self, count: int) -> tuple[Any, Any, Any]:
-        """Allocate finalised states: n, mean and var."""
+        """Allocate the n, mean and var of `count` finalised states."""
         launch = self.launch
         shape = (count, launch.columns)
         return launch.empty(count), launch.empty(*shape), launch.empty(*shape)
 
-    def named(self, found: tuple[Any, Any, Any], shape: tuple[int, ...], xp: Any) -> dict[str, Any]:
-        """Give finalised states their names and axes."""
+    def named(
+        self, results: tuple[Any, Any, Any], shape: tuple[int, ...], xp: Any
+    ) -> dict[str, Any]:
+        """Return finalised states by name, with their leading axes."""
         widths = (1, self.launch.columns, self.launch.columns)
         return {
             n: xp.reshape(x, (*shape, w))
-            for n, x, w in zip(("n", "mean", "var"), found, widths, strict=True)
+            for n, x, w in zip(("n", "mean", "var"), results, widths, strict=True)
         }
 
 
-def _first_counting(n: Any, xp: Any) -> Any:
-    """Give the first row of each sequence that counts a key, (*B,); 0 where there is none.
+def _first_row_with_key(n: Any, xp: Any) -> Any:
+    """Return the first row of each sequence whose prefix has a key, (*B,); 0 if none has.
 
-    All heads count the same keys.
+    All heads have the same keys.
     """
     counts = n[..., 0, :, 0] > 0
     if not counts.shape[-1]:

@@ -1,4 +1,4 @@
-"""The contraction by scores on tensor cores: what they take, and their launches."""
+"""The contraction by scores on tensor cores: which calls they run, and their launches."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from pdcore.extend import (
     dtype_name,
 )
 
-from .grouped import GroupCall, How, contract
+from .grouped import ForwardKernel, GroupCall, contract
 from .operands import NULL
 from .programs import type_of
 from .query_fold import FoldedLoad
-from .runtime import Runtime
-from .scores import Compiled, ScoreCall, ScoreKernels
+from .runtime import KernelCache, Runtime
+from .score_call import ScoreCall
+from .scores import Compiled
 
 __all__ = [
     "WIDTHS",
@@ -42,14 +43,15 @@ __all__ = [
     "unfit",
 ]
 
-#: Columns of queries and of values that tiles are made for.
+#: The columns of queries and of values for which there are tiles.
 WIDTHS = (32, 64, 96, 128)
-#: The oldest device that has the instructions.
+#: The oldest compute capability that has the instructions.
 CAPABILITY = 80
-#: Of a block, MMA_THREADS of kernels/mma_tiles.cuh; and its rows, ROWS of kernels/scores_mma.cu.
+#: Threads of a block, MMA_THREADS of kernels/mma_tiles.cuh, and its rows in the forward, ROWS of
+#: kernels/scores_mma.cu.
 THREADS = 128
 ROWS = 128
-#: Rows, or keys, of a block of the pullback, OWN of kernels/scores_mma_vjp.cu.
+#: Rows or keys of a block of the pullback, OWN of kernels/scores_mma_vjp.cu.
 OWN = 64
 
 
@@ -60,14 +62,14 @@ class TensorCores(Compiled):
     Attributes
     ----------
     dtype : {"float16", "bfloat16"}
-        In which queries, keys and values are multiplied, and the weights too.
+        The dtype in which queries, keys, values and weights are multiplied.
     """
 
     dtype: str = "float16"
 
 
 def unfit(plan: Plan, request: Request, capability: int) -> str:
-    """Say why tensor cores do not run a 16-bit plan that the kernels run, nothing if they do."""
+    """Return why tensor cores cannot run a 16-bit plan of the kernels; empty if they can."""
     c = plan.contraction
     if capability < CAPABILITY:
         return (
@@ -91,10 +93,10 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
 
 
 def folded_in(plan: Plan, request: Request) -> Plan:
-    """Let the query load fold the statistics of the keys, where 16-bit queries hold the result.
+    """Fold the statistics of the keys into the query load, if 16 bits can hold the queries.
 
-    Those of float16 do not; given statistics need not be those of the keys, see `FoldedLoad`; and
-    a pullback needs the row constant apart from L.
+    float16 cannot hold them. Statistics that the caller passes need not be those of the keys, see
+    `FoldedLoad`. A pullback needs the row constant separately from L.
     """
     first = plan.transforms[0] if len(plan.transforms) == 1 else None
     if (
@@ -111,15 +113,15 @@ def folded_in(plan: Plan, request: Request) -> Plan:
 
 @dataclass(frozen=True)
 class RoundedGaussian:
-    """Distances between points as the tensor cores read them.
+    """`GaussianRows` of rows that are rounded as the tensor cores read them.
 
-    Of rows that are rounded afterwards, the squares would not be those of the product: the
-    difference grows with the points' norms, not with their distance.
+    If the rows were rounded after their squares were computed, the squares would not match the
+    product: the difference grows with the norms of the points, not with their distance.
 
     Attributes
     ----------
     gaussian : GaussianRows
-        In whose place it is chosen.
+        The transform that this one replaces.
     dtype : {"float16", "bfloat16"}
     """
 
@@ -127,7 +129,7 @@ class RoundedGaussian:
     dtype: str
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Round the shifted rows, and compute with what that gives, see `GaussianRows`."""
+        """Compute distances between the rounded shifted rows, see `GaussianRows`."""
         shift = central(rows.k, rows.key_mask, xp=xp)
         shifted = [x - shift for x in (rows.q, rows.k)]
         q, k = (xp.astype(_rounded(x, self.dtype, xp), x.dtype) for x in shifted)
@@ -135,7 +137,7 @@ class RoundedGaussian:
 
 
 def rounded_in(plan: Plan, dtype: str) -> Plan:
-    """Let distances be of rows that are rounded to a dtype already."""
+    """Return the plan with distances between rows that are rounded to a dtype."""
     steps = tuple(
         replace(step, choice=RoundedGaussian(step, dtype))
         if isinstance(step, GaussianRows)
@@ -146,44 +148,44 @@ def rounded_in(plan: Plan, dtype: str) -> Plan:
 
 
 def memory(dim: int, value_dim: int, plain: bool = True) -> int:
-    """Give the bytes of shared memory of a block, Forward::BYTES of kernels/scores_mma.cu."""
+    """Return the bytes of shared memory of a block: Forward::BYTES of kernels/scores_mma.cu."""
     keys = 64 if value_dim <= 64 else 32 if plain or value_dim < 128 else 16
     stages = 2
     return 2 * (ROWS * dim + stages * keys * (dim + value_dim)) + 8 * ROWS + 1280
 
 
 def pullback_memory(dim: int, value_dim: int) -> int:
-    """Give the same for a pullback, Backward::BYTES of kernels/scores_mma_vjp.cu."""
+    """Return the bytes of a block of the pullback: Backward::BYTES of kernels/scores_mma_vjp.cu."""
     by, stages = 64 if dim + value_dim <= 128 else 32, 2
     return 2 * (OWN + stages * by) * (dim + value_dim) + 8 * OWN + 1280
 
 
 def forward(
-    kernels: ScoreKernels,
+    cache: KernelCache,
     c: Scores,
     operands: Sequence[Operands],
     heads: Sequence[tuple[int, ...]],
     *,
     xp: Any,
 ) -> Contracted:
-    """Contract, see `ArrayBackend.scores_of_groups`."""
-    with kernels.runtime.on(operands[0].q):
-        given = [_handed_over(kernels.runtime, c, o, xp) for o in operands]
+    """Contract groups, see `ArrayBackend.scores_of_groups`."""
+    with cache.runtime.on(operands[0].q):
+        rounded = [_rounded_operands(cache.runtime, c, o, xp) for o in operands]
         groups = [
-            GroupCall.of(ScoreCall(kernels, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in given
+            GroupCall.of(ScoreCall(cache, c, o, xp), c.choice.rounds, _fold(o, xp)) for o in rounded
         ]
         x = groups[0].call.packed
-        how = How(
+        kernel = ForwardKernel(
             f"scores_mma<{x.dim}, {x.value_dim}>",
             ROWS,
             THREADS,
             memory(x.dim, x.value_dim, c.expression is None),
         )
-        return contract(groups, heads, how)
+        return contract(groups, heads, kernel)
 
 
 def pullback(
-    kernels: ScoreKernels,
+    cache: KernelCache,
     c: Scores,
     o: Operands,
     out: Any,
@@ -193,16 +195,16 @@ def pullback(
     *,
     xp: Any,
 ) -> dict[str, Any]:
-    """Pull back, see `score_contraction.scores_vjp`; gradients are as what they are of."""
+    """Compute the gradients, in the dtypes of the operands, see `scores_vjp`."""
     names = ("q", "k", "v") if o.key_bias is None else ("q", "k", "v", "key_bias")
     like = {name: getattr(o, name) for name in names}
-    with kernels.runtime.on(o.q):
-        o = _handed_over(kernels.runtime, c, o, xp)
-        call = ScoreCall(kernels, c, o, xp)
+    with cache.runtime.on(o.q):
+        o = _rounded_operands(cache.runtime, c, o, xp)
+        call = ScoreCall(cache, c, o, xp)
         out, level, d_level = map(xp.ascontiguousarray, (out, level, d_level))
         d_out = xp.ascontiguousarray(_rounded(d_out, c.choice.dtype, xp))
-        d_out = _aligned(kernels.runtime, d_out, xp)
-        given = (d_out, level, call.delta(out, level, d_out, d_level))
+        d_out = _aligned(cache.runtime, d_out, xp)
+        cotangents = (d_out, level, call.delta(out, level, d_out, d_level))
         grads = {name: call.result(*x.shape, dtype=x.dtype) for name, x in like.items()}
         types = {name: type_of(dtype_name(x)) for name, x in like.items()}
         x = call.packed
@@ -210,8 +212,8 @@ def pullback(
 
         def launch(name: str, blocks: int, *results: Any) -> None:
             if blocks:
-                kernel = kernels.cache.kernel(program, f"scores_mma_{name}>", shared)
-                arguments = (*x.arrays, *given, *results, x.shape)
+                kernel = cache.kernel(program, f"scores_mma_{name}>", shared)
+                arguments = (*x.arrays, *cotangents, *results, x.shape)
                 kernel((blocks,), (THREADS,), arguments, shared_mem=shared)
 
         heads, sizes = x.batch * x.heads, f"<{x.dim}, {x.value_dim}"
@@ -224,20 +226,20 @@ def pullback(
             grads.get("key_bias", NULL),
         )
         if o.bias is not None:
-            grads["bias"] = call.of_bias(given)
+            grads["bias"] = call.of_bias(cotangents)
     return grads
 
 
 def _fold(o: Operands, xp: Any) -> tuple[Any, ...]:
-    """Give what the query load folds in, a row (D) for each sequence and key head."""
+    """Return the arrays of the `QueryFold`, with a row (D) for each sequence and key head."""
     if o.fold is None:
         return ()
     shape = (*o.k.shape[:-2], 1, o.k.shape[-1])
     return tuple(xp.ascontiguousarray(xp.broadcast_to(x, shape)) for x in o.fold)
 
 
-def _handed_over(runtime: Runtime, c: Scores, o: Operands, xp: Any) -> Operands:
-    """Round rows that a step before has computed; copy rows that 16 bytes cannot be read from."""
+def _rounded_operands(runtime: Runtime, c: Scores, o: Operands, xp: Any) -> Operands:
+    """Round rows of an earlier step to 16 bits, and copy rows that are not aligned to 16 bytes."""
     q, k, v = (_aligned(runtime, _rounded(x, c.choice.dtype, xp), xp) for x in (o.q, o.k, o.v))
     return o._replace(q=q, k=k, v=v)
 
@@ -247,16 +249,16 @@ def _rounded(x: Any, dtype: str, xp: Any) -> Any:
         return x
     if dtype == "float16":
         return xp.astype(x, xp.float16)
-    from ml_dtypes import bfloat16  # who passes such arrays has it
+    from ml_dtypes import bfloat16  # a caller with bfloat16 arrays has it installed
 
     return xp.astype(x, np.dtype(bfloat16))
 
 
 def _aligned(runtime: Runtime, x: Any, xp: Any) -> Any:
     steps = [s for s, n in zip(x.strides[:-1], x.shape[:-1], strict=True) if n > 1]
-    beside = x.strides[-1] == x.itemsize
+    contiguous = x.strides[-1] == x.itemsize
     if not math.prod(x.shape) or (
-        beside and not any(s % 16 for s in steps) and runtime.address(x) % 16 == 0
+        contiguous and not any(s % 16 for s in steps) and runtime.address(x) % 16 == 0
     ):
         return x
     return xp.asarray(x, copy=True, order="C")

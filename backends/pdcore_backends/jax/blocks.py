@@ -1,8 +1,8 @@
-"""The blocks of a contraction by scores, cut so that XLA runs each of them well.
+"""The blocks of a contraction by scores, of sizes for which XLA is fast.
 
-Arrays stand in a dict by the names of `Operands`; leading axes are those of heads, or none inside
-a map over heads. Loops over equal blocks are `lax.map` and `lax.scan`; what is left over at an end
-is a block of its own, so no row and no key is ever padded.
+Arrays are in a dict by the names of `Operands`. The leading axes are those of heads; inside a map
+over heads there are none. Loops over equal blocks are `lax.map` and `lax.scan`; the rows or keys
+that remain are one smaller block, so no row and no key is padded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .namespace import NAMESPACE as xp
 
 __all__ = [
     "Arrays",
-    "Call",
-    "Sizes",
+    "StaticCall",
+    "BlockSizes",
     "flat",
     "over_heads",
     "over_keys",
@@ -36,38 +36,38 @@ Arrays = dict[str, Any]
 #: The axis of rows, and of keys; a mask or bias may have length 1 along either.
 _ROWS = {"q": -2, "out": -2, "level": -1, "bias": -2, "mask": -2}
 _KEYS = {"k": -2, "v": -2, "key_bias": -1, "key_mask": -1, "bias": -1, "mask": -1}
-#: The axes behind those of heads, without one of groups; the first kind may have that too.
+#: The number of axes after those of heads. Arrays of the first dict may have one more, of groups.
 _BY_GROUP = {"q": 2, "out": 2, "level": 1, "bias": 2, "mask": 2, "offset": 2}
 _OF_KEYS = {"k": 2, "v": 2, "key_bias": 1, "key_mask": 1}
 _BROADCAST = ("bias", "mask")
 
-#: Scores that exist at a time, 8 MiB in float32: they stay in the caches of one or two cores.
+#: Scores in memory at a time, 8 MiB in float32: they fit in the caches of one or two cores.
 _BLOCK = 1 << 21
 _KEY_BLOCK = 4096
 _ROW_BLOCK = 1024
-#: Weights that a derivative may keep, 16 MiB in float32: it need not compute them again.
+#: Weights that a derivative may keep, 16 MiB in float32, and so does not compute again.
 _KEPT = 1 << 22
-#: A head with at most this many scores is too small to be worth a turn of its own.
+#: Heads with at most this many scores run as one batch, not one after the other.
 _SMALL = 1 << 15
-#: Causal rows run in at most so many bands, each with the keys that its last row sees, and each a
-#: program of its own to compile. With more keys than this, or than one block has, one program for
-#: all rows skips the blocks of keys that no row sees.
+#: Causal rows run in at most _BANDS bands, each with the keys that its last row sees; XLA compiles
+#: each band separately. With more than _BANDED_KEYS keys, or more than one block of keys, one
+#: program for all rows skips the blocks of keys that no row sees.
 _BANDS = 4
 _BANDED_KEYS = 4096
 _SKIPPED_KEYS = 1024
 
 
-class Sizes(NamedTuple):
-    """How a contraction is cut.
+class BlockSizes(NamedTuple):
+    """The sizes of the blocks of a contraction.
 
     Attributes
     ----------
     mapped : bool
-        Whether key heads take turns; otherwise they are an axis of every array.
+        Whether key heads run one after the other; otherwise they are an axis of every array.
     rows, keys : int
-        The largest block.
+        The most rows and keys of a block.
     kept : bool
-        Whether a derivative may keep all weights, which are one block.
+        Whether a derivative may keep all weights, which form one block.
     """
 
     mapped: bool
@@ -78,12 +78,12 @@ class Sizes(NamedTuple):
 
 def sizes(
     heads: int, group: int, rows: int, keys: int, *, turns: bool, restricts: bool = False
-) -> Sizes:
-    """Choose blocks by shape.
+) -> BlockSizes:
+    """Choose the sizes of the blocks by shape.
 
-    XLA's matrix products on a CPU are fast where they are large, so heads take turns; many small
-    heads go as one batch. Where heads may lie on several devices they cannot take turns, nor
-    need they on a GPU.
+    Matrix products of XLA on a CPU are fast if they are large, so large heads run one after the
+    other, and many small heads as one batch. Heads that may be on several devices always run as
+    one batch, and so do heads on a GPU, where that is fast.
 
     Parameters
     ----------
@@ -92,30 +92,30 @@ def sizes(
     group, rows, keys : int
         G, N and M.
     turns : bool
-        Whether heads may take turns.
+        Whether heads may run one after the other.
     restricts : bool
         Whether rows do not see all keys by their positions.
     """
     scores = heads * group * rows * keys
     if group * rows * keys <= _SMALL and scores <= 8 * _BLOCK:
-        return Sizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
+        return BlockSizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
     mapped = turns and heads > 1
     key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
     if restricts and keys > _BANDED_KEYS:
         key_block = _SKIPPED_KEYS
     at_once = group * (1 if mapped else heads)
     fit = max(16, _BLOCK // (at_once * key_block))
-    return Sizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
+    return BlockSizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
 
 
 @dataclass(frozen=True)
-class Call:
-    """What is static about a contraction.
+class StaticCall:
+    """The part of a contraction that is static under `jax.jit`.
 
     Attributes
     ----------
     contraction : Scores
-        What to compute.
+        The contraction.
     support : Support
         Restrictions by position.
     rows, keys : int
@@ -123,9 +123,9 @@ class Call:
     scale : int
         The length of the pooling window.
     offset : int or None
-        The position of query 0; None where it is an array.
-    sizes : Sizes
-        How it is cut.
+        The position of query 0; None if the position is an array.
+    sizes : BlockSizes
+        The sizes of the blocks.
     """
 
     contraction: Any
@@ -134,72 +134,72 @@ class Call:
     keys: int
     scale: int
     offset: int | None
-    sizes: Sizes
+    sizes: BlockSizes
 
     def visibility(self, rows: int, keys: int, offset: Any) -> Visibility:
-        """Give the support by position alone, of a block whose first key is at position 0."""
+        """Return the visibility by position only, of a block whose first key is at position 0."""
         return Visibility(
             self.support, xp, rows, keys * self.scale, self.scale, offset, None, None, None, None
         )
 
 
 def ungrouped(arrays: Arrays) -> Arrays:
-    """Leave out an axis of groups of length 1: XLA's products and fusions are faster without."""
+    """Return arrays without the axis of groups, of length 1: XLA is faster without the axis."""
     return {
         name: x if name in _OF_KEYS else jnp.squeeze(x, -1 - _BY_GROUP.get(name, 2))
         for name, x in arrays.items()
     }
 
 
-def over_heads(call: Call, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
+def over_heads(call: StaticCall, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
     """Run `body` for one key head at a time.
 
-    An array without an axis of heads, or with several leading axes that are partly broadcast, is
-    read where it stands; a copy for every head could be as large as all scores.
+    An array without an axis of heads, or that is broadcast along some of several leading axes, is
+    indexed for each head; a copy for every head could be as large as all scores.
     """
     lead = arrays["k"].shape[:-2]
     count = math.prod(lead)
     turns: Arrays = {}
     shared: Arrays = {}
     for name, x in arrays.items():
-        own = tuple(x.shape[: x.ndim - _axes(name, arrays)])
-        tail = tuple(x.shape[len(own) :])
-        if own == lead:
+        leading = tuple(x.shape[: x.ndim - _axes(name, arrays)])
+        tail = tuple(x.shape[len(leading) :])
+        if leading == lead:
             turns[name] = jnp.reshape(x, (count, *tail))
         else:
-            shared[name] = (jnp.reshape(x, (-1, *tail)), own)
+            shared[name] = (jnp.reshape(x, (-1, *tail)), leading)
 
-    def turn(given: tuple[Any, Arrays]) -> Arrays:
-        index, cut = given
+    def turn(indexed: tuple[Any, Arrays]) -> Arrays:
+        index, cut = indexed
         places: list[Any] = []
         for size in reversed(lead):
             places.insert(0, index % size)
             index = index // size
-        for name, (x, own) in shared.items():
+        for name, (x, leading) in shared.items():
             place: Any = 0
-            for size, at in zip(own, places[len(lead) - len(own) :], strict=True):
+            for size, at in zip(leading, places[len(lead) - len(leading) :], strict=True):
                 place = place * size + (at if size != 1 else 0)
             cut = {**cut, name: lax.dynamic_index_in_dim(x, place, keepdims=False)}
         return body(cut)
 
-    found = lax.map(turn, (jnp.arange(count), turns))
-    return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in found.items()}
+    results = lax.map(turn, (jnp.arange(count), turns))
+    return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in results.items()}
 
 
 def flat(arrays: Arrays) -> Arrays:
-    """Give all arrays one leading axis; as they are if one is broadcast along some only."""
+    """Return all arrays with one leading axis; unchanged if one is partly broadcast."""
     lead = arrays["k"].shape[:-2]
-    found = {}
+    flattened = {}
     for name, x in arrays.items():
-        own = x.shape[: x.ndim - _axes(name, arrays)]
-        if own != lead and math.prod(own) != 1:
+        leading = x.shape[: x.ndim - _axes(name, arrays)]
+        if leading != lead and math.prod(leading) != 1:
             return arrays
-        found[name] = jnp.reshape(x, (math.prod(own), *x.shape[len(own) :]))
-    return found
+        flattened[name] = jnp.reshape(x, (math.prod(leading), *x.shape[len(leading) :]))
+    return flattened
 
 
 def _axes(name: str, arrays: Arrays) -> int:
-    """Count the axes of an array behind those of heads."""
+    """Return the number of axes of an array after those of heads."""
     name = name.removeprefix("d_")
     if name in _OF_KEYS:
         return _OF_KEYS[name]
@@ -207,10 +207,10 @@ def _axes(name: str, arrays: Arrays) -> int:
     return _BY_GROUP.get(name, 2) + groups
 
 
-def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays:
+def over_rows(call: StaticCall, body: Callable[..., Arrays], arrays: Arrays) -> Arrays:
     """Run ``body(arrays, visibility, whole)`` on blocks of rows with the keys that they can see.
 
-    `visibility` speaks of the block by position; `whole` says that it lets everything through.
+    `visibility` is that of the block by position; `whole` states that every row sees every key.
     """
     parts = []
     for band in _bands(call):
@@ -221,7 +221,7 @@ def over_rows(call: Call, body: Callable[..., Arrays], arrays: Arrays) -> Arrays
 
 
 def _band(
-    call: Call,
+    call: StaticCall,
     body: Callable[..., Arrays],
     arrays: Arrays,
     start: int,
@@ -229,7 +229,7 @@ def _band(
     first: int,
     last: int,
 ) -> list[Arrays]:
-    """Run the rows ``start:stop`` with the keys ``first:last``; give what has to be joined."""
+    """Run the rows ``start:stop`` with the keys ``first:last``; return the parts of the result."""
     whole = call.visibility(call.rows, call.keys, call.offset).whole(start, stop, first, last)
     arrays = _cut(_cut(arrays, _ROWS, start, stop), _KEYS, first, last)
     block = min(call.sizes.rows, stop - start)
@@ -252,12 +252,12 @@ def _band(
     else:
         moving, still = _split(arrays, _ROWS, block, count)
 
-        def turn(given: tuple[Any, Arrays]) -> Arrays:
-            index, cut = given
+        def turn(indexed: tuple[Any, Arrays]) -> Arrays:
+            index, cut = indexed
             return run({**still, **cut}, index * block, block)
 
-        found = lax.map(turn, (jnp.arange(count), moving))
-        parts = [{name: _joined(x, _ROWS[name]) for name, x in found.items()}]
+        results = lax.map(turn, (jnp.arange(count), moving))
+        parts = [{name: _joined(x, _ROWS[name]) for name, x in results.items()}]
     done = count * block
     if done < stop - start:
         rest = _cut(arrays, _ROWS, done, stop - start)
@@ -266,13 +266,13 @@ def _band(
 
 
 def over_keys(
-    call: Call,
+    call: StaticCall,
     body: Callable[..., Any],
     merge: Callable[[Any, Any], Any],
     arrays: Arrays,
     visibility: Visibility,
 ) -> Any:
-    """Run ``body(arrays, visibility)`` on blocks of keys, and merge what it gives in order."""
+    """Run ``body(arrays, visibility)`` on blocks of keys, and merge the results in order."""
     keys, block = arrays["k"].shape[-2], call.sizes.keys
     count = keys // block
     if keys <= block:
@@ -283,13 +283,13 @@ def over_keys(
         seen = call.visibility(visibility.rows, size, visibility.offset - first * call.scale)
         return body({**still, **cut}, seen)
 
-    # The first block is where the sums begin, so that they vary over devices as it does.
+    # The sums start from the first block, so that they vary over devices as the block does.
     total = at({name: x[0] for name, x in moving.items()}, 0, block)
     if count > 1:
         rest = {name: x[1:] for name, x in moving.items()}
 
-        def step(total: Any, given: tuple[Any, Arrays]) -> tuple[Any, None]:
-            index, cut = given
+        def step(total: Any, indexed: tuple[Any, Arrays]) -> tuple[Any, None]:
+            index, cut = indexed
 
             def more(total: Any) -> Any:
                 return merge(total, at(cut, index * block, block))
@@ -306,8 +306,8 @@ def over_keys(
     return total
 
 
-def _any_seen(call: Call, visibility: Visibility, first: Any, keys: int) -> Any:
-    """Whether a row may see one of the keys from `first` on, by position."""
+def _any_seen(call: StaticCall, visibility: Visibility, first: Any, keys: int) -> Any:
+    """Return whether a row may see, by position, one of `keys` keys from `first` on."""
     support, offset = call.support, jnp.asarray(visibility.offset)
     begin, end = first * call.scale, (first + keys) * call.scale - 1
     seen = jnp.asarray(True)
@@ -319,27 +319,27 @@ def _any_seen(call: Call, visibility: Visibility, first: Any, keys: int) -> Any:
     return seen
 
 
-def _bands(call: Call) -> list[tuple[int, int, int, int]]:
-    """Cut rows into bands (start, stop) with the keys (first, last) that they can see."""
-    several = call.keys > call.sizes.keys  # which `over_keys` skips
+def _bands(call: StaticCall) -> list[tuple[int, int, int, int]]:
+    """Return bands of rows (start, stop) with the keys (first, last) that the rows can see."""
+    several = call.keys > call.sizes.keys  # `over_keys` skips blocks of keys
     if not call.support.restricts or call.offset is None or not call.rows or several:
         return [(0, call.rows, 0, call.keys)]
     least = min(call.sizes.rows, 256)
     size = max(least, -(-call.rows // _BANDS))
     size = -(-size // least) * least
     seen = call.visibility(call.rows, call.keys, call.offset)
-    found = []
+    bands = []
     for start in range(0, call.rows, size):
         stop = min(start + size, call.rows)
         first, last = seen.key_range(start, stop)
-        # Rows that see no key see one that is hidden: a maximum of nothing is an error.
+        # Rows that see no key get one hidden key, because the maximum of no entries is an error.
         first = min(first, call.keys - 1)
-        found.append((start, stop, first, max(last, first + 1)))
-    return found
+        bands.append((start, stop, first, max(last, first + 1)))
+    return bands
 
 
-def _reach(call: Call, rows: int, keys: int) -> int | None:
-    """Bound how many keys a block of rows sees through a window; None if it may be all."""
+def _reach(call: StaticCall, rows: int, keys: int) -> int | None:
+    """Return the most keys that a block of rows sees through a window; None for all keys."""
     support = call.support
     if float("inf") in (support.left, support.ahead):
         return None
@@ -349,7 +349,7 @@ def _reach(call: Call, rows: int, keys: int) -> int | None:
 
 
 def _axis(axes: dict[str, int], name: str, x: Any) -> int | None:
-    """Give the axis of rows, or of keys; None where an array stands for all of them."""
+    """Return the axis of rows, or of keys; None if the array has no such axis, or is broadcast."""
     name = name.removeprefix("d_")
     axis = axes.get(name)
     if axis is None or (name in _BROADCAST and x.shape[axis] == 1):
@@ -358,27 +358,27 @@ def _axis(axes: dict[str, int], name: str, x: Any) -> int | None:
 
 
 def _slide(arrays: Arrays, begin: Any, size: int) -> Arrays:
-    """Cut `size` keys from a traced one on."""
-    found = {}
+    """Return arrays with `size` keys from a traced index on."""
+    windowed = {}
     for name, x in arrays.items():
         axis = _axis(_KEYS, name, x)
-        found[name] = x if axis is None else lax.dynamic_slice_in_dim(x, begin, size, axis)
-    return found
+        windowed[name] = x if axis is None else lax.dynamic_slice_in_dim(x, begin, size, axis)
+    return windowed
 
 
 def _cut(arrays: Arrays, axes: dict[str, int], start: int, stop: int) -> Arrays:
-    found = {}
+    slices = {}
     for name, x in arrays.items():
         axis = _axis(axes, name, x)
         if axis is None or (start == 0 and stop == x.shape[axis]):
-            found[name] = x
+            slices[name] = x
         else:
-            found[name] = lax.slice_in_dim(x, start, stop, axis=axis)
-    return found
+            slices[name] = lax.slice_in_dim(x, start, stop, axis=axis)
+    return slices
 
 
 def _split(arrays: Arrays, axes: dict[str, int], block: int, count: int) -> tuple[Arrays, Arrays]:
-    """Put `count` blocks on an axis in front; give what has blocks, and what has none."""
+    """Split arrays into `count` blocks on a new first axis; return these and the others."""
     moving, still = {}, {}
     for name, x in _cut(arrays, axes, 0, block * count).items():
         at = _axis(axes, name, x)
@@ -391,7 +391,7 @@ def _split(arrays: Arrays, axes: dict[str, int], block: int, count: int) -> tupl
 
 
 def _joined(x: Any, axis: int) -> Any:
-    """Undo `_split` for one result."""
+    """Return a result with its blocks joined, the inverse of `_split`."""
     at = axis % (x.ndim - 1)
     x = jnp.moveaxis(x, 0, at)
     return jnp.reshape(x, (*x.shape[:at], -1, *x.shape[at + 2 :]))

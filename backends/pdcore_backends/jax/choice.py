@@ -1,4 +1,4 @@
-"""Which kernel runs a plan by scores: cuDNN, or blocks of rows and keys; and why."""
+"""The choice of the kernel of a plan by scores: cuDNN, or blocks of rows and keys."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pdcore.extend import GaussianRows, Plan, Request, Scores
 
 from .device import find
 
-__all__ = ["Blocked", "ByCudnn", "chosen", "unfit"]
+__all__ = ["ByBlocks", "ByCudnn", "chosen", "unfit"]
 
-#: Features up to which it runs on every device that it knows, and what divides their number.
+#: The most features that cuDNN runs on every device, and the unit of their number.
 MOST, UNIT = 128, 8
 
 
 @dataclass(frozen=True)
-class Blocked:
+class ByBlocks:
     """A contraction by scores in blocks, see `.scores`.
 
     Attributes
     ----------
     turns : bool
-        Whether key heads may take turns, see `.blocks.sizes`.
+        Whether key heads may run one after the other, see `.blocks.sizes`.
     """
 
     turns: bool
@@ -38,9 +38,9 @@ class ByCudnn:
     Attributes
     ----------
     dtype : str
-        Of the queries, keys and values that it reads.
+        The dtype of the queries, keys and values that cuDNN reads.
     causal : bool
-        Whether keys after a row's own position are hidden.
+        Whether keys after the position of a row are hidden.
     """
 
     dtype: str
@@ -48,22 +48,22 @@ class ByCudnn:
 
 
 def chosen(plan: Plan, request: Request) -> Plan:
-    """Choose the kernel of a plan by scores, and say so in its steps."""
+    """Choose the kernel of a plan by scores, and state it in its steps."""
     c = plan.contraction
     if not isinstance(c, Scores):
         return plan
     why = unfit(plan, c, request)
     if not why:
         return _by_cudnn(plan, c, request)
-    # The arrays of a shard lie on one device.
+    # The arrays of a shard are on one device.
     alone = request.axis_name is not None or len(jax.devices("cpu")) == 1
     kind = request.device.partition(":")[0]
     turns = alone and kind == "cpu"
-    how = "key heads in turn where they are large" if turns else "all heads at once"
-    step = f"kernel: blocks of rows and keys, {how}, O(N + M) memory"
+    order = "key heads in turn where they are large" if turns else "all heads at once"
+    step = f"kernel: blocks of rows and keys, {order}, O(N + M) memory"
     if kind == "cuda":
         step += f"; not cuDNN: {why}"
-    return plan.chosen(replace(c, choice=Blocked(turns)), step)
+    return plan.chosen(replace(c, choice=ByBlocks(turns)), step)
 
 
 def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
@@ -78,7 +78,7 @@ def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
 
 
 def unfit(plan: Plan, c: Scores, request: Request) -> str:
-    """Say why cuDNN does not run a call; nothing if it does."""
+    """Return why cuDNN cannot run a call; empty if it can."""
     support = plan.support
     why = _missing(request.device)
     if why:

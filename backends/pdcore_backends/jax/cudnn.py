@@ -1,8 +1,8 @@
-"""The contraction by scores by cuDNN, where it computes exactly what a plan says.
+"""The contraction by scores by cuDNN, for plans of which cuDNN has the same definition.
 
-`jax.nn.dot_product_attention` hands it over. What it would compute in another sense goes by
+cuDNN is called by `jax.nn.dot_product_attention`. Plans that cuDNN defines differently run by
 blocks: rows that a mask leaves without keys, a causal triangle that does not start at the first
-query and key, a wanted log-sum-exp, whose gradient it does not have.
+query and key, and calls for the log-sum-exp, of which cuDNN has no gradient.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ def cudnn_scores(c: Scores, o: Operands) -> tuple[Any, Any] | None:
     c : Scores
         The contraction, whose choice is `.choice.ByCudnn`.
     o : Operands
-        What it reads.
+        The operands.
 
     Returns
     -------
     (out, L) or None
-        L is NaN, as nothing reads it. None for causal rows at another offset than 0.
+        L is NaN, because no step reads it. None for causal rows at an offset other than 0.
     """
-    seen = o.visibility
-    if c.choice.causal and not (seen.static and seen.offset == 0):
+    visibility = o.visibility
+    if c.choice.causal and not (visibility.static and visibility.offset == 0):
         return None
     *lead, heads, group, rows, dim = o.q.shape
     dtype = jnp.dtype(c.choice.dtype)
 
-    def laid(x: Any, count: int) -> Any:
+    def reordered(x: Any, count: int) -> Any:
         x = jnp.reshape(x, (-1, count, *x.shape[-2:]))
         return jnp.swapaxes(x, 1, 2).astype(dtype)
 
-    found = _attend(
-        laid(o.q, heads * group),
-        laid(o.k, heads),
-        laid(o.v, heads),
+    result = _attend(
+        reordered(o.q, heads * group),
+        reordered(o.k, heads),
+        reordered(o.v, heads),
         scale=c.scale,
         is_causal=c.choice.causal,
     )
-    out = jnp.reshape(jnp.swapaxes(found, 1, 2), (*lead, heads, group, rows, dim))
+    out = jnp.reshape(jnp.swapaxes(result, 1, 2), (*lead, heads, group, rows, dim))
     out = out.astype(o.q.dtype)
     return out, jnp.full(out.shape[:-1], jnp.nan, out.dtype)
 

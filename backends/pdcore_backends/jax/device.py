@@ -1,4 +1,4 @@
-"""Devices of JAX by the names that pdcore gives them."""
+"""Devices of JAX by their names in pdcore."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["find"]
 
 
 def find(name: str) -> Any:
-    """Find a device by its name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+    """Return a device by its name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Causal sums of feature maps, chunk by chunk, by programs that do not grow with the sequence.
 
-The scheme is that of `feature_contraction.prefix_contract`, whose loops run here as
-`lax.scan` and `lax.map`. Every turn is checkpointed: a derivative keeps the state before each chunk
-and what it was given, O(N + M).
+The algorithm is that of `feature_contraction.prefix_contract`, with its loops as `lax.scan` and
+`lax.map`. Every iteration is checkpointed: a derivative keeps the state before each chunk and the
+arguments, O(N + M).
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ def prefix_contract(
     k, v = chunks(k, size, -jnp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v) if log else (_sums(k, v), None)
     index, width = _places(counts, first, rows, step, size)
-    given = {
+    blocks = {
         "a": cut(a, size),
-        # The rows of the padding see what the last row sees; they are cut off.
+        # Padding rows see the keys of the last row, and are removed from the result.
         "seen": cut(counts, size, mode="edge") - _in_front(index)[..., None, None] * size,
         "k": _windows(k, index, width),
         "v": _windows(v, index, width),
         "state": _windows(states, index, 1)[..., 0, :, :],
     }
     if tops is not None:
-        given["top"] = _windows(tops, index, 1)[..., 0, :, :]
-    summed, exponent = (joined(x, rows) for x in lax.map(_turn, given))
+        blocks["top"] = _windows(tops, index, 1)[..., 0, :, :]
+    summed, exponent = (joined(x, rows) for x in lax.map(_turn, blocks))
     return summed, exponent
 
 
-def _turn(given: dict[str, Any]) -> tuple[Any, Any]:
-    """Contract a block of rows with the state before its window of keys, and with the window."""
-    return checkpointed(_block, given)
+def _turn(arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Contract a block of rows with the state before its window of keys, and with these keys."""
+    return checkpointed(_block, arrays)
 
 
-def _block(given: dict[str, Any]) -> tuple[Any, Any]:
-    a, state = given["a"], given["state"]
-    k, v = (jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in (given["k"], given["v"]))
+def _block(arrays: dict[str, Any]) -> tuple[Any, Any]:
+    a, state = arrays["a"], arrays["state"]
+    k, v = (jnp.reshape(x, (*x.shape[:-3], -1, x.shape[-1])) for x in (arrays["k"], arrays["v"]))
     exponent = jnp.zeros_like(a[..., :1])
-    if "top" in given:
-        running = given["top"]
+    if "top" in arrays:
+        running = arrays["top"]
         top = finite(
             stop_gradient(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp), xp
         )
@@ -77,20 +77,20 @@ def _block(given: dict[str, Any]) -> tuple[Any, Any]:
         a, k = jnp.exp(a - exponent), jnp.exp(k - top)
         state = state * jnp.swapaxes(jnp.exp(running - top), -1, -2)
     w = jnp.matmul(a, jnp.swapaxes(k, -1, -2))
-    w = jnp.where(jnp.arange(k.shape[-2]) < given["seen"], w, 0.0)
+    w = jnp.where(jnp.arange(k.shape[-2]) < arrays["seen"], w, 0.0)
     summed = jnp.matmul(a, state) + jnp.matmul(w, v)
     return summed, jnp.broadcast_to(exponent, (*summed.shape[:-1], 1))
 
 
 def _sums(k: Any, v: Any) -> Any:
-    """Sum k_j v_j over the chunks before each chunk."""
+    """Compute the sums of k_j v_j over the chunks before each chunk."""
     sums = jnp.matmul(jnp.swapaxes(k, -1, -2), v)
     before = jnp.cumsum(sums[..., :-1, :, :], axis=-3)
     return jnp.concat([jnp.zeros_like(sums[..., :1, :, :]), before], axis=-3)
 
 
 def _running(k: Any, v: Any) -> tuple[Any, Any]:
-    """Do the same for log features, relative to the running maximum, which is given too."""
+    """Compute these sums for log features, relative to a running maximum; return both."""
 
     def after(before: tuple[Any, Any] | None, block: Any, values: Any) -> tuple[Any, Any]:
         higher = jnp.max(block, axis=-2, keepdims=True)
@@ -107,17 +107,17 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
         return checkpointed(after, before, *chunk), before
 
     k, v = (jnp.moveaxis(x, -3, 0) for x in (k, v))
-    # The first chunk is where the scan begins, so that what it carries varies over devices.
-    _, found = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
-    first = jnp.zeros_like(found[0][:1]), jnp.full_like(found[1][:1], -jnp.inf)
-    states, tops = (jnp.concat(pair) for pair in zip(first, found, strict=True))
+    # The scan starts from the first chunk, so that its carry varies over devices.
+    _, later = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
+    first = jnp.zeros_like(later[0][:1]), jnp.full_like(later[1][:1], -jnp.inf)
+    states, tops = (jnp.concat(pair) for pair in zip(first, later, strict=True))
     return jnp.moveaxis(states, 0, -3), jnp.moveaxis(tops, 0, -3)
 
 
 def _places(
     counts: Any, first: Callable[[int], int | None], rows: int, step: int, size: int
 ) -> tuple[Any, int]:
-    """Give the chunk in which the window of each block of rows begins, and its length in chunks."""
+    """Return the first chunk of the window of each block of rows, and its length in chunks."""
     known = [(first(start), first(min(start + size, rows) - 1)) for start in range(0, rows, size)]
     if known[0][0] is None:
         return counts[..., ::size, 0] // size, step + 1
@@ -131,13 +131,13 @@ def _in_front(index: Any) -> Any:
 
 
 def _windows(x: Any, index: Any, width: int) -> Any:
-    """Give, for each block of rows, `width` chunks (..., C, F) from its place on: blocks first."""
+    """Return `width` chunks (..., C, F) from each place on; blocks of rows are the first axis."""
     count = index.shape[-1]
     places = index[..., None] + np.arange(width)
-    if index.size == count:  # the same for all sequences
+    if index.size == count:  # the places are the same for all sequences
         places = jnp.reshape(places, (count, width))
         return jnp.moveaxis(jnp.take(x, places, axis=-3), -4, 0)
     flat = jnp.reshape(places, (*places.shape[:-2], -1, 1, 1))
-    found = jnp.take_along_axis(x, flat, axis=-3)
-    shape = (*found.shape[:-3], count, width, *found.shape[-2:])
-    return jnp.moveaxis(jnp.reshape(found, shape), -4, 0)
+    windows = jnp.take_along_axis(x, flat, axis=-3)
+    shape = (*windows.shape[:-3], count, width, *windows.shape[-2:])
+    return jnp.moveaxis(jnp.reshape(windows, shape), -4, 0)

@@ -10,9 +10,9 @@ __all__ = ["NAMESPACE"]
 
 
 class _Namespace:
-    """jax.numpy, with an int64 that is as wide as JAX has integers at the moment."""
+    """jax.numpy, with int32 as `int64` unless JAX has 64-bit types enabled."""
 
-    #: See `pdcore.extend.stop_gradient`.
+    # Read by `pdcore.extend.stop_gradient`.
     stop_gradient = staticmethod(jax.lax.stop_gradient)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,9 +1,9 @@
 """The moments of every prefix of the keys, chunk by chunk.
 
-Within a chunk every prefix takes its own mean off its own keys, which needs chunk times as many
-numbers as the keys have and loses no digit, in the gradient neither: a prefix of one key has a
-deviation of exactly 0, whose gradient meets a factor of up to eps ** -1.5. The chunks before are
-merged into it.
+Within a chunk the mean of every prefix is subtracted from the keys of the prefix, which takes CHUNK
+times the memory of the keys and is exact in results and gradients: a prefix of one key has a
+deviation of exactly 0, whose gradient is multiplied by a factor of up to eps ** -1.5. The state of
+the chunks before is merged with that of each prefix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pdcore.extend import Moments, Statistics
-from pdcore.extend import prefix_states as states_of_any
+from pdcore.extend import prefix_states as generic_prefix_states
 
 from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
@@ -36,7 +36,7 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     """
     *lead, length, _ = keys.shape
     if type(stats) is not Moments or not keys.size:
-        return states_of_any(stats, keys, mask, xp=xp)
+        return generic_prefix_states(stats, keys, mask, xp=xp)
     real = (
         jnp.ones((*lead, length, 1), keys.dtype)
         if mask is None
@@ -45,10 +45,10 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     chunks = tuple(cut(x, CHUNK) for x in (keys, real))
 
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
-        found = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
-        return {name: x[..., -1:, :] for name, x in found.items()}, found
+        merged = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
+        return {name: x[..., -1:, :] for name, x in merged.items()}, merged
 
-    # The first chunk is where the scan begins, so that what it carries varies over devices.
+    # The scan starts from the first chunk, so that its carry varies over devices.
     first = _within(*(x[0] for x in chunks))
     last = {name: x[..., -1:, :] for name, x in first.items()}
     _, rest = lax.scan(step, last, tuple(x[1:] for x in chunks))
@@ -61,7 +61,7 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
 
 
 def _within(keys: Any, real: Any) -> State:
-    """Give the moments of every prefix of a chunk (..., C, D)."""
+    """Compute the moments of every prefix of a chunk (..., C, D)."""
     size = keys.shape[-2]
     weights = jnp.tril(jnp.ones((size, size), keys.dtype)) * jnp.swapaxes(real, -1, -2)
     n = jnp.sum(weights, axis=-1, keepdims=True)

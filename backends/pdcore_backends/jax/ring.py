@@ -1,11 +1,11 @@
-"""The contraction by scores over shards: keys travel round a ring, results merge by L.
+"""The contraction by scores over shards: keys are sent round a ring, results are merged by L.
 
-The result of every pair of shards is one of `.scores.contract`, at an offset that is the distance
-of the shards; pairs that cannot see each other cost nothing but the transport. As in `.scores`,
-the derivative is a tangent that recomputes the weights from out and L of the whole, so it is a
-sum over the pairs, and nothing is kept for it but the shard's own arrays. The block of keys of a
-step is then fetched from where it is at home: one that came round the ring would have to be kept
-for every step.
+Each pair of shards is a call of `.scores.contract`, at an offset that is the distance of the
+shards; for pairs that cannot see each other the keys are sent but nothing is computed. As in
+`.scores`, the derivative is a tangent that recomputes the weights from out and L of the whole
+sequence, so it is a sum over the pairs, and a shard keeps only its arrays for it. In the derivative
+the keys of a step are sent directly from the shard that holds them: keys that were sent round the
+ring would have to be kept for every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax import lax
 
 from pdcore.extend import Support, divide, finite
 
-from .blocks import Arrays, Call
+from .blocks import Arrays, StaticCall
 from .namespace import NAMESPACE as xp
 from .scores import checkpointed, contract, contract_tangents, nonzero
 from .shards import Shards
@@ -30,15 +30,15 @@ from .shards import Shards
 __all__ = ["Ring", "around", "merged"]
 
 Pair = tuple[Any, Any]
-More = Callable[[Pair, Call, Arrays], Pair]
+More = Callable[[Pair, StaticCall, Arrays], Pair]
 
-_TRAVEL = frozenset({"k", "v", "key_bias", "key_mask"})
-#: What queries of a shard see of the keys of another.
+_KEY_ARRAYS = frozenset({"k", "v", "key_bias", "key_mask"})
+#: The keys of another shard that queries of a shard see: none, all or some.
 _NOTHING, _ALL, _SOME = range(3)
 
 
 def merged(signed: bool, a: Pair, b: Pair) -> Pair:
-    """Merge (out, L) over disjoint sets of keys."""
+    """Compute (out, L) of the union of two disjoint sets of keys."""
     if signed:
         return a[0] + b[0], a[1]
     base = finite(lax.stop_gradient(jnp.maximum(a[1], b[1])), xp)[..., None]
@@ -48,92 +48,92 @@ def merged(signed: bool, a: Pair, b: Pair) -> Pair:
 
 @dataclass(frozen=True)
 class Ring:
-    """A contraction by scores of all shards.
+    """A contraction by scores with the keys of all shards.
 
     Attributes
     ----------
-    call : Call
-        The contraction with the shard's own keys; its offset is that of the whole sequence.
+    call : StaticCall
+        The contraction with the keys of this shard; its offset is that of the whole sequence.
     shards : Shards
     """
 
-    call: Call
+    call: StaticCall
     shards: Shards
 
     @cached_property
     def kinds(self) -> Any:
-        """What the queries of shard r see of the keys of shard s, (P, P)."""
+        """The kind of visibility of the keys of shard s to the queries of shard r, (P, P)."""
         call, count = self.call, self.shards.count
         if not call.support.restricts:
             return np.full((count, count), _ALL)
-        found = np.full((count, count), _SOME)
+        kinds = np.full((count, count), _SOME)
         if call.offset is None:
-            return found
+            return kinds
         for r in range(count):
             for s in range(count):
                 offset = call.offset + r * call.rows - s * call.keys * call.scale
                 seen = call.visibility(call.rows, call.keys, offset)
                 first, last = seen.key_range(0, call.rows)
                 if first >= last:
-                    found[r, s] = _NOTHING
+                    kinds[r, s] = _NOTHING
                 elif seen.whole(0, call.rows, 0, call.keys):
-                    found[r, s] = _ALL
-        return found
+                    kinds[r, s] = _ALL
+        return kinds
 
     @cached_property
     def ways(self) -> tuple[int, int]:
-        """How many steps keys travel to later shards, and how many to earlier ones."""
+        """The number of steps that keys are sent to later shards, and to earlier ones."""
         r, s = np.nonzero(self.kinds != _NOTHING)
         up, down = int(max(0, *(r - s), 0)), int(max(0, *(s - r), 0))
-        # Once round reaches everybody.
+        # Sending keys once round the ring reaches all shards.
         return (self.shards.count - 1, 0) if up + down >= self.shards.count - 1 else (up, down)
 
     @cached_property
     def shifts(self) -> tuple[int, ...]:
-        """The distances that keys travel, in order."""
+        """The distances that keys are sent, in order."""
         up, down = self.ways
         return (*range(1, up + 1), *range(-1, -down - 1, -1))
 
-    def own(self, arrays: Arrays) -> tuple[Call, Arrays]:
-        """Give the contraction with the shard's own keys."""
+    def local(self, arrays: Arrays) -> tuple[StaticCall, Arrays]:
+        """Return the contraction with the keys of this shard."""
         call = self.call
         if not call.support.restricts or call.offset is None or call.rows != self.length:
-            alike = np.all(np.diagonal(self.kinds) == _ALL)
-            return self.seeing(_ALL if alike else _SOME, 0, arrays)
+            whole = np.all(np.diagonal(self.kinds) == _ALL)
+            return self.seeing(_ALL if whole else _SOME, 0, arrays)
         return call, arrays
 
     @property
     def length(self) -> int:
-        """M."""
+        """The number of keys of a shard before pooling, M."""
         return self.call.keys * self.call.scale
 
-    def seeing(self, kind: int, by: Any, arrays: Arrays) -> tuple[Call, Arrays]:
-        """Give the contraction with keys from `by` places before."""
+    def seeing(self, kind: int, by: Any, arrays: Arrays) -> tuple[StaticCall, Arrays]:
+        """Return the contraction with the keys of the shard `by` places before."""
         call = self.call
-        given = {name: x for name, x in arrays.items() if name != "offset"}
+        block = {name: x for name, x in arrays.items() if name != "offset"}
         if kind == _ALL:
-            return replace(call, support=Support(), offset=0), given
+            return replace(call, support=Support(), offset=0), block
         rank = self.shards.rank
         source = (rank - by) % self.shards.count
-        apart = jnp.asarray(rank * call.rows - source * self.length, xp.int64)
+        distance = jnp.asarray(rank * call.rows - source * self.length, xp.int64)
         base: Any = arrays["offset"] if call.offset is None else call.offset
-        given["offset"] = apart + base
-        return replace(call, offset=None), given
+        block["offset"] = distance + base
+        return replace(call, offset=None), block
 
     def add(self, total: Pair, by: Any, arrays: Arrays, more: More) -> Pair:
-        """Add to a total what keys from `by` places before give, if they are seen at all."""
-        present = sorted({int(kind) for shift in self.shifts for kind in self._along(shift)})
+        """Add the result for the keys of the shard `by` places before, if any is visible."""
+        kinds = sorted({int(kind) for shift in self.shifts for kind in self._along(shift)})
 
         def run(kind: int) -> Pair:
             return total if kind == _NOTHING else more(total, *self.seeing(kind, by, arrays))
 
-        if len(present) == 1:
-            return run(present[0])
+        if len(kinds) == 1:
+            return run(kinds[0])
         rank = self.shards.rank
-        branches = jnp.asarray(np.searchsorted(present, self.kinds))
+        branches = jnp.asarray(np.searchsorted(kinds, self.kinds))
         index = branches[rank, (rank - by) % self.shards.count]
-        found: Pair = lax.switch(index, [partial(run, kind) for kind in present])
-        return found
+        result: Pair = lax.switch(index, [partial(run, kind) for kind in kinds])
+        return result
 
     def _along(self, shift: int) -> Any:
         ranks = np.arange(self.shards.count)
@@ -142,28 +142,28 @@ class Ring:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def around(ring: Ring, arrays: Arrays) -> Pair:
-    """Contract with the keys of all shards; see `.scores.contract`."""
+    """Contract by scores with the keys of all shards; see `.scores.contract`."""
     signed = ring.call.contraction.signed
 
-    def more(total: Pair, call: Call, given: Arrays) -> Pair:
-        return merged(signed, total, contract(call, given))
+    def more(total: Pair, call: StaticCall, block: Arrays) -> Pair:
+        return merged(signed, total, contract(call, block))
 
-    total: Pair = contract(*ring.own(arrays))
+    total: Pair = contract(*ring.local(arrays))
     for steps, sign in zip(ring.ways, (1, -1), strict=True):
         if steps:
-            total = _travelled(ring, total, arrays, more, steps, sign)
+            total = _sent_round(ring, total, arrays, more, steps, sign)
     return total
 
 
-def _travelled(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int, sign: int) -> Pair:
-    """Send keys on from shard to shard, and add what each gives."""
+def _sent_round(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int, sign: int) -> Pair:
+    """Send keys from shard to shard, and add the result of each step."""
 
     def step(carry: tuple[Pair, Arrays], index: Any) -> tuple[tuple[Pair, Arrays], None]:
         total, block = carry
         block = ring.shards.sent(block, sign)
         return (ring.add(total, sign * index, {**arrays, **block}, more), block), None
 
-    start = total, {name: x for name, x in arrays.items() if name in _TRAVEL}
+    start = total, {name: x for name, x in arrays.items() if name in _KEY_ARRAYS}
     (total, _), _ = lax.scan(step, start, jnp.arange(1, steps + 1))
     return total
 
@@ -172,37 +172,37 @@ def _travelled(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int, 
 def _around_jvp(ring: Ring, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = around(ring, arrays)
-    given = {**arrays, "out": out, "level": level}
-    return (out, level), checkpointed(partial(_tangents, ring), given, nonzero(tangents[0]))
+    results = {**arrays, "out": out, "level": level}
+    return (out, level), checkpointed(partial(_tangents, ring), results, nonzero(tangents[0]))
 
 
 def _tangents(ring: Ring, arrays: Arrays, moved: Arrays) -> Pair:
-    def found(call: Call, given: Arrays) -> Pair:
-        parts = {n: x for n, x in given.items() if not n.startswith("d_")}
-        moves = {n: x for n, x in given.items() if n.startswith("d_")}
+    def tangents_of(call: StaticCall, block: Arrays) -> Pair:
+        parts = {n: x for n, x in block.items() if not n.startswith("d_")}
+        moves = {n: x for n, x in block.items() if n.startswith("d_")}
         tangent = contract_tangents(call, parts, moves)
         return tangent["out"], tangent["level"]
 
-    def more(total: Pair, call: Call, given: Arrays) -> Pair:
-        out, level = found(call, given)
+    def more(total: Pair, call: StaticCall, block: Arrays) -> Pair:
+        out, level = tangents_of(call, block)
         return total[0] + out, total[1] + level
 
     def step(total: Pair, index: Any) -> tuple[Pair, None]:
-        def run(total: Pair, given: Arrays) -> Pair:
-            block = _fetched(ring, index, given)
-            return ring.add(total, jnp.asarray(ring.shifts)[index], block, more)
+        def run(total: Pair, both: Arrays) -> Pair:
+            fetched = _fetched(ring, index, both)
+            return ring.add(total, jnp.asarray(ring.shifts)[index], fetched, more)
 
         return checkpointed(run, total, both), None
 
     both = {**arrays, **moved}
-    total = found(*ring.own(both))
+    total = tangents_of(*ring.local(both))
     if ring.shifts:
         total, _ = lax.scan(step, total, jnp.arange(len(ring.shifts)))
     return total
 
 
 def _fetched(ring: Ring, index: Any, arrays: Arrays) -> Arrays:
-    """Bring the keys of a step from the shard that holds them."""
-    home = {name: x for name, x in arrays.items() if name.removeprefix("d_") in _TRAVEL}
+    """Return the arrays with the keys of a step, sent from the shard that holds them."""
+    home = {name: x for name, x in arrays.items() if name.removeprefix("d_") in _KEY_ARRAYS}
     ways = [partial(ring.shards.sent, home, shift) for shift in ring.shifts]
     return {**arrays, **(ways[0]() if len(ways) == 1 else lax.switch(index, ways))}

@@ -1,11 +1,10 @@
 """The contraction by scores on JAX: blocks of rows and keys, differentiable to any order.
 
 The derivative is written as a tangent, d_out = sum_j p_j (dl_j v_j + dv_j) - out sum_j p_j dl_j
-with p_j = exp(l_j - L), which recomputes p by blocks. JAX transposes it for reverse mode;
-`jax.checkpoint` on every block keeps the memory of that at O(N + M); small heads, of which all
-weights are a block, keep them instead of computing them again. Because p is computed from
-the primal inputs and from L, which has a tangent of its own, derivatives of derivatives, `vmap`
-and `jvp` need nothing more.
+with p_j = exp(l_j - L), which recomputes p by blocks. JAX transposes the tangent for reverse mode;
+`jax.checkpoint` on every block keeps its memory at O(N + M). Small heads, whose weights are one
+block, keep the weights instead. Because p is computed from the primal inputs and from L, and L has
+a tangent too, derivatives of any order, `vmap` and `jvp` follow.
 """
 
 from __future__ import annotations
@@ -25,24 +24,31 @@ from pdcore.extend import (
     Operands,
     Scores,
     Visibility,
-    all_of,
     divide,
     finite,
-    log_weight,
     relative_features,
     score_contraction,
     shifted_features,
 )
 
-from .blocks import Arrays, Call, flat, over_heads, over_keys, over_rows, sizes, ungrouped
+from .blocks import Arrays, StaticCall, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
+from .products import (
+    BlockVisibility,
+    along_rows,
+    block_logits,
+    block_operands,
+    features_first,
+    keys_first,
+    product,
+    rows_by_keys,
+    visible_only,
+    weights_by_values,
+)
 
 __all__ = ["checkpointed", "contract", "contract_tangents", "nonzero", "prepared", "scores"]
 
 Result = TypeVar("Result")
-
-# A derivative is traced after the call, outside whatever precision surrounds that.
-_IN_FULL = lax.Precision.HIGHEST
 
 
 def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
@@ -53,15 +59,15 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     c : Scores
         The contraction.
     o : Operands
-        What it reads.
+        The operands.
     turns : bool
-        Whether heads may take turns, see `.blocks.sizes`.
+        Whether heads may run one after the other, see `.blocks.sizes`.
 
     Returns
     -------
     out : array (*B, H, G, N, Dv)
     L : array (*B, H, G, N)
-        As `pdcore.extend.scores`.
+        Both as in `pdcore.extend.scores`.
     """
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)
@@ -72,8 +78,8 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
 
 
-def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
-    """Part what is static about a contraction, which is not empty, from its arrays."""
+def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays]:
+    """Return the static part and the arrays of a contraction, which must not be empty."""
     seen = o.visibility
     *lead, group, rows, _ = o.q.shape
     keys = o.k.shape[-2]
@@ -89,7 +95,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
         arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, 1, 1, 1))
     if group == 1:
         arrays = ungrouped(arrays)
-    call = Call(
+    call = StaticCall(
         c,
         seen.support,
         rows,
@@ -99,40 +105,40 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[Call, Arrays]:
         sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=seen.support.restricts),
     )
     if turns and not call.sizes.mapped:
-        # XLA's products of many small matrices are several times as fast with one axis of heads.
+        # XLA multiplies many small matrices several times as fast with one axis of heads.
         arrays = flat(arrays)
     return call, arrays
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def contract(call: Call, arrays: Arrays) -> tuple[Any, Any]:
-    """Give (out, L) of what `prepared` gave, in the shapes of its arrays."""
+def contract(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
+    """Compute (out, L) of a contraction from `prepared`, in the shapes of its arrays."""
 
-    def rows(given: Arrays) -> Arrays:
-        return over_rows(call, partial(_forward, call), given)
+    def rows(block: Arrays) -> Arrays:
+        return over_rows(call, partial(_forward, call), block)
 
-    found = over_heads(call, rows, arrays) if call.sizes.mapped else rows(arrays)
-    return found["out"], found["level"]
+    results = over_heads(call, rows, arrays) if call.sizes.mapped else rows(arrays)
+    return results["out"], results["level"]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _contract_kept(call: Call, arrays: Arrays) -> tuple[Any, Any]:
-    """Contract heads that are so small that a derivative may keep all weights."""
-    found: tuple[Any, Any] = contract(call, arrays)
-    return found
+def _contract_kept(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
+    """Contract heads that are small enough that a derivative may keep all weights."""
+    result: tuple[Any, Any] = contract(call, arrays)
+    return result
 
 
 @partial(_contract_kept.defjvp, symbolic_zeros=False)
-def _contract_kept_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
+def _contract_kept_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     def run(arrays: Arrays) -> tuple[Any, Any]:
-        found = over_rows(call, partial(_forward, call, derived=True), arrays)
-        return found["out"], found["level"]
+        results = over_rows(call, partial(_forward, call, derived=True), arrays)
+        return results["out"], results["level"]
 
     return jax.jvp(run, primals, tangents)
 
 
-class _Sums(NamedTuple):
-    """Sums over keys relative to exp(peak)."""
+class _WeightedSums(NamedTuple):
+    """Sums of weighted values and of weights over keys, relative to exp(peak)."""
 
     values: Any
     total: Any
@@ -140,62 +146,64 @@ class _Sums(NamedTuple):
 
 
 def _forward(
-    call: Call, arrays: Arrays, visibility: Visibility, whole: bool, *, derived: bool = False
+    call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool, *, derived: bool = False
 ) -> Arrays:
-    """Contract a block of rows with all keys that it can see; `derived`, where JAX derives it."""
+    """Contract a block of rows with its visible keys; `derived`: JAX differentiates this code."""
     c, arrays = _scaled(call.contraction, arrays)
 
-    def body(cut: Arrays, seen: Visibility) -> _Sums:
-        o = _operands(cut, seen, whole)
+    def body(cut: Arrays, seen: Visibility) -> _WeightedSums:
+        o = block_operands(cut, seen, whole)
         if c.weight == "log":
-            logits = _logits(c, _inner(o.q, o.k), o)
+            logits = block_logits(c, rows_by_keys(o.q, o.k), o)
             peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-            # Without the barrier exp is computed twice, for the sum and for the product.
+            # Without the barrier XLA computes exp twice, for the sum and for the product.
             p = lax.optimization_barrier(jnp.exp(logits - _base(peak)))
         else:
             k = o.k if o.q.ndim == o.k.ndim else o.k[..., None, :, :]
             rows, keys, peak = relative_features(c, o.q, k, xp=xp)
-            p = _seen_only(_inner(rows, jnp.reshape(keys, o.k.shape)), o)
-        return _Sums(_times(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
+            p = visible_only(rows_by_keys(rows, jnp.reshape(keys, o.k.shape)), o)
+        return _WeightedSums(weights_by_values(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
 
-    def merge(a: _Sums, b: _Sums) -> _Sums:
+    def merge(a: _WeightedSums, b: _WeightedSums) -> _WeightedSums:
         peak = jnp.maximum(a.peak, b.peak)
         left, right = (jnp.exp(x.peak - _base(peak)) for x in (a, b))
-        return _Sums(a.values * left + b.values * right, a.total * left + b.total * right, peak)
+        return _WeightedSums(
+            a.values * left + b.values * right, a.total * left + b.total * right, peak
+        )
 
-    found: _Sums = over_keys(call, body, merge, arrays, visibility)
+    sums: _WeightedSums = over_keys(call, body, merge, arrays, visibility)
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
-        return {"out": found.values, "level": jnp.zeros_like(found.total[..., 0])}
+        return {"out": sums.values, "level": jnp.zeros_like(sums.total[..., 0])}
     if c.weight == "log" and not derived:
-        # The total is 0 where no key is seen, otherwise at least 1.
-        total = jnp.maximum(found.total, jnp.finfo(found.total.dtype).tiny)
-        level = jnp.log(found.total) + _base(found.peak)
-        return {"out": found.values / total, "level": level[..., 0]}
-    out, level = divide(found.values, found.total, finite(found.peak, xp), xp=xp)
+        # The total is 0 if no key is visible, otherwise at least 1.
+        total = jnp.maximum(sums.total, jnp.finfo(sums.total.dtype).tiny)
+        level = jnp.log(sums.total) + _base(sums.peak)
+        return {"out": sums.values / total, "level": level[..., 0]}
+    out, level = divide(sums.values, sums.total, finite(sums.peak, xp), xp=xp)
     return {"out": out, "level": level}
 
 
 def _base(peak: Any) -> Any:
-    """Make the maximum of no visible key finite: exp(-inf - -inf) is NaN.
+    """Return the maximum, finite for rows without visible keys: exp(-inf - -inf) is NaN.
 
-    `finite` does so by a selection, which keeps XLA from computing small heads in one fusion.
+    `finite` is a select, which keeps XLA from computing small heads in one fusion.
     """
     return jnp.maximum(peak, jnp.finfo(peak.dtype).min)
 
 
 @partial(contract.defjvp, symbolic_zeros=True)
-def _contract_jvp(call: Call, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
+def _contract_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = contract(call, arrays)
-    given = {**arrays, "out": out, "level": level}
-    # The outermost blocks are checkpointed so that no residual but these arrays is kept.
-    found = checkpointed(partial(contract_tangents, call), given, nonzero(tangents[0]))
-    return (out, level), (found["out"], found["level"])
+    results = {**arrays, "out": out, "level": level}
+    # The outermost blocks are checkpointed, so that these arrays are the only residuals.
+    derivatives = checkpointed(partial(contract_tangents, call), results, nonzero(tangents[0]))
+    return (out, level), (derivatives["out"], derivatives["level"])
 
 
 def nonzero(tangents: Arrays) -> Arrays:
-    """Keep the tangents that are not known to be zero, by the names ``d_q`` and so on."""
+    """Return the tangents that are not symbolic zeros, by the names ``d_q`` and so on."""
     return {
         f"d_{name}": t
         for name, t in tangents.items()
@@ -203,72 +211,74 @@ def nonzero(tangents: Arrays) -> Arrays:
     }
 
 
-def contract_tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
-    """Give the tangents of ``out`` and ``level``, which `arrays` holds too.
+def contract_tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
+    """Compute the tangents of ``out`` and ``level``; `arrays` contains both results.
 
-    They are sums over keys: what disjoint sets of keys give adds up, where ``out`` and ``level``
-    are those of all of them.
+    The tangents are sums over keys: if ``out`` and ``level`` are those of all keys, the tangents of
+    disjoint sets of keys may be added.
     """
     return _tangents(*_plain(call, arrays, moved))
 
 
 def checkpointed(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a function of which only the arguments are kept for a derivative."""
-    found: Result = jax.checkpoint(function, prevent_cse=False)(*arguments)
-    return found
+    """Call a function; a derivative keeps its arguments only."""
+    result: Result = jax.checkpoint(function, prevent_cse=False)(*arguments)
+    return result
 
 
-def _plain(call: Call, arrays: Arrays, moved: Arrays) -> tuple[Call, Arrays, Arrays]:
-    """Turn log features, and what moves, into features with their maxima subtracted."""
+def _plain(call: StaticCall, arrays: Arrays, moved: Arrays) -> tuple[StaticCall, Arrays, Arrays]:
+    """Return a contraction of log features as one of features less their maxima, and tangents."""
     c = call.contraction
     if c.weight != "log_features":
         return call, arrays, moved
     q, k = arrays["q"], arrays["k"]
     grouped = q if q.ndim > k.ndim else q[..., None, :, :]
-    seen: Any = _Seen(None, arrays.get("key_mask"), None)
-    # phi = exp(log phi - shift); what follows does not depend on the shifts.
+    seen: Any = BlockVisibility(None, arrays.get("key_mask"), None)
+    # phi = exp(log phi - shift); the tangents do not depend on the shifts.
     plain, shift = shifted_features(Operands(grouped, k, k, None, None, {}, seen), xp=xp)
     features = Scores(weight="features", signed=c.signed)
     level = arrays["level"] - jnp.reshape(shift, q.shape[:-1])
-    found = {**arrays, "q": jnp.reshape(plain.q, q.shape), "k": plain.k, "level": level}
+    shifted = {**arrays, "q": jnp.reshape(plain.q, q.shape), "k": plain.k, "level": level}
     moves = {
-        name: found[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
+        name: shifted[name.removeprefix("d_")] * t if name in ("d_q", "d_k") else t
         for name, t in moved.items()
     }
-    return replace(call, contraction=features), found, moves
+    return replace(call, contraction=features), shifted, moves
 
 
-def _tangents(call: Call, arrays: Arrays, moved: Arrays) -> Arrays:
+def _tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
     def block(cut: Arrays, visibility: Visibility, whole: bool) -> Arrays:
         return checkpointed(lambda x: _tangent(call, x, visibility, whole), cut)
 
-    def rows(given: Arrays) -> Arrays:
-        return over_rows(call, block, given)
+    def rows(part: Arrays) -> Arrays:
+        return over_rows(call, block, part)
 
-    given = {**arrays, **moved}
+    both = {**arrays, **moved}
     if not call.sizes.mapped:
-        return rows(given)
-    return over_heads(call, partial(checkpointed, rows), given)
+        return rows(both)
+    return over_heads(call, partial(checkpointed, rows), both)
 
 
-def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
-    """Give the tangent of a block of rows.
+def _tangent(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
+    """Compute the tangents of a block of rows.
 
-    Weights and what is multiplied by them have keys as the outer axis, ahead of those of rows.
-    Derivatives by keys and values are products over the rows, which are several times as fast on
-    a CPU where rows lie inside; XLA would put them elsewhere, but for the barriers.
+    Weights and their factors have the axis of keys before the axes of rows. Derivatives by keys and
+    values are products over the rows, which are several times as fast on a CPU if rows are the
+    inner axes; the barriers keep XLA from another layout.
     """
     c, arrays = _scaled(call.contraction, arrays)
     rows = 1 + arrays["q"].ndim - arrays["k"].ndim
-    level = _across(arrays["level"][..., None], rows)
+    level = keys_first(arrays["level"][..., None], rows)
 
     def body(cut: Arrays, seen: Visibility) -> tuple[Any, Any]:
-        p, slope = _linearised(c, cut, _operands(cut, seen, whole, across=True), level, rows)
+        p, slope = _linearised(
+            c, cut, block_operands(cut, seen, whole, transposed=True), level, rows
+        )
         moved = []
         if slope is not None:
-            moved.append(_product(cut["v"], slope, -2, -1 - rows))
+            moved.append(product(cut["v"], slope, -2, -1 - rows))
         if "d_v" in cut:
-            moved.append(_product(cut["d_v"], p, -2, -1 - rows))
+            moved.append(product(cut["d_v"], p, -2, -1 - rows))
         total = (
             jnp.zeros_like(level)
             if slope is None
@@ -291,7 +301,7 @@ def _tangent(call: Call, arrays: Arrays, visibility: Visibility, whole: bool) ->
 
 
 def _scaled(c: Scores, arrays: Arrays) -> tuple[Scores, Arrays]:
-    """Scale the queries of a block in place of its scores, of which there are more."""
+    """Scale the queries of a block instead of its scores, which are more numerous."""
     if c.weight != "log" or c.expression is not None:
         return c, arrays
     scaled: Arrays = {n: arrays[n] * c.scale for n in ("q", "d_q") if n in arrays}
@@ -299,26 +309,26 @@ def _scaled(c: Scores, arrays: Arrays) -> tuple[Scores, Arrays]:
 
 
 def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> tuple[Any, Any]:
-    """Give the normalised weights of a block, and weights times the tangent of log weight.
+    """Compute the normalised weights of a block, and weights times the tangent of log weight.
 
-    The second is None where nothing that the weights depend on moves. Both are (M, [G,] R), see
+    The second is None if no input of the weights has a tangent. Both are (M, [G,] R), see
     `_tangent`.
     """
     ds = []
     if "d_q" in cut:
-        ds.append(_product(_turned(o.k, 1), _turned(cut["d_q"], rows), -2, -1 - rows))
-    q = _turned(o.q, rows)
+        ds.append(product(features_first(o.k, 1), features_first(cut["d_q"], rows), -2, -1 - rows))
+    q = features_first(o.q, rows)
     if "d_k" in cut:
-        ds.append(_product(cut["d_k"], q, -1, -1 - rows))
-    s = _product(o.k, q, -1, -1 - rows)
-    # exp(l - inf) is 0 in rows that see no key.
+        ds.append(product(cut["d_k"], q, -1, -1 - rows))
+    s = product(o.k, q, -1, -1 - rows)
+    # exp(l - inf) is 0 in rows without visible keys.
     level = jnp.where(level == -jnp.inf, jnp.inf, level)
     if c.weight == "features":
         inverse = jnp.exp(-level)
-        slopes = [_seen_only(x, o) * inverse for x in ds]
-        p = _seen_only(s, o) * inverse
+        slopes = [visible_only(x, o) * inverse for x in ds]
+        p = visible_only(s, o) * inverse
         return p, sum(slopes[1:], slopes[0]) if slopes else None
-    p = jnp.exp(_logits(c, s, o) - level)
+    p = jnp.exp(block_logits(c, s, o) - level)
     slopes = []
     if ds:
         slopes.append(_slope(c, "s", s, o, p) * sum(ds[1:], ds[0]))
@@ -326,117 +336,19 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
         if f"d_value {name}" in cut:
             slopes.append(_slope(c, name, s, o, p) * cut[f"d_value {name}"])
     if "d_key_bias" in cut:
-        slopes.append(p * _across(_by_rows(cut["d_key_bias"], rows), rows))
+        slopes.append(p * keys_first(along_rows(cut["d_key_bias"], rows), rows))
     if "d_bias" in cut:
-        slopes.append(p * _across(cut["d_bias"], rows))
+        slopes.append(p * keys_first(cut["d_bias"], rows))
     return p, sum(slopes[1:], slopes[0]) if slopes else None
 
 
 def _slope(c: Scores, name: str, s: Any, o: Operands, p: Any) -> Any:
-    """Give the derivative of the weight by `name`, relative to the row's sum."""
+    """Compute the derivative of the weight by `name`, relative to the sum of the row."""
     if c.expression is None:
         return p
-    # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts. Where the
-    # weight is 0 that of its log may be infinite, and so may that one's.
-    none = p == 0
-    safe = jnp.where(none, 1.0, s)
+    # Where kappa is 0 the derivatives of log kappa, of any order, may be infinite; the gradient of
+    # the weight is 0 there, as if kappa itself were differentiated.
+    zero = p == 0
+    safe = jnp.where(zero, 1.0, s)
     slope = c.expression.derivative(name)({"s": safe, **o.values}, xp)
-    return jnp.where(none, 0.0, p * slope)
-
-
-class _Seen(NamedTuple):
-    """What a block sees, in place of a `Visibility`."""
-
-    position: Visibility | None
-    key_mask: Any
-    mask: Any
-    rows: int = 1
-    across: bool = False
-
-    def block(self, start: int, stop: int, first: int, last: int) -> Any:
-        """Say which queries see which keys; the arguments are those of `Visibility.block`."""
-        parts = []
-        if self.position is not None:
-            v = self.position
-            parts.append(v.by_position(0, v.rows, 0, v.keys))
-        if self.key_mask is not None:
-            parts.append(self.key_mask)
-        if self.mask is not None:
-            parts.append(self.mask)
-        seen = all_of(parts)
-        return _across(seen, self.rows) if self.across and seen is not None else seen
-
-
-def _operands(
-    cut: Arrays, visibility: Visibility, whole: bool, *, across: bool = False
-) -> Operands:
-    """Give what a block reads; the biases of keys are a part of `bias`.
-
-    With `across` what lies along rows and keys has the keys outermost.
-    """
-    prefix = "value "
-    values = {n.removeprefix(prefix): x for n, x in cut.items() if n.startswith(prefix)}
-    rows = 1 + cut["q"].ndim - cut["k"].ndim
-    key_bias, key_mask = (
-        None if (x := cut.get(name)) is None else _by_rows(x, rows)
-        for name in ("key_bias", "key_mask")
-    )
-    bias = cut.get("bias")
-    if key_bias is not None:
-        bias = key_bias if bias is None else key_bias + bias
-    seen: Any = _Seen(None if whole else visibility, key_mask, cut.get("mask"), rows, across)
-    if across and bias is not None:
-        bias = _across(bias, rows)
-    return Operands(cut["q"], cut["k"], cut["v"], None, bias, values, seen)
-
-
-def _by_rows(x: Any, rows: int) -> Any:
-    """Lay an array (..., M) of keys along the axes of rows, of which there may be one of groups."""
-    return jnp.expand_dims(x, tuple(range(-1 - rows, -1)))
-
-
-def _across(x: Any, rows: int) -> Any:
-    """Put the keys ahead of the axes of rows."""
-    if x.ndim <= rows:  # it is the same for all groups
-        x = x[None]
-    return jnp.moveaxis(x, -1, -1 - rows)
-
-
-def _turned(x: Any, rows: int) -> Any:
-    """Put the features ahead of the axes of rows, in memory too where there is one head.
-
-    Batched products of arrays that were turned in memory end XLA's CPU compiler (jaxlib 0.10.2)
-    inside a conditional: "Check failed: IsMonotonicWithDim0Major".
-    """
-    turned = jnp.moveaxis(x, -1, -1 - rows)
-    return turned if x.ndim > 1 + rows else lax.optimization_barrier(turned)
-
-
-def _logits(c: Scores, s: Any, o: Operands) -> Any:
-    return log_weight(c, s, o, 0, s.shape[-2], 0, s.shape[-1], xp=xp)
-
-
-def _seen_only(x: Any, o: Operands) -> Any:
-    seen = o.visibility.block(0, 0, 0, 0)
-    return x if seen is None else jnp.where(seen, x, 0.0)
-
-
-def _inner(q: Any, k: Any) -> Any:
-    """Multiply rows ([G,] R, D) by keys (M, D): one product for all G heads of a key head."""
-    if q.ndim == k.ndim:
-        return _product(q, k, -1, -1)
-    return jnp.einsum("...grd,...md->...grm", q, k, precision=_IN_FULL)
-
-
-def _times(p: Any, v: Any) -> Any:
-    """Multiply weights ([G,] R, M) by values (M, D)."""
-    if p.ndim == v.ndim:
-        return _product(p, v, -1, -2)
-    return jnp.einsum("...grm,...md->...grd", p, v, precision=_IN_FULL)
-
-
-def _product(a: Any, b: Any, axis: int, other: int) -> Any:
-    """Contract an axis of a matrix `a` with one of `b`; einsum may order them less well."""
-    lead = tuple(range(a.ndim - 2))
-    contracted = (axis % a.ndim,), (other % b.ndim,)
-    return lax.dot_general(a, b, (contracted, (lead, lead)), precision=_IN_FULL)
+    return jnp.where(zero, 0.0, p * slope)

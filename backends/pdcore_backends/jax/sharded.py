@@ -1,8 +1,7 @@
 """Attention over a sequence in shards: ``axis_name`` inside `jax.shard_map`.
 
-What a shard does is the generic run of a plan on its own arrays; only the steps that need other
-shards are replaced: the statistics, the point amid the keys that a transform subtracts, and the
-two contractions.
+A shard runs the plan on its arrays; only the steps that need other shards are replaced: the
+statistics, the point that a transform subtracts from the keys, and the two contractions.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from pdcore.extend import (
     score_contraction,
 )
 
-from .choice import Blocked
-from .impl import JaxBackend
+from .choice import ByBlocks
+from .local import LocalJaxBackend
 from .namespace import NAMESPACE as xp
 from .ring import Ring, around, merged
 from .scores import prepared
@@ -59,7 +58,7 @@ def attention(plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, An
 
 
 def refusals(request: Request) -> list[str]:
-    """Say why a call cannot run in shards, see `Backend.refusals`."""
+    """Return why a call cannot run in shards, see `Backend.refusals`."""
     plan, rows, length = request.lower(), request.q[-2], request.k[-2]
     about = f"shards along {request.axis_name!r}"
     reasons = []
@@ -98,7 +97,7 @@ def refusals(request: Request) -> list[str]:
 
 
 def described(plan: Plan, axis: str) -> Plan:
-    """Add to the steps of a plan what shards exchange."""
+    """Return a plan that states in its steps what shards exchange."""
     steps = []
     if plan.summary is not None:
         steps.append(
@@ -115,13 +114,13 @@ def described(plan: Plan, axis: str) -> Plan:
             "by log-sum-exp"
         )
     else:
-        how = "an exclusive scan of" if plan.support.ahead == 0 else "psum of"
-        steps.append(f"shards along {axis!r}: {how} the sums of phi(k) v")
+        exchange = "an exclusive scan of" if plan.support.ahead == 0 else "psum of"
+        steps.append(f"shards along {axis!r}: {exchange} the sums of phi(k) v")
     return replace(plan, steps=(*plan.steps, *steps))
 
 
 def _aligned(plan: Plan) -> str | None:
-    """Say what in a plan needs the queries of a shard at the positions of its keys."""
+    """Return which part of a plan needs equal positions of queries and keys in a shard."""
     if plan.prefix:
         return "prefix statistics"
     c, support = plan.contraction, plan.support
@@ -153,13 +152,13 @@ class _FoldOfShards:
 
 @dataclass(frozen=True)
 class _GaussianOfShards:
-    """`GaussianRows` about a point amid the keys of all shards."""
+    """`GaussianRows` about a point among the keys of all shards."""
 
     gaussian: GaussianRows
     shards: Shards
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        # The value does not depend on the point.
+        # Distances do not depend on the point.
         local = lax.stop_gradient(central(rows.k, rows.key_mask, xp=xp))
         has = jnp.ones_like(local[..., :1])
         if rows.key_mask is not None:
@@ -170,7 +169,7 @@ class _GaussianOfShards:
 
 
 def _with_one_point(step: Transform, shards: Shards) -> Transform:
-    """Let a transform subtract the same point on all shards."""
+    """Return a transform that subtracts the same point on all shards."""
     if isinstance(step, Fold) and step.of == "prefix":
         return replace(step, choice=_FoldOfShards(step, shards))
     if isinstance(step, GaussianRows):
@@ -178,15 +177,15 @@ def _with_one_point(step: Transform, shards: Shards) -> Transform:
     return step
 
 
-class ShardedBackend(JaxBackend):
-    """Runs a plan on one shard; made for the shards of one axis."""
+class ShardedBackend(LocalJaxBackend):
+    """Runs plans on one of the shards of an axis."""
 
     def __init__(self, shards: Shards) -> None:
         super().__init__()
         self.shards = shards
 
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> ShardCall:
-        """Take the arrays of a shard."""
+        """Return the arrays of a shard as a call."""
         return ShardCall(self, plan, inputs, self.shards, level=level)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -194,11 +193,11 @@ class ShardedBackend(JaxBackend):
         return self.shards.merged(stats, state)
 
     def first_key(self, keys: Any, real: Any) -> Any:
-        """Give the first real key of all shards."""
+        """Return the first real key of all shards."""
         return self.shards.first_key(keys, real)
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
-        """Give the state of every prefix that ends in this shard."""
+        """Compute the state of every prefix that ends in this shard."""
         return self.shards.prefix_states(stats, keys, mask)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
@@ -206,9 +205,9 @@ class ShardedBackend(JaxBackend):
         if not (o.q.size and o.k.size):
             return score_contraction.scores(c, o, xp=xp)
         columns = o.v.shape[-1]
-        if not columns:  # L is wanted all the same
+        if not columns:  # L is needed nevertheless
             o = o._replace(v=jnp.zeros_like(o.k[..., :1]))
-        call, arrays = prepared(c, o, turns=isinstance(c.choice, Blocked) and c.choice.turns)
+        call, arrays = prepared(c, o, turns=isinstance(c.choice, ByBlocks) and c.choice.turns)
         out, level = around(Ring(call, self.shards), arrays)
         out = jnp.reshape(out, (*o.q.shape[:-1], -1))
         return out[..., :columns], jnp.reshape(level, o.q.shape[:-1])
@@ -222,11 +221,11 @@ class ShardedBackend(JaxBackend):
             high = self.shards.highest(top)
             sums = self.shards.added(sums * jnp.exp(top - high))
             return _by_sums(c, o.q, sums, high)
-        own = super().features(c, o)
-        return merged(c.signed, _by_sums(c, o.q, *self._before(sums, top)), own)
+        local = super().features(c, o)
+        return merged(c.signed, _by_sums(c, o.q, *self._before(sums, top)), local)
 
     def _before(self, sums: Any, top: Any) -> tuple[Any, Any]:
-        """Add up what earlier shards have; nothing of a later one takes part."""
+        """Compute the sums over earlier shards; arrays of later shards have no influence."""
         parts, tops = self.shards.gathered((sums, top))
         earlier = self.shards.earlier(parts)
         tops = lax.stop_gradient(tops)
@@ -241,7 +240,7 @@ def _backend(shards: Shards) -> ShardedBackend:
 
 
 def _sums(c: Features, o: Operands) -> tuple[Any, Any]:
-    """Add up phi(k) [v, 1] exp(-top) over a shard's keys, (*B, H, F, Dv + 1), and give top."""
+    """Compute the sums of phi(k) [v, 1] exp(-top) over keys, (*B, H, F, Dv + 1), and top."""
     values = jnp.concat([o.v, jnp.ones_like(o.k[..., :1])], axis=-1)
     k, real = o.k, o.visibility.key_mask
     if real is not None:
@@ -260,8 +259,8 @@ def _by_sums(c: Features, q: Any, sums: Any, top: Any) -> tuple[Any, Any]:
         q = q + jnp.matrix_transpose(top)[..., None, :, :]
         exponent = lax.stop_gradient(jnp.max(q, axis=-1, keepdims=True))
         q = jnp.exp(q - exponent)
-    found = jnp.matmul(q, sums[..., None, :, :])
-    weighted, total = found[..., :-1], found[..., -1:]
+    products = jnp.matmul(q, sums[..., None, :, :])
+    weighted, total = products[..., :-1], products[..., -1:]
     if c.signed:
         return weighted, jnp.zeros_like(total[..., 0])
     return divide(weighted, total, exponent, xp=xp)

@@ -1,7 +1,7 @@
-"""A sequence cut along a mesh axis: what its shards exchange, and a call as one of them sees it.
+"""A sequence cut along a mesh axis: the exchange between its shards, and the call of one shard.
 
 Shard r of P holds the queries r N .. (r + 1) N - 1 and the keys r M .. (r + 1) M - 1 of a
-sequence, where N and M are the lengths of the arrays that it has.
+sequence, where N and M are the lengths of its arrays.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Shards:
     Attributes
     ----------
     axis : str
-        The mapped axis.
+        The name of the mapped axis.
     count : int
-        P.
+        The number of shards, P.
     """
 
     axis: str
@@ -50,7 +50,7 @@ class Shards:
 
     @classmethod
     def along(cls, axis: str) -> Shards:
-        """Find the shards along an axis.
+        """Return the shards along an axis.
 
         Raises
         ------
@@ -68,33 +68,33 @@ class Shards:
 
     @property
     def rank(self) -> Any:
-        """The place r of the shard that asks."""
+        """The index r of this shard."""
         return lax.axis_index(self.axis)
 
     def sent(self, x: Any, by: int) -> Any:
-        """Give what the shard `by` places before holds, in a tree of arrays."""
+        """Return the pytree `x` of the shard `by` places before."""
         ranks = range(self.count)
         return lax.ppermute(x, self.axis, [(r, (r + by) % self.count) for r in ranks])
 
     def added(self, x: Any) -> Any:
-        """Add up over the shards."""
+        """Return the sum over the shards."""
         return lax.psum(x, self.axis)
 
     def highest(self, x: Any) -> Any:
-        """Take the maximum over the shards, without a gradient."""
+        """Return the maximum over the shards, without a gradient."""
         return lax.pmax(lax.stop_gradient(x), self.axis)
 
     def gathered(self, x: Any) -> Any:
-        """Put what all shards hold on an axis in front; for small arrays."""
+        """Return the arrays of all shards on a new first axis; for small arrays."""
         return lax.all_gather(x, self.axis)
 
     def earlier(self, like: Any) -> Any:
-        """Say which entries of a gathered array come from earlier shards."""
+        """Return which entries of a gathered array come from earlier shards."""
         before = jnp.arange(self.count) < self.rank
         return jnp.reshape(before, (self.count, *(1,) * (like.ndim - 1)))
 
     def first(self, x: Any, has: Any) -> Any:
-        """Give `x` of the first shard where `has` is true; zeros where none has."""
+        """Return `x` of the first shard in which `has` is true; zeros if it is true in none."""
         place = jnp.where(has, self.rank, self.count)
         least = lax.pmin(place, self.axis)
         return self.added(jnp.where(has & (place == least), x, 0))
@@ -108,13 +108,17 @@ class Shards:
         n = self.added(state["n"])
         share = state["n"] / jnp.where(n > 0, n, 1)
         mean = self.added(share * state["mean"])
-        # Once more, relative to it: the first sum is rounded in proportion to |mean|.
+        # A second sum corrects the rounding error of the first, which is in proportion to |mean|.
         mean = mean + self.added(share * (state["mean"] - mean))
-        apart = state["mean"] - mean
-        return {"n": n, "mean": mean, "m2": self.added(state["m2"] + state["n"] * apart * apart)}
+        distance = state["mean"] - mean
+        return {
+            "n": n,
+            "mean": mean,
+            "m2": self.added(state["m2"] + state["n"] * distance * distance),
+        }
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> State:
-        """Give the state of every prefix that ends in this shard; see `.prefix.prefix_states`."""
+        """Compute the state of every prefix that ends in this shard; see `.prefix`."""
         local = prefix_states(stats, keys, mask)
         totals = {name: self.gathered(x[..., -1:, :]) for name, x in local.items()}
         none = stats.zero(totals, xp=xp)
@@ -127,14 +131,14 @@ class Shards:
         return {name: x[0] for name, x in reduce_axis(stats, gathered, 0, xp=xp).items()}
 
     def first_key(self, keys: Any, real: Any) -> Any:
-        """Give the first real key (*B, H, 1, D) of all shards, mask (*B, 1, M) or None."""
-        own = first_real(keys, real, xp=xp)
+        """Return the first real key (*B, H, 1, D) of all shards, mask (*B, 1, M) or None."""
+        local = first_real(keys, real, xp=xp)
         has: Any = keys.shape[-2] > 0
-        return self.first(own, has if real is None else jnp.any(real, axis=-1)[..., None, None])
+        return self.first(local, has if real is None else jnp.any(real, axis=-1)[..., None, None])
 
 
 class ShardCall(Call):
-    """The arrays of a call as one shard has them; its offset is that of the whole sequence."""
+    """The arrays of one shard of a call; the offset is that of the whole sequence."""
 
     def __init__(
         self, backend: Any, plan: Plan, inputs: Inputs, shards: Shards, *, level: bool
@@ -154,7 +158,7 @@ class ShardCall(Call):
         return jnp.asarray(end - shards.count * rows, xp.int64)[..., None, None, None, None]
 
     def visibility(self, group: Group, key_mask: Any) -> Visibility:
-        """Return the support of a group, see `Call.visibility`."""
+        """Return the visibility of a group in this shard, see `Call.visibility`."""
         seen = super().visibility(group, key_mask)
         values = {f.name: getattr(seen, f.name) for f in fields(seen)}
         return _ShardVisibility(**values, shards=self.shards)
@@ -162,7 +166,7 @@ class ShardCall(Call):
 
 @dataclass(frozen=True)
 class _ShardVisibility(Visibility):
-    """What a shard's queries see of its own keys; `counts` speaks of the keys of all shards.
+    """The keys of a shard that its queries see; `counts` counts the keys of all shards.
 
     Attributes
     ----------

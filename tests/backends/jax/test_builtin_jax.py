@@ -65,19 +65,19 @@ def test_jax_products_are_marked_highest() -> None:
 
 
 def test_jax_compiles_once_for_each_shape() -> None:
-    from pdcore_backends.jax import impl
+    from pdcore_backends.jax import local
 
     x = jax.numpy.ones((3, 1, 2, 5, 4))
-    impl._attention.clear_cache()
+    local._attention.clear_cache()
     for _ in range(3):
         pdcore.attention(*x, "causal")
         pdcore.attention(*x, "causal", offset=jax.numpy.asarray(2))
-    assert impl._attention._cache_size() == 2
+    assert local._attention._cache_size() == 2
     for offset in range(3):
         pdcore.attention(*x, "causal", offset=jax.numpy.asarray(offset))
-    assert impl._attention._cache_size() == 2
+    assert local._attention._cache_size() == 2
     pdcore.attention(*x, "causal", offset=1)  # known in Python: what is skipped depends on it
-    assert impl._attention._cache_size() == 3
+    assert local._attention._cache_size() == 3
 
 
 def test_jax_devices() -> None:

@@ -47,7 +47,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def force(mapped: bool, rows: int, keys: int) -> None:
         jax.clear_caches()
-        sizes = blocks.Sizes(mapped, rows, keys)
+        sizes = blocks.BlockSizes(mapped, rows, keys)
         monkeypatch.setattr(scores, "sizes", lambda *a, **k: sizes)
 
     yield force

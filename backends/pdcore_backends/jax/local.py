@@ -1,0 +1,177 @@
+"""Plans on the JAX arrays of one program: `ArrayBackend`, with JAX's own transformations."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+from pdcore.extend import (
+    ArrayBackend,
+    Features,
+    Inputs,
+    Operands,
+    Plan,
+    Scores,
+    Statistics,
+    UnsupportedError,
+    constants_held,
+    feature_contraction,
+    windows,
+)
+
+from . import INFO
+from .choice import ByBlocks, ByCudnn
+from .cudnn import cudnn_scores
+from .device import find
+from .features import prefix_contract
+from .namespace import NAMESPACE
+from .prefix import prefix_states
+from .scores import scores
+
+__all__ = ["LocalJaxBackend"]
+
+
+class LocalJaxBackend(ArrayBackend):
+    """Runs plans on JAX arrays of one device or program, without an `axis_name`."""
+
+    info = INFO
+
+    @property
+    def xp(self) -> Any:
+        """The array-API namespace, which is jax.numpy."""
+        return NAMESPACE
+
+    def pool(self, kind: str, x: Any, weights: Any) -> tuple[Any, Callable[[Any], Any]]:
+        """Pool keys or values, see `heads.pool`."""
+        pooled, pullback = super().pool(kind, x, weights)
+        if kind == "mean":
+            # The last step must not be a product. XLA repeats a product wherever pooled keys are
+            # read, rounded or fused: the first key minus itself would not be 0, and a variance of 0
+            # would make the difference large.
+            cut = windows(x, weights.shape[-1], xp=self.xp)
+            pooled = jax.numpy.sum(cut * weights[..., None], axis=-2)
+        return pooled, pullback
+
+    def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute the state of every prefix, see `.prefix.prefix_states`."""
+        return prefix_states(stats, keys, mask)
+
+    def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
+        """Contract by scores, by cuDNN if the plan chose it; see `.scores.scores`."""
+        if isinstance(c.choice, ByCudnn):
+            result = cudnn_scores(c, o)
+            if result is not None:
+                return result
+        return scores(c, o, turns=isinstance(c.choice, ByBlocks) and c.choice.turns)
+
+    def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
+        """Contract by features, under causal by loops of XLA; see `.features`."""
+        return feature_contraction.features(c, o, xp=self.xp, contract=prefix_contract)
+
+    def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
+        """Run a plan, see `Backend.attention`."""
+        results: tuple[Any, Any] = _attention(self, plan, *_static(inputs), lse=lse)
+        return results
+
+    def attention_vjp(
+        self, plan: Plan, inputs: Inputs
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Run a plan and return its pullback, see `Backend.attention_vjp`."""
+        out, lse, pull = _with_pullback(self, plan, *_static(inputs))
+
+        def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            cotangents = d_out, jax.numpy.zeros_like(lse) if d_lse is None else d_lse
+            gradients: dict[str, Any] = _pulled(pull, cotangents)
+            return gradients
+
+        return out, lse, vjp
+
+    def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
+        """Compute the weights of a plan, see `Backend.attention_weights`."""
+        return _weights(self, plan, *_static(inputs))
+
+    def exchange(self, array: Any, device: str | None = None) -> Any:
+        """Convert an array of another library by DLPack, and copy it to `device`."""
+        x = array if isinstance(array, jax.Array) else jax.numpy.from_dlpack(array)
+        return x if device is None else jax.device_put(x, find(device))
+
+    def synchronize(self) -> None:
+        """Wait until all live arrays are computed."""
+        jax.block_until_ready(jax.live_arrays())
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of JAX and of jaxlib, its compiler."""
+        compiler = importlib.import_module("jaxlib").__version__
+        return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
+
+
+#: A call is one program: JAX takes several times as long to compile single operations, and
+#: compiles them again for each shape.
+_program = partial(jax.jit, static_argnums=(0, 1, 2))
+
+
+@partial(_program, static_argnames="lse")
+def _attention(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any, *, lse: bool) -> Any:
+    inputs = constants_held(plan, _joined(arrays, offset), jax.lax.stop_gradient)
+    with _in_full():
+        return ArrayBackend.attention(backend, plan, inputs, lse=lse)
+
+
+@_program
+def _with_pullback(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+    params = arrays["params"]
+    moving = {name: arrays[name] for name in ("q", "k", "v", "bias") if arrays[name] is not None}
+
+    def run(moving: dict[str, Any]) -> Any:
+        changed = {name: moving.get(name, x) for name, x in arrays.items()}
+        changed["params"] = {name: moving[name] for name in params}
+        return _attention(backend, plan, offset, changed, lse=True)
+
+    (out, lse), pull = jax.vjp(run, {**moving, **params})
+    # The pullback is a pytree whose leaves are the residuals, so a program can return it.
+    return out, lse, pull
+
+
+def _pull(pull: Any, cotangents: Any) -> Any:
+    with _in_full():
+        return pull(cotangents)[0]
+
+
+_pulled = jax.jit(_pull)
+
+
+@_program
+def _weights(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+    with _in_full():
+        return ArrayBackend.attention_weights(backend, plan, _joined(arrays, offset))
+
+
+def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
+    """Return an offset known in Python, by which programs skip blocks, and the arrays."""
+    if inputs.axis_name is not None:
+        raise UnsupportedError(
+            f"axis_name: got {inputs.axis_name!r}, expected None: only attention runs in shards"
+        )
+    arrays = {name: x for name, x in inputs._asdict().items() if name in _ARRAYS}
+    if not isinstance(inputs.offset, int | str):
+        return None, {**arrays, "offset": inputs.offset}
+    return inputs.offset, arrays
+
+
+_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params"})
+
+
+def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
+    return Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset)
+
+
+def _in_full() -> Any:
+    """Return a context of full precision, which is not the default for float32 on GPU and TPU.
+
+    JAX records the precision with each product, so gradients have full precision too.
+    """
+    return jax.default_matmul_precision("highest")

@@ -1,0 +1,131 @@
+"""The operands of one block of a contraction by scores, and the products on them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pdcore.extend import Operands, Scores, Visibility, all_of, log_weight
+
+from .blocks import Arrays
+from .namespace import NAMESPACE as xp
+
+__all__ = [
+    "BlockVisibility",
+    "along_rows",
+    "block_logits",
+    "block_operands",
+    "features_first",
+    "keys_first",
+    "product",
+    "rows_by_keys",
+    "visible_only",
+    "weights_by_values",
+]
+
+# A derivative is traced after the call, outside its context of precision.
+_IN_FULL = lax.Precision.HIGHEST
+
+
+class BlockVisibility(NamedTuple):
+    """The visible keys of a block, with the interface of `Visibility`."""
+
+    position: Visibility | None
+    key_mask: Any
+    mask: Any
+    rows: int = 1
+    transposed: bool = False
+
+    def block(self, start: int, stop: int, first: int, last: int) -> Any:
+        """Return which queries see which keys, see `Visibility.block`; the bounds are ignored."""
+        parts = []
+        if self.position is not None:
+            v = self.position
+            parts.append(v.by_position(0, v.rows, 0, v.keys))
+        if self.key_mask is not None:
+            parts.append(self.key_mask)
+        if self.mask is not None:
+            parts.append(self.mask)
+        seen = all_of(parts)
+        return keys_first(seen, self.rows) if self.transposed and seen is not None else seen
+
+
+def block_operands(
+    cut: Arrays, visibility: Visibility, whole: bool, *, transposed: bool = False
+) -> Operands:
+    """Return the operands of a block; the key bias is added to `bias`.
+
+    With `transposed` the axis of keys is before those of rows in masks and biases.
+    """
+    prefix = "value "
+    values = {n.removeprefix(prefix): x for n, x in cut.items() if n.startswith(prefix)}
+    rows = 1 + cut["q"].ndim - cut["k"].ndim
+    key_bias, key_mask = (
+        None if (x := cut.get(name)) is None else along_rows(x, rows)
+        for name in ("key_bias", "key_mask")
+    )
+    bias = cut.get("bias")
+    if key_bias is not None:
+        bias = key_bias if bias is None else key_bias + bias
+    seen: Any = BlockVisibility(
+        None if whole else visibility, key_mask, cut.get("mask"), rows, transposed
+    )
+    if transposed and bias is not None:
+        bias = keys_first(bias, rows)
+    return Operands(cut["q"], cut["k"], cut["v"], None, bias, values, seen)
+
+
+def along_rows(x: Any, rows: int) -> Any:
+    """Add axes of rows, and of groups if there are any, to an array (..., M) of keys."""
+    return jnp.expand_dims(x, tuple(range(-1 - rows, -1)))
+
+
+def keys_first(x: Any, rows: int) -> Any:
+    """Return an array with the axis of keys before those of rows."""
+    if x.ndim <= rows:  # the array is the same for all groups
+        x = x[None]
+    return jnp.moveaxis(x, -1, -1 - rows)
+
+
+def features_first(x: Any, rows: int) -> Any:
+    """Return an array with the axis of features before those of rows, in memory too for one head.
+
+    Inside a conditional, batched products of arrays that were transposed in memory crash XLA's CPU
+    compiler (jaxlib 0.10.2): "Check failed: IsMonotonicWithDim0Major".
+    """
+    turned = jnp.moveaxis(x, -1, -1 - rows)
+    return turned if x.ndim > 1 + rows else lax.optimization_barrier(turned)
+
+
+def block_logits(c: Scores, s: Any, o: Operands) -> Any:
+    """Compute the log weights of a block from its inner products `s`."""
+    return log_weight(c, s, o, 0, s.shape[-2], 0, s.shape[-1], xp=xp)
+
+
+def visible_only(x: Any, o: Operands) -> Any:
+    """Return the entries of a block, 0 where the key is hidden."""
+    seen = o.visibility.block(0, 0, 0, 0)
+    return x if seen is None else jnp.where(seen, x, 0.0)
+
+
+def rows_by_keys(q: Any, k: Any) -> Any:
+    """Compute rows ([G,] R, D) times keys (M, D): one product for all G heads of a key head."""
+    if q.ndim == k.ndim:
+        return product(q, k, -1, -1)
+    return jnp.einsum("...grd,...md->...grm", q, k, precision=_IN_FULL)
+
+
+def weights_by_values(p: Any, v: Any) -> Any:
+    """Compute weights ([G,] R, M) times values (M, D)."""
+    if p.ndim == v.ndim:
+        return product(p, v, -1, -2)
+    return jnp.einsum("...grm,...md->...grd", p, v, precision=_IN_FULL)
+
+
+def product(a: Any, b: Any, axis: int, other: int) -> Any:
+    """Contract an axis of a matrix `a` with one of `b`; einsum may order the axes worse."""
+    lead = tuple(range(a.ndim - 2))
+    contracted = (axis % a.ndim,), (other % b.ndim,)
+    return lax.dot_general(a, b, (contracted, (lead, lead)), precision=_IN_FULL)
