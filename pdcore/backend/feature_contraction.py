@@ -155,34 +155,7 @@ def features_vjp(
     values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
     k = _real_features(o, xp)[..., None, :, :]
     if o.visibility.support.ahead == 0:
-        seen = o.visibility
-        counts = seen.prefix_counts(0, o.q.shape[-2])
-        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, first=seen.first_prefix, size=size)
-        # For keys the order is reversed: the rows that see a key are the last ones.
-        after = xp.flip(seen.later_rows(), axis=-2)
-        late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
-        step = seen.scale
-        dk, _ = prefix_contract(
-            xp.flip(values, axis=-2),
-            after,
-            late_rows,
-            late_q,
-            xp=xp,
-            first=seen.first_later,
-            step=step,
-            size=size,
-        )
-        dv, _ = prefix_contract(
-            xp.flip(k, axis=-2),
-            after,
-            late_q,
-            late_rows,
-            xp=xp,
-            first=seen.first_later,
-            step=step,
-            size=size,
-        )
-        dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
+        dq, dk, dv = _causal_vjp(o, k, values, rows, xp, size)
     else:
         products = Products(size if tiled else 0, xp)
         dq = products.rows(rows, products.outer(values, k))
@@ -194,6 +167,40 @@ def features_vjp(
         real = o.visibility.key_mask[..., None]
         dk, dv = (xp.where(real, d, xp.zeros_like(d)) for d in (dk, dv))
     return {"q": dq, "k": dk, "v": dv}
+
+
+def _causal_vjp(
+    o: Operands, k: Any, values: Any, rows: Any, xp: Any, size: int
+) -> tuple[Any, Any, Any]:
+    """Compute the cotangents of q, k and values under causal, from those of the sums, `rows`."""
+    seen = o.visibility
+    counts = seen.prefix_counts(0, o.q.shape[-2])
+    dq, _ = prefix_contract(rows, counts, values, k, xp=xp, first=seen.first_prefix, size=size)
+    # For keys the order is reversed: the rows that see a key are the last ones.
+    after = xp.flip(seen.later_rows(), axis=-2)
+    late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
+    step = seen.scale
+    dk, _ = prefix_contract(
+        xp.flip(values, axis=-2),
+        after,
+        late_rows,
+        late_q,
+        xp=xp,
+        first=seen.first_later,
+        step=step,
+        size=size,
+    )
+    dv, _ = prefix_contract(
+        xp.flip(k, axis=-2),
+        after,
+        late_q,
+        late_rows,
+        xp=xp,
+        first=seen.first_later,
+        step=step,
+        size=size,
+    )
+    return dq, xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
 
 
 def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
