@@ -1,7 +1,7 @@
-"""Each rewrite of the lowering is exact, and the same check catches it when it is done wrongly.
+"""Each rewrite of the lowering is exact, and a wrong variant of the rewrite fails the same check.
 
 `exact` compares a plan's result with the oracle at 1e-12 relative. Every rewrite has cases that
-pass it, and planted defects, in the plan, its transforms or one step of a backend, that do not.
+pass this check, and defects planted in the plan, its transforms or a step of a backend that fail.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ from pdcore_conformance.judge.budget import expect, judge, worst
 
 
 def exact(case: Case, plan: Plan | None = None, backend: PlainNumpy | None = None) -> None:
-    """Hold a plan, by default the case's own, against the oracle."""
+    """Check a plan, by default that of the case, against the oracle."""
     with np.errstate(all="ignore"):
         out, lse = run(backend or PlainNumpy(), case, plan=plan)
     check_forward(case, out, lse)
 
 
 def caught(case: Case, plan: Plan | None = None, backend: PlainNumpy | None = None) -> None:
-    """The check must fail, and not by an error of another kind."""
+    """Check that `exact` fails because a result is wrong, not by another error."""
     with pytest.raises(AssertionError, match=r"out|lse"):
         exact(case, plan, backend)
 
 
 def spread(case: Case, seed: int = 9) -> Case:
-    """Give the queries another distribution than the keys, so that mixing them up shows."""
+    """Return the case with different distributions of queries and keys, to show mix-ups."""
     rng = np.random.default_rng(seed)
     return replace(case, q=0.7 * case.q - 0.4, k=case.k * 1.3 + rng.normal(size=case.k.shape[-1]))
 
@@ -84,7 +84,7 @@ def padded(case: Case, seed: int = 5) -> Case:
 
 
 def with_transform(case: Case, transform: Any, at: int = 0) -> Plan:
-    """Lower the case, and put another transform in the place of one of its own."""
+    """Lower the case, and replace one of its transforms."""
     plan = case.plan()
     transforms = list(plan.transforms)
     transforms[at] = transform
@@ -100,7 +100,7 @@ def forward_only(rows: Rows) -> tuple[Rows, Any]:
 
 @dataclass(frozen=True)
 class DefectiveFold:
-    """What `Fold` does, with one thing wrong."""
+    """A `Fold` with one defect."""
 
     batch: Batch
     scale: float
@@ -108,8 +108,8 @@ class DefectiveFold:
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Any]:
         defect, eps = self.defect, self.batch.eps
-        given = params if self.batch.statistics == "running" else state
-        mean, var = given["mean"], given["var"]
+        moments = params if self.batch.statistics == "running" else state
+        mean, var = moments["mean"], moments["var"]
         if defect == "sample variance":
             n = state["n"]
             var = var * n / xp.where(n > 1, n - 1, n)
@@ -209,14 +209,14 @@ def test_the_fold_is_the_normalization_applied(text: str) -> None:
     assert isinstance(plan.transforms[0], Fold)
     literal = replace(plan, transforms=(Normalize(plan.transforms[0].batch),))
     exact(case, literal)
-    found = {}
-    for name, tried in (("folded", plan), ("literal", literal)):
-        _, lse, vjp = PlainNumpy().attention_vjp(tried, case.inputs())
-        found[name] = vjp(*cotangents(case, lse))
-    assert found["folded"].keys() == found["literal"].keys() >= {"q", "k", "v"}
-    for name, x in found["literal"].items():
+    grads = {}
+    for name, variant in (("folded", plan), ("literal", literal)):
+        _, lse, vjp = PlainNumpy().attention_vjp(variant, case.inputs())
+        grads[name] = vjp(*cotangents(case, lse))
+    assert grads["folded"].keys() == grads["literal"].keys() >= {"q", "k", "v"}
+    for name, x in grads["literal"].items():
         np.testing.assert_allclose(
-            found["folded"][name], x, rtol=0, atol=1e-12 * np.max(np.abs(x)), err_msg=name
+            grads["folded"][name], x, rtol=0, atol=1e-12 * np.max(np.abs(x)), err_msg=name
         )
 
 
@@ -230,7 +230,7 @@ def test_dividing_both_sides_by_sigma_is_exact_too(text: str) -> None:
     assert isinstance(fold, Fold)
     assert not fold.split
     exact(case, with_transform(case, replace(fold, split=True)))
-    # and it is not what the other fold does
+    # The two folds differ, although their attention is the same.
     state = Moments().finalize(Moments().of(case.k, None, xp=np), xp=np)
     params = {n: np.reshape(x, (2, 1, 3)) for n, x in case.call.get("params", {}).items()}
     q = np.reshape(case.q, (2, 2, 10, 3))
@@ -275,7 +275,7 @@ def test_16_bit_prefix_rows_are_announced_to_be_float32(dtype: str) -> None:
 
 
 class DefectiveStatistics(PlainNumpy):
-    """Statistics with one thing wrong."""
+    """A backend whose statistics have one defect."""
 
     def __init__(self, defect: str) -> None:
         super().__init__()
@@ -350,14 +350,14 @@ def test_batch_statistics_are_over_all_sequences(text: str) -> None:
 
 
 class OnePass(Moments):
-    """Variance as E[x^2] - E[x]^2."""
+    """Moments with the variance computed as E[x^2] - E[x]^2."""
 
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: Any = None) -> Any:
         return sums_of_squares(self, keys, mask, xp.zeros_like(keys[..., :1, :]))
 
 
 class ShiftedByTheFirstKey(Moments):
-    """Variance by sums of x - x_0: good for a large mean, but x_0 may lie anywhere."""
+    """Moments with sums of x - x_0: good for a large mean, but x_0 may be an outlier."""
 
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: Any = None) -> Any:
         return sums_of_squares(self, keys, mask, keys[..., :1, :])
@@ -375,14 +375,14 @@ def offset_keys(n: int = 512) -> Case:
 
 
 def outlying_first_key() -> Case:
-    """The first key is 1e4 and more from the others."""
+    """Return a case whose first key is at least 1e4 from the others."""
     case = normal_case("bn", n=8, m=512, d=8, dtype=np.float32)
     case.k[..., 0, :] = 1e4 * np.arange(1, 9)
     return case
 
 
 def variance_error(statistics: Statistics, keys: Array, mask: Any = None) -> float:
-    """Give the worst relative error of the variance in float32."""
+    """Compute the largest relative error of the variance in float32."""
     state = statistics.of(keys, mask, xp=np)
     var = statistics.finalize(state, xp=np)["var"]
     where = True if mask is None else np.broadcast_to(mask, keys.shape)
@@ -403,7 +403,7 @@ def test_the_variance_is_taken_in_two_passes() -> None:
 
 
 def within_budget(case: Case, plan: Plan | None = None, backend: PlainNumpy | None = None) -> float:
-    """Give the error over budget in the case's own dtype."""
+    """Compute the error over the budget, in the dtype of the case."""
     with np.errstate(all="ignore"):
         out, lse = run(backend or PlainNumpy(), case, plan=plan)
     verdicts = judge({"out": out, "lse": lse}, expect(*case.qkv, case.spec, **case.call))
@@ -665,18 +665,18 @@ def test_causal_features_over_several_chunks(text: str, offset: Any) -> None:
 
 
 def both_gradients(text: str, offset: Any) -> list[dict[str, Array]]:
-    """Give the gradients of a feature contraction, and of the same as scores."""
+    """Compute the gradients of a contraction by features, and of the same by scores."""
     case = padded(spread(normal_case(text, n=190, m=170)))
     case = replace(case, call={**case.call, "offset": offset})
     plan = case.plan()
     assert isinstance(plan.contraction, Features)
     weight = "log_features" if plan.contraction.log else "features"
-    found = []
+    grads = []
     with np.errstate(all="ignore"):
-        for tried in (plan, replace(plan, contraction=Scores(weight))):
-            _, lse, vjp = PlainNumpy().attention_vjp(tried, case.inputs())
-            found.append(vjp(*cotangents(case, lse)))
-    return found
+        for variant in (plan, replace(plan, contraction=Scores(weight))):
+            _, lse, vjp = PlainNumpy().attention_vjp(variant, case.inputs())
+            grads.append(vjp(*cotangents(case, lse)))
+    return grads
 
 
 @pytest.mark.parametrize("offset", [0, 40, -30, "array", "end"])
@@ -689,7 +689,7 @@ def test_causal_gradients_over_several_chunks(
     got, want = both_gradients(text, offset)
     for name, x in want.items():
         np.testing.assert_allclose(got[name], x, rtol=0, atol=1e-11 * np.max(np.abs(x)))
-    # A pooled key is in the past of whole windows of rows, so a chunk of keys spans many of rows.
+    # All rows of a window see the same pooled keys, so a chunk of keys meets many chunks of rows.
     true = feature_contraction.prefix_contract
 
     def narrow(*arguments: Any, **options: Any) -> Any:
@@ -778,13 +778,13 @@ def test_heads_of_equal_scale_run_as_one_call(text: str) -> None:
     plan = case.plan()
     assert sorted(h for g in plan.groups for h in g.heads) == [0, 1, 2]
     assert len({g.scale for g in plan.groups}) == len(plan.groups)
-    # Each head with the scale of the next one.
+    # Each head gets the scale of the next head.
     scales = case.spec.heads.scales
     wrong = tuple(Group(g.scale, tuple((h + 1) % 3 for h in g.heads)) for g in plan.groups)
     assert any(scales[h] != g.scale for g in wrong for h in g.heads)
     caught(case, replace(plan, groups=wrong))
-    # A group put back in the wrong order: the two heads of a group exchanged by `groups` alone
-    # would be a permutation that `join` undoes, so exchange the keys.
+    # Heads of a group joined in the wrong order. Exchanging two heads in `groups` would not do, as
+    # `join` undoes the permutation, so exchange the keys of two heads.
     if any(len(g.heads) > 1 for g in plan.groups):
         (first, second), *_ = [g.heads for g in plan.groups if len(g.heads) > 1]
         order = list(range(3))
@@ -806,7 +806,7 @@ def test_query_heads_share_key_heads_in_blocks() -> None:
 
 
 class DefectivePool(PlainNumpy):
-    """Pooling with one thing wrong."""
+    """A backend whose pooling has one defect."""
 
     def __init__(self, defect: str) -> None:
         super().__init__()
@@ -854,7 +854,7 @@ def test_a_pooled_key_occupies_its_whole_window(text: str, monkeypatch: pytest.M
     by_position, prefix_counts = Visibility.by_position, Visibility.prefix_counts
 
     def by_first_position(self: Visibility, *block: int) -> Any:
-        # Positions at which the span ends are moved to where it begins.
+        # A window counts as seen from its first position instead of its last.
         eager = dataclasses.replace(self, offset=self.offset + self.scale - 1)
         return by_position(self, *block) | by_position(eager, *block)
 
@@ -948,9 +948,9 @@ STEPS = {
 @pytest.mark.parametrize("text", STEPS)
 def test_the_steps_are_told(text: str) -> None:
     plan = lower(parse(text), Signature(4, 2, "float32"))
-    told = "\n".join(plan.steps)
+    steps = "\n".join(plan.steps)
     for part in STEPS[text]:
-        assert part in told, told
+        assert part in steps, steps
     assert "sigma^2" not in "\n".join(lower(parse("bn"), Signature(4, 2, "float16")).steps)
 
 

@@ -1,4 +1,4 @@
-"""The plan contract: what blocks, shards, decoding and tracing rely on."""
+"""The plan contract: the properties that blocks, shards, decoding and tracing rely on."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SIGNATURES = st.builds(
 
 
 def leaves(x: Any) -> list[Any]:
-    """List everything that a plan is made of."""
+    """List all objects that a plan holds, at any depth."""
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         parts = [getattr(x, f.name) for f in dataclasses.fields(x)]
     elif isinstance(x, Mapping):
@@ -143,7 +143,7 @@ def keys_and_masks(draw: st.DrawFn) -> tuple[Array, Array | None]:
 
 
 def true_moments(keys: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-    """Give the count, mean and variance in longdouble, 0 for no keys."""
+    """Compute count, mean and variance in longdouble, 0 where there are no keys."""
     real = np.broadcast_to(True if mask is None else mask, keys.shape)
     wide = keys.astype(np.longdouble)
     n = real.sum(axis=-2, keepdims=True)
@@ -277,27 +277,27 @@ def test_statistics_are_equal_by_what_they_hold() -> None:
 
 @st.composite
 def visibilities(draw: st.DrawFn) -> tuple[Visibility, Array]:
-    """Draw a visibility without masks, and what it should say, key by key."""
+    """Draw a visibility without masks, and the expected boolean array, key by key."""
     support, scale = draw(SUPPORTS), draw(st.integers(1, 4))
     rows, length, offset = (
         draw(st.integers(0, 8)),
         draw(st.integers(0, 11)),
         draw(st.integers(-4, 9)),
     )
-    made: Any = offset
+    position: Any = offset
     if draw(st.booleans()):
-        made = np.reshape(np.asarray([offset, offset + 2]), (2, 1, 1, 1, 1))
+        position = np.reshape(np.asarray([offset, offset + 2]), (2, 1, 1, 1, 1))
     count = -(-length // scale)
     want = np.zeros((2, rows, count), dtype=bool)
     for b in range(2):
         for i in range(rows):
-            p = i + offset + (2 * b if made is not offset else 0)
+            p = i + offset + (2 * b if position is not offset else 0)
             for j in range(count):
                 first, last = j * scale, (j + 1) * scale - 1
                 want[b, i, j] = (not support.causal or last <= p) and (
                     p - support.left <= first and last <= p + support.right
                 )
-    seen = Visibility(support, np, rows, length, scale, made, None, None, None, None)
+    seen = Visibility(support, np, rows, length, scale, position, None, None, None, None)
     return seen, want
 
 
@@ -365,7 +365,7 @@ def test_masked_keys_are_counted(drawn: tuple[Visibility, Array], seed: int) -> 
 
 
 class Recording(PlainNumpy):
-    """Keeps what the contractions read and gave."""
+    """A backend that records the arguments and results of its contractions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -383,7 +383,7 @@ class Recording(PlainNumpy):
 
 
 def cut_keys(o: Operands, first: int, last: int) -> Operands:
-    """Give what a shard that holds the keys ``first:last`` reads: nothing but its own part."""
+    """Return the operands of a shard that holds only the keys ``first:last``."""
     seen = o.visibility
     begin, end = first * seen.scale, min(last * seen.scale, seen.length)
     cut = slice(begin, end)
@@ -410,8 +410,8 @@ def merge(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     with np.errstate(invalid="ignore"):
         level = np.logaddexp.reduce([part[1] for part in parts], axis=0)
     out = np.zeros_like(parts[0][0])
-    for value, own in parts:
-        share = np.where(own > -INF, np.exp(own - np.where(level > -INF, level, 0.0)), 0.0)
+    for value, lse in parts:
+        share = np.where(lse > -INF, np.exp(lse - np.where(level > -INF, level, 0.0)), 0.0)
         out = out + share[..., None] * value
     return out, level
 
@@ -528,7 +528,7 @@ def test_shards_of_the_sequence(text: str) -> None:
     cuts = [slice(0, 4), slice(4, 5), slice(5, 11)]
     plan = case.plan()
     check_forward(case, *sharded(case, plan, cuts))
-    # With the statistics of one shard alone, it is something else.
+    # With the statistics of the last shard alone, the result is wrong.
     assert plan.summary is not None
 
     class Local(Moments):
@@ -563,7 +563,7 @@ def test_decoding_updates_the_state_of_one_key_at_a_time() -> None:
 
 
 def test_the_state_of_a_window_of_pooled_keys_is_that_of_its_keys() -> None:
-    # What head scaling hands to the statistics: one entry for each window, counted once.
+    # With head scaling, the statistics count one key for each window.
     case = normal_case("bn(eps=0.1)+sh(2,3)", m=7)
     seen: list[int] = []
 

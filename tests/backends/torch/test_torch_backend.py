@@ -1,6 +1,6 @@
-"""The PyTorch backend: which kernel runs, gradients of gradients, compiler, export, dropout.
+"""The PyTorch backend: choice of kernel, gradients of gradients, compiler, export, dropout.
 
-What its numbers are is for the conformance suite to say.
+The conformance suite checks the backend's numbers.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def draw(*shape: int, count: int = 3, dtype: Any = None, grad: bool = False) -> 
     ]
 
 
-def relative(found: Any, wanted: Any) -> float:
+def relative(result: Any, wanted: Any) -> float:
     wanted = torch.as_tensor(np.asarray(wanted, dtype=np.float64))
-    return float((found.detach().double() - wanted).abs().max() / wanted.abs().max())
+    return float((result.detach().double() - wanted).abs().max() / wanted.abs().max())
 
 
 # --- which kernel ---------------------------------------------------------------------------------
@@ -91,8 +91,8 @@ def test_the_fused_kernel_runs_where_explain_says_so(
 
 def test_the_plain_call_is_the_frameworks_own() -> None:
     q, k, v = draw(2, 3, 50, 8)
-    own = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert torch.equal(pdcore.attention(q, k, v), own)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(pdcore.attention(q, k, v), wanted)
 
 
 @pytest.mark.parametrize("offset", [-3, 0, 2, 9, 40, "end"])
@@ -130,8 +130,8 @@ def test_small_features_neither_overflow_nor_lose_their_gradient(spec: str) -> N
     exact = [x.detach().double().requires_grad_() for x in arrays]
     grads = torch.autograd.grad(pdcore.attention(*arrays, spec).sum(), arrays)
     wanted = torch.autograd.grad(reference_attention(*exact, spec).sum(), exact)
-    for found, grad in zip(grads, wanted, strict=True):
-        assert torch.allclose(found.double(), grad, rtol=1e-3, atol=1e-6)
+    for ours, grad in zip(grads, wanted, strict=True):
+        assert torch.allclose(ours.double(), grad, rtol=1e-3, atol=1e-6)
     smallest = pdcore.attention(q - 95.0, k, v, spec)
     assert smallest.abs().max() <= 1.01 * v.abs().max()
 
@@ -153,7 +153,7 @@ def test_statistics_of_pooled_keys_are_taken_before_rounding(dtype: Any) -> None
     spec = "bn+sh(2,2)"
     wanted = reference_attention(*(x.double().numpy() for x in (q, k, v)), spec)
     exact = torch.as_tensor(np.asarray(wanted))
-    # The way with the log-sum-exp computes in float32 and rounds the result alone.
+    # A call with the log-sum-exp computes in float32 and rounds only the result.
     rounding = (pdcore.attention(q, k, v, spec, return_lse=True)[0].double() - exact).abs().max()
     error = (pdcore.attention(q, k, v, spec).double() - exact).abs().max()
     assert error <= 8 * rounding
@@ -165,8 +165,8 @@ def test_a_default_device_is_not_asked() -> None:
     for spec in ("softmax", "causal", "bn", "linear", "sparse(2,2)"):
         wanted = pdcore.attention(q, k, v, spec, key_mask=key_mask, return_lse=True)
         with torch.device("meta"):
-            found = pdcore.attention(q, k, v, spec, key_mask=key_mask, return_lse=True)
-        for a, b in zip(found, wanted, strict=True):
+            result = pdcore.attention(q, k, v, spec, key_mask=key_mask, return_lse=True)
+        for a, b in zip(result, wanted, strict=True):
             assert torch.equal(a, b)
     with torch.device("meta"):
         assert pdcore.attention(q, k, v, dropout=0.5).device == q.device
@@ -201,7 +201,7 @@ def test_prefix_moments_are_those_of_every_prefix(length: int, kind: str) -> Non
             wanted = keys.var(axis=1)
             scale = np.abs(keys).max() * 2e-6
             assert np.abs(mean[b, :, row].numpy() - keys.mean(axis=1)).max() <= scale
-            # What rounding the keys to float32 costs, and 1e-4 of the variance itself.
+            # The error of rounding keys to float32, and 1e-4 of the variance.
             assert np.all(np.abs(var[b, :, row].numpy() - wanted) <= 1e-4 * wanted + scale**2)
 
 
@@ -219,8 +219,7 @@ def test_the_fold_has_the_gradient_of_its_plain_form(
     def of(function: Any) -> list[Any]:
         folded, keys = function()
         weight = torch.linspace(-1, 1, folded.numel(), dtype=torch.float64).reshape(folded.shape)
-        # As in a call: a key that is not real is not seen, and what is constant along a row
-        # does not count.
+        # As in a call: padding is not seen, and terms constant along a row cancel.
         seen = torch.ones(2, 1, 7, 1) if real is None else real[..., None].double()
         mean = (keys * seen).sum(-2, keepdim=True) / seen.sum(-2, keepdim=True)
         scores = folded @ ((keys - mean) * seen)[:, :, None].mT
@@ -230,12 +229,12 @@ def test_the_fold_has_the_gradient_of_its_plain_form(
     options = {"eps": 1e-5, "split": split, "over_batch": over_batch}
 
     def kept() -> Any:
-        # As in a call: whatever stands in padding is zero.
+        # As in a call: padding is zero.
         return k if real is None else torch.where(real[..., None], k, 0.0)
 
-    own = of(lambda: fold.fold(q, kept(), real, beta, **options))
+    folded = of(lambda: fold.fold(q, kept(), real, beta, **options))
     plain = of(lambda: fold._plain(q, kept(), real, beta, 1e-5, split, over_batch))
-    for a, b in zip(own, plain, strict=True):
+    for a, b in zip(folded, plain, strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -402,7 +401,7 @@ TRACED = [
     "polynomial(degree=2,coef0=1)",
     "gaussian(gamma=0.3)+sparse(3,3)",
 ]
-#: Lengths of whole chunks, or of whole pooling windows, make a program of their own.
+#: Specs with a second program for lengths that are whole chunks, or whole pooling windows.
 CHUNKED = ("causal+bn(statistics=prefix)", "causal+linear", "bn+sh(1,2)")
 
 
@@ -424,7 +423,7 @@ def test_a_layer_that_never_ran_is_one_graph_for_all_lengths(spec: str) -> None:
 
 
 def test_a_filter_of_as_many_taps_as_features_compiles() -> None:
-    # One symbol stands for both where sizes vary.
+    # Equal sizes may share a symbol where sizes are dynamic.
     q, k, v = draw(1, 2, 6, 3)
     weight, layer = torch.randn(2, 3, 3), pdcore.bind("conv1d")
     compiled = torch.compile(
@@ -447,8 +446,8 @@ def test_compiled_gradients(spec: str) -> None:
         function(*x).square().sum().backward()
         if function is layer:
             wanted = [y.grad for y in x]
-    for found, grad in zip(x, wanted, strict=True):
-        assert torch.allclose(found.grad, grad, rtol=1e-3, atol=1e-5)
+    for array, grad in zip(x, wanted, strict=True):
+        assert torch.allclose(array.grad, grad, rtol=1e-3, atol=1e-5)
 
 
 def test_compiled_dropout() -> None:
@@ -511,10 +510,10 @@ OPERANDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", OPERANDS)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:torch")
 def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
-    given = OPERANDS[case]
+    options = OPERANDS[case]
     q, k, v = draw(1, 2, 1, 5, 4, count=1, grad=True) + draw(1, 2, 7, 4, count=2, grad=True)
     more = {
-        n: torch.randn(given[n], requires_grad=True) for n in ("key_bias", "bias") if n in given
+        n: torch.randn(options[n], requires_grad=True) for n in ("key_bias", "bias") if n in options
     }
     plan = lower(pdcore.parse("softmax(softcap=2.0)+sparse(3,3)"), Signature(4, 2, "float32")).text
     arguments = (
@@ -526,8 +525,8 @@ def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
         [],
         None,
         None,
-        torch.rand(1, 1, 1, 5, 7) > 0.3 if given.get("mask") else None,
-        given.get("positions"),
+        torch.rand(1, 1, 1, 5, 7) > 0.3 if options.get("mask") else None,
+        options.get("positions"),
         None,
         0,
         7,
@@ -593,9 +592,9 @@ def test_autocast_changes_nothing() -> None:
     for spec in ("softmax", "bn", "linear", "sparse(4,4)"):
         wanted = pdcore.attention(q, k, v, spec)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = pdcore.attention(q, k, v, spec)
-        assert found.dtype == torch.float32
-        assert torch.equal(found, wanted)
+            result = pdcore.attention(q, k, v, spec)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -616,6 +615,6 @@ def test_a_bound_layer_is_copied_and_pickled() -> None:
     layer = pdcore.bind("bn", backend="torch")
     x = draw(1, 2, 6, 4)
     wanted = layer(*x)
-    again = pickle.loads(pickle.dumps(layer))  # noqa: S301 - our own
+    again = pickle.loads(pickle.dumps(layer))  # noqa: S301 - pickled in the same expression
     assert again.spec == layer.spec
     assert torch.equal(again(*x), wanted)
