@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import namespace as xp
-from .inner import Inner, begun
+from .inner import Inner, run_inner
 from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
 
 __all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed"]
@@ -219,7 +219,7 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
         ctx.scale, ctx.causal = scale, causal
-        ctx.inner, [out] = begun(_OnDevice.computed(mask, scale, causal), q, k, v)
+        ctx.inner, [out] = run_inner(_OnDevice.computed(mask, scale, causal), q, k, v)
         ctx.save_for_backward(q, k, v, mask)
         return out
 

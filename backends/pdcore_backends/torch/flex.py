@@ -22,7 +22,7 @@ from pdcore.extend import Expression, Operands, Scores, Support, Visibility, sco
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed
-from .inner import Inner, begun
+from .inner import Inner, run_inner
 from .kernels import widened
 from .operators import BLOCKS
 
@@ -122,7 +122,7 @@ class _Flex(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, c: Scores, fixed: Operands, *arrays: Any) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed = c, fixed
-        ctx.inner, (out, level) = begun(_Flex.computed(c, fixed), *arrays)
+        ctx.inner, (out, level) = run_inner(_Flex.computed(c, fixed), *arrays)
         ctx.save_for_backward(*arrays, out, level)
         return out, level
 

@@ -20,9 +20,9 @@ from pdcore.extend import Moments, first_real
 from . import device
 from . import namespace as xp
 from .flash import recorded
-from .prefix import fold_rows, of_beta, twice
+from .prefix import beta_cotangent, fold_rows, plain_gradient
 
-__all__ = ["fold", "fold_given", "fold_prefix", "prefix_moments"]
+__all__ = ["fold", "fold_running", "fold_prefix", "prefix_moments"]
 
 
 #: Keys of a chunk in `prefix_moments`.
@@ -175,7 +175,7 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
         dq = torch.zeros_like(q) if dq is None else dq
         dk = torch.zeros_like(k) if dk is None else dk
         if torch.is_grad_enabled():
-            grads = twice(
+            grads = plain_gradient(
                 lambda q, k, beta: _plain(q, k, real, beta, *ctx.plain), q, k, beta, (dq, dk)
             )
         else:
@@ -221,7 +221,7 @@ def _pull_back(
     more = torch.addcmul(d_mean / count - steep * s.rest, steep, s.centred)
     if real is not None:
         more = more * real[:, :, :, None]
-    d_beta = of_beta(-s.mean * moved, beta) if isinstance(beta, Tensor) else None
+    d_beta = beta_cotangent(-s.mean * moved, beta) if isinstance(beta, Tensor) else None
     return (dq * factor[:, :, None]).to(q_dtype), (dk + more).to(k.dtype), d_beta
 
 
@@ -250,7 +250,7 @@ def _plain(
     return folded.to(dtype), (keys * factor if split else keys).to(dtype)
 
 
-def fold_given(
+def fold_running(
     q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, eps: float, split: bool
 ) -> tuple[Tensor, Tensor]:
     """Fold running statistics, parameters (H, 1, D) of the call."""

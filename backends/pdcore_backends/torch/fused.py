@@ -16,9 +16,9 @@ from pdcore.extend import Call, GroupRun, Inputs, Operands, Plan, Scores, pool, 
 
 from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, recorded
-from .fold import fold, fold_given, fold_prefix
+from .fold import fold, fold_prefix, fold_running
 
-__all__ = ["FusedCall", "FusedRun", "fused_out", "fused_scores", "plain", "taken_whole"]
+__all__ = ["FusedCall", "FusedRun", "fused_out", "fused_scores", "plain", "fused_inputs"]
 
 
 def plain(c: Scores, inputs: Inputs) -> Tensor:
@@ -28,7 +28,7 @@ def plain(c: Scores, inputs: Inputs) -> Tensor:
     )
 
 
-def taken_whole(plan: Plan, inputs: Inputs) -> Inputs | None:
+def fused_inputs(plan: Plan, inputs: Inputs) -> Inputs | None:
     """Prepare the inputs of a call whose L is not read for `FusedCall`.
 
     Returns
@@ -98,7 +98,7 @@ class FusedRun(GroupRun):
         beta = self.params["beta"] if step.beta is None else step.beta
         if step.of == "running":
             mean, var = self.params["mean"], self.params["var"]
-            q, k = fold_given(q, k, mean, var, beta, eps=step.eps, split=step.split)
+            q, k = fold_running(q, k, mean, var, beta, eps=step.eps, split=step.split)
         elif step.of == "prefix":
             q, k, alive = fold_prefix(
                 q, k, real, beta, self.call.offset, eps=step.eps, closed=step.closed
@@ -196,7 +196,7 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
     if allowed is not None:
         zero = q.new_zeros(()) if added is None else added
         added = torch.where(allowed, zero, -torch.inf)
-    # At another offset every row sees every key, see `taken_whole`.
+    # At another offset every row sees every key, see `fused_inputs`.
     causal = c.choice.causal and seen.offset == 0
     out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
     return out.unflatten(1, q.shape[1:3])

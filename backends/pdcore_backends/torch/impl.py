@@ -30,7 +30,7 @@ from .choice import Flexed, Fused, chosen
 from .features import chosen_features, features
 from .flash import recorded, transformed
 from .flex import flex_scores
-from .fused import FusedCall, FusedRun, fused_out, fused_scores, plain, taken_whole
+from .fused import FusedCall, FusedRun, fused_inputs, fused_out, fused_scores, plain
 from .operators import BLOCKS
 
 __all__ = ["TorchBackend"]
@@ -84,7 +84,7 @@ class TorchBackend(ArrayBackend):
                 return plain(c, inputs), None
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
         with _as_declared(inputs.q):
-            prepared = taken_whole(plan, inputs) if whole else None
+            prepared = fused_inputs(plan, inputs) if whole else None
             if prepared is None:
                 return super().attention(plan, inputs, lse=lse)
             call = FusedCall(self, plan, prepared)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Inner", "begun"]
+__all__ = ["Inner", "run_inner"]
 
 Compute = Callable[..., tuple[Tensor, ...]]
 
@@ -41,7 +41,7 @@ class Inner:
         return [None if x is None else next(grads) for x in self._arrays]
 
 
-def begun(compute: Compute, *arrays: Tensor | None) -> tuple[Inner | None, tuple[Tensor, ...]]:
+def run_inner(compute: Compute, *arrays: Tensor | None) -> tuple[Inner | None, tuple[Tensor, ...]]:
     """Compute in the forward of a `torch.autograd.Function`, and record unless hooks forbid it.
 
     Checkpointing and the like hook into saved tensors so as not to keep them. A record would keep

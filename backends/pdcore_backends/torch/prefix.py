@@ -19,7 +19,7 @@ from pdcore.extend import first_real
 
 from . import namespace as xp
 
-__all__ = ["fold_rows", "of_beta", "twice"]
+__all__ = ["fold_rows", "beta_cotangent", "plain_gradient"]
 
 #: Keys of a chunk, by how many features all heads have at a key, so that a chunk fits the cache.
 CHUNKS = ((2048, 64), (8192, 32))
@@ -134,7 +134,7 @@ class _Rows(torch.autograd.Function):  # type: ignore[misc]
         beta = learned if ctx.beta is None else ctx.beta
         if torch.is_grad_enabled():
             eps, closed, plain = ctx.rest
-            grads = twice(
+            grads = plain_gradient(
                 lambda q, k, beta: plain(q, k, real, beta, 0, eps=eps, closed=closed)[:2],
                 q,
                 k,
@@ -184,16 +184,16 @@ def _pull_back(
         torch.add(d_k[:, :, cut], grad, out=dk[:, :, cut])
         if moved is not None:
             moved -= (row_sum * whole).sum(2, keepdim=True)
-    return dq, dk, None if moved is None else of_beta(moved, beta)
+    return dq, dk, None if moved is None else beta_cotangent(moved, beta)
 
 
-def of_beta(total: Tensor, beta: Tensor) -> Tensor:
+def beta_cotangent(total: Tensor, beta: Tensor) -> Tensor:
     """Sum a cotangent of beta, (B, H, 1, D), to the shape and dtype of beta."""
     d_beta = total.sum(0)
     return (d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)).to(beta.dtype)
 
 
-def twice(
+def plain_gradient(
     plain: Callable[[Tensor, Tensor, Any], Any], q: Tensor, k: Tensor, beta: Any, d: Any
 ) -> tuple[Any, Any, Any]:
     """Compute the gradient of ``plain(q, k, beta) -> (q', k')`` in differentiable calls."""

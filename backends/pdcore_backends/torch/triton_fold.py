@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .prefix import of_beta, twice
+from .prefix import beta_cotangent, plain_gradient
 
 __all__ = ["fold"]
 
@@ -376,7 +376,7 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
         eps, split, plain = ctx.rest
         beta = learned if ctx.beta is None else ctx.beta
         if torch.is_grad_enabled():
-            grads = twice(
+            grads = plain_gradient(
                 lambda q, k, beta: plain(q, k, real, beta, eps, split, False), q, k, beta, d
             )
         else:
@@ -497,7 +497,7 @@ def _backward(
         masked,
         learned,
     )
-    return dq, dk, of_beta(moved, beta) if learned else None
+    return dq, dk, beta_cotangent(moved, beta) if learned else None
 
 
 def _rows(dim: int) -> int:
