@@ -41,13 +41,13 @@ class Call:
         self.device = getattr(q, "device", None)  # see `arrays.device_of`
         if inputs.key_mask is not None:
             # Padding may hold NaN, which must enter no product and no gradient.
-            k, v = self._kept(k), self._kept(v)
+            k, v = self._zero_padding(k), self._zero_padding(v)
         self.q = xp.reshape(q, (*self.grouped, rows, dim))
         self.k, self.v = k, v
         real = inputs.key_mask
         self.key_mask = None if real is None else real[..., None, :]
-        self.mask = None if inputs.mask is None else self._ranked(inputs.mask)
-        self.bias = None if inputs.bias is None else self._ranked(inputs.bias)
+        self.mask = None if inputs.mask is None else self._with_all_axes(inputs.mask)
+        self.bias = None if inputs.bias is None else self._with_all_axes(inputs.bias)
         self.offset = inputs.offset if isinstance(inputs.offset, int) else self._offset()
 
     def cast(self, x: Any) -> Any:
@@ -60,7 +60,7 @@ class Call:
             return x
         return self.xp.astype(x, self.accumulate)
 
-    def _kept(self, x: Any) -> Any:
+    def _zero_padding(self, x: Any) -> Any:
         """Set padding to 0; with a cast back to bfloat16, which `where` of CuPy does not keep."""
         kept = self.inputs.key_mask[..., None, :, None]
         return self._as(self.xp.where(kept, x, self.xp.zeros_like(x)), x.dtype)
@@ -68,7 +68,7 @@ class Call:
     def _as(self, x: Any, dtype: Any) -> Any:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
-    def _ranked(self, x: Any) -> Any:
+    def _with_all_axes(self, x: Any) -> Any:
         """Return a mask or bias with all axes, (*B, H, G, N, M), each whole or of length 1."""
         shape = (1,) * (self.lead + 3 - x.ndim) + tuple(x.shape)
         heads_ = self.grouped[-2:] if shape[-3] != 1 else (1, 1)
@@ -121,7 +121,7 @@ class Call:
         if whole is not None:
             x = whole
         else:
-            x = parts[0] if len(parts) == 1 else _ordered(parts, self.plan, axis, xp)
+            x = parts[0] if len(parts) == 1 else _join_groups(parts, self.plan, axis, xp)
         shape = tuple(x.shape)
         joined = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
         return self._as(xp.reshape(x, joined), dtype)
@@ -142,26 +142,28 @@ class Call:
             pullback(*(cut_heads(d, group.heads, axis, xp) for d in (d_out, d_lse)))
             for pullback, group in zip(pullbacks, self.plan.groups, strict=True)
         ]
-        joined = {n: _ordered([g[n] for g in grads], self.plan, axis, xp) for n in ("q", "k", "v")}
+        joined = {
+            n: _join_groups([g[n] for g in grads], self.plan, axis, xp) for n in ("q", "k", "v")
+        }
         result = {
             "q": self._as(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
             "k": self._as(joined["k"], self.dtype),
             "v": self._as(joined["v"], self.dtype),
         }
         if inputs.key_mask is not None:
-            result |= {name: self._kept(result[name]) for name in ("k", "v")}
+            result |= {name: self._zero_padding(result[name]) for name in ("k", "v")}
         if self.bias is not None:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1
             # The cotangent of a bias that all heads share is the sum over the groups.
-            total = _ordered(parts, self.plan, axis, xp) if whole else _added(parts)
+            total = _join_groups(parts, self.plan, axis, xp) if whole else _sum(parts)
             result["bias"] = self._as(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
-            total = _ordered(parts, self.plan, 0, xp)
+            total = _join_groups(parts, self.plan, 0, xp)
             result[name] = self._as(xp.reshape(total, x.shape), x.dtype)
         return result
 
@@ -199,7 +201,7 @@ def spacing(chosen: tuple[int, ...]) -> int | None:
     return step if chosen == tuple(range(chosen[0], chosen[-1] + 1, step)) else None
 
 
-def _ordered(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
+def _join_groups(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
     """Join arrays of head groups along an axis, heads in the caller's order."""
     if len(parts) == 1:
         return parts[0]
@@ -212,7 +214,7 @@ def _ordered(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
     return xp.concat(pieces, axis=axis)
 
 
-def _added(parts: list[Any]) -> Any:
+def _sum(parts: list[Any]) -> Any:
     total = parts[0]
     for part in parts[1:]:
         total = total + part

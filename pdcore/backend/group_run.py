@@ -91,7 +91,7 @@ class GroupRun:
         assert summary is not None
         keys = call.read_by("statistics", self.k)
         self.final = self.backend.statistics(summary, keys, self._mask())
-        if self._next() not in call.native:
+        if self._next_step() not in call.native:
             self.k = keys
         self.state = self.final
         if summary.scope == "prefix":
@@ -99,7 +99,7 @@ class GroupRun:
 
     def transform(self) -> None:
         """Transform queries and keys, and build the operands of the contraction."""
-        call, xp, shape, step = self.call, self.xp, self.q.shape, self._next()
+        call, xp, shape, step = self.call, self.xp, self.q.shape, self._next_step()
         flat = xp.reshape(self.q, (*shape[:-3], shape[-3] * shape[-2], shape[-1]))
         rows = Rows(call.read_by(step, flat), call.read_by(step, self.k), key_mask=self.key_mask)
         self.pullbacks: list[Pullback] = []
@@ -215,7 +215,7 @@ class GroupRun:
         """Return the key mask in the shape that statistics read, (*B, 1, M, 1)."""
         return None if self.key_mask is None else self.key_mask[..., None]
 
-    def _next(self) -> str:
+    def _next_step(self) -> str:
         """Return the name of the step that reads the keys after the statistics."""
         return "transforms" if self.call.plan.transforms else "contraction"
 

@@ -50,7 +50,7 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed, ctx.size, ctx.names = c, fixed, size, names
         out, level = scores(
-            c, _filled(fixed, names, arrays), xp=xp, query_block=size[0], key_block=size[1]
+            c, _with_arrays(fixed, names, arrays), xp=xp, query_block=size[0], key_block=size[1]
         )
         ctx.save_for_backward(*arrays, out, level)
         return out, level
@@ -58,7 +58,7 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         *arrays, out, level = ctx.saved_tensors
-        o = _filled(ctx.fixed, ctx.names, arrays)
+        o = _with_arrays(ctx.fixed, ctx.names, arrays)
         grads = scores_vjp(
             ctx.c, o, out, level, *d, xp=xp, query_block=ctx.size[0], key_block=ctx.size[1]
         )
@@ -66,7 +66,7 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
         return (None,) * 4 + tuple(grads.get(name) for name in names)
 
 
-def _filled(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
+def _with_arrays(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
     """Return the operands with the arrays that have a gradient put back."""
     q, k, v, key_bias, bias, *values = arrays
     return fixed._replace(

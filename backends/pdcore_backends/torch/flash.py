@@ -68,7 +68,7 @@ def attend(
         Zeros in a row that sees no key.
     """
     width = v.shape[-1]
-    q, k, v = _one_width(q, k, v)
+    q, k, v = _pad_to_one_width(q, k, v)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         if recorded(q, k, v):
             out = _OnCpu.apply(q, k, v, mask, scale, causal)[0]
@@ -95,7 +95,7 @@ def attend_with_lse(
     The log-sum-exp of a row that sees no key is not defined.
     """
     width = v.shape[-1]
-    q, k, v = _one_width(q, k, v)
+    q, k, v = _pad_to_one_width(q, k, v)
     if q.device.type != "cpu":
         if recorded(q, k, v):
             out, lse = _WithLse.apply(q, k, v, mask, scale, causal)
@@ -121,7 +121,7 @@ def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tens
     return torch.cat([q, units], -1), torch.cat([k, torch.stack(parts, -1)], -1)
 
 
-def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append zeros where the numbers of features differ, which changes no product."""
     width = q.shape[-1]
     fits = v.shape[-1] == width and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1

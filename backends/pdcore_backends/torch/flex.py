@@ -97,7 +97,7 @@ def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
         return None
     if (
-        _watched()
+        _in_dispatch_mode()
         or recorded(o.bias, *o.values.values())
         or (o.key_bias is not None and c.expression is not None)
     ):
@@ -109,7 +109,7 @@ def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     return results
 
 
-def _watched() -> bool:
+def _in_dispatch_mode() -> bool:
     """Check whether a dispatch mode is active, under which FlexAttention would not be compiled."""
     modes = torch.utils._python_dispatch
     active = getattr(modes, "is_in_any_mode_without_ignore_compile_internals", None)
@@ -129,13 +129,13 @@ class _Flex(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def computed(c: Scores, fixed: Operands) -> Callable[..., tuple[Tensor, Tensor]]:
         """Return the contraction as a function of the arrays that have a gradient."""
-        return lambda *arrays: _run(c, _filled(fixed, *arrays))
+        return lambda *arrays: _run(c, _with_arrays(fixed, *arrays))
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         *arrays, out, level = ctx.saved_tensors
         if torch.is_grad_enabled():
-            o = _filled(ctx.fixed, *arrays)
+            o = _with_arrays(ctx.fixed, *arrays)
             grads = scores_vjp(
                 ctx.c, o, out, level, *d, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1]
             )
@@ -146,7 +146,7 @@ class _Flex(torch.autograd.Function):  # type: ignore[misc]
         return (None, None, *inner.pull_back(*d))
 
 
-def _filled(fixed: Operands, q: Any, k: Any, v: Any, key_bias: Any) -> Operands:
+def _with_arrays(fixed: Operands, q: Any, k: Any, v: Any, key_bias: Any) -> Operands:
     return fixed._replace(q=q, k=k, v=v, key_bias=key_bias)
 
 
@@ -317,8 +317,8 @@ def block_mask(
 
         columns = -(-seen.keys // BLOCK)
         return BlockMask.from_kv_blocks(
-            *_listed(parts, columns, device),
-            *_listed(wholes, columns, device),
+            *_block_table(parts, columns, device),
+            *_block_table(wholes, columns, device),
             BLOCK_SIZE=BLOCK,
             mask_mod=mask_mod,
             seq_lengths=(rows, seen.keys),
@@ -342,7 +342,7 @@ def _blocks(seen: Visibility, start: int, stop: int) -> tuple[list[int], list[in
     return [*range(low, a), *range(b, high)], list(range(a, b))
 
 
-def _listed(blocks: list[list[int]], columns: int, device: str) -> tuple[Tensor, Tensor]:
+def _block_table(blocks: list[list[int]], columns: int, device: str) -> tuple[Tensor, Tensor]:
     """Return how many key blocks each row of blocks has, (1, 1, R), and which, (1, 1, R, C)."""
     count = torch.tensor([len(row) for row in blocks], dtype=torch.int32)
     index = torch.zeros(len(blocks), columns, dtype=torch.int32)

@@ -87,12 +87,12 @@ def fold(
     """
     if torch.compiler.is_compiling():
         return _plain(q, k, real, beta, eps, split, over_batch)
-    kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
+    record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     if k.is_cuda and not over_batch and by_triton(k):
         from . import triton_fold
 
-        return triton_fold.fold(q, k, real, beta, eps, split, _plain, kept)
-    if kept:
+        return triton_fold.fold(q, k, real, beta, eps, split, _plain, record)
+    if record:
         rows: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, over_batch)
         return rows
     return _apply(q, _sums(k, real, eps, over_batch), beta, split)
@@ -280,8 +280,8 @@ def fold_prefix(
     aligned = offset == 0 and q.shape[-2] == k.shape[-2]
     if not aligned or torch.compiler.is_compiling():
         return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
-    kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
-    return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, kept)
+    record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
+    return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, record)
 
 
 def _prefix_plain(

@@ -72,7 +72,7 @@ class FusedRun(GroupRun):
         dtype, wide, real = self.v.dtype, xp.accumulation(self.k), self.key_mask
         k, v = self.k.to(wide), self.v.to(wide)
         if real is None and kind == "mean" and k.shape[-2] % scale == 0:
-            self.k, self.v = _mean(k, scale), _mean(v, scale).to(dtype)
+            self.k, self.v = _window_means(k, scale), _window_means(v, scale).to(dtype)
             return
         weights = pooling_weights(k.shape[-2], real, scale, kind, k, xp=xp)
         self.k, v = (pool(kind, x, weights, xp=xp)[0] for x in (k, v))
@@ -110,7 +110,7 @@ class FusedRun(GroupRun):
         self.operands = self.operands_of(q, k, self.v)
 
 
-def _mean(x: Tensor, scale: int) -> Tensor:
+def _window_means(x: Tensor, scale: int) -> Tensor:
     """Compute the means of whole windows, several times as fast as PyTorch's reduction."""
     first, *others = x.unflatten(-2, (-1, scale)).unbind(-2)
     total = sum(others, first)

@@ -83,7 +83,7 @@ class TorchBackend(ArrayBackend):
                 _check_precision(q)
                 return plain(c, inputs), None
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
-        with _as_declared(inputs.q):
+        with _without_autocast(inputs.q):
             prepared = fused_inputs(plan, inputs) if whole else None
             if prepared is None:
                 return super().attention(plan, inputs, lse=lse)
@@ -116,11 +116,11 @@ class TorchBackend(ArrayBackend):
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Run a plan and return its pullback, see `Backend.attention_vjp`."""
-        with _as_declared(inputs.q):
+        with _without_autocast(inputs.q):
             out, lse, pull = super().attention_vjp(plan, inputs)
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            with _as_declared(d_out):
+            with _without_autocast(d_out):
                 return pull(d_out, d_lse)
 
         return out, lse, vjp
@@ -128,7 +128,7 @@ class TorchBackend(ArrayBackend):
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
-        with _as_declared(inputs.q):
+        with _without_autocast(inputs.q):
             return super().attention_weights(plan, inputs)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
@@ -158,7 +158,7 @@ _SWITCHES: dict[str, Any] = {
 }
 
 
-def _as_declared(x: Any) -> AbstractContextManager[Any]:
+def _without_autocast(x: Any) -> AbstractContextManager[Any]:
     """Return a context in which autocast changes no dtype; raise where TF32 is switched on."""
     _check_precision(x)
     kind = x.device.type

@@ -91,7 +91,7 @@ def lse_forward(
             q, k, v, 0.0, causal, False, scale=scale
         )
         return out, lse, State((lse, *more[:2], seed, offset), tuple(more[2:]))
-    k, v = (_spread(x, q) for x in (k, v))
+    k, v = (_repeat_heads(x, q) for x in (k, v))
     out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
         q, k, v, _aligned(mask, q, k), True, 0.0, causal, scale=scale
     )
@@ -139,7 +139,7 @@ def lse_backward(
         )
     else:
         lse, seed, offset = state.tensors
-        k, v = (_spread(x, q) for x in (k, v))
+        k, v = (_repeat_heads(x, q) for x in (k, v))
         bias = _aligned(mask, q, k)
         grads = _aten._scaled_dot_product_efficient_attention_backward(
             d_out,
@@ -202,7 +202,7 @@ def widened(x: Tensor, width: int) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _spread(x: Tensor, q: Tensor) -> Tensor:
+def _repeat_heads(x: Tensor, q: Tensor) -> Tensor:
     """Repeat key heads for each of their query heads."""
     group = q.shape[1] // x.shape[1]
     return x.repeat_interleave(group, 1) if group > 1 else x
