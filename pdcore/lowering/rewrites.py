@@ -1,7 +1,7 @@
 """Lower a spec to a plan by exact rewrites.
 
-Every rewrite here is an identity; `tests/lowering/test_lowering.py` checks each against the
-oracle, and checks that a wrong variant fails.
+Every rewrite here is an identity; `tests/lowering` checks each against the oracle, and checks that
+a wrong variant fails.
 """
 
 from __future__ import annotations
