@@ -22,7 +22,7 @@ from . import namespace as xp
 from .flash import recorded
 from .prefix import beta_cotangent, fold_rows, plain_gradient
 
-__all__ = ["fold", "fold_running", "fold_prefix", "prefix_moments"]
+__all__ = ["fold", "fold_prefix", "fold_running", "prefix_moments"]
 
 
 #: Keys of a chunk in `prefix_moments`.

@@ -18,7 +18,7 @@ from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, recorded
 from .fold import fold, fold_prefix, fold_running
 
-__all__ = ["FusedCall", "FusedRun", "fused_out", "fused_scores", "plain", "fused_inputs"]
+__all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores", "plain"]
 
 
 def plain(c: Scores, inputs: Inputs) -> Tensor:

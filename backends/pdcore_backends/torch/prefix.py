@@ -19,7 +19,7 @@ from pdcore.extend import first_real
 
 from . import namespace as xp
 
-__all__ = ["fold_rows", "beta_cotangent", "plain_gradient"]
+__all__ = ["beta_cotangent", "fold_rows", "plain_gradient"]
 
 #: Keys of a chunk, by how many features all heads have at a key, so that a chunk fits the cache.
 CHUNKS = ((2048, 64), (8192, 32))
