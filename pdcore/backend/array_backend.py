@@ -1,7 +1,7 @@
-"""`ArrayBackend`: every plan, in array-API calls, for any array library.
+"""`ArrayBackend`, which runs every plan in array-API calls on any array library.
 
-A new plugin names its library and is complete; it then overrides `scores`, `features`,
-`statistics` or `pool` (and their pullbacks) with fast code, one at a time.
+A subclass that names its library is a complete backend. Its author then overrides `scores`,
+`features`, `statistics` or `pool` (and their pullbacks) with fast code, one at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ __all__ = ["ArrayBackend"]
 
 
 class ArrayBackend(Backend):
-    """Runs every plan with array-API calls, blocked over queries and keys.
+    """A backend that runs every plan with array-API calls, blocked over queries and keys.
 
     Attributes
     ----------
     query_block, key_block : int
-        The block of scores that exists at a time, per head.
+        The rows and columns of the one block of scores that is in memory, per head.
     """
 
     query_block: ClassVar[int] = 256
@@ -40,7 +40,7 @@ class ArrayBackend(Backend):
 
     @property
     def xp(self) -> Any:
-        """The array-API namespace, by array-api-compat; imported at first use."""
+        """The array-API namespace from array-api-compat, imported at first use."""
         if self._xp is None:
             library = importlib.import_module(self.info.library)
             try:
@@ -50,7 +50,7 @@ class ArrayBackend(Backend):
         return self._xp
 
     def refusals(self, request: Request) -> list[str]:
-        """Say why the backend cannot run a call, see `Backend.refusals`."""
+        """Return why the backend cannot run a call, see `Backend.refusals`."""
         reasons = super().refusals(request)
         if request.vjp and self.info.support("autodiff") != "full":
             reasons += request.missing_pullbacks()
@@ -61,7 +61,7 @@ class ArrayBackend(Backend):
         return {self.info.library: importlib.import_module(self.info.library).__version__}
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library by DLPack, and move it, see `Backend.exchange`."""
+        """Import an array of another library by DLPack, see `Backend.exchange`."""
         library = self.info.library
         if library_of(array, "array") != library:
             array = self.xp.from_dlpack(array)
@@ -74,14 +74,14 @@ class ArrayBackend(Backend):
     # The steps that a plugin may replace.
 
     def native(self, plan: Plan) -> frozenset[str]:
-        """Name the steps that take 16-bit arrays as they are; others get a cast to float32.
+        """Return the steps that read 16-bit arrays; arrays of other steps are cast to float32.
 
         Returns
         -------
         frozenset of {"pool", "statistics", "statistics_vjp", "contraction"}
-            A native contraction reads q, k, v and bias in the caller's dtype, as far as no step
-            before has replaced them, and ``d_out`` where ``h`` is the sum of all visible keys'
-            weights. Its `out` and gradients may be in float32 or in that dtype.
+            A native contraction reads q, k, v and bias in the caller's dtype unless an earlier
+            step has replaced them, and ``d_out`` too where ``h`` is the sum of the weights of all
+            visible keys. Its `out` and gradients may be in float32 or in the caller's dtype.
         """
         return frozenset()
 
@@ -90,15 +90,15 @@ class ArrayBackend(Backend):
         return heads.pool(kind, x, weights, xp=self.xp)
 
     def pool_of(self, plan: Plan) -> Callable[..., tuple[Any, Callable[[Any], Any]]]:
-        """Return `pool`, or what a backend pools by where ``plan.pool_choice`` says so."""
+        """Return the function that pools keys and values; a backend may read `plan.pool_choice`."""
         return self.pool
 
     def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
-        """Compute a finalised state of the keys (*B, H, M, D), mask (*B, 1, M, 1) or None."""
+        """Compute the finalised state of keys (*B, H, M, D), with mask (*B, 1, M, 1) or None."""
         xp, stats = self.xp, summary.statistics
         if summary.scope == "prefix":
-            # Merges of single keys lose digits in proportion to |mean| / sd; relative to the
-            # first real key, which every row with keys has seen, the mean is never far.
+            # Merging single keys loses digits in proportion to |mean| / sd, so keys are relative
+            # to the first real key: every prefix with a key holds it, so the mean is near.
             origin = self.first_key(keys, None if mask is None else mask[..., 0])
             final = stats.finalize(self.prefix_states(stats, keys - origin, mask), xp=xp)
             return {**final, "mean": final["mean"] + origin}
@@ -137,7 +137,7 @@ class ArrayBackend(Backend):
         return summary.statistics.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Merge the state of these keys with those of a sequence's other keys; here, of none."""
+        """Merge the state with those of the sequence's other shards; without shards, return it."""
         return state
 
     def first_key(self, keys: Any, real: Any) -> Any:
@@ -157,7 +157,7 @@ class ArrayBackend(Backend):
     def scores_of_groups(
         self, c: Scores, operands: list[Operands], heads: list[tuple[int, ...]]
     ) -> Contracted:
-        """Contract every head group by scores; `heads` are its key heads in the caller's order."""
+        """Contract every head group by scores; `heads` holds the key heads of each group."""
         return Contracted([self.scores(c, o) for o in operands])
 
     def scores_vjp(
@@ -187,13 +187,13 @@ class ArrayBackend(Backend):
         return feature_contraction.features_vjp(c, o, out, level, d_out, d_level, xp=self.xp)
 
     def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
-        """Draw a dropout of weights, see `pdcore.backend.operands.Operands`."""
+        """Return a dropout of weights, see `pdcore.backend.operands.Operands`."""
         raise UnsupportedError(f"backend {self.info.name}: {FEATURES['dropout']}: not implemented")
 
     # Running a plan.
 
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
-        """Take the arrays of a call, see `call.Call`."""
+        """Return the arrays of a call, cast and reshaped, see `call.Call`."""
         return Call(self, plan, inputs, level=level)
 
     def group_run(self, call: Call, group: Group) -> GroupRun:
@@ -221,12 +221,12 @@ class ArrayBackend(Backend):
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         call = self.call(plan, inputs)
-        call.native = frozenset()  # the weights are array calls
+        call.native = frozenset()  # the weights are computed by array-API calls
         runs, _ = self.run(call)
         return call.join([run.attention_weights() for run in runs], call.dtype)
 
     def run(self, call: Call) -> tuple[list[GroupRun], Contracted]:
-        """Take all head groups of a call through its plan."""
+        """Run the plan of a call for all its head groups."""
         plan, c = call.plan, call.plan.contraction
         runs, operands, heads_ = [], [], []
         for group in plan.groups:
@@ -245,11 +245,11 @@ class ArrayBackend(Backend):
     def results(
         self, call: Call, runs: list[GroupRun], contracted: Contracted, *, lse: bool
     ) -> tuple[Any, Any]:
-        """Return out and lse of a call, which the contraction may have written as they are."""
+        """Return out and lse of a call: `contracted.whole` as far as it is final, else joined."""
         whole_out, whole_lse = contracted.whole or (None, None)
         if whole_out is not None:
-            kept = zip(runs, contracted.parts, strict=True)
-            changed = [(run.out is not out, run.lse is not level) for run, (out, level) in kept]
+            pairs = zip(runs, contracted.parts, strict=True)
+            changed = [(run.out is not out, run.lse is not level) for run, (out, level) in pairs]
             whole_out = None if any(out for out, _ in changed) else whole_out
             whole_lse = None if any(level for _, level in changed) else whole_lse
         out = call.join([run.out for run in runs], call.dtype, whole_out)

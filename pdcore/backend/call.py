@@ -1,4 +1,4 @@
-"""A call on its way through `ArrayBackend`: its arrays, cut into head groups and joined again."""
+"""The arrays of a call in `ArrayBackend`: cut into head groups, and joined again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Call", "accumulation", "constants_held", "cut_heads", "spacing"]
 
 
 class Call:
-    """The arrays of a call in their own dtype, with heads grouped.
+    """The arrays of a call in the caller's dtype, with query heads grouped by key head.
 
     Attributes
     ----------
@@ -23,7 +23,7 @@ class Call:
     level : bool
         Whether L is read: for the log-sum-exp, another normaliser than the sum, or a pullback.
     native : frozenset of str
-        The steps that read arrays as they are, see `ArrayBackend.native`; others get a cast.
+        The steps that read arrays without a cast, see `ArrayBackend.native`.
     """
 
     def __init__(self, backend: Any, plan: Plan, inputs: Inputs, *, level: bool = True) -> None:
@@ -40,42 +40,42 @@ class Call:
         self.grouped = (*lead, self.key_heads, heads // self.key_heads)
         self.device = getattr(q, "device", None)  # see `arrays.device_of`
         if inputs.key_mask is not None:
-            # Whatever stands in padding must not enter a product, nor a gradient.
-            k, v = self._kept(k), self._kept(v)
+            # Padding may hold NaN, which must enter no product and no gradient.
+            k, v = self._zero_padding(k), self._zero_padding(v)
         self.q = xp.reshape(q, (*self.grouped, rows, dim))
         self.k, self.v = k, v
         real = inputs.key_mask
         self.key_mask = None if real is None else real[..., None, :]
-        self.mask = None if inputs.mask is None else self._ranked(inputs.mask)
-        self.bias = None if inputs.bias is None else self._ranked(inputs.bias)
+        self.mask = None if inputs.mask is None else self._with_all_axes(inputs.mask)
+        self.bias = None if inputs.bias is None else self._with_all_axes(inputs.bias)
         self.offset = inputs.offset if isinstance(inputs.offset, int) else self._offset()
 
     def cast(self, x: Any) -> Any:
-        """Bring an array to the accumulation dtype."""
+        """Cast an array to the accumulation dtype."""
         return self._as(x, self.accumulate)
 
     def read_by(self, step: str, x: Any) -> Any:
-        """Bring an array to the dtype in which a step reads it."""
+        """Cast an array to the dtype in which a step reads it."""
         if step in self.native or x.dtype == self.accumulate:
             return x
         return self.xp.astype(x, self.accumulate)
 
-    def _kept(self, x: Any) -> Any:
-        """Put zeros where keys are padding, in the array's dtype: CuPy has no bfloat16 `where`."""
+    def _zero_padding(self, x: Any) -> Any:
+        """Set padding to 0; with a cast back to bfloat16, which `where` of CuPy does not keep."""
         kept = self.inputs.key_mask[..., None, :, None]
         return self._as(self.xp.where(kept, x, self.xp.zeros_like(x)), x.dtype)
 
     def _as(self, x: Any, dtype: Any) -> Any:
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
-    def _ranked(self, x: Any) -> Any:
-        """Return a mask or bias all axes, (*B, H, G, N, M), each whole or of length 1."""
+    def _with_all_axes(self, x: Any) -> Any:
+        """Return a mask or bias with all axes, (*B, H, G, N, M), each whole or of length 1."""
         shape = (1,) * (self.lead + 3 - x.ndim) + tuple(x.shape)
         heads_ = self.grouped[-2:] if shape[-3] != 1 else (1, 1)
         return self.xp.reshape(x, (*shape[:-3], *heads_, *shape[-2:]))
 
     def _offset(self) -> Any:
-        """Return the position of query 0 of an offset that is no int, see `Visibility`."""
+        """Return the position of query 0 for an offset that is not an int, see `Visibility`."""
         xp, offset = self.xp, self.inputs.offset
         rows, length = self.q.shape[-2], self.k.shape[-2]
         if isinstance(offset, str):  # "end"
@@ -88,7 +88,7 @@ class Call:
         return xp.astype(offset, xp.int64)[..., None, None, None, None]
 
     def params(self, group: Group) -> dict[str, Any]:
-        """Return the parameters of a group, (H, 1, 1) or (H, 1, D) where they are of heads."""
+        """Return the parameters of a group: (H, 1, 1) or (H, 1, D) if they have a head axis."""
         xp, shaped = self.xp, {}
         for name, x in self.inputs.params.items():
             x = self.cast(cut_heads(x, group.heads, 0, xp) if self.several else x)
@@ -98,7 +98,7 @@ class Call:
         return shaped
 
     def visibility(self, group: Group, key_mask: Any) -> Visibility:
-        """Return the support of a group; `key_mask` (*B, 1, M) is that of its pooled keys."""
+        """Return the visibility of a group's keys; `key_mask` (*B, 1, M) marks pooled keys."""
         mask = self.mask
         if mask is not None and self.several:
             mask = cut_heads(mask, group.heads, -4, self.xp)
@@ -116,12 +116,12 @@ class Call:
         )
 
     def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:
-        """Put head groups back in order and query heads on one axis; `whole` is in order."""
+        """Join head groups in the caller's order, query heads on one axis; `whole` is joined."""
         axis, xp = self.lead, self.xp
         if whole is not None:
             x = whole
         else:
-            x = parts[0] if len(parts) == 1 else _ordered(parts, self.plan, axis, xp)
+            x = parts[0] if len(parts) == 1 else _join_groups(parts, self.plan, axis, xp)
         shape = tuple(x.shape)
         joined = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
         return self._as(xp.reshape(x, joined), dtype)
@@ -129,7 +129,7 @@ class Call:
     def pull_back(
         self, pullbacks: list[Callable[[Any, Any], dict[str, Any]]], d_out: Any, d_lse: Any
     ) -> dict[str, Any]:
-        """Take cotangents of the results through the pullback of every group to all inputs."""
+        """Pull cotangents of the results back to all inputs, through every group's pullback."""
         xp, inputs = self.xp, self.inputs
         d_out = xp.reshape(d_out, (*self.grouped, *d_out.shape[-2:]))
         if d_lse is None:
@@ -142,45 +142,47 @@ class Call:
             pullback(*(cut_heads(d, group.heads, axis, xp) for d in (d_out, d_lse)))
             for pullback, group in zip(pullbacks, self.plan.groups, strict=True)
         ]
-        joined = {n: _ordered([g[n] for g in grads], self.plan, axis, xp) for n in ("q", "k", "v")}
+        joined = {
+            n: _join_groups([g[n] for g in grads], self.plan, axis, xp) for n in ("q", "k", "v")
+        }
         result = {
             "q": self._as(xp.reshape(joined["q"], inputs.q.shape), self.dtype),
             "k": self._as(joined["k"], self.dtype),
             "v": self._as(joined["v"], self.dtype),
         }
         if inputs.key_mask is not None:
-            result |= {name: self._kept(result[name]) for name in ("k", "v")}
+            result |= {name: self._zero_padding(result[name]) for name in ("k", "v")}
         if self.bias is not None:
             parts = [g["bias"] for g in grads]
             whole = self.bias.shape[-4] != 1
-            # A bias shared by all heads collects from every group.
-            total = _ordered(parts, self.plan, axis, xp) if whole else _added(parts)
+            # The cotangent of a bias that all heads share is the sum over the groups.
+            total = _join_groups(parts, self.plan, axis, xp) if whole else _sum(parts)
             result["bias"] = self._as(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
                 result[name] = xp.zeros_like(x)  # running statistics are constants of the call
                 continue
-            total = _ordered(parts, self.plan, 0, xp)
+            total = _join_groups(parts, self.plan, 0, xp)
             result[name] = self._as(xp.reshape(total, x.shape), x.dtype)
         return result
 
 
 def accumulation(x: Any, xp: Any) -> Any:
-    """Return the dtype of sums: float32 for 16 bit, the array's own otherwise."""
+    """Return the dtype of sums: float32 for 16 bits, the array's dtype otherwise."""
     return xp.float32 if dtype_name(x) in ("float16", "bfloat16") else x.dtype
 
 
 def constants_held(plan: Plan, inputs: Inputs, stop: Callable[[Any], Any]) -> Inputs:
-    """Let `stop` cut the gradients of parameters that are constants of a call."""
+    """Return inputs whose constant parameters get no gradient; `stop` detaches an array."""
     if not plan.constants:
         return inputs
-    held = {name: stop(inputs.params[name]) for name in plan.constants}
-    return inputs._replace(params={**inputs.params, **held})
+    constants = {name: stop(inputs.params[name]) for name in plan.constants}
+    return inputs._replace(params={**inputs.params, **constants})
 
 
 def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
-    """Take heads along an axis that may be broadcast; a view where they are consecutive."""
+    """Return some heads along an axis that may be broadcast; a view if they are consecutive."""
     size, count = x.shape[axis], len(chosen)
     if size == 1:
         return x
@@ -194,12 +196,12 @@ def cut_heads(x: Any, chosen: tuple[int, ...], axis: int, xp: Any) -> Any:
 
 
 def spacing(chosen: tuple[int, ...]) -> int | None:
-    """Return how far apart the chosen heads are, if that is the same for all."""
+    """Return the step between the chosen heads; None if they are not evenly spaced."""
     step = chosen[1] - chosen[0] if len(chosen) > 1 else 1
     return step if chosen == tuple(range(chosen[0], chosen[-1] + 1, step)) else None
 
 
-def _ordered(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
+def _join_groups(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
     """Join arrays of head groups along an axis, heads in the caller's order."""
     if len(parts) == 1:
         return parts[0]
@@ -212,7 +214,7 @@ def _ordered(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
     return xp.concat(pieces, axis=axis)
 
 
-def _added(parts: list[Any]) -> Any:
+def _sum(parts: list[Any]) -> Any:
     total = parts[0]
     for part in parts[1:]:
         total = total + part

@@ -1,4 +1,4 @@
-"""What a backend plugin declares (`BackendInfo`) and implements (`Backend`)."""
+"""The contract of a backend: its declaration (`BackendInfo`) and its methods (`Backend`)."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from ..spec import (
 
 __all__ = ["FEATURES", "SPEC_VERSION", "Backend", "BackendInfo", "Inputs", "Request"]
 
-#: The version of the plan contract and of `Backend`; a plugin states the one it was written for.
+#: The version of `Plan` and of `Backend`; a plugin declares the version it was written for.
 SPEC_VERSION = 1
 
 Support = Literal["full", "unsupported", "not_implemented"]
 
-#: What a backend may declare support for, each with what it means.
+#: The features for which a backend declares its support, each with a description.
 FEATURES: Mapping[str, str] = {
     "exponential": "softmax attention",
     "softcap": "exponential kernel with softcap",
@@ -76,28 +76,28 @@ FEATURES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """A backend's declaration: data only, so that declaring imports no framework.
+    """A backend's declaration, which holds only data, so that declaring imports no framework.
 
     Parameters
     ----------
     name : str
-        What users write: ``backend="name"``.
+        The name that users pass: ``backend="name"``.
     load : str
         ``"package.module:Class"`` of the `Backend`, imported at first use.
     library : str
-        The import name of the array library whose arrays it takes, such as ``"torch"``.
+        The import name of the array library whose arrays the backend takes, such as ``"torch"``.
     requires : sequence of str
         Top-level modules that must be importable.
     install : str
-        The command that installs what it requires.
+        The command that installs the modules in `requires`.
     devices : sequence of str
-        Device kinds it runs on.
+        The kinds of devices that the backend runs on.
     priority : int
-        Orders backends of one library; built-in ones come first whatever it is.
+        The order of backends of one library; built-in backends come first for any priority.
     capabilities : mapping of str to {"full", "unsupported", "not_implemented"}
         Support by feature, see `FEATURES`; features left out are ``"not_implemented"``.
     spec_version : int
-        The `SPEC_VERSION` it was written for.
+        The `SPEC_VERSION` for which the backend was written.
     """
 
     name: str
@@ -131,7 +131,7 @@ class BackendInfo:
                 )
 
     def support(self, feature: str) -> Support:
-        """Give the declared support for a feature."""
+        """Return the declared support for a feature."""
         return self.capabilities.get(feature, "not_implemented")
 
 
@@ -155,20 +155,21 @@ class Inputs(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A call as the backends judge it: everything but the values.
+    """A call without the values of its arrays, as selection shows it to backends.
 
     Attributes
     ----------
     spec : AttentionSpec
     library, dtype, device : str
-        Of q, k and v; ``"numpy"``, ``"float32"``, ``"cpu"``.
+        The library, dtype and device of q, k and v, such as ``"numpy"``, ``"float32"``, ``"cpu"``.
     q, k, v : tuple of int
-        Shapes.
+        Their shapes.
     mask, key_mask, bias : tuple of int or None
-        Shapes of what is given.
+        Their shapes; None for an argument that the caller leaves out.
     offset : {"int", "array", "sequence", "end"}
+        The kind of the offset.
     lse, vjp, weights : bool
-        What is asked for: log-sum-exp; `attention_vjp`; `attention_weights`.
+        Whether the call returns the log-sum-exp; is `attention_vjp`; is `attention_weights`.
     dropout : float
     axis_name : str or None
     """
@@ -191,13 +192,13 @@ class Request(NamedTuple):
     axis_name: str | None = None
 
     def __str__(self) -> str:
-        given = "".join(
+        optional = "".join(
             f", {name} {getattr(self, name)}"
             for name in ("mask", "key_mask", "bias")
             if getattr(self, name) is not None
         )
         return (
-            f"q {self.q}, k {self.k}, v {self.v}{given}, {self.library} {self.dtype} on "
+            f"q {self.q}, k {self.k}, v {self.v}{optional}, {self.library} {self.dtype} on "
             f"{self.device}"
         )
 
@@ -250,11 +251,11 @@ class Request(NamedTuple):
 
     @property
     def feature_map(self) -> str:
-        """The word of the kernel if it is a feature map, which has no weights; else empty."""
+        """The word of the kernel if the kernel is a feature map; otherwise empty."""
         return self.spec.kernel.word if isinstance(self.spec.kernel, FeatureMap) else ""
 
     def missing_pullbacks(self) -> list[str]:
-        """Say which steps of the call a backend without automatic differentiation cannot pull."""
+        """List the steps of the call that have no pullback, for backends without autodiff."""
         kernel, normalization = self.spec.kernel, self.spec.normalization
         what, reasons = FEATURES["vjp"], []
         if isinstance(kernel, FeatureMap) and not kernel.has_vjp:
@@ -268,15 +269,15 @@ class Request(NamedTuple):
 
 
 class Backend(ABC):
-    """Runs plans. A plugin subclasses this, or `ArrayBackend`, which runs every plan already."""
+    """The base class of backends. A plugin usually subclasses `ArrayBackend`, which is complete."""
 
     info: ClassVar[BackendInfo]
 
     def refusals(self, request: Request) -> list[str]:
-        """Say why the backend cannot run a call; an empty list means that it can.
+        """Return why the backend cannot run a call; an empty list means that it can.
 
-        The same predicate serves dispatch and `explain`. The default refuses every feature that
-        is not declared ``"full"``, and devices that are not declared.
+        Both selection and `explain` call this method. The default refuses every feature that is
+        not declared ``"full"``, and devices that are not declared.
         """
         reasons = []
         for feature in request.features():
@@ -289,10 +290,10 @@ class Backend(ABC):
         return reasons
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
-        """Rewrite a plan as this backend runs it best, without changing what it computes.
+        """Return a plan that computes the same and runs fastest on this backend.
 
-        `pdcore.attention` asks once for each kind of call, and `explain` shows the steps of what
-        it gives; plans as they are lowered run too.
+        `pdcore.attention` calls this method once for each kind of call, and `explain` shows the
+        steps of the result. A backend must also run plans that have not been through this method.
         """
         return plan
 
@@ -311,47 +312,47 @@ class Backend(ABC):
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        """Run a plan and give the pullback ``vjp(d_out, d_lse=None) -> {name: cotangent}``."""
+        """Run a plan and return its pullback ``vjp(d_out, d_lse=None) -> {name: cotangent}``."""
 
     @abstractmethod
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights (*B, Hq, N, M) of a plan."""
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
-        """Take an array of another library by DLPack, without a copy where the device allows.
+        """Import an array of another library by DLPack, without a copy where the device allows.
 
         Parameters
         ----------
         array : array
-            Of another library, or of the backend's own if it is to be moved.
+            An array of another library, or one of the backend's library to move to `device`.
         device : str, optional
-            Where it is wanted, such as ``"cuda"``, or ``"cpu"`` for a result on its way back.
+            The device of the result: such as ``"cuda"``, or ``"cpu"`` for results going back.
         """
         raise NotImplementedError(f"{self.info.name} does not take arrays of other libraries")
 
     def give(self, array: Any, namespace: Any) -> Any:
-        """Hand a result to another library by DLPack, the way back of `exchange`.
+        """Export a result to another library by DLPack; the inverse of `exchange`.
 
         Parameters
         ----------
         array : array
-            Of the backend's library.
+            An array of the backend's library.
         namespace : module
-            The other library's, with a ``from_dlpack``.
+            The namespace of the other library, which has a ``from_dlpack``.
         """
         return namespace.from_dlpack(array)
 
     def stream_of(self, array: Any) -> AbstractContextManager[Any]:
-        """Run on the stream that another library uses now for an array of its own.
+        """Return a context that runs on the stream another library currently uses for an array.
 
-        Entered around a call on arrays that `exchange` took, and around the way back of its
-        results, so that neither has to wait for the other. By default, there is no stream.
+        The context is entered around a call on arrays from `exchange`, and around `give` for the
+        results, so that neither library has to wait for the other. The default does nothing.
         """
         return nullcontext()
 
-    def synchronize(self) -> None:  # noqa: B027 - on the CPU there is nothing to wait for
+    def synchronize(self) -> None:  # noqa: B027 - CPU backends need no override
         """Wait until the device has finished; a no-op on the CPU."""
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of what the backend runs on, for records."""
+        """Return the versions of the libraries that the backend runs on, for records."""
         return {}

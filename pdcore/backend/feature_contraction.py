@@ -1,8 +1,8 @@
 """The contraction by features, phi(q).sum_j phi(k_j) v_j, in O(N + M), with its pullback.
 
-Under causal, a row sees a prefix of the keys. Whole chunks before it come from running sums
-over chunks, the chunks that it cuts are contracted directly under a mask; prefix sums are never
-subtracted from each other.
+Under causal, a row sees a prefix of the keys. Whole chunks of the prefix enter by running sums
+over chunks; the chunks in which prefixes end are contracted directly, under a mask. Prefix sums
+are never subtracted from each other, which would cancel digits.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def features(
     c : Features
         The contraction.
     o : Operands
-        What it reads.
+        The arrays that it reads.
     xp : namespace
         The array-API namespace.
     size : int
         Rows and keys of a chunk.
     tiled : bool
         Whether to cut large matrix products into chunks too, for a library that runs many small
-        ones better.
+        products faster.
     contract : callable, optional
-        What is to run in the place of `prefix_contract`.
+        A replacement for `prefix_contract`.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def features(
     if c.signed:
         return weighted, xp.zeros_like(total[..., 0])
     none = total == 0
-    # A quotient: 1 / total, or its square in the gradient, is inf long before a weight is 0.
+    # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
     out = weighted / xp.where(none, xp.full_like(total, xp.inf), total)
     divisor = xp.where(none, xp.ones_like(total), total)
     level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
@@ -142,7 +142,7 @@ def features_vjp(
             size=size,
             tiled=tiled,
         )
-        # phi = exp(log phi - shift), and the value does not depend on the shifts.
+        # phi = exp(log phi - shift), and the result does not depend on the shifts.
         return {"q": d["q"] * plain.q, "k": d["k"] * plain.k, "v": d["v"]}
     if c.signed:
         rows = xp.concat([d_out, xp.zeros_like(level)[..., None]], axis=-1)
@@ -155,34 +155,7 @@ def features_vjp(
     values = xp.concat([o.v, ones], axis=-1)[..., None, :, :]
     k = _real_features(o, xp)[..., None, :, :]
     if o.visibility.support.ahead == 0:
-        seen = o.visibility
-        counts = seen.prefix_counts(0, o.q.shape[-2])
-        dq, _ = prefix_contract(rows, counts, values, k, xp=xp, first=seen.first_prefix, size=size)
-        # From the keys' side everything runs backwards: a key is seen by the last rows.
-        after = xp.flip(seen.later_rows(), axis=-2)
-        late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
-        step = seen.scale
-        dk, _ = prefix_contract(
-            xp.flip(values, axis=-2),
-            after,
-            late_rows,
-            late_q,
-            xp=xp,
-            first=seen.first_later,
-            step=step,
-            size=size,
-        )
-        dv, _ = prefix_contract(
-            xp.flip(k, axis=-2),
-            after,
-            late_q,
-            late_rows,
-            xp=xp,
-            first=seen.first_later,
-            step=step,
-            size=size,
-        )
-        dk, dv = xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
+        dq, dk, dv = _causal_vjp(o, k, values, rows, xp, size)
     else:
         products = Products(size if tiled else 0, xp)
         dq = products.rows(rows, products.outer(values, k))
@@ -196,15 +169,49 @@ def features_vjp(
     return {"q": dq, "k": dk, "v": dv}
 
 
+def _causal_vjp(
+    o: Operands, k: Any, values: Any, rows: Any, xp: Any, size: int
+) -> tuple[Any, Any, Any]:
+    """Compute the cotangents of q, k and values under causal, from those of the sums, `rows`."""
+    seen = o.visibility
+    counts = seen.prefix_counts(0, o.q.shape[-2])
+    dq, _ = prefix_contract(rows, counts, values, k, xp=xp, first=seen.first_prefix, size=size)
+    # For keys the order is reversed: the rows that see a key are the last ones.
+    after = xp.flip(seen.later_rows(), axis=-2)
+    late_q, late_rows = xp.flip(o.q, axis=-2), xp.flip(rows, axis=-2)
+    step = seen.scale
+    dk, _ = prefix_contract(
+        xp.flip(values, axis=-2),
+        after,
+        late_rows,
+        late_q,
+        xp=xp,
+        first=seen.first_later,
+        step=step,
+        size=size,
+    )
+    dv, _ = prefix_contract(
+        xp.flip(k, axis=-2),
+        after,
+        late_q,
+        late_rows,
+        xp=xp,
+        first=seen.first_later,
+        step=step,
+        size=size,
+    )
+    return dq, xp.flip(dk, axis=-2), xp.flip(dv, axis=-2)
+
+
 def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
-    """Turn log features into features, maxima subtracted.
+    """Turn log features into features, after subtracting maxima.
 
     Returns
     -------
     operands : Operands
-        With phi(q) and phi(k) of at most 1.
+        Operands with phi(q) and phi(k) of at most 1.
     shift : array (*B, H, G, N)
-        What the row's log kappa lost.
+        What was subtracted from the log kappa of each row.
     """
     k = o.k
     if o.visibility.key_mask is not None:
@@ -218,7 +225,7 @@ def shifted_features(o: Operands, *, xp: Any) -> tuple[Operands, Any]:
 
 
 def highest(k: Any, xp: Any) -> Any:
-    """Give the largest log feature of the keys (..., M, F), 0 where it is -inf: (..., 1, F)."""
+    """Return the largest log features of keys (..., M, F), as (..., 1, F); 0 in place of -inf."""
     if not k.shape[-2]:
         return xp.sum(k, axis=-2, keepdims=True)
     return _finite(stop_gradient(xp.max(k, axis=-2, keepdims=True), xp), xp)
@@ -252,15 +259,15 @@ def prefix_contract(
     a : array (*B, H, Ga, R, F)
         Rows.
     counts : integer array (R, 1) or (*B, 1, 1, R, 1)
-        c: how many of the first keys a row sees; grows by at most `step` from row to row.
+        c, the number of keys that a row sees; grows by at most `step` from row to row.
     k : array (*B, H, Gk, M, F)
-        Keys, the same for all rows or one set for each.
+        Keys; Ga and Gk are equal, or one of them is 1.
     v : array (*B, H, Gk, M, E)
         Values.
     xp : namespace
         The array-API namespace.
     first : callable
-        Gives the count of a row as a Python int where that is known, else None.
+        Returns the count of a row as a Python int; None where only an array holds the count.
     log : bool
         Whether `a` and `k` are logarithms; a running maximum is then subtracted from `k`.
     step : int
@@ -286,7 +293,7 @@ def prefix_contract(
         x, keys, values = a[..., start:stop, :], at.window(k), at.window(v)
         state = at.state(states)
         if log:
-            # Not `highest`: a 0 for no keys would be far above log features far below 0.
+            # Not `highest`: its 0 in place of -inf would exceed very negative log features.
             running = at.state(tops)
             top = xp.maximum(running, xp.max(keys, axis=-2, keepdims=True))
             top = _finite(stop_gradient(top, xp), xp)
@@ -304,7 +311,7 @@ def prefix_contract(
 
 
 def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
-    """Cut rows into chunks (..., C, size, F), with `step` + 1 empty ones behind."""
+    """Cut rows into chunks (..., C, size, F), followed by `step` + 1 chunks of `fill`."""
     *lead, length, dim = x.shape
     count = -(-length // size) + step + 1
     rest = (
@@ -318,9 +325,9 @@ def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
 
 
 def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
-    """Sum k_j v_j over the chunks before each chunk; with `log`, also the running maximum.
+    """Sum k_j v_j over the chunks before each chunk; with `log`, return the running maximum too.
 
-    It is -inf before the first key.
+    The running maximum is -inf for the first chunk.
     """
     if not log:
         sums = xp.matmul(xp.matrix_transpose(k), v)
@@ -342,7 +349,7 @@ def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
 
 
 class _Chunk:
-    """The chunks that a block of rows cuts: `width` of them, from the first row's own."""
+    """The chunks in which the prefixes of a block of rows end: `width` chunks in sequence."""
 
     def __init__(self, counts: Any, size: int, width: int, first: int | None, xp: Any) -> None:
         self.size, self.width, self.xp = size, width, xp
@@ -360,15 +367,15 @@ class _Chunk:
         return xp.take_along_axis(x, index, axis=-3)
 
     def window(self, x: Any) -> Any:
-        """Give the rows of the chunks, joined."""
+        """Return the rows of the chunks, joined."""
         cut = self._gather(x, self.width)
         return self.xp.reshape(cut, (*cut.shape[:-3], cut.shape[-3] * cut.shape[-2], cut.shape[-1]))
 
     def state(self, x: Any) -> Any:
-        """Give the state before the first of the chunks."""
+        """Return the running state before the first of the chunks."""
         return self._gather(x, 1)[..., 0, :, :]
 
     def seen(self, counts: Any, length: int) -> Any:
-        """Say which keys of the window each row sees."""
+        """Return which keys of the window each row sees, as a boolean array."""
         index = self.xp.arange(length, dtype=self.xp.int64, device=device_of(counts))
         return index + self.at * self.size < counts

@@ -1,4 +1,4 @@
-"""The heads of one scale on their way through a plan: `GroupRun`, the steps of the one executor."""
+"""`GroupRun`, the steps of `ArrayBackend` for the heads of one scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Arrays = Mapping[str, Any]
 
 
 class GroupRun:
-    """One head group of a call: pool, summarise, transform, contract, finish; and the way back.
+    """The steps of a plan for one head group of a call, and their pullbacks.
 
     Each step reads and replaces the attributes that the step before has left. A backend replaces
     the computation of a step by the hooks of `ArrayBackend`, or a whole step in a subclass that
@@ -29,7 +29,7 @@ class GroupRun:
     Attributes
     ----------
     q : array (*B, H, G, N, D)
-        Queries, the G heads that share a key head beside each other.
+        Queries, with the G heads that share a key head on an axis.
     k, v : array (*B, H, M, D) and (*B, H, M, Dv)
         Keys and values, pooled after the first step.
     key_mask : bool array (*B, 1, M) or None
@@ -63,7 +63,7 @@ class GroupRun:
         self.state: Arrays = {}
 
     def prepare(self) -> Operands:
-        """Take the group to its contraction."""
+        """Run the steps before the contraction, and return its operands."""
         if self.group.scale > 1:
             self.pool()
         self.visibility = self.call.visibility(self.group, self.key_mask)
@@ -86,20 +86,20 @@ class GroupRun:
         self.weights = weights
 
     def summarise(self) -> None:
-        """Compute the statistics of the keys, and with prefixes those of each row."""
+        """Compute the statistics of the keys; with prefix statistics, those of each row too."""
         call, summary = self.call, self.call.plan.summary
         assert summary is not None
         keys = call.read_by("statistics", self.k)
         self.final = self.backend.statistics(summary, keys, self._mask())
-        if self._next() not in call.native:
+        if self._next_step() not in call.native:
             self.k = keys
         self.state = self.final
         if summary.scope == "prefix":
             self.state = _at_rows(self.final, self.visibility, self.q.shape, self.xp)
 
     def transform(self) -> None:
-        """Transform queries and keys, and put together what the contraction reads."""
-        call, xp, shape, step = self.call, self.xp, self.q.shape, self._next()
+        """Transform queries and keys, and build the operands of the contraction."""
+        call, xp, shape, step = self.call, self.xp, self.q.shape, self._next_step()
         flat = xp.reshape(self.q, (*shape[:-3], shape[-3] * shape[-2], shape[-1]))
         rows = Rows(call.read_by(step, flat), call.read_by(step, self.k), key_mask=self.key_mask)
         self.pullbacks: list[Pullback] = []
@@ -117,7 +117,7 @@ class GroupRun:
     def operands_of(
         self, q: Any, k: Any, v: Any, key_bias: Any = None, fold: Any = None
     ) -> Operands:
-        """Put together what the contraction reads, queries (*B, H, G, N, D)."""
+        """Build the operands of the contraction, with queries (*B, H, G, N, D)."""
         call, c, bias = self.call, self.call.plan.contraction, self.call.bias
         if bias is not None:
             bias = call.read_by("contraction", cut_heads(bias, self.group.heads, -4, self.xp))
@@ -149,7 +149,7 @@ class GroupRun:
         """Compute the weights (*B, H, G, N, M) of the group."""
         return self.normaliser.weights(self.call.plan.contraction, self.weights, self.backend)
 
-    # The way back.
+    # The pullback.
 
     def pull_back(self, d_out: Any, d_lse: Any) -> dict[str, Any]:
         """Pull cotangents of the results back to q, k, v, a bias and parameters."""
@@ -164,7 +164,7 @@ class GroupRun:
         return {"q": dq, "k": dk, "v": dv, **d_params, **bias}
 
     def pull_contraction(self, d_out: Any, d_lse: Any) -> tuple[dict[str, Any], Any]:
-        """Pull back to the operands, and to the row constant."""
+        """Pull cotangents of the results back to the operands and to the row constant."""
         call, backend, c = self.call, self.backend, self.call.plan.contraction
         if not self.normaliser.plain or d_out.dtype != call.dtype:
             d_out = call.cast(d_out)
@@ -177,7 +177,7 @@ class GroupRun:
     def pull_transforms(
         self, grads: dict[str, Any], d_constant: Any
     ) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
-        """Pull back to the rows before the transforms, to the statistics and to parameters."""
+        """Pull back to rows before the transforms, to the statistics and to parameters."""
         xp, rows, scalars = self.xp, self.rows, self.operands.values
         constant = rows.row_constant
         cotangent = Rows(
@@ -196,13 +196,13 @@ class GroupRun:
         return cotangent, d_state, d_params
 
     def pull_statistics(self, dk: Any, d_state: Arrays) -> Any:
-        """Add what the statistics' cotangent is to the keys."""
+        """Add the cotangent of the statistics, pulled back to the keys."""
         summary, xp, shape = self.call.plan.summary, self.xp, self.q.shape
         assert summary is not None
         keys, mask = self.call.read_by("statistics_vjp", self.k), self._mask()
         if summary.scope != "prefix":
             return dk + self.backend.statistics_vjp(summary, keys, mask, self.final, d_state)
-        # The states that each query row read, (*B, H, G N, D), with the heads G summed.
+        # The cotangents (*B, H, G N, D) of the states that each row read, summed over G.
         cotangent = {
             n: xp.sum(xp.reshape(d, (*shape[:-1], d.shape[-1])), axis=-3)
             for n, d in d_state.items()
@@ -212,18 +212,18 @@ class GroupRun:
         return dk + self.backend.prefix_vjp(summary, keys, mask, rows, cotangent, later)
 
     def _mask(self) -> Any:
-        """Return the key mask as statistics read it, (*B, 1, M, 1)."""
+        """Return the key mask in the shape that statistics read, (*B, 1, M, 1)."""
         return None if self.key_mask is None else self.key_mask[..., None]
 
-    def _next(self) -> str:
-        """Name the step that reads the keys after the statistics."""
+    def _next_step(self) -> str:
+        """Return the name of the step that reads the keys after the statistics."""
         return "transforms" if self.call.plan.transforms else "contraction"
 
 
 def _at_rows(
     final: Arrays, visibility: Visibility, shape: tuple[int, ...], xp: Any
 ) -> dict[str, Any]:
-    """Read each query row's own prefix state, (*B, H, G N, D)."""
+    """Return the prefix state of each query row, (*B, H, G N, D)."""
     counts = visibility.prefix_counts(0, visibility.rows)
     lead = (*shape[:-3], shape[-3] * shape[-2])
     state = {}

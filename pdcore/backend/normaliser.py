@@ -12,7 +12,7 @@ __all__ = ["Normaliser"]
 
 
 class Normaliser:
-    """From (out, L) of a contraction to the result and its log-sum-exp, by h."""
+    """The normaliser h of one head group, applied to (out, L) of its contraction."""
 
     def __init__(
         self, plan: Plan, o: Operands, out: Any, level: Any, constant: Any, alive: Any, xp: Any
@@ -42,11 +42,11 @@ class Normaliser:
 
     @property
     def plain(self) -> bool:
-        """Whether the contraction's `out` is the result, and ``d_out`` its cotangent."""
+        """Whether the contraction's `out` is the result, so that ``d_out`` is its cotangent."""
         return self.factor is None and self.alive is None
 
     def result(self) -> tuple[Any, Any]:
-        """Return (out, lse); lse is None where the contraction has left L out."""
+        """Return (out, lse); lse is None where the contraction returned no L."""
         xp, out = self.xp, self.out
         if self.factor is not None:
             out = out * self.factor[..., None]

@@ -1,7 +1,7 @@
-"""What a contraction reads, and what it returns.
+"""The operands of a contraction, and its results.
 
-Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
-keys and values (*B, H, M, D) and (*B, H, M, Dv).
+Shapes: queries (*B, H, G, N, D), with the G query heads of a key head on an axis; keys and values
+(*B, H, M, D) and (*B, H, M, Dv).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Contracted", "Operands"]
 
 
 class Operands(NamedTuple):
-    """What a contraction reads.
+    """The arrays that a contraction reads.
 
     Attributes
     ----------
@@ -28,12 +28,12 @@ class Operands(NamedTuple):
         Scalars per head of the log kappa expression.
     visibility : Visibility
     keep : callable or None
-        Dropout: ``keep(start, stop, first, last, like)`` returns what the weights of a block are
-        multiplied by, 0 or 1 / (1 - p), and the same whenever it is asked.
+        Dropout: ``keep(start, stop, first, last, like)`` returns the factors for the weights of a
+        block, 0 or 1 / (1 - p), and the same factors in every call for the block.
     fold : object or None
-        As in `transforms.Rows`; None unless a transform that a backend chose leaves it.
+        As in `transforms.Rows`; None unless a transform that a backend chose sets it.
     level : bool
-        Whether L is read; where it is not, a contraction may return None for it.
+        Whether L is read; where it is not, a contraction may return None in place of L.
     """
 
     q: Any
@@ -49,14 +49,14 @@ class Operands(NamedTuple):
 
 
 class Contracted(NamedTuple):
-    """What the contractions of a plan's head groups return.
+    """The results of the contractions of a plan's head groups.
 
     Attributes
     ----------
     parts : list of (out, L)
-        (*B, H, G, N, Dv) and (*B, H, G, N) of each group.
+        Arrays (*B, H, G, N, Dv) and (*B, H, G, N) for each group.
     whole : (out, L) or None
-        Of all heads in the caller's order, where `parts` are cut from them.
+        The arrays of all heads in the caller's order, if `parts` are views of them.
     """
 
     parts: list[tuple[Any, Any]]

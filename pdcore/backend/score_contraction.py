@@ -1,8 +1,8 @@
 """The contraction by scores in array-API calls: blocked, functional, with its pullback.
 
-Shapes: queries (*B, H, G, N, D), where the G query heads of a key head stand beside each other;
-keys and values (*B, H, M, D) and (*B, H, M, Dv); L (*B, H, G, N). Nothing here is written in
-place and no array value decides a branch, so a framework can trace and differentiate it.
+Shapes: queries (*B, H, G, N, D), with the G query heads of a key head on an axis; keys and values
+(*B, H, M, D) and (*B, H, M, Dv); L (*B, H, G, N). No array is written in place and no branch
+depends on an array's values, so a framework can trace and differentiate these functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["divide", "finite", "log_weight", "relative_features", "scores", "sco
 
 
 def key_blocks(visibility: Visibility, start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """Cut the keys that queries ``start:stop`` may see, on the grid of all blocks."""
+    """Return the key blocks, of a fixed grid, that queries ``start:stop`` may see."""
     first, last = visibility.key_range(start, stop)
     return [b for b in blocks(0, visibility.keys, size) if b[1] > first and b[0] < last]
 
@@ -109,7 +109,7 @@ def _score_rows(
 
 
 def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, Any]:
-    """Give phi(q), phi(k) and e: the weight is phi(q).phi(k) exp(e), and nothing overflows."""
+    """Compute phi(q), phi(k) and e such that the weight is phi(q).phi(k) exp(e), no overflow."""
     if c.weight == "features":
         return q, k, xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
     top = stop_gradient(xp.max(k, axis=-2, keepdims=True), xp)
@@ -119,7 +119,7 @@ def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, 
 
 
 def divide(summed: Any, total: Any, exponent: Any, *, xp: Any) -> tuple[Any, Any]:
-    """Turn weighted sums into (out, L): zeros and -inf where the weights sum to 0."""
+    """Compute (out, L) from weighted sums: zeros and -inf where the weights sum to 0."""
     none = total == 0
     divisor = xp.where(none, xp.ones_like(total), total)
     out = xp.where(none, xp.zeros_like(summed), summed / divisor)
@@ -133,7 +133,7 @@ def finite(peak: Any, xp: Any) -> Any:
 
 
 def row_delta(out: Any, level: Any, d_out: Any, d_level: Any, *, xp: Any) -> Any:
-    """Give what all keys of a row subtract in the pullback of a normalised sum."""
+    """Compute d_out.out - d_L, which the pullback subtracts from d_out.v of every key of a row."""
     delta = xp.sum(d_out * out, axis=-1)
     return (delta - xp.where(level == -xp.inf, xp.zeros_like(delta), d_level))[..., None]
 
@@ -176,7 +176,7 @@ def scores_vjp(
     query_block: int = 256,
     key_block: int = 512,
 ) -> dict[str, Any]:
-    """Pull (d_out, d_L) back by recomputing the weights block by block.
+    """Pull (d_out, d_L) back, computing the weights again block by block.
 
     Returns
     -------
@@ -236,7 +236,7 @@ def _weight_vjp(
     at: tuple[int, int, int, int],
     xp: Any,
 ) -> tuple[Any, Any]:
-    """Recompute one block of weights and pull its cotangent back to the inner products."""
+    """Compute one block of weights again, and its cotangent with respect to inner products."""
     level, delta = row
     zero = xp.zeros_like(s)
     if c.weight == "features":
@@ -248,7 +248,7 @@ def _weight_vjp(
     logits = log_weight(c, s, o, *at, xp=xp)
     p = xp.exp(logits - finite(level, xp))
     p = xp.where(level == -xp.inf, zero, p)
-    # A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
+    # A weight of 0 has no gradient: kappa is flat there, although log kappa is not.
     none = p == 0
     dlogit = xp.where(none, zero, p * (dp - delta))
     if o.key_bias is not None:
@@ -266,7 +266,7 @@ def _weight_vjp(
 
 
 class _Cotangents:
-    """Cotangents gathered block by block on the grid of blocks, without writing in place."""
+    """Sums of cotangents on the grid of blocks, collected without writing in place."""
 
     def __init__(self, o: Operands, xp: Any) -> None:
         self.o, self.xp = o, xp
@@ -276,7 +276,7 @@ class _Cotangents:
         self.values: dict[str, Any] = {n: xp.zeros_like(v) for n, v in o.values.items()}
 
     def add(self, name: str, first: int, block: Any) -> None:
-        """Add to the keys from `first`, summing over the queries that share a key head."""
+        """Add a block at key `first`, summed over the query heads of a key head."""
         block = self.xp.sum(block, axis=-3)
         parts = self.keys[name]
         parts[first] = parts[first] + block if first in parts else block
@@ -295,7 +295,7 @@ class _Cotangents:
         self.values[name] = self.values[name] + sum_to(block, self.values[name].shape, xp=self.xp)
 
     def result(self, query_block: int, key_block: int) -> dict[str, Any]:
-        """Put the parts together; a block that nobody saw is zero."""
+        """Join the blocks; a block that no query sees is zero."""
         o, xp = self.o, self.xp
         grads = dict(self.values)
         grads["q"] = xp.concat(self.dq, axis=-2) if self.dq else xp.zeros_like(o.q)

@@ -1,4 +1,4 @@
-"""`SilentBackend`: `ArrayBackend` on a library that is NumPy underneath, and warns like it."""
+"""`SilentBackend`: `ArrayBackend` for libraries that are built on NumPy and warn as NumPy does."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["SilentBackend"]
 
 
 class SilentBackend(ArrayBackend):
-    """Runs plans without NumPy's warnings.
+    """A backend that runs plans without NumPy's warnings.
 
-    The 0 / 0 and log 0 of rows that see nothing are expected, and resolved.
+    Rows that see no key compute 0 / 0 and log 0, which `ArrayBackend` replaces.
     """
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
@@ -28,7 +28,7 @@ class SilentBackend(ArrayBackend):
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
+        """Run a plan and return its pullback, see `Backend.attention_vjp`."""
         with np.errstate(all="ignore"):
             out, lse, pull = super().attention_vjp(plan, inputs)
 

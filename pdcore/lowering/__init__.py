@@ -1,4 +1,4 @@
-"""From a spec to a `Plan`, by exact rewrites."""
+"""The lowering of a spec to a `Plan`, by exact rewrites."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The plan that a spec is lowered to: pool -> statistics -> transform -> contraction.
 
-A plan is frozen and holds no arrays. Backends run plans; they never see the axes of a spec. Every
-step has a slot `choice`, None as lowered: a backend's `fuse` puts there how it runs the step, in
-values of its own, and no other backend reads it.
+A plan is frozen and holds no arrays. Backends run plans and never read the spec. Every step has a
+slot `choice`, which `lower` leaves None: a backend's `fuse` stores in the slot how the backend runs
+the step, as an object that no other backend reads.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Summary:
     statistics : Statistics
         The mergeable state.
     scope : {"sequence", "batch", "prefix"}
-        Over the keys of a sequence; over all leading axes too; for every prefix.
+        Whether statistics are over the keys of a sequence; over all leading axes too; or over
+        the keys up to each position.
     choice : object or None
         The slot of the step.
     """
@@ -57,7 +58,7 @@ class Summary:
 class Transform(Protocol):
     """A step ``(state, params, rows) -> rows`` in array calls, with its pullback.
 
-    Its slot `choice`, where it has one, holds a transform that is called in its stead.
+    A transform in the slot `choice`, if there is one, is called in place of the step.
     """
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
@@ -71,8 +72,8 @@ class Scores:
     Attributes
     ----------
     weight : {"log", "features", "log_features"}
-        What a row holds: vectors whose inner product gives log w; features, whose inner
-        product is w; or log features.
+        What rows hold: vectors whose inner product s determines log w; features, whose inner
+        product is w; or the logarithms of features.
     scale : float
         log w = scale * s, where `expression` is None.
     expression : Expression or None
@@ -102,16 +103,17 @@ class Features:
     kernel : FeatureMap
         phi.
     raw : bool
-        Whether rows hold x, so that phi is the contraction's to apply; never as lowered, only
-        by a backend's `fuse`.
+        Whether rows hold x, so that the contraction applies phi. `lower` sets False; a backend's
+        `fuse` may set True.
     log : bool
         Whether rows hold log phi.
     signed : bool
         As in `Scores`.
     phi : {"elu", "relu", ""}
-        Which function of single entries phi is, ELU + 1 or ReLU; empty for any other.
+        The name of a phi that acts on single entries, ELU + 1 or ReLU; empty for any other phi.
     count : int or None
-        The number of features of a row; None where it is that of x, or not known.
+        The number of features of a row; None where a row has as many as x, or where the number
+        is not known.
     choice : object or None
         The slot of the step.
     """
@@ -132,7 +134,7 @@ class Plan:
     Attributes
     ----------
     spec : AttentionSpec
-        What was lowered, for explanations and LaTeX; backends do not read it.
+        The spec that was lowered, for explanations and LaTeX; backends do not read the spec.
     groups : tuple of Group
         Head groups, which cover all key heads.
     pool : {"mean", "first"}
@@ -140,28 +142,28 @@ class Plan:
     summary : Summary or None
         The statistics of the pooled keys.
     transforms : tuple of Transform
-        Applied in order; they give q', k', a key bias and a row constant of log kappa.
+        The steps, in order, that return q', k', a key bias and a row constant of log kappa.
     contraction : Scores or Features
-        Gives (out, L).
+        The step that returns (out, L).
     normaliser : {"sum", "count", "one"}
-        Applied to (out, L).
+        The normaliser h, applied to (out, L).
     accumulate : {"float32", "float64"}
         The dtype of sums, statistics and the normaliser.
     steps : tuple of str
-        The rewrites that were made, for `explain`.
+        Descriptions of the rewrites, for `explain`.
     support : Support
-        Causal and window: which keys a query may see by position.
+        The keys that a query may see by position: causal, window.
     holds : {"float16", "bfloat16", "float32"}
-        The shortest dtype whose range the transformed queries and keys never leave.
+        The smallest dtype whose range the transformed queries and keys never leave.
     constants : tuple of str
         Parameters of the call that get no gradient.
     text : str
-        The spec and the signature, from which `restored` lowers the plan again.
+        The spec and the signature as text, from which `restored` lowers the plan again.
     pool_choice : object or None
         The slot of the pool step.
     runs : tuple of (int, int, int)
-        How heads of groups are put in the order of all heads: group, start, stop. Empty where the
-        groups follow one another.
+        The slices (group, start, stop) that, joined, put the heads of the groups in the order of
+        all heads. Empty where joining the groups does.
     """
 
     spec: AttentionSpec
@@ -185,7 +187,7 @@ class Plan:
 
     @property
     def prefix(self) -> bool:
-        """Whether every row has statistics of its own, those of the keys up to its position."""
+        """Whether a row's statistics are those of the keys up to the row's position."""
         return self.summary is not None and self.summary.scope == "prefix"
 
     @property
@@ -199,7 +201,7 @@ class Plan:
 
 
 def _runs(groups: tuple[Group, ...]) -> tuple[tuple[int, int, int], ...]:
-    """List which heads of which group follow one another, see `Plan.runs`."""
+    """Return the slices of groups that put all heads in order, see `Plan.runs`."""
     place = {head: (g, i) for g, group in enumerate(groups) for i, head in enumerate(group.heads)}
     if list(place) == sorted(place):
         return ()

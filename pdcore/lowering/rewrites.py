@@ -1,7 +1,7 @@
 """Lower a spec to a plan by exact rewrites.
 
-Every rewrite here is an identity; `tests/lowering/test_lowering.py` holds each against the oracle
-beside a planted wrong variant.
+Every rewrite here is an identity; `tests/lowering` checks each against the oracle, and checks that
+a wrong variant fails.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from .transforms import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
 
 __all__ = ["Signature", "lower", "restored"]
 
-#: Feature maps that are a function of single entries, by the name that `Features.phi` gives it.
+#: Feature maps that act on single entries, with their names in `Features.phi`.
 PHI: Mapping[type[FeatureMap], str] = {Elu: "elu", Relu: "relu"}
 
 
 class Signature(NamedTuple):
-    """What a plan depends on besides the spec; no sequence lengths.
+    """The properties of a call on which a plan depends; sequence lengths are not among them.
 
     Attributes
     ----------
     dim : int
-        D.
+        The number of features, D.
     heads : int
         The number of key heads.
     dtype : str
-        Of q, k and v.
+        The dtype of q, k and v.
     masked : bool
         Whether the call has a `mask`.
     """
@@ -59,12 +59,12 @@ class Signature(NamedTuple):
 
 
 def lower(spec: AttentionSpec, signature: Signature) -> Plan:
-    """Lower a spec.
+    """Lower a spec to a plan.
 
     Parameters
     ----------
     spec : AttentionSpec
-        What to compute.
+        The attention to compute.
     signature : Signature
         The call's feature count, heads and dtype, and whether it has a mask.
 
@@ -115,12 +115,13 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
 
 @lru_cache(maxsize=256)
 def restored(text: str) -> Plan:
-    """Lower a plan again from its `Plan.text`, where a compiler passes on nothing but text."""
+    """Lower a plan again from its `Plan.text`, for a compiler that passes only text."""
     dim, heads, dtype, masked, spec = text.split(" ", 4)
     return lower(as_spec(spec), Signature(int(dim), int(heads), dtype, bool(int(masked))))
 
 
 def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
+    """Return the statistics step of a spec, and describe the step in `steps`."""
     statistics = spec.normalization.statistics_state()
     if statistics is None:
         return None
@@ -143,6 +144,7 @@ def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
 def _contraction(
     spec: AttentionSpec, signature: Signature, steps: list[str]
 ) -> tuple[tuple[Transform, ...], Scores | Features]:
+    """Return the transforms and the contraction of a spec, and describe them in `steps`."""
     kernel, normalization = spec.kernel, spec.normalization
     transforms: list[Transform] = []
     if isinstance(normalization, Batch) and spec.plain_exponential:
@@ -203,6 +205,7 @@ def _contraction(
 def _features(
     spec: AttentionSpec, kernel: FeatureMap, signature: Signature, steps: list[str]
 ) -> Scores | Features:
+    """Return the contraction of a feature map, by features if possible, else by scores."""
     window = spec.support.left != float("inf") or (
         spec.support.right != float("inf") and not spec.support.causal
     )

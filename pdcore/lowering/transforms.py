@@ -1,6 +1,6 @@
 """The transforms of a plan: array calls from (state, params, rows) to rows.
 
-Each returns its result and a pullback, so one piece of code states a step and its gradient.
+Each transform returns its result and a pullback, so that a step and its gradient are in one place.
 Frameworks with automatic differentiation ignore the pullback.
 """
 
@@ -18,22 +18,22 @@ __all__ = ["FeatureRows", "Fold", "GaussianRows", "Normalize", "Pullback", "Rows
 
 
 class Rows(NamedTuple):
-    """Queries and keys on their way into a contraction; also a cotangent of them.
+    """Queries and keys between the transforms of a plan; also their cotangents.
 
     Attributes
     ----------
     q : array (*B, H, R, D)
-        Query rows; R = G N, the queries of the G heads that share a key head.
+        Query rows; R = G N, the N queries of each of the G heads that share a key head.
     k : array (*B, H, M, D)
         Keys.
     key_bias : array (*B, H, M) or None
         Added to log kappa of a key.
     row_constant : array (*B, H, R) or None
-        Added to log kappa of a row; it cancels in the output and is added back to L.
+        Added to log kappa of a row; cancels in the output, so it is added to L only.
     key_mask : bool array (*B, 1, M) or None
         True for a real key.
     fold : object or None
-        What a transform that a backend chose leaves for its contraction to do to the queries.
+        What a backend's own transform leaves for its contraction to apply to the queries.
     """
 
     q: Any
@@ -49,7 +49,7 @@ Pullback = Callable[[Rows], tuple[Rows, Gradients, Gradients]]
 
 
 def sum_to(x: Any, shape: tuple[int, ...], *, xp: Any) -> Any:
-    """Sum a broadcast cotangent back to the shape that was broadcast."""
+    """Sum the cotangent of a broadcast array to the shape before broadcasting."""
     extra = x.ndim - len(shape)
     if extra:
         x = xp.sum(x, axis=tuple(range(extra)))
@@ -62,27 +62,27 @@ def sum_to(x: Any, shape: tuple[int, ...], *, xp: Any) -> Any:
 
 
 def add_into(total: dict[str, Any], more: Gradients) -> dict[str, Any]:
-    """Accumulate cotangents by name."""
+    """Add cotangents by name into `total`, and return it."""
     for name, value in more.items():
         total[name] = total[name] + value if name in total else value
     return total
 
 
 def shapes_of(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Remember shapes, for `sum_to`."""
+    """Return the shapes of arrays by name, for `sum_to`."""
     return {name: tuple(value.shape) for name, value in arrays.items()}
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """T applied to queries and keys.
+    """The transform that applies a normalization T to queries and keys.
 
     Attributes
     ----------
     normalization : Normalization
         T.
     choice : Transform or None
-        What a backend's `fuse` puts in place of this transform.
+        A transform that a backend's `fuse` puts in place of this one.
     """
 
     normalization: Normalization
@@ -90,11 +90,11 @@ class Normalize:
 
     @property
     def word(self) -> str:
-        """The word of T."""
+        """The word of the normalization."""
         return self.normalization.word
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform; see `Rows`."""
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
         t = self.normalization
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
@@ -115,13 +115,13 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Fold:
-    """Attention-BN with the exponential kernel, folded: softmax attention of other queries.
+    """Attention-BN with the exponential kernel, folded into softmax attention of other queries.
 
     tau T(q).T(k) = tau q'.(k - c) + tau q'.(c - beta mu) with q' = (q - beta mu) / (var + eps);
-    the second term is constant along the row. Any shift c gives the same value. c = mu keeps
-    k - c small where |mu| >> sigma. With prefix statistics c may depend on nothing later than
-    the row, so it is the first real key, which satisfies |c - mu_p| <= sqrt(n_p) sigma_p for
-    every row p that sees it.
+    the second term is constant along the row. The result is the same for any shift c. c = mu keeps
+    k - c small where |mu| >> sigma. With prefix statistics c must not depend on keys after the
+    row, so c is the first real key, which satisfies |c - mu_p| <= sqrt(n_p) sigma_p for every row
+    p that sees it.
 
     Attributes
     ----------
@@ -130,13 +130,14 @@ class Fold:
     scale : float
         tau.
     split : bool
-        Divide both sides by sigma instead of the query by sigma^2, whose q' float16 cannot hold.
+        Divide queries and keys by sigma instead of queries by sigma^2, which would leave the range
+        of float16.
     closed : bool
-        Whether a row sees only keys that its statistics count. Then a row that counts one key has
-        k - c = 0 for all that it sees, and the contraction gets q' = 0: its own q', divided by eps
-        alone, would multiply the rounding of the weights' cotangent.
+        Whether a row sees only keys that its statistics count. If the statistics of such a row
+        count a single key, k - c = 0, and the contraction gets q' = 0: the row's q' is divided by
+        eps alone, and would amplify rounding errors in the gradient.
     choice : Transform or None
-        What a backend's `fuse` puts in place of this transform.
+        A transform that a backend's `fuse` puts in place of this one.
     """
 
     batch: Batch
@@ -147,20 +148,20 @@ class Fold:
 
     @property
     def of(self) -> str:
-        """What the statistics are of: a ``"sequence"``, a ``"batch"``, every ``"prefix"``.
+        """The keys of the statistics: of a ``"sequence"``, a ``"batch"`` or every ``"prefix"``.
 
-        ``"running"`` statistics come as parameters of the call.
+        ``"running"`` statistics are parameters of the call.
         """
         return self.batch.statistics
 
     @property
     def eps(self) -> float:
-        """What is added to the variance."""
+        """The number that is added to the variance."""
         return self.batch.eps
 
     @property
     def beta(self) -> float | None:
-        """The weight of the mean; None where it is the call's parameter ``beta``."""
+        """The weight of the mean; None where the weight is the call's parameter ``beta``."""
         beta = self.batch.beta
         return None if isinstance(beta, str) else beta
 
@@ -169,7 +170,7 @@ class Fold:
         return self.batch.weight(params)
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform; see `Rows`."""
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
         of = self.batch.statistics
         if of == "prefix":
             shift = first_real(rows.k, rows.key_mask, xp=xp)
@@ -180,7 +181,7 @@ class Fold:
     def about(
         self, shift: Any, rows: Rows, state: Any, params: Any, *, xp: Any
     ) -> tuple[Rows, Pullback]:
-        """Transform with a shift c (*B, H, 1, D), for a backend that chooses another one."""
+        """Transform with the shift c = `shift`, (*B, H, 1, D), for backends that choose c."""
         batch, running = self.batch, self.batch.statistics == "running"
         moments = params if running else state
         mean, beta = moments["mean"], batch.weight(params)
@@ -197,8 +198,8 @@ class Fold:
         seen = folded if several is None else xp.where(several, folded, xp.zeros_like(folded))
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
-            # c is held fixed: the value does not depend on it. But where q' = 0 was put in the
-            # contraction, c = mu is all there is of the key.
+            # c counts as a constant, as the result does not depend on it; except in rows whose
+            # q' was set to 0, where the row constant depends on the keys through c = mu alone.
             drow = d.row_constant[..., None]
             dq = d.q if several is None else xp.where(several, d.q, xp.zeros_like(d.q))
             dq = dq + drow * gap
@@ -234,30 +235,30 @@ class Fold:
 class GaussianRows:
     """-gamma |x - y|^2 as 2 gamma x.y - gamma |y|^2 (key bias) - gamma |x|^2 (row constant).
 
-    A common shift is subtracted first; at a mean of 100 the unshifted form loses four digits in
-    float32.
+    A common shift is subtracted from queries and keys first: at a mean of 100, the form without
+    the shift loses four digits in float32.
 
     Attributes
     ----------
     gamma : float
         As in `pdcore.spec.kernels.Gaussian`.
     choice : Transform or None
-        What a backend's `fuse` puts in place of this transform.
+        A transform that a backend's `fuse` puts in place of this one.
     """
 
     gamma: float
     choice: Transform | None = None
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform; see `Rows`."""
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
         shift = central(rows.k, rows.key_mask, xp=xp)
         return self.between(rows.q - shift, rows.k - shift, rows.key_mask, xp=xp)
 
     def between(self, q: Any, k: Any, key_mask: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform shifted rows, for a backend that shifts or rounds them in another way."""
+        """Transform rows that are shifted, for backends that shift or round in another way."""
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
-            # The shift is held fixed: the value does not depend on it.
+            # The shift counts as a constant, as the result does not depend on it.
             dq = d.q - 2.0 * self.gamma * q * d.row_constant[..., None]
             dk = d.k - 2.0 * self.gamma * k * d.key_bias[..., None]
             return Rows(dq, dk), {}, {}
@@ -273,18 +274,18 @@ class GaussianRows:
 
 @dataclass(frozen=True)
 class UnitRows:
-    """x / |x|; a zero vector stays zero, with zero gradient.
+    """The transform x / |x|; a zero vector stays zero, with zero gradient.
 
     Attributes
     ----------
     choice : Transform or None
-        What a backend's `fuse` puts in place of this transform.
+        A transform that a backend's `fuse` puts in place of this one.
     """
 
     choice: Transform | None = None
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform; see `Rows`."""
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
         units, lengths = zip(*(_unit(x, xp) for x in (rows.q, rows.k)), strict=True)
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
@@ -299,16 +300,16 @@ class UnitRows:
 
 @dataclass(frozen=True)
 class FeatureRows:
-    """phi(x), or log phi(x) for a feature map in the log domain.
+    """The transform phi(x), or log phi(x) for a feature map in the log domain.
 
     Attributes
     ----------
     kernel : FeatureMap
         phi.
     phi : str
-        Its name, as in `Features`.
+        The name of phi, as in `Features`.
     choice : Transform or None
-        What a backend's `fuse` puts in place of this transform.
+        A transform that a backend's `fuse` puts in place of this one.
     """
 
     kernel: FeatureMap
@@ -316,7 +317,7 @@ class FeatureRows:
     choice: Transform | None = None
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform; see `Rows`."""
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
         phi = self.kernel
 
         def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
@@ -334,10 +335,11 @@ class FeatureRows:
 
 
 def _unit(x: Any, xp: Any) -> tuple[Any, Any]:
+    """Compute x / |x| and 1 / |x|, both 0 for a zero vector."""
     # Scaled by the largest entry, so that squares neither overflow nor vanish; the inner
     # `where`s keep automatic differentiation free of NaN at zero vectors.
     largest = stop_gradient(xp.max(xp.abs(x), axis=-1, keepdims=True), xp)
-    zero = largest == 0  # not `largest > 0`: a NaN comes through
+    zero = largest == 0  # rather than `~(largest > 0)`, which would replace NaN
     divisor = xp.where(zero, xp.ones_like(largest), largest)
     scaled = x / divisor
     square = xp.sum(scaled * scaled, axis=-1, keepdims=True)
@@ -347,7 +349,7 @@ def _unit(x: Any, xp: Any) -> tuple[Any, Any]:
 
 
 def first_real(keys: Any, mask: Any, *, xp: Any) -> Any:
-    """Give the first real key of each head, (*B, H, 1, D); zeros where there is none."""
+    """Return the first real key of each head, (*B, H, 1, D); zeros where there is none."""
     if mask is None or not keys.shape[-2]:
         return keys[..., :1, :] if keys.shape[-2] else xp.sum(keys, axis=-2, keepdims=True)
     count = xp.cumulative_sum(xp.astype(mask, xp.int64), axis=-1)
@@ -356,10 +358,11 @@ def first_real(keys: Any, mask: Any, *, xp: Any) -> Any:
 
 
 def central(keys: Any, mask: Any, *, xp: Any, sample: int = 63) -> Any:
-    """Give a point amid the keys, (*B, H, 1, D): the median of an evenly spaced sample.
+    """Return the median of an evenly spaced sample of the keys, (*B, H, 1, D).
 
-    Only conditioning depends on it, so a sample is enough; the median is not moved by an
-    outlier, as the mean would be. A padded key of the sample counts as the mean.
+    The median is used as a shift, on which only rounding errors depend, so a sample is enough. An
+    outlier does not move the median as it would move the mean. A padded key in the sample counts
+    as the mean.
     """
     length = keys.shape[-2]
     if not length:

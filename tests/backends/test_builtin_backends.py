@@ -67,12 +67,12 @@ def test_the_page_shows_what_is_declared() -> None:
 
 
 class FakeError(RuntimeError):
-    """What CUDA's runtime raises."""
+    """The error of CUDA's runtime."""
 
 
 @pytest.fixture
 def cupy_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give the backend on a CuPy that finds no driver, as it does on a machine without a GPU."""
+    """Return the backend on a fake CuPy without a driver, as on a machine without a GPU."""
 
     def count() -> int:
         raise FakeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
@@ -111,7 +111,7 @@ def test_cupy_refuses_tf32_and_what_is_not_there(
 
 
 class Entered:
-    """A CUDA stream, or a device, that notes when it is entered and left."""
+    """A CUDA stream or device whose context records when it is entered and left."""
 
     def __init__(self, said: list[str], *what: Any) -> None:
         self.said, self.what = said, " ".join(map(str, what))
@@ -124,7 +124,7 @@ class Entered:
 
 
 class Place:
-    """What the backend sees of a device of PyTorch, the second of its kind."""
+    """A fake PyTorch device, the second of its kind."""
 
     index = 1
 
@@ -136,7 +136,7 @@ class Place:
 
 
 class Tensor:
-    """What the backend sees of an array of PyTorch; its views say what was asked for."""
+    """A fake PyTorch tensor, whose views return the dtype that the caller asks for."""
 
     def __init__(self, dtype: str, device: str = "cuda") -> None:
         self.dtype, self.shape = f"torch.{dtype}", (2,)
@@ -151,7 +151,7 @@ Tensor.__module__ = "torch"
 
 @pytest.fixture
 def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Give a CuPy and a PyTorch that note on which stream they are called."""
+    """Install a fake CuPy and PyTorch, and return the list in which they record their calls."""
     said: list[str] = []
     cupy = sys.modules["cupy"]
 
@@ -161,14 +161,14 @@ def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(cupy, "from_dlpack", from_dlpack, raising=False)
     monkeypatch.setattr(cupy, "asarray", lambda x: "copied", raising=False)
-    for name, made in {
+    for name, fake in {
         "Device": lambda index: Entered(said, "device", index),
         "Stream": types.SimpleNamespace(
             null=Entered(said, "default stream"),
             from_external=lambda x: Entered(said, "stream", *x.__cuda_stream__()),
         ),
     }.items():
-        monkeypatch.setattr(cupy.cuda, name, made, raising=False)
+        monkeypatch.setattr(cupy.cuda, name, fake, raising=False)
     torch = types.ModuleType("torch")
     torch.__dict__.update(
         int16="torch's int16",
@@ -209,7 +209,7 @@ def test_cupy_takes_tensors_on_the_current_stream_of_pytorch(
     streams.clear()
     with cupy_backend.stream_of(Tensor("float16", "cpu")), cupy_backend.stream_of(np.ones(2)):
         assert streams == []
-    # Also where its own device is named; another one takes a copy.
+    # The same where the caller names the tensor's device; another device needs a copy.
     cupy_backend.exchange(x, "cuda:1")
     assert streams[2] == "from_dlpack"
     streams.clear()
@@ -221,13 +221,13 @@ def test_bfloat16_goes_through_dlpack_by_its_bits(cupy_backend: Any, streams: li
     ml_dtypes = pytest.importorskip("ml_dtypes")
     (taken, bits), dtype = cupy_backend.exchange(Tensor("bfloat16"))
     assert (taken, bits, dtype) == ("bits of torch.bfloat16", "torch's int16", ml_dtypes.bfloat16)
-    given = np.asarray([1.0, -2.0], ml_dtypes.bfloat16)
+    result = np.asarray([1.0, -2.0], ml_dtypes.bfloat16)
     torch = types.SimpleNamespace(
         from_dlpack=lambda x: np.from_dlpack(x), bfloat16=np.dtype(ml_dtypes.bfloat16)
     )
-    back = cupy_backend.give(given, torch)
-    assert back.dtype == given.dtype
-    assert np.shares_memory(back, given)
+    back = cupy_backend.give(result, torch)
+    assert back.dtype == result.dtype
+    assert np.shares_memory(back, result)
     plain = np.ones(3, np.float16)
     assert np.shares_memory(cupy_backend.give(plain, torch), plain)
 
@@ -254,7 +254,7 @@ def test_a_call_on_foreign_arrays_runs_on_their_stream(monkeypatch: pytest.Monke
 
     def noted(name: str) -> None:
         method = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda *given: said.append(name) or method(*given))
+        monkeypatch.setattr(kind, name, lambda *arguments: said.append(name) or method(*arguments))
 
     noted("attention_weights")
     noted("give")

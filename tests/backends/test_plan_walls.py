@@ -16,7 +16,7 @@ from pdcore.spec.normalizations.base import Normalization
 
 [ROOT] = map(Path, pdcore_backends.__path__)
 FILES = sorted(ROOT.rglob("*.py"))
-#: Names of `pdcore.spec` that say what a spec is, and not what a plan is.
+#: Names of `pdcore.spec` that describe a spec rather than a plan.
 FORBIDDEN = {
     "AttentionSpec",
     "as_spec",

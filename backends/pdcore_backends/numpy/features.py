@@ -1,4 +1,4 @@
-"""Feature maps and their contraction, on all cores and in products that BLAS does not split."""
+"""Feature maps and their contraction, on all cores, by products too small for BLAS threads."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .tiles import PRODUCTS
 
 __all__ = ["features", "features_vjp"]
 
-_ROWS = 1024  # rows of a block of phi: it and its temporaries stay in the L2 cache
-_LARGE = 2**16  # numbers; below this, waking threads costs more than they save
+_ROWS = 1024  # rows of a block of phi, so that phi and its temporaries stay in the L2 cache
+_LARGE = 2**16  # entries of q and k; below this, starting threads costs more than they save
 
 
 def features(c: Features, o: Operands) -> tuple[Any, Any]:
-    """Contract, see `feature_contraction.features`; phi is applied here if rows are raw."""
+    """Contract by features, see `feature_contraction.features`; applies phi where `c.raw`."""
     out = np.empty((*o.q.shape[:-1], o.v.shape[-1]), o.v.dtype)
     level = np.empty(o.q.shape[:-1], o.v.dtype)
     whole = o.visibility.support.ahead != 0 and not c.log and c.raw
 
     def run(head: int) -> None:
-        own = _head(o, head)
+        part = _head(o, head)
         at = (..., slice(head, head + 1), slice(None), slice(None))
-        if whole and own.k.shape[-2]:
-            _contract_blocks(c, own, out[(*at, slice(None))], level[at])
+        if whole and part.k.shape[-2]:
+            _contract_blocks(c, part, out[(*at, slice(None))], level[at])
         else:
-            own = _mapped(c, own)
+            part = _mapped(c, part)
             out[(*at, slice(None))], level[at] = feature_contraction.features(
-                c, own, xp=xp, size=_chunk(own), tiled=True
+                c, part, xp=xp, size=_chunk(part), tiled=True
             )
 
     threads.run(run, range(o.k.shape[-3]), _workers(o))
@@ -41,7 +41,7 @@ def features(c: Features, o: Operands) -> tuple[Any, Any]:
 
 
 def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
-    """Contract without causal support, phi block by block of rows."""
+    """Contract without causal support, applying phi to one block of rows at a time."""
     mask = o.visibility.key_mask
     state: Any = 0
     count: Any = 0
@@ -73,15 +73,15 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
 def features_vjp(
     c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
 ) -> dict[str, Any]:
-    """Pull back, see `feature_contraction.features_vjp`; through phi too if rows are raw."""
+    """Pull back, see `feature_contraction.features_vjp`; also through phi where `c.raw`."""
     grads = {"q": np.empty_like(o.q), "k": np.empty_like(o.k), "v": np.empty_like(o.v)}
 
     def run(head: int) -> None:
         rows = (..., slice(head, head + 1), slice(None), slice(None))
         values = (*rows, slice(None))
-        own = _head(o, head)
-        phi = _mapped(c, own)
-        found = feature_contraction.features_vjp(
+        part = _head(o, head)
+        phi = _mapped(c, part)
+        cotangents = feature_contraction.features_vjp(
             c,
             phi,
             out[values],
@@ -93,11 +93,11 @@ def features_vjp(
             tiled=True,
         )
         if c.raw:
-            for name, x in (("q", own.q), ("k", own.k)):
-                found[name] = c.kernel.features_vjp(x, found[name], xp=xp, params={})[0]
-        grads["q"][values] = found["q"]
+            for name, x in (("q", part.q), ("k", part.k)):
+                cotangents[name] = c.kernel.features_vjp(x, cotangents[name], xp=xp, params={})[0]
+        grads["q"][values] = cotangents["q"]
         for name in ("k", "v"):
-            grads[name][rows] = found[name]
+            grads[name][rows] = cotangents[name]
 
     threads.run(run, range(o.k.shape[-3]), _workers(o))
     return grads
@@ -108,6 +108,7 @@ def _workers(o: Operands) -> int:
 
 
 def _mapped(c: Features, o: Operands) -> Operands:
+    """Apply phi to queries and keys, unless they are features already."""
     if not c.raw:
         return o
     q, k = (c.kernel.features(x, xp=xp, params={}) for x in (o.q, o.k))
@@ -115,19 +116,19 @@ def _mapped(c: Features, o: Operands) -> Operands:
 
 
 def _size(features: Any, values: Any) -> int:
-    """Choose how many rows go into one product that BLAS does not split."""
+    """Return how many rows of one product keep it too small for BLAS threads."""
     width = max(int(features.shape[-1]) * int(values.shape[-1]), 1)
     return max(1, min(feature_contraction.CHUNK, PRODUCTS // width))
 
 
 def _head(o: Operands, head: int) -> Operands:
-    """Cut one key head out of the operands; masks of keys are shared by all heads."""
+    """Return the operands of one key head; key masks are shared by all heads."""
     at = (..., slice(head, head + 1), slice(None), slice(None))
     return o._replace(q=o.q[(*at, slice(None))], k=o.k[at], v=o.v[at])
 
 
 def _chunk(o: Operands) -> int:
-    """Choose the chunk so that BLAS splits no product between its threads."""
+    """Return the chunk size that keeps every product too small for BLAS threads."""
     width, values = max(int(o.q.shape[-1]), 1), int(o.v.shape[-1]) + 1
     largest = min(math.isqrt(PRODUCTS // max(width, values)), PRODUCTS // (width * values))
     return max(4, min(feature_contraction.CHUNK, 1 << int(math.log2(max(largest, 1)))))

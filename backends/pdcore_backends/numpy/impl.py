@@ -15,15 +15,15 @@ __all__ = ["NumpyBackend"]
 
 
 class NumpyBackend(SilentBackend):
-    """Runs plans on NumPy arrays, on as many threads as the process has cores.
+    """A backend that runs plans on NumPy arrays, on as many threads as the process has cores.
 
-    ``PDCORE_NUM_THREADS`` sets another number of threads.
+    The environment variable ``PDCORE_NUM_THREADS`` sets another number of threads.
     """
 
     info = INFO
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
-        """Leave phi to the contraction: fresh arrays of phi would cost more than phi."""
+        """Let the contraction apply phi: allocating phi(q) and phi(k) costs more than phi."""
         c = plan.contraction
         if not isinstance(c, Features) or c.kernel.parameters():
             return plan
@@ -36,21 +36,21 @@ class NumpyBackend(SilentBackend):
     def scores_vjp(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
     ) -> dict[str, Any]:
-        """Pull back in tiles; with a bias or with scalars per head, by the generic blocks."""
+        """Pull back in tiles, or by `ArrayBackend` with a bias or with scalars per head."""
         if c.weight == "log_features" or o.bias is not None or o.values:
             return super().scores_vjp(c, o, out, level, d_out, d_level)
         return scores.scores_vjp(c, o, out, level, d_out, d_level)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
-        """Contract by features, heads beside each other."""
+        """Contract by features, heads in parallel."""
         return features.features(c, o)
 
     def features_vjp(
         self, c: Features, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
     ) -> dict[str, Any]:
-        """Pull back, likewise."""
+        """Pull the contraction by features back, heads in parallel."""
         return features.features_vjp(c, o, out, level, d_out, d_level)
 
     def versions(self) -> dict[str, str]:
-        """Give NumPy's version and the number of threads."""
+        """Return NumPy's version and the number of threads."""
         return {"numpy": np.__version__, "threads": str(threads.count())}

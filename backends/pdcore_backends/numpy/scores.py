@@ -16,14 +16,14 @@ from .tiles import Block, Layout, Problem, Rows
 
 __all__ = ["scores", "scores_vjp"]
 
-# |log kappa| up to which exp needs no maximum subtracted: the smallest weight, exp(-bound), is a
-# normal number, and a sum of 10^9 of the largest is far from overflow.
+# The bound on |log kappa| up to which exp needs no maximum subtracted: exp(-bound) is a normal
+# number, and the sum of 10^9 weights exp(bound) is far from overflow.
 _BOUNDED = {"float32": 40.0, "float64": 300.0}
-_SMALL = 2**16  # scores; below this, waking threads costs more than they save
+_SMALL = 2**16  # scores; below this, starting threads costs more than they save
 
 
 def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
-    """Contract, see `score_contraction.scores`; `c` is not in the log-feature domain."""
+    """Contract by scores, see `score_contraction.scores`; `c.weight` is not "log_features"."""
     problem = Problem(c, o)
     shape = problem.q.shape[:3]
     out = np.empty((*shape, problem.v.shape[-1]), problem.dtype)
@@ -32,7 +32,7 @@ def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
     problem.turn(workers)
     layout = problem.layout(blocks_for=2 * workers if workers > 1 else 1)
     longest = _longest_key(problem)
-    # Later rows see more under causal: the longest blocks go first.
+    # Under causal, later rows see more keys: the longest tasks start first.
     tasks = list(_tasks(problem, layout))[::-1]
 
     def run(task: tuple[int, int, Rows]) -> None:
@@ -70,7 +70,7 @@ def _tasks(problem: Problem, layout: Layout) -> Iterator[tuple[int, int, Rows]]:
 
 
 def _longest_key(problem: Problem) -> float:
-    """Give tau max |k| where |log kappa| <= tau |q| |k| may bound it, else infinity."""
+    """Return tau max |k|, for |log kappa| <= tau |q| max |k|; infinity where no bound holds."""
     o = problem.o
     if not problem.scaled or o.key_bias is not None or o.bias is not None:
         return math.inf
@@ -78,7 +78,7 @@ def _longest_key(problem: Problem) -> float:
 
 
 def _longest(x: Any) -> float:
-    """Give the largest norm of a row."""
+    """Return the largest norm of a row."""
     return math.sqrt(np.einsum("...d,...d->...", x, x).max(initial=0))
 
 
@@ -90,11 +90,11 @@ def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tu
     block : Block
         The heads and rows.
     layout : Layout
-        Gives the key blocks.
+        Holds the key blocks.
     summed : array (P, G, gq, 1, tq, Dv)
-        Where to write the sums of the weighted values.
+        The array into which the weighted values are summed.
     longest : float
-        As `_longest_key` gives it.
+        The result of `_longest_key`.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tu
     total: Any = np.zeros((*summed.shape[:3], summed.shape[4]), problem.dtype)
     peak: Any = None
     begun = False
-    # A NaN in q compares False, and so takes the path that subtracts a maximum.
+    # A NaN in q compares False, so that a maximum is subtracted.
     bounded = longest < math.inf and longest * _longest(block.q) <= _BOUNDED[problem.dtype.name]
     ones = np.ones(layout.keys[0].size if layout.keys else 0, problem.dtype)
     for keys in block.seen_keys(layout.keys):
@@ -139,11 +139,8 @@ def _accumulate(block: Block, layout: Layout, summed: Any, longest: float) -> tu
 
 
 def _lower(s: Any, peak: Any, total: Any, summed: Any) -> Any:
-    """Subtract the running maximum of each row, and give the new one.
-
-    The sums so far are brought to the new maximum.
-    """
-    # Tiles against each other first: that runs along memory, a maximum of short rows does not.
+    """Subtract the running maximum of each row, rescale the sums to it, and return it."""
+    # First over tiles, which reads memory in order; a maximum over short rows does not.
     higher = s.max(axis=3).max(axis=-1)
     if peak is not None:
         np.maximum(higher, peak, out=higher)
@@ -161,9 +158,9 @@ def scores_vjp(
 ) -> dict[str, Any]:
     """Pull back, see `score_contraction.scores_vjp`.
 
-    For operands without bias and without scalars per head. Each task owns its keys, and the
-    query's cotangents of several key ranges are added in a fixed order, so that the bits do not
-    depend on which thread was first.
+    The operands have no bias and no scalars per head. No two tasks write to the same keys, and
+    the queries' cotangents of several key ranges are added in a fixed order, so that results do
+    not depend on the order of the threads.
     """
     problem = Problem(c, o)
     shape = problem.q.shape
@@ -217,7 +214,7 @@ def _key_ranges(problem: Problem, layout: Layout, workers: int) -> list[tuple[Ro
 
 
 class _Cotangent:
-    """The pullback of one block of rows."""
+    """The pullback of the contraction for one block of rows."""
 
     def __init__(self, block: Block, level: Any, delta: Any, d_out: Any, clean: bool) -> None:
         self.block, self.clean = block, clean
@@ -229,7 +226,7 @@ class _Cotangent:
         self.base = np.where(self.empty, 0, self.level)
 
     def add(self, keys: Rows, dq: Any, grads: dict[str, Any]) -> None:
-        """Add what one key block contributes."""
+        """Add the cotangents that one key block contributes."""
         block, problem, c = self.block, self.block.problem, self.block.problem.c
         s = block.inner(keys)
         slope: Any = None
@@ -258,7 +255,7 @@ class _Cotangent:
         if c.weight == "log":
             ds *= s
             if not self.clean:
-                # A weight of 0 has no gradient, whatever stands beside it.
+                # A weight of 0 has no gradient, even where its factor is NaN or infinite.
                 np.copyto(ds, 0, where=s == 0)
         else:
             ds *= inverse

@@ -18,11 +18,11 @@ VARIABLE = "PDCORE_NUM_THREADS"
 
 _lock = threading.Lock()
 _queues: dict[tuple[int, ...], SimpleQueue[Any]] = {}
-_own = threading.local()
+_local = threading.local()
 
 
 def count() -> int:
-    """Give the number of threads: ``PDCORE_NUM_THREADS``, else the cores of this process."""
+    """Return the number of threads: ``PDCORE_NUM_THREADS``, else the cores of this process."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return len(_cores())
@@ -38,13 +38,13 @@ def _cores() -> tuple[int, ...]:
 
 
 def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> None:
-    """Call `function` on every task, by several threads; the first error is raised.
+    """Call `function` on every task from several threads, and raise the first error.
 
-    A call from inside a worker runs its tasks itself, since waiting for its own pool could
-    last for ever.
+    A worker that calls this function runs the tasks itself: waiting for its own pool could
+    deadlock.
     """
     todo = iter(list(tasks))
-    if workers <= 1 or getattr(_own, "works", False):
+    if workers <= 1 or getattr(_local, "works", False):
         for task in todo:
             function(task)
         return
@@ -62,24 +62,25 @@ def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> 
 
     jobs = [Future[None]() for _ in range(workers)]
     try:
-        # An interrupt can come as early as the start of the first worker.
+        # In the `try`, as an interrupt may come while the first worker starts.
         queue = _queue(workers)
         for job in jobs:
             queue.put((job, work))
         for job in jobs:
             job.result()
     finally:
-        stop.set()  # after an error or an interrupt, nothing more is begun
+        stop.set()  # after an error or an interrupt, no worker starts another task
 
 
 def _queue(workers: int) -> SimpleQueue[Any]:
-    """Give the queue of a set of workers, one on each core when all cores are used.
+    """Return the queue of a set of workers, and start them; one on each core if all are used.
 
-    OpenBLAS's threads keep spinning for a while after a product. Seeing every core busy, the
-    scheduler would then wake two of our workers on one core, and they would share it.
+    A worker is bound to its core because OpenBLAS's threads keep spinning for a while after a
+    product: with every core busy, the scheduler would wake two workers on the same core.
 
-    The workers are daemons, not those of a `ThreadPoolExecutor`: an interrupt while that one
-    starts a thread leaves a thread that it does not know, for which the exit waits for ever.
+    The workers are daemon threads rather than a `ThreadPoolExecutor`: an interrupt while the
+    executor starts a thread leaves that thread unregistered, and the interpreter then waits for
+    the thread for ever at exit.
     """
     cores = _cores()
     bound = workers == len(cores) and VARIABLE not in os.environ
@@ -97,16 +98,16 @@ def _queue(workers: int) -> SimpleQueue[Any]:
 
 
 def _serve(queue: SimpleQueue[Any], core: int | None) -> None:
-    _own.works = True
+    _local.works = True
     if core is not None and hasattr(os, "sched_setaffinity"):
-        # The set of cores may have just changed; unbound is slower, not wrong.
+        # The process may have lost this core; an unbound worker is slower, not wrong.
         with suppress(OSError):
             os.sched_setaffinity(0, {core})
     while True:
         job, work = queue.get()
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - it is the caller's, who raises it
+        except BaseException as error:  # noqa: BLE001 - `run` raises it in the caller's thread
             job.set_exception(error)
         else:
             job.set_result(None)
@@ -114,7 +115,7 @@ def _serve(queue: SimpleQueue[Any], core: int | None) -> None:
 
 
 def _after_fork() -> None:
-    # A child has the queues of its parent, but none of the threads that serve them.
+    # A forked process has its parent's queues, but none of the threads that serve them.
     global _lock
     _lock = threading.Lock()
     _queues.clear()
@@ -125,13 +126,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def buffer(name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Give this thread's scratch array of that name, uninitialised.
+    """Return this thread's scratch array of a name, uninitialised.
 
-    It is kept between tasks, since mapping and unmapping pages costs more than a block's sums.
+    The array is kept between tasks, since mapping and unmapping its pages costs more than
+    computing a block.
     """
     size = int(np.prod(shape))
-    kept = getattr(_own, name, None)
+    kept = getattr(_local, name, None)
     if kept is None or kept.dtype != dtype or kept.size < size:
         kept = np.empty(size, dtype)
-        setattr(_own, name, kept)
+        setattr(_local, name, kept)
     return kept[:size].reshape(shape)

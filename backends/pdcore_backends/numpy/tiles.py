@@ -1,10 +1,10 @@
 """Blocks of scores as small tiles.
 
-OpenBLAS runs a matrix product of up to 2^18 multiplications in the calling thread, and on
-recent x86 with a kernel of its own for small matrices that is faster than its large one. So
-scores are computed as a batch of tiles, one block per thread, and BLAS threads never compete
-with ours. A block holds scores (P, G, gq, gk, tq, tk): P heads, G query heads for each, gq by gk
-tiles of tq rows and tk keys.
+OpenBLAS runs a matrix product of up to 2^18 multiplications in the calling thread, and on recent
+x86 processors with a kernel for small matrices that is faster than the one for large matrices. So
+scores are computed in blocks, one for each thread, and a block as a batch of tiles of that size;
+BLAS threads never compete with the workers. A block holds scores (P, G, gq, gk, tq, tk): P key
+heads, G query heads for each, gq by gk tiles of tq rows and tk keys.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .threads import buffer, run
 __all__ = ["PRODUCTS", "Block", "Layout", "Problem", "Rows"]
 
 PRODUCTS = 2**18  # multiplications that OpenBLAS does not split between its threads
-_ELEMENTS = 2**18  # scores of a block: fewer make the interpreter's share felt
-_KEYS = 512
+_ELEMENTS = 2**18  # scores of a block; with fewer, the interpreter's overhead shows
+_KEYS = 512  # keys of a block
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one block: ``start`` and tiles of ``size`` rows."""
+    """The rows of one block: `tiles` tiles of `size` rows from `start`."""
 
     start: int
     tiles: int
@@ -37,13 +37,13 @@ class Rows:
 
     @property
     def stop(self) -> int:
-        """The row behind the last."""
+        """The row after the last."""
         return self.start + self.tiles * self.size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a problem is cut.
+    """The blocks into which a problem is cut.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ def cut(length: int, tile: int, block: int) -> tuple[Rows, ...]:
 
 
 class Problem:
-    """The operands of a contraction with leading axes and heads on one axis.
+    """The operands of a contraction, with leading axes and key heads on one axis, of length P.
 
     Attributes
     ----------
@@ -110,8 +110,8 @@ class Problem:
     def turn(self, workers: int) -> None:
         """Fill `k_turned`.
 
-        The small matrix kernels read keys that are contiguous along the keys a third faster
-        than a transposed view, and the scale of a linear log kappa goes in on the way.
+        The kernels for small matrices read a transposed copy a third faster than a transposed
+        view, and the copy takes in the scale of a linear log kappa.
         """
         scale = self.dtype.type(self.c.scale if self.scaled else 1)
 
@@ -124,15 +124,15 @@ class Problem:
         run(turn, parts, workers)
 
     def layout(self, *, blocks_for: int, square: bool = False) -> Layout:
-        """Cut the problem.
+        """Return the blocks into which the problem is cut.
 
         Parameters
         ----------
         blocks_for : int
-            How many blocks of rows and heads there should be at least.
+            The least number of blocks of heads, as far as there are heads.
         square : bool
-            Whether tiles have as many rows as keys, for products along either; else they are
-            long, so that few partial sums are left to add.
+            Whether tiles have as many rows as keys, for products along either axis; otherwise
+            tiles are long along the keys, so that few partial sums have to be added.
         """
         groups, rows, dim = self.q.shape[1:]
         keys = self.k.shape[1]
@@ -152,12 +152,12 @@ class Problem:
         return Layout(heads, cut(rows, tile, row_block), cut(keys, key_tile, key_block))
 
     def batches(self, first: int, last: int) -> Any:
-        """Give the batch index of each of the heads ``first:last``."""
+        """Return the batch index of each of the heads ``first:last``."""
         return np.arange(first, last) // self.heads_per_batch
 
 
 class Block:
-    """Scores of heads ``first:last`` and some rows, key block after key block."""
+    """The scores of key heads ``first:last`` and some rows, for one key block at a time."""
 
     def __init__(self, problem: Problem, first: int, last: int, rows: Rows) -> None:
         self.problem, self.first, self.last, self.rows = problem, first, last, rows
@@ -184,11 +184,11 @@ class Block:
         return x.reshape(x.shape[0], 1, 1, keys.tiles, keys.size, x.shape[-1])
 
     def shape(self, keys: Rows) -> tuple[int, ...]:
-        """Give the shape of a block of scores."""
+        """Return the shape of a block of scores."""
         return (self.heads, self.groups, self.rows.tiles, keys.tiles, self.rows.size, keys.size)
 
     def seen_keys(self, keys: tuple[Rows, ...]) -> Iterator[Rows]:
-        """Give the key blocks that some row may see by position."""
+        """Yield the key blocks that some row may see by position."""
         low, high = self.problem.o.visibility.key_range(self.rows.start, self.rows.stop)
         for part in keys:
             if part.stop > low and part.start < high:
@@ -202,7 +202,7 @@ class Block:
         return np.matmul(self.q, k, out=s)
 
     def log_kappa(self, s: Any, keys: Rows) -> Any:
-        """Turn inner products into log kappa with its biases, in place where that is possible."""
+        """Turn inner products into log kappa with its biases, in place."""
         problem, c = self.problem, self.problem.c
         if c.expression is not None:
             result = c.expression({"s": s, **self.values}, np)
@@ -214,7 +214,7 @@ class Block:
         return s
 
     def hidden(self, keys: Rows) -> Any:
-        """Say which scores are not visible; None where all are."""
+        """Return which scores are not visible; None where all are."""
         problem, view = self.problem, self.problem.o.visibility
         parts = []
         if not view.whole(self.rows.start, self.rows.stop, keys.start, keys.stop):
@@ -253,7 +253,7 @@ class Block:
         return hidden
 
     def caller(self, x: Any, keys: Rows) -> Any:
-        """Cut a caller's (*B, H, G, N, M) array, broadcast or not, to this block's tiles."""
+        """Cut a caller's array, broadcastable to (*B, H, G, N, M), to the tiles of this block."""
         if x.shape[-2] != 1:
             x = x[..., self.rows.start : self.rows.stop, :]
         if x.shape[-1] != 1:

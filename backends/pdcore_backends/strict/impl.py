@@ -1,6 +1,7 @@
-"""Plans on array-api-strict: exactly what `ArrayBackend` gives.
+"""Plans on array-api-strict, by `ArrayBackend` without any change.
 
-The library has nothing but the standard, so what runs here needs nothing else of any other.
+array-api-strict implements the array-API standard and nothing else, so a plan that runs on it
+needs nothing beyond the standard from any other library.
 """
 
 from __future__ import annotations
@@ -13,6 +14,6 @@ __all__ = ["StrictBackend"]
 
 
 class StrictBackend(SilentBackend):
-    """Runs plans on array-api-strict arrays."""
+    """A backend that runs plans on array-api-strict arrays."""
 
     info = INFO

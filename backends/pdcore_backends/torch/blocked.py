@@ -1,7 +1,7 @@
-"""The contraction by scores in blocks of this backend, with its pullback: O(N + M) memory.
+"""The contraction by scores in blocks, with its pullback, in O(N + M) memory.
 
-For what no fused kernel computes: windows, softcap and other maps of the scores, offsets by
-sequence, gradients of a bias, log-sum-exp, dropout on the CPU.
+It computes what no fused kernel does: windows, softcap and other maps of the scores, one offset
+for each sequence, the gradient of a bias, the log-sum-exp, and dropout on the CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
 
 
 class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
-    """Keeps nothing of the (N, M) weights: its pullback computes them again, block by block."""
+    """The contraction, whose pullback computes the (N, M) weights again, block by block."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,7 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed, ctx.size, ctx.names = c, fixed, size, names
         out, level = scores(
-            c, _filled(fixed, names, arrays), xp=xp, query_block=size[0], key_block=size[1]
+            c, _with_arrays(fixed, names, arrays), xp=xp, query_block=size[0], key_block=size[1]
         )
         ctx.save_for_backward(*arrays, out, level)
         return out, level
@@ -58,7 +58,7 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         *arrays, out, level = ctx.saved_tensors
-        o = _filled(ctx.fixed, ctx.names, arrays)
+        o = _with_arrays(ctx.fixed, ctx.names, arrays)
         grads = scores_vjp(
             ctx.c, o, out, level, *d, xp=xp, query_block=ctx.size[0], key_block=ctx.size[1]
         )
@@ -66,7 +66,8 @@ class _Recomputed(torch.autograd.Function):  # type: ignore[misc]
         return (None,) * 4 + tuple(grads.get(name) for name in names)
 
 
-def _filled(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
+def _with_arrays(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
+    """Return the operands with the arrays that have a gradient put back."""
     q, k, v, key_bias, bias, *values = arrays
     return fixed._replace(
         q=q, k=k, v=v, key_bias=key_bias, bias=bias, values=dict(zip(names, values, strict=True))
@@ -74,12 +75,12 @@ def _filled(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operands:
 
 
 def dropout(p: float) -> Dropout:
-    """Draw a dropout: one seed by PyTorch's generator.
+    """Return a dropout of weights, whose seed PyTorch's generator draws.
 
     Parameters
     ----------
     p : float
-        The share of the weights that is dropped, below 1.
+        The probability that a weight is dropped, below 1.
     """
     return Dropout(p, torch.randint(2**62, (), device="cpu"))
 
@@ -90,9 +91,9 @@ class Dropout:
     Attributes
     ----------
     p : float
-        The share that is dropped.
+        The probability that a weight is dropped.
     seed : integer Tensor ()
-        Of all its blocks.
+        The seed, from which that of every block is derived.
     """
 
     def __init__(self, p: float, seed: Tensor) -> None:
@@ -100,6 +101,6 @@ class Dropout:
         self._keep = None if torch.compiler.is_compiling() else keeper(p, int(seed))
 
     def __call__(self, start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
-        """Give what the weights of a block are multiplied by."""
+        """Return the factors by which the weights of a block are multiplied."""
         assert self._keep is not None
         return self._keep(start, stop, first, last, like)

@@ -1,7 +1,7 @@
-"""Which kernel runs a plan by scores: PyTorch's own attention, FlexAttention, or blocks.
+"""The choice of the kernel for a plan by scores: PyTorch's attention, FlexAttention, or blocks.
 
-The choice follows from the plan and the call without its values. It stands in the slot of the
-contraction, and in words in the steps of the plan.
+The choice depends on the plan and on shapes, dtype and device of the call, never on the values of
+arrays. It is stored in the slot `choice` of the contraction, and described in the plan's steps.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from . import device
 
 __all__ = ["Blocked", "Flexed", "Fused", "chosen"]
 
-#: FlexAttention's block: it skips none of a shorter call, and is compiled for seconds.
+#: The block of FlexAttention: a shorter call has no block to skip, so compiling does not pay.
 FLEX_LEAST = 128
-#: Features beyond which its tiles leave the shared memory of a multiprocessor.
+#: The most features whose tiles fit into the shared memory of a multiprocessor.
 FLEX_MOST = 256
 
 
 @dataclass(frozen=True)
 class Blocked:
-    """A contraction by scores in blocks, see `.blocked`.
+    """The choice of blocks for a contraction by scores, see `.blocked`.
 
     Attributes
     ----------
     plan : str
-        `Plan.text`, which `.operators` lowers again.
+        `Plan.text`, from which `.operators` lowers the plan again.
     """
 
     plan: str
@@ -37,28 +37,28 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Flexed(Blocked):
-    """A contraction by scores that FlexAttention computes, see `.flex`.
+    """The choice of FlexAttention for a contraction by scores, see `.flex`.
 
     Attributes
     ----------
     dtype : str
-        Of the queries, keys and values that its kernel reads.
+        The dtype in which the kernel reads queries, keys and values.
     """
 
     dtype: str
 
 
 class OnePass(NamedTuple):
-    """The fold of statistics, which are computed in the same pass, see `transforms.Fold`.
+    """A fold that computes its statistics itself, see `transforms.Fold`.
 
     Attributes
     ----------
     of : {"sequence", "batch", "running", "prefix"}
-        What the statistics are of.
+        The keys over which the statistics are computed.
     beta : float or None
-        The weight of the mean; None where it is a parameter of the call.
+        The weight of the mean; None where the weight is a parameter of the call.
     eps, split, closed
-        As of `Fold`.
+        As in `Fold`.
     """
 
     of: str
@@ -70,16 +70,16 @@ class OnePass(NamedTuple):
 
 @dataclass(frozen=True)
 class Fused(Blocked):
-    """A contraction by scores that `scaled_dot_product_attention` computes, see `.fused`.
+    """The choice of `scaled_dot_product_attention`, see `.fused`.
 
     Attributes
     ----------
     dtype : str
-        Of the queries, keys and values that its kernel reads where L is read too.
+        The dtype in which the kernel reads queries, keys and values where L is read.
     narrow : str
-        Of the same in a `.fused.FusedCall`.
+        The same for a `.fused.FusedCall`, where L is not read.
     causal : bool
-        Whether keys after a row's own position are hidden.
+        Whether keys after a row's position are hidden.
     whole : bool
         Whether L is not read, so that the call may be a `.fused.FusedCall`.
     plain : bool
@@ -87,7 +87,7 @@ class Fused(Blocked):
     grouped : bool
         Whether query heads share key heads.
     fold : OnePass or None
-        The fold of statistics, if it is all that happens to queries and keys.
+        The fold, if it is the only transform of the plan.
     """
 
     dtype: str
@@ -100,7 +100,7 @@ class Fused(Blocked):
 
 
 def chosen(plan: Plan, request: Request) -> Plan:
-    """Choose the kernel of a plan by scores, and say so in its steps."""
+    """Choose the kernel of a plan by scores, and describe the choice in the plan's steps."""
     c = plan.contraction
     if not isinstance(c, Scores):
         return plan
@@ -119,7 +119,7 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
     whole = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
     choice = Fused(
         plan=plan.text,
-        dtype=plan.accumulate if kind == "cpu" else _read(plan, request),
+        dtype=plan.accumulate if kind == "cpu" else _kernel_dtype(plan, request),
         narrow=plan.accumulate if plan.prefix else request.dtype,
         causal=causal,
         whole=whole,
@@ -157,7 +157,7 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
 
 
 def _one_pass(plan: Plan) -> OnePass | None:
-    """Describe the fold of a plan, None where it has other transforms."""
+    """Return the fold of a plan; None unless the fold is its only transform."""
     step = plan.transforms[0] if len(plan.transforms) == 1 else None
     if not isinstance(step, Fold):
         return None
@@ -165,7 +165,7 @@ def _one_pass(plan: Plan) -> OnePass | None:
 
 
 def _plain(plan: Plan, request: Request) -> bool:
-    """Whether a call is PyTorch's function of queries, keys and values as they are."""
+    """Check whether PyTorch's function computes the call from q, k and v as they are."""
     return (
         not plan.transforms
         and not plan.pools
@@ -180,7 +180,7 @@ def _plain(plan: Plan, request: Request) -> bool:
 
 
 def _flexed(plan: Plan, c: Scores, request: Request, why: str) -> Plan:
-    dtype = _read(plan, request)
+    dtype = _kernel_dtype(plan, request)
     steps = [f"kernel: FlexAttention, compiled, in {dtype}, for {why}"]
     if plan.support.restricts:
         skipped = (
@@ -196,15 +196,16 @@ def _flexed(plan: Plan, c: Scores, request: Request, why: str) -> Plan:
     return plan.chosen(replace(c, choice=Flexed(plan.text, dtype)), *steps)
 
 
-def _read(plan: Plan, request: Request) -> str:
-    """Return the dtype in which a kernel of CUDA reads transformed queries and keys."""
-    # Rows beyond the range of 16 bit are read as they are summed; pullbacks compute weights again.
+def _kernel_dtype(plan: Plan, request: Request) -> str:
+    """Return the dtype in which a CUDA kernel reads transformed queries and keys."""
+    # Rows that may leave the range of 16 bits are read in the accumulation dtype. So are those of
+    # a pullback, which computes the weights again and must get the same.
     narrow = plan.holds == "float16" and not (request.vjp or request.weights)
     return request.dtype if narrow else plan.accumulate
 
 
 def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
-    """Say what no fused kernel computes, nothing if one computes the plan."""
+    """Return what no fused kernel computes of a plan; empty if one computes the plan."""
     support = plan.support
     if c.weight != "log" or c.expression is not None:
         return "weights that are no exp of an inner product"
@@ -228,7 +229,7 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
 
 
 def _out_of_range(plan: Plan, request: Request) -> str:
-    """Say which normalization may leave the range of 16 bit rows, nothing if none does."""
+    """Return which normalization may leave the range of 16 bits; empty if none does."""
     # Prefix statistics are folded in the accumulation dtype, see `Fused.narrow`.
     if plan.holds == "float16" or plan.prefix or request.dtype == plan.accumulate:
         return ""
@@ -241,7 +242,7 @@ def _out_of_range(plan: Plan, request: Request) -> str:
 
 
 def _not_flex(c: Scores, request: Request) -> str:
-    """Say why FlexAttention does not run a call, nothing if it does."""
+    """Return why FlexAttention does not run a call; empty if it does."""
     if why := device.without_flex(request.device):
         return why
     if c.weight != "log":
@@ -260,7 +261,7 @@ def _not_flex(c: Scores, request: Request) -> str:
 
 
 def _arrays(request: Request) -> bool:
-    """Whether the positions of queries are arrays."""
+    """Check whether the positions of queries are arrays."""
     return request.offset in ("array", "sequence") or (
         request.offset == "end" and request.key_mask is not None
     )

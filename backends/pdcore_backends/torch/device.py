@@ -1,4 +1,4 @@
-"""What a device can do, as far as the choice of a kernel rests on it."""
+"""The abilities of a device on which the choice of a kernel depends."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 __all__ = ["kind", "unfolded", "without_flex", "without_triton"]
 
-#: Features of a row that a tile of Triton holds in registers, at most.
+#: The most features of a row that a tile of the Triton kernels holds in registers.
 MOST = 256
 
 
 def kind(device: str) -> str:
-    """Give the kind of a device, ``"cpu"`` or ``"cuda"``."""
+    """Return the kind of a device, ``"cpu"`` or ``"cuda"``."""
     return device.partition(":")[0]
 
 
 @lru_cache(maxsize=64)
 def without_triton(device: str) -> str:
-    """Say why no Triton kernel runs on a device; nothing if one does. Triton is not imported."""
+    """Return why no Triton kernel runs on a device; empty if one does. Does not import Triton."""
     if kind(device) != "cuda":
         return f"{device} is no CUDA device"
     if find_spec("triton") is None:
@@ -34,7 +34,7 @@ def without_triton(device: str) -> str:
 
 @lru_cache(maxsize=64)
 def without_flex(device: str) -> str:
-    """Say why FlexAttention does not run on a device; nothing if it does."""
+    """Return why FlexAttention does not run on a device; empty if it does."""
     if kind(device) != "cuda":
         return f"PyTorch has no gradients of it on {kind(device)}"
     why = without_triton(device)
@@ -47,7 +47,7 @@ def without_flex(device: str) -> str:
 
 
 def unfolded(device: str, dtype: str, dim: int) -> str:
-    """Say why no Triton kernel folds statistics of keys; nothing if one does."""
+    """Return why no Triton kernel folds statistics of keys; empty if one does."""
     if why := without_triton(device):
         return why
     if dtype == "float64":

@@ -1,4 +1,4 @@
-"""The contraction by features on PyTorch: whole products, and chunks side by side under causal."""
+"""The contraction by features on PyTorch: whole products, or one batch of chunks under causal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
     Returns
     -------
     (out, L) or None
-        None for log features, and under causal for other positions than one row to each key.
+        None for log features, and under causal unless row i stands at key i.
     """
     seen = o.visibility
     causal = seen.support.ahead == 0
@@ -42,13 +42,13 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
     if c.signed:
         return weighted, torch.zeros_like(total[..., 0])
     none = total == 0
-    # A quotient: 1 / total, or its square in the gradient, is inf long before a weight is 0.
+    # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
     out = weighted / torch.where(none, torch.inf, total)
     return out, torch.where(none, -torch.inf, torch.log(torch.where(none, 1.0, total)))[..., 0]
 
 
 def chosen_features(plan: Plan) -> Plan:
-    """Choose feature maps that are quicker here than those of the core."""
+    """Choose this backend's own feature maps where they are faster than those of the plan."""
     transforms = tuple(
         replace(step, choice=elu_rows)
         if isinstance(step, FeatureRows) and step.phi == "elu"
@@ -59,7 +59,7 @@ def chosen_features(plan: Plan) -> Plan:
 
 
 def elu_rows(rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-    """Apply elu + 1, whose pullback reads nothing but its result, see `transforms.FeatureRows`."""
+    """Apply elu + 1, whose pullback reads only the result, see `transforms.FeatureRows`."""
     q, k = _elu(rows.q), _elu(rows.k)
 
     def pullback(d: Rows) -> Any:
@@ -78,12 +78,12 @@ def _elu(x: Tensor) -> Tensor:
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
-    # Not elu(x) + 1, which is 0 where exp(x) is below the rounding of 1.
+    # Not elu(x) + 1, which rounds to 0 where exp(x) is below half of eps.
     return x.clamp_max(0.0).exp_().add_(x.clamp_min(0.0))
 
 
 class _EluPlusOne(torch.autograd.Function):  # type: ignore[misc]
-    """phi' = exp(x) = phi below 0, and 1 above, where phi >= 1: the smaller of phi and 1."""
+    """phi = elu + 1, with phi' = min(phi, 1): exp(x) = phi < 1 below 0, and 1 above."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -98,24 +98,24 @@ class _EluPlusOne(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    # Sums over the sequence are products with ones: see `.fold`.
+    # Sums over the sequence are products with ones, which are faster, see `.fold`.
     one = torch.ones(1, k.shape[-2], dtype=k.dtype, device=k.device)
     return q @ (k.mT @ v), q @ (one @ k).mT
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over the keys up to each row's own, chunk by chunk: (*B, H, G, N, F), k and v G = 1."""
+    """Sum over the keys up to each row's position: q (*B, H, G, N, F), k and v with G = 1."""
     length = q.shape[-2]
     short = -length % CHUNK
     q, k, v = (pad(x, (0, 0, 0, short)).unflatten(-2, (-1, CHUNK)) for x in (q, k, v))
     one = torch.ones(CHUNK, 1, dtype=k.dtype, device=k.device)
     states, sums = _before(k.mT @ v), _before(k.mT @ one)
-    own = (q @ k.mT).tril()
-    weighted = torch.matmul(own, v) + torch.matmul(q, states)
-    total = torch.matmul(own, one) + torch.matmul(q, sums)
+    weights = (q @ k.mT).tril()
+    weighted = torch.matmul(weights, v) + torch.matmul(q, states)
+    total = torch.matmul(weights, one) + torch.matmul(q, sums)
     return tuple(x.flatten(-3, -2)[..., :length, :] for x in (weighted, total))
 
 
 def _before(x: Tensor) -> Tensor:
-    """Sum, for each chunk (axis -3), what the chunks before it give."""
+    """Compute, for each chunk (axis -3), the sum over the chunks before it."""
     return pad(torch.cumsum(x[..., :-1, :, :], -3), (0, 0, 0, 0, 1, 0))

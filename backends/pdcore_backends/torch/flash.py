@@ -1,7 +1,7 @@
 """Softmax attention by PyTorch's fused kernels, with gradients of gradients.
 
-Shapes: q (B, Hq, N, D), k and v (B, Hkv, M, D); the kernels want one number of features for all
-three. Nothing here ever takes the kernel that builds an (N, M) array.
+Shapes: q (B, Hq, N, D), k and v (B, Hkv, M, D); the kernels need the same number of features in
+all three. PyTorch's kernel that builds an (N, M) array is never used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import namespace as xp
-from .inner import Inner, begun
+from .inner import Inner, run_inner
 from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
 
 __all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed"]
@@ -21,12 +21,12 @@ __all__ = ["attend", "attend_with_lse", "biased", "recorded", "transformed"]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-#: Query rows whose weights exist at a time where gradients are computed without a fused kernel.
+#: Query rows of a block where gradients are computed without a fused kernel.
 ROWS = 256
 
 
 def recorded(*tensors: Any) -> bool:
-    """Whether automatic differentiation records what is done with some tensors."""
+    """Check whether automatic differentiation records operations on some tensors."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -35,7 +35,7 @@ def recorded(*tensors: Any) -> bool:
 
 
 def transformed() -> bool:
-    """Whether a transformation of `torch.func`, or forward mode, is at work."""
+    """Check whether a transformation of `torch.func`, or forward mode, is active."""
     level: int = torch.autograd.forward_ad._current_level
     return level >= 0 or bool(torch._C._are_functorch_transforms_active())
 
@@ -54,13 +54,13 @@ def attend(
     Parameters
     ----------
     q, k, v : Tensor
-        As in the module's docstring; v may have another number of features.
+        As in the module's docstring, except that v may have another number of features.
     mask : Tensor of q's dtype broadcastable to (B, Hq, N, M), optional
-        Added to the scores; -inf removes a key. It gets no gradient.
+        Added to the scores; -inf hides a key. The mask gets no gradient.
     scale : float
         tau.
     causal : bool
-        Whether row i sees keys 0 to i only.
+        Whether row i sees only keys 0 to i.
 
     Returns
     -------
@@ -68,7 +68,7 @@ def attend(
         Zeros in a row that sees no key.
     """
     width = v.shape[-1]
-    q, k, v = _one_width(q, k, v)
+    q, k, v = _pad_to_one_width(q, k, v)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         if recorded(q, k, v):
             out = _OnCpu.apply(q, k, v, mask, scale, causal)[0]
@@ -90,12 +90,12 @@ def attend_with_lse(
     scale: float,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same, and the log-sum-exp (B, Hq, N) of every row.
+    """Compute what `attend` does, and the log-sum-exp (B, Hq, N) of every row.
 
-    The log-sum-exp of a row that sees no key is meaningless.
+    The log-sum-exp of a row that sees no key is not defined.
     """
     width = v.shape[-1]
-    q, k, v = _one_width(q, k, v)
+    q, k, v = _pad_to_one_width(q, k, v)
     if q.device.type != "cpu":
         if recorded(q, k, v):
             out, lse = _WithLse.apply(q, k, v, mask, scale, causal)
@@ -109,7 +109,7 @@ def attend_with_lse(
 
 
 def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Carry a bias of the keys in features of its own; in 16 bit in two, high and low."""
+    """Append features whose product adds a bias of the keys; in 16 bits two, high and low part."""
     parts, unit = [bias], 1.0
     if dtype in (torch.float16, torch.bfloat16):
         # The range of float16 ends at 65,504, and -inf - -inf would be NaN.
@@ -121,7 +121,7 @@ def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tens
     return torch.cat([q, units], -1), torch.cat([k, torch.stack(parts, -1)], -1)
 
 
-def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append zeros where the numbers of features differ, which changes no product."""
     width = q.shape[-1]
     fits = v.shape[-1] == width and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -129,12 +129,12 @@ def _one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
         return q, k, v
     width = max(width, v.shape[-1])
     if q.device.type == "cuda":
-        width += -width % 8  # the alignment that the memory-efficient kernel asks for
+        width += -width % 8  # the alignment that the memory-efficient kernel needs
     return widened(q, width), widened(k, width), widened(v, width)
 
 
 class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
-    """The fused kernel of the CPU; PyTorch's own rule for it has no second derivative."""
+    """The fused CPU kernel, with the second derivative that PyTorch's own rule lacks."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ def _gradients(
     d_out: Tensor | None,
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pull cotangents of out and lse back in differentiable calls, rows by rows."""
+    """Pull cotangents of out and lse back in differentiable calls, by blocks of rows."""
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     wide = lse.dtype
@@ -212,20 +212,20 @@ def _gradients(
 
 
 class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
-    """A fused kernel of CUDA with PyTorch's own gradient, and a second derivative besides."""
+    """A fused CUDA kernel with PyTorch's own gradient, and with a second derivative."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
         ctx.scale, ctx.causal = scale, causal
-        ctx.inner, [out] = begun(_OnDevice.computed(mask, scale, causal), q, k, v)
+        ctx.inner, [out] = run_inner(_OnDevice.computed(mask, scale, causal), q, k, v)
         ctx.save_for_backward(q, k, v, mask)
         return out
 
     @staticmethod
     def computed(mask: Tensor | None, scale: float, causal: bool) -> Any:
-        """Give the kernel as a function of what has a gradient."""
+        """Return the kernel as a function of the arrays that have a gradient."""
         return lambda q, k, v: (on_device(q, k, v, mask, scale, causal),)
 
     @staticmethod
@@ -233,7 +233,7 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
         [d_out] = d
         q, k, v, mask = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            # Its record is good for one gradient; whoever asks for another pays for it.
+            # A record serves one gradient; for another the forward pass runs again.
             inner = ctx.inner or Inner(_OnDevice.computed(mask, ctx.scale, ctx.causal), q, k, v)
             ctx.inner = None
             return (*inner.pull_back(d_out), None, None, None)
@@ -247,7 +247,7 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
 
 
 class _WithLse(torch.autograd.Function):  # type: ignore[misc]
-    """A fused kernel with its log-sum-exp and both gradients; PyTorch has none of the latter's."""
+    """A fused CUDA kernel with its log-sum-exp, and the gradient of both, which PyTorch lacks."""
 
     @staticmethod
     def forward(
@@ -276,7 +276,7 @@ class _WithLse(torch.autograd.Function):  # type: ignore[misc]
 def _plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute out and lse in differentiable calls; for gradients of gradients alone."""
+    """Compute out and lse in differentiable calls, for gradients of gradients only."""
     group = q.shape[1] // k.shape[1]
     wide = xp.accumulation(q)
     q, k, v = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))

@@ -1,8 +1,9 @@
 """The contraction by scores by FlexAttention: score maps, windows and masks in one compiled kernel.
 
-The support by positions is a mask of blocks, found from their ranges without an (N, M) array and
-kept for the lengths it was made for. All else that depends on a query and a key, the map of the
-scores included, is a score map: that holds in blocks which are seen as a whole, too.
+Causal and window support becomes a block mask, built from ranges of positions without an (N, M)
+array and cached by lengths. Everything else that depends on a query and a key (the kernel's map of
+the scores, masks, a bias) is part of the score map, which FlexAttention also applies in blocks
+that are visible as a whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pdcore.extend import Expression, Operands, Scores, Support, Visibility, sco
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed
-from .inner import Inner, begun
+from .inner import Inner, run_inner
 from .kernels import widened
 from .operators import BLOCKS
 
@@ -29,12 +30,12 @@ __all__ = ["block_mask", "flex_scores"]
 
 #: Queries and keys of a block.
 BLOCK = 128
-#: Features that the products of its kernels ask for; zeros make up for what is missing.
+#: The fewest features that the kernels' products accept; shorter rows are padded with zeros.
 LEAST = 16
 
 
 class _Kind(NamedTuple):
-    """What a kernel is compiled for, beside what its arguments are.
+    """The key under which a compiled kernel is cached.
 
     Attributes
     ----------
@@ -45,11 +46,12 @@ class _Kind(NamedTuple):
     group : int
         Query heads of a key head.
     support : Support or None
-        Where it is a part of the score map, because positions are arrays.
+        The support, where the score map has to apply it because positions are arrays.
     pooled : int
         Keys of a pooling window.
     signature : tuple
-        Dtypes, heads and features, so that another never compiles this one again.
+        Dtypes, heads and features, so that another signature gets a program of its own instead
+        of making PyTorch recompile this one.
     """
 
     expression: Expression | None
@@ -62,7 +64,17 @@ class _Kind(NamedTuple):
 
 
 class _Extra(NamedTuple):
-    """What a score map reads: (H,) each, (B, M), (B, Hq, N, M) twice, and positions (B,)."""
+    """The arrays that a score map reads.
+
+    Attributes
+    ----------
+    values : tuple of Tensor (H,)
+        The scalars per head of the expression.
+    key_mask : bool Tensor (B, M) or None
+    mask, bias : Tensor (B, Hq, N, M) or None
+    at : integer Tensor (B,) or None
+        The position of query 0.
+    """
 
     values: tuple[Tensor, ...]
     key_mask: Tensor | None
@@ -77,14 +89,15 @@ def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     Returns
     -------
     (out, L) or None
-        None where `.choice` says that blocks run a call, and where nothing is to be computed.
+        None where blocks have to run the call (see the steps of `.choice`), and where an array
+        is empty.
     """
     if torch.compiler.is_compiling() or transformed() or o.keep is not None:
         return None
     if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
         return None
     if (
-        _watched()
+        _in_dispatch_mode()
         or recorded(o.bias, *o.values.values())
         or (o.key_bias is not None and c.expression is not None)
     ):
@@ -92,52 +105,53 @@ def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     if not recorded(o.q, o.k, o.v, o.key_bias):
         return _run(c, o)
     fixed = o._replace(q=None, k=None, v=None, key_bias=None)
-    found: tuple[Tensor, Tensor] = _Flex.apply(c, fixed, o.q, o.k, o.v, o.key_bias)
-    return found
+    results: tuple[Tensor, Tensor] = _Flex.apply(c, fixed, o.q, o.k, o.v, o.key_bias)
+    return results
 
 
-def _watched() -> bool:
-    """Whether a dispatch mode keeps PyTorch from compiling: FlexAttention would run uncompiled."""
+def _in_dispatch_mode() -> bool:
+    """Check whether a dispatch mode is active, under which FlexAttention would not be compiled."""
     modes = torch.utils._python_dispatch
-    asked = getattr(modes, "is_in_any_mode_without_ignore_compile_internals", None)
-    return bool(torch._C._len_torch_dispatch_stack() if asked is None else asked())
+    active = getattr(modes, "is_in_any_mode_without_ignore_compile_internals", None)
+    return bool(torch._C._len_torch_dispatch_stack() if active is None else active())
 
 
 class _Flex(torch.autograd.Function):  # type: ignore[misc]
-    """FlexAttention with its own gradient, and a second derivative by our blocks."""
+    """FlexAttention with its own gradient, and a second derivative by blocks."""
 
     @staticmethod
     def forward(ctx: Any, c: Scores, fixed: Operands, *arrays: Any) -> tuple[Tensor, Tensor]:
         ctx.c, ctx.fixed = c, fixed
-        ctx.inner, (out, level) = begun(_Flex.computed(c, fixed), *arrays)
+        ctx.inner, (out, level) = run_inner(_Flex.computed(c, fixed), *arrays)
         ctx.save_for_backward(*arrays, out, level)
         return out, level
 
     @staticmethod
     def computed(c: Scores, fixed: Operands) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Give the contraction as a function of the arrays that have a gradient."""
-        return lambda *arrays: _run(c, _filled(fixed, *arrays))
+        """Return the contraction as a function of the arrays that have a gradient."""
+        return lambda *arrays: _run(c, _with_arrays(fixed, *arrays))
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         *arrays, out, level = ctx.saved_tensors
         if torch.is_grad_enabled():
-            o = _filled(ctx.fixed, *arrays)
+            o = _with_arrays(ctx.fixed, *arrays)
             grads = scores_vjp(
                 ctx.c, o, out, level, *d, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1]
             )
             return (None, None, *(grads.get(name) for name in ("q", "k", "v", "key_bias")))
-        # Its record is good for one gradient; whoever asks for another pays for it.
+        # A record serves one gradient; for another the forward pass runs again.
         inner = ctx.inner or Inner(_Flex.computed(ctx.c, ctx.fixed), *arrays)
         ctx.inner = None
         return (None, None, *inner.pull_back(*d))
 
 
-def _filled(fixed: Operands, q: Any, k: Any, v: Any, key_bias: Any) -> Operands:
+def _with_arrays(fixed: Operands, q: Any, k: Any, v: Any, key_bias: Any) -> Operands:
     return fixed._replace(q=q, k=k, v=v, key_bias=key_bias)
 
 
 def _run(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
+    """Run the compiled kernel on all leading axes at once, and return (out, L)."""
     seen, shape, wide = o.visibility, o.q.shape, o.q.dtype
     group, width, dtype = shape[-3], o.v.shape[-1], getattr(torch, c.choice.dtype)
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
@@ -177,7 +191,7 @@ def _run(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _extra(o: Operands, count: int) -> _Extra:
-    """Give what the score map reads, lengthened without copies to whole axes."""
+    """Return the arrays of the score map, broadcast to whole axes without copies."""
     seen = o.visibility
     heads = (count, o.q.shape[-4] * o.q.shape[-3])
 
@@ -223,25 +237,25 @@ def _program(kind: _Kind) -> Callable[..., tuple[Tensor, Tensor]]:
         )
         return out, more.lse
 
-    # The compiler counts what it compiles anew by the code, which all closures share.
-    own = FunctionType(
+    # PyTorch limits recompilations by code object, and all closures share one: so copy it.
+    copy = FunctionType(
         attend.__code__.replace(),
         attend.__globals__,
         attend.__name__,
         attend.__defaults__,
         attend.__closure__,
     )
-    return compiled(own)
+    return compiled(copy)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function whole: it never runs in parts, or as it is."""
-    found: Callable[..., Any] = torch.compile(function, fullgraph=True)
-    return found
+    """Compile a function as one graph, so that no part of it runs uncompiled."""
+    program: Callable[..., Any] = torch.compile(function, fullgraph=True)
+    return program
 
 
 def _score(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
-    """Give log kappa of query i and key j, -inf where it is not visible."""
+    """Compute log kappa of query i and key j, -inf where the key is not visible."""
     logit = s
     if kind.expression is not None:
         scalars = (x[h // kind.group] for x in extra.values)
@@ -261,7 +275,7 @@ def _score(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) -
 
 
 def _position(support: Support, pooled: int, at: Any, i: Any, j: Any) -> Any:
-    """Say whether query i sees key j by position, see `Visibility.by_position`."""
+    """Check whether query i sees key j by position, see `Visibility.by_position`."""
     seen = None
     if support.ahead != math.inf:
         seen = (j + 1) * pooled - 1 <= i + at + int(support.ahead)
@@ -275,12 +289,12 @@ def _position(support: Support, pooled: int, at: Any, i: Any, j: Any) -> Any:
 def block_mask(
     support: Support, rows: int, length: int, scale: int, offset: int, device: str
 ) -> Any:
-    """Make FlexAttention's mask of the blocks that positions let some query see.
+    """Build FlexAttention's block mask for causal and window support.
 
     Parameters
     ----------
     support, rows, length, scale, offset, device
-        As in `Visibility`, positions known as ints.
+        As in `Visibility`, with the offset an int.
 
     Returns
     -------
@@ -294,7 +308,7 @@ def block_mask(
         part, whole = _blocks(seen, start, min(start + BLOCK, rows))
         parts.append(part)
         wholes.append(whole)
-    # Not of inference mode: gradients of later calls save them.
+    # Not inference tensors: the mask is cached, and a later call may save it for its gradient.
     with torch.inference_mode(False), torch.no_grad():
         at = torch.tensor(offset, dtype=torch.int32, device=device)
 
@@ -303,8 +317,8 @@ def block_mask(
 
         columns = -(-seen.keys // BLOCK)
         return BlockMask.from_kv_blocks(
-            *_listed(parts, columns, device),
-            *_listed(wholes, columns, device),
+            *_block_table(parts, columns, device),
+            *_block_table(wholes, columns, device),
             BLOCK_SIZE=BLOCK,
             mask_mod=mask_mod,
             seq_lengths=(rows, seen.keys),
@@ -328,10 +342,10 @@ def _blocks(seen: Visibility, start: int, stop: int) -> tuple[list[int], list[in
     return [*range(low, a), *range(b, high)], list(range(a, b))
 
 
-def _listed(blocks: list[list[int]], columns: int, device: str) -> tuple[Tensor, Tensor]:
-    """Give the number of blocks of each row of blocks, (1, 1, R), and the blocks, (1, 1, R, C)."""
+def _block_table(blocks: list[list[int]], columns: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return how many key blocks each row of blocks has, (1, 1, R), and which, (1, 1, R, C)."""
     count = torch.tensor([len(row) for row in blocks], dtype=torch.int32)
     index = torch.zeros(len(blocks), columns, dtype=torch.int32)
-    for row, found in zip(index, blocks, strict=True):
-        row[: len(found)] = torch.tensor(found, dtype=torch.int32)
+    for row, columns_seen in zip(index, blocks, strict=True):
+        row[: len(columns_seen)] = torch.tensor(columns_seen, dtype=torch.int32)
     return count[None, None].to(device), index[None, None].to(device)

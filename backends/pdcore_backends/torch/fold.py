@@ -1,10 +1,10 @@
 """Attention-BN folded into the query: statistics and fold in few passes over memory.
 
-Shapes: q (B, H, G, N, D), where the G query heads of a key head stand beside each other; k
-(B, H, M, D); statistics (B, H, 1, D), (1, H, 1, D) over a batch, or (B, H, N, D) by rows.
+Shapes: q (B, H, G, N, D), with the G query heads of a key head on an axis; k (B, H, M, D);
+statistics (B, H, 1, D), (1, H, 1, D) over a batch, or (B, H, N, D) for prefixes.
 
-Sums over the sequence are products with a row of weights: PyTorch's own reductions along that
-axis took 10 to 100 times as long on the CPU.
+Sums over the sequence are matrix products with a row of ones, as PyTorch's own reductions along
+that axis took 10 to 100 times as long on the CPU.
 """
 
 from __future__ import annotations
@@ -20,19 +20,30 @@ from pdcore.extend import Moments, first_real
 from . import device
 from . import namespace as xp
 from .flash import recorded
-from .prefix import fold_rows, of_beta, twice
+from .prefix import beta_cotangent, fold_rows, plain_gradient
 
-__all__ = ["fold", "fold_given", "fold_prefix", "prefix_moments"]
+__all__ = ["fold", "fold_prefix", "fold_running", "prefix_moments"]
 
 
-#: Keys of a chunk of `prefix_moments`.
+#: Keys of a chunk in `prefix_moments`.
 CHUNK = 64
 
 
 class _Sums(NamedTuple):
-    """What a fold needs of the keys.
+    """The statistics of the keys that a fold reads.
 
-    `centred` is k - c for a first estimate c of the mean; `rest` is what c lacks of the mean.
+    Attributes
+    ----------
+    n : int or Tensor
+        The number of real keys.
+    mean : Tensor
+        The mean of the keys.
+    inverse : Tensor
+        1 / (var + eps), 0 where there are fewer than two keys.
+    centred : Tensor
+        k - c, c the mean as computed first.
+    rest : Tensor
+        mean - c, the rounding error of c.
     """
 
     n: Any
@@ -65,9 +76,9 @@ def fold(
     eps : float
         Added to the variance.
     split : bool
-        Divide both sides by sigma instead of the query by sigma^2.
+        Divide queries and keys by sigma instead of queries by sigma^2.
     over_batch : bool
-        Take the statistics over B too.
+        Compute the statistics over B too.
 
     Returns
     -------
@@ -76,19 +87,19 @@ def fold(
     """
     if torch.compiler.is_compiling():
         return _plain(q, k, real, beta, eps, split, over_batch)
-    kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
+    record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     if k.is_cuda and not over_batch and by_triton(k):
         from . import triton_fold
 
-        return triton_fold.fold(q, k, real, beta, eps, split, _plain, kept)
-    if kept:
-        found: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, over_batch)
-        return found
+        return triton_fold.fold(q, k, real, beta, eps, split, _plain, record)
+    if record:
+        rows: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, over_batch)
+        return rows
     return _apply(q, _sums(k, real, eps, over_batch), beta, split)
 
 
 def by_triton(k: Tensor) -> bool:
-    """Whether `.triton_fold` folds the statistics of keys on a CUDA device."""
+    """Check whether `.triton_fold` folds the statistics of keys on a CUDA device."""
     name = str(k.dtype).removeprefix("torch.")
     return not device.unfolded(str(k.device), name, k.shape[-1])
 
@@ -115,7 +126,7 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
     rest = (total.sum(0, keepdim=True) if over_batch else total) / count
     total = one @ (centred * centred)
     square = (total.sum(0, keepdim=True) if over_batch else total) / count
-    # The square of what rounding has left in `rest` is all that is taken off.
+    # square - rest^2 does not cancel, as `rest` is of the size of a rounding error.
     inverse = 1.0 / (square - rest * rest + eps)
     if real is not None:
         inverse = torch.where(n > 1, inverse, 0.0)
@@ -134,7 +145,7 @@ def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]
 
 
 class _Fold(torch.autograd.Function):  # type: ignore[misc]
-    """The fold with its gradient in as few passes; c is held fixed, as nothing depends on it."""
+    """The fold with its gradient in few passes; c counts as a constant, which changes no result."""
 
     @staticmethod
     def forward(
@@ -159,12 +170,12 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         dq, dk = d
-        q, k, real, given, n, mean, inverse, centred, rest = ctx.saved_tensors
-        beta = given if ctx.beta is None else ctx.beta
+        q, k, real, learned, n, mean, inverse, centred, rest = ctx.saved_tensors
+        beta = learned if ctx.beta is None else ctx.beta
         dq = torch.zeros_like(q) if dq is None else dq
         dk = torch.zeros_like(k) if dk is None else dk
         if torch.is_grad_enabled():
-            grads = twice(
+            grads = plain_gradient(
                 lambda q, k, beta: _plain(q, k, real, beta, *ctx.plain), q, k, beta, (dq, dk)
             )
         else:
@@ -210,7 +221,7 @@ def _pull_back(
     more = torch.addcmul(d_mean / count - steep * s.rest, steep, s.centred)
     if real is not None:
         more = more * real[:, :, :, None]
-    d_beta = of_beta(-s.mean * moved, beta) if isinstance(beta, Tensor) else None
+    d_beta = beta_cotangent(-s.mean * moved, beta) if isinstance(beta, Tensor) else None
     return (dq * factor[:, :, None]).to(q_dtype), (dk + more).to(k.dtype), d_beta
 
 
@@ -239,10 +250,10 @@ def _plain(
     return folded.to(dtype), (keys * factor if split else keys).to(dtype)
 
 
-def fold_given(
+def fold_running(
     q: Tensor, k: Tensor, mean: Tensor, var: Tensor, beta: Any, *, eps: float, split: bool
 ) -> tuple[Tensor, Tensor]:
-    """Fold statistics that are given, (H, 1, D)."""
+    """Fold running statistics, parameters (H, 1, D) of the call."""
     wide = xp.accumulation(k)
     dtype, mean, var = q.dtype, mean.to(wide), var.to(wide)
     inverse = 1.0 / (var + eps)
@@ -255,22 +266,22 @@ def fold_given(
 def fold_prefix(
     q: Tensor, k: Tensor, real: Tensor | None, beta: Any, offset: int, *, eps: float, closed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Fold the statistics of every row's past; the offset is not negative.
+    """Fold prefix statistics, those of the keys up to each row; the offset is not negative.
 
     Returns
     -------
     q', k' : Tensor
-        In the accumulation dtype: q' of a short prefix leaves the range of float16.
+        In the accumulation dtype, as q' of a short prefix leaves the range of float16.
     alive : bool Tensor (B, 1, N), or None
-        Whether a row's past has a key; None where every row's has.
+        Whether a row's prefix has a real key; None where every prefix has one.
     """
     wide = xp.accumulation(k)
     q, k = q.to(wide), k.to(wide)
     aligned = offset == 0 and q.shape[-2] == k.shape[-2]
     if not aligned or torch.compiler.is_compiling():
         return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
-    kept = recorded(q, k, beta if isinstance(beta, Tensor) else None)
-    return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, kept)
+    record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
+    return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, record)
 
 
 def _prefix_plain(
@@ -286,16 +297,16 @@ def _prefix_plain(
     if closed:  # see `transforms.Fold`
         inverse = torch.where(n > 1, inverse, 0.0)
     folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]
-    origin = first_real(k, real, xp=xp).detach()  # nothing depends on it
+    origin = first_real(k, real, xp=xp).detach()  # the shift changes no result
     return folded, k - origin, None if real is None else n[..., 0] > 0
 
 
 def prefix_moments(k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Compute count, mean and biased variance of the first j + 1 keys, for every j.
 
-    Within a chunk by products with a triangle, relative to the chunk's first real key: every
-    prefix that reaches into the chunk holds that key, so its mean is at most sqrt(CHUNK) standard
-    deviations away. Between chunks by Chan's merge.
+    Within a chunk, sums are products with a triangular matrix of ones, relative to the chunk's
+    first real key: it lies at most sqrt(CHUNK) standard deviations from the mean of any prefix of
+    the chunk, so little cancels. Chunks are combined by Chan's merge.
 
     Parameters
     ----------
@@ -311,7 +322,7 @@ def prefix_moments(k: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tens
     """
     length = k.shape[-2]
     short = -length % CHUNK
-    # The lengthening comes after every row that is read.
+    # Padding at the end enters no prefix that is returned.
     x = (pad(k, (0, 0, 0, short)) if short else k).unflatten(-2, (-1, CHUNK))
     triangle = torch.ones(CHUNK, CHUNK, dtype=k.dtype, device=k.device).tril()
     if real is None:

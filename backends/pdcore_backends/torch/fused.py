@@ -1,7 +1,7 @@
 """Plans by PyTorch's fused attention: the contraction, and the steps before it without casts.
 
-Where L is not read, a call keeps the dtype of its inputs, and statistics and fold are one
-computation, see `FusedRun`.
+Where L is not read, a call keeps the dtype of its inputs, and one computation does both statistics
+and fold, see `FusedRun`.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from pdcore.extend import Call, GroupRun, Inputs, Operands, Plan, Scores, pool, 
 
 from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, recorded
-from .fold import fold, fold_given, fold_prefix
+from .fold import fold, fold_prefix, fold_running
 
-__all__ = ["FusedCall", "FusedRun", "fused_out", "fused_scores", "plain", "taken_whole"]
+__all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores", "plain"]
 
 
 def plain(c: Scores, inputs: Inputs) -> Tensor:
-    """Run a call in which nothing happens to queries, keys and values, and no gradient is kept."""
+    """Run a call without transforms, pooling, masks and gradients by one call of PyTorch."""
     return scaled_dot_product_attention(
         inputs.q, inputs.k, inputs.v, scale=c.scale, enable_gqa=c.choice.grouped
     )
 
 
-def taken_whole(plan: Plan, inputs: Inputs) -> Inputs | None:
+def fused_inputs(plan: Plan, inputs: Inputs) -> Inputs | None:
     """Prepare the inputs of a call whose L is not read for `FusedCall`.
 
     Returns
     -------
     Inputs or None
-        With one leading axis, and the offset an int. None where the kernel does not compute the
-        call: nothing to compute, a bias with a gradient, causal rows at an offset at which the
-        kernel has no triangle.
+        With one leading axis, and the offset an int. None where the kernel cannot compute the
+        call: an empty array, a bias with a gradient, or causal rows at an offset other than 0 that
+        do not all see every key.
     """
     q, k, v, _, _, bias, offset, *_ = inputs
     if not all(q.shape) or not all(k.shape) or not v.shape[-1] or recorded(bias):
@@ -56,7 +56,7 @@ def taken_whole(plan: Plan, inputs: Inputs) -> Inputs | None:
 
 
 class FusedCall(Call):
-    """A call of one leading axis whose contraction reads arrays in the caller's dtype."""
+    """A call with one leading axis whose contraction reads arrays in the caller's dtype."""
 
     def __init__(self, backend: Any, plan: Plan, inputs: Inputs) -> None:
         super().__init__(backend, plan, inputs, level=False)
@@ -64,15 +64,15 @@ class FusedCall(Call):
 
 
 class FusedRun(GroupRun):
-    """A head group of a `FusedCall`: statistics and fold in one computation, and sums for means."""
+    """A head group of a `FusedCall`, with statistics and fold in one computation."""
 
     def pool(self) -> None:
-        """Pool keys and values; the keys stay wide, as statistics would magnify a rounding."""
+        """Pool keys and values; keys stay in the accumulation dtype for their statistics."""
         scale, kind = self.group.scale, self.call.plan.pool
         dtype, wide, real = self.v.dtype, xp.accumulation(self.k), self.key_mask
         k, v = self.k.to(wide), self.v.to(wide)
         if real is None and kind == "mean" and k.shape[-2] % scale == 0:
-            self.k, self.v = _mean(k, scale), _mean(v, scale).to(dtype)
+            self.k, self.v = _window_means(k, scale), _window_means(v, scale).to(dtype)
             return
         weights = pooling_weights(k.shape[-2], real, scale, kind, k, xp=xp)
         self.k, v = (pool(kind, x, weights, xp=xp)[0] for x in (k, v))
@@ -80,12 +80,12 @@ class FusedRun(GroupRun):
         self.key_mask = None if real is None else (weights > 0).any(-1)
 
     def summarise(self) -> None:
-        """Leave statistics that are folded to the fold."""
+        """Compute the statistics, except those that the fold computes itself."""
         if self.call.plan.contraction.choice.fold is None:
             super().summarise()
 
     def transform(self) -> None:
-        """Fold the statistics of the keys, or transform as any backend does."""
+        """Compute and fold the statistics of the keys, or transform as `GroupRun` does."""
         plan = self.call.plan
         if not plan.transforms:
             self.operands = self.operands_of(self.q, self.k, self.v)
@@ -98,7 +98,7 @@ class FusedRun(GroupRun):
         beta = self.params["beta"] if step.beta is None else step.beta
         if step.of == "running":
             mean, var = self.params["mean"], self.params["var"]
-            q, k = fold_given(q, k, mean, var, beta, eps=step.eps, split=step.split)
+            q, k = fold_running(q, k, mean, var, beta, eps=step.eps, split=step.split)
         elif step.of == "prefix":
             q, k, alive = fold_prefix(
                 q, k, real, beta, self.call.offset, eps=step.eps, closed=step.closed
@@ -110,15 +110,15 @@ class FusedRun(GroupRun):
         self.operands = self.operands_of(q, k, self.v)
 
 
-def _mean(x: Tensor, scale: int) -> Tensor:
-    """Take the means of whole windows; several times as fast as PyTorch's reduction."""
+def _window_means(x: Tensor, scale: int) -> Tensor:
+    """Compute the means of whole windows, several times as fast as PyTorch's reduction."""
     first, *others = x.unflatten(-2, (-1, scale)).unbind(-2)
     total = sum(others, first)
     return total * (1.0 / scale)
 
 
 def _with_one_lead(inputs: Inputs, offset: int) -> Inputs:
-    """Join the leading axes of all arrays to one."""
+    """Reshape all arrays to one leading axis."""
     q, k, v, mask, key_mask, bias, *_ = inputs
     lead = q.shape[:-3]
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
@@ -129,7 +129,7 @@ def _with_one_lead(inputs: Inputs, offset: int) -> Inputs:
 
 
 def _one_lead(x: Any, lead: tuple[int, ...]) -> Any:
-    """Give a mask or bias one leading axis in place of several, or of none."""
+    """Reshape a mask or bias to one leading axis, from several or from none."""
     if x is None:
         return None
     shape = (1,) * (len(lead) + 3 - x.ndim) + tuple(x.shape)
@@ -145,7 +145,8 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     Returns
     -------
     (out, L) or None
-        None where a mask, a bias or the offset keeps a row from being known to see a key or not.
+        None where a mask, a bias or an offset leaves open which rows see a key, and where an
+        array is empty.
     """
     seen, causal = o.visibility, c.choice.causal
     if torch.compiler.is_compiling() or not all(o.q.shape):
@@ -195,7 +196,7 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
     if allowed is not None:
         zero = q.new_zeros(()) if added is None else added
         added = torch.where(allowed, zero, -torch.inf)
-    # At another offset every row sees every key, see `taken_whole`.
+    # At another offset every row sees every key, see `fused_inputs`.
     causal = c.choice.causal and seen.offset == 0
     out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
     return out.unflatten(1, q.shape[1:3])

@@ -30,14 +30,14 @@ from .choice import Flexed, Fused, chosen
 from .features import chosen_features, features
 from .flash import recorded, transformed
 from .flex import flex_scores
-from .fused import FusedCall, FusedRun, fused_out, fused_scores, plain, taken_whole
+from .fused import FusedCall, FusedRun, fused_inputs, fused_out, fused_scores, plain
 from .operators import BLOCKS
 
 __all__ = ["TorchBackend"]
 
 
 class TorchBackend(ArrayBackend):
-    """Runs plans on PyTorch tensors, on the CPU or a CUDA device."""
+    """A backend that runs plans on PyTorch tensors, on the CPU or a CUDA device."""
 
     info = INFO
     query_block, key_block = BLOCKS
@@ -49,7 +49,7 @@ class TorchBackend(ArrayBackend):
             register_array_type(kind, "torch")
 
     def refusals(self, request: Request) -> list[str]:
-        """Say why the backend cannot run a call, see `Backend.refusals`."""
+        """Return why the backend cannot run a call, see `Backend.refusals`."""
         reasons = super().refusals(request)
         device = request.device
         if device.startswith("cuda") and not torch.cuda.is_available():
@@ -64,7 +64,7 @@ class TorchBackend(ArrayBackend):
         return reasons
 
     def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
-        """Draw a dropout of weights, see `pdcore.backend.operands.Operands`."""
+        """Return a dropout of weights, see `pdcore.backend.operands.Operands`."""
         return dropout(p)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
@@ -83,8 +83,8 @@ class TorchBackend(ArrayBackend):
                 _check_precision(q)
                 return plain(c, inputs), None
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
-        with _as_declared(inputs.q):
-            prepared = taken_whole(plan, inputs) if whole else None
+        with _without_autocast(inputs.q):
+            prepared = fused_inputs(plan, inputs) if whole else None
             if prepared is None:
                 return super().attention(plan, inputs, lse=lse)
             call = FusedCall(self, plan, prepared)
@@ -93,11 +93,11 @@ class TorchBackend(ArrayBackend):
             return (out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])), None
 
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
-        """Take the arrays of a call; without L there are only those of a `FusedCall`."""
+        """Return a call that reads L, as only a `FusedCall` does without."""
         return super().call(plan, inputs)
 
     def group_run(self, call: Call, group: Group) -> GroupRun:
-        """Return the steps of a head group, those of fused kernels where they run the call."""
+        """Return the steps of a head group, those of `FusedRun` for a `FusedCall`."""
         steps = FusedRun if isinstance(call, FusedCall) else GroupRun
         return steps(self, call, group)
 
@@ -115,12 +115,12 @@ class TorchBackend(ArrayBackend):
     def attention_vjp(
         self, plan: Plan, inputs: Inputs
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
-        """Run a plan and give its pullback, see `Backend.attention_vjp`."""
-        with _as_declared(inputs.q):
+        """Run a plan and return its pullback, see `Backend.attention_vjp`."""
+        with _without_autocast(inputs.q):
             out, lse, pull = super().attention_vjp(plan, inputs)
 
         def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
-            with _as_declared(d_out):
+            with _without_autocast(d_out):
                 return pull(d_out, d_lse)
 
         return out, lse, vjp
@@ -128,11 +128,11 @@ class TorchBackend(ArrayBackend):
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
-        with _as_declared(inputs.q):
+        with _without_autocast(inputs.q):
             return super().attention_weights(plan, inputs)
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
-        """Contract by features, in whole products where that is exact."""
+        """Contract by features, by `.features.features` where it computes the call."""
         result = features(c, o)
         return super().features(c, o) if result is None else result
 
@@ -151,15 +151,15 @@ class TorchBackend(ArrayBackend):
 
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
-#: Where PyTorch keeps the precision of float32 matrix products, by the kind of device.
+#: The settings that hold the precision of float32 matrix products, by kind of device.
 _SWITCHES: dict[str, Any] = {
     "cpu": getattr(torch.backends.mkldnn, "matmul", None),
     "cuda": getattr(torch.backends.cuda, "matmul", None),
 }
 
 
-def _as_declared(x: Any) -> AbstractContextManager[Any]:
-    """Compute in the arrays' own dtypes: not in TF32, and not in what autocast would choose."""
+def _without_autocast(x: Any) -> AbstractContextManager[Any]:
+    """Return a context in which autocast changes no dtype; raise where TF32 is switched on."""
     _check_precision(x)
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -169,17 +169,17 @@ def _as_declared(x: Any) -> AbstractContextManager[Any]:
 
 
 def _check_precision(x: Any) -> None:
-    """Refuse where a switch was set since the backend was chosen."""
+    """Raise where PyTorch's precision was reduced after the backend was selected."""
     if x.dtype == torch.float32 and (reasons := _reduced_precision(x.device.type)):
         raise UnsupportedError(f"backend torch: {reasons[0]}")
 
 
-# A compiler takes the answer as it is while it traces; it cannot read the switches itself.
+# The compiler cannot trace the reading of these settings, so the result is a constant of a trace.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reduced_precision(kind: str) -> list[str]:
-    """Say whether float32 matrix products would be computed in less."""
+    """Return why float32 matrix products would lose precision; empty if they would not."""
     precision = getattr(_SWITCHES["cpu" if kind == "cpu" else "cuda"], "fp32_precision", None)
-    if precision is None:  # a release from before the switches by device
+    if precision is None:  # a release of PyTorch with one setting for all devices
         precision = torch.get_float32_matmul_precision()
     if precision in ("none", "ieee", "highest"):
         return []

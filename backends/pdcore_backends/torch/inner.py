@@ -8,26 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Inner", "begun"]
+__all__ = ["Inner", "run_inner"]
 
-#: Gives a tuple of Tensor.
 Compute = Callable[..., tuple[Tensor, ...]]
 
 
 class Inner:
-    """The record of one computation, from which gradients are taken once.
+    """The autograd record of one computation, which serves one backward pass.
 
     Parameters
     ----------
     compute : callable
-        Gives a tuple of Tensor.
+        Returns a tuple of Tensor.
     *arrays : Tensor or None
-        Its arguments.
+        The arguments of `compute`.
 
     Attributes
     ----------
     results : tuple of Tensor
-        What it gives, recorded.
+        The recorded results of `compute`.
     """
 
     def __init__(self, compute: Compute, *arrays: Tensor | None) -> None:
@@ -36,23 +35,24 @@ class Inner:
             self.results = compute(*self._arrays)
 
     def pull_back(self, *cotangents: Tensor) -> Sequence[Any]:
-        """Give the gradients with respect to all arguments, None for None."""
+        """Return the gradients with respect to all arguments, None for an argument None."""
         roots = [x for x in self._arrays if x is not None]
         grads = iter(torch.autograd.grad(self.results, roots, cotangents, allow_unused=True))
         return [None if x is None else next(grads) for x in self._arrays]
 
 
-def begun(compute: Compute, *arrays: Tensor | None) -> tuple[Inner | None, tuple[Tensor, ...]]:
-    """Compute in the forward of a Function, recorded where the record may stay until its backward.
+def run_inner(compute: Compute, *arrays: Tensor | None) -> tuple[Inner | None, tuple[Tensor, ...]]:
+    """Compute in the forward of a `torch.autograd.Function`, and record unless hooks forbid it.
 
-    Where hooks take what is saved for gradients, as checkpointing does, a record would keep it all
-    the same; so there is none, and the backward computes again what it needs.
+    Checkpointing and the like hook into saved tensors so as not to keep them. A record would keep
+    them all the same, so under such hooks nothing is recorded, and the backward pass computes the
+    forward pass again.
 
     Returns
     -------
     record : Inner or None
     results : tuple of Tensor
-        Without the record.
+        Detached from the record.
     """
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None, compute(*arrays)

@@ -1,6 +1,6 @@
-"""PyTorch's fused attention kernels on CUDA, called by name where that is needed.
+"""PyTorch's fused attention kernels on CUDA, called by name for the log-sum-exp.
 
-Shapes: q (B, Hq, N, D), k and v (B, Hkv, M, D). None of it builds an (N, M) array, beside a mask.
+Shapes: q (B, Hq, N, D), k and v (B, Hkv, M, D). Except for a mask, no (N, M) array is built.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 __all__ = ["State", "lse_backward", "lse_forward", "on_device", "widened", "with_lse"]
 
 _aten = torch.ops.aten
-#: A row of a mask begins at a multiple of so many bytes.
+#: The alignment in bytes of the rows of a mask.
 ALIGNMENT = 16
-#: Features of the flash kernels, at most, and what their number is a multiple of.
+#: The most features that the flash kernels accept, and the step of their number.
 FLASH_MOST, STEP = 256, 8
 
 
-# Flash takes no mask, and cuDNN leaves open what a row without keys is.
+# Flash accepts no mask, and cuDNN does not define the result of a row that sees no key.
 _MASKED = [SDPBackend.EFFICIENT_ATTENTION]
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_MASKED]
 
 
 @lru_cache(maxsize=16)
 def _order(index: int | None, masked: bool) -> tuple[SDPBackend, ...]:
-    """Give the fused kernels in the order in which they are tried."""
+    """Return the fused kernels in the order in which they are tried."""
     if masked:
         return tuple(_MASKED)
     cudnn, *flash = _FUSED
-    # The flash kernels are written for the tensor cores of 8.0.
+    # The flash kernels are written for the tensor cores of compute capability 8.0.
     newer = torch.cuda.get_device_capability(index) >= (9, 0)
     return (cudnn, *flash) if newer else (*flash, cudnn)
 
@@ -41,13 +41,13 @@ def _order(index: int | None, masked: bool) -> tuple[SDPBackend, ...]:
 def on_device(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> Tensor:
-    """Compute softmax(scale q.k + mask) v by the first fused kernel that takes the call."""
+    """Compute softmax(scale q.k + mask) v by the first fused kernel that accepts the call."""
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
     if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
-        # Of the fused kernels only those of 16 bit without a mask share key heads.
+        # Only the fused kernels for 16 bits without a mask share key heads.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         grouped = False
-    if mask is not None and causal:  # the two exclude one another in this function
+    if mask is not None and causal:  # `scaled_dot_product_attention` refuses the two together
         rows, keys = q.shape[2], k.shape[2]
         seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril()
         mask = torch.where(seen, mask, torch.full_like(mask, -torch.inf))
@@ -57,7 +57,7 @@ def on_device(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     masked = mask is not None
-    if torch.compiler.is_compiling():  # a trace asks no device; PyTorch's own order then
+    if torch.compiler.is_compiling():  # a trace cannot read the device: PyTorch's own order
         allowed = sdpa_kernel(_MASKED if masked else _FUSED)
     else:
         allowed = sdpa_kernel(list(_order(q.device.index, masked)), set_priority=True)
@@ -68,14 +68,14 @@ def on_device(
 
 
 class State(NamedTuple):
-    """What a kernel hands its own gradient, beside results and arguments.
+    """The values that the forward of a kernel leaves for its backward, besides out.
 
     Attributes
     ----------
     tensors : tuple of Tensor or None
-        The log-sum-exp as the kernel lays it out, and its own.
+        The log-sum-exp in the kernel's layout, and the tensors that only the kernel reads.
     sizes : tuple of int
-        The longest sequences; none for the memory-efficient kernel.
+        The longest sequences; empty for the memory-efficient kernel.
     """
 
     tensors: tuple[Any, ...]
@@ -85,18 +85,18 @@ class State(NamedTuple):
 def lse_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, State]:
-    """Compute attention and its log-sum-exp (B, Hq, N): flash in 16 bit, else memory-efficient."""
+    """Compute attention and its log-sum-exp (B, Hq, N): flash in 16 bits, else memory-efficient."""
     if mask is None and q.dtype != torch.float32 and q.shape[-1] + STEP <= FLASH_MOST:
         out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, causal, False, scale=scale
         )
         return out, lse, State((lse, *more[:2], seed, offset), tuple(more[2:]))
-    k, v = (_spread(x, q) for x in (k, v))
+    k, v = (_repeat_heads(x, q) for x in (k, v))
     out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
         q, k, v, _aligned(mask, q, k), True, 0.0, causal, scale=scale
     )
     if mask is not None:
-        # What a row without keys has is the kernel's own; so it is 0, with a gradient of 0.
+        # The kernel does not define a row that sees no key: make it 0, with a gradient of 0.
         none = lse.isinf()
         lse = torch.where(none, torch.inf, lse)
         out = torch.where(none[..., : q.shape[2], None], 0.0, out)
@@ -115,7 +115,7 @@ def lse_backward(
     d_out: Tensor | None,
     d_lse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pull cotangents of both results of `lse_forward` back."""
+    """Pull cotangents of out and of the log-sum-exp back, see `lse_forward`."""
     width, heads = q.shape[-1], k.shape[1]
     if d_lse is not None:
         q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, STEP)
@@ -139,7 +139,7 @@ def lse_backward(
         )
     else:
         lse, seed, offset = state.tensors
-        k, v = (_spread(x, q) for x in (k, v))
+        k, v = (_repeat_heads(x, q) for x in (k, v))
         bias = _aligned(mask, q, k)
         grads = _aten._scaled_dot_product_efficient_attention_backward(
             d_out,
@@ -165,23 +165,23 @@ def lse_backward(
 def with_lse(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor | None, d_lse: Tensor, step: int
 ) -> tuple[Tensor, ...]:
-    """Make the log-sum-exp's cotangent a feature, for a kernel's gradient that knows out's only.
+    """Append the log-sum-exp's cotangent as a feature, for a backward that reads only d_out.
 
-    The gradient of the scores is p (d_out.v - d_out.out + d_lse). In a feature more, v is 0, out
-    -1, and d_out is d_lse: the first product stays, and the second becomes d_out.out - d_lse.
+    The gradient of the scores is p (d_out.v - d_out.out + d_lse). In the appended feature v is 0,
+    out is -1 and d_out is d_lse: d_out.v stays, and d_out.out becomes d_out.out - d_lse.
 
     Parameters
     ----------
     q, k, v, out, d_out : Tensor
-        Of one number of features.
+        With the same number of features.
     d_lse : Tensor (B, Hq, N)
     step : int
-        The number of features becomes a multiple of it.
+        The number of features is padded to a multiple of `step`.
 
     Returns
     -------
     q, k, v, out, d_out : Tensor
-        With features appended, which are none of the gradients' business.
+        With features appended, whose gradients the caller drops.
     """
     dim = q.shape[-1]
     width = dim + 1
@@ -197,19 +197,19 @@ def with_lse(
 
 
 def widened(x: Tensor, width: int) -> Tensor:
-    """Append zeros to the features, which lie beside each other then."""
+    """Pad the features with zeros to `width`, and make the feature axis contiguous."""
     x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _spread(x: Tensor, q: Tensor) -> Tensor:
+def _repeat_heads(x: Tensor, q: Tensor) -> Tensor:
     """Repeat key heads for each of their query heads."""
     group = q.shape[1] // x.shape[1]
     return x.repeat_interleave(group, 1) if group > 1 else x
 
 
 def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Lay the rows of a mask out as the memory-efficient kernel reads them, (B, Hq, N, M)."""
+    """Align the rows of a mask as the memory-efficient kernel needs them, (B, Hq, N, M)."""
     if mask is None:
         return None
     keys = k.shape[2]

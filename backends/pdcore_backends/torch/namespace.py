@@ -1,9 +1,9 @@
-"""The array-API namespace of PyTorch as the compiler of PyTorch can trace it.
+"""The array-API namespace of PyTorch, such that PyTorch's compiler can trace it.
 
-array-api-compat's `cumulative_sum` and `clip` look namespaces up in caches, or compare with NaN in
-Python, which a trace cannot follow, and its `concat` promotes dtypes once more; all else is
-array-api-compat's. `random_matrix` is asked for by
-`pdcore.spec.kernels.RandomFeatures`.
+Everything comes from array-api-compat except a few functions: its `cumulative_sum` and `clip` look
+namespaces up in caches or compare with NaN in Python, which cannot be traced, and its `concat`
+promotes dtypes that PyTorch promotes anyway. `random_matrix` is an extension that
+`pdcore.spec.kernels.RandomFeatures` calls.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def clip(x: torch.Tensor, /, min: Any = None, max: Any = None) -> torch.Tensor:
 
 
 def accumulation(x: torch.Tensor) -> torch.dtype:
-    """Give the dtype of sums over a tensor: float64 for float64, else float32."""
+    """Return the dtype of sums over a tensor: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -57,8 +57,8 @@ def random_matrix(
     count: int, dim: int, seed: int, factor: float, like: torch.Tensor
 ) -> torch.Tensor:
     """Draw the matrix of random features, times a factor, in the dtype and device of `like`."""
-    drawn: torch.Tensor = torch.ops.pdcore.random_matrix(count, dim, seed)
-    return (factor * drawn).to(like)
+    matrix: torch.Tensor = torch.ops.pdcore.random_matrix(count, dim, seed)
+    return (factor * matrix).to(like)
 
 
 @torch.library.custom_op(

@@ -1,7 +1,8 @@
 """The blocked contraction by scores as an operator of PyTorch, for its compiler and for export.
 
-A trace through the loops over blocks would hold for one length, and be as long as the sequence;
-``torch.ops.pdcore.scores`` is a single node, whatever the lengths. Its plan travels as text.
+A trace of the loops over blocks would be valid for one length only, and grow with the sequence;
+``torch.ops.pdcore.scores`` is a single node for any length. An operator takes no objects, so the
+plan is passed as text.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ARGUMENTS = (
 
 
 def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tuple[Tensor, Tensor]:
-    """Contract by scores through the operator; `plan` is a `Plan.text`."""
+    """Contract by scores through the operator; `plan` is the `Plan.text`."""
     seen = o.visibility
     static = isinstance(seen.offset, int)
     results: tuple[Tensor, Tensor] = torch.ops.pdcore.scores(
@@ -55,13 +56,13 @@ def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tupl
 
 
 def keeper(p: float, seed: int) -> Callable[[int, int, int, int, Tensor], Tensor]:
-    """Make a dropout of a seed, from which every block draws its own; see `Operands`."""
+    """Return a dropout, whose blocks derive their seeds from `seed`; see `Operands`."""
 
     def keep(start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
         generator = torch.Generator(like.device)
         generator.manual_seed((seed + start * 0x9E3779B97F4A7C15 + first) % 2**63)
-        drawn = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        return drawn.bernoulli_(1.0 - p, generator=generator).mul_(1.0 / (1.0 - p))
+        factors = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return factors.bernoulli_(1.0 - p, generator=generator).mul_(1.0 / (1.0 - p))
 
     return keep
 
@@ -84,6 +85,7 @@ def _operands(
     p: float,
     plan: str,
 ) -> tuple[Scores, Operands]:
+    """Return the contraction and its operands from the arguments of the operator."""
     lowered = restored(plan)
     contraction = lowered.contraction
     assert isinstance(contraction, Scores)
@@ -128,8 +130,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 def _scores_backward(*arguments: Any) -> Any:
-    *given, out, level, d_out, d_level = arguments
-    c, o = _operands(*given)
+    *inputs, out, level, d_out, d_level = arguments
+    c, o = _operands(*inputs)
     d = scores_vjp(
         c, o, out, level, d_out, d_level, xp=xp, query_block=BLOCKS[0], key_block=BLOCKS[1]
     )

@@ -1,9 +1,10 @@
-"""Prefix statistics and their fold chunk by chunk, each in the cache for all that is done to it.
+"""Prefix statistics and their fold, chunk by chunk, so that a chunk stays in the cache.
 
-Shapes as in `.fold`; row i stands at key i. The first real key is taken off all keys, so that a
-mean far from 0 costs no digits. The sums of a chunk are taken relative to the mean of all keys
-before it: n_b (mean - mean_b)^2 is a part of the second moment, so what cancels is at most n / n_b
-of the variance. The first chunk has no mean before it, and takes the first real key's.
+Shapes as in `.fold`; row i stands at key i. The first real key is subtracted from all keys, so
+that a mean far from 0 costs no digits. The sums of a chunk are relative to mean_b, the mean of the
+n_b keys before the chunk: n_b (mean - mean_b)^2 is a part of the second moment, so the term that
+cancels is at most n / n_b times the variance. Sums of the first chunk are relative to the first
+real key.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pdcore.extend import first_real
 
 from . import namespace as xp
 
-__all__ = ["fold_rows", "of_beta", "twice"]
+__all__ = ["beta_cotangent", "fold_rows", "plain_gradient"]
 
-#: Keys of a chunk, by the most features of all heads at a key: a chunk stays in the cache.
+#: Keys of a chunk, by how many features all heads have at a key, so that a chunk fits the cache.
 CHUNKS = ((2048, 64), (8192, 32))
 LEAST = 16
 
@@ -37,16 +38,16 @@ def fold_rows(
     plain: Plain,
     recorded: bool,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Fold the statistics of every row's past, see `.fold.fold_prefix`; q has a row for each key.
+    """Fold prefix statistics, see `.fold.fold_prefix`; q has a row for each key.
 
     Parameters
     ----------
     q, k, real, beta, eps, closed
-        As there, q and k in the accumulation dtype.
+        As in `.fold.fold_prefix`, q and k in the accumulation dtype.
     plain : callable
-        The same in differentiable calls, for gradients of gradients.
+        The same computation in differentiable calls, for gradients of gradients.
     recorded : bool
-        Whether gradients will be asked for.
+        Whether automatic differentiation records the call.
     """
     if recorded:
         folded, keys = _Rows.apply(q, k, real, beta, eps, closed, plain)
@@ -70,7 +71,10 @@ def _counts(real: Tensor | None, k: Tensor) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, closed: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """Give q', k', and with `keep` every row's mean, less the first key, and 1 / (var + eps)."""
+    """Compute q' and k', and with `keep` each row's mean, less the first real key, and inverse.
+
+    The inverse is 1 / (var + eps).
+    """
     size, length = _chunk(k), k.shape[2]
     triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
     counts = _counts(real, k)
@@ -105,7 +109,7 @@ def _forward(
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]
-    """The fold with its gradient, chunk by chunk from the end; c is held fixed."""
+    """The fold with its gradient, chunk by chunk from the end; the shift c counts as a constant."""
 
     @staticmethod
     def forward(
@@ -126,11 +130,11 @@ class _Rows(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
-        q, k, real, given, mean, inverse = ctx.saved_tensors
-        beta = given if ctx.beta is None else ctx.beta
+        q, k, real, learned, mean, inverse = ctx.saved_tensors
+        beta = learned if ctx.beta is None else ctx.beta
         if torch.is_grad_enabled():
             eps, closed, plain = ctx.rest
-            grads = twice(
+            grads = plain_gradient(
                 lambda q, k, beta: plain(q, k, real, beta, 0, eps=eps, closed=closed)[:2],
                 q,
                 k,
@@ -166,11 +170,11 @@ def _pull_back(
         cut = slice(start, min(start + size, length))
         share, steep, middle = shares[..., cut, :], inverse[:, :, cut], mean[:, :, cut]
         d = d_q[:, :, :, cut]
-        own = torch.mul(d, steep[:, :, None], out=dq[:, :, :, cut]).sum(2)
+        row_sum = torch.mul(d, steep[:, :, None], out=dq[:, :, :, cut]).sum(2)
         whole = middle + origin
         turned = (d * (q[:, :, :, cut] - (beta * whole)[:, :, None])).sum(2)
         slope = turned.mul_(steep).mul_(steep).mul_(-2.0 * share)
-        level = own * (-beta * share) - slope * middle
+        level = row_sum * (-beta * share) - slope * middle
         tri = triangle[: level.shape[2], : level.shape[2]]
         level, slope = (tri @ level).add_(levels), (tri @ slope).add_(slopes)
         levels, slopes = level[:, :, :1].clone(), slope[:, :, :1].clone()
@@ -179,23 +183,23 @@ def _pull_back(
             grad = torch.where(real[:, :, cut, None], grad, 0.0)
         torch.add(d_k[:, :, cut], grad, out=dk[:, :, cut])
         if moved is not None:
-            moved -= (own * whole).sum(2, keepdim=True)
-    return dq, dk, None if moved is None else of_beta(moved, beta)
+            moved -= (row_sum * whole).sum(2, keepdim=True)
+    return dq, dk, None if moved is None else beta_cotangent(moved, beta)
 
 
-def of_beta(total: Tensor, beta: Tensor) -> Tensor:
-    """Bring a cotangent of beta, (B, H, 1, D), to the shape and dtype of beta."""
+def beta_cotangent(total: Tensor, beta: Tensor) -> Tensor:
+    """Sum a cotangent of beta, (B, H, 1, D), to the shape and dtype of beta."""
     d_beta = total.sum(0)
     return (d_beta if beta.shape[-1] != 1 else d_beta.sum(-1, keepdim=True)).to(beta.dtype)
 
 
-def twice(
+def plain_gradient(
     plain: Callable[[Tensor, Tensor, Any], Any], q: Tensor, k: Tensor, beta: Any, d: Any
 ) -> tuple[Any, Any, Any]:
-    """Give the gradient of ``plain(q, k, beta) -> (q', k')`` in differentiable calls."""
-    wanted = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
-    wanted = [x if x.requires_grad else x.detach().requires_grad_() for x in wanted]
-    q, k, *rest = wanted
+    """Compute the gradient of ``plain(q, k, beta) -> (q', k')`` in differentiable calls."""
+    inputs = [q, k, *([beta] if isinstance(beta, Tensor) else [])]
+    inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in inputs]
+    q, k, *rest = inputs
     results = plain(q, k, rest[0] if rest else beta)
-    grads = torch.autograd.grad(results, wanted, d, create_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(results, inputs, d, create_graph=True, allow_unused=True)
     return grads[0], grads[1], grads[2] if rest else None

@@ -1,9 +1,10 @@
 """Attention-BN folded into the query by Triton: two kernels forward, two backward.
 
-Shapes as in `.fold`. The first kernel summarises the keys in pieces, each tile by two passes in
-registers and the tiles by Chan's merge, so that a mean far from 0 costs no digits; the second
-merges the pieces and folds. Nothing is added up by atomics, so results do not change from run to
-run. Imported where a CUDA tensor is folded, and nowhere else.
+Shapes as in `.fold`. The first kernel computes the moments of pieces of the keys: those of a tile
+by two passes in registers, those of a piece by Chan's merge of its tiles, so that a mean far from
+0 costs no digits. The second kernel merges the pieces and folds. No sum uses atomic additions, so
+results do not change from run to run. The module is imported only to fold CUDA tensors, since it
+needs Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .prefix import of_beta, twice
+from .prefix import beta_cotangent, plain_gradient
 
 __all__ = ["fold"]
 
@@ -28,7 +29,7 @@ Plain = Callable[..., tuple[Tensor, Tensor]]
 
 @triton.jit
 def _merged(n, mean, m2, n_more, mean_more, m2_more):  # type: ignore[no-untyped-def]
-    """Merge two states by Chan's update."""
+    """Merge two states (n, mean, M2) by Chan's update."""
     both = n + n_more
     share = n_more / tl.maximum(both, 1.0)
     delta = mean_more - mean
@@ -53,7 +54,7 @@ def _pieces(  # type: ignore[no-untyped-def]
     steps: tl.constexpr,
     masked: tl.constexpr,
 ):
-    """Summarise one piece of the keys of one head."""
+    """Compute the state (n, mean, M2) of one piece of the keys of one head."""
     pair = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     b, h = pair // heads, pair % heads
@@ -72,7 +73,7 @@ def _pieces(  # type: ignore[no-untyped-def]
         share = 1.0 / tl.maximum(more, 1.0)
         first = tl.sum(x, 0) * share
         away = tl.where(keep[:, None], x - first[None, :], 0.0)
-        # What rounding has left of the mean.
+        # The rounding error of the first mean.
         rest = tl.sum(away, 0) * share
         square = tl.sum(away * away, 0) - more * rest * rest
         n, mean, m2 = _merged(n, mean, m2, more, first + rest, square)
@@ -116,7 +117,7 @@ def _folded(  # type: ignore[no-untyped-def]
     split: tl.constexpr,
     learned: tl.constexpr,
 ):
-    """Merge the pieces of one head, and fold them into a tile of queries or keys."""
+    """Merge the states of one head, and fold them into a tile of queries or keys."""
     pair = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     b, h = pair // heads, pair % heads
@@ -269,7 +270,7 @@ def _pulled(  # type: ignore[no-untyped-def]
     masked: tl.constexpr,
     learned: tl.constexpr,
 ):
-    """Give the gradient of a tile of queries or keys."""
+    """Compute the gradient of a tile of queries or keys."""
     pair = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     b, h = pair // heads, pair % heads
@@ -335,22 +336,22 @@ def fold(
     Parameters
     ----------
     q, k, real, beta, eps, split
-        As there, where `.device.unfolded` has nothing against it.
+        As in `.fold.fold`, for calls that `.device.unfolded` gives no reason against.
     plain : callable
         ``plain(q, k, real, beta, eps, split, over_batch)`` in differentiable calls, for gradients
         of gradients.
     recorded : bool
-        Whether gradients will be asked for.
+        Whether automatic differentiation records the call.
     """
     if recorded:
-        found: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, plain)
-        return found
+        rows: tuple[Tensor, Tensor] = _Fold.apply(q, k, real, beta, eps, split, plain)
+        return rows
     folded, keys, *_ = _forward(q, k, real, beta, eps, split)
     return folded, keys
 
 
 class _Fold(torch.autograd.Function):  # type: ignore[misc]
-    """The fold with its gradient; the shift of the keys is held fixed, as nothing depends on it."""
+    """The fold with its gradient; the shift c counts as a constant, which changes no result."""
 
     @staticmethod
     def forward(
@@ -371,11 +372,11 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
-        q, k, real, given, mean, inverse, count = ctx.saved_tensors
+        q, k, real, learned, mean, inverse, count = ctx.saved_tensors
         eps, split, plain = ctx.rest
-        beta = given if ctx.beta is None else ctx.beta
+        beta = learned if ctx.beta is None else ctx.beta
         if torch.is_grad_enabled():
-            grads = twice(
+            grads = plain_gradient(
                 lambda q, k, beta: plain(q, k, real, beta, eps, split, False), q, k, beta, d
             )
         else:
@@ -386,7 +387,7 @@ class _Fold(torch.autograd.Function):  # type: ignore[misc]
 def _forward(
     q: Tensor, k: Tensor, real: Tensor | None, beta: Any, eps: float, split: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Give q', k', mean and 1 / (var + eps), (B, H, 1, D), and the number of keys (B, H)."""
+    """Compute q', k', mean and 1 / (var + eps), (B, H, 1, D), and the number of keys (B, H)."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     count, heads, group, queries, dim = q.shape
     keys, width, rows = k.shape[2], triton.next_power_of_2(dim), _rows(dim)
@@ -496,7 +497,7 @@ def _backward(
         masked,
         learned,
     )
-    return dq, dk, of_beta(moved, beta) if learned else None
+    return dq, dk, beta_cotangent(moved, beta) if learned else None
 
 
 def _rows(dim: int) -> int:
@@ -509,7 +510,7 @@ def _bytes(real: Tensor | None) -> Tensor | None:
 
 
 def _weight(beta: Any, heads: int, dim: int, *arrays: Tensor) -> tuple[Any, ...]:
-    """Put beta before some arguments as an array (H, D), or behind them as a number."""
+    """Return kernel arguments with beta as an array (H, D) in front, or as a number behind."""
     if not isinstance(beta, Tensor):
         return (None, *arrays, float(beta))
     whole = beta.to(torch.float32).reshape(heads, -1).expand(heads, dim).contiguous()

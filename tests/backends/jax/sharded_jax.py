@@ -1,7 +1,7 @@
-"""Attention on arrays that lie on several devices of the CPU.
+"""Attention on arrays that are sharded over several CPU devices.
 
-`test_jax_sharding.py` runs these in a process of their own, because JAX has the devices that
-it is told of before its first use.
+`test_jax_sharding.py` runs these tests in a separate process, because the number of JAX's CPU
+devices must be set before JAX is first used.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ COLLECTIVE = re.compile(
 
 
 class Case(NamedTuple):
-    """A call of 24 keys; `given` names what it has besides q, k and v."""
+    """A call with 24 keys; `extras` names its arguments besides q, k and v."""
 
     spec: str
-    given: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     rows: int = 24
     heads: int = 2
     offset: Any = 0
     dtype: str = "float64"
 
     def arrays(self) -> dict[str, Any]:
-        """Draw what the call reads."""
+        """Draw the arguments of the call."""
         rng = np.random.default_rng(0)
 
         def draw(*shape: int) -> Any:
             return rng.standard_normal(shape).astype(self.dtype)
 
-        found: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "q": draw(2, self.heads, self.rows, 5),
             "k": draw(2, 2, 24, 5),
             "v": draw(2, 2, 24, 3),
         }
-        if "key_mask" in self.given:
-            found["key_mask"] = rng.random((2, 24)) > 0.3
-        if "late" in self.given:  # the first shard of a sequence is all padding
-            found["key_mask"] = np.arange(24) >= np.array([[7], [0]])
-        if "beta" in self.given:
-            found["params"] = {"beta": draw(2, 5)}
-        if "running" in self.given:
-            found["params"] = {"mean": draw(2, 5), "var": abs(draw(2, 5)) + 1}
-        found["offset"] = self.offset
-        return found
+        if "key_mask" in self.extras:
+            arguments["key_mask"] = rng.random((2, 24)) > 0.3
+        if "late" in self.extras:  # the first shard of a sequence is all padding
+            arguments["key_mask"] = np.arange(24) >= np.array([[7], [0]])
+        if "beta" in self.extras:
+            arguments["params"] = {"beta": draw(2, 5)}
+        if "running" in self.extras:
+            arguments["params"] = {"mean": draw(2, 5), "var": abs(draw(2, 5)) + 1}
+        arguments["offset"] = self.offset
+        return arguments
 
     def cotangents(self) -> tuple[Any, Any]:
         """Draw cotangents of out and lse."""
@@ -80,28 +80,28 @@ class Case(NamedTuple):
 
 def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
     """Run a call in shards, and pull cotangents back."""
-    given = case.arrays()
-    offset = given.pop("offset")
+    inputs = case.arrays()
+    offset = inputs.pop("offset")
     traced = isinstance(offset, np.ndarray)
     if traced:
-        given["offset"] = offset
+        inputs["offset"] = offset
     whole = {"params", "offset"}
 
-    def local(given: dict[str, Any]) -> Any:
-        more = given if traced else {**given, "offset": offset}
+    def local(inputs: dict[str, Any]) -> Any:
+        more = inputs if traced else {**inputs, "offset": offset}
         return pdcore.attention(spec=case.spec, axis_name="seq", return_lse=True, **more)
 
     split = {
-        name: P() if name in whole else VECTORS if name == "key_mask" else ROWS for name in given
+        name: P() if name in whole else VECTORS if name == "key_mask" else ROWS for name in inputs
     }
     run = jax.shard_map(local, mesh=mesh, in_specs=(split,), out_specs=ROWS)
-    moving = {name: given[name] for name in ("q", "k", "v")}
-    if "beta" in case.given:
-        moving["params"] = given["params"]
+    moving = {name: inputs[name] for name in ("q", "k", "v")}
+    if "beta" in case.extras:
+        moving["params"] = inputs["params"]
 
     @jax.jit
     def both(moving: Any, cotangents: Any) -> Any:
-        (out, lse), pull = jax.vjp(lambda x: run({**given, **x}), moving)
+        (out, lse), pull = jax.vjp(lambda x: run({**inputs, **x}), moving)
         d_out, d_lse = cotangents
         [d] = pull((d_out, jnp.where(jnp.isinf(lse), 0.0, d_lse).astype(lse.dtype)))
         return out, lse, d
@@ -113,18 +113,18 @@ def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
 
 
 def single(case: Case, framework: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
-    """Run a call as a whole."""
-    given = jax.tree.map(lambda x: framework(x) if isinstance(x, np.ndarray) else x, case.arrays())
-    out, lse, pull = pdcore.attention_vjp(spec=case.spec, **given)
+    """Run a call on whole arrays, and pull cotangents back."""
+    inputs = jax.tree.map(lambda x: framework(x) if isinstance(x, np.ndarray) else x, case.arrays())
+    out, lse, pull = pdcore.attention_vjp(spec=case.spec, **inputs)
     d_out, d_lse = case.cotangents()
     d_lse = np.where(np.isinf(np.asarray(lse)), 0, d_lse).astype(d_lse.dtype)
     d = pull(framework(d_out), framework(d_lse))
     return {"out": out, "lse": lse, **{f"d_{name}": x for name, x in d.items()}}
 
 
-def agree(found: dict[str, Any], wanted: dict[str, Any], relative: float) -> None:
-    """Compare all that was found with what is wanted."""
-    for name, x in found.items():
+def agree(results: dict[str, Any], wanted: dict[str, Any], relative: float) -> None:
+    """Check that all results are equal up to `relative` times their largest entry."""
+    for name, x in results.items():
         y = np.asarray(wanted[name])
         seen = np.isfinite(y)
         np.testing.assert_array_equal(np.isfinite(x), seen, err_msg=name)
@@ -155,7 +155,7 @@ def agree(found: dict[str, Any], wanted: dict[str, Any], relative: float) -> Non
         Case("bn+sh(3,2)", ("key_mask",)),
         Case("causal+sh(1,2)"),
     ],
-    ids=lambda case: "-".join(map(str, (case.spec, *case.given))),
+    ids=lambda case: "-".join(map(str, (case.spec, *case.extras))),
 )
 def test_shards_give_what_the_whole_gives(case: Case) -> None:
     agree(sharded(case), single(case), 1e-12)
@@ -185,8 +185,8 @@ def test_statistics_of_a_large_mean() -> None:
         out_specs=ROWS,
     )
     expected = expect(q[..., :64, :], k, v, "bn")
-    found = {"out": np.asarray(jax.jit(run)(q, k, v))[..., :64, :]}
-    assert all(verdict.ok for verdict in judge(found, expected).values())
+    results = {"out": np.asarray(jax.jit(run)(q, k, v))[..., :64, :]}
+    assert all(verdict.ok for verdict in judge(results, expected).values())
 
 
 def test_second_derivatives() -> None:
@@ -200,12 +200,12 @@ def test_second_derivatives() -> None:
     cut = jax.shard_map(
         lambda x: loss(x, axis_name="seq"), mesh=SEQUENCE, in_specs=split, out_specs=ROWS
     )
-    found, wanted = (jax.jit(along(lambda x, f=f: (f(x) ** 2).sum()))(x, t) for f in (cut, loss))
-    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9 * float(abs(wanted).max()))
+    slope, wanted = (jax.jit(along(lambda x, f=f: (f(x) ** 2).sum()))(x, t) for f in (cut, loss))
+    np.testing.assert_allclose(slope, wanted, rtol=1e-9, atol=1e-9 * float(abs(wanted).max()))
 
 
 def along(loss: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    """Give the derivative of a gradient along a direction."""
+    """Return the directional derivative of the gradient of a loss."""
     return lambda x, t: jax.jvp(jax.grad(loss), (x,), (t,))[1]
 
 
@@ -226,7 +226,7 @@ def test_memory_is_linear_in_the_shard() -> None:
 
     local = needed(1024, 4)
     assert needed(4096, 4) < 4.2 * local
-    # Keys and values kept for every step would be 16 MiB more.
+    # Keeping keys and values of every step for the gradient would take 16 MiB more.
     assert needed(1024, 8) < local + (1 << 22)
 
 
@@ -300,10 +300,10 @@ def test_no_keys_are_gathered(spec: str, kinds: set[str]) -> None:
     ],
 )
 def test_what_cannot_be_cut_is_refused(spec: str, more: dict[str, Any], words: str) -> None:
-    given = dict(more)
-    arrays = Case(spec, rows=given.pop("rows", 24)).arrays()
+    options = dict(more)
+    arrays = Case(spec, rows=options.pop("rows", 24)).arrays()
     x = [arrays[name] for name in ("q", "k", "v")]
-    more = {n: jnp.asarray(a) if isinstance(a, np.ndarray) else a for n, a in given.items()}
+    more = {n: jnp.asarray(a) if isinstance(a, np.ndarray) else a for n, a in options.items()}
 
     def call(q: Any, k: Any, v: Any) -> Any:
         return pdcore.attention(q, k, v, spec, axis_name="seq", backend="jax", **more)
@@ -313,9 +313,9 @@ def test_what_cannot_be_cut_is_refused(spec: str, more: dict[str, Any], words: s
         run(*x)
     if not isinstance(more.get("offset"), int):
         local = (a[..., : a.shape[-2] // 4, :] for a in x)
-        found = pdcore.explain(*map(jnp.asarray, local), spec, axis_name="seq", **more)
-        assert words in " ".join(found.reasons["jax"])
-        assert found.backend is None
+        explanation = pdcore.explain(*map(jnp.asarray, local), spec, axis_name="seq", **more)
+        assert words in " ".join(explanation.reasons["jax"])
+        assert explanation.backend is None
 
 
 def test_only_attention_runs_in_shards() -> None:

@@ -37,7 +37,7 @@ def test_jax_without_64_bits() -> None:
     x = np.random.default_rng(0).standard_normal((3, 2, 2, 5, 4))
     with pytest.raises(UnsupportedError, match="float64 inputs: JAX has 64 bits only under"):
         pdcore.attention(*x, backend="jax")
-    # Positions are whole numbers of 32 bits then, without a warning.
+    # Positions are then integers of 32 bits, and JAX warns of nothing.
     y = jax.numpy.asarray(x, dtype=jax.numpy.float32)
     want = pdcore.attention(*x, "causal+sh(1,2)", offset=np.asarray([1, 3]))
     with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def test_jax_compiles_once_for_each_shape() -> None:
     for offset in range(3):
         pdcore.attention(*x, "causal", offset=jax.numpy.asarray(offset))
     assert local._attention._cache_size() == 2
-    pdcore.attention(*x, "causal", offset=1)  # known in Python: what is skipped depends on it
+    pdcore.attention(*x, "causal", offset=1)  # a Python int decides which blocks are skipped
     assert local._attention._cache_size() == 3
 
 

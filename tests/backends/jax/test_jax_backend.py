@@ -17,12 +17,13 @@ def test_gradients_keep_no_scores(spec: str) -> None:
     x = [jax.ShapeDtypeStruct((1, 4, 4096, 16), np.float32)] * 3
     grad = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
     needed = jax.jit(grad).lower(*x).compile().memory_analysis().temp_size_in_bytes
-    assert needed < 4 * 4096 * 4096 * 4 / 2  # half of what all scores take
+    assert needed < 4 * 4096 * 4096 * 4 / 2  # half the memory of all scores
 
 
 @pytest.mark.parametrize("length", [9, 12, 13])
 def test_a_pooled_key_is_rounded_once(wide: None, length: int) -> None:
-    # Less itself it is 0, where a variance of 0 would make any rest of it 1e5 times as large.
+    # A single key minus itself must be exactly 0: with a variance of 0, the division by eps alone
+    # would amplify a rounding error 1e5 times.
     rng = np.random.default_rng(4)
     x = [rng.standard_normal((2, 2, length, 8)) for _ in range(3)]
     spec = "causal+bn(statistics=prefix)+sh(1,3)"
@@ -92,7 +93,7 @@ def test_given_statistics_are_constants() -> None:
 
 
 class Cudnn:
-    """What was asked of cuDNN, and why it was not."""
+    """The calls to cuDNN, and the reasons against other calls."""
 
     def __init__(self) -> None:
         self.causal: list[bool] = []
@@ -101,24 +102,24 @@ class Cudnn:
 
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
-    """Choose as on a GPU, and let XLA compute what cuDNN would get."""
+    """Choose as on a GPU, and let XLA compute the calls that cuDNN would run."""
     from pdcore_backends.jax import choice, cudnn
 
-    asked, judged = Cudnn(), choice.unfit
+    log, judged = Cudnn(), choice.unfit
 
     def attend(*arrays: Any, **options: Any) -> Any:
-        asked.causal.append(options["is_causal"])
+        log.causal.append(options["is_causal"])
         return jax.nn.dot_product_attention(*arrays, implementation="xla", **options)
 
     def unfit(*arguments: Any) -> str:
-        asked.reasons.append(judged(*arguments))
-        return asked.reasons[-1]
+        log.reasons.append(judged(*arguments))
+        return log.reasons[-1]
 
     jax.clear_caches()
     monkeypatch.setattr(choice, "_missing", lambda device: "")
     monkeypatch.setattr(cudnn, "_attend", attend)
     monkeypatch.setattr(choice, "unfit", unfit)
-    yield asked
+    yield log
     jax.clear_caches()
 
 
@@ -155,12 +156,12 @@ def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
     ],
 )
 def test_what_cudnn_does_not_get(cudnn: Cudnn, spec: str, more: Any, why: str | None) -> None:
-    given = {n: jax.numpy.asarray(x) if n == "key_mask" else x for n, x in more.items()}
-    found = pdcore.bind(spec)(*halves(), **given)
+    arrays = {n: jax.numpy.asarray(x) if n == "key_mask" else x for n, x in more.items()}
+    result = pdcore.bind(spec)(*halves(), **arrays)
     assert cudnn.causal == []
     assert (why or "") in cudnn.reasons[-1]
     assert bool(cudnn.reasons[-1]) == (why is not None)
-    assert all(not jax.numpy.isnan(x).any() for x in jax.tree.leaves(found))
+    assert all(not jax.numpy.isnan(x).any() for x in jax.tree.leaves(result))
 
 
 def test_explain_names_the_kernel() -> None:

@@ -1,4 +1,4 @@
-"""The blocks of the JAX backend: every cut, and derivatives of any order, give the same."""
+"""The blocks of the JAX backend: results, and derivatives, do not depend on the block sizes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SPECS = [
     "random_features(32,0)+sparse(9,9)",
     "linear+sparse(4,4)",
 ]
-GIVEN = ["nothing", "key_mask", "mask", "offset", "bias"]
+OPTIONS = ["nothing", "key_mask", "mask", "offset", "bias"]
 CUTS = [(True, 16, 32), (False, 16, 32), (True, 32, 1000)]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled() -> Iterator[None]:
-    """Leave out optimizations, most of whose time goes into programs that run once here."""
+    """Switch XLA's optimizations off: they take most of the time, for programs that run once."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
@@ -42,7 +42,7 @@ def quickly_compiled() -> Iterator[None]:
 
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Force blocks of a size on what is compiled from now on."""
+    """Return a function that forces a block size on programs compiled from then on."""
     from pdcore_backends.jax import blocks, scores
 
     def force(mapped: bool, rows: int, keys: int) -> None:
@@ -54,18 +54,18 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     jax.clear_caches()
 
 
-def arrays(given: str, group: int = 2) -> tuple[list[Any], dict[str, Any]]:
-    """Make arrays of lengths that no block divides, of two key heads."""
+def arrays(option: str, group: int = 2) -> tuple[list[Any], dict[str, Any]]:
+    """Draw arrays with two key heads, and with lengths that no block size divides."""
     rng = np.random.default_rng(0)
     shapes = (2, 2 * group, 77, 8), (2, 2, 93, 8), (2, 2, 93, 5)
     q, k, v = (rng.standard_normal(s) for s in shapes)
-    if given == "key_mask":
+    if option == "key_mask":
         return [q, k, v], {"key_mask": rng.random((2, 93)) > 0.3}
-    if given == "mask":
+    if option == "mask":
         return [q, k, v], {"mask": rng.random((2, 1, 77, 93)) > 0.3}
-    if given == "offset":
+    if option == "offset":
         return [q, k, v], {"offset": np.array([3, -2])}
-    if given == "bias":
+    if option == "bias":
         return [q, k, v], {"bias": rng.standard_normal((2 * group, 1, 93))}
     return [q, k, v], {}
 
@@ -75,9 +75,9 @@ def arrays(given: str, group: int = 2) -> tuple[list[Any], dict[str, Any]]:
 def test_every_cut_gives_the_same(wide: None, cut: Any, spec: str, sizes: Any) -> None:
     cut(*sizes)
     rng = np.random.default_rng(1)
-    given = GIVEN[(SPECS.index(spec) + CUTS.index(sizes)) % 4]
-    # A key head of one query head has its own way.
-    x, more = arrays(given, group=2 if sizes == CUTS[0] else 1)
+    option = OPTIONS[(SPECS.index(spec) + CUTS.index(sizes)) % 4]
+    # Key heads with a single query head take a different code path.
+    x, more = arrays(option, group=2 if sizes == CUTS[0] else 1)
     out, lse, pull = pdcore.attention_vjp(*x, spec, **more)
     d_out = rng.standard_normal(out.shape)
     d_lse = np.where(np.isinf(lse), 0.0, rng.standard_normal(lse.shape))
@@ -86,9 +86,9 @@ def test_every_cut_gives_the_same(wide: None, cut: Any, spec: str, sizes: Any) -
     got, level, back = pdcore.attention_vjp(*map(jax.numpy.asarray, x), spec, **there)
     np.testing.assert_allclose(got, out, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(level, lse, rtol=1e-12, atol=1e-12)
-    found = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
+    grads = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
     for name, d in want.items():
-        np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
+        np.testing.assert_allclose(grads[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
 @pytest.mark.parametrize("spec", ["softmax", "causal"])
@@ -119,11 +119,11 @@ def test_derivatives_of_derivatives(wide: None, cut: Any) -> None:
         np.testing.assert_allclose(g, (high - low) / (2 * step), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("given", ["nothing", "key_mask", "offset", "offsets", "end"])
+@pytest.mark.parametrize("option", ["nothing", "key_mask", "offset", "offsets", "end"])
 @pytest.mark.parametrize(
     "spec", ["causal+linear", "causal+random_features(8,0)", "causal+linear+h(count)+sh(1,3)"]
 )
-def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) -> None:
+def test_causal_features_over_several_chunks(wide: None, spec: str, option: str) -> None:
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal((2, h, n, 4)) for h, n in ((4, 150), (2, 201), (2, 201)))
     real = np.arange(201) < np.array([[201], [90]])
@@ -133,7 +133,7 @@ def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) 
         "offset": {"offset": np.array(7)},
         "offsets": {"offset": np.array([3, -70])},
         "end": {"offset": "end", "key_mask": real},
-    }[given]
+    }[option]
     out, lse, pull = pdcore.attention_vjp(q, k, v, spec, **more)
     d_out = rng.standard_normal(out.shape)
     d_lse = np.where(np.isinf(lse), 0.0, rng.standard_normal(lse.shape))
@@ -141,9 +141,9 @@ def test_causal_features_over_several_chunks(wide: None, spec: str, given: str) 
     got, level, back = pdcore.attention_vjp(*map(jax.numpy.asarray, (q, k, v)), spec, **there)
     np.testing.assert_allclose(got, out, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(level, lse, rtol=1e-12, atol=1e-12)
-    found = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
+    grads = back(jax.numpy.asarray(d_out), jax.numpy.asarray(d_lse))
     for name, d in pull(d_out, d_lse).items():
-        np.testing.assert_allclose(found[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
+        np.testing.assert_allclose(grads[name], d, rtol=1e-11, atol=1e-11, err_msg=name)
 
 
 def test_log_features_far_below_the_range_of_exp_under_causal(wide: None) -> None:

@@ -1,4 +1,4 @@
-"""`sharded_jax.py`, in a process that has several devices."""
+"""The tests of `sharded_jax.py`, in a process with several devices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FILE = Path(__file__).with_name("sharded_jax.py")
 
 
 def test_on_several_devices() -> None:
-    # Compiling is most of the time, and these programs are small.
+    # Compiling takes most of the time, and these programs are small.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     for name in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         environment.pop(name, None)

@@ -34,7 +34,7 @@ def torch_settings() -> Iterator[None]:
 def test_torch_refuses_float32_in_less(chosen: str) -> None:
     x = torch.ones(3, 1, 2, 5, 4)
     layer = pdcore.bind("bn")
-    layer(*x)  # the choice of a backend is kept, and the switch may be turned after it
+    layer(*x)  # the backend is selected before the precision changes
     _, _, vjp = pdcore.attention_vjp(*x)
     torch.backends.mkldnn.matmul.fp32_precision = chosen
     reason = f"matrix products on cpu are set to {chosen}, which is not float32"
@@ -45,7 +45,7 @@ def test_torch_refuses_float32_in_less(chosen: str) -> None:
     with pytest.raises(NoBackendError, match=reason):
         pdcore.bind("bn")(*x)
     assert any(reason in why for why in pdcore.explain(*x, "bn").reasons["torch"])
-    for dtype in (torch.float64, torch.float16):  # these do not depend on it
+    for dtype in (torch.float64, torch.float16):  # not affected by the precision of float32
         assert pdcore.attention(*x.to(dtype), "bn").dtype == dtype
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     assert layer(*x).shape == (1, 2, 5, 4)
@@ -72,7 +72,7 @@ def test_torch_vjp_keeps_the_graph() -> None:
     by_hand = pdcore.attention_vjp(*x, "bn")[2](d)["q"]
     (native,) = torch.autograd.grad(pdcore.attention(*x, "bn"), x, d, create_graph=True)
     torch.testing.assert_close(by_hand, native[0], rtol=0, atol=1e-13)
-    # And both can be differentiated again, with the same result.
+    # Both can be differentiated again, with the same result.
     (a,), (b,) = (
         torch.autograd.grad(g.square().sum(), x, retain_graph=True) for g in (by_hand, native[0])
     )

@@ -1,7 +1,7 @@
-"""What PyTorch runs on CUDA, forced onto CPU tensors: the choice, FlexAttention, fused kernels.
+"""The CUDA paths of the PyTorch backend on CPU tensors: FlexAttention, checkpointing.
 
-FlexAttention runs on the CPU as it is written, whole and slow, and its gradient with it; compiled
-it has no gradient and no log-sum-exp there.
+FlexAttention runs uncompiled here, which is slow, because the compiled FlexAttention has neither
+gradient nor log-sum-exp on the CPU.
 """
 
 from __future__ import annotations
@@ -16,34 +16,28 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.flex_attention as framework
+from cuda_cases import draw, error
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pdcore
-from pdcore.backend import Request
-from pdcore.plugins import registry as plugins
 from pdcore.reference import reference_attention
-from pdcore.spec import (
-    Support,
-    Visibility,
-    parse,
-)
-from pdcore_backends.torch import choice, device, flash, flex, kernels, namespace
+from pdcore.spec import Support, Visibility, parse
+from pdcore_backends.torch import choice, device, flash, flex, namespace
 from pdcore_conformance.runner import conforming as running
 
 CASES = cache(lambda: running.list_cases("torch:cpu"))
-FLEX = "kernel: FlexAttention, compiled, in "
 
 
 def forget() -> None:
-    """Forget which kernel was chosen for which call."""
+    """Clear the caches of bound calls and compiled programs."""
     pdcore.attention.__globals__["_BOUND"].clear()
     flex._program.cache_clear()
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Choose as on CUDA, and run FlexAttention as it is written; gives the calls of it."""
+    """Choose as on CUDA, run FlexAttention uncompiled, and yield the dtypes of its calls."""
     forget()
     calls: list[str] = []
     run = flex._run
@@ -63,75 +57,6 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield calls
     forget()
 
-
-def draw(*shape: int, seed: int = 0, dtype: Any = torch.float32) -> Any:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def error(found: Any, wanted: Any) -> float:
-    found, wanted = found.detach(), torch.as_tensor(wanted).detach().double()
-    finite = torch.isfinite(wanted)
-    assert torch.equal(torch.isfinite(found), finite)
-    gap = torch.where(finite, found.double() - wanted, 0.0).abs().max()
-    return float(gap / torch.where(finite, wanted, 0.0).abs().max().clamp_min(1.0))
-
-
-# --- the choice -----------------------------------------------------------------------------------
-
-
-def steps(spec: str, place: str = "cuda:0", dtype: str = "float32", **more: Any) -> str:
-    shape = more.pop("shape", (1, 2, 300, 64))
-    request = Request(parse(spec), "torch", dtype, place, shape, shape, shape, **more)
-    return "\n".join(plugins.load_backend("torch").fuse(request.lower(), request).steps)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that has everything."""
-    monkeypatch.setattr(device, "without_flex", lambda name: "")
-    monkeypatch.setattr(device, "without_triton", lambda name: "")
-
-
-@pytest.mark.parametrize(
-    ("spec", "more", "words"),
-    [
-        ("softmax(softcap=2)", {}, FLEX + "float32, for weights that are no exp"),
-        ("polynomial", {"dtype": "bfloat16"}, FLEX + "bfloat16, for weights"),
-        ("sparse(20,7)", {}, "blocks that no query sees are skipped"),
-        ("sparse(20,7)", {"offset": "array"}, "no block is skipped, as positions are arrays"),
-        ("causal+sh(1,2)", {}, FLEX + "float32, for pooled keys under causal"),
-        ("bn(statistics=prefix)+sparse(9,9)", {"dtype": "float16"}, FLEX + "float32, for a window"),
-        ("bn", {}, "two Triton kernels"),
-        ("bn", {"dtype": "bfloat16", "lse": True}, "here flash, in bfloat16"),
-        ("softmax", {"lse": True}, "here memory-efficient, in float32"),
-        ("bn", {"dtype": "float64"}, "not FlexAttention: its kernels have no float64"),
-        ("softmax", {"dropout": 0.1}, "dropout; not FlexAttention: it drops no weights"),
-        ("sparse(2,2)+linear", {}, "not FlexAttention: weights that are no exp of scores"),
-        ("sparse(2,2)", {"vjp": True}, "not FlexAttention: attention_vjp and attention_weights"),
-        ("sparse(2,2)", {"shape": (1, 2, 300, 264)}, "not FlexAttention: more than 256 features"),
-        ("sparse(2,2)", {"shape": (1, 2, 99, 64)}, "not FlexAttention: fewer than 128 queries"),
-        ("softmax", {}, "scaled_dot_product_attention (cuDNN, flash or memory-efficient)"),
-    ],
-)
-def test_the_choice_is_a_step_of_the_plan(gpu: None, spec: str, more: dict, words: str) -> None:
-    assert words in steps(spec, **more)
-
-
-def test_what_a_device_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for function in (device.without_flex, device.without_triton):
-        function.cache_clear()
-    assert "not FlexAttention: PyTorch has no gradients of it on cpu" in steps("sparse(2,2)", "cpu")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: (7, 5))
-    monkeypatch.setattr(device, "find_spec", lambda name: None)
-    assert "not Triton: the package triton is not installed" in steps("bn")
-    device.without_triton.cache_clear()
-    monkeypatch.setattr(device, "find_spec", lambda name: object())
-    assert "not FlexAttention: compute capability 7.5 is below 8.0" in steps("sparse(2,2)")
-    for function in (device.without_flex, device.without_triton):
-        function.cache_clear()
-
-
-# --- FlexAttention against the oracle -------------------------------------------------------------
 
 SHAPES = {"grouped": (2, 4, 2, 20, 25, 12, 7), "long": (1, 1, 1, 300, 290, 16, 16)}
 SPECS = (
@@ -199,9 +124,9 @@ def test_flex_attention_is_the_oracle(cuda: list[str], size: str, spec: str, opt
         return torch.autograd.grad(results, inputs, d)
 
     y = [a.double().requires_grad_() for a in arrays]
-    exact = slopes(y, *pdcore.attention(*y, spec, return_lse=True, **wide))  # float64: our blocks
-    for found, slope in zip(slopes(x, out, lse), exact, strict=True):
-        assert error(found, slope) < 1e-5
+    exact = slopes(y, *pdcore.attention(*y, spec, return_lse=True, **wide))  # by blocks
+    for ours, slope in zip(slopes(x, out, lse), exact, strict=True):
+        assert error(ours, slope) < 1e-5
 
 
 def lowered_groups(spec: str) -> set[int]:
@@ -239,14 +164,14 @@ def test_rows_without_keys_are_zero_with_a_gradient_of_zero(cuda: list[str]) -> 
 
 
 def test_gradients_of_gradients_are_those_of_our_blocks(cuda: list[str]) -> None:
-    found = []
+    runs = []
     for dtype in (torch.float32, torch.float64):
         x = [draw(1, 1, 9, 16, seed=i).to(dtype).requires_grad_() for i in range(3)]
         out = pdcore.attention(*x, "sparse(3,2)")
         first = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), x))
+        runs.append(torch.autograd.grad(sum(g.square().sum() for g in first), x))
     assert cuda == ["float32"]
-    for ours, wanted in zip(*found, strict=True):
+    for ours, wanted in zip(*runs, strict=True):
         assert error(ours, wanted) < 1e-5
 
 
@@ -285,9 +210,6 @@ def test_what_flex_attention_does_not_differentiate_goes_by_blocks(
     assert not cuda
 
 
-# --- masks of blocks, and programs ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("offset", [0, -70, 40, 900])
 @pytest.mark.parametrize(
@@ -302,16 +224,16 @@ def test_what_flex_attention_does_not_differentiate_goes_by_blocks(
 )
 def test_a_mask_of_blocks_is_the_visibility(support: Any, offset: int, scale: int) -> None:
     rows, length = 300, 700
-    found = flex.block_mask(support, rows, length, scale, offset, "cpu")
+    blocks = flex.block_mask(support, rows, length, scale, offset, "cpu")
     seen = Visibility(support, namespace, rows, length, scale, offset, None, None, None, "cpu")
     exact = seen.by_position(0, rows, 0, seen.keys).expand(rows, seen.keys)
     wanted = framework.create_block_mask(
         lambda b, h, i, j: exact[i, j], None, None, rows, seen.keys, device="cpu"
     )
-    assert torch.equal(found.to_dense(), wanted.to_dense())
+    assert torch.equal(blocks.to_dense(), wanted.to_dense())
     index = [torch.arange(n) for n in (rows, seen.keys)]
-    assert torch.equal(found.mask_mod(0, 0, index[0][:, None], index[1]), exact)
-    full = framework.BlockMask.from_kv_blocks(found.full_kv_num_blocks, found.full_kv_indices)
+    assert torch.equal(blocks.mask_mod(0, 0, index[0][:, None], index[1]), exact)
+    full = framework.BlockMask.from_kv_blocks(blocks.full_kv_num_blocks, blocks.full_kv_indices)
     for row, block in full.to_dense()[0, 0].nonzero().tolist():
         part = exact[128 * row : 128 * (row + 1), 128 * block : 128 * (block + 1)]
         assert part.shape == (128, 128)
@@ -324,8 +246,8 @@ def test_masks_of_blocks_are_kept_within_bounds() -> None:
         flex.block_mask(Support(causal=True), 130, 130, 1, offset, "cpu")
     assert flex.block_mask.cache_info().currsize == flex.block_mask.cache_info().maxsize == 16
     with torch.inference_mode():
-        found = flex.block_mask(Support(causal=True), 131, 131, 1, 0, "cpu")
-    assert not found.kv_indices.is_inference()
+        blocks = flex.block_mask(Support(causal=True), 131, 131, 1, 0, "cpu")
+    assert not blocks.kv_indices.is_inference()
 
 
 def test_one_score_map_is_one_program(cuda: list[str]) -> None:
@@ -335,7 +257,7 @@ def test_one_score_map_is_one_program(cuda: list[str]) -> None:
     assert flex._program.cache_info().currsize == 1
     kind = flex._Kind(None, 1.0, (), 1, None, 1, ())
     programs = [flex._program(kind._replace(pooled=n)) for n in (1, 2)]
-    # The compiler's limit on what it compiles anew is one for all functions of the same code.
+    # PyTorch limits recompilations for all functions that share a code object.
     assert programs[0].__code__ is not programs[1].__code__
 
 
@@ -356,15 +278,12 @@ def test_the_score_map_compiles_without_a_break(cuda: list[str], monkeypatch: An
     assert error(out, wanted) < 1e-5
 
 
-# --- conformance, as on CUDA ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "module", ["support", "kernels", "heads", "bias", "lse", "statistics", "gradients"]
 )
 def test_the_suite_holds_for_what_cuda_runs(cuda: list[str], module: str) -> None:
     cases = [name for name in CASES() if name.startswith(f"{module}::")]
-    # A share of a long one, and what FlexAttention runs in each.
+    # Only every n-th case of a long module, but all cases with softcap, which FlexAttention runs.
     share = max(1, len(cases) // 25)
     cases = [name for i, name in enumerate(cases) if i % share == 0 or "softcap" in name]
     run, code = running.conform("torch:cpu", cases=cases)
@@ -377,70 +296,6 @@ def test_the_suite_holds_for_what_cuda_runs(cuda: list[str], module: str) -> Non
     assert run["counts"]["passed"] > 20
     assert cuda
 
-
-# --- fused kernels --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("step", [1, 8])
-def test_the_gradient_of_the_log_sum_exp_is_a_feature(
-    causal: bool, grouped: bool, step: int
-) -> None:
-    heads = 2 if grouped else 4
-    q, k, v = (draw(1, h, 13, 8, seed=i).double() for i, h in enumerate((4, heads, heads)))
-    out, lse = flash.attend_with_lse(q, k, v, scale=0.3, causal=causal)
-    d_out, d_lse = draw(*out.shape, seed=4).double(), draw(*lse.shape, seed=5).double()
-    wanted = flash._gradients(q, k, v, None, 0.3, causal, out, lse, d_out, d_lse)
-    wide = kernels.with_lse(q, k, v, out, d_out, d_lse, step)
-    assert {x.shape[-1] for x in wide} == {9 if step == 1 else 16}
-    q_, k_, v_, out_, d_ = wide
-    found = flash._backward(d_, q_, k_, v_, out_, lse, 0.0, causal, attn_mask=None, scale=0.3)
-    for ours, exact in zip(found, wanted, strict=True):
-        assert error(ours[..., :8], exact) < 1e-13
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads", [2, 4])
-def test_kernels_of_cuda_are_called_as_they_are_declared(
-    masked: bool, dtype: Any, heads: int
-) -> None:
-    with torch.device("meta"):
-        q = torch.empty(2, 4, 40, 64, dtype=dtype)
-        k, v = (torch.empty(2, heads, 50, 64, dtype=dtype) for _ in range(2))
-        mask = torch.empty(2, 1, 1, 50, dtype=dtype) if masked else None
-        out, lse, state = kernels.lse_forward(q, k, v, mask, 0.1, False)
-        assert bool(state.sizes) == (dtype == torch.bfloat16 and not masked)  # flash
-        assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
-        for d_out, d_lse in ((out, None), (out, lse), (None, lse)):
-            grads = kernels.lse_backward(q, k, v, mask, 0.1, False, out, state, d_out, d_lse)
-            assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
-
-
-@pytest.mark.parametrize(("capability", "first"), [((8, 0), "FLASH"), ((9, 0), "CUDNN")])
-def test_the_order_of_the_fused_kernels(
-    capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernels._order.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    orders = [[kernel.name for kernel in kernels._order(0, masked)] for masked in (False, True)]
-    kernels._order.cache_clear()
-    assert orders[0][0] == f"{first}_ATTENTION"
-    assert len(set(orders[0])) == 3
-    assert "MATH" not in orders[0]
-    assert orders[1] == ["EFFICIENT_ATTENTION"]
-
-
-def test_a_mask_is_laid_out_in_aligned_rows() -> None:
-    mask = draw(2, 1, 1, 50)
-    laid = kernels._aligned(mask, draw(2, 4, 40, 8), draw(2, 4, 50, 8))
-    assert laid.shape == (2, 4, 40, 50)
-    assert torch.equal(laid, mask.expand(2, 4, 40, 50))
-    assert all(n % (16 // 4) == 0 for n in laid.stride()[:-1])
-
-
-# --- what is kept ---------------------------------------------------------------------------------
 
 KEPT = [
     "softmax",
@@ -459,26 +314,26 @@ def test_checkpointing_computes_once_more_and_keeps_nothing(
 ) -> None:
     if place == "cuda":
         request.getfixturevalue("cuda")
-        # The function of CUDA's kernels, on the CPU's.
+        # The autograd function of the CUDA kernels, on the CPU kernels.
         monkeypatch.setattr(flash._OnCpu, "apply", lambda *a: (flash._OnDevice.apply(*a), None))
     layer = pdcore.bind(spec)
-    ran, made = 0, []
+    ran, saved = 0, []
 
     def part(q: Any, k: Any, v: Any) -> Any:
         nonlocal ran
         ran += 1
         q, k, v = (x * 1.5 for x in (q, k, v))
-        made.extend(weakref.ref(x) for x in (q, k, v))
+        saved.extend(weakref.ref(x) for x in (q, k, v))
         return layer(q, k, v)
 
     x = [draw(1, 2, 11, 16, seed=i).requires_grad_() for i in range(3)]
     wanted = torch.autograd.grad(part(*x).square().sum(), x)
-    ran, made = 0, []
+    ran, saved = 0, []
     out = checkpoint(part, *x, use_reentrant=False)
     gc.collect()
     assert ran == 1
-    assert [ref() for ref in made] == [None] * 3
+    assert [ref() for ref in saved] == [None] * 3
     grads = torch.autograd.grad(out.square().sum(), x)
     assert ran == 2
-    for found, exact in zip(grads, wanted, strict=True):
-        assert error(found, exact) < 1e-6
+    for grad, exact in zip(grads, wanted, strict=True):
+        assert error(grad, exact) < 1e-6

@@ -20,7 +20,7 @@ from pdcore_backends.torch import fold, triton_fold  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give short sequences several pieces of several tiles."""
+    """Shrink tiles and pieces, so that short sequences have several of each."""
     monkeypatch.setattr(triton_fold, "TILE", 256)
     monkeypatch.setattr(triton_fold, "STEPS", 2)
     monkeypatch.setattr(fold, "by_triton", lambda k: k.dtype != torch.float64)
@@ -31,9 +31,9 @@ def draw(*shape: int, mean: float = 0.0, seed: int = 0, dtype: Any = torch.float
     return (torch.randn(shape, generator=generator) + mean).to(DEVICE, dtype)
 
 
-def relative(found: Any, wanted: Any) -> float:
-    found, wanted = found.detach(), wanted.detach()
-    return float((found.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+def relative(result: Any, wanted: Any) -> float:
+    result, wanted = result.detach(), wanted.detach()
+    return float((result.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def folded(arrays: list[Any], real: Any, split: bool) -> tuple[Any, Any]:
@@ -58,17 +58,17 @@ def test_fold_and_its_gradients(
     if masked:
         real = draw(batch, 1, keys, seed=3) > -0.5
         real[-1] = False  # a sequence without a key
-    # A cotangent reaches no key that is not real.
-    found, grads = [], []
+    # No cotangent reaches padding.
+    runs, grads = [], []
     for dtype in (torch.float32, torch.float64):
         arrays = [x.to(dtype).requires_grad_() for x in (q, k, beta)]
         results = folded(arrays, real, split)
         d = [draw(*x.shape, seed=4 + i).to(dtype) for i, x in enumerate(results)]
-        found.append(results)
+        runs.append(results)
         grads.append(torch.autograd.grad(results, arrays, d))
-    # A float32 at 1e4 has 3 digits behind the point, and so has a mean.
+    # A float32 near 1e4 has 3 digits after the point, and so has a mean.
     limit = 3e-6 if mean == 0 else 2e-3
-    for ours, wanted in zip((*found[0], *grads[0]), (*found[1], *grads[1]), strict=True):
+    for ours, wanted in zip((*runs[0], *grads[0]), (*runs[1], *grads[1]), strict=True):
         assert torch.isfinite(ours).all()
         assert relative(ours, wanted) < limit
 
@@ -94,13 +94,13 @@ def test_attention_is_the_oracles(spec: str, mean: float) -> None:
 
 def test_gradients_of_gradients() -> None:
     arrays = [draw(1, 1, 6, 8).requires_grad_(), draw(1, 1, 7, 8, seed=1).requires_grad_(), 1.0]
-    found = []
+    runs = []
     for dtype in (torch.float32, torch.float64):
         x = [a.detach().to(dtype).requires_grad_() for a in arrays[:2]]
         results = folded([*x, 1.0], None, False)
         first = torch.autograd.grad(sum(r.square().sum() for r in results), x, create_graph=True)
-        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), x))
-    for ours, wanted in zip(*found, strict=True):
+        runs.append(torch.autograd.grad(sum(g.square().sum() for g in first), x))
+    for ours, wanted in zip(*runs, strict=True):
         assert relative(ours, wanted) < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""An example plugin of pdcore: what it declares. Nothing here imports Numba."""
+"""The declaration of an example plugin of pdcore, without an import of Numba."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .normalization import KeyRMS
 
 __all__ = ["INFO", "KeyRMS", "Sigmoid"]
 
-# NumPy differentiates nothing by itself, but every plan has a pullback.
+# NumPy has no automatic differentiation; `attention_vjp` still works, as every plan has a pullback.
 _LACKS = {"autodiff", "double_backward", "vmap", "jvp", "compile"}
 _NOT_WRITTEN = {"dropout", "axis_name"}
 

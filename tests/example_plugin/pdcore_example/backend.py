@@ -21,25 +21,26 @@ Array = np.ndarray[Any, Any]
 
 
 class NumbaBackend(ArrayBackend):
-    """Runs plans as `ArrayBackend` does, and softmax-like scores in float32 by compiled code."""
+    """An `ArrayBackend` that runs softmax-like scores in float32 by compiled code."""
 
     info = INFO
 
     def __init__(self) -> None:
         super().__init__()
-        # One call at a time: each uses all threads, and Numba's simplest threading layer, the one
-        # that is always there, must not be entered twice.
+        # One call at a time: a call uses all threads, and `workqueue`, Numba's only threading
+        # layer without dependencies, must not be entered by two threads.
         self._lock = threading.Lock()
         self._blas = ThreadpoolController()
 
     def versions(self) -> dict[str, str]:
-        """Give the versions of NumPy and of Numba."""
+        """Return the versions of NumPy and of Numba."""
         return {"numpy": np.__version__, "numba": numba.__version__}
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
-        """Contract by scores; `ArrayBackend` does what the compiled code was not written for.
+        """Contract by scores, by compiled code where it applies.
 
-        That is another weight than exp(scale s), an (N, M) mask or bias, and float64.
+        `ArrayBackend` runs the rest: weights other than exp(scale s), an (N, M) mask or bias, and
+        float64.
         """
         plain = c.weight == "log" and c.expression is None
         dense = o.bias is not None or o.visibility.mask is not None
@@ -52,7 +53,7 @@ class NumbaBackend(ArrayBackend):
         out = np.empty((*q.shape[:2], v.shape[-1]), np.float32)
         level = np.empty(q.shape[:2], np.float32)
         with self._lock, self._blas.limit(limits=1, user_api="blas"):
-            # The threads share the work by heads and rows; a product is one thread's.
+            # Numba's threads share heads and rows, so a BLAS product must stay in one thread.
             numba.set_num_threads(_threads())
             attend(
                 q,
@@ -72,23 +73,23 @@ class NumbaBackend(ArrayBackend):
 
 
 def _keys(o: Operands) -> tuple[Array, Array, Array]:
-    """Give keys, values and key bias, one row of cells for all sequences, padding taken out.
+    """Return keys, values and key bias with sequences and heads on one axis, padding set to 0.
 
-    Padding may hold NaN, and 0 times NaN is NaN, so its weight of 0 is not enough.
+    Padding may hold NaN, and 0 times NaN is NaN, so a weight of 0 is not enough.
     """
     real, keys = o.visibility.key_mask, o.k.shape[-2]
     k, v, bias = o.k, o.v, o.key_bias
     if real is not None:
         k, v = (np.where(real[..., None], x, np.float32(0.0)) for x in (k, v))
-        given = np.zeros(o.k.shape[:-1], np.float32) if bias is None else bias
-        bias = np.where(real, given, np.float32(-np.inf))
+        visible = np.zeros(o.k.shape[:-1], np.float32) if bias is None else bias
+        bias = np.where(real, visible, np.float32(-np.inf))
     flat = np.zeros((0, 0), np.float32) if bias is None else bias.reshape(-1, keys)
     cells = (np.ascontiguousarray(x).reshape(-1, keys, x.shape[-1]) for x in (k, v))
     return *cells, np.ascontiguousarray(flat)  # type: ignore[return-value]
 
 
 def _seen(visibility: Visibility) -> tuple[Array, Array]:
-    """Give the keys low:high that every query sees by position, (sequences or 1, rows)."""
+    """Return the range low:high of keys that each query sees by position, (B or 1, N)."""
     position = np.asarray(visibility.positions(0, visibility.rows))
     position = position.reshape(-1, visibility.rows)
     low = np.zeros_like(position)

@@ -1,10 +1,9 @@
 """The compiled code: softmax attention in one pass over the keys, block by block.
 
 NumPy takes a pass over memory for every step: the product, the maximum, the exponential, the sum,
-the second product. Here a block of scores is made and used up while it is in the cache, and the
-exponential, which is most of the time beside the products, is a polynomial that the compiler
-vectorises. The products themselves stay with the BLAS, which `numpy.dot` means in compiled code:
-no loop of ours would come near it.
+the second product. Here a block of scores stays in the cache for all steps, and the exponential,
+which takes most of the time besides the products, is a polynomial that the compiler vectorises.
+The products are calls of the BLAS, to which Numba compiles `numpy.dot`: a loop would be slower.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from numba import float32, int64, njit, prange, types, void
 __all__ = ["attend"]
 
 #: What the compiler may do with floating-point numbers: contract a * b + c, reorder sums, multiply
-#: by a reciprocal, forget the sign of 0. It may not assume that there is no NaN and no infinity:
-#: a NaN has to reach every row that sees it, and -inf is how a key is removed.
+#: by a reciprocal, ignore the sign of 0. It must not assume that NaN and infinity never occur: a
+#: NaN has to reach every row that sees it, and -inf hides a key.
 ALLOWED = {"contract", "reassoc", "arcp", "nsz"}
 
-#: Queries and keys of a block: 128 x 256 scores are 128 KiB, and stay in the second-level cache.
+#: Queries and keys of a block: 128 x 256 scores are 128 KiB, and fit the second-level cache.
 ROWS, KEYS = 128, 256
 
 
@@ -30,7 +29,7 @@ def exp(x):  # type: ignore[no-untyped-def]
     x = n log 2 + r with |r| <= log(2) / 2, log 2 in two parts so that r is exact; exp(r) by the
     polynomial of Cephes (S. Moshier), and 2^n by the exponent bits.
     """
-    clipped = np.float32(-87.0) if x < np.float32(-87.0) else x  # NaN is not less, and stays
+    clipped = np.float32(-87.0) if x < np.float32(-87.0) else x  # NaN compares False and stays
     n = np.floor(clipped * np.float32(1.4426950408889634) + np.float32(0.5))
     r = clipped - n * np.float32(0.693145751953125)
     r = r - n * np.float32(1.42860682030941723212e-6)
@@ -47,8 +46,8 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 @njit(fastmath=ALLOWED)
 def highest(scores, peak):  # type: ignore[no-untyped-def]
-    """Give the largest of a row of scores and the largest before; a NaN is not larger."""
-    # From 0 and not from a variable: an index that might be negative is not vectorised.
+    """Return the maximum of a row of scores and `peak`, ignoring NaN."""
+    # The range starts at the constant 0: an index that might be negative is not vectorised.
     for j in range(scores.shape[0]):
         peak = max(peak, scores[j])
     return peak
@@ -65,8 +64,8 @@ def weigh(scores, peak):  # type: ignore[no-untyped-def]
     return total
 
 
-# Read-only inputs, which any array may be taken for. With its types stated it is compiled once,
-# when the backend is loaded, and never in the middle of somebody's call.
+# Read-only, so that writable arrays are accepted too. With these types `attend` is compiled once,
+# when the backend is loaded, and not during a user's call.
 _ROWS = types.Array(float32, 3, "C", readonly=True)
 _ROW = types.Array(float32, 2, "C", readonly=True)
 _SPAN = types.Array(int64, 2, "C", readonly=True)
@@ -105,7 +104,7 @@ def attend(q, k, v, key_bias, low, high, scale, group, sequence, out, level):  #
     low, high : int64 array (S, N)
         The keys low:high that a query sees by position; S sequences, or 1 for all.
     scale : float32
-        What the inner products are multiplied by.
+        The factor of the inner products.
     group : int
         Query heads of one key head.
     sequence : int
@@ -119,7 +118,8 @@ def attend(q, k, v, key_bias, low, high, scale, group, sequence, out, level):  #
     keys, value_dim = v.shape[1], v.shape[2]
     blocks = (length + ROWS - 1) // ROWS
     for task in prange(cells * blocks):
-        # Under causal the last rows see most: they begin, so that no thread ends long after.
+        # Under causal the last rows see the most keys: start with them, so that no thread
+        # finishes long after the others.
         cell, start = task % cells, (blocks - 1 - task // cells) * ROWS
         stop = min(start + ROWS, length)
         place = cell // sequence if low.shape[0] > 1 else 0
@@ -131,7 +131,7 @@ def attend(q, k, v, key_bias, low, high, scale, group, sequence, out, level):  #
         summed = np.zeros((rows, value_dim), np.float32)
         total = np.zeros(rows, np.float32)
         peak = np.full(rows, -np.inf, np.float32)
-        # On a grid that does not depend on the rows, so that a row's bits do not either.
+        # On a grid that does not depend on the rows, so that a row's result does not either.
         for begin in range(first // KEYS * KEYS, last, KEYS):
             end = min(begin + KEYS, keys)
             scores = np.dot(block, k[cell // group, begin:end].T)

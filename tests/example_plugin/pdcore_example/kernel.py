@@ -25,15 +25,15 @@ class Sigmoid(PointwiseKernel):
     word = "sigmoid"
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Declare ``shift``, (H,), 0 unless given."""
+        """Declare ``shift``, (H,), 0 by default."""
         return (Parameter("shift", (("H",),), default=0.0),)
 
     def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
-        """Log kappa, written so that no exponent is positive."""
+        """Return log kappa, written so that no exponent is positive."""
         z = default_scale(self.scale, dim) * s + params["shift"]
         return -(maximum(-z, 0.0) + log(1.0 + exp(-abs(z))))
 
     def latex(self) -> str:
-        """Kappa as LaTeX."""
+        """Return kappa as LaTeX."""
         tau = r"D^{-1/2}" if self.scale is None else f"{self.scale:g}"
         return rf"\sigma({tau}\, x^\top y + c)"

@@ -1,4 +1,4 @@
-"""A normalization with statistics of its own, a parameter and a gradient."""
+"""A normalization with new statistics, a parameter and a gradient."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ State = Mapping[str, Any]
 
 
 class MeanSquare(Statistics):
-    """The count and the mean square per feature."""
+    """The count of keys and the mean square of each feature."""
 
     def zero(self, like: State, *, xp: Any) -> State:
-        """Give the state of no keys."""
+        """Return the state of no keys."""
         return {name: xp.zeros_like(value) for name, value in like.items()}
 
     def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
-        """Summarise a block."""
+        """Compute the state of a block of keys."""
         real = xp.ones_like(keys[..., :1]) if mask is None else xp.astype(mask, keys.dtype)
         n = xp.sum(real, axis=-2, keepdims=True)
         n = xp.broadcast_to(n, (*keys.shape[:-2], 1, 1))
@@ -32,13 +32,13 @@ class MeanSquare(Statistics):
         return {"n": n, "square": total / _at_least_one(n, xp)}
 
     def merge(self, a: State, b: State, *, xp: Any) -> State:
-        """Average the means by their counts."""
+        """Merge two states: the mean of the means, weighted by the counts."""
         n = a["n"] + b["n"]
         weight = b["n"] / _at_least_one(n, xp)
         return {"n": n, "square": a["square"] + (b["square"] - a["square"]) * weight}
 
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Give the state as it is."""
+        """Return the state unchanged."""
         return state
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
@@ -68,15 +68,15 @@ class KeyRMS(Normalization):
             raise SpecError(f"key_rms: eps is {self.eps!r}, expected a number > 0")
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Declare ``gain``, (H, D), 1 unless given."""
+        """Declare ``gain``, (H, D), 1 by default."""
         return (Parameter("gain", (("H", "D"),), default=1.0),)
 
     def statistics_state(self) -> Statistics:
-        """Mean squares."""
+        """Return the statistics that T reads."""
         return MeanSquare()
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
-        """T(x), see `Normalization.apply`."""
+        """Compute T(x), see `Normalization.apply`."""
         return params["gain"] * x / xp.sqrt(state["square"] + self.eps)
 
     def apply_vjp(
@@ -92,7 +92,7 @@ class KeyRMS(Normalization):
         )
 
     def latex(self) -> str:
-        """T as LaTeX."""
+        """Return T as LaTeX."""
         return rf"\frac{{g \odot x}}{{\sqrt{{r + {self.eps:g}}}}}"
 
 
