@@ -100,9 +100,13 @@ def explain_request(
 
 
 def _plan_to_dict(plan: Plan) -> dict[str, Any]:
-    contraction = {f: getattr(plan.contraction, f) for f in plan.contraction.__dataclass_fields__}
+    # What a backend chose is in the steps; it is an object of the backend's own.
+    fields = set(plan.contraction.__dataclass_fields__) - {"choice"}
+    contraction = {f: _plain(getattr(plan.contraction, f)) for f in sorted(fields)}
     if contraction.get("expression") is not None:
         contraction["expression"] = str(contraction["expression"])
+    if "kernel" in contraction:
+        contraction["kernel"] = contraction["kernel"].word
     summary = plan.summary
     return {
         "groups": [asdict(group) | {"heads": list(group.heads)} for group in plan.groups],

@@ -88,6 +88,14 @@ def test_an_explanation_is_json(add, spec):
     assert back["backend"] == "numpy"
 
 
+@pytest.mark.parametrize("spec", ["linear", "linear+causal", "random_features(8,0)"])
+def test_an_explanation_of_feature_maps_is_json(add, spec):
+    request = REQUEST._replace(spec=parse(spec))
+    plan = explanation.explain_request(request, None, request.lower()).to_dict()["plan"]
+    assert json.loads(json.dumps(plan)) == plan
+    assert plan["contraction"]["kernel"] == request.spec.kernel.word
+
+
 # A loopback: everything that the public calls do reaches a backend, once, and comes back
 
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pdcore
+from pdcore.dispatch import binding
 from pdcore.reference import reference_attention
 from pdcore.spec import Support, Visibility, parse
 from pdcore_backends.torch import choice, device, flash, flex, namespace
@@ -31,7 +32,7 @@ CASES = cache(lambda: running.list_cases("torch:cpu"))
 
 def forget() -> None:
     """Clear the caches of bound calls and compiled programs."""
-    pdcore.attention.__globals__["_BOUND"].clear()
+    binding._BOUND.clear()
     flex._program.cache_clear()
 
 
@@ -43,7 +44,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     run = flex._run
 
     def noted(c: Any, o: Any) -> Any:
-        calls.append(c.dtype)
+        calls.append(c.choice.dtype)
         return run(c, o)
 
     monkeypatch.setattr(device, "kind", lambda name: "cuda")

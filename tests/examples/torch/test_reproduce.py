@@ -120,10 +120,11 @@ def test_heads_that_are_the_same_are_no_distance_apart(spec: str, vowels: Pair) 
 
 
 def test_peak_memory_grows_with_the_length() -> None:
-    few, many = (cost.peak("softmax", length, 16) for length in (64, 1024))
+    # Shorter series fit into what the process holds already.
+    few, many = (cost.peak("softmax", length, 16) for length in (256, 1024))
     assert few is not None
     assert many is not None
-    assert 0.5 < few < 10.0
+    assert 0.5 < few < 20.0
     assert many > 5 * few
 
 
