@@ -251,3 +251,17 @@ def test_the_suite_is_part_of_the_package():
     suite = Path(sys.modules["pdcore_conformance"].__file__).parent / "suite"
     assert (suite / "pytest.ini").is_file()
     assert (suite.parent / "py.typed").is_file()
+
+
+def test_a_conftest_where_the_command_runs_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text("raise RuntimeError('loaded')\n")
+    case = "kernels::kernel_is_computed[softmax-float32]"
+    done = subprocess.run(
+        [sys.executable, "-m", "pdcore", "conform", "numpy", "--case", case],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == Exit.DONE, done.stdout + done.stderr

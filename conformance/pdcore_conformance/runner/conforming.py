@@ -143,7 +143,8 @@ def _pytest(
     modules: Sequence[str] = (plugin.SUITE,),
 ) -> int:
     plugin.parse_backend(backend)
-    # Installed plugins of pytest must not change the outcome.
+    # Neither installed plugins of pytest, nor a conftest.py of the folder that the command runs
+    # in, may change the outcome.
     before = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
@@ -158,6 +159,7 @@ def _pytest(
                     "no:terminal",
                     "-p",
                     "no:cacheprovider",
+                    "--noconftest",
                     "--pyargs",
                     *modules,
                     f"--backend={backend}",
