@@ -39,9 +39,9 @@ PARTS = {
         15,
     ),
     "frameworks": Part(
-        ("-s", "tests_torch", "tests_jax"),
-        ("pdcore/reference", "pdcore/backend", "tests/reference", "tests/backend"),
-        10,
+        ("-s", "tests_torch", "tests_jax", "tests_jax_adapters"),
+        ("pdcore/backend", "adapters", "examples", "tests/backend", "tests/adapters"),
+        25,
     ),
     "pythons": Part(("-s", "tests_pythons"), ("pyproject.toml", "constraints"), 20),
     "conform-numpy": Part(
@@ -59,8 +59,8 @@ PARTS = {
     ),
     "emulator": Part(("-s", "tests_emulator"), ("tests/cuda_cpu", "tests/emulator"), 2),
     "cuda": Part(("-s", "tests_cuda"), (CUPY, "tests/cuda"), 20),
-    "gpu-command": Part(
-        ("-s", "tests", "--", "tests/conformance/test_gpu_command.py"),
+    "processes": Part(
+        ("-s", "tests", "--", "tests/conformance"),
         ("conformance/pdcore_conformance/gpu", "tests/conformance"),
         8,
     ),

@@ -178,6 +178,7 @@ def pytest_alone(*arguments, cwd):
     )
 
 
+@pytest.mark.nightly
 def test_pytest_runs_the_suite_on_two_processes(tmp_path):
     report = tmp_path / "record.json"
     done = pytest_alone(

@@ -17,6 +17,9 @@ import pdcore
 from pdcore import SpecError, UnsupportedError
 from pdcore_adapters.equinox import PDMultiheadAttention, convert
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(3)
+
 E, H, N, M, B = 16, 4, 6, 9, 3
 PREFIX = "causal+bn(statistics=prefix)"
 SIZES = {"key_size": 5, "value_size": 7, "output_size": 11, "qk_size": 6, "vo_size": 3}

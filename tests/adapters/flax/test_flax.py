@@ -17,6 +17,9 @@ import pdcore
 from pdcore import NoBackendError, SpecError, UnsupportedError
 from pdcore_adapters.flax import attention_fn
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(3)
+
 E, H, N, M, B = 16, 4, 6, 9, 3
 PREFIX = "causal+bn(statistics=prefix)"
 CAUSAL = ["causal", f"{PREFIX}+sh(1,1,2,2)", "bn(statistics=prefix)+sparse(3,0)"]

@@ -18,6 +18,9 @@ import pdcore
 from pdcore import SpecError, UnsupportedError
 from pdcore_adapters.torch_nn import PDMultiheadAttention, convert
 
+# A program is compiled for each combination, which takes seconds.
+pytestmark = pytest.mark.sampled(2)
+
 E, H, N, M, B = 16, 4, 6, 9, 3
 SPECS = [
     "softmax",

@@ -75,6 +75,7 @@ def test_training_learns_and_is_repeatable(digits: Any) -> None:
     assert training.fit(small(seed=1, epochs=1), digits)[1]["history"] != result["history"][:1]
 
 
+@pytest.mark.nightly
 def test_training_stops_early_with_the_best_weights(digits: Any) -> None:
     # The rate is so large that the loss soon gets worse.
     model, result = training.fit(small(epochs=30, patience=2, rate=0.3), digits)
@@ -92,6 +93,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(command.app, args, env={"COLUMNS": "300"})
 
 
+@pytest.mark.nightly
 def test_the_command_compares_specs(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = (

@@ -134,6 +134,7 @@ def test_times_of_all_specs_are_taken_in_turn() -> None:
     assert all(seconds > 0 for times in result.values() for seconds in times)
 
 
+@pytest.mark.nightly
 def test_processes_side_by_side_give_the_same_figures(vowels: Pair) -> None:
     cells = [protocol.Cell("train", "softmax+bn", vowels.name, seed) for seed in (0, 1)]
     result: dict[int, dict[str, Any]] = {}
@@ -319,6 +320,7 @@ def test_what_is_done_is_not_done_again(
         assert words in again.stdout
 
 
+@pytest.mark.nightly
 def test_a_run_that_was_interrupted_goes_on(
     tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
