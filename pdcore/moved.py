@@ -103,6 +103,7 @@ MODULES = {
 
 #: Names of 0.1 that are called otherwise now, or left a module which kept its own name.
 NAMES = {
+    "pdcore.call.Normaliser": "pdcore.backend.normaliser.Normaliser",
     "pdcore.lowering.lower_request": "pdcore.backend.Request.lower",
 }
 

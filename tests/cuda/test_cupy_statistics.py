@@ -286,6 +286,7 @@ for spec, call in SEVERAL:
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str) -> None:
     launched = sanitized(SANITIZED, sanitizer)

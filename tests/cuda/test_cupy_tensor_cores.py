@@ -228,6 +228,7 @@ for spec, call in (
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_find_nothing(sanitizer: str) -> None:
     launched = sanitized(SANITIZED, sanitizer)

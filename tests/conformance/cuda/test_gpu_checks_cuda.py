@@ -14,7 +14,7 @@ from pdcore_conformance.gpu import checks as gpu_checks
 def test_the_wrappers_by_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda_on_cpu as cuda
 
-    from pdcore_conformance.gpu.wrappers import checks, source
+    from pdcore_conformance.gpu.ptx_wrappers import checks, source
 
     names = dict.fromkeys(check.kernel for check in checks())
     module = cuda.RawModule(source(), options=("-std=c++17",), name_expressions=tuple(names))
