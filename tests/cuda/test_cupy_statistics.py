@@ -356,3 +356,10 @@ def test_a_summary_that_was_not_fused_runs_by_array_calls() -> None:
         backend.statistics(Summary(Moments(), scope), keys, None)
     backend.pool("mean", keys, np.ones((1, 5, 1)))
     assert not backend.runtime.launches
+
+
+def test_prefix_statistics_of_one_sequence_without_keys() -> None:
+    register()
+    x = np.zeros((2, 0, 1), np.float32)
+    out, _, vjp = pdcore.attention_vjp(x, x, x, "bn(statistics=prefix)", backend=NAME)
+    assert vjp(np.asarray(out))["k"].shape == x.shape

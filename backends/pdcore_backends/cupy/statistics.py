@@ -276,5 +276,6 @@ def _first_row_with_key(n: Any, xp: Any) -> Any:
     """
     counts = n[..., 0, :, 0] > 0
     if not counts.shape[-1]:
-        return xp.sum(xp.astype(counts, xp.int64), axis=-1)
+        # An array also for a single sequence, where NumPy would sum to a scalar.
+        return xp.zeros(counts.shape[:-1], dtype=xp.int64)
     return xp.ascontiguousarray(xp.argmax(counts, axis=-1))
