@@ -5,6 +5,7 @@ This module imports without the extra ``cli``, so that `main` can say what is mi
 
 from __future__ import annotations
 
+import io
 import sys
 
 from ..errors import Exit
@@ -24,6 +25,9 @@ def main() -> None:
             raise
         print(missing(error), file=sys.stderr)
         raise SystemExit(int(Exit.MISSING)) from None
+    # A character that the terminal's encoding lacks is printed as an escape, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(prog_name="pdcore")
 
 

@@ -13,7 +13,7 @@ from ..plugins import BrokenPlugin
 from . import optional
 from .discovery import Command, find_commands
 from .options import AsJson
-from .reporting import Failed, reported
+from .reporting import Failed, concise_usage_errors, reported
 
 __all__ = ["app"]
 
@@ -39,6 +39,14 @@ class _Group(typer.core.TyperGroup):
             # A command that works is not hidden by a table of the same name that does not.
             free = name if name not in commands else f"{name} ({failure.distribution})"
             self.add_command(_failing(free, failure))
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with concise_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with concise_usage_errors():
+            return super().invoke(ctx)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else ""

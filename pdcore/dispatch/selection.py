@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..backend import Backend, Request
-from ..errors import NoBackendError, UnsupportedError, nearest
+from ..errors import NoBackendError, SettingError, UnsupportedError, nearest
 from ..plugins import registry as plugins
 from ..spec import AttentionSpec, Batch, Exponential, Identity
 
@@ -133,7 +133,10 @@ def ambient() -> ResolvedChoice | None:
         return ResolvedChoice(candidates, True, "use_backend")
     text = os.environ.get(VARIABLE)
     if text and not text.isspace():
-        return ResolvedChoice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
+        try:
+            return ResolvedChoice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
     return None
 
 
