@@ -28,7 +28,14 @@ def main() -> None:
     # A character that the terminal's encoding lacks is printed as an escape, as on stderr.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    app(prog_name="pdcore")
+    try:
+        app(prog_name="pdcore")
+    except OSError as error:  # from the help or the version: commands report their own
+        from .reporting import discard_output, note
+
+        discard_output()
+        note(f"pdcore: {error}")
+        raise SystemExit(int(Exit.OUTPUT)) from None
 
 
 def optional(error: ModuleNotFoundError) -> bool:

@@ -36,8 +36,19 @@ BackendName = Annotated[
         help="Run on this backend or fail; several, joined by commas, are tried in order.",
     ),
 ]
+
+
+def _check_device(text: str | None) -> str | None:
+    if text is not None and len(text) > 100:
+        raise typer.BadParameter(f"got {text!r}, expected a device such as 'cuda' or 'cuda:1'")
+    return text
+
+
 DeviceName = Annotated[
-    str | None, typer.Option(metavar="DEVICE", help="Move the arrays there, such as 'cuda'.")
+    str | None,
+    typer.Option(
+        metavar="DEVICE", callback=_check_device, help="Move the arrays there, such as 'cuda'."
+    ),
 ]
 
 

@@ -32,7 +32,16 @@ from ..errors import (
 from . import missing, optional
 from .files import FileError, OutputError
 
-__all__ = ["Failed", "emit", "note", "progress", "reported", "stdout"]
+__all__ = [
+    "Failed",
+    "concise_usage_errors",
+    "discard_output",
+    "emit",
+    "note",
+    "progress",
+    "reported",
+    "stdout",
+]
 
 P = ParamSpec("P")
 
@@ -172,7 +181,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             if isinstance(error, MemoryError):
                 message = message or "out of memory"
             if code == Exit.OUTPUT:
-                _discard_output()
+                discard_output()
         message = concise(message)
         if kwargs.get("as_json") and not _emitted.get():
             emit({"error": {"kind": kind, "message": message}, "exit_code": code})
@@ -185,7 +194,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
     """Flush standard output, or drop what it does not take: the interpreter flushes at its end."""
     try:
         sys.stdout.flush()

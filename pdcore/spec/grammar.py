@@ -86,7 +86,8 @@ def _value(word: str, text: str) -> Any:
     if text.isidentifier():
         return text
     raise SpecError(
-        f"{word}: cannot read the argument {cut(text)!r}: expected a number, inf, true, false or a name"
+        f"{word}: cannot read the argument {cut(text)!r}: expected a number, inf, true, false or "
+        "a name"
     )
 
 

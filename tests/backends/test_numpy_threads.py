@@ -99,7 +99,9 @@ def test_a_wrong_number_is_an_error_in_small_calls_too(
     monkeypatch.setenv(threads.VARIABLE, text)
     q = np.ones((1, 1, 2, 2))
     for spec in ("softmax", "linear"):
-        with pytest.raises(SettingError, match="PDCORE_NUM_THREADS: got .*, expected a whole numb"):
+        with pytest.raises(
+            SettingError, match=r"PDCORE_NUM_THREADS: got .*, expected a whole numb"
+        ):
             pdcore.attention(q, q, q, spec)
 
 

@@ -20,7 +20,7 @@ __all__ = ["buffer", "count", "run"]
 VARIABLE = "PDCORE_NUM_THREADS"
 #: ``1`` binds each worker to a core of its own, if there is a worker for each.
 PIN = "PDCORE_PIN_THREADS"
-#: Variables that limit other libraries, and with them this backend; joblib sets them in its workers.
+#: Variables that limit other libraries, and with them this backend; joblib sets them.
 OTHERS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _lock = threading.Lock()

@@ -61,6 +61,7 @@ def new_backend(name: str, folder: Path, *, library: str = "numpy") -> Path:
         raise ValueError(f"library: got {library!r}, expected an import name, such as numpy")
     project = folder / f"pdcore-{name.replace('_', '-')}"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         taken = project.exists() and (not project.is_dir() or any(project.iterdir()))
     except OSError as error:
         raise OutputError(f"{project}: {error.strerror}") from error
