@@ -69,7 +69,9 @@ class _Declared(typer.core.TyperCommand):
         """Import the command; return one that fails with the reason where that fails."""
         try:
             return _build(self.command.name, self.command.load(), epilog=EXIT_CODES)
-        except Exception as error:  # noqa: BLE001 - a command's defect is not a traceback
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a command's defect is not a traceback
             return _failing(self.command.name, self.command.failure(error))
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TextIO
 
 import typer
 from rich.console import Console
@@ -50,6 +50,8 @@ PATIENCE = 2.0
 
 #: Whether the running command has printed its JSON, which is one document.
 _emitted: ContextVar[bool] = ContextVar("emitted", default=False)
+#: Where the JSON of the running command goes; whatever else prints then goes to standard error.
+_json_stream: ContextVar[TextIO | None] = ContextVar("json_stream", default=None)
 
 
 class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet target
@@ -68,7 +70,7 @@ class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet
         self.code = code
 
 
-class _Signalled(BaseException):
+class _Signalled(KeyboardInterrupt):
     """A signal to end the process, raised so that `finally` blocks run."""
 
     def __init__(self, number: int) -> None:
@@ -134,8 +136,9 @@ def emit(result: Any) -> None:
     NaN and infinities, which JSON does not have, become null.
     """
     _emitted.set(True)
-    sys.stdout.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    stream = _json_stream.get() or sys.stdout
+    stream.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    stream.flush()
 
 
 def _finite(value: Any) -> Any:
@@ -158,7 +161,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         _emitted.set(False)
         try:
-            with _signals():
+            with _signals(), _only_json() if kwargs.get("as_json") else contextlib.nullcontext():
                 command(*args, **kwargs)
                 sys.stdout.flush()
             return
@@ -202,6 +205,17 @@ def discard_output() -> None:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, sys.stdout.fileno())
         os.close(sink)
+
+
+@contextlib.contextmanager
+def _only_json() -> Iterator[None]:
+    """Let only `emit` write to standard output: a plugin may print while it is imported or runs."""
+    token = _json_stream.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream.reset(token)
 
 
 @contextlib.contextmanager
