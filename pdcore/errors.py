@@ -131,7 +131,8 @@ class Exit(IntEnum):
 _MEANINGS = {
     Exit.DONE: "done",
     Exit.FAILURE: "a defect of pdcore, or too little memory",
-    Exit.USAGE: "usage: an unknown command, option, spec word or backend",
+    Exit.USAGE: "usage: an unknown command, option, spec word or backend, or a wrong environment "
+    "variable",
     Exit.INPUT: "a file cannot be read, or its arrays do not fit",
     Exit.UNSUPPORTED: "the spec or the named backend does not support it",
     Exit.NO_BACKEND: "no backend can run it",

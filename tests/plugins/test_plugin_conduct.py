@@ -13,13 +13,10 @@ import time
 import numpy as np
 import pytest
 from installing import (
-    BROKEN,
-    REPORT,
     VARIABLES,
     add_distribution,
     fresh,
     info,
-    module,
     rediscovered,
 )
 
@@ -107,20 +104,16 @@ print(json.dumps([why, listed["odd"], float(pdcore.attention(q, q, q).sum())]))
 
 @pytest.mark.parametrize("place", ["import", "class"])
 def test_an_interrupt_by_the_user_interrupts(place, monkeypatch, rediscover, tmp_path):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    code = "import slow_library\n" if place == "import" else ""
-    add_plugin(tmp_path, "slow", code, load="slow_library:Slow")
-    (tmp_path / "slow_library.py").write_text("raise KeyboardInterrupt\n")
+    library = f"interrupted_{place}"
+    code = f"import {library}\n" if place == "import" else ""
+    add_plugin(tmp_path, f"slow_{place}", code, load=f"{library}:Slow")
+    (tmp_path / f"{library}.py").write_text("raise KeyboardInterrupt\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        plugins.load_backend("slow")
-    (tmp_path / "slow_library.py").write_text("later = True\n")
-    monkeypatch.delitem(sys.modules, "slow", raising=False)
+        plugins.load_backend(f"slow_{place}")
     # Nothing of the interrupted plugin is remembered as broken.
-    with pytest.raises(NoBackendError, match="AttributeError"):
-        plugins.load_backend("slow")
+    assert f"slow_{place}" not in plugins.broken
+    assert f"slow_{place}" not in plugins._failed
 
 
 def test_a_plugin_may_ask_from_a_thread(monkeypatch, rediscover, tmp_path):
@@ -167,25 +160,26 @@ def test_other_threads_wait_for_a_slow_plugin(monkeypatch, rediscover, tmp_path)
     first.join()
 
 
-def test_explain_while_another_thread_unregisters(rediscover):
+def test_explain_while_another_thread_unregisters(monkeypatch, rediscover):
+    monkeypatch.setenv("PDCORE_PLUGINS", "")
     q = np.ones((1, 1, 2, 2))
     stop = threading.Event()
     load = "pdcore_backends.numpy.impl:NumpyBackend"
 
     def change():
         while not stop.is_set():
-            for number in range(20):
+            for number in range(3):
                 plugins.register_backend(info(f"passing{number}", load))
-            for number in range(20):
+            time.sleep(0.002)
+            for number in range(3):
                 plugins.unregister_backend(f"passing{number}")
 
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        for _ in range(60):
+        for _ in range(30):
             assert pdcore.explain(q, q, q).backend == "numpy"
             pdcore.attention(q, q, q)
-            plugins.list_backends() if hasattr(plugins, "list_backends") else None
     finally:
         stop.set()
         thread.join()
@@ -203,7 +197,7 @@ def test_a_backend_that_is_removed_while_it_is_judged(monkeypatch, rediscover):
     assert seen.backend is None
     assert seen.reasons["numpy"] == [selection.UNREGISTERED]
     monkeypatch.setattr(plugins, "load_backend", gone)
-    with pytest.raises(NoBackendError, match="numpy: +unregistered in the meantime"):
+    with pytest.raises(NoBackendError, match=r"numpy: +unregistered in the meantime"):
         pdcore.attention(q, q, q)
 
 
