@@ -186,6 +186,7 @@ def test_explain_while_another_thread_unregisters(monkeypatch, rediscover):
 
 
 def test_a_backend_that_is_removed_while_it_is_judged(monkeypatch, rediscover):
+    monkeypatch.setenv("PDCORE_PLUGINS", "")
     from pdcore.dispatch import explanation, selection
 
     def gone(name):
@@ -218,6 +219,7 @@ def test_what_a_plugin_prints_is_not_in_the_json(command, tmp_path):
     points.write_text(points.read_text() + "[pdcore.commands]\nloud = loud_table:COMMANDS\n")
     (tmp_path / "loud_table.py").write_text("print('from the table')\nCOMMANDS = {}\n")
     variables = {n: t for n, t in os.environ.items() if n not in VARIABLES}
+    variables["PDCORE_PLUGINS"] = "loud"
     variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-m", "pdcore", *command, "--json"],
