@@ -50,7 +50,7 @@ from .backend import (
     spacing,
 )
 from .dispatch import finite_dropout, parameter_shape
-from .errors import PluginError, SpecError, UnsupportedError
+from .errors import PluginError, SettingError, SpecError, UnsupportedError
 from .lowering import (
     FeatureRows,
     Features,
@@ -231,6 +231,7 @@ __all__ = [
     "reference_attention",
     # refuse
     "PluginError",
+    "SettingError",
     "SpecError",
     "UnsupportedError",
 ]
