@@ -38,7 +38,9 @@ class PluginError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known word, and list all known words.
+    """Suggest the nearest known word, if one is near, and list all known words.
+
+    A word that differs in case only is the nearest of all.
 
     Parameters
     ----------
@@ -55,8 +57,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     import difflib  # needed for error messages only
 
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    lower: dict[str, str] = {}
+    for name in names:
+        lower.setdefault(name.lower(), name)
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    hint = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"
 
 

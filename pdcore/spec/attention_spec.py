@@ -193,9 +193,14 @@ def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
         return spec
     if isinstance(spec, str):
         return parse(spec)
+    advice = ""
+    if hasattr(spec, "dtype"):
+        advice = "; an array is passed by name: mask= (bool, True where a query may attend), bias="
+    elif isinstance(spec, bool):
+        advice = "; causality is a word of it: spec='causal'"
     raise TypeError(
         f"spec: got {type(spec).__name__}, expected a string such as 'softmax+bn' or an "
-        "AttentionSpec"
+        f"AttentionSpec{advice}"
     )
 
 
