@@ -18,7 +18,7 @@ from ..plugins import registry as plugins
 from ..spec import AttentionSpec, as_spec
 from . import selection
 from .arguments import check_given, explains_arguments, wrong_arguments
-from .layout import HEADS_FIRST, Layout, heads_first, pullback_in, swap_axes
+from .layout import HEADS_FIRST, Layout, heads_first, swap_axes, swap_pullback
 from .tracing import TracedSelections, concrete_size, make_traced_selector
 
 __all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice", "cached_bind"]
@@ -130,7 +130,7 @@ class BoundAttention:
         out, lse, pullback = backend.attention_vjp(plan, prepared)
         if layout == HEADS_FIRST:
             return out, lse, pullback
-        return swap_axes(out), lse, pullback_in(layout, pullback)
+        return swap_axes(out), lse, swap_pullback(pullback)
 
     def weights(self, inputs: Inputs, layout: Layout = HEADS_FIRST) -> Any:
         """Compute the weights, see `attention_weights`."""

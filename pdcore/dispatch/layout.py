@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..backend import LAYOUTS, Inputs, shape_in
 from ..errors import nearest
 
-__all__ = ["HEADS_FIRST", "Layout", "heads_first", "pullback_in", "swap_axes"]
+__all__ = ["HEADS_FIRST", "Layout", "heads_first", "swap_axes", "swap_pullback"]
 
 Layout = Literal["bhnd", "bnhd"]
 
@@ -49,10 +49,8 @@ def swap_axes(x: Any) -> Any:
     return array_namespace(x).permute_dims(x, axes)
 
 
-def pullback_in(layout: str, pullback: Any) -> Any:
-    """Return a pullback that takes d_out and returns the cotangents of q, k and v in a layout."""
-    if layout == HEADS_FIRST:
-        return pullback
+def swap_pullback(pullback: Any) -> Any:
+    """Return a pullback whose d_out and cotangents of q, k and v have swapped axes."""
 
     def pull(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
         cotangents = pullback(swap_axes(d_out), d_lse)
