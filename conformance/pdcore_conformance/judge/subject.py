@@ -16,7 +16,7 @@ from pdcore.plugins import registry as plugins
 
 from ..frameworks import framework
 from .budget import Expected, Verdict, expect, judge
-from .calls import Arrays, Call, drawn, dtype_of
+from .calls import Arrays, Call, drawn, dtype_of, swap_axes
 
 __all__ = ["CORE", "PROPERTIES", "Evidence", "Nonconforming", "Subject"]
 
@@ -195,16 +195,24 @@ class Subject:
     # --- calls ------------------------------------------------------------------------------------
 
     def _run(self, call: Call, arrays: Arrays, through: str, lse: bool) -> dict[str, Array]:
+        arrays = arrays.in_axes(call.axes)
         match through:
             case "forward":
-                return self.attempt(arrays, call.spec, lse)
+                results = self.attempt(arrays, call.spec, lse)
             case "weights":
-                return self._weights(arrays, call.spec)
+                results = self._weights(arrays, call.spec)
             case "vjp":
-                return self._vjp(call, arrays)
+                results = self._vjp(call, arrays)
             case "autodiff":
-                return self._autodiff(call, arrays)
-        raise ValueError(f"through: got {through!r}, expected forward, vjp, autodiff or weights")
+                results = self._autodiff(call, arrays)
+            case _:
+                raise ValueError(
+                    f"through: got {through!r}, expected forward, vjp, autodiff or weights"
+                )
+        if call.axes:
+            swapped = results.keys() & {"out", "d_q", "d_k", "d_v"}
+            results |= {name: swap_axes(results[name]) for name in swapped}
+        return results
 
     def attempt(self, arrays: Arrays, spec: str, lse: bool = True, **more: Any) -> dict[str, Array]:
         """Compute as `compute` does, but let the error of a refusal pass to the caller."""
@@ -225,7 +233,7 @@ class Subject:
         with self.watched(arrays) as (q, k, v, options):
             out, lse, vjp = attention_vjp(q, k, v, call.spec, backend=self.name, **options)
             results = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
-            gradients = vjp(*map(self.there, cotangents(call)))
+            gradients = vjp(*self._cotangents(call))
             wanted = _differentiable(call, arrays)
             absent = [name for name in wanted if name not in gradients]
             if absent:
@@ -243,12 +251,16 @@ class Subject:
             def function(x: Mapping[str, Any]) -> tuple[Any, Any]:
                 return self.called(x, call.spec, options)
 
-            d = tuple(map(self.there, cotangents(call)))
+            d = self._cotangents(call)
             (out, lse), gradients = self.framework.vjp(function, {n: inputs[n] for n in names}, d)
             results = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
             return results | {
                 f"d_{name}": self.back(gradients[name], f"d_{name}") for name in names
             }
+
+    def _cotangents(self, call: Call) -> tuple[Any, ...]:
+        d_out, d_lse = cotangents(call)
+        return tuple(map(self.there, (swap_axes(d_out) if call.axes else d_out, d_lse)))
 
     def called(
         self, x: Mapping[str, Any], spec: str, options: Mapping[str, Any], backend: str | None = ""
