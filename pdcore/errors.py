@@ -60,7 +60,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     lower: dict[str, str] = {}
     for name in names:
         lower.setdefault(name.lower(), name)
-    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word.lower(), lower, n=1)
     hint = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"
 

@@ -83,6 +83,21 @@ WORDS: Mapping[str, str] = {
 }
 
 
+#: Arguments of some public calls only, with where they belong.
+_ELSEWHERE = {
+    **dict.fromkeys(("spec", "backend", "device"), "it is an argument of bind"),
+    **dict.fromkeys(
+        ("q", "k", "v", "mask", "key_mask", "bias", "offset", "params", "layout"),
+        "bind takes no arrays; it belongs to the call of what bind returns",
+    ),
+    "return_lse": "attention and a bound spec take it; attention_vjp returns lse in any case",
+    "dropout": "only attention, explain and a bound spec take it",
+    "axis_name": "only attention, explain and a bound spec take it",
+}
+
+_NO_WORDS: Mapping[str, str] = {}
+
+
 class _Absent:
     """The value of a required argument that the caller leaves out."""
 
@@ -109,9 +124,9 @@ def explains_arguments(function: Function) -> Function:
             continue
         meant.append(p)
         required += p.kind is kinds.POSITIONAL_OR_KEYWORD and p.default is kinds.empty
-    code: Any = function
-    code.__defaults__ = (ABSENT,) * required + (code.__defaults__ or ())
-    code.__signature__ = signature.replace(parameters=meant)
+    target: Any = function
+    target.__defaults__ = (ABSENT,) * required + (target.__defaults__ or ())
+    target.__signature__ = signature.replace(parameters=meant)
     return function
 
 
@@ -126,28 +141,35 @@ def wrong_arguments(
     function: Callable[..., Any],
     extra: tuple[Any, ...],
     unknown: Mapping[str, Any],
-    words: Mapping[str, str] = WORDS,
+    words: Mapping[str, str] = _NO_WORDS,
+    *,
+    spec_of: str = "bind",
 ) -> TypeError:
     """Build the error for arguments that a function does not take.
 
     Parameters
     ----------
     function : callable
-        A function that `explains_arguments` decorates.
+        The function, which has ``**unknown: Never``.
     extra : tuple
         The arguments by position beyond those that it takes.
     unknown : mapping
         The arguments by name that it does not take.
     words : mapping of str to str, optional
-        What to do instead, by the argument's name in other libraries.
+        What to do in place of an argument, where the answer in `WORDS` does not fit.
+    spec_of : str
+        What takes the spec, if the function does not.
 
     Returns
     -------
     TypeError
     """
     parameters = inspect.signature(function).parameters
-    known = [name for name in parameters if name != "self"]
-    name = function.__qualname__.removesuffix(".__call__")
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [n for n, p in parameters.items() if p.kind in named and n != "self"]
+    name = function.__qualname__
+    for suffix in (".__call__", ".__init__"):
+        name = name.removesuffix(suffix)
     lines = []
     if extra:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -157,10 +179,12 @@ def wrong_arguments(
             "pass a mask as mask=, others by their names, and causality and scale in spec"
         )
     for word in unknown:
-        lines.append(f"unknown argument {word}=; {_answer(word, known, words)}")
+        lines.append(
+            f"unknown argument {word}=; {_answer(word, known, {**_ELSEWHERE, **WORDS, **words})}"
+        )
     lines.append(f"known: {', '.join(known)}")
     if "spec" not in known:
-        lines[-1] += "; spec is an argument of bind"
+        lines[-1] += f"; spec is an argument of {spec_of}"
     return TypeError(f"{name}: " + "\n  ".join(lines))
 
 
@@ -171,21 +195,6 @@ def _answer(word: str, known: list[str], words: Mapping[str, str]) -> str:
         return f"did you mean {same!r}?"
     if same is not None:
         return words[same]
-    if word in _ELSEWHERE:
-        return _ELSEWHERE[word]
     return nearest(word, known).partition("known: ")[0].strip() or (
         "pdcore has no such argument; spec says what is computed"
     )
-
-
-#: Arguments of some public calls only, with where they belong.
-_ELSEWHERE = {
-    **dict.fromkeys(("spec", "backend", "device"), "it is an argument of bind"),
-    **dict.fromkeys(
-        ("q", "k", "v", "mask", "key_mask", "bias", "offset", "params", "layout"),
-        "bind takes no arrays; it belongs to the call of what bind returns",
-    ),
-    "return_lse": "attention and a bound spec take it; attention_vjp returns lse in any case",
-    "dropout": "only attention, explain and a bound spec take it",
-    "axis_name": "only attention, explain and a bound spec take it",
-}
