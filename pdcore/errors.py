@@ -60,7 +60,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     lower: dict[str, str] = {}
     for name in names:
         lower.setdefault(name.lower(), name)
-    close = difflib.get_close_matches(word.lower(), lower, n=1)
+    # One wrong letter of two is near; two letters within a longer word are not.
+    cutoff = 0.5 if len(word) < 4 else 0.6
+    close = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=cutoff)
     hint = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"
 
