@@ -85,7 +85,9 @@ def concise(message: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Suggest the nearest known word, and list all known words.
+    """Suggest the nearest known word, if one is near, and list all known words.
+
+    A word that differs in case only is the nearest of all.
 
     Parameters
     ----------
@@ -102,9 +104,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     import difflib  # needed for error messages only
 
     names = sorted(known)
-    word = word[:100]  # the time grows with the length
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.0)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    lower: dict[str, str] = {}
+    for name in names:
+        lower.setdefault(name.lower(), name)
+    word = word[:100].lower()  # the time grows with the length
+    # One wrong letter of two is near; two letters within a longer word are not.
+    cutoff = 0.5 if len(word) < 4 else 0.6
+    close = difflib.get_close_matches(word, lower, n=1, cutoff=cutoff)
+    hint = f"did you mean {lower[close[0]]!r}? " if close else ""
     return f"{hint}known: {', '.join(names) if names else '(none)'}"
 
 

@@ -49,7 +49,7 @@ from .backend import (
     shifted_features,
     spacing,
 )
-from .dispatch import finite_dropout, parameter_shape
+from .dispatch import finite_dropout, parameter_shape, wrong_arguments
 from .errors import PluginError, SettingError, SpecError, UnsupportedError
 from .lowering import (
     FeatureRows,
@@ -140,6 +140,7 @@ __all__ = [
     "Inputs",
     "Request",
     "finite_dropout",
+    "wrong_arguments",
     "parameter_shape",
     # plan
     "Plan",
