@@ -19,7 +19,8 @@ __all__ = ["FLOATS", "TRANSFORMATIONS", "Framework", "Function", "Memory", "with
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Any]
 
-#: A function that is differentiated, mapped or compiled: from arrays by name to (out, lse).
+#: A function that is differentiated, mapped or compiled: from arrays by name to (out, lse), where
+#: lse may be None.
 Function = Callable[[Arrays], tuple[Any, Any]]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -204,6 +205,18 @@ class Framework:
         """Return the device of an array, as in ``"cpu"`` or ``"cuda:0"``."""
         return device_name(x, self.library)
 
+    def is_writeable(self, x: Any) -> bool:
+        """Return whether a caller may write into an array; True where arrays are immutable."""
+        return True
+
+    def shares_memory(self, x: Any, y: Any) -> bool:
+        """Return whether writing into one array changes another."""
+        return False
+
+    def overwrite(self, x: Any, values: Array) -> bool:
+        """Replace the values of an array in place; return False where arrays are immutable."""
+        return False
+
     def dtype_of(self, x: Any) -> str:
         """Return the dtype of an array, as in ``"float32"``, ``"bfloat16"`` or ``"bool"``."""
         return dtype_name(x)
@@ -269,6 +282,10 @@ class Framework:
         gradients : dict of str to array
             The gradient by each of `arrays`; zeros where the result does not depend on it.
         """
+        raise self._lacks("autodiff")
+
+    def recorded(self, function: Function, arrays: Arrays) -> tuple[Any, Any]:
+        """Compute (out, lse) while the library records the computation for its reverse mode."""
         raise self._lacks("autodiff")
 
     def double_vjp(

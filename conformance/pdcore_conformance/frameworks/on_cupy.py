@@ -67,6 +67,21 @@ class CupyFramework(Framework):
         """Copy an array to NumPy."""
         return np.asarray(self.module.asnumpy(x))
 
+    def is_writeable(self, x: Any) -> bool:
+        """Return whether every element of an array has memory of its own."""
+        return 0 in x.shape or all(
+            n <= 1 or stride for n, stride in zip(x.shape, x.strides, strict=True)
+        )
+
+    def shares_memory(self, x: Any, y: Any) -> bool:
+        """Return whether the memory of two arrays overlaps."""
+        return bool(self.module.may_share_memory(x, y))
+
+    def overwrite(self, x: Any, values: Array) -> bool:
+        """Replace the values of an array in place."""
+        x[...] = self.asarray(values, self.device_of(x))
+        return True
+
     def synchronize(self, result: Any = None) -> None:
         """Wait for the devices."""
         cuda = self.module.cuda

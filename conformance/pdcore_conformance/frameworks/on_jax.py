@@ -116,6 +116,11 @@ class JaxFramework(Framework):
             dict(arrays), cotangents
         )
 
+    def recorded(self, function: Function, arrays: Arrays) -> tuple[Any, Any]:
+        """Compute (out, lse) as jax.vjp does."""
+        jax = self.module
+        return jax.jit(lambda x: jax.vjp(function, x)[0])(dict(arrays))  # type: ignore[no-any-return]
+
     def _pullback(self, function: Function) -> Any:
         """Return a function from arrays and cotangents to (outputs, gradients)."""
         jax = self.module
@@ -123,7 +128,7 @@ class JaxFramework(Framework):
         def pull(arrays: Any, cotangents: Any) -> Any:
             outputs, pullback = jax.vjp(function, arrays)
             filled = tuple(
-                jax.numpy.zeros_like(y) if d is None else d
+                jax.numpy.zeros_like(y) if d is None and y is not None else d
                 for y, d in zip(outputs, cotangents, strict=True)
             )
             return outputs, pullback(filled)[0]

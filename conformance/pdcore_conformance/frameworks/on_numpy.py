@@ -27,6 +27,19 @@ class NumpyFramework(Framework):
         """Return the array itself."""
         return np.asarray(x)
 
+    def is_writeable(self, x: Any) -> bool:
+        """Return whether the flags of an array allow to write into it."""
+        return bool(np.asarray(x).flags.writeable)
+
+    def shares_memory(self, x: Any, y: Any) -> bool:
+        """Return whether the memory of two arrays overlaps."""
+        return np.may_share_memory(np.asarray(x), np.asarray(y))
+
+    def overwrite(self, x: Any, values: Array) -> bool:
+        """Replace the values of an array in place."""
+        x[...] = values
+        return True
+
     def has_dtype(self, name: str) -> bool:
         """Return whether NumPy has a dtype; bfloat16 is that of ml_dtypes."""
         if name != "bfloat16":
@@ -67,6 +80,19 @@ class StrictFramework(NumpyFramework):
         if not self.has_dtype(name):
             raise TypeError(f"{self.library} has no {name}")
         return self.xp.asarray(x, copy=True)
+
+    def is_writeable(self, x: Any) -> bool:
+        """Return True: the standard has no flag."""
+        return True
+
+    def shares_memory(self, x: Any, y: Any) -> bool:
+        """Return whether two objects are one array; the standard has no other views."""
+        return x is y
+
+    def overwrite(self, x: Any, values: Array) -> bool:
+        """Replace the values of an array in place."""
+        x[...] = self.xp.asarray(values, dtype=x.dtype)
+        return True
 
     def has_dtype(self, name: str) -> bool:
         """Return whether the standard has a dtype."""

@@ -74,6 +74,21 @@ class TorchFramework(Framework):
 
         return np.asarray(x.contiguous().view(self.module.int16).numpy()).view(bfloat16)
 
+    def is_writeable(self, x: Any) -> bool:
+        """Return whether every element of a tensor has memory of its own."""
+        return 0 in x.shape or all(
+            n <= 1 or stride for n, stride in zip(x.shape, x.stride(), strict=True)
+        )
+
+    def shares_memory(self, x: Any, y: Any) -> bool:
+        """Return whether two tensors have one storage."""
+        return bool(x.numel()) and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+    def overwrite(self, x: Any, values: Array) -> bool:
+        """Replace the values of a tensor in place."""
+        x.copy_(self.asarray(values, self.device_of(x)))
+        return True
+
     def synchronize(self, result: Any = None) -> None:
         """Wait for the CUDA devices."""
         torch = self.module
@@ -159,6 +174,10 @@ class TorchFramework(Framework):
         outputs = function(leaves)
         gradients = self._grad(outputs, cotangents, leaves)
         return _detached(outputs), {n: g.detach() for n, g in gradients.items()}
+
+    def recorded(self, function: Function, arrays: Arrays) -> tuple[Any, Any]:
+        """Compute (out, lse) of tensors that require gradients."""
+        return _detached(function(_leaves(arrays)))
 
     def double_vjp(
         self, function: Function, arrays: Arrays, cotangents: tuple[Any, Any], directions: Arrays
@@ -313,7 +332,7 @@ def _leaves(arrays: Arrays) -> dict[str, Any]:
 
 def _detached(outputs: tuple[Any, Any]) -> tuple[Any, Any]:
     out, lse = outputs
-    return out.detach(), lse.detach()
+    return out.detach(), None if lse is None else lse.detach()
 
 
 def _poison(x: Any, torch: Any) -> Any:

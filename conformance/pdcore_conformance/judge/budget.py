@@ -11,7 +11,7 @@ what the dtype really costs there, and nothing else can widen it. Two outputs ha
 than their own maximum, for a reason each:
 
 - lse is a logarithm: a relative error eps of h is an absolute eps of lse, so its scale is at
-  least 1.
+  least 1. It is float32 for 16-bit inputs too, so its eps and F are those of float32.
 - Gradients cancel, to 0 in a row that sees one key, so their scale is the largest gradient of the
   call. A backend that does not keep the weights computes them again from lse, whose rounding is
   relative to its size, so the scale of gradients and of weights is multiplied by max(1, max|lse|).
@@ -225,7 +225,7 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
             value,
             expected.oracle[name],
             expected.low[name],
-            dtype=expected.dtype,
+            dtype=_dtype(name, expected.dtype),
             axes=_axes(name, expected.oracle[name]),
             name=name,
             scale=_scale(name, expected.oracle),
@@ -301,6 +301,11 @@ def judge_array(
     index = np.unravel_index(int(np.argmax(ratio)), lead) if lead else ()
     head = tuple(int(i) for i in index)
     return Verdict(float(ratio[head]), float(largest[head]), float(budget[head]), head)
+
+
+def _dtype(name: str, dtype: str) -> str:
+    """Return the dtype by which an output is judged: lse is never of 16 bits."""
+    return "float32" if name == "lse" and EPS[dtype] > EPS["float32"] else dtype
 
 
 def _axes(name: str, x: Array) -> int:

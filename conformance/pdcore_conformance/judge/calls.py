@@ -19,7 +19,7 @@ from pdcore.backend import Request
 from pdcore.dispatch import parameter_shape
 from pdcore.spec import AttentionSpec, Parameter, parse
 
-__all__ = ["Arrays", "Call", "dtype_of"]
+__all__ = ["Array", "Arrays", "Call", "drawn", "dtype_of", "laid_out"]
 
 Array = np.ndarray[Any, Any]
 
@@ -77,22 +77,28 @@ class Call:
     key_mask : {"", "right", "left", "holes", "one", "none"}
         Which keys are real: all; all but padding at the right, at the left, in the middle; one
         key; no key of the last sequence. Padding holds NaN.
-    mask : {"", "random", "keys", "heads", "empty"}
-        No mask; one of full shape; one row for all rows; one for each head; with rows that see no
-        key.
-    bias : {"", "full", "keys", "rows", "inf", "float32"}
-        No bias; one of full shape; broadcast over rows; broadcast over batch and heads; with -inf
-        and rows that see no key; in float32 whatever the dtype.
+    mask : {"", "random", "keys", "heads", "sequences", "rows", "strided", "empty"}
+        No mask; one of full shape; one row for all rows, (1, M); one for each head, (H, N, M); one
+        for each sequence, (*B, 1, N, M); one for each row, (N, 1); of full shape and not
+        contiguous; with rows that see no key.
+    bias : {"", "full", "keys", "rows", "heads", "batch", "sequences", "strided", "inf", "float32"}
+        No bias; one of full shape; broadcast over rows, (*B, H, 1, M); over batch and heads,
+        (N, M); over the batch, (H, N, M) or (1, H, N, M); over heads, (*B, 1, N, M); of full shape
+        and not contiguous; with -inf and rows that see no key; in float32 whatever the dtype.
     offset : int or {"array", "sequence", "end"}
         The offset of the queries: an int, an integer array of shape (), one for each sequence, or
         the end of the keys.
+    offset_dtype : str
+        The dtype of an offset that is an array; with another than int64 the offsets are near 100,
+        so that positions exceed the range of 8 bits.
     given : bool
         Whether `params` has the parameters that have a default too. (The ids of cases contain the
         name of this field.)
-    draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing"}
+    draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "nan"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
         constant feature; with an outlier as the first key; logits in the hundreds; with rows of
-        zeros; all keys equal; norms growing along the sequence.
+        zeros; all keys equal; norms growing along the sequence; with a NaN in one real key and in
+        one real value, of different sequences and key heads.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
     """
@@ -114,6 +120,7 @@ class Call:
     draw: str = "normal"
     layout: str = ""
     seed: int = field(default=0, compare=True)
+    offset_dtype: str = "int64"
 
     def but(self, **changes: Any) -> Call:
         """Return a copy with some fields changed."""
@@ -173,12 +180,17 @@ class Call:
         if self.mask:
             shapes["mask"] = {
                 "keys": (1, self.keys),
-                "heads": (self.heads, self.rows, self.keys),
+                "rows": (self.rows, 1),
+                "heads": full[-3:],
+                "sequences": (*self.lead, 1, *full[-2:]),
             }.get(self.mask, full)
         if self.bias:
             shapes["bias"] = {
                 "keys": (*self.lead, self.heads, 1, self.keys),
-                "rows": (self.rows, self.keys),
+                "rows": full[-2:],
+                "heads": full[-3:],
+                "batch": (*(1 for _ in self.lead), *full[-3:]),
+                "sequences": (*self.lead, 1, *full[-2:]),
             }.get(self.bias, full)
         return shapes
 
@@ -201,18 +213,21 @@ class Call:
             padding = ~real[..., None, :, None]
             k, v = (np.where(padding, math.nan, x) for x in (k, v))
         if self.mask:
-            mask = options["mask"] = rng.random(shapes["mask"]) < 0.6
+            mask = rng.random(shapes["mask"]) < 0.6
             if self.mask == "empty":
                 mask[..., ::3, :] = False
+            options["mask"] = laid_out(mask, self.mask if self.mask == "strided" else "")
         if self.bias:
             bias = rng.standard_normal(shapes["bias"])
             if self.bias == "inf":
                 bias[..., ::2] = -math.inf
                 bias[..., ::3, :] = -math.inf
-            options["bias"] = bias.astype("float32" if self.bias == "float32" else dtype)
+            bias = bias.astype("float32" if self.bias == "float32" else dtype)
+            options["bias"] = laid_out(bias, self.bias if self.bias == "strided" else "")
         if self.offset in ("array", "sequence"):
             shape = () if self.offset == "array" else self.lead
-            options["offset"] = np.asarray(rng.integers(-2, 5, shape), np.int64)
+            low, high = (-2, 5) if self.offset_dtype == "int64" else (90, 121)
+            options["offset"] = np.asarray(rng.integers(low, high, shape), self.offset_dtype)
         elif self.offset != 0:
             options["offset"] = self.offset
         params = {
@@ -222,13 +237,15 @@ class Call:
         }
         if params:
             options["params"] = params
-        q, k, v = (_laid_out(x.astype(dtype), self.layout) for x in (q, k, v))
+        if self.draw == "nan":
+            self._put_nan(k, v, options.get("key_mask"))
+        q, k, v = (laid_out(x.astype(dtype), self.layout) for x in (q, k, v))
         return Arrays(q, k, v, options)
 
     def _queries_and_keys(self, rng: np.random.Generator) -> tuple[Array, Array]:
         q, k = (rng.standard_normal(self.shapes[name]) for name in "qk")
         match self.draw:
-            case "normal":
+            case "normal" | "nan":
                 pass
             case "far":
                 q, k = 100 + 0.1 * q, 100 + 0.1 * k
@@ -248,6 +265,14 @@ class Call:
             case _:
                 raise ValueError(f"draw: got {self.draw!r}, expected one that Call describes")
         return q, k
+
+    def _put_nan(self, k: Array, v: Array, real: Array | None) -> None:
+        """Put a NaN in the last real key of the first head, and in a value of the last head."""
+        first, last = (0,) * len(self.lead), (-1,) * len(self.lead)
+        places = np.arange(self.keys) if real is None else np.flatnonzero(real[first])
+        k[(*first, 0, places[-1], 0)] = math.nan
+        places = np.arange(self.keys) if real is None else np.flatnonzero(real[last])
+        v[(*last, -1, places[len(places) // 2], 0)] = math.nan
 
     def _real(self, rng: np.random.Generator) -> Array:
         real = np.ones((*self.lead, self.keys), bool)
@@ -275,11 +300,13 @@ class Call:
         return rng.standard_normal(shape)
 
 
-def _laid_out(x: Array, layout: str) -> Array:
+def laid_out(x: Array, layout: str) -> Array:
     """Return an array of equal values with this layout in memory."""
     match layout:
         case "":
             return x
+        case "strided":  # the transpose of (..., M, N)
+            return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
         case "transposed":  # (*B, N, H, D) in memory, as projections leave it
             return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3)
         case "sliced":

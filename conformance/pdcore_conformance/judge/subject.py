@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from pdcore import attention, attention_vjp, attention_weights
+from pdcore import attention
 from pdcore.backend import FEATURES
 from pdcore.errors import NoBackendError, UnsupportedError
 from pdcore.plugins import registry as plugins
 
 from ..frameworks import framework
+from . import ways
 from .budget import Expected, Verdict, expect, judge
-from .calls import Arrays, Call, drawn, dtype_of
+from .calls import Array, Arrays, Call, drawn
 from .nonconforming import Nonconforming, no_excuses
 
 __all__ = ["CORE", "PROPERTIES", "Evidence", "Nonconforming", "Subject"]
-
-Array = np.ndarray[Any, Any]
 
 #: The features that every backend must have.
 CORE = frozenset(
@@ -62,15 +61,22 @@ class Evidence:
     outcome: str | None = None
     note: str | None = None
 
-    def add(self, verdicts: Mapping[str, Verdict]) -> None:
-        """Keep the worst verdict of each output, and raise where one is over its budget."""
+    def add(self, verdicts: Mapping[str, Verdict], way: str = "") -> None:
+        """Keep the worst verdict of each output, and raise where one is over its budget.
+
+        Parameters
+        ----------
+        verdicts : mapping of str to Verdict
+        way : str
+            How the call ran, for the message.
+        """
         for name, verdict in verdicts.items():
             known = self.verdicts.get(name)
             if known is None or not verdict.ratio <= known.ratio:
                 self.verdicts[name] = verdict
         over = [f"{name}: {verdict}" for name, verdict in verdicts.items() if not verdict.ok]
         if over:
-            raise Nonconforming("; ".join(over))
+            raise Nonconforming(f"{way}: " * bool(way) + "; ".join(over))
 
 
 class Subject:
@@ -96,6 +102,8 @@ class Subject:
         self.backend = plugins.load_backend(name)
         self.framework = framework(self.info.library)
         self.evidence = Evidence()
+        # The arrays of the call that runs, by the names of the arguments.
+        self._operands: dict[str, Any] = {}
 
     def claims(self, feature: str) -> bool:
         """Return whether the backend declares full support for a feature."""
@@ -108,14 +116,15 @@ class Subject:
     # --- judged calls -----------------------------------------------------------------------------
 
     def judge(self, call: Call, through: str = "forward") -> None:
-        """Run a call and compare its results with the oracle, or verify that it is refused.
+        """Run a call in every way that a user may, and compare each result with the oracle.
 
         Parameters
         ----------
         call : Call
             The spec and its inputs.
         through : {"forward", "vjp", "autodiff", "weights"}
-            `attention` with lse; `attention_vjp`; the framework's reverse mode; the weights.
+            `attention` and `bind`, with lse and without, outside of gradients and inside;
+            `attention_vjp`; the framework's reverse mode, with lse and without; the weights.
 
         Raises
         ------
@@ -133,16 +142,27 @@ class Subject:
         missing = self.unclaimed(features)
         arrays = drawn(call)
         if missing:
-            self.refuses(missing, lambda: self._run(call, arrays, through, outputs["lse"]), call)
+            self.refuses(missing, lambda: ways.first_way(self, call, arrays, through), call)
             return
-        results = self.accepts(lambda: self._run(call, arrays, through, outputs["lse"]))
-        self.evidence.add(judge(results, self.expected(call, arrays, through)))
+        expected: dict[bool, Expected] = {}
+        results = ways.run(self, call, arrays, through)
+        while (result := self.accepts(lambda: next(results, None))) is not None:
+            if result.d_lse not in expected:
+                expected[result.d_lse] = self.expected(call, arrays, through, result.d_lse)
+            self.evidence.add(judge(result.outputs, expected[result.d_lse]), result.way)
 
-    def expected(self, call: Call, arrays: Arrays, through: str = "forward") -> Expected:
-        """Compute the oracle's results for a call, and their budgets."""
+    def expected(
+        self, call: Call, arrays: Arrays, through: str = "forward", d_lse: bool = True
+    ) -> Expected:
+        """Compute the oracle's results for a call, and their budgets.
+
+        Without `d_lse` the gradients are those of out alone.
+        """
         outputs: dict[str, Any] = {}
         if through in ("vjp", "autodiff"):
-            outputs = dict(zip(("d_out", "d_lse"), cotangents(call), strict=True))
+            outputs = dict(zip(("d_out", "d_lse"), ways.cotangents(call), strict=True))
+            if not d_lse:
+                del outputs["d_lse"]
         elif through == "weights":
             outputs = {"weights": True}
         return expect(arrays.q, arrays.k, arrays.v, call.spec, **arrays.options, **outputs)
@@ -191,76 +211,15 @@ class Subject:
 
     # --- calls ------------------------------------------------------------------------------------
 
-    def _run(self, call: Call, arrays: Arrays, through: str, lse: bool) -> dict[str, Array]:
-        match through:
-            case "forward":
-                return self.attempt(arrays, call.spec, lse)
-            case "weights":
-                return self._weights(arrays, call.spec)
-            case "vjp":
-                return self._vjp(call, arrays)
-            case "autodiff":
-                return self._autodiff(call, arrays)
-        raise ValueError(f"through: got {through!r}, expected forward, vjp, autodiff or weights")
-
     def attempt(self, arrays: Arrays, spec: str, lse: bool = True, **more: Any) -> dict[str, Array]:
         """Compute as `compute` does, but let the error of a refusal pass to the caller."""
         with self.watched(arrays) as (q, k, v, options):
             result = attention(q, k, v, spec, return_lse=lse, backend=self.name, **options, **more)
             out, level = result if lse else (result, None)
-            results = {"out": self.back(out, "out")}
+            results = {"out": self.returned(out, "out")}
             if lse:
-                results["lse"] = self.back(level, "lse")
+                results["lse"] = self.returned(level, "lse")
         return results
-
-    def _weights(self, arrays: Arrays, spec: str) -> dict[str, Array]:
-        with self.watched(arrays) as (q, k, v, options):
-            weights = attention_weights(q, k, v, spec, backend=self.name, **options)
-            return {"weights": self.back(weights, "weights")}
-
-    def _vjp(self, call: Call, arrays: Arrays) -> dict[str, Array]:
-        with self.watched(arrays) as (q, k, v, options):
-            out, lse, vjp = attention_vjp(q, k, v, call.spec, backend=self.name, **options)
-            results = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
-            gradients = vjp(*map(self.there, cotangents(call)))
-            wanted = _differentiable(call, arrays)
-            absent = [name for name in wanted if name not in gradients]
-            if absent:
-                raise Nonconforming(f"vjp gives no gradient of {', '.join(absent)}")
-            return results | {
-                f"d_{name}": self.back(gradients[name], f"d_{name}") for name in wanted
-            }
-
-    def _autodiff(self, call: Call, arrays: Arrays) -> dict[str, Array]:
-        with self.watched(arrays) as (q, k, v, options):
-            names = _differentiable(call, arrays)
-            inputs = {"q": q, "k": k, "v": v, "bias": options.get("bias")}
-            inputs |= dict(options.get("params", {}))
-
-            def function(x: Mapping[str, Any]) -> tuple[Any, Any]:
-                return self.called(x, call.spec, options)
-
-            d = tuple(map(self.there, cotangents(call)))
-            (out, lse), gradients = self.framework.vjp(function, {n: inputs[n] for n in names}, d)
-            results = {"out": self.back(out, "out"), "lse": self.back(lse, "lse")}
-            return results | {
-                f"d_{name}": self.back(gradients[name], f"d_{name}") for name in names
-            }
-
-    def called(
-        self, x: Mapping[str, Any], spec: str, options: Mapping[str, Any], backend: str | None = ""
-    ) -> tuple[Any, Any]:
-        """Call `attention` on arrays of the framework; those in `x` replace arrays of `options`."""
-        options = dict(options)
-        if "bias" in x:
-            options["bias"] = x["bias"]
-        params = {n: x.get(n, value) for n, value in options.get("params", {}).items()}
-        if params:
-            options["params"] = params
-        out, lse = attention(
-            x["q"], x["k"], x["v"], spec, return_lse=True, backend=backend or self.name, **options
-        )
-        return out, lse
 
     # --- to the backend and back ------------------------------------------------------------------
 
@@ -281,6 +240,16 @@ class Subject:
         if device.partition(":")[0] != self.device.partition(":")[0]:
             raise Nonconforming(f"{name}: on {device}, expected {self.device} like the inputs")
         array: Array = self.framework.asnumpy(x)
+        return array
+
+    def returned(self, x: Any, name: str) -> Array:
+        """Return a result as `back` does, after a check that a caller may write into it."""
+        array = self.back(x, name)
+        if not self.framework.is_writeable(x):
+            raise Nonconforming(f"{name}: is read-only or broadcast, expected an array of its own")
+        for other, operand in self._operands.items():
+            if self.framework.shares_memory(x, operand):
+                raise Nonconforming(f"{name}: shares memory with the argument {other}")
         return array
 
     @contextmanager
@@ -306,8 +275,12 @@ class Subject:
                 ) from error
             inputs = dict(zip("qkv", operands, strict=True)) | options | options.get("params", {})
             before = self._bits(inputs)
-            with self.framework.poisoned(), no_excuses():
-                yield (*operands, options)
+            self._operands = {n: x for n, x in inputs.items() if self.framework.is_array(x)}
+            try:
+                with self.framework.poisoned(), no_excuses():
+                    yield (*operands, options)
+            finally:
+                self._operands = {}
             for name, bits in self._bits(inputs).items():
                 if bits != before[name]:
                     raise Nonconforming(f"{name}: the call changed its input in place")
@@ -356,23 +329,6 @@ class Subject:
 
 class NoSuchArrayError(Exception):
     """The library has no arrays of a dtype."""
-
-
-def cotangents(call: Call) -> tuple[Array, Array]:
-    """Draw cotangents of out and lse."""
-    rng = np.random.default_rng(len(call.label))
-    shape = (*call.lead, call.heads, call.rows)
-    wide = "float64" if call.dtype == "float64" else "float32"
-    return (
-        rng.standard_normal((*shape, call.value_dim)).astype(dtype_of(call.dtype)),
-        rng.standard_normal(shape).astype(wide),
-    )
-
-
-def _differentiable(call: Call, arrays: Arrays) -> list[str]:
-    """Return the names of the arrays that get a gradient: running statistics are constants."""
-    constant = {p.name for p in call.parsed.parameters() if not p.differentiable}
-    return [name for name in arrays.differentiable if name not in constant]
 
 
 def _named(features: list[str]) -> str:

@@ -23,6 +23,7 @@ from pdcore.errors import Exit, NoBackendError, nearest
 from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
+from ..judge.combinations import Combinations, Row
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
 from ..record import writing as record
@@ -162,6 +163,26 @@ class Conformance:
             run["precision"] = self.under_test.framework.policy()
 
     # --- collection -------------------------------------------------------------------------------
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Pass the rows of the covering array to the test that takes a call and a way."""
+        if "through" not in metafunc.fixturenames or "call" not in metafunc.fixturenames:
+            return
+        rows = {f"{row.through}-{row.call.label}": row for row in self.combinations()}
+        metafunc.parametrize(
+            ("call", "through"), [(row.call, row.through) for row in rows.values()], ids=list(rows)
+        )
+
+    def combinations(self) -> list[Row]:
+        """Return the rows of the covering arrays: one in the quick grid, four in the full one."""
+        if self.under_test is None:
+            return []
+        claimed = {f for f in _features() if self.under_test.claims(f)}
+        if self.option("--level") == "core":
+            claimed &= CORE
+        seeds = 4 if self.option("--grid") == "full" else 1
+        self.arrays = [Combinations(frozenset(claimed), seed) for seed in range(seeds)]
+        return [row for array in self.arrays for row in array.rows]
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -354,7 +375,7 @@ def _needs(item: Any) -> frozenset[str]:
     features = {feature for marker in item.iter_markers("claims") for feature in marker.args}
     callspec = getattr(item, "callspec", None)
     if callspec and "call" in callspec.params:
-        through = getattr(item.function, "through", "forward")
+        through = callspec.params.get("through", getattr(item.function, "through", "forward"))
         options = {name: True for name in ("vjp", "weights") if name == through}
         features |= set(callspec.params["call"].features(**options))
         if through == "autodiff":

@@ -34,6 +34,21 @@ test_bias_is_broadcast = judged(
     SMALL.but(bias="rows"),
     SMALL.but(bias="rows", heads=4),
     SMALL.but(bias="keys", heads=4, spec="bn"),
+    *(
+        SMALL.but(spec=text, bias=how, lead=lead, heads=4, rows=n, keys=m)
+        for how in ("batch", "heads", "sequences")
+        for lead in ((3,), (2, 2))
+        for text, n, m in (("softmax", 9, 11), ("causal", 33, 129))
+    ),
+)
+
+test_bias_may_lie_anywhere_in_memory = judged(
+    "A bias need not be contiguous.",
+    *(
+        SMALL.but(bias="strided", rows=n, keys=m, dtype=d)
+        for n, m in ((9, 11), (65, 129))
+        for d in DTYPES
+    ),
 )
 
 test_infinite_bias_removes_a_key = judged(

@@ -40,6 +40,18 @@ test_offset_moves_the_queries = judged(
     ),
 )
 
+test_offset_has_any_integer_dtype = judged(
+    "An offset array has any integer dtype; positions may exceed the range of its dtype.",
+    *(
+        Call(spec=text, rows=40, keys=260, offset=kind, offset_dtype=f"{sign}int{bits}")
+        for sign in ("", "u")
+        for bits in (8, 16, 32, 64)
+        if sign or bits != 64
+        for kind in ("array", "sequence")
+        for text in ("causal", "sparse(20,3)", "causal+linear")
+    ),
+)
+
 test_end_is_the_last_real_key = judged(
     "offset='end' puts the last query at the last real key of each sequence.",
     *(
@@ -96,7 +108,7 @@ test_mask_is_true_where_a_query_may_attend = judged(
     "True allows attention. The masks of some frameworks mean the opposite.",
     *(
         SMALL.but(spec=text, mask=how)
-        for how in ("random", "keys", "heads")
+        for how in ("random", "keys", "heads", "sequences", "rows", "strided")
         for text in ("softmax", "linear", "gaussian(gamma=0.3)", "causal")
     ),
     *(SMALL.but(mask="random", dtype=d) for d in DTYPES[1:]),

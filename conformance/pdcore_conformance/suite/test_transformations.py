@@ -11,7 +11,8 @@ import pytest
 from ..judge.budget import judge
 from ..judge.calls import Arrays, Call
 from ..judge.judging import claims, each
-from ..judge.subject import Nonconforming, Subject, cotangents
+from ..judge.subject import Nonconforming, Subject
+from ..judge.ways import cotangents
 
 SMALL = Call(rows=6, keys=7, dim=4, value_dim=3)
 PLAN = (

@@ -35,6 +35,16 @@ test_weights_are_kappa_over_h = judged(
     through="weights",
 )
 
+test_weights_of_long_sequences = judged(
+    "Weights of more keys than a block, of grouped heads, and causal.",
+    *(
+        Call(spec=text, lead=(1,), heads=hq, key_heads=2, rows=n, keys=m, dim=16)
+        for text in ("softmax", "causal", "bn", "linear", "sparse(70,3)", "sh(1,4)")
+        for hq, n, m in ((2, 65, 130), (8, 129, 257), (4, 1, 2100))
+    ),
+    through="weights",
+)
+
 test_weight_of_a_pooled_key_is_spread = judged(
     "The weight is equal on the real keys of the window; with pool=first it is on the first key.",
     *(

@@ -1,0 +1,175 @@
+"""Run one call in every way that a user may, and collect the results.
+
+A backend may take another path without the log-sum-exp, inside of a gradient, or when a pullback
+is called again, so a result that was right in one way says nothing of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pdcore import attention, attention_vjp, attention_weights, bind
+
+from .calls import Array, Arrays, Call, dtype_of, laid_out
+
+if TYPE_CHECKING:
+    from .subject import Subject
+
+__all__ = ["Result", "cotangents", "first_way", "inputs_of", "replaced", "run"]
+
+
+class Result(NamedTuple):
+    """The outputs of one way to run a call.
+
+    Attributes
+    ----------
+    way : str
+        The way, for messages.
+    outputs : mapping of str to numpy.ndarray
+    d_lse : bool
+        Whether the gradients include those of the log-sum-exp.
+    """
+
+    way: str
+    outputs: Mapping[str, Array]
+    d_lse: bool = True
+
+
+def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Iterator[Result]:
+    """Run a call in every way of `through`, see `Subject.judge`."""
+    match through:
+        case "forward":
+            return _forward(subject, call, arrays)
+        case "weights":
+            return _weights(subject, call, arrays)
+        case "vjp":
+            return _vjp(subject, call, arrays)
+        case "autodiff":
+            return _autodiff(subject, call, arrays)
+    raise ValueError(f"through: got {through!r}, expected forward, vjp, autodiff or weights")
+
+
+def first_way(subject: Subject, call: Call, arrays: Arrays, through: str) -> None:
+    """Run a call in one way, which is enough to see that it is refused."""
+    next(run(subject, call, arrays, through))
+
+
+def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+    layer = bind(call.spec, backend=subject.name)
+    levels = (True, False) if subject.claims("lse") else (False,)
+    for lse in levels:
+        without = "" if lse else " without lse"
+        for name in ("attention", "bind"):
+            with subject.watched(arrays) as (q, k, v, options):
+                if name == "bind":
+                    result = layer(q, k, v, return_lse=lse, **options)
+                else:
+                    result = attention(
+                        q, k, v, call.spec, return_lse=lse, backend=subject.name, **options
+                    )
+                outputs = result if lse else (result, None)
+                yield Result(name + without, _named(subject, outputs))
+        if subject.claims("autodiff") and subject.framework.has_autodiff:
+            with subject.watched(arrays) as (q, k, v, options):
+                inputs = inputs_of(call, q, k, v, options)
+                outputs = subject.framework.recorded(
+                    lambda x, o=options, y=lse: _called(subject, call, x, o, y), inputs
+                )
+                yield Result(f"attention{without} inside of a gradient", _named(subject, outputs))
+
+
+def _weights(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+    with subject.watched(arrays) as (q, k, v, options):
+        weights = attention_weights(q, k, v, call.spec, backend=subject.name, **options)
+        yield Result("attention_weights", {"weights": subject.returned(weights, "weights")})
+
+
+def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+    from .nonconforming import Nonconforming
+
+    with subject.watched(arrays) as (q, k, v, options):
+        out, lse, pull = attention_vjp(q, k, v, call.spec, backend=subject.name, **options)
+        outputs = _named(subject, (out, lse))
+        names = _differentiable(call, arrays)
+
+        def pulled(way: str, d_lse: bool = True, layout: str = "") -> Result:
+            cotangent = [subject.there(laid_out(d, layout)) for d in cotangents(call)]
+            before = [subject.framework.asnumpy(d).tobytes() for d in cotangent]
+            gradients = pull(*(cotangent if d_lse else cotangent[:1]))
+            if before != [subject.framework.asnumpy(d).tobytes() for d in cotangent]:
+                raise Nonconforming(f"{way}: the pullback changed its cotangent in place")
+            absent = [name for name in names if name not in gradients]
+            if absent:
+                raise Nonconforming(f"vjp gives no gradient of {', '.join(absent)}")
+            by_name = {f"d_{n}": subject.returned(gradients[n], f"d_{n}") for n in names}
+            return Result(way, by_name, d_lse)
+
+        yield Result("attention_vjp", outputs)
+        yield pulled("attention_vjp")
+        yield pulled("attention_vjp, pulled back without d_lse", d_lse=False)
+        yield pulled("attention_vjp, pulled back again by strided cotangents", layout="strided")
+
+
+def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+    for lse in (True, False):
+        with subject.watched(arrays) as (q, k, v, options):
+            inputs = inputs_of(call, q, k, v, options)
+            d_out, d_lse = map(subject.there, cotangents(call))
+            outputs, gradients = subject.framework.vjp(
+                lambda x, o=options, y=lse: _called(subject, call, x, o, y),
+                inputs,
+                (d_out, d_lse if lse else None),
+            )
+            by_name = {f"d_{n}": subject.back(gradients[n], f"d_{n}") for n in inputs}
+            way = "automatic differentiation" + ("" if lse else " without lse")
+            yield Result(way, _named(subject, outputs) | by_name, lse)
+
+
+def _called(subject: Subject, call: Call, x: Any, options: Mapping[str, Any], lse: bool) -> Any:
+    """Return (out, lse) of arrays by name, or (out, None)."""
+    q, k, v, options = replaced(x, options)
+    result = attention(q, k, v, call.spec, return_lse=lse, backend=subject.name, **options)
+    return tuple(result) if lse else (result, None)
+
+
+def replaced(x: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Return q, k and v of `x`, and the options with the arrays of `x` in their places."""
+    options = dict(options)
+    if "bias" in x:
+        options["bias"] = x["bias"]
+    if "params" in options:
+        options["params"] = {n: x.get(n, value) for n, value in options["params"].items()}
+    return x["q"], x["k"], x["v"], options
+
+
+def inputs_of(call: Call, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arrays that get a gradient, by name: running statistics are constants."""
+    arrays = Arrays(q, k, v, options)
+    return {name: arrays.differentiable[name] for name in _differentiable(call, arrays)}
+
+
+def _differentiable(call: Call, arrays: Arrays) -> list[str]:
+    constant = {p.name for p in call.parsed.parameters() if not p.differentiable}
+    return [name for name in arrays.differentiable if name not in constant]
+
+
+def _named(subject: Subject, outputs: tuple[Any, Any]) -> dict[str, Array]:
+    return {
+        name: subject.returned(x, name)
+        for name, x in zip(("out", "lse"), outputs, strict=True)
+        if x is not None
+    }
+
+
+def cotangents(call: Call) -> tuple[Array, Array]:
+    """Draw cotangents of out and lse."""
+    rng = np.random.default_rng(len(call.label))
+    shape = (*call.lead, call.heads, call.rows)
+    wide = "float64" if call.dtype == "float64" else "float32"
+    return (
+        rng.standard_normal((*shape, call.value_dim)).astype(dtype_of(call.dtype)),
+        rng.standard_normal(shape).astype(wide),
+    )
