@@ -229,6 +229,28 @@ class Subject:
             return x
         return self.framework.asarray(x, self.device)
 
+    def arrays_of(self, arrays: Arrays) -> tuple[Any, Any, Any, dict[str, Any]]:
+        """Return q, k, v and the options of a call as arrays of the backend's library."""
+        options = {
+            name: {n: self.there(p) for n, p in x.items()}
+            if isinstance(x, Mapping)
+            else self.there(x)
+            for name, x in arrays.options.items()
+        }
+        return self.there(arrays.q), self.there(arrays.k), self.there(arrays.v), options
+
+    def overwritten(
+        self, operands: tuple[Any, Any, Any, dict[str, Any]], arrays: Arrays
+    ) -> tuple[Any, Any, Any, dict[str, Any]]:
+        """Overwrite the arrays of a call in place; return new ones where arrays are immutable."""
+        *qkv, options = operands
+        names = {"q": arrays.q, "k": arrays.k, "v": arrays.v}
+        pairs = list(zip(qkv, names.values(), strict=True))
+        pairs += [(options[n], x) for n, x in arrays.options.items() if n != "params"]
+        pairs += [(options["params"][n], x) for n, x in arrays.options.get("params", {}).items()]
+        changed = [self.framework.overwrite(x, y) for x, y in pairs if self.framework.is_array(x)]
+        return operands if all(changed) else self.arrays_of(arrays)
+
     def back(self, x: Any, name: str = "out") -> Array:
         """Return a result as a NumPy array, after a check of its library and device."""
         if not self.framework.is_array(x):
@@ -262,13 +284,7 @@ class Subject:
         dtype = str(arrays.q.dtype)
         with self.framework.precision(dtype), self._alone():
             try:
-                operands = [self.there(x) for x in (arrays.q, arrays.k, arrays.v)]
-                options = {
-                    name: {n: self.there(p) for n, p in x.items()}
-                    if isinstance(x, Mapping)
-                    else self.there(x)
-                    for name, x in arrays.options.items()
-                }
+                *operands, options = self.arrays_of(arrays)
             except (TypeError, ValueError, NotImplementedError) as error:
                 raise NoSuchArrayError(
                     f"{self.info.library} takes no {dtype} array: {error}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore import attention
+from pdcore import attention, bind
 
 from ..judge.budget import judge
 from ..judge.calls import Arrays, Call, drawn
@@ -32,6 +32,10 @@ REPEATED = [
     SMALL.but(spec=PLAN[-1]),
     *(LARGE.but(spec="bn", dtype=d) for d in DTYPES[1:]),
     LARGE.but(mask="random", key_mask="holes"),
+    *(
+        LARGE.but(spec=text, lead=(1,), rows=1030, keys=1100)
+        for text in ("softmax", "bn", "causal")
+    ),
 ]
 
 #: How many times the threads run each call.
@@ -63,6 +67,80 @@ def test_same_call_twice_gives_the_same_bits(call: Call, subject: Subject) -> No
     first, *others = (subject.compute(drawn(call), call.spec) for _ in range(3))
     for other in others:
         require_equal_bits(first, other, "a second call with the same inputs")
+
+
+@each(
+    [
+        SMALL.but(spec=text, lead=(3,), rows=n, keys=m, heads=4, **how)
+        for text in (*PLAN[:-1], "sparse(3,2)", "bn(statistics=batch)")
+        for n, m, how in (
+            (11, 11, {}),
+            (65, 130, {}),
+            (11, 40, {"key_mask": "right"}),
+            (33, 40, {"mask": "random"}),
+        )
+        if n == 11 or text in ("softmax", "causal", "bn", "linear")
+    ]
+)
+def test_nan_reaches_rows_that_see_it(call: Call, subject: Subject) -> None:
+    """A NaN in a real key or value reaches every row that sees it, and no other head or sequence.
+
+    Where a mask or the support hides the key from a row of the same head and sequence, that row is
+    NaN or right.
+    """
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    arrays = call.but(draw="nan").arrays()
+    has_nan = _has_new_nan(call.arrays(), arrays, call.heads // call.key_heads)
+    expected = subject.expected(call, arrays)
+    for lse in (True, False):
+        result = subject.compute(arrays, call.spec, lse=lse)
+        for name, x in result.items():
+            oracle = expected.oracle[name]
+            touched = has_nan[..., None, None] if name == "out" else has_nan[..., None]
+            hidden = np.isnan(x) & ~np.isnan(oracle) & touched
+            result[name] = np.where(hidden, expected.low[name], x)
+        subject.evidence.add(judge(result, expected))
+
+
+def _has_new_nan(before: Arrays, after: Arrays, group: int) -> np.ndarray:
+    """Return which query heads (*B, Hq) have a NaN in keys or values that was not there before."""
+    news = (
+        np.any(np.isnan(y) & ~np.isnan(x), axis=(-1, -2))
+        for x, y in ((before.k, after.k), (before.v, after.v))
+    )
+    return np.repeat(np.logical_or(*news), group, axis=-1)
+
+
+@each(
+    [
+        SMALL.but(spec=text, rows=n, keys=m, dtype=d)
+        for text in PLAN
+        for n, m, d in ((9, 11, "float32"), (65, 130, "float32"), (9, 11, "bfloat16"))
+    ]
+    + [SMALL.but(mask="random", key_mask="right", bias="full"), SMALL.but(spec="bn(beta=param)")]
+)
+def test_arrays_may_change_between_calls(call: Call, subject: Subject) -> None:
+    """The same call after its arrays were overwritten in place has the results of the new values.
+
+    Where arrays are immutable, the second call has new arrays.
+    """
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    before, after = call.arrays(), call.but(seed=1).arrays()
+    layer = bind(call.spec, backend=subject.name)
+    with subject.framework.precision(call.dtype):
+        q, k, v, options = subject.arrays_of(before)
+        for arrays in (before, after):
+            if arrays is after:
+                q, k, v, options = subject.overwritten((q, k, v, options), after)
+            out, lse = layer(q, k, v, return_lse=True, **options)
+            result = {"out": subject.back(out), "lse": subject.back(lse, "lse")}
+            subject.evidence.add(judge(result, subject.expected(call, arrays)))
+            alone = {"out": subject.back(layer(q, k, v, **options))}
+            subject.evidence.add(judge(alone, subject.expected(call, arrays)), "without lse")
 
 
 def take_sequences(x: np.ndarray, index: slice, lead: int) -> np.ndarray:
@@ -108,7 +186,7 @@ def test_eight_threads_share_a_backend(subject: Subject) -> None:
     # The precision is global, so all threads run under the widest one.
     widest = "float64" if any(call.dtype == "float64" for call in calls) else "float32"
     with subject.framework.precision(widest):
-        arrays = {call: _device_arrays(subject, call.arrays()) for call in calls}
+        arrays = {call: subject.arrays_of(call.arrays()) for call in calls}
 
         def run(call: Call) -> Mapping[str, Any]:
             q, k, v, options = arrays[call]
@@ -123,11 +201,6 @@ def test_eight_threads_share_a_backend(subject: Subject) -> None:
         expected = subject.expected(call, call.arrays())
         for result in results[index :: len(calls)]:
             subject.evidence.add(judge(result, expected))
-
-
-def _device_arrays(subject: Subject, arrays: Arrays) -> tuple[Any, Any, Any, dict[str, Any]]:
-    q, k, v = (subject.there(x) for x in (arrays.q, arrays.k, arrays.v))
-    return q, k, v, {n: subject.there(x) for n, x in arrays.options.items()}
 
 
 @each([SMALL.but(spec=text, dtype=d) for d in ("float32", "float16") for text in PLAN])
