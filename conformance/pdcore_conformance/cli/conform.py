@@ -44,10 +44,16 @@ def conform(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Succeed where it is not available here.")
     ] = False,
+    limit: Annotated[
+        float,
+        typer.Option(min=0.1, metavar="SECONDS", help="A case that takes longer has failed."),
+    ] = 300.0,
     only_list: Annotated[bool, typer.Option("--list", help="List the ids of the cases.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge a backend by the float64 oracle: every axis, every pair, refusals, gradients, threads.
+
+    The suite runs in a process of its own, so a backend that ends or blocks the process fails.
 
     Exits with 0 when something ran and nothing failed, 5 when the backend is not available, 7
     when a case fails.
@@ -56,7 +62,7 @@ def conform(
     _among("--grid", grid, ("quick", "full"))
     with extra_needed("pytest", "hypothesis", "autograd"):
         from ..judge import gradients  # noqa: F401 - without autograd, say so at once
-        from ..runner import conforming
+        from ..runner import conforming, watching
     if report is not None and not report.parent.is_dir():
         raise OutputError(f"--report: there is no folder {report.parent}")
     try:
@@ -65,8 +71,9 @@ def conform(
             emit({"cases": ids}) if as_json else print("\n".join(ids))
             return
         with progress(f"conformance of {backend}") as bar:
-            run, code = conforming.conform(
+            run, code = watching.conform_watched(
                 backend,
+                limit=limit,
                 level=level,
                 grid=grid,
                 cases=case or (),
@@ -76,8 +83,9 @@ def conform(
             )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if run is None:
-        raise Failed(Exit.FAILURE, f"the suite did not start (pytest ended with {code})")
+    except RuntimeError as error:
+        raise Failed(Exit.FAILURE, str(error)) from error
+    assert run is not None
     if as_json:
         emit(run)
     else:
@@ -97,6 +105,13 @@ def show(run: Run, report: Path | None) -> None:
         return
     out.print(escape(run["precision"]), soft_wrap=True)
     out.print(_counts(run))
+    if "ended" in run:
+        from ..report.view import end_of
+        from ..report.wording import visible
+
+        out.print(f"[bold red]the process ended[/] {escape(visible(end_of(run)))}", soft_wrap=True)
+        for line in run["ended"]["log"].splitlines():
+            out.print(escape(f"  {visible(line)}"), soft_wrap=True)
     _show_failures(run, report)
     if report is not None:
         note(f"record: {report}")

@@ -88,7 +88,7 @@ def _weights(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
 
 
 def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
-    from .subject import Nonconforming
+    from .nonconforming import Nonconforming
 
     with subject.watched(arrays) as (q, k, v, options):
         out, lse, pull = attention_vjp(q, k, v, call.spec, backend=subject.name, **options)

@@ -8,7 +8,7 @@ strings ``"inf"``, ``"-inf"`` and ``"nan"``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, NotRequired, TypedDict, get_args
 
 from msgspec import Meta
 
@@ -27,6 +27,7 @@ __all__ = [
     "Number",
     "Numerics",
     "Outcome",
+    "ProcessEnd",
     "Ratio",
     "Record",
     "Run",
@@ -301,6 +302,16 @@ class Speed(TypedDict):
     ]
 
 
+class ProcessEnd(TypedDict):
+    """How the process of a run ended before its time."""
+
+    how: Annotated[str, Meta(description="Its signal, its exit code, or the limit of a case.")]
+    case: Annotated[
+        str | None, Meta(description="The id of the case that ran; null where none did.")
+    ]
+    log: Annotated[str, Meta(description="What that case printed, shortened.")]
+
+
 class RunHeader(TypedDict):
     """One backend on one device, in one process: everything but its cases and its speed."""
 
@@ -359,6 +370,12 @@ class RunHeader(TypedDict):
         ),
     ]
     seconds: Annotated[Number, Meta(description="How long the suite took.")]
+    ended: NotRequired[
+        Annotated[
+            ProcessEnd,
+            Meta(description="Only where the process of the run ended before all cases had run."),
+        ]
+    ]
 
 
 class Run(RunHeader):

@@ -11,7 +11,7 @@ from ..record.writing import OUTCOMES, Record, target
 from .comparison import Change, Comparison
 from .heat import largest
 from .measured import missing_peers
-from .view import BAD, Failure, conclusion, failures
+from .view import BAD, Failure, conclusion, end_of, failures
 from .wording import aim, cut, number, over_budget, shape, visible
 
 __all__ = ["as_dict", "show", "show_comparison"]
@@ -56,6 +56,10 @@ def show(record: Record, console: Any) -> None:
         console.print(
             f"{_plain(target(run), 40)} is not available: {_plain(reason, 400)}", soft_wrap=True
         )
+    for run in record["runs"]:
+        if "ended" in run:
+            line = f"{target(run)}: the process ended: {end_of(run)}"
+            console.print(_plain(line, 400), soft_wrap=True)
     failed = failures(record)
     for failure in failed[:MOST]:
         _show_failure(failure, console)
@@ -142,6 +146,7 @@ def as_dict(record: Record) -> dict[str, Any]:
                 "commit": run["commit"],
                 "counts": run["counts"],
                 "seconds": run["seconds"],
+                "ended": end_of(run) or None,
                 "largest_error_over_budget": largest(case["ratio"] for case in run["cases"]),
             }
             for run in record["runs"]

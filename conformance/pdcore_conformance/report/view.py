@@ -287,6 +287,7 @@ def environment(record: Record) -> list[tuple[str, list[str]]]:
     add("asked for", [asked(run) for run in runs])
     add("suite took", [seconds(run["seconds"]) for run in runs])
     add("speed took", [seconds(run["speed"]["seconds"]) if run["speed"] else "" for run in runs])
+    add("process ended", [end_of(run) for run in runs])
     add("precision", [run["precision"] for run in runs])
     where = [run["environment"] for run in runs]
     add("processor", [e["cpu"] for e in where])
@@ -314,6 +315,15 @@ def commit(run: Run) -> str:
     if run["commit"] is None:
         return "not from a checkout"
     return run["commit"][:10] + (" with changes" if run["dirty"] else "")
+
+
+def end_of(run: Run) -> str:
+    """Return how and where the process of a run ended before its time; else nothing."""
+    end = run.get("ended")
+    if end is None:
+        return ""
+    where = f"in {end['case']}" if end["case"] else "outside of a case"
+    return f"{end['how']}, {where}"
 
 
 def asked(run: Run) -> str:

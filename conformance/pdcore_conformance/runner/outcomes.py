@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ..judge.nonconforming import Nonconforming
 from ..judge.subject import Evidence
 
 if TYPE_CHECKING:
@@ -31,17 +32,17 @@ def outcome_of(report: pytest.TestReport) -> tuple[Outcome, str | None]:
         return "failed", "listed as a known failure, but it passes: remove it from the list"
     crash = getattr(report.longrepr, "reprcrash", None)
     message = report.longreprtext if crash is None else str(crash.message)
-    message = message.removeprefix("pdcore_conformance.judge.subject.Nonconforming: ")
+    message = message.removeprefix(f"{Nonconforming.__module__}.{Nonconforming.__name__}: ")
     return ("failed" if report.when == "call" else "error"), message[:4000]
 
 
 def new_case(
-    name: str, level: str, features: list[str], outcome: Outcome, message: str | None = None
+    id: str, level: str, features: list[str], outcome: Outcome, message: str | None = None
 ) -> Case:
     """Return the record of a case that has not run."""
     return {
-        "id": name,
-        "group": name.partition("::")[0],
+        "id": id,
+        "group": id.partition("::")[0],
         "level": "core" if level == "core" else "optional",
         "features": features,
         "outcome": outcome,

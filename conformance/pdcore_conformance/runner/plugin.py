@@ -24,6 +24,7 @@ from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
 from ..judge.combinations import Combinations, Row
+from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
 from ..record import writing as record
 from ..record.environment import environment, versions
@@ -32,7 +33,7 @@ from .outcomes import new_case, outcome_of, plain
 if TYPE_CHECKING:
     from ..record.writing import Case, Run
 
-__all__ = ["NAME", "SUITE", "Conformance", "case_id", "parse_backend"]
+__all__ = ["NAME", "SUITE", "Conformance", "about", "case_id", "exit_code", "parse_backend"]
 
 #: Of this plugin's object in pytest, and of the package with the cases.
 NAME = "pdcore-conformance"
@@ -256,25 +257,29 @@ class Conformance:
             pytest.skip("not judged: NumPy's bfloat16 is that of ml_dtypes, which is not installed")
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Any:
+        """Fail where a backend skips its case; no case skips itself: see `pytest_runtest_setup`."""
+        if _ID not in pyfuncitem.stash:
+            return (yield)
+        with no_excuses():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
         """Add to the report what the controller of a distributed run needs."""
         report = yield
         if _ID in item.stash:
-            needs: frozenset[str] = item.stash[_NEEDS]
-            level = "core" if needs <= CORE else "optional"
-            report.pdcore = {"id": item.stash[_ID], "level": level, "features": sorted(needs)}
+            report.pdcore = about(item)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Record the outcome of a phase of a case."""
-        about = getattr(report, "pdcore", None)
-        if about is None:
+        described = getattr(report, "pdcore", None)
+        if described is None:
             return
-        case = self._cases.get(about["id"])
+        case = self._cases.get(described["id"])
         if case is None:
-            case = self._cases[about["id"]] = new_case(
-                about["id"], about["level"], about["features"], "error"
-            )
+            case = self._cases[described["id"]] = new_case(**described, outcome="error")
         case["seconds"] += report.duration
         evidence: Any = dict(report.user_properties).get("evidence")
         if evidence and report.when == "teardown":
@@ -309,16 +314,7 @@ class Conformance:
         if path and not interrupted:
             record.save(Path(path), [run], replace=True)
         if not interrupted and not self.option("collectonly"):
-            session.exitstatus = self.exit_code()
-
-    def exit_code(self) -> int:
-        """Return the exit code; 0 only where a case passed and none failed."""
-        counts = self.run["counts"]
-        if not self.run["available"]:
-            return int(Exit.DONE if self.option("--allow-missing") else Exit.NO_BACKEND)
-        if counts["failed"] or counts["error"]:
-            return int(Exit.NUMERICS)
-        return int(Exit.DONE if counts["passed"] else Exit.FAILURE)
+            session.exitstatus = exit_code(run, self.option("--allow-missing"))
 
     def pytest_report_header(self) -> str:
         """Return a line with the backend, its versions and its precision."""
@@ -339,6 +335,16 @@ class Conformance:
             terminalreporter.write_line(f"not available: {self.run['reason']}")
 
 
+def exit_code(run: Run, allow_missing: bool = False) -> int:
+    """Return the exit code of a run; 0 only where a case passed and none failed."""
+    counts = run["counts"]
+    if not run["available"]:
+        return int(Exit.DONE if allow_missing else Exit.NO_BACKEND)
+    if counts["failed"] or counts["error"]:
+        return int(Exit.NUMERICS)
+    return int(Exit.DONE if counts["passed"] else Exit.FAILURE)
+
+
 _ID = pytest.StashKey[str]()
 _NEEDS = pytest.StashKey[frozenset[str]]()
 
@@ -350,6 +356,13 @@ def case_id(item: pytest.Item) -> str:
     name = (getattr(function, "originalname", None) or item.name).removeprefix("test_")
     callspec = getattr(function, "callspec", None)
     return f"{group}::{name}" + (f"[{callspec.id}]" if callspec else "")
+
+
+def about(item: pytest.Item) -> dict[str, Any]:
+    """Return the id, level and features of a case that was collected."""
+    needs = item.stash[_NEEDS]
+    level = "core" if needs <= CORE else "optional"
+    return {"id": item.stash[_ID], "level": level, "features": sorted(needs)}
 
 
 def _is_of_suite(item: pytest.Item) -> bool:

@@ -1,0 +1,68 @@
+"""The process that judges a backend for `pdcore_conformance.runner.watching`.
+
+It writes a journal, one JSON object a line, flushed at once: the cases that are planned, each case
+as it begins and as it ends, and the end of the run. So whatever ends the process, the journal says
+how far it came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from . import conforming, plugin
+
+if TYPE_CHECKING:
+    from ..record.writing import Run
+
+__all__: list[str] = []
+
+
+class _Journal:
+    """A plugin of pytest that writes the journal."""
+
+    def __init__(self, path: str) -> None:
+        # Open until the process ends, which a crash does too.
+        self.stream = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.run: Run | None = None
+        self.conformance: Any = None
+
+    def write(self, **entry: Any) -> None:
+        """Write a line; numbers of NumPy are written as Python's."""
+        self.stream.write(json.dumps(entry, default=lambda number: number.item()) + "\n")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.conformance = session.config.pluginmanager.get_plugin(plugin.NAME)
+        planned = [plugin.about(item) for item in session.items]
+        self.write(run=self.conformance.run, planned=planned)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        self.write(began=plugin.case_id(item), printed=os.fstat(sys.stdout.fileno()).st_size)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self.write(done=list(self.conformance.cases.values())[-1])
+
+
+def main(path: str, options: dict[str, Any]) -> None:
+    """Run the suite, and write the journal."""
+    # A crash loses what is not flushed.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # Ctrl-C is for the parent, which ends this process; a KeyboardInterrupt here is the backend's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    journal = _Journal(path)
+    try:
+        run, code = conforming.conform(**options, more=[journal])
+    except ValueError as error:
+        journal.write(refused=str(error))
+    else:
+        journal.write(run=run, code=code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
