@@ -56,11 +56,14 @@ class Framework:
         The import name.
     poisons : bool
         Whether `poisoned` has an effect.
+    compiles : bool
+        Whether every new way to run a call is compiled, which takes longer than the call.
     """
 
     #: The members of `TRANSFORMATIONS` that the library has.
     transformations: ClassVar[frozenset[str]] = frozenset()
     poisons: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     def __init__(self, library: str) -> None:
         self.library = library

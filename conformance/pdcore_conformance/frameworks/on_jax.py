@@ -34,6 +34,8 @@ class JaxFramework(Framework):
     )
 
     @cached_property
+    compiles: ClassVar[bool] = True
+
     def xp(self) -> Any:
         """jax.numpy, which is an array-API namespace itself."""
         return self.module.numpy

@@ -59,6 +59,7 @@ def first_way(subject: Subject, call: Call, arrays: Arrays, through: str) -> Non
 
 def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
     layer = bind(call.spec, backend=subject.name)
+    compiles = subject.framework.compiles
     levels = (True, False) if subject.claims("lse") else (False,)
     for lse in levels:
         without = "" if lse else " without lse"
@@ -72,7 +73,8 @@ def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
                     )
                 outputs = result if lse else (result, None)
                 yield Result(name + without, _named(subject, outputs))
-        if subject.claims("autodiff") and subject.framework.has_autodiff:
+        # Where this compiles another program, the cases of "autodiff" judge it.
+        if subject.claims("autodiff") and subject.framework.has_autodiff and not compiles:
             with subject.watched(arrays) as (q, k, v, options):
                 inputs = inputs_of(call, q, k, v, options)
                 outputs = subject.framework.recorded(
