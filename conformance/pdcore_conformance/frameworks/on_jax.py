@@ -33,9 +33,9 @@ class JaxFramework(Framework):
         {"autodiff", "double_backward", "vmap", "jvp", "compile"}
     )
 
-    @cached_property
     compiles: ClassVar[bool] = True
 
+    @cached_property
     def xp(self) -> Any:
         """jax.numpy, which is an array-API namespace itself."""
         return self.module.numpy

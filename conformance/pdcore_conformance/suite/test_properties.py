@@ -13,7 +13,8 @@ from ..judge.calls import Call
 from ..judge.combinations import AXES, build_call
 from ..judge.subject import Nonconforming, Subject
 
-EXAMPLES = 150
+#: The number of examples, and the number where a library compiles a program for each.
+EXAMPLES, FEW_EXAMPLES = 150, 30
 
 #: The axes in whose place sizes are drawn.
 SIZES = ("dtype", "lead", "lengths", "through")
@@ -56,7 +57,7 @@ def test_any_call(subject: Subject, through: str) -> None:
     failures: dict[str, tuple[str, str]] = {}
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=FEW_EXAMPLES if subject.framework.compiles else EXAMPLES,
         deadline=None,
         derandomize=True,
         database=None,
