@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ __all__ = [
     "stop_gradient",
     "library_of",
     "register_array_type",
+    "untraced",
 ]
 
 _MODULES = sys.modules
@@ -27,9 +30,25 @@ _DTYPES: dict[tuple[type, Any], str] = {}
 
 
 def compiling() -> bool:
-    """Return whether ``torch.compile`` or ``torch.export`` is tracing the running code."""
+    """Return whether PyTorch traces the running code, by its compiler, export or TorchScript."""
     torch = _MODULES.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
+    return torch is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def untraced() -> AbstractContextManager[None]:
+    """Return a context that ``torch.jit.trace`` does not record: sizes are ints in it."""
+    torch = _MODULES["torch"]
+    return nullcontext() if torch.compiler.is_compiling() else _unrecorded(torch._C)
+
+
+@contextmanager
+def _unrecorded(native: Any) -> Iterator[None]:
+    state = native._get_tracing_state()
+    native._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        native._set_tracing_state(state)
 
 
 def register_array_type(kind: type, library: str) -> None:

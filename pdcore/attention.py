@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from .arrays import compiling
 from .backend import Inputs
 from .dispatch import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, cached_bind
 from .spec import AttentionSpec
@@ -43,6 +44,8 @@ def bind(
     >>> layer(x, x, x).shape
     (1, 2, 5, 4)
     """
+    if compiling():
+        return cached_bind(spec, backend, device)
     return BoundAttention(spec, backend, device)
 
 

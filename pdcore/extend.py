@@ -22,7 +22,7 @@ Nothing in pdcore imports this module.
 
 from __future__ import annotations
 
-from .arrays import device_name, dtype_name, library_of, register_array_type, stop_gradient
+from .arrays import compiling, device_name, dtype_name, library_of, register_array_type, stop_gradient
 from .backend import (
     FEATURES,
     SPEC_VERSION,
@@ -220,6 +220,7 @@ __all__ = [
     "Visibility",
     "all_of",
     # arrays
+    "compiling",
     "device_name",
     "dtype_name",
     "stop_gradient",

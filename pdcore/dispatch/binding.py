@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import compiling, device_name, dtype_name, library_of
+from ..arrays import compiling, device_name, dtype_name, library_of, untraced
 from ..backend import Backend, Inputs, Request
 from ..errors import UnsupportedError
 from ..lowering import Plan
@@ -141,7 +141,8 @@ class BoundAttention:
             Converts a result to the caller's library and device; None when that is not needed.
         """
         if compiling():
-            return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights)
+            with untraced():
+                return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights)
         key: Any = None
         entry = None
         try:
@@ -174,7 +175,7 @@ class BoundAttention:
     def _prepare_traced(
         self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool
     ) -> tuple[Backend, Plan, Inputs, None]:
-        """Do what `prepare` does, while ``torch.compile`` or ``torch.export`` traces the call.
+        """Do what `prepare` does, while PyTorch traces the call, see `arrays.compiling`.
 
         Lengths may be symbolic, so they are no part of a cache key: the backend is chosen by the
         numbers of axes, heads and features, for any lengths.
@@ -342,8 +343,37 @@ def _exchange(
 _BOUND: dict[Any, BoundAttention] = {}
 
 
+class _TracedLayers:
+    """The bound functions of traced calls, as attributes ``layer_0``, ``layer_1``..."""
+
+
+_TRACED = _TracedLayers()
+_TRACED_NAMES: dict[BoundAttention, str] = {}
+
+
 def cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
-    """Return the bound function of a call, from a cache that later calls share."""
+    """Return the bound function of a call, from a cache that later calls share.
+
+    While PyTorch traces the call, the backend is chosen once, for the trace.
+    """
+    if compiling():
+        layer: BoundAttention = getattr(_TRACED, _traced_name(spec, backend, device))
+        return layer
+    return _cached_bind(spec, backend, device)
+
+
+def _traced_name(spec: str | AttentionSpec, backend: Choice, device: str | None) -> str:
+    # The compiler can trace neither a context variable nor the registry, see `tracing`.
+    layer = _cached_bind(spec, backend, device)
+    name = _TRACED_NAMES.setdefault(layer, f"layer_{len(_TRACED_NAMES)}")
+    setattr(_TRACED, name, layer)
+    return name
+
+
+_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
     choice: Any = backend
     if backend is not None and not isinstance(backend, str) and isinstance(backend, Sequence):
         choice = tuple(backend)

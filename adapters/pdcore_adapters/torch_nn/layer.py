@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.extend import Inputs, finite_dropout, parameter_shape
+from pdcore.extend import Inputs, compiling, finite_dropout, parameter_shape
 
 from ..bound import BoundSpec, Choice, learned_parameters
 
@@ -387,7 +387,7 @@ def _check_hides_only(mask: Any, name: str, reason: str) -> None:
 
 def _require(condition: Any, message: str) -> None:
     """Raise an `UnsupportedError` unless a condition on values holds, also in compiled code."""
-    if torch.compiler.is_compiling():
+    if compiling():
         torch._assert_async(condition, message)  # an operation of the graph, not a branch
     elif not condition:
         raise UnsupportedError(message)

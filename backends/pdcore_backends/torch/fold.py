@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import Moments, first_real
+from pdcore.extend import Moments, compiling, first_real
 
 from . import device
 from . import namespace as xp
@@ -85,7 +85,7 @@ def fold(
     q', k' : Tensor
         In the dtype of the inputs.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return _plain(q, k, real, beta, eps, split, over_batch)
     record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     if k.is_cuda and not over_batch and by_triton(k):
@@ -278,7 +278,7 @@ def fold_prefix(
     wide = xp.accumulation(k)
     q, k = q.to(wide), k.to(wide)
     aligned = offset == 0 and q.shape[-2] == k.shape[-2]
-    if not aligned or torch.compiler.is_compiling():
+    if not aligned or compiling():
         return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
     record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, record)

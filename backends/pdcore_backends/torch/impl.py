@@ -20,6 +20,7 @@ from pdcore.extend import (
     Request,
     Scores,
     UnsupportedError,
+    compiling,
     constants_held,
     register_array_type,
 )
@@ -77,7 +78,7 @@ class TorchBackend(ArrayBackend):
         whole = isinstance(c.choice, Fused) and c.choice.whole and not (lse or transformed())
         if whole and c.choice.plain:
             q, k, v = inputs[:3]
-            eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+            eager = not (compiling() or torch.is_autocast_enabled("cpu"))
             packed = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
             if eager and packed and not recorded(q, k, v):
                 _check_precision(q)
