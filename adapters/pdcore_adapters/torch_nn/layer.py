@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from pdcore import AttentionSpec, UnsupportedError
@@ -171,6 +171,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             statistics of the whole sequence would leak the future: with `is_causal`, or with an
             `attn_mask` that hides all later keys, unless the spec has ``allow_leak=true``.
         """
+        if isinstance(query, fx.Proxy):
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+            return _as_leaf(self, query, key, value, **masks, **flags, is_causal=is_causal)
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)
@@ -353,6 +357,23 @@ def attach_spec(layer: Any, bound: BoundSpec) -> list[str]:
     # read the weights of this layer without calling it.
     layer._qkv_same_embed_dim = False
     return ["spec_" + name for name in new]
+
+
+def _as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any) -> Any:
+    """Record a layer in a graph of `torch.fx` as one call, as it records layers of PyTorch.
+
+    Raises
+    ------
+    torch.fx.proxy.TraceError
+        When the layer itself is what is traced.
+    """
+    tracer = query.tracer
+    if tracer.root is layer:
+        raise fx.proxy.TraceError(
+            f"{type(layer).__name__} is a leaf of torch.fx; trace the model that contains it"
+        )
+    name = tracer.path_of_module(layer)
+    return tracer.create_proxy("call_module", name, (query, *arguments), keywords)
 
 
 def _check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:

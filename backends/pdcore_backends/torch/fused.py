@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pdcore.extend import Call, GroupRun, Inputs, Operands, Plan, Scores, compiling, pool, pooling_weights
+from pdcore.extend import (
+    Call,
+    GroupRun,
+    Inputs,
+    Operands,
+    Plan,
+    Scores,
+    compiling,
+    pool,
+    pooling_weights,
+)
 
 from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, recorded
@@ -197,6 +207,6 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
         zero = q.new_zeros(()) if added is None else added
         added = torch.where(allowed, zero, -torch.inf)
     # At another offset every row sees every key, see `fused_inputs`.
-    causal = c.choice.causal and seen.offset == 0
+    causal = True if c.choice.causal and seen.offset == 0 else False  # noqa: SIM210 - it may be a tensor
     out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
     return out.unflatten(1, q.shape[1:3])

@@ -33,6 +33,7 @@ from .flash import recorded, transformed
 from .flex import flex_scores
 from .fused import FusedCall, FusedRun, fused_inputs, fused_out, fused_scores, plain
 from .operators import BLOCKS
+from .torchscript import with_fixed_lengths
 
 __all__ = ["TorchBackend"]
 
@@ -83,7 +84,7 @@ class TorchBackend(ArrayBackend):
             if eager and packed and not recorded(q, k, v):
                 _check_precision(q)
                 return plain(c, inputs), None
-        inputs = constants_held(plan, inputs, torch.Tensor.detach)
+        inputs = constants_held(plan, with_fixed_lengths(plan, inputs), torch.Tensor.detach)
         with _without_autocast(inputs.q):
             prepared = fused_inputs(plan, inputs) if whole else None
             if prepared is None:
@@ -128,6 +129,7 @@ class TorchBackend(ArrayBackend):
 
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
+        inputs = with_fixed_lengths(plan, inputs, weights=True)
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
         with _without_autocast(inputs.q):
             return super().attention_weights(plan, inputs)
