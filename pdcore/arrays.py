@@ -22,22 +22,43 @@ __all__ = [
     "untraced",
 ]
 
-_MODULES = sys.modules
 # Import names of array libraries whose array types live in another top-level module.
 _ROOTS = {"jaxlib": "jax"}
 _LIBRARIES: dict[type, str] = {}
 _DTYPES: dict[tuple[type, Any], str] = {}
 
 
+class _Loaded:
+    """PyTorch's module, once another module has imported it."""
+
+    torch: Any = None
+
+
+_LOADED = _Loaded()
+
+
+def _torch_is_loaded() -> bool:
+    if _LOADED.torch is None:
+        _LOADED.torch = sys.modules.get("torch")
+    return _LOADED.torch is not None
+
+
+# The compiler runs the function instead of tracing `sys.modules` with every module in it.
+_torch_is_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def compiling() -> bool:
     """Return whether PyTorch traces the running code, by its compiler, export or TorchScript."""
-    torch = _MODULES.get("torch")
-    return torch is not None and (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    if not _torch_is_loaded():
+        return False
+    torch = _LOADED.torch
+    traced: bool = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced
 
 
 def untraced() -> AbstractContextManager[None]:
     """Return a context that ``torch.jit.trace`` does not record: sizes are ints in it."""
-    torch = _MODULES["torch"]
+    torch = _LOADED.torch
     return nullcontext() if torch.compiler.is_compiling() else _unrecorded(torch._C)
 
 

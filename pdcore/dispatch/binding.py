@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import compiling, device_name, dtype_name, library_of, untraced
-from ..backend import Backend, Inputs, Request
+from ..arrays import compiling, device_name, device_of, dtype_name, library_of, untraced
+from ..backend import ArrayBackend, Backend, Inputs, Request
 from ..errors import UnsupportedError
 from ..lowering import Plan
 from ..plugins import registry as plugins
@@ -166,10 +166,14 @@ class BoundAttention:
                 self._prepared[key] = entry
         backend, plan, library, device = entry
         back = None
-        if self._has_parameters or type(inputs.offset) is not int:
-            inputs = _complete(self.spec, inputs, library)
+        if isinstance(offset := inputs.offset, np.integer) or (
+            isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
+        ):
+            inputs = inputs._replace(offset=int(offset))
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
+        if self._has_parameters:
+            inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, back
 
     def _prepare_traced(
@@ -202,9 +206,9 @@ class BoundAttention:
             inputs.axis_name,
         )
         validate(self.spec, inputs, "torch")
-        if self._has_parameters:
-            inputs = _complete(self.spec, inputs, "torch")
         backend, plan = getattr(self._traced, name)
+        if self._has_parameters:
+            inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, None
 
     def request(
@@ -263,28 +267,26 @@ def _signature(x: Any) -> Any:
     return kind, x.shape, x.dtype, x.device
 
 
-def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
-    """Fill in the defaults of parameters, and convert offsets on the host to Python ints."""
-    offset = inputs.offset
-    if isinstance(offset, np.integer) or (
-        isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
-    ):
-        offset = int(offset)
-    params = dict(inputs.params)
-    for p in spec.parameters():
-        if p.name not in params:
-            from array_api_compat import array_namespace
+def _complete(spec: AttentionSpec, inputs: Inputs, backend: Backend) -> Inputs:
+    """Fill in the defaults of parameters, in the library and on the device of the backend."""
+    missing = [p for p in spec.parameters() if p.name not in inputs.params]
+    if not missing:
+        return inputs
+    from ..backend import accumulation
+    from .validation import parameter_shape
 
-            from ..backend import accumulation
-            from .validation import parameter_shape
+    q, params = inputs.q, dict(inputs.params)
+    if isinstance(backend, ArrayBackend):
+        xp = backend.xp  # the caches of `array_namespace` cannot be traced
+    else:
+        from array_api_compat import array_namespace
 
-            shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
-            xp = array_namespace(inputs.q)
-            # In the accumulation dtype, since a 16-bit dtype would round the default.
-            params[p.name] = xp.full(
-                shape, p.default, dtype=accumulation(inputs.q, xp), device=inputs.q.device
-            )
-    return inputs._replace(offset=offset, params=params)
+        xp = array_namespace(q)
+    for p in missing:
+        shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], q.shape[-1])
+        # In the accumulation dtype, since a 16-bit dtype would round the default.
+        params[p.name] = xp.full(shape, p.default, dtype=accumulation(q, xp), device=device_of(q))
+    return inputs._replace(params=params)
 
 
 def _exchange(
