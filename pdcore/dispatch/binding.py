@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import compiling, device_name, device_of, dtype_name, library_of, untraced
+from ..arrays import (
+    compiling,
+    device_name,
+    device_of,
+    dtype_name,
+    exchangeable,
+    library_of,
+    untraced,
+)
 from ..backend import ArrayBackend, Backend, Inputs, Request
 from ..errors import UnsupportedError
 from ..lowering import Plan
@@ -153,7 +161,7 @@ class BoundAttention:
             if not (plain and dropout is NO_DROPOUT and axis_name is None):
                 key = (*key, *map(_signature, inputs[3:]), dropout)
             entry = self._prepared.get(key)
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, RuntimeError):  # a nested tensor has no shape
             key = None  # `validate` raises the error that describes the argument
         if entry is None:
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
@@ -264,7 +272,7 @@ def _signature(x: Any) -> Any:
         return x
     if not hasattr(x, "shape") and isinstance(x, Mapping):
         return tuple((name, *_signature(value)) for name, value in x.items())
-    return kind, x.shape, x.dtype, x.device
+    return kind, x.shape, x.dtype, x.device, getattr(x, "layout", None)
 
 
 def _complete(spec: AttentionSpec, inputs: Inputs, backend: Backend) -> Inputs:
@@ -319,6 +327,7 @@ def _exchange(
         if x is None or isinstance(x, (int, float, str)):
             return x
         try:
+            x = x if same_library else exchangeable(x, library)
             return backend.exchange(x, target if same_library else device)
         except Exception as error:
             raise UnsupportedError(
@@ -336,7 +345,10 @@ def _exchange(
             x = backend.exchange(x, home)
         # Moving a result to the CPU makes it an array of NumPy in some backends.
         converted = same_library or library_of(x, "out") == library
-        return x if converted else backend.give(x, namespace)
+        if converted:
+            return x
+        # A result of JAX comes as a read-only array of NumPy.
+        return exchangeable(backend.give(exchangeable(x, backend.info.library), namespace), library)
 
     moved = {name: forth(x) for name, x in inputs._asdict().items() if name != "params"}
     return Inputs(**moved, params={n: forth(x) for n, x in inputs.params.items()}), back

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -193,3 +196,15 @@ def test_default_parameters_under_transformations(spec: str) -> None:
         np.testing.assert_allclose(derived(q), gradient, rtol=1e-4, atol=1e-5)
     weights = jax.jit(lambda *x: pdcore.attention_weights(*x, spec))(q, k, v)
     np.testing.assert_allclose(weights @ v, want, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_of_numpy_in_every_layout() -> None:
+    file = Path(__file__).parents[2] / "shared" / "layouts.py"
+    run = subprocess.run([sys.executable, str(file), "jax"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout.splitlines()[-1:] + run.stderr.splitlines()[-5:]
+
+
+def test_a_random_key_is_no_array_of_numbers() -> None:
+    key, x = jax.random.key(0), jax.numpy.ones((1, 1, 2, 4))
+    with pytest.raises(TypeError, match=r"q: got dtype key.*expected one of float16"):
+        pdcore.attention(jax.random.split(key, (1, 1, 2, 4)), x, x)

@@ -19,7 +19,6 @@ PARSED = pdcore.parse(SPEC)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
@@ -118,6 +117,7 @@ def test_a_torchscript_trace_of_weights_in_blocks_refuses_other_lengths() -> Non
         traced(*draw(1, 1, 520, 4))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("spec", ["softmax", "bn", "causal"])
 def test_onnx_export_by_torchscript(spec: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
