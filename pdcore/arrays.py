@@ -164,7 +164,7 @@ def check_form(x: Any, name: str, library: str, taken: Callable[[], Container[st
                 f"{name}: got {found[0]}, expected a dense tensor; pass {found[1](name)}"
             )
     elif library not in taken():
-        raise TypeError(_no_array(x, name))
+        raise TypeError(_no_array(x, name) + f"; no backend takes arrays of {library}")
 
 
 def _torch_form(x: Any) -> tuple[str, Callable[[str], str]] | None:

@@ -177,7 +177,10 @@ class BoundAttention:
         if isinstance(offset := inputs.offset, np.integer) or (
             isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
         ):
-            inputs = inputs._replace(offset=int(offset))
+            offset = int(offset)
+            inputs = inputs._replace(offset=offset)
+        if type(offset) is int and not -LARGE < offset < LARGE:
+            inputs = inputs._replace(offset=_near(self.spec, offset, q, k))
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
         if self._has_parameters:
@@ -215,6 +218,8 @@ class BoundAttention:
         )
         validate(self.spec, inputs, "torch")
         backend, plan = getattr(self._traced, name)
+        if type(inputs.offset) is int and not -LARGE < inputs.offset < LARGE:
+            inputs = inputs._replace(offset=_near(self.spec, inputs.offset, q, k))
         if self._has_parameters:
             inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, None
@@ -250,6 +255,28 @@ class BoundAttention:
             finite_dropout(inputs.dropout),
             inputs.axis_name,
         )
+
+
+#: Offsets that a backend with 32-bit positions, such as JAX, adds rows and windows to.
+LARGE = 2**30
+
+
+def _near(spec: AttentionSpec, offset: int, q: Any, k: Any) -> int:
+    """Return the offset near zero that has the effect of a large one.
+
+    Raises
+    ------
+    ValueError
+        For a window so wide that there is none.
+    """
+    low, high = spec.support.offsets(q.shape[-2], k.shape[-2], spec.heads.largest)
+    near = max(low, min(offset, high))
+    if not -LARGE < near < LARGE:
+        raise ValueError(
+            f"offset: got {offset} for {spec}, expected -2**30 < offset < 2**30 with a window "
+            "so wide"
+        )
+    return near
 
 
 def _offset_kind(offset: Any) -> str:
