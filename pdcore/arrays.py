@@ -42,8 +42,7 @@ _LOADED = _Loaded()
 
 
 def _torch_is_loaded() -> bool:
-    if _LOADED.torch is None:
-        _LOADED.torch = sys.modules.get("torch")
+    _LOADED.torch = sys.modules.get("torch")
     return _LOADED.torch is not None
 
 

@@ -180,7 +180,7 @@ class BoundAttention:
             offset = int(offset)
             inputs = inputs._replace(offset=offset)
         if type(offset) is int and not -LARGE < offset < LARGE:
-            inputs = inputs._replace(offset=_near(self.spec, offset, q, k))
+            inputs = inputs._replace(offset=_near(self.spec, offset, inputs.q, inputs.k))
         if backend.info.library != library or device is not None:
             inputs, back = _exchange(backend, inputs, library, device)
         if self._has_parameters:

@@ -173,6 +173,7 @@ def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     torch.__dict__.update(
         int16="torch's int16",
         compiler=types.SimpleNamespace(is_compiling=lambda: False),
+        jit=types.SimpleNamespace(is_tracing=lambda: False),
         cuda=types.SimpleNamespace(
             current_stream=lambda device: types.SimpleNamespace(cuda_stream=STREAMS[device.index])
         ),

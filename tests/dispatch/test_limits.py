@@ -41,3 +41,14 @@ def test_offsets_near_the_ends_of_64_bits(spec: str, offset: int) -> None:
 def test_a_large_offset_in_a_window_as_wide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^offset: got 4611686018427387904 .*window so wide"):
         call(f"sparse({2**62},0)", 2**62)
+
+
+@pytest.mark.parametrize("spec", ["bn", "iebn"])
+@pytest.mark.parametrize("size", [1e20, 1e30])
+def test_moments_beyond_float32_are_nan(spec: str, size: float) -> None:
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 6, 4)).astype(np.float32)
+    k *= np.float32(size)
+    params = {"slope": np.ones((2, 4), np.float32), "shift": np.ones((2, 4), np.float32)}
+    with np.errstate(all="ignore"):
+        out = pdcore.attention(q, k, v, spec, params=params if spec == "iebn" else None)
+    assert np.isnan(out).all()

@@ -174,7 +174,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         if isinstance(query, fx.Proxy):
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
-            return _as_leaf(self, query, key, value, **masks, **flags, is_causal=is_causal)
+            leaf: tuple[Any, Any] = _as_leaf(
+                self, query, key, value, **masks, **flags, is_causal=is_causal
+            )
+            return leaf
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)

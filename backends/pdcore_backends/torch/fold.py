@@ -127,12 +127,17 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
     total = one @ (centred * centred)
     square = (total.sum(0, keepdim=True) if over_batch else total) / count
     # square - rest^2 does not cancel, as `rest` is of the size of a rounding error.
-    inverse = 1.0 / (square - rest * rest + eps)
+    inverse = _inverse(square - rest * rest, eps)
     if real is not None:
         inverse = torch.where(n > 1, inverse, 0.0)
     elif n == 1:
         inverse = torch.zeros_like(inverse)
     return _Sums(n, mean + rest, inverse, centred, rest)
+
+
+def _inverse(var: Tensor, eps: float) -> Tensor:
+    """Return 1 / (var + eps); NaN, not 0, for a variance beyond the range of its dtype."""
+    return 1.0 / torch.where(var == torch.inf, torch.nan, var + eps)
 
 
 def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]:
@@ -243,8 +248,8 @@ def _plain(
         mean = torch.where(keep, k, 0.0).sum(axes, keepdim=True) / count
         away = torch.where(keep, k - mean, 0.0)
         var = (away * away).sum(axes, keepdim=True) / count
-        inverse = torch.where(n > 1, 1.0 / (var + eps), 0.0)
-    factor = torch.where(inverse > 0, inverse, 1.0).sqrt() * (inverse > 0) if split else inverse
+        inverse = torch.where(n > 1, _inverse(var, eps), 0.0)
+    factor = torch.where(inverse != 0, inverse, 1.0).sqrt() * (inverse != 0) if split else inverse
     folded = (q - (beta * mean)[:, :, None]) * factor[:, :, None]
     keys = k - mean.detach()
     return folded.to(dtype), (keys * factor if split else keys).to(dtype)
