@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Never
 
+from .arrays import compiling
 from .backend import Inputs
 from .dispatch import (
     HEADS_FIRST,
@@ -61,6 +62,8 @@ def bind(
     """
     if extra or unknown:
         raise wrong_arguments(bind, extra, unknown)
+    if compiling():
+        return cached_bind(spec, backend, device)
     return BoundAttention(spec, backend, device)
 
 

@@ -22,7 +22,15 @@ Nothing in pdcore imports this module.
 
 from __future__ import annotations
 
-from .arrays import device_name, dtype_name, library_of, register_array_type, stop_gradient
+from .arrays import (
+    compiling,
+    device_name,
+    dtype_name,
+    library_of,
+    register_array_type,
+    stop_gradient,
+    untraced,
+)
 from .backend import (
     FEATURES,
     SPEC_VERSION,
@@ -221,11 +229,13 @@ __all__ = [
     "Visibility",
     "all_of",
     # arrays
+    "compiling",
     "device_name",
     "dtype_name",
     "stop_gradient",
     "library_of",
     "register_array_type",
+    "untraced",
     # try
     "broken",
     "load_backend",

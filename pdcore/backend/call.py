@@ -85,7 +85,17 @@ class Call:
             real = xp.where(self.inputs.key_mask, index, xp.zeros_like(index))
             end = xp.max(real, axis=-1) if length else xp.sum(real, axis=-1)
             offset = end - rows
-        return xp.astype(offset, xp.int64)[..., None, None, None, None]
+        unsigned = dtype_name(offset).startswith("uint")
+        offset = xp.astype(offset, xp.int64)
+        low, high = self.plan.support.offsets(
+            rows, length, max(group.scale for group in self.plan.groups)
+        )
+        ends = xp.full_like(offset, low), xp.full_like(offset, high)
+        if unsigned:  # the cast has wrapped numbers that int64 does not hold
+            offset = xp.where(offset < 0, ends[1], offset)
+        # Offsets near the ends of int64 must not wrap when rows and windows are added.
+        offset = xp.minimum(xp.maximum(offset, ends[0]), ends[1])
+        return offset[..., None, None, None, None]
 
     def params(self, group: Group) -> dict[str, Any]:
         """Return the parameters of a group: (H, 1, 1) or (H, 1, D) if they have a head axis."""

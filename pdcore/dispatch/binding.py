@@ -10,14 +10,22 @@ from typing import Any, Never
 
 import numpy as np
 
-from ..arrays import compiling, device_name, dtype_name, library_of
-from ..backend import Backend, Inputs, Request
+from ..arrays import (
+    compiling,
+    device_name,
+    device_of,
+    dtype_name,
+    library_of,
+    untraced,
+)
+from ..backend import ArrayBackend, Backend, Inputs, Request
 from ..errors import UnsupportedError
 from ..lowering import Plan
 from ..plugins import registry as plugins
 from ..spec import AttentionSpec, as_spec
 from . import selection
 from .arguments import check_given, explains_arguments, wrong_arguments
+from .exchange import exchange
 from .layout import HEADS_FIRST, Layout, heads_first, swap_axes, swap_pullback
 from .tracing import TracedSelections, concrete_size, make_traced_selector
 
@@ -163,7 +171,10 @@ class BoundAttention:
         if layout != HEADS_FIRST:
             inputs = heads_first(inputs, layout)
         if compiling():
-            return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights, layout=layout)
+            with untraced():
+                return self._prepare_traced(
+                    inputs, lse=lse, vjp=vjp, weights=weights, layout=layout
+                )
         key: Any = None
         entry = None
         try:
@@ -174,7 +185,7 @@ class BoundAttention:
             if not (plain and dropout is NO_DROPOUT and axis_name is None):
                 key = (*key, *map(_signature, inputs[3:]), dropout)
             entry = self._prepared.get(key)
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, RuntimeError):  # a nested tensor has no shape
             key = None  # `validate` raises the error that describes the argument
         if entry is None:
             request = self.request(inputs, lse=lse, vjp=vjp, weights=weights, layout=layout)
@@ -187,16 +198,23 @@ class BoundAttention:
                 self._prepared[key] = entry
         backend, plan, library, device = entry
         back = None
-        if self._has_parameters or type(inputs.offset) is not int:
-            inputs = _complete(self.spec, inputs, library)
+        if isinstance(offset := inputs.offset, np.integer) or (
+            isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
+        ):
+            offset = int(offset)
+            inputs = inputs._replace(offset=offset)
+        if type(offset) is int and not -LARGE < offset < LARGE:
+            inputs = inputs._replace(offset=_near(self.spec, offset, inputs.q, inputs.k))
         if backend.info.library != library or device is not None:
-            inputs, back = _exchange(backend, inputs, library, device)
+            inputs, back = exchange(backend, inputs, library, device)
+        if self._has_parameters:
+            inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, back
 
     def _prepare_traced(
         self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool, layout: str
     ) -> tuple[Backend, Plan, Inputs, None]:
-        """Do what `prepare` does, while ``torch.compile`` or ``torch.export`` traces the call.
+        """Do what `prepare` does, while PyTorch traces the call, see `arrays.compiling`.
 
         Lengths may be symbolic, so they are no part of a cache key: the backend is chosen by the
         numbers of axes, heads and features, for any lengths.
@@ -224,9 +242,11 @@ class BoundAttention:
             layout,
         )
         validate(self.spec, inputs, "torch", layout)
-        if self._has_parameters:
-            inputs = _complete(self.spec, inputs, "torch")
         backend, plan = getattr(self._traced, name)
+        if type(inputs.offset) is int and not -LARGE < inputs.offset < LARGE:
+            inputs = inputs._replace(offset=_near(self.spec, inputs.offset, q, k))
+        if self._has_parameters:
+            inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, None
 
     def request(
@@ -273,6 +293,28 @@ class BoundAttention:
         )
 
 
+#: Offsets that a backend with 32-bit positions, such as JAX, adds rows and windows to.
+LARGE = 2**30
+
+
+def _near(spec: AttentionSpec, offset: int, q: Any, k: Any) -> int:
+    """Return the offset near zero that has the effect of a large one.
+
+    Raises
+    ------
+    ValueError
+        For a window so wide that there is none.
+    """
+    low, high = spec.support.offsets(q.shape[-2], k.shape[-2], spec.heads.largest)
+    near = max(low, min(offset, high))
+    if not -LARGE < near < LARGE:
+        raise ValueError(
+            f"offset: got {offset} for {spec}, expected -2**30 < offset < 2**30 with a window "
+            "so wide"
+        )
+    return near
+
+
 def _offset_kind(offset: Any) -> str:
     """Return the kind of an offset, see `Request.offset`."""
     if isinstance(offset, str):
@@ -293,91 +335,65 @@ def _signature(x: Any) -> Any:
         return x
     if not hasattr(x, "shape") and isinstance(x, Mapping):
         return tuple((name, *_signature(value)) for name, value in x.items())
-    return kind, x.shape, x.dtype, x.device
+    return kind, x.shape, x.dtype, x.device, getattr(x, "layout", None)
 
 
-def _complete(spec: AttentionSpec, inputs: Inputs, library: str) -> Inputs:
-    """Fill in the defaults of parameters, and convert offsets on the host to Python ints."""
-    offset = inputs.offset
-    if isinstance(offset, np.integer) or (
-        isinstance(offset, np.ndarray) and library == "numpy" and not offset.shape
-    ):
-        offset = int(offset)
-    params = dict(inputs.params)
-    for p in spec.parameters():
-        if p.name not in params:
-            from array_api_compat import array_namespace
+def _complete(spec: AttentionSpec, inputs: Inputs, backend: Backend) -> Inputs:
+    """Fill in the defaults of parameters, in the library and on the device of the backend."""
+    missing = [p for p in spec.parameters() if p.name not in inputs.params]
+    if not missing:
+        return inputs
+    from ..backend import accumulation
+    from .validation import parameter_shape
 
-            from ..backend import accumulation
-            from .validation import parameter_shape
+    q, params = inputs.q, dict(inputs.params)
+    if isinstance(backend, ArrayBackend):
+        xp = backend.xp  # the caches of `array_namespace` cannot be traced
+    else:
+        from array_api_compat import array_namespace
 
-            shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], inputs.q.shape[-1])
-            xp = array_namespace(inputs.q)
-            # In the accumulation dtype, since a 16-bit dtype would round the default.
-            params[p.name] = xp.full(
-                shape, p.default, dtype=accumulation(inputs.q, xp), device=inputs.q.device
-            )
-    return inputs._replace(offset=offset, params=params)
-
-
-def _exchange(
-    backend: Backend, inputs: Inputs, library: str, device: str | None
-) -> tuple[Inputs, Callable[[Any], Any] | None]:
-    """Convert the arrays of a call for the backend that the caller named, by DLPack.
-
-    Returns
-    -------
-    inputs : Inputs
-    back : callable or None
-        Converts a result back; None where nothing was converted.
-    """
-    q = inputs.q
-    home = device_name(q, library)
-    target = device or home
-    same_library = backend.info.library == library
-    if same_library and target == home:
-        return inputs, None
-    # A move between devices within one library is differentiated by that library.
-    if not same_library and any(
-        getattr(x, "requires_grad", False) for x in (*inputs, *inputs.params.values())
-    ):
-        raise UnsupportedError(
-            f"backend {backend.info.name}: taking {library} arrays that require a gradient to "
-            f"{backend.info.library} would cut it; detach them, or use a {library} backend"
-        )
-
-    def forth(x: Any) -> Any:
-        if x is None or isinstance(x, (int, float, str)):
-            return x
-        try:
-            return backend.exchange(x, target if same_library else device)
-        except Exception as error:
-            raise UnsupportedError(
-                f"backend {backend.info.name} cannot take a {library} array of dtype "
-                f"{dtype_name(x)} on {device_name(x, library)}"
-                f"{'' if same_library else ' by DLPack'}: {error}"
-            ) from error
-
-    from array_api_compat import array_namespace
-
-    namespace = array_namespace(q)
-
-    def back(x: Any) -> Any:
-        if device is not None:
-            x = backend.exchange(x, home)
-        # Moving a result to the CPU makes it an array of NumPy in some backends.
-        converted = same_library or library_of(x, "out") == library
-        return x if converted else backend.give(x, namespace)
-
-    moved = {name: forth(x) for name, x in inputs._asdict().items() if name != "params"}
-    return Inputs(**moved, params={n: forth(x) for n, x in inputs.params.items()}), back
+        xp = array_namespace(q)
+    for p in missing:
+        shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], q.shape[-1])
+        # In the accumulation dtype, since a 16-bit dtype would round the default.
+        params[p.name] = xp.full(shape, p.default, dtype=accumulation(q, xp), device=device_of(q))
+    return inputs._replace(params=params)
 
 
 _BOUND: dict[Any, BoundAttention] = {}
 
 
+class _TracedLayers:
+    """The bound functions of traced calls, as attributes ``layer_0``, ``layer_1``..."""
+
+
+_TRACED = _TracedLayers()
+_TRACED_NAMES: dict[BoundAttention, str] = {}
+
+
 def cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
-    """Return the bound function of a call, from a cache that later calls share."""
+    """Return the bound function of a call, from a cache that later calls share.
+
+    While PyTorch traces the call, the backend is chosen once, for the trace.
+    """
+    if compiling():
+        layer: BoundAttention = getattr(_TRACED, _traced_name(spec, backend, device))
+        return layer
+    return _cached_bind(spec, backend, device)
+
+
+def _traced_name(spec: str | AttentionSpec, backend: Choice, device: str | None) -> str:
+    # The compiler can trace neither a context variable nor the registry, see `tracing`.
+    layer = _cached_bind(spec, backend, device)
+    name = _TRACED_NAMES.setdefault(layer, f"layer_{len(_TRACED_NAMES)}")
+    setattr(_TRACED, name, layer)
+    return name
+
+
+_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
     choice: Any = backend
     if backend is not None and not isinstance(backend, str) and isinstance(backend, Sequence):
         choice = tuple(backend)

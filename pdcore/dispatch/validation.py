@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import dtype_name, library_of
+from ..arrays import check_form, dtype_name, library_of
 from ..backend import LAYOUTS, Inputs, shape_in
 from ..errors import UnsupportedError, nearest
+from ..plugins import registered
 from ..spec import AttentionSpec, Parameter
 
 __all__ = ["validate"]
@@ -43,6 +44,7 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "b
         For a bias that the spec does not support.
     """
     q, k, v = inputs.q, inputs.k, inputs.v
+    check_form(q, "q", library, _libraries)
     _same_library(k, "k", library)
     _same_library(v, "v", library)
     for name, x in (("mask", inputs.mask), ("key_mask", inputs.key_mask), ("bias", inputs.bias)):
@@ -83,6 +85,12 @@ def _same_library(x: Any, name: str, library: str) -> None:
             f"{name}: got an array of {other}, expected {library} like q; arrays of "
             "different libraries are not mixed, convert one side"
         )
+    check_form(x, name, library, _libraries)
+
+
+def _libraries() -> set[str]:
+    """Return the libraries whose arrays some backend takes."""
+    return {info.library for info in registered().values()}
 
 
 def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, layout: str) -> None:
@@ -269,6 +277,7 @@ def check_cotangent(x: Any, name: str, like: Any) -> None:
     other = library_of(x, name)
     if other != library:
         raise TypeError(f"{name}: got an array of {other}, expected {library} like {result}")
+    check_form(x, name, library, _libraries)
     if tuple(x.shape) != tuple(like.shape):
         raise ValueError(
             f"{name}: got shape {tuple(x.shape)}, expected {tuple(like.shape)} like {result}"

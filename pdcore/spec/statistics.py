@@ -103,13 +103,14 @@ class Moments(Statistics):
         }
 
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Return ``mean``, the biased ``var`` and the count ``n``; all are 0 for zero keys."""
+        """Return ``mean``, the biased ``var`` and the count ``n``; all are 0 for zero keys.
+
+        A variance beyond the range of its dtype is NaN: division by inf would hide every key.
+        """
         n = state["n"]
-        return {
-            "n": n,
-            "mean": state["mean"],
-            "var": state["m2"] / xp.where(n > 0, n, xp.ones_like(n)),
-        }
+        var = state["m2"] / xp.where(n > 0, n, xp.ones_like(n))
+        var = xp.where(var == xp.inf, xp.full_like(var, xp.nan), var)
+        return {"n": n, "mean": state["mean"], "var": var}
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
         """Pull ``mean`` and ``var`` back: (d_mean + 2 d_var (k - mean)) / n at real keys."""

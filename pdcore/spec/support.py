@@ -53,6 +53,15 @@ class Support:
         """Whether visibility depends on positions."""
         return self.ahead != math.inf or self.left != math.inf
 
+    def offsets(self, rows: int, length: int, scale: int) -> tuple[int, int]:
+        """Return the range of offsets that matter: every other has the effect of the nearer end.
+
+        Before it no query sees a key; after it every key is behind all queries, and their windows.
+        """
+        before = 0 if self.ahead == math.inf else int(self.ahead)
+        behind = 0 if self.left == math.inf else int(self.left)
+        return -(rows + before) - 1, length + scale + behind
+
 
 @dataclass(frozen=True)
 class Visibility:

@@ -20,7 +20,7 @@ from builtin_checks import (  # noqa: F401 - collected here too
 
 import pdcore
 from pdcore.backend import FEATURES, BackendInfo, Inputs, Request
-from pdcore.dispatch.binding import _exchange
+from pdcore.dispatch.exchange import exchange
 from pdcore.errors import NoBackendError
 from pdcore.plugins import registry as plugins
 
@@ -173,6 +173,7 @@ def streams(cupy_backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     torch.__dict__.update(
         int16="torch's int16",
         compiler=types.SimpleNamespace(is_compiling=lambda: False),
+        jit=types.SimpleNamespace(is_tracing=lambda: False),
         cuda=types.SimpleNamespace(
             current_stream=lambda device: types.SimpleNamespace(cuda_stream=STREAMS[device.index])
         ),
@@ -240,7 +241,7 @@ def test_a_result_that_is_home_is_not_given_again(monkeypatch: pytest.MonkeyPatc
 
     inputs = Inputs(*[strict.asarray(np.ones((1, 2, 5, 4)))] * 3)
     backend = plugins.load_backend("numpy")
-    _, back = _exchange(backend, inputs, "array_api_strict", None)
+    _, back = exchange(backend, inputs, "array_api_strict", None)
     x = strict.asarray(np.ones(2))
     assert back is not None
     assert back(x) is x

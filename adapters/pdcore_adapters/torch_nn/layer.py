@@ -6,11 +6,11 @@ import math
 from typing import Any, Never
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.extend import Inputs, finite_dropout, parameter_shape
+from pdcore.extend import Inputs, compiling, finite_dropout, parameter_shape
 
 from ..bound import BoundSpec, Choice, learned_parameters
 from .words import wrong_call, wrong_layer
@@ -178,6 +178,13 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         """
         if unknown:
             raise wrong_call(PDMultiheadAttention.forward, unknown)
+        if isinstance(query, fx.Proxy):
+            masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+            leaf: tuple[Any, Any] = _as_leaf(
+                self, query, key, value, **masks, **flags, is_causal=is_causal
+            )
+            return leaf
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)
@@ -362,6 +369,23 @@ def attach_spec(layer: Any, bound: BoundSpec) -> list[str]:
     return ["spec_" + name for name in new]
 
 
+def _as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any) -> Any:
+    """Record a layer in a graph of `torch.fx` as one call, as it records layers of PyTorch.
+
+    Raises
+    ------
+    torch.fx.proxy.TraceError
+        When the layer itself is what is traced.
+    """
+    tracer = query.tracer
+    if tracer.root is layer:
+        raise fx.proxy.TraceError(
+            f"{type(layer).__name__} is a leaf of torch.fx; trace the model that contains it"
+        )
+    name = tracer.path_of_module(layer)
+    return tracer.create_proxy("call_module", name, (query, *arguments), keywords)
+
+
 def _check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:
     """Check the dtype and shape of a mask."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
@@ -394,7 +418,7 @@ def _check_hides_only(mask: Any, name: str, reason: str) -> None:
 
 def _require(condition: Any, message: str) -> None:
     """Raise an `UnsupportedError` unless a condition on values holds, also in compiled code."""
-    if torch.compiler.is_compiling():
+    if compiling():
         torch._assert_async(condition, message)  # an operation of the graph, not a branch
     elif not condition:
         raise UnsupportedError(message)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from array_api_compat import array_namespace
 
 from pdcore.extend import (
     ArrayBackend,
@@ -96,7 +97,7 @@ class LocalJaxBackend(ArrayBackend):
 
     def exchange(self, array: Any, device: str | None = None) -> Any:
         """Convert an array of another library by DLPack, and copy it to `device`."""
-        x = array if isinstance(array, jax.Array) else jax.numpy.from_dlpack(array)
+        x = array if isinstance(array, jax.Array) else _imported(array)
         return x if device is None else jax.device_put(x, find(device))
 
     def synchronize(self) -> None:
@@ -107,6 +108,15 @@ class LocalJaxBackend(ArrayBackend):
         """Return the versions of JAX and of jaxlib, its compiler."""
         compiler = importlib.import_module("jaxlib").__version__
         return {"jax": str(jax.__version__), "jaxlib": str(compiler)}
+
+
+def _imported(array: Any) -> jax.Array:
+    """Import an array by DLPack, by a copy if its strides are not those of a contiguous array."""
+    try:
+        return jax.numpy.from_dlpack(array)
+    except jax.errors.JaxRuntimeError:
+        copy = array_namespace(array).asarray(array, copy=True)
+        return jax.numpy.from_dlpack(copy)
 
 
 #: A call is one program: JAX takes several times as long to compile single operations, and

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore.extend import Operands, Scores, scores, scores_vjp
+from pdcore.extend import Operands, Scores, compiling, scores, scores_vjp
 
 from . import namespace as xp
 from .flash import recorded, transformed
@@ -24,11 +24,11 @@ def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
     """Contract by scores, see `score_contraction.scores`."""
     arrays = (o.q, o.k, o.v, o.key_bias, o.bias, *o.values.values())
     query_block, key_block = BLOCKS
-    if torch.compiler.is_compiling() and c.choice is not None and not transformed():
+    if compiling() and c.choice is not None and not transformed():
         keep: Any = o.keep
         p, seed = (0.0, None) if keep is None else (keep.p, keep.seed)
         return traced_scores(o, p, seed, c.choice.plan)
-    if torch.compiler.is_compiling() or transformed() or not recorded(*arrays):
+    if compiling() or transformed() or not recorded(*arrays):
         return scores(c, o, xp=xp, query_block=query_block, key_block=key_block)
     names = tuple(o.values)
     fixed = o._replace(q=None, k=None, v=None, key_bias=None, bias=None, values={})
@@ -98,7 +98,7 @@ class Dropout:
 
     def __init__(self, p: float, seed: Tensor) -> None:
         self.p, self.seed = p, seed
-        self._keep = None if torch.compiler.is_compiling() else keeper(p, int(seed))
+        self._keep = None if compiling() else keeper(p, int(seed))
 
     def __call__(self, start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
         """Return the factors by which the weights of a block are multiplied."""

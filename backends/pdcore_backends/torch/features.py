@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import FeatureRows, Features, Operands, Plan, Pullback, Rows
+from pdcore.extend import FeatureRows, Features, Operands, Plan, Pullback, Rows, compiling
 
 from .flash import recorded, transformed
 
@@ -69,7 +69,7 @@ def elu_rows(rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pul
 
 
 def _elu(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or transformed():
+    if compiling() or transformed():
         return torch.where(x < 0, x.clamp_max(0.0).exp(), x + 1.0)
     if recorded(x):
         phi: Tensor = _EluPlusOne.apply(x)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pdcore.extend import compiling
+
 from . import namespace as xp
 from .inner import Inner, run_inner
 from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
@@ -69,12 +71,12 @@ def attend(
     """
     width = v.shape[-1]
     q, k, v = _pad_to_one_width(q, k, v)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if q.device.type == "cpu" and not compiling():
         if recorded(q, k, v):
             out = _OnCpu.apply(q, k, v, mask, scale, causal)[0]
         else:
             out = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
-    elif torch.compiler.is_compiling() or not recorded(q, k, v):
+    elif compiling() or not recorded(q, k, v):
         out = on_device(q, k, v, mask, scale, causal)
     else:
         out = _OnDevice.apply(q, k, v, mask, scale, causal)

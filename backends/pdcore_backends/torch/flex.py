@@ -18,7 +18,7 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
-from pdcore.extend import Expression, Operands, Scores, Support, Visibility, scores_vjp
+from pdcore.extend import Expression, Operands, Scores, Support, Visibility, compiling, scores_vjp
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed
@@ -92,7 +92,7 @@ def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         None where blocks have to run the call (see the steps of `.choice`), and where an array
         is empty.
     """
-    if torch.compiler.is_compiling() or transformed() or o.keep is not None:
+    if compiling() or transformed() or o.keep is not None:
         return None
     if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import Moments, first_real
+from pdcore.extend import Moments, compiling, first_real
 
 from . import device
 from . import namespace as xp
@@ -85,7 +85,7 @@ def fold(
     q', k' : Tensor
         In the dtype of the inputs.
     """
-    if torch.compiler.is_compiling():
+    if compiling():
         return _plain(q, k, real, beta, eps, split, over_batch)
     record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     if k.is_cuda and not over_batch and by_triton(k):
@@ -127,12 +127,17 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
     total = one @ (centred * centred)
     square = (total.sum(0, keepdim=True) if over_batch else total) / count
     # square - rest^2 does not cancel, as `rest` is of the size of a rounding error.
-    inverse = 1.0 / (square - rest * rest + eps)
+    inverse = _inverse(square - rest * rest, eps)
     if real is not None:
         inverse = torch.where(n > 1, inverse, 0.0)
     elif n == 1:
         inverse = torch.zeros_like(inverse)
     return _Sums(n, mean + rest, inverse, centred, rest)
+
+
+def _inverse(var: Tensor, eps: float) -> Tensor:
+    """Return 1 / (var + eps); NaN, not 0, for a variance beyond the range of its dtype."""
+    return 1.0 / torch.where(var == torch.inf, torch.nan, var + eps)
 
 
 def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]:
@@ -243,8 +248,8 @@ def _plain(
         mean = torch.where(keep, k, 0.0).sum(axes, keepdim=True) / count
         away = torch.where(keep, k - mean, 0.0)
         var = (away * away).sum(axes, keepdim=True) / count
-        inverse = torch.where(n > 1, 1.0 / (var + eps), 0.0)
-    factor = torch.where(inverse > 0, inverse, 1.0).sqrt() * (inverse > 0) if split else inverse
+        inverse = torch.where(n > 1, _inverse(var, eps), 0.0)
+    factor = torch.where(inverse != 0, inverse, 1.0).sqrt() * (inverse != 0) if split else inverse
     folded = (q - (beta * mean)[:, :, None]) * factor[:, :, None]
     keys = k - mean.detach()
     return folded.to(dtype), (keys * factor if split else keys).to(dtype)
@@ -278,7 +283,7 @@ def fold_prefix(
     wide = xp.accumulation(k)
     q, k = q.to(wide), k.to(wide)
     aligned = offset == 0 and q.shape[-2] == k.shape[-2]
-    if not aligned or torch.compiler.is_compiling():
+    if not aligned or compiling():
         return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
     record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
     return fold_rows(q, k, real, beta, eps, closed, _prefix_plain, record)

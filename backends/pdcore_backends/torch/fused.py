@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pdcore.extend import Call, GroupRun, Inputs, Operands, Plan, Scores, pool, pooling_weights
+from pdcore.extend import (
+    Call,
+    GroupRun,
+    Inputs,
+    Operands,
+    Plan,
+    Scores,
+    compiling,
+    pool,
+    pooling_weights,
+)
 
 from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, recorded
@@ -149,7 +159,7 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         array is empty.
     """
     seen, causal = o.visibility, c.choice.causal
-    if torch.compiler.is_compiling() or not all(o.q.shape):
+    if compiling() or not all(o.q.shape):
         return None
     if not all(o.k.shape) or not o.v.shape[-1] or seen.mask is not None or o.bias is not None:
         return None
@@ -197,6 +207,6 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
         zero = q.new_zeros(()) if added is None else added
         added = torch.where(allowed, zero, -torch.inf)
     # At another offset every row sees every key, see `fused_inputs`.
-    causal = c.choice.causal and seen.offset == 0
+    causal = True if c.choice.causal and seen.offset == 0 else False  # noqa: SIM210 - it may be a tensor
     out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
     return out.unflatten(1, q.shape[1:3])

@@ -20,6 +20,7 @@ from pdcore.extend import (
     Request,
     Scores,
     UnsupportedError,
+    compiling,
     constants_held,
     register_array_type,
 )
@@ -32,6 +33,7 @@ from .flash import recorded, transformed
 from .flex import flex_scores
 from .fused import FusedCall, FusedRun, fused_inputs, fused_out, fused_scores, plain
 from .operators import BLOCKS
+from .torchscript import with_fixed_lengths
 
 __all__ = ["TorchBackend"]
 
@@ -77,12 +79,12 @@ class TorchBackend(ArrayBackend):
         whole = isinstance(c.choice, Fused) and c.choice.whole and not (lse or transformed())
         if whole and c.choice.plain:
             q, k, v = inputs[:3]
-            eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+            eager = not (compiling() or torch.is_autocast_enabled("cpu"))
             packed = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
             if eager and packed and not recorded(q, k, v):
                 _check_precision(q)
                 return plain(c, inputs), None
-        inputs = constants_held(plan, inputs, torch.Tensor.detach)
+        inputs = constants_held(plan, with_fixed_lengths(plan, inputs), torch.Tensor.detach)
         with _without_autocast(inputs.q):
             prepared = fused_inputs(plan, inputs) if whole else None
             if prepared is None:
@@ -127,6 +129,7 @@ class TorchBackend(ArrayBackend):
 
     def attention_weights(self, plan: Plan, inputs: Inputs) -> Any:
         """Compute the weights of a plan, see `Backend.attention_weights`."""
+        inputs = with_fixed_lengths(plan, inputs, weights=True)
         inputs = constants_held(plan, inputs, torch.Tensor.detach)
         with _without_autocast(inputs.q):
             return super().attention_weights(plan, inputs)

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from pdcore.extend import compiling
+
 __all__ = ["State", "lse_backward", "lse_forward", "on_device", "widened", "with_lse"]
 
 _aten = torch.ops.aten
@@ -57,7 +59,7 @@ def on_device(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     masked = mask is not None
-    if torch.compiler.is_compiling():  # a trace cannot read the device: PyTorch's own order
+    if compiling():  # a trace cannot read the device: PyTorch's own order
         allowed = sdpa_kernel(_MASKED if masked else _FUSED)
     else:
         allowed = sdpa_kernel(list(_order(q.device.index, masked)), set_priority=True)

@@ -93,7 +93,7 @@ def _operands(
         lowered.support,
         xp,
         q.shape[-2],
-        length,
+        length if scale > 1 else k.shape[-2],
         scale,
         offset if positions is None else positions,
         key_mask,

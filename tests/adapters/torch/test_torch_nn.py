@@ -842,3 +842,52 @@ def test_a_layer_answers_arguments_of_other_attentions(word: str, says: str) -> 
     with pytest.raises(TypeError, match=f"unknown argument {word}=") as caught:
         PDMultiheadAttention(8, 2, **{word: None})
     assert says in str(caught.value)
+
+
+class Wrapped(nn.Module):
+    """A model with one layer, for tracers that need a module around it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,1,2,2)"])
+def test_a_layer_is_a_leaf_of_fx(spec: str) -> None:
+    layer = nn.MultiheadAttention(16, 4, batch_first=True)
+    convert(layer, spec)
+    model, x = Wrapped(layer), torch.randn(2, 6, 16)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 1
+    torch.testing.assert_close(traced(x), model(x))
+    torch.testing.assert_close(traced(x[:, :5]), model(x[:, :5]))
+    with pytest.raises(torch.fx.proxy.TraceError, match="trace the model that contains it"):
+        torch.fx.symbolic_trace(layer)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("spec", ["softmax", "bn", "causal"])
+def test_a_converted_encoder_by_torchscript(spec: str) -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    convert(layer, spec)
+    traced = torch.jit.trace(layer.eval(), (torch.randn(2, 6, 16),))
+    for length in (6, 9):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_layer_compiles_to_one_graph(need_weights: bool) -> None:
+    torch.compiler.reset()
+    layer, x = PDMultiheadAttention(16, 4, spec="bn", batch_first=True), torch.randn(2, 6, 16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for result, wanted in zip(
+        compiled(x, x, x, need_weights=need_weights),
+        layer(x, x, x, need_weights=need_weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, wanted)

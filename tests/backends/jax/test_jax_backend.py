@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -167,3 +171,40 @@ def test_what_cudnn_does_not_get(cudnn: Cudnn, spec: str, more: Any, why: str | 
 def test_explain_names_the_kernel() -> None:
     x = jax.numpy.ones((1, 2, 4, 3))
     assert "blocks of rows and keys" in str(pdcore.explain(x, x, x, "softmax"))
+
+
+@pytest.mark.parametrize("spec", ["conv1d", "conv1d(5,padding=causal)+causal", "conv2d(2,3)"])
+def test_default_parameters_under_transformations(spec: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jax.numpy.asarray(x, dtype=jax.numpy.float32) for x in rng.standard_normal((3, 2, 2, 6, 4))
+    )
+    size = {"conv1d": (3,), "conv2d(2,3)": (3, 3)}.get(spec, (5,))
+    weight = jax.numpy.full((2, *size, 4), 1.0 / math.prod(size))
+
+    def call(q, k, v, **more):
+        return pdcore.attention(q, k, v, spec, **more)
+
+    def total(q, **more):
+        return call(q, k, v, **more).sum()
+
+    want = call(q, k, v, params={"weight": weight})
+    for mapped in (jax.jit(call), jax.vmap(call), jax.jit(jax.vmap(call))):
+        np.testing.assert_allclose(mapped(q, k, v), want, rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda q: total(q, params={"weight": weight}))(q)
+    for derived in (jax.grad(total), jax.jit(jax.grad(total))):
+        np.testing.assert_allclose(derived(q), gradient, rtol=1e-4, atol=1e-5)
+    weights = jax.jit(lambda *x: pdcore.attention_weights(*x, spec))(q, k, v)
+    np.testing.assert_allclose(weights @ v, want, rtol=1e-4, atol=1e-5)
+
+
+def test_arrays_of_numpy_in_every_layout() -> None:
+    file = Path(__file__).parents[2] / "shared" / "layouts.py"
+    run = subprocess.run([sys.executable, str(file), "jax"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout.splitlines()[-1:] + run.stderr.splitlines()[-5:]
+
+
+def test_a_random_key_is_no_array_of_numbers() -> None:
+    key, x = jax.random.key(0), jax.numpy.ones((1, 1, 2, 4))
+    with pytest.raises(TypeError, match=r"q: got dtype key.*expected one of float16"):
+        pdcore.attention(jax.random.split(key, (1, 1, 2, 4)), x, x)

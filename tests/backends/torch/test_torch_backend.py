@@ -6,7 +6,11 @@ The conformance suite checks the backend's numbers.
 from __future__ import annotations
 
 import pickle
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,3 +234,95 @@ def test_a_bound_layer_is_copied_and_pickled() -> None:
     again = pickle.loads(pickle.dumps(layer))  # noqa: S301 - pickled in the same expression
     assert again.spec == layer.spec
     assert torch.equal(again(*x), wanted)
+
+
+def test_arrays_of_numpy_in_every_layout() -> None:
+    file = Path(__file__).parents[2] / "shared" / "layouts.py"
+    run = subprocess.run([sys.executable, str(file), "torch"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout.splitlines()[-1:] + run.stderr.splitlines()[-5:]
+
+
+@pytest.mark.parametrize("to", ["numpy", "strict"])
+def test_tensors_of_odd_layouts_go_to_another_backend(to: str) -> None:
+    x = draw(1, 2, 6, 4)
+    odd = {
+        "negated": torch._neg_view(-x[0]),
+        "of a complex tensor": torch.complex(x[0], -x[0]).conj().imag,
+        "broadcast": x[0][..., :1].expand(1, 2, 6, 4),
+        "every second": x[0].repeat_interleave(2, -1)[..., ::2],
+        "transposed": x[0].mT.contiguous().mT,
+    }
+    for name, q in odd.items():
+        out = pdcore.attention(q, *x[1:], backend=to)
+        assert type(out) is torch.Tensor
+        assert relative(out, pdcore.attention(q.clone(), *x[1:])) < 1e-5, name
+    with pytest.raises(pdcore.UnsupportedError, match="detach"):
+        pdcore.attention(x[0].requires_grad_(), *x[1:], backend=to)
+
+
+class Named(torch.Tensor):  # type: ignore[misc]
+    """A subclass of a user."""
+
+
+def test_subclasses_of_tensors() -> None:
+    x = draw(1, 2, 6, 4)
+    for spec in ("softmax", "bn+sh(1,2)", "sparse(2,1)", "causal+linear"):
+        want = pdcore.attention(*x, spec)
+        peer = torch.nn.functional.scaled_dot_product_attention(*(y.as_subclass(Named) for y in x))
+        out = pdcore.attention(*(y.as_subclass(Named) for y in x), spec)
+        assert type(out) is type(peer) is Named
+        assert relative(out.as_subclass(torch.Tensor), want) < 1e-6
+        out = pdcore.attention(*map(torch.nn.Parameter, x), spec)
+        out.sum().backward()
+        assert relative(out, want) < 1e-5
+
+
+def test_shapes_are_inferred_of_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        for spec in ("softmax", "bn+sh(1,2)", "sparse(2,1)", "causal+linear"):
+            q, k, v = torch.empty(1, 4, 6, 8), torch.empty(1, 2, 5, 8), torch.empty(1, 2, 5, 3)
+            assert pdcore.attention(q, k, v, spec).shape == (1, 4, 6, 3)
+
+
+FOREIGN = {
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "sparse": lambda x: x.to_sparse(),
+    "sparse rows": lambda x: x[0, 0].to_sparse_csr(),
+    "meta": lambda x: x.to("meta"),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+}
+SAYS = {
+    "nested": "got a nested tensor, .*to_padded_tensor",
+    "jagged": "got a nested tensor, .*to_padded_tensor",
+    "sparse": r"got a tensor of layout torch.sparse_coo, .*\.to_dense\(\)",
+    "sparse rows": r"got a tensor of layout torch.sparse_csr, .*\.to_dense\(\)",
+    "meta": "got a tensor on the device meta, .*FakeTensorMode",
+    "quantized": r"got a quantized tensor, .*dequantize\(\)",
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("form", FOREIGN)
+@pytest.mark.parametrize("name", ["q", "k", "v", "mask", "key_mask", "bias", "params['beta']"])
+def test_forms_of_tensors_that_are_not_dense(form: str, name: str) -> None:
+    x = dict(zip("qkv", draw(1, 2, 6, 4), strict=True))
+    pdcore.attention(*x.values(), "bn(beta=param)", params={"beta": torch.ones(2, 4)})
+    foreign = FOREIGN[form](draw(1, 2, 6, 4)[0])
+    params = {"beta": torch.ones(2, 4)}
+    if name.startswith("params"):
+        params["beta"] = foreign
+    else:
+        x[name] = foreign
+    with pytest.raises(TypeError, match=rf"^{re.escape(name)}: {SAYS[form]}") as caught:
+        pdcore.attention(**x, spec="bn(beta=param)", params=params)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sparse_cotangent() -> None:
+    out, _, vjp = pdcore.attention_vjp(*draw(1, 2, 6, 4))
+    with pytest.raises(TypeError, match="d_out: got a tensor of layout"):
+        vjp(out.to_sparse())
