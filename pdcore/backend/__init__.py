@@ -8,6 +8,7 @@ from .contract import FEATURES, SPEC_VERSION, Backend, BackendInfo, Inputs, Requ
 from .feature_contraction import chunks, shifted_features
 from .group_run import GroupRun
 from .operands import Contracted, Operands
+from .raw_features import mapped
 from .score_contraction import divide, finite, log_weight, relative_features, scores, scores_vjp
 from .silent_backend import SilentBackend
 
@@ -31,6 +32,7 @@ __all__ = [
     "divide",
     "finite",
     "log_weight",
+    "mapped",
     "relative_features",
     "scores",
     "scores_vjp",
