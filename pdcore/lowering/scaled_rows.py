@@ -18,8 +18,8 @@ __all__ = ["ScaledRows", "largest_entry", "largest_key", "scaled"]
 class ScaledRows:
     """The scale of features, of a row in queries and of a head in keys.
 
-    See `FeatureMap.feature_scale`. The scale cancels in the output. Without it, features below the square root of the dtype's smallest
-    number would have products of 0.
+    See `FeatureMap.feature_scale`. The scale cancels in the output. Without it, features below the
+    square root of the dtype's smallest number would have products of 0.
 
     Attributes
     ----------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -169,9 +170,17 @@ def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
     return Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset)
 
 
-def _in_full() -> Any:
-    """Return a context of full precision, which is not the default for float32 on GPU and TPU.
+@contextmanager
+def _in_full() -> Iterator[None]:
+    """Compute in full precision, which is not the default for float32 on GPU and TPU.
 
-    JAX records the precision with each product, so gradients have full precision too.
+    JAX records the precision with each product, so gradients have full precision too. The caller's
+    checks of implicit broadcasts and casts are about the caller's code: plans are array-API calls,
+    which broadcast.
     """
-    return jax.default_matmul_precision("highest")
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield
