@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from .choice import ByBlocks, ByCudnn
 from .cudnn import cudnn_scores
 from .device import find
 from .features import prefix_contract
-from .namespace import NAMESPACE
+from .namespace import NAMESPACE, in_full
 from .prefix import prefix_states
 from .scores import scores
 
@@ -118,7 +117,7 @@ _program = partial(jax.jit, static_argnums=(0, 1, 2))
 @partial(_program, static_argnames="lse")
 def _attention(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any, *, lse: bool) -> Any:
     inputs = constants_held(plan, _joined(arrays, offset), jax.lax.stop_gradient)
-    with _in_full():
+    with in_full():
         return ArrayBackend.attention(backend, plan, inputs, lse=lse)
 
 
@@ -138,7 +137,7 @@ def _with_pullback(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: An
 
 
 def _pull(pull: Any, cotangents: Any) -> Any:
-    with _in_full():
+    with in_full():
         return pull(cotangents)[0]
 
 
@@ -147,7 +146,7 @@ _pulled = jax.jit(_pull)
 
 @_program
 def _weights(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
-    with _in_full():
+    with in_full():
         return ArrayBackend.attention_weights(backend, plan, _joined(arrays, offset))
 
 
@@ -168,19 +167,3 @@ _ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params"})
 
 def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
     return Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset)
-
-
-@contextmanager
-def _in_full() -> Iterator[None]:
-    """Compute in full precision, which is not the default for float32 on GPU and TPU.
-
-    JAX records the precision with each product, so gradients have full precision too. The caller's
-    checks of implicit broadcasts and casts are about the caller's code: plans are array-API calls,
-    which broadcast.
-    """
-    with (
-        jax.default_matmul_precision("highest"),
-        jax.numpy_rank_promotion("allow"),
-        jax.numpy_dtype_promotion("standard"),
-    ):
-        yield
