@@ -55,11 +55,12 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
     """Contract without causal support, applying phi to one block of rows at a time."""
     mask, phi = o.visibility.key_mask, c.kernel
     largest = largest_key(o.k, mask, xp=xp)
+    of_keys = phi.feature_scale(largest, xp=xp)
     state: Any = 0
     count: Any = 0
     for start in range(0, o.k.shape[-2], _ROWS):
         at = (..., slice(start, start + _ROWS), slice(None))
-        k, of_keys = _scaled(phi, o.k[at], largest)
+        k, _ = _scaled(phi, o.k[at], largest)
         k = phi.features(k, xp=xp, params={})
         if mask is not None:
             k = np.where(mask[..., start : start + _ROWS, None], k, 0)
