@@ -17,6 +17,7 @@ from .contract import (
 from .feature_contraction import chunks, shifted_features
 from .group_run import GroupRun
 from .operands import Contracted, Operands
+from .raw_features import mapped
 from .score_contraction import divide, finite, log_weight, relative_features, scores, scores_vjp
 from .silent_backend import SilentBackend
 
@@ -41,6 +42,7 @@ __all__ = [
     "divide",
     "finite",
     "log_weight",
+    "mapped",
     "relative_features",
     "scores",
     "scores_vjp",

@@ -76,7 +76,7 @@ def features(
         return weighted, xp.zeros_like(total[..., 0])
     none = total == 0
     # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
-    out = weighted / xp.where(none, xp.full_like(total, xp.inf), total)
+    out = xp.divide(weighted, xp.where(none, xp.full_like(total, xp.inf), total))
     divisor = xp.where(none, xp.ones_like(total), total)
     level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
     return out, level[..., 0]

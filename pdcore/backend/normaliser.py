@@ -7,6 +7,7 @@ from typing import Any
 from ..lowering import Features, Plan, Scores
 from . import score_contraction
 from .operands import Operands
+from .raw_features import mapped
 
 __all__ = ["Normaliser"]
 
@@ -26,9 +27,8 @@ class Normaliser:
         if alive is not None:
             level = xp.where(alive, level, xp.full_like(level, -xp.inf))
         # L of an empty row stays -inf whatever the row constant is.
-        self.level = (
-            level if constant is None else xp.where(level == -xp.inf, level, level + constant)
-        )
+        empty = level == -xp.inf
+        self.level = level if constant is None else xp.where(empty, level, level + constant)
         if self.h == "sum":
             return
         counts = o.visibility.counts(o.bias)
@@ -38,7 +38,10 @@ class Normaliser:
         self.seen = counts > 0
         count = xp.astype(xp.where(self.seen, counts, xp.ones_like(counts)), level.dtype)
         self.log_h = xp.log(count) if self.h == "count" else xp.zeros_like(count)
-        self.factor = xp.exp(self.level - self.log_h)
+        if constant is None:
+            self.factor = xp.exp(level - self.log_h)
+        else:
+            self.factor = _exp_of_sum(level - self.log_h, constant, xp)
 
     @property
     def plain(self) -> bool:
@@ -74,13 +77,13 @@ class Normaliser:
 
     def weights(self, c: Scores | Features, pooling: Any, backend: Any) -> Any:
         """Compute kappa / h for every query and every key of the call."""
-        xp, o = self.xp, self.o
+        xp, o, inner = self.xp, self.o, self.inner
         if isinstance(c, Features):
             if c.raw:
-                q, k = (c.kernel.features(x, xp=xp, params={}) for x in (o.q, o.k))
-                o = o._replace(q=q, k=k)
+                o, constant, _ = mapped(c, o, xp=xp)
+                inner = inner - constant
             c = Scores("log_features" if c.log else "features", signed=c.signed)
-        w = score_contraction.weights(c, o, self.inner, xp=xp, query_block=backend.query_block)
+        w = score_contraction.weights(c, o, inner, xp=xp, query_block=backend.query_block)
         if self.factor is not None:
             w = w * self.factor[..., None]
         if self.alive is not None:
@@ -90,3 +93,12 @@ class Normaliser:
         spread = w[..., None] * pooling[..., None, None, :, :]
         *lead, count, scale = spread.shape
         return xp.reshape(spread, (*lead, count * scale))[..., : o.visibility.length]
+
+
+def _exp_of_sum(a: Any, b: Any, xp: Any) -> Any:
+    """Compute exp(a + b) without the rounding error of a + b, which grows with |a + b|."""
+    total = a + b
+    # The rounding error exactly (Knuth's two-sum); NaN where a is -inf.
+    more = total - a
+    error = (a - (total - more)) + (b - more)
+    return xp.exp(total) * (1.0 + xp.where(a == -xp.inf, xp.zeros_like(a), error))

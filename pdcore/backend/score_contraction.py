@@ -122,7 +122,7 @@ def divide(summed: Any, total: Any, exponent: Any, *, xp: Any) -> tuple[Any, Any
     """Compute (out, L) from weighted sums: zeros and -inf where the weights sum to 0."""
     none = total == 0
     divisor = xp.where(none, xp.ones_like(total), total)
-    out = xp.where(none, xp.zeros_like(summed), summed / divisor)
+    out = xp.where(none, xp.zeros_like(summed), xp.divide(summed, divisor))
     level = xp.where(none, xp.full_like(total, -xp.inf), exponent + xp.log(divisor))
     return out, level[..., 0]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ..moved import attribute as _attribute
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .rewrites import Signature, lower, restored
+from .scaled_rows import ScaledRows, largest_entry, largest_key, scaled
 from .transforms import (
     FeatureRows,
     Fold,
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "Pullback",
     "Rows",
+    "ScaledRows",
     "Scores",
     "Signature",
     "Summary",
@@ -39,8 +41,11 @@ __all__ = [
     "add_into",
     "central",
     "first_real",
+    "largest_entry",
+    "largest_key",
     "lower",
     "restored",
+    "scaled",
     "sum_to",
 ]
 

@@ -29,6 +29,7 @@ from ..spec import (
     default_scale,
 )
 from .plan import Features, Group, Plan, Scores, Summary, Transform
+from .scaled_rows import ScaledRows
 from .transforms import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
 
 __all__ = ["Signature", "lower", "restored"]
@@ -183,6 +184,9 @@ def _contraction(
         steps.append(f"cosine: unit rows; scores: log kappa = {kernel.scale:.6g} q'.k'")
         return tuple(transforms), Scores(scale=kernel.scale)
     if isinstance(kernel, FeatureMap):
+        if kernel.has_feature_scale:
+            transforms.append(ScaledRows(kernel))
+            steps.append("feature scale: small features over their largest, whose log goes to L")
         transforms.append(FeatureRows(kernel, PHI.get(type(kernel), "")))
         return tuple(transforms), _features(spec, kernel, signature, steps)
     if not isinstance(kernel, PointwiseKernel):

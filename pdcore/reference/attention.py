@@ -204,16 +204,17 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
                 bias = call.bias[..., i, :, :]
                 visible = visible & (bias != -INF)
             query = call.q[..., i, :, :]
+            units: tuple[Any, ...] = ()
             if transform is None:
                 visible = visible & xp.any(counted, axis=-1, keepdims=True)
                 inner = prefix_inner_products(call, query, keys, counted, params)
                 has_log, kappa = True, pointwise(spec.kernel, inner, visible, call, params)
             else:
                 x = call.rounded(transform(query))
-                has_log, kappa = kappa_of(spec.kernel, x, y, visible, call, params)
+                has_log, kappa, units = kappa_of(spec.kernel, x, y, visible, call, params)
             if bias is not None:
                 kappa = kappa + bias
-            weights, lse = _normalise(kappa, has_log, visible, spec.normaliser, xp)
+            weights, lse = _normalise(kappa, has_log, units, visible, spec.normaliser, xp)
             yield _Head(call.rounded(weights), visible, lse, values, pooled)
 
 
@@ -256,9 +257,11 @@ def _pool(x: Any, pooled: Any, call: ReferenceCall) -> Any:
 
 
 def _normalise(
-    kappa: Any, has_log: bool, visible: Any, normaliser: str, xp: Any
+    kappa: Any, has_log: bool, units: tuple[Any, ...], visible: Any, normaliser: str, xp: Any
 ) -> tuple[Any, Any]:
     """Divide kappa by h; with `has_log`, `kappa` is the logarithm of kappa.
+
+    The units of kappa, see `kappa_of`, cancel where h is the sum of kappa.
 
     Returns
     -------
@@ -278,6 +281,11 @@ def _normalise(
             top = select(top == -INF, 0.0, top, xp)
         kappa = xp.exp(xp.where(used, kappa, top) - top)
     kappa = select(used, kappa, 0.0, xp)
+    for unit in units:
+        if normaliser == "sum":
+            top = top + xp.log(unit)
+        else:
+            kappa = kappa * unit
     if normaliser == "sum":
         h = xp.sum(kappa, axis=-1, keepdims=True)
     else:

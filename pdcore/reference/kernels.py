@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import constant
 from ..errors import UnsupportedError
 from ..spec import kernels
 from .inputs import ReferenceCall, hook_params, select
@@ -27,7 +28,7 @@ def kappa_of(
     visible: Any,
     call: ReferenceCall,
     params: Mapping[str, Any],
-) -> tuple[bool, Any]:
+) -> tuple[bool, Any, tuple[Any, ...]]:
     """Evaluate a kernel on every pair of a query x and a key y.
 
     Returns
@@ -35,7 +36,29 @@ def kappa_of(
     has_log : bool
         Whether the array is log kappa, not kappa.
     array (*B, N, W)
+    units : tuple of array
+        Without `has_log`: kappa is the array times these, (*B, N, 1) and (*B, 1, 1).
     """
+    if type(kernel) is kernels.Elu:
+        return False, *_in_units(
+            _elu_plus_one(x, call.xp), _elu_plus_one(y, call.xp), visible, call
+        )
+    if type(kernel) is kernels.Relu:
+        # x <= 0, not x > 0, so that a NaN stays a NaN. The gradient at 0 is 0.
+        x, y = (call.xp.where(z <= 0, call.xp.zeros_like(z), z) for z in (x, y))
+        return False, *_in_units(x, y, visible, call)
+    return *_plain_kappa(kernel, x, y, visible, call, params), ()
+
+
+def _plain_kappa(
+    kernel: kernels.Kernel,
+    x: Any,
+    y: Any,
+    visible: Any,
+    call: ReferenceCall,
+    params: Mapping[str, Any],
+) -> tuple[bool, Any]:
+    """Evaluate a kernel without units, see `kappa_of`."""
     xp = call.xp
     if type(kernel) is kernels.Gaussian:
         square = xp.zeros(visible.shape, dtype=call.dtype, device=call.device)
@@ -57,13 +80,6 @@ def kappa_of(
             return projected - tau / 2 * square - math.log(kernel.count) / 2
 
         return True, _log_sum_of_products(log_phi(x), log_phi(y), xp)
-    if type(kernel) is kernels.Elu:
-        return False, _inner(_elu_plus_one(x, xp), _elu_plus_one(y, xp), xp)
-    if type(kernel) is kernels.Relu:
-        # x <= 0, not x > 0, so that a NaN stays a NaN. The gradient at 0 is 0.
-        zero = xp.zeros_like
-        x, y = xp.where(x <= 0, zero(x), x), xp.where(y <= 0, zero(y), y)
-        return False, _inner(x, y, xp)
     if isinstance(kernel, kernels.FeatureMap):
         shaped = hook_params(kernel, call, params)
         phi_x, phi_y = (
@@ -114,6 +130,23 @@ def pointwise(
 
 def _inner(x: Any, y: Any, xp: Any) -> Any:
     return xp.matmul(x, xp.matrix_transpose(y))
+
+
+def _in_units(
+    phi_x: Any, phi_y: Any, visible: Any, call: ReferenceCall
+) -> tuple[Any, tuple[Any, Any]]:
+    """Compute phi(x).phi(y) in units of the largest feature of each query, and of all keys.
+
+    Products of small features would leave the range of the dtype. Units of 1 or more are 1.
+    """
+    xp = call.xp
+    seen = xp.any(visible, axis=-2)[..., None]
+    units = []
+    for phi, axes in ((phi_x, (-1,)), (select(seen, phi_y, 0.0, xp), (-2, -1))):
+        some = all(phi.shape[axis] for axis in axes)
+        most = (xp.max if some else xp.sum)(phi, axis=axes, keepdims=True)
+        units.append(constant(select((most > 0) & (most < 1), most, 1.0, xp), xp))
+    return _inner(phi_x / units[0], phi_y / units[1], xp), (units[0], units[1])
 
 
 def _unit(x: Any, xp: Any) -> Any:

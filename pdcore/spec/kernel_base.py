@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ..errors import UnsupportedError
 from .expression import Expression, trace
 
-__all__ = ["FeatureMap", "Kernel", "Parameter", "PointwiseKernel"]
+__all__ = ["FeatureMap", "FeatureScale", "Kernel", "Parameter", "PointwiseKernel"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,22 @@ def _trace_log_kappa(kernel: PointwiseKernel, dim: int) -> Expression:
     )
 
 
+class FeatureScale(NamedTuple):
+    """Numbers by which phi(x) = exp(log) phi((x - shift) / divisor).
+
+    Attributes
+    ----------
+    log : array
+        The log of the factor of the features.
+    shift, divisor : array or None
+        None for 0, and for 1.
+    """
+
+    log: Any
+    shift: Any = None
+    divisor: Any = None
+
+
 class FeatureMap(Kernel):
     """A kernel given by its features, kappa(x, y) = phi(x).phi(y).
 
@@ -154,7 +170,33 @@ class FeatureMap(Kernel):
             "differentiation (numpy, cupy) cannot give its gradient"
         )
 
+    def feature_scale(self, largest: Any, *, xp: Any) -> FeatureScale:
+        """Return a scale of features, so that products of small features do not vanish.
+
+        By default there is none: products of features below the range of the dtype are 0.
+
+        Parameters
+        ----------
+        largest : array
+            The largest entries of sets of rows: for queries of each row, (*B, H, R, 1); for keys
+            of each head, (*B, H, 1, 1).
+        xp : namespace
+            The array-API namespace of `largest`.
+
+        Returns
+        -------
+        FeatureScale
+            The scale of each set, like `largest`: a factor below 1 where all features of the set
+            are below 1, else 1.
+        """
+        return FeatureScale(xp.zeros_like(largest))
+
     @property
     def has_vjp(self) -> bool:
         """Whether the class defines `features_vjp`."""
         return type(self).features_vjp is not FeatureMap.features_vjp
+
+    @property
+    def has_feature_scale(self) -> bool:
+        """Whether the class defines `feature_scale`."""
+        return type(self).feature_scale is not FeatureMap.feature_scale

@@ -19,7 +19,7 @@ import numpy as np
 from ..arrays import device_of
 from ..errors import SpecError
 from .expression import Expression, log, tanh
-from .kernel_base import FeatureMap, Kernel, Parameter, PointwiseKernel
+from .kernel_base import FeatureMap, FeatureScale, Kernel, Parameter, PointwiseKernel
 from .latex_text import latex_number
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Elu",
     "Exponential",
     "FeatureMap",
+    "FeatureScale",
     "Gaussian",
     "Kernel",
     "Parameter",
@@ -193,6 +194,13 @@ class Elu(FeatureMap):
         """Pull a cotangent back, see `FeatureMap.features_vjp`."""
         return cotangent * xp.exp(xp.minimum(x, xp.sum(x[..., :0, :0]))), {}
 
+    def feature_scale(self, largest: Any, *, xp: Any) -> FeatureScale:
+        """Return m such that phi(x) = exp(m) phi(x - m), see `FeatureMap.feature_scale`."""
+        below = (largest < 0) & (largest > -math.inf)
+        # Of x - m and of the sum of two m, a whole m costs no digits.
+        shift = xp.where(below, xp.ceil(largest), xp.zeros_like(largest))
+        return FeatureScale(shift, shift=shift)
+
     def latex(self) -> str:
         """Return kappa as LaTeX."""
         return r"\phi(x)^\top \phi(y),\ \phi = \mathrm{elu} + 1"
@@ -215,6 +223,12 @@ class Relu(FeatureMap):
     ) -> tuple[Any, Mapping[str, Any]]:
         """Pull a cotangent back, see `FeatureMap.features_vjp`."""
         return xp.where(x <= 0, xp.zeros_like(cotangent), cotangent), {}
+
+    def feature_scale(self, largest: Any, *, xp: Any) -> FeatureScale:
+        """Return d such that phi(x) = d phi(x / d), see `FeatureMap.feature_scale`."""
+        small = (largest > 0) & (largest < 1)
+        log = xp.ceil(xp.log(xp.where(small, largest, xp.ones_like(largest))))
+        return FeatureScale(log, divisor=xp.exp(log))
 
     def latex(self) -> str:
         """Return kappa as LaTeX."""

@@ -179,7 +179,8 @@ class DefectiveFeatures:
 @pytest.mark.parametrize("text", ["linear", "relu", "random_features(3,1)"])
 def test_feature_maps_on_one_side_are_caught(text: str) -> None:
     case = spread(normal_case(text))
-    inner = case.plan().transforms[0]
+    inner = case.plan().transforms[-1]
     assert isinstance(inner, FeatureRows)
-    caught(case, with_transform(case, DefectiveFeatures(inner, "queries alone")))
-    caught(case, with_transform(case, DefectiveFeatures(inner, "queries off by 1e-6")))
+    at = len(case.plan().transforms) - 1
+    caught(case, with_transform(case, DefectiveFeatures(inner, "queries alone"), at))
+    caught(case, with_transform(case, DefectiveFeatures(inner, "queries off by 1e-6"), at))

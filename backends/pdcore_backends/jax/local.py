@@ -29,7 +29,7 @@ from .choice import ByBlocks, ByCudnn
 from .cudnn import cudnn_scores
 from .device import find
 from .features import prefix_contract
-from .namespace import NAMESPACE
+from .namespace import NAMESPACE, in_full
 from .prefix import prefix_states
 from .scores import scores
 
@@ -127,7 +127,7 @@ _program = partial(jax.jit, static_argnums=(0, 1, 2))
 @partial(_program, static_argnames="lse")
 def _attention(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any, *, lse: bool) -> Any:
     inputs = constants_held(plan, _joined(arrays, offset), jax.lax.stop_gradient)
-    with _in_full():
+    with in_full():
         return ArrayBackend.attention(backend, plan, inputs, lse=lse)
 
 
@@ -147,7 +147,7 @@ def _with_pullback(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: An
 
 
 def _pull(pull: Any, cotangents: Any) -> Any:
-    with _in_full():
+    with in_full():
         return pull(cotangents)[0]
 
 
@@ -156,7 +156,7 @@ _pulled = jax.jit(_pull)
 
 @_program
 def _weights(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
-    with _in_full():
+    with in_full():
         return ArrayBackend.attention_weights(backend, plan, _joined(arrays, offset))
 
 
@@ -177,11 +177,3 @@ _ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params"})
 
 def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
     return Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset)
-
-
-def _in_full() -> Any:
-    """Return a context of full precision, which is not the default for float32 on GPU and TPU.
-
-    JAX records the precision with each product, so gradients have full precision too.
-    """
-    return jax.default_matmul_precision("highest")

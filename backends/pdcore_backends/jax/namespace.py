@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 
-__all__ = ["NAMESPACE"]
+__all__ = ["NAMESPACE", "in_full"]
 
 
 class _Namespace:
@@ -14,6 +16,12 @@ class _Namespace:
 
     # Read by `pdcore.extend.stop_gradient`.
     stop_gradient = staticmethod(jax.lax.stop_gradient)
+
+    @staticmethod
+    def divide(x: Any, y: Any) -> Any:
+        """Divide; the derivative has no 1 / y^2, which overflows where 1 / y does not."""
+        unit = jax.lax.stop_gradient(jax.numpy.where(jax.numpy.isinf(y), 1, y))
+        return (x / unit) / (y / unit)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(jax.numpy, name)
@@ -25,3 +33,19 @@ class _Namespace:
 
 
 NAMESPACE = _Namespace()
+
+
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Compute in full precision, which is not the default for float32 on GPU and TPU.
+
+    JAX records the precision with each product, so gradients have full precision too. The caller's
+    checks of implicit broadcasts and casts are about the caller's code: plans are array-API calls,
+    which broadcast.
+    """
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        yield

@@ -24,6 +24,7 @@ from pdcore.extend import Support, divide, finite
 
 from .blocks import Arrays, StaticCall
 from .namespace import NAMESPACE as xp
+from .namespace import in_full
 from .scores import checkpointed, contract, contract_tangents, nonzero
 from .shards import Shards
 
@@ -169,6 +170,7 @@ def _sent_round(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int,
 
 
 @partial(around.defjvp, symbolic_zeros=True)
+@in_full()
 def _around_jvp(ring: Ring, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = around(ring, arrays)

@@ -33,6 +33,7 @@ from pdcore.extend import (
 
 from .blocks import Arrays, StaticCall, flat, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
+from .namespace import in_full
 from .products import (
     BlockVisibility,
     along_rows,
@@ -129,6 +130,7 @@ def _contract_kept(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
 
 
 @partial(_contract_kept.defjvp, symbolic_zeros=False)
+@in_full()
 def _contract_kept_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     def run(arrays: Arrays) -> tuple[Any, Any]:
         results = over_rows(call, partial(_forward, call, derived=True), arrays)
@@ -193,6 +195,7 @@ def _base(peak: Any) -> Any:
 
 
 @partial(contract.defjvp, symbolic_zeros=True)
+@in_full()
 def _contract_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = contract(call, arrays)

@@ -26,6 +26,7 @@ from pdcore.extend import (
     Pullback,
     Request,
     Rows,
+    ScaledRows,
     Scores,
     Statistics,
     Transform,
@@ -34,6 +35,7 @@ from pdcore.extend import (
     divide,
     feature_contraction,
     finite,
+    largest_key,
     score_contraction,
 )
 
@@ -168,12 +170,26 @@ class _GaussianOfShards:
         return self.gaussian.between(rows.q - shift, rows.k - shift, rows.key_mask, xp=xp)
 
 
+@dataclass(frozen=True)
+class _ScaleOfShards:
+    """`ScaledRows` by the largest entry of the keys of all shards."""
+
+    scale: ScaledRows
+    shards: Shards
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        largest = self.shards.highest(largest_key(rows.k, rows.key_mask, xp=xp))
+        return self.scale.below(largest, rows, xp=xp)
+
+
 def _with_one_point(step: Transform, shards: Shards) -> Transform:
-    """Return a transform that subtracts the same point on all shards."""
+    """Return a transform that has the same point or scale on all shards."""
     if isinstance(step, Fold) and step.of == "prefix":
         return replace(step, choice=_FoldOfShards(step, shards))
     if isinstance(step, GaussianRows):
         return replace(step, choice=_GaussianOfShards(step, shards))
+    if isinstance(step, ScaledRows):
+        return replace(step, choice=_ScaleOfShards(step, shards))
     return step
 
 

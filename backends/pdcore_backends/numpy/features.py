@@ -8,7 +8,17 @@ from typing import Any
 import array_api_compat.numpy as xp
 import numpy as np
 
-from pdcore.extend import Features, Operands, feature_contraction
+from pdcore.extend import (
+    FeatureMap,
+    Features,
+    FeatureScale,
+    Operands,
+    feature_contraction,
+    largest_entry,
+    largest_key,
+    mapped,
+    scaled,
+)
 
 from . import threads
 from .tiles import PRODUCTS
@@ -31,10 +41,11 @@ def features(c: Features, o: Operands) -> tuple[Any, Any]:
         if whole and part.k.shape[-2]:
             _contract_blocks(c, part, out[(*at, slice(None))], level[at])
         else:
-            part = _mapped(c, part)
+            part, constant, _ = mapped(c, part, xp=xp)
             out[(*at, slice(None))], level[at] = feature_contraction.features(
                 c, part, xp=xp, size=_chunk(part), tiled=True
             )
+            level[at] += constant
 
     threads.run(run, range(o.k.shape[-3]), _workers(o))
     return out, level
@@ -42,12 +53,15 @@ def features(c: Features, o: Operands) -> tuple[Any, Any]:
 
 def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
     """Contract without causal support, applying phi to one block of rows at a time."""
-    mask = o.visibility.key_mask
+    mask, phi = o.visibility.key_mask, c.kernel
+    largest = largest_key(o.k, mask, xp=xp)
+    of_keys = phi.feature_scale(largest, xp=xp)
     state: Any = 0
     count: Any = 0
     for start in range(0, o.k.shape[-2], _ROWS):
         at = (..., slice(start, start + _ROWS), slice(None))
-        k = c.kernel.features(o.k[at], xp=xp, params={})
+        k, _ = _scaled(phi, o.k[at], largest)
+        k = phi.features(k, xp=xp, params={})
         if mask is not None:
             k = np.where(mask[..., start : start + _ROWS, None], k, 0)
         products = feature_contraction.Products(_size(k, o.v), xp)
@@ -56,18 +70,20 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
     state, count = state[..., None, :, :], count[..., None, :, None]
     for start in range(0, o.q.shape[-2], _ROWS):
         at = (..., slice(start, start + _ROWS), slice(None))
-        q = c.kernel.features(o.q[at], xp=xp, params={})
+        q, of_queries = _scaled(phi, o.q[at], _largest_entry(o.q[at]))
+        q = phi.features(q, xp=xp, params={})
         products = feature_contraction.Products(_size(q, o.v), xp)
         weighted = products.rows(q, state)
         rows = (..., slice(start, start + _ROWS))
+        constant = (of_queries.log + of_keys.log[..., None, :, :])[..., 0]
         if c.signed:
-            out[at], level[rows] = weighted, 0
+            out[at], level[rows] = weighted, constant
             continue
         total = np.matmul(q, count)
         none = total == 0
-        divisor = np.where(none, 1, total)
-        np.multiply(weighted, np.where(none, 0, 1 / divisor), out=out[at])
-        level[rows] = np.where(none, -np.inf, np.log(divisor))[..., 0]
+        # A quotient, because 1 / total overflows for small totals.
+        np.divide(weighted, np.where(none, np.inf, total), out=out[at])
+        level[rows] = np.where(none, -np.inf, np.log(np.where(none, 1, total)))[..., 0] + constant
 
 
 def features_vjp(
@@ -80,21 +96,12 @@ def features_vjp(
         rows = (..., slice(head, head + 1), slice(None), slice(None))
         values = (*rows, slice(None))
         part = _head(o, head)
-        phi = _mapped(c, part)
+        phi, constant, pullback = mapped(c, part, xp=xp)
+        results = out[values], level[rows] - constant, d_out[values], d_level[rows]
         cotangents = feature_contraction.features_vjp(
-            c,
-            phi,
-            out[values],
-            level[rows],
-            d_out[values],
-            d_level[rows],
-            xp=xp,
-            size=_chunk(phi),
-            tiled=True,
+            c, phi, *results, xp=xp, size=_chunk(phi), tiled=True
         )
-        if c.raw:
-            for name, x in (("q", part.q), ("k", part.k)):
-                cotangents[name] = c.kernel.features_vjp(x, cotangents[name], xp=xp, params={})[0]
+        cotangents = pullback(cotangents)
         grads["q"][values] = cotangents["q"]
         for name in ("k", "v"):
             grads[name][rows] = cotangents[name]
@@ -103,16 +110,22 @@ def features_vjp(
     return grads
 
 
+def _scaled(phi: FeatureMap, x: Any, largest: Any) -> tuple[Any, FeatureScale]:
+    """Scale rows, see `pdcore.extend.scaled`; rows whose scale is 1 are not copied."""
+    scale = phi.feature_scale(largest, xp=xp)
+    return scaled(phi, x, largest, xp=xp) if np.any(scale.log) else (x, scale)
+
+
+def _largest_entry(x: Any) -> Any:
+    """Return the largest entry of each row, by halves, as NumPy's maximum of a row is slow."""
+    while x.shape[-1] > 4 and x.shape[-1] % 2 == 0:
+        half = x.shape[-1] // 2
+        x = np.maximum(x[..., :half], x[..., half:])
+    return largest_entry(x, xp=xp)
+
+
 def _workers(o: Operands) -> int:
     return threads.count(small=int(o.q.size) + int(o.k.size) < _LARGE)
-
-
-def _mapped(c: Features, o: Operands) -> Operands:
-    """Apply phi to queries and keys, unless they are features already."""
-    if not c.raw:
-        return o
-    q, k = (c.kernel.features(x, xp=xp, params={}) for x in (o.q, o.k))
-    return o._replace(q=q, k=k)
 
 
 def _size(features: Any, values: Any) -> int:

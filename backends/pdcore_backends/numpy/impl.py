@@ -7,7 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.extend import Features, Operands, Plan, Request, Scores, SilentBackend
+from pdcore.extend import (
+    FeatureRows,
+    Features,
+    Operands,
+    Plan,
+    Request,
+    ScaledRows,
+    Scores,
+    SilentBackend,
+)
 
 from . import INFO, features, scores, threads
 
@@ -27,7 +36,10 @@ class NumpyBackend(SilentBackend):
         c = plan.contraction
         if not isinstance(c, Features) or c.kernel.parameters():
             return plan
-        return replace(plan, transforms=plan.transforms[:-1], contraction=replace(c, raw=True))
+        # The scale of features stays apart from L where h needs exp(L), see `Normaliser`.
+        own = FeatureRows | ScaledRows if plan.normaliser == "sum" else FeatureRows
+        kept = tuple(t for t in plan.transforms if not isinstance(t, own))
+        return replace(plan, transforms=kept, contraction=replace(c, raw=True))
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores in tiles."""

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import FeatureRows, Features, Operands, Plan, Pullback, Rows, compiling
+from pdcore.extend import (
+    FeatureMap,
+    FeatureRows,
+    Features,
+    Operands,
+    Plan,
+    Pullback,
+    Rows,
+    ScaledRows,
+    compiling,
+    largest_entry,
+    largest_key,
+)
 
+from . import namespace as xp_
 from .flash import recorded, transformed
 
 __all__ = ["chosen_features", "features"]
@@ -18,6 +31,8 @@ __all__ = ["chosen_features", "features"]
 
 #: Rows and keys of a chunk.
 CHUNK = 64
+#: Rows of a block of elu + 1.
+ROWS = 1024
 
 
 def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
@@ -49,23 +64,57 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
 
 def chosen_features(plan: Plan) -> Plan:
     """Choose this backend's own feature maps where they are faster than those of the plan."""
-    transforms = tuple(
-        replace(step, choice=elu_rows)
-        if isinstance(step, FeatureRows) and step.phi == "elu"
-        else step
-        for step in plan.transforms
-    )
-    return replace(plan, transforms=transforms)
+    last = plan.transforms[-1] if plan.transforms else None
+    if not isinstance(last, FeatureRows) or last.phi != "elu":
+        return plan
+    before = tuple(step for step in plan.transforms[:-1] if not isinstance(step, ScaledRows))
+    return replace(plan, transforms=(*before, replace(last, choice=EluRows(last.kernel))))
 
 
-def elu_rows(rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-    """Apply elu + 1, whose pullback reads only the result, see `transforms.FeatureRows`."""
-    q, k = _elu(rows.q), _elu(rows.k)
+@dataclass(frozen=True)
+class EluRows:
+    """elu + 1 after the scale of features, whose pullback reads only the result.
 
-    def pullback(d: Rows) -> Any:
-        return Rows(d.q * q.clamp_max(1.0), d.k * k.clamp_max(1.0)), {}, {}
+    See `transforms.FeatureRows` and `scaled_rows.ScaledRows`.
+    """
 
-    return rows._replace(q=q, k=k), pullback
+    kernel: FeatureMap
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform queries and keys, and return them with the pullback."""
+        largest = largest_key(rows.k, rows.key_mask, xp=xp)
+        q, of_queries = self._scaled(rows.q, None)
+        k, of_keys = self._scaled(rows.k, self.kernel.feature_scale(largest, xp=xp).shift)
+
+        def pullback(d: Rows) -> Any:
+            return Rows(d.q * q.clamp_max(1.0), d.k * k.clamp_max(1.0)), {}, {}
+
+        return rows._replace(q=q, k=k, row_constant=(of_queries + of_keys)[..., 0]), pullback
+
+    def _scaled(self, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return phi(x - shift) and the shift; by default that of every row."""
+        traced = torch.compiler.is_compiling() or transformed()
+        if traced or recorded(x) or x.device.type != "cpu" or not x.numel():
+            shift = self._shift(x) if shift is None else shift
+            return _elu(x - shift), shift
+        # A block of rows stays in the cache between its operations.
+        phi = torch.empty_like(x, memory_format=torch.contiguous_format)
+        heads = x.flatten(0, -3), phi.flatten(0, -3)
+        wide = torch.empty(x.shape[:-1] + (1,), dtype=x.dtype) if shift is None else shift
+        shifts = wide.flatten(0, -3)
+        for i in range(heads[0].shape[0]):
+            for start in range(0, x.shape[-2], ROWS):
+                part, to = (h[i, start : start + ROWS] for h in heads)
+                if shift is None:
+                    by = self._shift(part)
+                    shifts[i, start : start + ROWS] = by
+                else:
+                    by = shifts[i]
+                _elu_into(torch.sub(part, by, out=to))
+        return phi, wide
+
+    def _shift(self, x: Tensor) -> Any:
+        return self.kernel.feature_scale(largest_entry(x, xp=xp_), xp=xp_).shift
 
 
 def _elu(x: Tensor) -> Tensor:
@@ -80,6 +129,12 @@ def _elu(x: Tensor) -> Tensor:
 def _elu_plus_one(x: Tensor) -> Tensor:
     # Not elu(x) + 1, which rounds to 0 where exp(x) is below half of eps.
     return x.clamp_max(0.0).exp_().add_(x.clamp_min(0.0))
+
+
+def _elu_into(x: Tensor) -> None:
+    """Replace x by elu(x) + 1."""
+    positive = x.clamp_min(0.0)
+    x.clamp_max_(0.0).exp_().add_(positive)
 
 
 class _EluPlusOne(torch.autograd.Function):  # type: ignore[misc]

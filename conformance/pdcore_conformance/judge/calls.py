@@ -106,11 +106,13 @@ class Call:
     given : bool
         Whether `params` has the parameters that have a default too. (The ids of cases contain the
         name of this field.)
-    draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "nan"}
+    draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "tiny",
+            "negative", "rising", "nan"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
         constant feature; with an outlier as the first key; logits in the hundreds; with rows of
-        zeros; all keys equal; norms growing along the sequence; with a NaN in one real key and in
-        one real value, of different sequences and key heads.
+        zeros; all keys equal; norms growing along the sequence; of size 1e-19; mean -50; queries
+        of mean -50, and keys whose mean rises from -60 to 0 along the sequence; with a NaN in one
+        real key and in one real value, of different sequences and key heads.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
     axes : {"", "bnhd"}
@@ -278,6 +280,12 @@ class Call:
                 k = np.broadcast_to(k[..., :1, :], k.shape).copy()
             case "growing":
                 k *= np.linspace(0.1, 4.0, self.keys)[:, None]
+            case "tiny":
+                q, k = 1e-19 * q, 1e-19 * k
+            case "negative":
+                q, k = q - 50, k - 50
+            case "rising":
+                q, k = q - 50, k + np.linspace(-60.0, 0.0, self.keys)[:, None]
             case _:
                 raise ValueError(f"draw: got {self.draw!r}, expected one that Call describes")
         return q, k

@@ -80,6 +80,38 @@ test_relu_features_may_all_be_zero = judged(
     SMALL.but(spec="relu", dim=1),
 )
 
+SMALL_FEATURES = (
+    *(SMALL.but(spec="linear", draw="negative", dtype=d) for d in DTYPES),
+    *(SMALL.but(spec="relu", draw="tiny", dtype=d) for d in ("float32", "bfloat16")),
+    *(
+        SMALL.but(spec=text, draw="negative", **how)
+        for text in ("linear+causal", "linear+sparse(3,2)", "linear+sh(2,3)")
+        for how in ({}, {"key_mask": "holes"}, {"heads": 4})
+    ),
+    SMALL.but(spec="linear", draw="negative", mask="random"),
+    SMALL.but(spec="relu+causal", draw="tiny", rows=1, offset="end"),
+    SMALL.but(spec="linear+h(count)", draw="negative", dtype="float64"),
+    SMALL.but(spec="linear+causal", draw="rising", rows=200, keys=200),
+)
+
+test_small_features_do_not_vanish = judged(
+    "Products of features far below 1 do not underflow: the largest feature is divided out.",
+    *SMALL_FEATURES,
+)
+
+test_small_features_have_gradients = judged(
+    "The pullback of features far below 1 neither underflows nor overflows.",
+    *SMALL_FEATURES,
+    through="vjp",
+)
+
+test_small_features_are_differentiated = judged(
+    "So does the framework's own derivative.",
+    *SMALL_FEATURES[:6],
+    *SMALL_FEATURES[-1:],
+    through="autodiff",
+)
+
 test_omega_is_the_specified_draw = judged(
     "Random features are those of numpy.random.RandomState(seed).standard_normal((count, D)).",
     SMALL.but(spec="random_features(count=5,seed=3)", dtype="float64"),
