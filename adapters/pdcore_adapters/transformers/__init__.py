@@ -16,6 +16,7 @@ Notation: B sequences, Hq query heads, Hkv key heads, N queries, M keys, cached 
 from __future__ import annotations
 
 from .attention import register
+from .check import Check, check
 from .masks import LayerMask
 
-__all__ = ["LayerMask", "register"]
+__all__ = ["Check", "LayerMask", "check", "register"]
