@@ -229,7 +229,7 @@ class LayerAttention:
         if position_bias is not None:
             bias = arguments.get("bias")
             arguments["bias"] = position_bias if bias is None else bias + position_bias
-        layer = (pattern, scaling, softcap, query.shape[-1])
+        layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1])
         bound = getattr(self._layers, self._bind(where, *layer))
         weights = None
         if output_attentions:
@@ -242,18 +242,21 @@ class LayerAttention:
     def _bind(
         self,
         where: str,
-        pattern: Pattern | None,
+        pattern: tuple[Any, ...] | None,
         scaling: float | None,
         softcap: float | None,
         dim: int,
     ) -> str:
-        """Bind the spec for layers of one pattern, scaling, softcap and D; return its name."""
+        """Bind the spec for layers of one pattern, scaling, softcap and D; return its name.
+
+        The pattern is a plain tuple, since the compiler does not pass on one with names.
+        """
         layer = (pattern, scaling, softcap, dim)
         name = self._names.get(layer)
         if name is None:
             try:
                 kernel = _kernel(self.spec, scaling, softcap, dim)
-                support = self._support(pattern)
+                support = self._support(pattern and Pattern(*pattern))
                 spec = replace(self.spec, kernel=kernel, support=support)
             except (ValueError, UnsupportedError) as error:
                 raise type(error)(f"{where}: {error}") from error

@@ -210,6 +210,8 @@ def _recognise_pattern(mask_function: Any) -> Pattern | None:
         return Pattern(causal=True)
     if mask_function is bidirectional_mask_function:
         return Pattern()
+    if torch.compiler.is_compiling():
+        return None  # the compiler does not tell the closure of a function
     code = getattr(mask_function, "__code__", None)
     if getattr(mask_function, "__module__", None) != sdpa_mask.__module__ or code is None:
         return None
