@@ -83,11 +83,10 @@ def register(
       ``causal+bn(statistics=prefix)`` for ``bn``;
     - ``causal`` or prefix statistics in a bidirectional layer;
     - statistics or pooled keys if their keys are not known: with a mask (B, 1, N, M) of the
-      caller, with patterns other than causal and sliding windows, such as packed sequences, under
-      `torch.compile`, and with a cache that has dropped keys behind a sliding window;
+      caller, with patterns other than causal and sliding windows, such as packed sequences, and with a cache that has dropped keys behind a sliding window;
     - a `scaling` or `softcap` of the layer that contradicts the spec (`ValueError`) or that the
       kernel does not have;
-    - arguments that are not supported: learned position biases, attention sinks, paged caches,
+    - arguments that are not supported: attention sinks, paged caches,
       packed sequences.
 
     The attention of queries that see no key, such as padding on the left, is zero.

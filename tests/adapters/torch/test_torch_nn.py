@@ -811,3 +811,12 @@ def test_parameters_can_be_drawn_again() -> None:
         layer._reset_parameters()
     assert torch.equal(plain.in_proj_weight, ours.in_proj_weight)
     assert not ours.in_proj_bias.any()
+
+
+def test_a_feature_map_has_no_dropout() -> None:
+    model = nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    with pytest.raises(pdcore.UnsupportedError, match=r"dropout: got 0.1 for self_attn.*linear"):
+        convert(model, "linear")
+    assert type(model.self_attn) is nn.MultiheadAttention
+    convert(model, "linear", dropout=0)
+    model(torch.randn(2, 5, 16)).sum().backward()
