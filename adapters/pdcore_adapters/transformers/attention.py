@@ -83,7 +83,8 @@ def register(
       ``causal+bn(statistics=prefix)`` for ``bn``;
     - ``causal`` or prefix statistics in a bidirectional layer;
     - statistics or pooled keys if their keys are not known: with a mask (B, 1, N, M) of the
-      caller, with patterns other than causal and sliding windows, such as packed sequences, and with a cache that has dropped keys behind a sliding window;
+      caller, with patterns other than causal and sliding windows, such as packed sequences,
+      and with a cache that has dropped keys behind a sliding window;
     - a `scaling` or `softcap` of the layer that contradicts the spec (`ValueError`) or that the
       kernel does not have;
     - arguments that are not supported: attention sinks, paged caches,
@@ -275,7 +276,7 @@ class LayerAttention:
                 raise UnsupportedError(
                     f"attention_mask: {spec} needs to know padding and positions, which a mask "
                     "(B, 1, N, M) does not tell apart; pass a mask (B, M) to the model, without "
-                    "packed sequences, and do not compile it"
+                    "packed sequences; a compiled model needs one even if nothing is padded"
                 )
             return support
         if not pattern.causal and (support.causal or spec.prefix):
