@@ -256,7 +256,7 @@ class LayerAttention:
         if name is None:
             try:
                 kernel = _kernel(self.spec, scaling, softcap, dim)
-                support = self._support(pattern and Pattern(*pattern))
+                support = self._support(Pattern(*pattern) if pattern else None)
                 spec = replace(self.spec, kernel=kernel, support=support)
             except (ValueError, UnsupportedError) as error:
                 raise type(error)(f"{where}: {error}") from error
