@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pdcore import AttentionSpec
+from pdcore import AttentionSpec, UnsupportedError
+from pdcore.extend import FeatureMap, finite_dropout
 
 from ..bound import BoundSpec, Choice, learned_parameters
 from .layer import APPENDED_KEY, PDMultiheadAttention, attach_spec, scale_mismatch
@@ -73,6 +74,7 @@ def convert(
     *,
     backend: Choice = None,
     select: Callable[[str, nn.MultiheadAttention], bool] | None = None,
+    dropout: float | None = None,
 ) -> Conversion:
     """Change every `nn.MultiheadAttention` of a model to a `PDMultiheadAttention`, in place.
 
@@ -87,6 +89,9 @@ def convert(
         As in `PDMultiheadAttention`.
     select : callable, optional
         ``select(name, layer)`` says which layers to convert; by default all.
+    dropout : float, optional
+        The dropout of the weights of the converted layers; by default that of each layer. A feature
+        map, such as ``linear``, has no weights: 0.
 
     Returns
     -------
@@ -99,7 +104,7 @@ def convert(
     ------
     SpecError, UnsupportedError, ValueError
         For a wrong spec, or one that does not fit the heads of a layer that would be converted;
-        the model is then unchanged.
+        the model is then unchanged. Dropout above 0 is refused for a feature map.
 
     Examples
     --------
@@ -133,10 +138,19 @@ def convert(
             left.update(dict.fromkeys(names, why))
         elif problem := scale_mismatch(bound.spec, layer):
             raise ValueError(f"{problem} of {_display_name(names[0])}; nothing was converted")
+        elif isinstance(bound.spec.kernel, FeatureMap) and (
+            p := layer.dropout if dropout is None else dropout
+        ):
+            raise UnsupportedError(
+                f"dropout: got {p} for {_display_name(names[0])}, and {bound.spec} has no weights "
+                "to drop in training; pass convert(dropout=0); nothing was converted"
+            )
         else:
             selected[layer] = names
     parameters = []
     for layer, names in selected.items():
+        if dropout is not None:
+            layer.dropout = finite_dropout(dropout)
         _convert_layer(layer)
         parameters += [f"{names[0]}.{name}".lstrip(".") for name in attach_spec(layer, bound)]
     nested = []

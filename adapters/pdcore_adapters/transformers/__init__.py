@@ -19,6 +19,7 @@ from ..requirements import requires
 
 with requires("transformers"):
     from .attention import register
+    from .check import Check, check
     from .masks import LayerMask
 
-__all__ = ["LayerMask", "register"]
+__all__ = ["Check", "LayerMask", "check", "register"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from pdcore import AttentionSpec, BoundAttention, Exponential, Support, Unsuppor
 from pdcore.extend import Inputs
 
 from ..bound import Choice
-from .masks import LayerMask, Pattern, build_mask
+from .masks import Pattern, build_mask
+from .record import record_spec
 
-__all__ = ["register"]
+__all__ = ["LayerAttention", "register"]
 
 #: Arguments that models pass to every attention, and that have no effect in it.
 _IGNORED = frozenset(
@@ -38,7 +40,6 @@ _ADVICE = {
     "cache": "pages of keys belong to continuous batching; use generate() with a DynamicCache",
     "cu_seq_lens_k": "pad the sequences of a batch instead of packing them",
     "cu_seq_lens_q": "pad the sequences of a batch instead of packing them",
-    "position_bias": "use 'eager' for a model with biased scores",
     "s_aux": "use 'eager' for a model with attention sinks",
     "sinks": "use 'eager' for a model with attention sinks",
 }
@@ -82,11 +83,11 @@ def register(
       ``causal+bn(statistics=prefix)`` for ``bn``;
     - ``causal`` or prefix statistics in a bidirectional layer;
     - statistics or pooled keys if their keys are not known: with a mask (B, 1, N, M) of the
-      caller, with patterns other than causal and sliding windows, such as packed sequences, under
-      `torch.compile`, and with a cache that has dropped keys behind a sliding window;
+      caller, with patterns other than causal and sliding windows, such as packed sequences,
+      and with a cache that has dropped keys behind a sliding window;
     - a `scaling` or `softcap` of the layer that contradicts the spec (`ValueError`) or that the
       kernel does not have;
-    - arguments that are not supported: learned position biases, attention sinks, paged caches,
+    - arguments that are not supported: attention sinks, paged caches,
       packed sequences.
 
     The attention of queries that see no key, such as padding on the left, is zero.
@@ -99,25 +100,26 @@ def register(
             "such as 'pdcore'"
         )
     if name == "eager" or (
-        not isinstance(known, _LayerAttention)
+        not isinstance(known, LayerAttention)
         and (known is not None or name in AttentionMaskInterface())
     ):
         raise ValueError(
             f"name: got {name!r}, which is an attention of transformers or of another "
             "library; expected a new name, such as 'pdcore'"
         )
-    attention = _LayerAttention(name, bind(spec, backend=backend))
+    attention = LayerAttention(name, bind(spec, backend=backend))
     AttentionInterface.register(name, attention)
     # Without a mask function, transformers builds no mask for the name, and padding would be seen.
     AttentionMaskInterface.register(name, build_mask)
 
 
-class _LayerAttention:
+class LayerAttention:
     """The function that transformers calls in every layer, for one spec."""
 
     def __init__(self, name: str, bound: BoundAttention) -> None:
         self.name = name
         self.spec = bound.spec
+        self._words = str(bound.spec)
         if self.spec.parameters():
             names = ", ".join(p.name for p in self.spec.parameters())
             raise UnsupportedError(
@@ -126,8 +128,10 @@ class _LayerAttention:
             )
         # The choice of backend, which all layers share.
         self._choice = bound.choice
-        # Pattern, scaling, softcap and D of a layer -> the bound spec for such layers.
-        self._layers: dict[tuple[Any, ...], BoundAttention] = {}
+        # Pattern, scaling, softcap and D of a layer -> the bound spec for such layers, and its
+        # name among the attributes of `_layers`, where the compiler can read it.
+        self._names: dict[tuple[Any, ...], str] = {}
+        self._layers = SimpleNamespace()
         heads, normalization = self.spec.heads, self.spec.normalization
         self._needs_keys = heads.largest > 1 or normalization.statistics_state() is not None
 
@@ -147,6 +151,7 @@ class _LayerAttention:
         *,
         softcap: float | None = None,
         sliding_window: int | None = None,
+        position_bias: Any = None,
         output_attentions: bool | None = None,
         **others: Any,
     ) -> tuple[Any, Any]:
@@ -170,6 +175,8 @@ class _LayerAttention:
             By default `module.is_causal`, or True for a module without this attribute.
         sliding_window : int, optional
             The number of keys that a causal query sees, its own key included.
+        position_bias : tensor (B or 1, Hq or 1, N, M), optional
+            Added to log kappa, as in T5; the statistics do not depend on it.
         output_attentions : bool, optional
             Return the weights too, without dropout.
         **others
@@ -187,6 +194,7 @@ class _LayerAttention:
         """
         where = f"{type(module).__name__} with {self.name!r}"
         _refuse_arguments(where, others)
+        record_spec(where, self.name, self._words, module)
         query, key, value = _cast_under_autocast(query, key, value)
         arguments: dict[str, Any] = {"offset": key.shape[-2] - query.shape[-2]}
         if attention_mask is None:
@@ -202,23 +210,27 @@ class _LayerAttention:
         else:
             expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
             _check_mask(where, attention_mask, expected)
-            if isinstance(attention_mask, LayerMask):
-                pattern = attention_mask.pattern
-                if attention_mask.dropped and self._needs_keys:
+            parts = getattr(attention_mask, "parts", None)
+            if parts is not None:
+                pattern = parts.pattern
+                if parts.dropped and self._needs_keys:
                     raise UnsupportedError(
                         f"{where}: {self.spec} needs every key of the past, and the cache has "
                         "dropped those behind the sliding window; pass "
                         "past_key_values=DynamicCache(), which keeps them, or use_cache=False"
                     )
-                arguments["offset"] = attention_mask.offset
-                arguments["key_mask"] = attention_mask.key_mask
-                if attention_mask.key_mask is not None:
-                    arguments["key_mask"] = attention_mask.key_mask.expand(expected[0], -1)
+                arguments["offset"] = parts.offset
+                if parts.key_mask is not None:
+                    arguments["key_mask"] = parts.key_mask.expand(expected[0], -1)
             else:
                 pattern = None
                 kind = "mask" if attention_mask.dtype == torch.bool else "bias"
                 arguments[kind] = attention_mask
-        bound = self._bound(where, pattern, scaling, softcap, query.shape[-1])
+        if position_bias is not None:
+            bias = arguments.get("bias")
+            arguments["bias"] = position_bias if bias is None else bias + position_bias
+        layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1])
+        bound = getattr(self._layers, self._bind(where, *layer))
         weights = None
         if output_attentions:
             weights = bound.weights(Inputs(query, key, value, **arguments))
@@ -227,26 +239,34 @@ class _LayerAttention:
         out = bound(query, key, value, **arguments)
         return out.transpose(1, 2).contiguous(), weights
 
-    def _bound(
+    def _bind(
         self,
         where: str,
-        pattern: Pattern | None,
+        pattern: tuple[Any, ...] | None,
         scaling: float | None,
         softcap: float | None,
         dim: int,
-    ) -> BoundAttention:
-        """Return the bound spec for layers of one pattern, scaling, softcap and D; cached."""
+    ) -> str:
+        """Bind the spec for layers of one pattern, scaling, softcap and D; return its name.
+
+        The pattern is a plain tuple, since the compiler does not pass on one with names.
+        """
         layer = (pattern, scaling, softcap, dim)
-        bound = self._layers.get(layer)
-        if bound is None:
+        name = self._names.get(layer)
+        if name is None:
             try:
                 kernel = _kernel(self.spec, scaling, softcap, dim)
-                support = self._support(pattern)
+                support = self._support(Pattern(*pattern) if pattern else None)
                 spec = replace(self.spec, kernel=kernel, support=support)
             except (ValueError, UnsupportedError) as error:
                 raise type(error)(f"{where}: {error}") from error
-            bound = self._layers[layer] = bind(spec, backend=self._choice)
-        return bound
+            name = f"layer_{len(self._names)}"
+            setattr(self._layers, name, bind(spec, backend=self._choice))
+            self._names[layer] = name
+        return name
+
+    # The compiler calls the method, and does not trace it.
+    _bind._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _support(self, pattern: Pattern | None) -> Support:
         """Intersect the support of the spec with that of a layer."""
@@ -256,7 +276,7 @@ class _LayerAttention:
                 raise UnsupportedError(
                     f"attention_mask: {spec} needs to know padding and positions, which a mask "
                     "(B, 1, N, M) does not tell apart; pass a mask (B, M) to the model, without "
-                    "packed sequences, and do not compile it"
+                    "packed sequences; a compiled model needs one even if nothing is padded"
                 )
             return support
         if not pattern.causal and (support.causal or spec.prefix):

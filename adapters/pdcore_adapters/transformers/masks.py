@@ -15,7 +15,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-__all__ = ["LayerMask", "Pattern", "build_mask"]
+from pdcore import UnsupportedError
+
+from .check import own_attention
+
+__all__ = ["LayerMask", "Parts", "Pattern", "build_mask"]
 
 
 class Pattern(NamedTuple):
@@ -26,17 +30,12 @@ class Pattern(NamedTuple):
     right: float = math.inf
 
 
-class LayerMask(torch.Tensor):  # type: ignore[misc]
-    """A boolean mask (B, 1, N, M) that is stored as its parts.
-
-    Every operation, except reading shape, dtype and device, uses the full mask, which is built when
-    it is first needed, and returns a plain tensor. So models that slice or combine masks work
-    unchanged, but specs with statistics or pooled keys refuse such a mask.
+class Parts(NamedTuple):
+    """The parts of a mask (B, 1, N, M).
 
     Attributes
     ----------
-    pattern : tuple
-        ``(causal, left, right)``, as in `pdcore.Support`.
+    pattern : Pattern
     key_mask : bool tensor (B, M) or None
         True for a real key.
     offset : int or integer tensor ()
@@ -49,26 +48,43 @@ class LayerMask(torch.Tensor):  # type: ignore[misc]
     key_mask: Any
     offset: Any
     dropped: bool
+
+
+#: Operations on scores and a mask of numbers, which a boolean mask would spoil.
+_ARITHMETIC = frozenset({"add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "baddbmm"})
+
+
+class LayerMask(torch.Tensor):  # type: ignore[misc]
+    """A boolean mask (B, 1, N, M) that is stored as its parts.
+
+    Every operation, except reading shape, dtype and device, uses the full mask, which is built when
+    it is first needed, and returns a plain tensor. So models that slice or combine masks work
+    unchanged, but specs with statistics or pooled keys refuse such a mask.
+
+    Arithmetic is refused: it is that of a model which adds the mask to scores of its own.
+
+    Attributes
+    ----------
+    parts : Parts
+    model : str
+        The model type of the config that the mask was built for.
+    """
+
+    parts: Parts
+    model: str
     _full: Callable[[], Any]
     _built: Any
 
     @staticmethod
     def __new__(
-        cls,
-        shape: Sequence[int],
-        device: Any,
-        pattern: Pattern,
-        key_mask: Any,
-        offset: Any,
-        dropped: bool,
-        full: Callable[[], Any],
+        cls, shape: Sequence[int], device: Any, parts: Parts, model: str, full: Callable[[], Any]
     ) -> LayerMask:
         """Create a mask from its parts; `full` is a function that builds the full mask."""
         mask: LayerMask = torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=torch.bool, device=device
         )
-        mask.pattern, mask.key_mask, mask.offset = pattern, key_mask, offset
-        mask.dropped, mask._full, mask._built = dropped, full, None
+        mask.parts, mask.model = parts, model
+        mask._full, mask._built = full, None
         return mask
 
     def full(self) -> Any:
@@ -78,7 +94,7 @@ class LayerMask(torch.Tensor):  # type: ignore[misc]
         return self._built
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"LayerMask({tuple(self.shape)}, {self.pattern}, offset={self.offset})"
+        return f"LayerMask({tuple(self.shape)}, {self.parts.pattern}, offset={self.parts.offset})"
 
     # Makes results of operations plain tensors, not instances of this class without its parts.
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -90,16 +106,15 @@ class LayerMask(torch.Tensor):  # type: ignore[misc]
         # Activation checkpointing detaches the tensors that it stores.
         if func is torch.ops.aten.detach.default:
             mask = args[0]
-            return cls(
-                mask.shape,
-                mask.device,
-                mask.pattern,
-                mask.key_mask,
-                mask.offset,
-                mask.dropped,
-                mask.full,
-            )
-        args, kwargs = tree_map(lambda x: x.full() if type(x) is cls else x, (args, kwargs or {}))
+            return cls(mask.shape, mask.device, mask.parts, mask.model, mask.full)
+        kwargs = kwargs or {}
+        name, dtype = func.overloadpacket.__name__, kwargs.get("dtype")
+        # A mask of what to fill is True where a query may not attend.
+        fills = name in ("masked_fill", "masked_fill_") and type(args[1]) is cls
+        if fills or name in _ARITHMETIC or (dtype and dtype.is_floating_point):
+            model = next(x.model for x in (*args, *kwargs.values()) if type(x) is cls)
+            raise UnsupportedError(_own_attention_message(model, f"{func} was called on its mask"))
+        args, kwargs = tree_map(lambda x: x.full() if type(x) is cls else x, (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -114,6 +129,7 @@ def build_mask(
     *,
     use_vmap: bool = False,
     device: Any = "cpu",
+    config: Any = None,
     **others: Any,
 ) -> Any:
     """Build the mask of layers of one pattern, as `transformers.masking_utils.sdpa_mask` does.
@@ -124,8 +140,17 @@ def build_mask(
     Returns
     -------
     LayerMask or bool tensor (B, 1, N, M)
-        A tensor for patterns other than causal, sliding and bidirectional ones.
+        A tensor for patterns other than causal, sliding and bidirectional ones; and under
+        `torch.compile`, where the tensor has the attribute ``parts`` too.
+
+    Raises
+    ------
+    UnsupportedError
+        For a model whose layers attend by themselves, and would take the mask for numbers.
     """
+    model = getattr(config, "model_type", None) or type(config).__name__
+    if own := _own_attention(type(config).__module__):
+        raise UnsupportedError(_own_attention_message(model, f"its layers are {own}"))
     # A copy: a static cache increments its tensor in place before the attention is computed.
     offset = q_offset.reshape(()).clone() if isinstance(q_offset, torch.Tensor) else q_offset
 
@@ -145,24 +170,33 @@ def build_mask(
         )
 
     pattern = _recognise_pattern(mask_function)
-    # The compiler cannot trace a `LayerMask`.
-    if pattern is None or torch.compiler.is_compiling():
+    if pattern is None:
         return full()
     # This pads the mask to the length of a static cache, whose last entries are not written yet.
     key_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if key_mask is not None:
         key_mask = key_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        # Checked once per forward pass, to save every layer a mask that hides nothing.
-        if bool(key_mask.all()):
-            key_mask = None
-    return LayerMask(
-        (batch_size, 1, q_length, kv_length),
-        device,
-        pattern,
-        key_mask,
-        offset - kv_offset,
-        kv_offset > 0,
-        full,
+    parts = Parts(pattern, key_mask, offset - kv_offset, kv_offset > 0)
+    if torch.compiler.is_compiling():
+        # The compiler cannot trace a `LayerMask`, and leaves out a full mask that no layer reads.
+        mask = full()
+        mask.parts = parts
+        return mask
+    # Checked once per forward pass, to save every layer a mask that hides nothing.
+    if key_mask is not None and bool(key_mask.all()):
+        parts = parts._replace(key_mask=None)
+    return LayerMask((batch_size, 1, q_length, kv_length), device, parts, model, full)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _own_attention(module: str) -> str:
+    return ", ".join(own_attention(module))
+
+
+def _own_attention_message(model: str, reason: str) -> str:
+    return (
+        f"{model}: computes its attention itself and never calls pdcore: {reason}; use 'eager' for "
+        "this model, and pdcore_adapters.transformers.check(model) to see its layers"
     )
 
 
@@ -176,6 +210,8 @@ def _recognise_pattern(mask_function: Any) -> Pattern | None:
         return Pattern(causal=True)
     if mask_function is bidirectional_mask_function:
         return Pattern()
+    if torch.compiler.is_compiling():
+        return None  # the compiler does not tell the closure of a function
     code = getattr(mask_function, "__code__", None)
     if getattr(mask_function, "__module__", None) != sdpa_mask.__module__ or code is None:
         return None

@@ -891,3 +891,12 @@ def test_a_layer_compiles_to_one_graph(need_weights: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(result, wanted)
+
+
+def test_a_feature_map_has_no_dropout() -> None:
+    model = nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    with pytest.raises(pdcore.UnsupportedError, match=r"dropout: got 0.1 for self_attn.*linear"):
+        convert(model, "linear")
+    assert type(model.self_attn) is nn.MultiheadAttention
+    convert(model, "linear", dropout=0)
+    model(torch.randn(2, 5, 16)).sum().backward()

@@ -507,7 +507,7 @@ def test_a_mask_turns_into_the_whole_one() -> None:
             for use in (
                 lambda x: x & True,
                 lambda x: x[:, :, 1:, :5],
-                lambda x: x.float() - 1,
+                lambda x: torch.where(x, 1.0, -1.0),
                 lambda x: torch.cat([x, x], -1),
                 lambda x: x.clone(),
             ):
@@ -516,14 +516,14 @@ def test_a_mask_turns_into_the_whole_one() -> None:
             assert isinstance(mask.contiguous(), LayerMask)  # no mask is computed here
             assert isinstance(mask.detach(), LayerMask)
             # The parts of the mask agree with the whole.
-            at, keys = torch.arange(4)[:, None] + mask.offset, torch.arange(M - 2)
-            seen = (keys >= at - mask.pattern.left) & (keys <= at + mask.pattern.right)
-            if mask.pattern.causal:
+            at, keys = torch.arange(4)[:, None] + mask.parts.offset, torch.arange(M - 2)
+            seen = (keys >= at - mask.parts.pattern.left) & (keys <= at + mask.parts.pattern.right)
+            if mask.parts.pattern.causal:
                 seen = seen & (keys <= at)
             real = torch.ones(B, M - 2, dtype=torch.bool)
-            real = real if mask.key_mask is None else mask.key_mask
+            real = real if mask.parts.key_mask is None else mask.parts.key_mask
             torch.testing.assert_close(seen & real[:, None, None, :], whole)
-            assert mask.dropped
+            assert mask.parts.dropped
 
 
 # --- what a layer says beside its mask ------------------------------------------------------------
@@ -593,7 +593,12 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
             pdcore.UnsupportedError,
             "sliding_window: got 3",
         ),
-        ("softmax", {"position_bias": torch.zeros(1)}, pdcore.UnsupportedError, "position_bias"),
+        (
+            "linear",
+            {"position_bias": torch.zeros(1, 4, 5, 7)},
+            pdcore.UnsupportedError,
+            "bias",
+        ),
         ("softmax", {"s_aux": torch.zeros(1)}, pdcore.UnsupportedError, "s_aux.*sinks"),
         ("softmax", {"cache": object()}, pdcore.UnsupportedError, "cache: got a object"),
         ("softmax", {"cu_seq_lens_q": torch.zeros(1)}, pdcore.UnsupportedError, "pad the seq"),
@@ -655,7 +660,7 @@ def test_layers_that_are_alike_share_what_is_bound(model_of: Any) -> None:
     register("pdcore_layer")
     logits(model_of("gemma2", "pdcore_layer"), tokens())
     attention = AttentionInterface()["pdcore_layer"]
-    assert [str(bound.spec) for bound in attention._layers.values()] == [
+    assert [str(bound.spec) for bound in vars(attention._layers).values()] == [
         f"softmax(scale={11**-0.5},softcap=2)+causal+sparse(3,0)",
         f"softmax(scale={11**-0.5},softcap=2)+causal",
     ]
