@@ -49,7 +49,10 @@ def judged_case(subject: Subject, topic: str, case: Case) -> Judged:
     try:
         arrays = drawn(case)
         got, expected = _results(subject, case, arrays, lse)
-        verdicts = judge(got, expected)
+        try:
+            verdicts = judge(got, expected)
+        except (TypeError, ValueError) as error:  # another dtype or shape
+            raise Nonconforming(str(error)) from error
     except (UnsupportedError, NoBackendError, NoSuchArrayError) as error:
         reason = str(error).splitlines()[0]
         return result | {"outcome": "refused", "message": reason}

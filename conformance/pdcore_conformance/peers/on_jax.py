@@ -9,7 +9,7 @@ import jax
 from jax import numpy as jnp
 
 from pdcore.extend import Request
-from pdcore_backends.jax import namespace
+from pdcore_backends.jax.namespace import NAMESPACE
 
 from . import PEERS
 from .base import Asked, PeerBackend, by_row
@@ -45,7 +45,7 @@ class JaxPeer(PeerBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._xp = namespace
+        self._xp = NAMESPACE
 
     def limits(self, request: Request) -> list[str]:
         """Return why the function does not take a call: k and v must have one shape."""
