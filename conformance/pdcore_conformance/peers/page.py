@@ -92,9 +92,7 @@ def _section(peers: Mapping[str, Any], topic: str, rule: str) -> _Section:
                 shown = (f"{name}: {case['case']}", case["message"])
                 grouped.setdefault(key, {}).setdefault(name, []).append(shown)
     disagreements = tuple(
-        _Disagreement(
-            ", ".join(by_peer), whose, why, tuple(c for cs in by_peer.values() for c in cs)
-        )
+        _Disagreement(", ".join(by_peer), whose, why, tuple(c for x in by_peer.values() for c in x))
         for (whose, why), by_peer in grouped.items()
     )
     return _Section(topic, rule, ", ".join(right), disagreements)

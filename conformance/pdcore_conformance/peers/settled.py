@@ -91,8 +91,8 @@ SETTLED = (
         "float64",
         "",
         "theirs",
-        "Scores and softmax are computed in float32 whatever the inputs: the result is float64 "
-        "with the digits of float32.",
+        "The softmax is computed in float32 whatever the inputs: the result is float64 with the "
+        "digits of float32.",
     ),
     Settled(
         ("keras_ops",),
