@@ -24,7 +24,9 @@ Q, K, V = rng.standard_normal((3, 2, 3, 4, 5, 8))
 
 
 class Textbook(PeerBackend):
-    info = BackendInfo("textbook", "test_peers:Textbook", "numpy", priority=-1)
+    info = BackendInfo(
+        "textbook", "test_peers:Textbook", "numpy", priority=-1, capabilities={"mask": "full"}
+    )
 
     def attend(self, asked: Asked) -> tuple[Any, Any]:
         s = asked.scale * asked.q @ asked.k.swapaxes(-1, -2)

@@ -58,7 +58,7 @@ def literal_numpy(workload: Workload) -> Attention:
 
 
 def _asked(workload: Workload, x: Mapping[str, Any]) -> Any:
-    """Return a workload's arrays as the arguments of the functions of `pdcore_conformance.peers`."""
+    """Return a workload's arrays as the functions of `pdcore_conformance.peers` take them."""
     from ..peers.base import Asked
 
     spec = parse(workload.spec)
