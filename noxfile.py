@@ -55,6 +55,24 @@ OF_FILES = (
     "cli/test_files.py",
     "cli/test_pieces.py",
 )
+#: What `peers` judges beside PyTorch and JAX, and what these packages import.
+PEERS = (
+    "keras",
+    "absl-py",
+    "h5py",
+    "namex",
+    "optree",
+    "onnx",
+    "onnxruntime",
+    "flatbuffers",
+    "protobuf",
+    "performer-pytorch",
+    "local-attention",
+    "axial-positional-embedding",
+    "einops",
+    "fla-core",
+    "triton",
+)
 BACKENDS = ("numpy", "strict", "torch", "jax", "cupy")
 RECORDS = ROOT / "docs" / "records"
 
@@ -315,6 +333,18 @@ def conform(session: nox.Session, backend: str) -> None:
         merged = RECORDS / "record.json"
         before = [str(merged)] if merged.exists() else []
         here.run("pdcore", "report", *before, *records, "--merge", str(merged), "--compact")
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Judge the attentions of other libraries, and write docs/records/peers.html.
+
+    The environment is that of the frameworks; the libraries stand beside it, as fla needs Triton,
+    which no other session may see.
+    """
+    here = framework_environment(session).beside(*PEERS, pins=("peers",), dependencies=False)
+    here.run("python", "-m", "pdcore_conformance.peers", str(RECORDS), *session.posargs)
+    here.pytest(*folders("onnxruntime"))
 
 
 @nox.session

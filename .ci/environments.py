@@ -128,14 +128,16 @@ class Environment:
                 self.session.warn("uv could not install this, so pip does")
         self.run(*by_pip, *plain)
 
-    def beside(self, *packages: str, pins: Sequence[str]) -> Environment:
+    def beside(self, *packages: str, pins: Sequence[str], dependencies: bool = True) -> Environment:
         """Have packages in a folder of their own, which only this session sees."""
+        alone = () if dependencies else ("--no-deps",)
         place = self.place.with_name(f"{self.place.name}-{packages[0]}")
         stamp = place / "installed"
         wanted = digest([uv(*packages, pins=pins)])
         if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
             shutil.rmtree(place, ignore_errors=True)
-            self.install(Step("pip", (*pinned(pins), *packages)), "--target", str(place))
+            step = Step("pip", (*pinned(pins), *alone, *packages))
+            self.install(step, "--target", str(place))
             stamp.write_text(wanted, encoding="utf-8")
         self.path.append(str(place))
         return self

@@ -52,6 +52,9 @@ PARTS = {
     "conform-torch": Part(("-s", "conform(torch)"), ("backends/pdcore_backends/torch", *SUITE), 8),
     "conform-jax": Part(("-s", "conform(jax)"), ("backends/pdcore_backends/jax", *SUITE), 25),
     "conform-cuda": Part(("-s", "conform_emulated"), (CUPY, "tests/cuda_cpu", *SUITE), 25),
+    "peers": Part(
+        ("-s", "peers"), ("conformance/pdcore_conformance/peers", "constraints/peers.txt"), 8
+    ),
     "jax-newer": Part(
         ("-s", "tests_jax_newer"),
         ("backends/pdcore_backends/jax", "tests/backends/jax", "constraints/jax.txt"),

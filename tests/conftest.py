@@ -23,6 +23,7 @@ NEEDS = {
     "sklearn": "sklearn",
     "solvers": "clarabel",
     "numba": "numba",
+    "onnxruntime": "onnxruntime",
     "cuda": "cuda_on_cpu",
     "emulator": "cuda_on_cpu",
     "browser": "selenium",

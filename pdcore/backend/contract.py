@@ -102,7 +102,8 @@ class BackendInfo:
     devices : sequence of str
         The kinds of devices that the backend runs on.
     priority : int
-        The order of backends of one library; built-in backends come first for any priority.
+        The order of backends of one library; built-in backends come first for any priority. A
+        backend of negative priority runs only where the caller names it, and listings leave it out.
     capabilities : mapping of str to {"full", "unsupported", "not_implemented"}
         Support by feature, see `FEATURES`; features left out are ``"not_implemented"``.
     spec_version : int
@@ -138,6 +139,11 @@ class BackendInfo:
                     f"backend {self.name}: {feature} is {support!r}, expected full, "
                     "unsupported or not_implemented"
                 )
+
+    @property
+    def only_if_named(self) -> bool:
+        """Whether no call runs on the backend unless the caller names it."""
+        return self.priority < 0
 
     def support(self, feature: str) -> Support:
         """Return the declared support for a feature."""

@@ -216,7 +216,7 @@ def reasons(request: Request, choice: AnyChoice = None) -> dict[str, list[str]]:
     dict of str to list of str
         For every declared backend and every broken or disabled plugin; an empty list means that
         the backend can run the request. A backend of another library than the arrays' is not
-        imported to be asked, unless it is named.
+        imported to be asked, unless it is named. One that runs only if named is asked only then.
     """
     return _reasons(request, resolve(choice, request.library))
 
@@ -345,7 +345,7 @@ def _reasons(request: Request, resolved: ResolvedChoice) -> dict[str, list[str]]
         by_name = {str(c): _judge(c, request)[1] for c in resolved.candidates}
     named = set(resolved.names) if resolved.explicit else set()
     for name, info in plugins.registered().items():
-        if name in named:
+        if name in named or info.only_if_named:
             continue
         unavailable = plugins.unavailable_reason(info)
         if unavailable is not None:

@@ -17,6 +17,8 @@ __all__ = ["list_backends", "list_words", "summary"]
 def list_backends() -> list[dict[str, Any]]:
     """Return a description of every backend, including those that are not available.
 
+    Backends that run only where the caller names them are left out.
+
     Returns
     -------
     list of dict
@@ -27,6 +29,8 @@ def list_backends() -> list[dict[str, Any]]:
     """
     backends = []
     for name, info in plugins.registered().items():
+        if info.only_if_named:
+            continue
         reason, versions = plugins.unavailable_reason(info), {}
         if reason is None:
             try:

@@ -111,12 +111,16 @@ def registered() -> dict[str, BackendInfo]:
 
 
 def candidates(library: str) -> tuple[str, ...]:
-    """Return the names of the backends of a library's arrays, in the order of `registered`."""
+    """Return the backends that run a library's arrays unasked, in the order of `registered`."""
     names = _candidates.get(library)
     if names is None:
         with _lock:
             infos = registered()
-            names = tuple(name for name, info in infos.items() if info.library == library)
+            names = tuple(
+                name
+                for name, info in infos.items()
+                if info.library == library and not info.only_if_named
+            )
             _candidates[library] = names
     return names
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from pdcore.spec import parse
 
 from .numpy_variants import VARIANTS
 from .workload import Workload
@@ -57,33 +57,24 @@ def literal_numpy(workload: Workload) -> Attention:
     return attend
 
 
+def _asked(workload: Workload, x: Mapping[str, Any]) -> Any:
+    """Return a workload's arrays as the functions of `pdcore_conformance.peers` take them."""
+    from ..peers.base import Asked
+
+    spec = parse(workload.spec)
+    scale = 1 / math.sqrt(workload.shape[-1])
+    return Asked(x["q"], x["k"], x["v"], spec, scale, causal=spec.support.causal)
+
+
 def sdpa(kernel: str | None) -> Callable[[Workload], Attention]:
     """Build PyTorch's `scaled_dot_product_attention`, with a named kernel or PyTorch's choice."""
 
     def make(workload: Workload) -> Attention:
-        torch = importlib.import_module("torch")
-        causal = "causal" in workload.spec
+        from ..peers import on_torch
 
-        def attend(x: Mapping[str, Any]) -> Any:
-            with _kernel(kernel):
-                return torch.nn.functional.scaled_dot_product_attention(
-                    x["q"], x["k"], x["v"], is_causal=causal
-                )
-
-        return attend
+        return lambda x: on_torch.sdpa(kernel, _asked(workload, x))
 
     return make
-
-
-@contextmanager
-def _kernel(name: str | None) -> Iterator[None]:
-    """Restrict PyTorch to a kernel in a block; None leaves the choice to PyTorch."""
-    if name is None:
-        yield
-        return
-    attention = importlib.import_module("torch.nn.attention")
-    with attention.sdpa_kernel(getattr(attention.SDPBackend, name)):
-        yield
 
 
 def literal_sdpa(workload: Workload) -> Attention:
@@ -132,34 +123,18 @@ def cupy_textbook(workload: Workload) -> Attention:
 
 def performer(workload: Workload) -> Attention:
     """Build the linear attention of performer-pytorch, with the features elu + 1."""
-    torch = importlib.import_module("torch")
-    performer = importlib.import_module("performer_pytorch.performer_pytorch")
+    from ..peers import on_performer
 
-    def attend(x: Mapping[str, Any]) -> Any:
-        q, k = (torch.nn.functional.elu(x[name]) + 1 for name in "qk")
-        if "causal" in workload.spec:
-            return performer.causal_linear_attention_noncuda(q, k, x["v"], eps=0.0)
-        return performer.linear_attention(q, k, x["v"])
-
-    return attend
+    return lambda x: on_performer.linear_attention(_asked(workload, x))
 
 
 def jax_nn(implementation: str) -> Callable[[Workload], Attention]:
     """Build `jax.nn.dot_product_attention` with a named implementation."""
 
     def make(workload: Workload) -> Attention:
-        jax = importlib.import_module("jax")
-        causal = "causal" in workload.spec
+        from ..peers import on_jax
 
-        def attend(x: Mapping[str, Any]) -> Any:
-            # JAX takes (B, N, H, D).
-            q, k, v = (x[name].swapaxes(-2, -3) for name in "qkv")
-            out = jax.nn.dot_product_attention(
-                q, k, v, is_causal=causal, implementation=implementation
-            )
-            return out.swapaxes(-2, -3)
-
-        return attend
+        return lambda x: on_jax.jax_nn(implementation, _asked(workload, x))
 
     return make
 
@@ -177,34 +152,7 @@ def literal_jax(workload: Workload) -> Attention:
 
 
 def onnx_attention(workload: Workload) -> Attention:
-    """Build a session of onnxruntime for ONNX's Attention operator (opset 23)."""
-    onnx, runtime = map(importlib.import_module, ("onnx", "onnxruntime"))
-    element = onnx.helper.np_dtype_to_tensor_dtype(_numpy_dtype(workload.dtype))
-    names = ("q", "k", "v", "out")
-    q, k, v, out = (onnx.helper.make_tensor_value_info(n, element, workload.shape) for n in names)
-    node = onnx.helper.make_node(
-        "Attention",
-        names[:3],
-        names[3:],
-        scale=1 / math.sqrt(workload.shape[-1]),
-        is_causal=int("causal" in workload.spec),
-    )
-    graph = onnx.helper.make_graph([node], "attention", [q, k, v], [out])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
-    model.ir_version = 11
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = _threads()
-    session = runtime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return lambda x: session.run(None, {name: x[name] for name in names[:3]})[0]
+    """Build ONNX's Attention operator in onnxruntime."""
+    from ..peers import on_onnxruntime
 
-
-def _numpy_dtype(name: str) -> Any:
-    from ..judge.calls import dtype_of
-
-    return dtype_of(name)
-
-
-def _threads() -> int:
-    return int(os.environ.get("PDCORE_NUM_THREADS", "0"))
+    return lambda x: on_onnxruntime.onnx_attention(_asked(workload, x))

@@ -60,8 +60,7 @@ def first_way(subject: Subject, call: Call, arrays: Arrays, through: str) -> Non
 def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
     layer = bind(call.spec, backend=subject.name)
     compiles = subject.framework.compiles
-    levels = (True, False) if subject.claims("lse") else (False,)
-    for lse in levels:
+    for lse in _levels(subject):
         without = "" if lse else " without lse"
         for name in ("attention", "bind"):
             with subject.watched(arrays) as (q, k, v, options):
@@ -116,7 +115,7 @@ def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
 
 
 def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
-    for lse in (True, False):
+    for lse in _levels(subject):
         with subject.watched(arrays) as (q, k, v, options):
             inputs = inputs_of(call, q, k, v, options)
             d_out, d_lse = map(subject.there, _cotangents(call))
@@ -128,6 +127,11 @@ def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
             by_name = {f"d_{n}": subject.back(gradients[n], f"d_{n}") for n in inputs}
             way = "automatic differentiation" + ("" if lse else " without lse")
             yield Result(way, _named(subject, outputs) | by_name, lse)
+
+
+def _levels(subject: Subject) -> tuple[bool, ...]:
+    """Return whether to ask for lse: with and without, where the backend declares it."""
+    return (True, False) if subject.claims("lse") else (False,)
 
 
 def _called(subject: Subject, call: Call, x: Any, options: Mapping[str, Any], lse: bool) -> Any:

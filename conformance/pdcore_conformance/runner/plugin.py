@@ -26,6 +26,7 @@ from ..judge import user_axes
 from ..judge.combinations import Combinations, Row
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
+from ..peers import PEERS
 from ..record import writing as record
 from ..record.environment import environment, versions
 from .outcomes import new_case, outcome_of, plain
@@ -38,10 +39,11 @@ __all__ = ["NAME", "SUITE", "Conformance", "about", "case_id", "exit_code", "par
 #: Of this plugin's object in pytest, and of the package with the cases.
 NAME = "pdcore-conformance"
 SUITE = "pdcore_conformance.suite"
+_PEER = "peer:"
 
 
 def parse_backend(text: str) -> tuple[str, str]:
-    """Read ``NAME[:DEVICE]``.
+    """Read ``NAME[:DEVICE]``, or ``peer:NAME[:DEVICE]`` for one of `pdcore_conformance.peers`.
 
     Returns
     -------
@@ -53,8 +55,10 @@ def parse_backend(text: str) -> tuple[str, str]:
     ValueError
         When no backend has the name, or it declares no such device.
     """
-    name, _, device = text.partition(":")
     known = plugins.registered()
+    if text.startswith(_PEER):
+        text, known = text.removeprefix(_PEER), {n: i for n, i in known.items() if n in PEERS}
+    name, _, device = text.partition(":")
     if name not in known:
         reason = plugins.broken.get(name) or plugins.disabled.get(name)
         why = f": {reason}" if reason else f"; {nearest(name, known)}"
@@ -103,7 +107,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--backend") is None:
         raise pytest.UsageError(
             "--backend NAME[:DEVICE] is missing: which backend is to be tested?"
-            f" One of {', '.join(plugins.registered())}"
+            f" One of {', '.join(n for n in plugins.registered() if n not in PEERS)}, or peer:NAME"
         )
     try:
         backend = parse_backend(config.getoption("--backend"))
