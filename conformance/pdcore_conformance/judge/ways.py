@@ -6,7 +6,9 @@ is called again, so a result that was right in one way says nothing of the other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,7 +40,7 @@ class Result(NamedTuple):
     d_lse: bool = True
 
 
-def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Iterator[Result]:
+def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Generator[Result]:
     """Run a call in every way of `through`, see `Subject.judge`."""
     if through not in _WAYS:
         raise ValueError(f"through: got {through!r}, expected {', '.join(_WAYS)}")
@@ -54,10 +56,11 @@ def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Iterator[
 
 def first_way(subject: Subject, call: Call, arrays: Arrays, through: str) -> None:
     """Run a call in one way, which is enough to see that it is refused."""
-    next(run(subject, call, arrays, through))
+    with closing(run(subject, call, arrays, through)) as results:
+        next(results)
 
 
-def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _forward(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     layer = bind(call.spec, backend=subject.name)
     compiles = subject.framework.compiles
     for lse in _levels(subject):
@@ -76,19 +79,18 @@ def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
         if subject.claims("autodiff") and subject.framework.has_autodiff and not compiles:
             with subject.watched(arrays) as (q, k, v, options):
                 inputs = inputs_of(call, q, k, v, options)
-                outputs = subject.framework.recorded(
-                    lambda x, o=options, y=lse: _called(subject, call, x, o, y), inputs
-                )
+                function = partial(_called, subject, call, options, lse)
+                outputs = subject.framework.recorded(function, inputs)
                 yield Result(f"attention{without} inside of a gradient", _named(subject, outputs))
 
 
-def _weights(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _weights(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     with subject.watched(arrays) as (q, k, v, options):
         weights = attention_weights(q, k, v, call.spec, backend=subject.name, **options)
         yield Result("attention_weights", {"weights": subject.returned(weights, "weights")})
 
 
-def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     from .nonconforming import Nonconforming
 
     with subject.watched(arrays) as (q, k, v, options):
@@ -114,15 +116,14 @@ def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
         yield pulled("attention_vjp, pulled back again by strided cotangents", layout="strided")
 
 
-def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     for lse in _levels(subject):
         with subject.watched(arrays) as (q, k, v, options):
             inputs = inputs_of(call, q, k, v, options)
             d_out, d_lse = map(subject.there, _cotangents(call))
+            function = partial(_called, subject, call, options, lse)
             outputs, gradients = subject.framework.vjp(
-                lambda x, o=options, y=lse: _called(subject, call, x, o, y),
-                inputs,
-                (d_out, d_lse if lse else None),
+                function, inputs, (d_out, d_lse if lse else None)
             )
             by_name = {f"d_{n}": subject.back(gradients[n], f"d_{n}") for n in inputs}
             way = "automatic differentiation" + ("" if lse else " without lse")
@@ -134,7 +135,9 @@ def _levels(subject: Subject) -> tuple[bool, ...]:
     return (True, False) if subject.claims("lse") else (False,)
 
 
-def _called(subject: Subject, call: Call, x: Any, options: Mapping[str, Any], lse: bool) -> Any:
+def _called(
+    subject: Subject, call: Call, options: Mapping[str, Any], lse: bool, x: Mapping[str, Any]
+) -> Any:
     """Return (out, lse) of arrays by name, or (out, None)."""
     q, k, v, options = replaced(x, options)
     result = attention(q, k, v, call.spec, return_lse=lse, backend=subject.name, **options)
@@ -187,7 +190,7 @@ def cotangents(call: Call) -> tuple[Array, Array]:
     )
 
 
-_WAYS: Mapping[str, Callable[[Subject, Call, Arrays], Iterator[Result]]] = {
+_WAYS: Mapping[str, Callable[[Subject, Call, Arrays], Generator[Result]]] = {
     "forward": _forward,
     "weights": _weights,
     "vjp": _vjp,

@@ -68,9 +68,9 @@ def outcome(name: str) -> dict[str, Any]:
     }
     try:
         subject = Subject(name)
-        reason = subject.framework.available(subject.device)
     except NoBackendError as error:
-        reason = str(error).removeprefix(f"backend {name}: ")
+        return result | {"unavailable": str(error).removeprefix(f"backend {name}: ")}
+    reason = subject.framework.available(subject.device)
     if reason:
         return result | {"unavailable": reason}
     cases = [{**case, "ratio": as_number(case["ratio"])} for case in judged(subject)]

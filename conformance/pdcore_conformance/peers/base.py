@@ -157,13 +157,18 @@ class PeerBackend(ArrayBackend):
             call.device,
         ).block(0, call.q.shape[-2], 0, call.k.shape[-2])
         kernel = spec.kernel
-        exponential = isinstance(kernel, Exponential)
+        scale, softcap = 1.0, None
+        if isinstance(kernel, Exponential):
+            scale, softcap = default_scale(kernel.scale, inputs.q.shape[-1]), kernel.softcap
         lead = inputs.q.shape[:-3]
+        q, k, v = (_one_axis(x, 3, xp) for x in inputs[:3])
         return Asked(
-            *(_one_axis(x, 3, xp) for x in inputs[:3]),
+            q,
+            k,
+            v,
             spec,
-            default_scale(kernel.scale, inputs.q.shape[-1]) if exponential else 1.0,
-            kernel.softcap if exponential else None,
+            scale,
+            softcap,
             causal,
             window if windowed else None,
             None if padding is None else _one_axis(padding, 1, xp),
