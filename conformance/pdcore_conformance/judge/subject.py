@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,11 +145,12 @@ class Subject:
             self.refuses(missing, lambda: ways.first_way(self, call, arrays, through), call)
             return
         expected: dict[bool, Expected] = {}
-        results = ways.run(self, call, arrays, through)
-        while (result := self.accepts(lambda: next(results, None))) is not None:
-            if result.d_lse not in expected:
-                expected[result.d_lse] = self.expected(call, arrays, through, result.d_lse)
-            self.evidence.add(judge(result.outputs, expected[result.d_lse]), result.way)
+        # A way that fails must not stay open, or the next cases would be watched by it too.
+        with closing(ways.run(self, call, arrays, through)) as results:
+            while (result := self.accepts(lambda: next(results, None))) is not None:
+                if result.d_lse not in expected:
+                    expected[result.d_lse] = self.expected(call, arrays, through, result.d_lse)
+                self.evidence.add(judge(result.outputs, expected[result.d_lse]), result.way)
 
     def expected(
         self, call: Call, arrays: Arrays, through: str = "forward", d_lse: bool = True

@@ -6,7 +6,7 @@ is called again, so a result that was right in one way says nothing of the other
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ class Result(NamedTuple):
     d_lse: bool = True
 
 
-def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Iterator[Result]:
+def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Generator[Result]:
     """Run a call in every way of `through`, see `Subject.judge`."""
     match through:
         case "forward":
@@ -57,7 +57,7 @@ def first_way(subject: Subject, call: Call, arrays: Arrays, through: str) -> Non
     next(run(subject, call, arrays, through))
 
 
-def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _forward(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     layer = bind(call.spec, backend=subject.name)
     levels = (True, False) if subject.claims("lse") else (False,)
     for lse in levels:
@@ -81,13 +81,13 @@ def _forward(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
                 yield Result(f"attention{without} inside of a gradient", _named(subject, outputs))
 
 
-def _weights(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _weights(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     with subject.watched(arrays) as (q, k, v, options):
         weights = attention_weights(q, k, v, call.spec, backend=subject.name, **options)
         yield Result("attention_weights", {"weights": subject.returned(weights, "weights")})
 
 
-def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     from .nonconforming import Nonconforming
 
     with subject.watched(arrays) as (q, k, v, options):
@@ -113,7 +113,7 @@ def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
         yield pulled("attention_vjp, pulled back again by strided cotangents", layout="strided")
 
 
-def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Iterator[Result]:
+def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     for lse in (True, False):
         with subject.watched(arrays) as (q, k, v, options):
             inputs = inputs_of(call, q, k, v, options)
