@@ -211,7 +211,8 @@ class PositionsInInt8(ChangedInputs):
         if not isinstance(inputs.offset, np.ndarray):
             return plan, inputs
         rows = max(inputs.q.shape[-2] - 1, 0)
-        return plan, inputs._replace(offset=(inputs.offset + rows).astype("int8") - rows)
+        last = (inputs.offset + rows).astype("int8").astype("int64")
+        return plan, inputs._replace(offset=last - rows)
 
 
 class ChangedWeights(Unmutated):
