@@ -77,6 +77,7 @@ def main() -> int:
             shutil.copytree(ROOT / root, Path(folder, root))
         Path(folder, "config.toml").write_text(configuration(arguments.timeout), encoding="utf-8")
         paths = [folder, *(str(Path(folder, root)) for root in ROOTS[1:])]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PDCORE_PLUGINS": ""}
         session = Path(folder, "session.sqlite")
 
