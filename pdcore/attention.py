@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from .backend import Inputs
-from .dispatch import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, cached_bind
+from .dispatch import (
+    HEADS_FIRST,
+    NO_DROPOUT,
+    NO_PARAMS,
+    BoundAttention,
+    Choice,
+    Layout,
+    cached_bind,
+    explains_arguments,
+    heads_first,
+    wrong_arguments,
+)
 from .spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -15,8 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["BoundAttention", "attention", "attention_vjp", "attention_weights", "bind", "explain"]
 
 
+@explains_arguments
 def bind(
-    spec: str | AttentionSpec = "softmax", *, backend: Choice = None, device: str | None = None
+    spec: str | AttentionSpec = "softmax",
+    *extra: Never,
+    backend: Choice = None,
+    device: str | None = None,
+    **unknown: Never,
 ) -> BoundAttention:
     """Parse a spec and choose the backend once, for many calls.
 
@@ -43,15 +59,18 @@ def bind(
     >>> layer(x, x, x).shape
     (1, 2, 5, 4)
     """
+    if extra or unknown:
+        raise wrong_arguments(bind, extra, unknown)
     return BoundAttention(spec, backend, device)
 
 
+@explains_arguments
 def attention(
     q: Any,
     k: Any,
     v: Any,
     spec: str | AttentionSpec = "softmax",
-    *,
+    *extra: Never,
     mask: Any = None,
     key_mask: Any = None,
     bias: Any = None,
@@ -62,8 +81,13 @@ def attention(
     axis_name: str | None = None,
     backend: Choice = None,
     device: str | None = None,
+    layout: Layout = HEADS_FIRST,
+    **unknown: Never,
 ) -> Any:
-    """Compute the attention that a spec describes.
+    """Compute the attention that a spec describes, of arrays (*B, H, N, D).
+
+    For arrays (*B, N, H, D), heads after length, pass ``layout="bnhd"``. The layout is never
+    inferred from the shapes: an array in the wrong one runs wherever its shape happens to fit.
 
     Parameters
     ----------
@@ -96,11 +120,14 @@ def attention(
         A backend by name, which runs the call or raises; or several names, tried in order.
     device : str, optional
         The device to run on; the arrays are moved there and the results back.
+    layout : {"bhnd", "bnhd"}
+        The order of the axes of q, k, v, out and their gradients: (*B, H, N, D) by default, or
+        (*B, N, H, D). Masks, bias, lse and weights have the axes stated here in both.
 
     Returns
     -------
     out : array (*B, Hq, N, Dv)
-        In the inputs' dtype, library and device; zeros for a row that sees no key.
+        In the inputs' dtype, library, device and layout; zeros for a row that sees no key.
     lse : array (*B, Hq, N)
         Only with `return_lse`; float32, or float64 for float64 inputs.
 
@@ -121,6 +148,8 @@ def attention(
     >>> attention(q, k, v, "bn+sh(1,1,2,2)").shape
     (1, 4, 6, 8)
     """
+    if extra or unknown:
+        raise wrong_arguments(attention, extra, unknown)
     return cached_bind(spec, backend, device)(
         q,
         k,
@@ -133,15 +162,17 @@ def attention(
         return_lse=return_lse,
         dropout=dropout,
         axis_name=axis_name,
+        layout=layout,
     )
 
 
+@explains_arguments
 def attention_vjp(
     q: Any,
     k: Any,
     v: Any,
     spec: str | AttentionSpec = "softmax",
-    *,
+    *extra: Never,
     mask: Any = None,
     key_mask: Any = None,
     bias: Any = None,
@@ -149,12 +180,14 @@ def attention_vjp(
     params: Mapping[str, Any] | None = None,
     backend: Choice = None,
     device: str | None = None,
+    layout: Layout = HEADS_FIRST,
+    **unknown: Never,
 ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
     """Compute attention and its vector-Jacobian product.
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device
+    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device, layout
         As in `attention`.
 
     Returns
@@ -174,9 +207,11 @@ def attention_vjp(
     >>> sorted(vjp(np.ones_like(out)))
     ['k', 'q', 'v']
     """
+    if extra or unknown:
+        raise wrong_arguments(attention_vjp, extra, unknown)
     params = NO_PARAMS if params is None else params
     inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params)
-    out, lse, pullback = cached_bind(spec, backend, device).vjp(inputs)
+    out, lse, pullback = cached_bind(spec, backend, device).vjp(inputs, layout)
     from .dispatch import check_cotangent
 
     def vjp(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
@@ -189,12 +224,13 @@ def attention_vjp(
     return out, lse, vjp
 
 
+@explains_arguments
 def attention_weights(
     q: Any,
     k: Any,
     v: Any,
     spec: str | AttentionSpec = "softmax",
-    *,
+    *extra: Never,
     mask: Any = None,
     key_mask: Any = None,
     bias: Any = None,
@@ -202,12 +238,14 @@ def attention_weights(
     params: Mapping[str, Any] | None = None,
     backend: Choice = None,
     device: str | None = None,
+    layout: Layout = HEADS_FIRST,
+    **unknown: Never,
 ) -> Any:
     """Compute the weights kappa / h, the only public call that builds an (N, M) array.
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device
+    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device, layout
         As in `attention`.
 
     Returns
@@ -216,17 +254,20 @@ def attention_weights(
         The weight of a pooled key is spread evenly over the real keys that it covers
         (with ``pool=first``, all of it is on the first real key).
     """
+    if extra or unknown:
+        raise wrong_arguments(attention_weights, extra, unknown)
     params = NO_PARAMS if params is None else params
     inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params)
-    return cached_bind(spec, backend, device).weights(inputs)
+    return cached_bind(spec, backend, device).weights(inputs, layout)
 
 
+@explains_arguments
 def explain(
     q: Any,
     k: Any,
     v: Any,
     spec: str | AttentionSpec = "softmax",
-    *,
+    *extra: Never,
     mask: Any = None,
     key_mask: Any = None,
     bias: Any = None,
@@ -237,13 +278,15 @@ def explain(
     axis_name: str | None = None,
     backend: Choice = None,
     device: str | None = None,
+    layout: Layout = HEADS_FIRST,
+    **unknown: Never,
 ) -> Explanation:
     """Explain how a call would run: its plan, its backend, and what each other backend refuses.
 
     Parameters
     ----------
     q, k, v, spec, mask, key_mask, bias, offset, params, return_lse, dropout, axis_name, \
-backend, device
+backend, device, layout
         As in `attention`.
 
     Returns
@@ -251,10 +294,12 @@ backend, device
     Explanation
         Prints as text; ``to_dict()`` returns the same as plain data.
     """
+    if extra or unknown:
+        raise wrong_arguments(explain, extra, unknown)
     from .dispatch import explain_request
 
     layer = cached_bind(spec, backend, device)
     params = NO_PARAMS if params is None else params
     inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name)
-    request = layer.request(inputs, lse=return_lse)
+    request = layer.request(heads_first(inputs, layout), lse=return_lse, layout=layout)
     return explain_request(request, layer.choice, request.lower())

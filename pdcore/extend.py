@@ -49,8 +49,8 @@ from .backend import (
     shifted_features,
     spacing,
 )
-from .dispatch import finite_dropout, parameter_shape
-from .errors import PluginError, SpecError, UnsupportedError
+from .dispatch import finite_dropout, parameter_shape, wrong_arguments
+from .errors import PluginError, SettingError, SpecError, UnsupportedError
 from .lowering import (
     FeatureRows,
     Features,
@@ -140,6 +140,7 @@ __all__ = [
     "Inputs",
     "Request",
     "finite_dropout",
+    "wrong_arguments",
     "parameter_shape",
     # plan
     "Plan",
@@ -231,6 +232,7 @@ __all__ = [
     "reference_attention",
     # refuse
     "PluginError",
+    "SettingError",
     "SpecError",
     "UnsupportedError",
 ]

@@ -15,15 +15,17 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-import equinox
-import jax
-from equinox.nn import MultiheadAttention
-from jax import numpy as jnp
-
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape
 
 from .bound import BoundSpec, Choice, learned_parameters
+from .requirements import requires
+
+with requires("equinox"):
+    import equinox
+    import jax
+    from equinox.nn import MultiheadAttention
+    from jax import numpy as jnp
 
 __all__ = ["PDMultiheadAttention", "convert"]
 
@@ -195,18 +197,15 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                     f"process_heads: got shapes {[x.shape for x in heads]}, expected "
                     f"{shapes}: it must not change them"
                 )
-        q, k, v = (jnp.swapaxes(x, 0, 1) for x in heads)
         out = self._bound.attention(
-            q,
-            k,
-            v,
+            *heads,
             mask=mask,
             key_mask=key_mask,
-            offset=self._offset(offset, q, k),
+            offset=self._offset(offset, query.shape[0], key_.shape[0]),
             params=self.spec_params,
+            layout="bnhd",
         )
-        out = jnp.swapaxes(out, 0, 1).reshape(query.shape[0], -1)
-        return jax.vmap(self.output_proj)(out)
+        return jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))
 
     def _refuse_dropout(self, inference: Any) -> None:
         p = self.dropout.p
@@ -233,10 +232,10 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                 f"or permit it with {spec.normalization.word}(allow_leak=true)"
             )
 
-    def _offset(self, offset: Any, q: Any, k: Any) -> Any:
+    def _offset(self, offset: Any, n: int, m: int) -> Any:
         if offset is not None:
             return offset
-        spec, n, m = self.spec, q.shape[-2], k.shape[-2]
+        spec = self.spec
         if n != m and (spec.support.restricts or spec.prefix):
             raise ValueError(
                 f"offset: missing for {n} queries and {m} keys, and {spec} goes by position; "

@@ -18,15 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-from flax import linen, nnx
-from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
-from jax import numpy as jnp
-
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs
 
 from .bound import BoundSpec, Choice
+from .requirements import requires
+
+with requires("flax"):
+    import jax
+    from flax import linen, nnx
+    from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
+    from jax import numpy as jnp
 
 __all__ = ["attention_fn"]
 
@@ -219,7 +221,7 @@ class _Attention:
                 "force_fp32_for_softmax: got True for float64 inputs, which are computed in "
                 "float64 throughout; leave it out, or cast the inputs to float32"
             )
-        q, k, v = (jnp.swapaxes(jnp.asarray(x), -2, -3) for x in (query, key, value))
+        q, k, v = (jnp.asarray(x) for x in (query, key, value))
         attend = self._bound.attention
         if is_causal:
             if self._bound.causal_refusal:
@@ -228,15 +230,16 @@ class _Attention:
         keys = self._keys(q, k, mask, bias, is_causal)
         masks = {"mask": keys.mask, "key_mask": keys.key_mask, "bias": bias, "offset": keys.offset}
         if module is not None:
-            _sow(module, attend.weights(Inputs(q, k, v, **masks)))
-        out = jnp.swapaxes(attend(q, k, v, **masks), -2, -3)
+            _sow(module, attend.weights(Inputs(q, k, v, **masks), "bnhd"))
+        out = attend(q, k, v, **masks, layout="bnhd")
         if keys.invalid is not None:
             out = jnp.where(keys.invalid[..., None, None, None], jnp.nan, out)
         return out
 
     def _keys(self, q: Any, k: Any, mask: Any, bias: Any, is_causal: bool) -> _Keys:
         """Interpret the mask of a call."""
-        lead, n, m = q.shape[:-3], q.shape[-2], k.shape[-2]
+        *lead, n, heads, _ = q.shape
+        m = k.shape[-3]
         strict = self._strict and not is_causal
         if strict and bias is not None and _rows(bias) > 1:
             raise UnsupportedError(
@@ -258,7 +261,7 @@ class _Attention:
         if mask.ndim > q.ndim:
             raise ValueError(
                 f"mask: got shape {mask.shape}, expected one that broadcasts to "
-                f"{(*q.shape[:-1], m)}"
+                f"{(*lead, heads, n, m)}"
             )
         full = jnp.reshape(mask, (1,) * (q.ndim - mask.ndim) + mask.shape)
         if strict and full.shape[-2] > 1 and not self._padding:

@@ -13,14 +13,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Convolution, as_spec
 from pdcore.svr import check_jobs, check_regression, fit, head_kernels
 
 from .bound import Choice
+from .requirements import requires
+
+with requires("svr"):
+    from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+    from sklearn.utils.validation import check_is_fitted, validate_data
 
 __all__ = ["SVRAttentionRegressor"]
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from .array_backend import ArrayBackend
 from .call import Call, accumulation, constants_held, cut_heads, spacing
-from .contract import FEATURES, SPEC_VERSION, Backend, BackendInfo, Inputs, Request
+from .contract import (
+    FEATURES,
+    LAYOUTS,
+    SPEC_VERSION,
+    Backend,
+    BackendInfo,
+    Inputs,
+    Request,
+    shape_in,
+)
 from .feature_contraction import chunks, shifted_features
 from .group_run import GroupRun
 from .operands import Contracted, Operands
@@ -20,6 +29,7 @@ __all__ = [
     "FEATURES",
     "GroupRun",
     "Inputs",
+    "LAYOUTS",
     "Operands",
     "Request",
     "SPEC_VERSION",
@@ -34,6 +44,7 @@ __all__ = [
     "relative_features",
     "scores",
     "scores_vjp",
+    "shape_in",
     "shifted_features",
     "spacing",
 ]

@@ -25,7 +25,16 @@ from ..spec import (
     Statistics,
 )
 
-__all__ = ["FEATURES", "SPEC_VERSION", "Backend", "BackendInfo", "Inputs", "Request"]
+__all__ = [
+    "FEATURES",
+    "LAYOUTS",
+    "SPEC_VERSION",
+    "Backend",
+    "BackendInfo",
+    "Inputs",
+    "Request",
+    "shape_in",
+]
 
 #: The version of `Plan` and of `Backend`; a plugin declares the version it was written for.
 SPEC_VERSION = 1
@@ -154,6 +163,17 @@ class Inputs(NamedTuple):
     axis_name: str | None = None
 
 
+#: The layouts of q, k and v, by name.
+LAYOUTS = {"bhnd": "(*B, H, N, D)", "bnhd": "(*B, N, H, D)"}
+
+
+def shape_in(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Convert a shape (*B, H, N, D) to a layout, or back; shorter shapes stay as they are."""
+    if layout == "bhnd" or len(shape) < 3:
+        return shape
+    return (*shape[:-3], shape[-2], shape[-3], shape[-1])
+
+
 class Request(NamedTuple):
     """A call without the values of its arrays, as selection shows it to backends.
 
@@ -172,6 +192,9 @@ class Request(NamedTuple):
         Whether the call returns the log-sum-exp; is `attention_vjp`; is `attention_weights`.
     dropout : float
     axis_name : str or None
+    layout : str
+        The layout of the caller's arrays, for messages only: the arrays of a backend, and the
+        shapes here, are (*B, H, N, D) in any case.
     """
 
     spec: AttentionSpec
@@ -190,16 +213,18 @@ class Request(NamedTuple):
     weights: bool = False
     dropout: float = 0.0
     axis_name: str | None = None
+    layout: str = "bhnd"
 
     def __str__(self) -> str:
+        q, k, v = (shape_in(self.layout, shape) for shape in (self.q, self.k, self.v))
+        layout = "" if self.layout == "bhnd" else f", layout {self.layout}"
         optional = "".join(
             f", {name} {getattr(self, name)}"
             for name in ("mask", "key_mask", "bias")
             if getattr(self, name) is not None
         )
         return (
-            f"q {self.q}, k {self.k}, v {self.v}{optional}, {self.library} {self.dtype} on "
-            f"{self.device}"
+            f"q {q}, k {k}, v {v}{optional}{layout}, {self.library} {self.dtype} on {self.device}"
         )
 
     def lower(self) -> Plan:

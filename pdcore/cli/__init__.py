@@ -5,6 +5,7 @@ This module imports without the extra ``cli``, so that `main` can say what is mi
 
 from __future__ import annotations
 
+import io
 import sys
 
 from ..errors import Exit
@@ -24,7 +25,17 @@ def main() -> None:
             raise
         print(missing(error), file=sys.stderr)
         raise SystemExit(int(Exit.MISSING)) from None
-    app(prog_name="pdcore")
+    # A character that the terminal's encoding lacks is printed as an escape, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app(prog_name="pdcore")
+    except OSError as error:  # from the help or the version: commands report their own
+        from .reporting import discard_output, note
+
+        discard_output()
+        note(f"pdcore: {error}")
+        raise SystemExit(int(Exit.OUTPUT)) from None
 
 
 def optional(error: ModuleNotFoundError) -> bool:

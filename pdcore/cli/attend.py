@@ -16,7 +16,7 @@ from ..dispatch import choose
 from ..lowering import Plan
 from ..spec import parse
 from .files import FileError, check_writable, file_kind, read_arrays, replacing, write_arrays
-from .options import AsJson, BackendName, DeviceName, SpecText, parse_backends
+from .options import AsJson, BackendName, DeviceName, SpecText, parse_backends, parse_whole
 from .pieces import attend_in_pieces
 from .reporting import emit, progress, reported, stdout
 
@@ -46,9 +46,13 @@ def attend(
     """
     parsed, names = parse(spec), parse_backends(backend)
     file_kind(out)
+    bound = bind(parsed, backend=names, device=device)
+    # From the headers alone first: a small file may inflate to gigabytes.
+    headers = _read_call(source, offset, headers_only=True)
+    check_writable(out, str(headers["q"].dtype))
+    _choose(bound, source, headers, lse=lse)
     arrays = _read_call(source, offset)
-    check_writable(out, str(arrays["q"].dtype))
-    chosen, plan = _choose(bind(parsed, backend=names, device=device), source, arrays, lse=lse)
+    chosen, plan = _choose(bound, source, arrays, lse=lse)
     began = time.perf_counter()
     with replacing(out, force=force) as stream:
         with progress(f"attention by {chosen}") as done:
@@ -77,9 +81,9 @@ def attend(
     )
 
 
-def _read_call(source: Path, offset: str | None) -> dict[str, Any]:
+def _read_call(source: Path, offset: str | None, *, headers_only: bool = False) -> dict[str, Any]:
     """Return the arrays of a call, with the offset of the command line."""
-    arrays = read_arrays(source)
+    arrays = read_arrays(source, headers_only=headers_only)
     if offset is not None:
         if "offset" in arrays:
             raise FileError(f"{source}: it has an offset already, so --offset cannot set it")
@@ -88,14 +92,7 @@ def _read_call(source: Path, offset: str | None) -> dict[str, Any]:
 
 
 def _parse_offset(text: str) -> int | str:
-    if text == "end":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"got {text!r}, expected a whole number or 'end'", param_hint="--offset"
-        ) from None
+    return text if text == "end" else parse_whole("--offset", text, "a whole number or 'end'")
 
 
 def _choose(

@@ -13,7 +13,7 @@ from ..plugins import BrokenPlugin
 from . import optional
 from .discovery import Command, find_commands
 from .options import AsJson
-from .reporting import Failed, reported
+from .reporting import Failed, concise_usage_errors, reported
 
 __all__ = ["app"]
 
@@ -40,6 +40,14 @@ class _Group(typer.core.TyperGroup):
             free = name if name not in commands else f"{name} ({failure.distribution})"
             self.add_command(_failing(free, failure))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with concise_usage_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with concise_usage_errors():
+            return super().invoke(ctx)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
@@ -61,7 +69,9 @@ class _Declared(typer.core.TyperCommand):
         """Import the command; return one that fails with the reason where that fails."""
         try:
             return _build(self.command.name, self.command.load(), epilog=EXIT_CODES)
-        except Exception as error:  # noqa: BLE001 - a command's defect is not a traceback
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a command's defect is not a traceback
             return _failing(self.command.name, self.command.failure(error))
 
 

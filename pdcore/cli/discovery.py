@@ -11,8 +11,10 @@ broken, with the reason; the other tables do not notice.
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +49,8 @@ class Command(NamedTuple):
 
     def load(self) -> Any:
         """Import the function."""
-        return EntryPoint(self.name, self.target, GROUP).load()
+        with redirect_stdout(sys.stderr):
+            return EntryPoint(self.name, self.target, GROUP).load()
 
     def failure(self, error: BaseException) -> BrokenPlugin:
         """Return the record of an error in this command's module."""
@@ -76,14 +79,17 @@ def find_commands() -> tuple[dict[str, Command], dict[str, BrokenPlugin]]:
         if discovery.disabled_reason(point.name, owner) is not None:
             continue
         try:
-            table = _read_table(point.load(), owner)
+            with redirect_stdout(sys.stderr):  # standard output is for results
+                table = _read_table(point.load(), owner)
             for name in table:
                 if name in commands:
                     raise PluginError(
                         f"command {name!r} is declared by {commands[name].owner} already, and "
                         f"again by {owner}"
                     )
-        except Exception as error:  # noqa: BLE001 - a third party's defect is not the end of all
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a defect of a third party is its own
             name = (
                 point.name if point.name not in broken else f"{point.name} ({owner.distribution})"
             )

@@ -12,7 +12,15 @@ from ..dispatch import explain_request
 from ..errors import Exit
 from ..plugins import registry as plugins
 from ..spec import parse
-from .options import AsJson, BackendName, DeviceName, SpecText, check_known, parse_backends
+from .options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    SpecText,
+    check_known,
+    parse_backends,
+    parse_whole,
+)
 from .reporting import Failed, emit, reported, stdout
 
 __all__ = ["explain"]
@@ -78,13 +86,11 @@ def _query_and_key(shape: str, key_shape: str | None) -> tuple[tuple[int, ...], 
 
 
 def _parse_shape(option: str, text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) < 3 or not all(part.isdecimal() for part in parts):
-        raise typer.BadParameter(
-            f"got {text!r}, expected at least three whole numbers such as 2,8,1024,64",
-            param_hint=option,
-        )
-    return tuple(map(int, parts))
+    expected = "at least three whole numbers from 0 such as 2,8,1024,64"
+    shape = tuple(parse_whole(option, part, expected) for part in text.split(","))
+    if len(shape) < 3 or min(shape) < 0:
+        raise typer.BadParameter(f"got {text!r}, expected {expected}", param_hint=option)
+    return shape
 
 
 def _check_choices(dtype: str, library: str, offset: str) -> None:

@@ -6,22 +6,42 @@ import contextlib
 import functools
 import inspect
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.segment import Segment
 
-from ..errors import Exit, NoBackendError, PluginError, SpecError, UnsupportedError
+from ..errors import (
+    Exit,
+    NoBackendError,
+    PluginError,
+    SettingError,
+    SpecError,
+    UnsupportedError,
+    concise,
+    visible,
+)
 from . import missing, optional
 from .files import FileError, OutputError
 
-__all__ = ["Failed", "emit", "note", "progress", "reported", "stdout"]
+__all__ = [
+    "Failed",
+    "concise_usage_errors",
+    "discard_output",
+    "emit",
+    "note",
+    "progress",
+    "reported",
+    "stdout",
+]
 
 P = ParamSpec("P")
 
@@ -30,6 +50,8 @@ PATIENCE = 2.0
 
 #: Whether the running command has printed its JSON, which is one document.
 _emitted: ContextVar[bool] = ContextVar("emitted", default=False)
+#: Where the JSON of the running command goes; whatever else prints then goes to standard error.
+_json_stream: ContextVar[TextIO | None] = ContextVar("json_stream", default=None)
 
 
 class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet target
@@ -48,7 +70,7 @@ class Failed(Exception):  # noqa: N818 - it carries an outcome, such as an unmet
         self.code = code
 
 
-class _Signalled(BaseException):
+class _Signalled(KeyboardInterrupt):
     """A signal to end the process, raised so that `finally` blocks run."""
 
     def __init__(self, number: int) -> None:
@@ -61,26 +83,51 @@ _CODES: tuple[tuple[type[Exception], Exit], ...] = (
     (FileError, Exit.INPUT),
     (OutputError, Exit.OUTPUT),
     (SpecError, Exit.USAGE),
+    (SettingError, Exit.USAGE),
     (UnsupportedError, Exit.UNSUPPORTED),
     (NoBackendError, Exit.NO_BACKEND),
     (PluginError, Exit.FAILURE),
     (MemoryError, Exit.FAILURE),
+    # Reading raises `FileError`; what is left is a full disk, or standard output that is closed.
+    (OSError, Exit.OUTPUT),
 )
+
+#: The base of the errors of an option or argument, which Typer prints.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _Console(Console):
+    """A console that prints text as `visible`, so that no name of a file or plugin acts on it."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+        for segment in super().render(*args, **kwargs):
+            shown = segment.control or visible(segment.text) == segment.text
+            yield segment if shown else Segment(visible(segment.text), segment.style)
 
 
 def stdout() -> Console:
     """Return a console on the present standard output."""
-    return Console(highlight=False)
+    return _Console(highlight=False)
 
 
 def stderr() -> Console:
     """Return a console on the present standard error."""
-    return Console(stderr=True, highlight=False)
+    return _Console(stderr=True, highlight=False)
 
 
 def note(message: str) -> None:
     """Print a message on standard error."""
-    stderr().print(escape(message), soft_wrap=True)
+    stderr().print(escape(concise(message)), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def concise_usage_errors() -> Iterator[None]:
+    """Make the usage errors of the block, which echo arguments, concise."""
+    try:
+        yield
+    except UsageError as error:
+        error.message = concise(error.message)  # type: ignore[attr-defined]
+        raise
 
 
 def emit(result: Any) -> None:
@@ -89,8 +136,9 @@ def emit(result: Any) -> None:
     NaN and infinities, which JSON does not have, become null.
     """
     _emitted.set(True)
-    sys.stdout.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    stream = _json_stream.get() or sys.stdout
+    stream.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    stream.flush()
 
 
 def _finite(value: Any) -> Any:
@@ -113,9 +161,12 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         _emitted.set(False)
         try:
-            with _signals():
+            with _signals(), _only_json() if kwargs.get("as_json") else contextlib.nullcontext():
                 command(*args, **kwargs)
+                sys.stdout.flush()
             return
+        except BrokenPipeError:
+            raise  # the reader has seen enough: Typer ends the command in silence
         except _Signalled as caught:
             code, kind = 128 + caught.number, "Interrupted"
             message = f"ended by {signal.Signals(caught.number).name}"
@@ -132,6 +183,9 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             kind, message = type(error).__name__, str(error)
             if isinstance(error, MemoryError):
                 message = message or "out of memory"
+            if code == Exit.OUTPUT:
+                discard_output()
+        message = concise(message)
         if kwargs.get("as_json") and not _emitted.get():
             emit({"error": {"kind": kind, "message": message}, "exit_code": code})
         note(f"pdcore: {message}")
@@ -141,6 +195,27 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     return run
+
+
+def discard_output() -> None:
+    """Flush standard output, or drop what it does not take: the interpreter flushes at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, sys.stdout.fileno())
+        os.close(sink)
+
+
+@contextlib.contextmanager
+def _only_json() -> Iterator[None]:
+    """Let only `emit` write to standard output: a plugin may print while it is imported or runs."""
+    token = _json_stream.set(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream.reset(token)
 
 
 @contextlib.contextmanager

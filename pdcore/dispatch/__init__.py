@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from .arguments import explains_arguments, wrong_arguments
 from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, cached_bind
 from .explanation import Explanation, explain_request
+from .layout import HEADS_FIRST, Layout, heads_first
 from .selection import choose, reasons, resolve, select, use_backend
 from .validation import FLOATS, check_cotangent, finite_dropout, parameter_shape, validate
 
 __all__ = [
+    # arguments
+    "explains_arguments",
+    "wrong_arguments",
     # binding
     "BoundAttention",
     "Choice",
     "NO_DROPOUT",
     "NO_PARAMS",
     "cached_bind",
+    # layout
+    "HEADS_FIRST",
+    "Layout",
+    "heads_first",
     # selection
     "choose",
     "reasons",

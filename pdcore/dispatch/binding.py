@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from ..lowering import Plan
 from ..plugins import registry as plugins
 from ..spec import AttentionSpec, as_spec
 from . import selection
+from .arguments import check_given, explains_arguments, wrong_arguments
+from .layout import HEADS_FIRST, Layout, heads_first, swap_axes, swap_pullback
 from .tracing import TracedSelections, concrete_size, make_traced_selector
 
 __all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice", "cached_bind"]
@@ -79,12 +81,13 @@ class BoundAttention:
         """The choice of backend, made when the spec was bound."""
         return self._choice
 
+    @explains_arguments
     def __call__(
         self,
         q: Any,
         k: Any,
         v: Any,
-        *,
+        *extra: Never,
         mask: Any = None,
         key_mask: Any = None,
         bias: Any = None,
@@ -93,22 +96,30 @@ class BoundAttention:
         return_lse: bool = False,
         dropout: float = NO_DROPOUT,
         axis_name: str | None = None,
+        layout: Layout = HEADS_FIRST,
+        **unknown: Never,
     ) -> Any:
         """Compute attention; the arguments are those of `attention`."""
+        if extra or unknown:
+            raise wrong_arguments(BoundAttention.__call__, extra, unknown)
         params = NO_PARAMS if params is None else params
         inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name)
-        backend, plan, inputs, back = self.prepare(inputs, lse=return_lse)
+        backend, plan, inputs, back = self.prepare(inputs, lse=return_lse, layout=layout)
         if back is None:
             out, lse = backend.attention(plan, inputs, lse=return_lse)
         else:
             with backend.stream_of(q):
                 out, lse = backend.attention(plan, inputs, lse=return_lse)
                 out, lse = back(out), None if lse is None else back(lse)
+        if layout != HEADS_FIRST:
+            out = swap_axes(out)
         return (out, lse) if return_lse else out
 
-    def vjp(self, inputs: Inputs) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+    def vjp(
+        self, inputs: Inputs, layout: Layout = HEADS_FIRST
+    ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Compute attention and its pullback, see `attention_vjp`."""
-        backend, plan, prepared, back = self.prepare(inputs, vjp=True)
+        backend, plan, prepared, back = self.prepare(inputs, vjp=True, layout=layout)
         if back is not None:
             library = library_of(inputs.q, "q")
             raise UnsupportedError(
@@ -116,18 +127,27 @@ class BoundAttention:
                 f"DLPack, which cuts gradients; convert them to {backend.info.library} yourself, "
                 f"or use a {library} backend"
             )
-        return backend.attention_vjp(plan, prepared)
+        out, lse, pullback = backend.attention_vjp(plan, prepared)
+        if layout == HEADS_FIRST:
+            return out, lse, pullback
+        return swap_axes(out), lse, swap_pullback(pullback)
 
-    def weights(self, inputs: Inputs) -> Any:
+    def weights(self, inputs: Inputs, layout: Layout = HEADS_FIRST) -> Any:
         """Compute the weights, see `attention_weights`."""
-        backend, plan, prepared, back = self.prepare(inputs, weights=True)
+        backend, plan, prepared, back = self.prepare(inputs, weights=True, layout=layout)
         if back is None:
             return backend.attention_weights(plan, prepared)
         with backend.stream_of(inputs.q):
             return back(backend.attention_weights(plan, prepared))
 
     def prepare(
-        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
+        self,
+        inputs: Inputs,
+        *,
+        lse: bool = False,
+        vjp: bool = False,
+        weights: bool = False,
+        layout: Layout = HEADS_FIRST,
     ) -> tuple[Backend, Plan, Inputs, Callable[[Any], Any] | None]:
         """Check a call and find its backend and plan.
 
@@ -136,12 +156,14 @@ class BoundAttention:
         backend : Backend
         plan : Plan
         inputs : Inputs
-            In the backend's library, parameters filled in.
+            In the backend's library, q, k and v (*B, H, N, D), parameters filled in.
         back : callable or None
             Converts a result to the caller's library and device; None when that is not needed.
         """
+        if layout != HEADS_FIRST:
+            inputs = heads_first(inputs, layout)
         if compiling():
-            return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights)
+            return self._prepare_traced(inputs, lse=lse, vjp=vjp, weights=weights, layout=layout)
         key: Any = None
         entry = None
         try:
@@ -155,7 +177,7 @@ class BoundAttention:
         except (AttributeError, TypeError):
             key = None  # `validate` raises the error that describes the argument
         if entry is None:
-            request = self.request(inputs, lse=lse, vjp=vjp, weights=weights)
+            request = self.request(inputs, lse=lse, vjp=vjp, weights=weights, layout=layout)
             selected = selection.choose(request, self._choice)
             plan = selected.backend.fuse(request.lower(), request)
             entry = (selected.backend, plan, request.library, self._device or selected.device)
@@ -172,7 +194,7 @@ class BoundAttention:
         return backend, plan, inputs, back
 
     def _prepare_traced(
-        self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool
+        self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool, layout: str
     ) -> tuple[Backend, Plan, Inputs, None]:
         """Do what `prepare` does, while ``torch.compile`` or ``torch.export`` traces the call.
 
@@ -199,22 +221,33 @@ class BoundAttention:
             weights,
             dropped,
             inputs.axis_name,
+            layout,
         )
-        validate(self.spec, inputs, "torch")
+        validate(self.spec, inputs, "torch", layout)
         if self._has_parameters:
             inputs = _complete(self.spec, inputs, "torch")
         backend, plan = getattr(self._traced, name)
         return backend, plan, inputs, None
 
     def request(
-        self, inputs: Inputs, *, lse: bool = False, vjp: bool = False, weights: bool = False
+        self,
+        inputs: Inputs,
+        *,
+        lse: bool = False,
+        vjp: bool = False,
+        weights: bool = False,
+        layout: str = HEADS_FIRST,
     ) -> Request:
-        """Validate a call and describe it for the backends."""
+        """Validate a call, q, k and v (*B, H, N, D), and describe it for the backends.
+
+        `layout` is that of the caller's arrays, in which messages show their shapes.
+        """
         from .validation import finite_dropout, validate
 
+        check_given(inputs)
         q = inputs.q
         library = library_of(q, "q")
-        validate(self.spec, inputs, library)
+        validate(self.spec, inputs, library, layout)
         mask, key_mask, bias = (
             None if x is None else tuple(x.shape)
             for x in (inputs.mask, inputs.key_mask, inputs.bias)
@@ -236,6 +269,7 @@ class BoundAttention:
             weights,
             finite_dropout(inputs.dropout),
             inputs.axis_name,
+            layout,
         )
 
 

@@ -9,7 +9,7 @@ from ..backend import Request
 from ..lowering import Plan
 from ..plugins import load_backend
 from ..spec import AttentionSpec
-from .selection import AnyChoice, in_words, reasons, resolve, table
+from .selection import UNREGISTERED, AnyChoice, in_words, reasons, resolve, table
 
 __all__ = ["Explanation", "explain_request"]
 
@@ -91,11 +91,19 @@ def explain_request(
         When the choice names no backend.
     """
     resolved, by_name = resolve(choice, request.library), reasons(request, choice)
-    able = (candidate.name for candidate in resolved.candidates if not by_name[str(candidate)])
-    name = next(able, None)
-    steps: tuple[str, ...] = ()
-    if plan is not None:
-        steps = (plan if name is None else load_backend(name).fuse(plan, request)).steps
+    name: str | None = None
+    fused = plan
+    for candidate in resolved.candidates:
+        if by_name.setdefault(str(candidate), [UNREGISTERED]):
+            continue
+        try:
+            backend = load_backend(candidate.name)
+        except ValueError:  # another thread has removed the backend
+            by_name[str(candidate)] = [UNREGISTERED]
+            continue
+        name, fused = candidate.name, None if plan is None else backend.fuse(plan, request)
+        break
+    steps = () if fused is None else fused.steps
     return Explanation(request.spec, request, name, resolved.source, plan, steps, by_name)
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ..backend import Backend, Request
-from ..errors import NoBackendError, UnsupportedError, nearest
+from ..errors import NoBackendError, SettingError, UnsupportedError, nearest
 from ..plugins import registry as plugins
 from ..spec import AttentionSpec, Batch, Exponential, Identity
 
@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 VARIABLE = "PDCORE_BACKEND"
+#: The reason against a backend that another thread removes between the steps of a selection.
+UNREGISTERED = "unregistered in the meantime"
 
 
 class Candidate(NamedTuple):
@@ -133,7 +135,10 @@ def ambient() -> ResolvedChoice | None:
         return ResolvedChoice(candidates, True, "use_backend")
     text = os.environ.get(VARIABLE)
     if text and not text.isspace():
-        return ResolvedChoice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
+        try:
+            return ResolvedChoice(_named(tuple(text.split(",")), VARIABLE), True, VARIABLE)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
     return None
 
 
@@ -310,6 +315,8 @@ def _judge(candidate: Candidate, request: Request) -> tuple[Backend | None, list
         backend = plugins.load_backend(name)
     except NoBackendError as error:
         return None, error.reasons[name]
+    except ValueError:  # known when the call was resolved
+        return None, [UNREGISTERED]
     if device is not None and not _on(request.device, device):
         kind = device.partition(":")[0]
         if kind not in backend.info.devices:
@@ -322,7 +329,9 @@ def _judge(candidate: Candidate, request: Request) -> tuple[Backend | None, list
         request = request._replace(library=library)
     try:
         refused: object = backend.refusals(request)
-    except Exception as error:  # noqa: BLE001 - one backend's defect must not hide the others
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - one defect must not hide the others
         text = " ".join(str(error).split())
         return None, [f"its refusals() raised {type(error).__name__}: {text}"]
     if not isinstance(refused, list):
@@ -346,12 +355,12 @@ def _reasons(request: Request, resolved: ResolvedChoice) -> dict[str, list[str]]
             by_name[name] = [why]
         else:
             by_name[name] = _judge(Candidate(name), request)[1]
-    for name, failure in plugins.broken.items():
+    for name, failure in list(plugins.broken.items()):
         if name not in named:
             by_name[_unused_name(name, failure.distribution, by_name)] = [
                 f"failed to load: {failure}"
             ]
-    for name, why in plugins.disabled.items():
+    for name, why in list(plugins.disabled.items()):
         if name not in named:
             by_name[_unused_name(name, "disabled", by_name)] = [why]
     return by_name

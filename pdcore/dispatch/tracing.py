@@ -55,6 +55,7 @@ def make_traced_selector(
         weights: bool,
         dropped: bool,
         axis_name: str | None,
+        layout: str,
     ) -> str:
         if device is not None and device != array_device:
             raise UnsupportedError(
@@ -80,6 +81,7 @@ def make_traced_selector(
             weights,
             0.5 if dropped else 0.0,
             axis_name,
+            layout,
         )
         backend = selection.choose(request, choice).backend
         if backend.info.library != "torch":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import dtype_name, library_of
-from ..backend import Inputs
+from ..backend import LAYOUTS, Inputs, shape_in
 from ..errors import UnsupportedError, nearest
 from ..spec import AttentionSpec, Parameter
 
@@ -21,7 +21,7 @@ __all__ = ["validate"]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
+def validate(spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "bhnd") -> None:
     """Check shapes, dtypes and libraries.
 
     Parameters
@@ -29,9 +29,11 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
     spec : AttentionSpec
         The attention of the call.
     inputs : Inputs
-        The call's arguments.
+        The call's arguments, q, k and v (*B, H, N, D).
     library : str
         The library of q.
+    layout : str
+        The layout of the caller's arrays, in which messages show their shapes.
 
     Raises
     ------
@@ -54,22 +56,22 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str) -> None:
             raise TypeError(
                 f"{name}: got dtype {dtype_name(x)}, expected {dtype} like q; cast it yourself"
             )
-    _shapes(spec, q.shape, k.shape, v.shape)
-    lead, heads = tuple(q.shape[:-3]), q.shape[-3]
-    full = (*lead, heads, q.shape[-2], k.shape[-2])
+    _shapes(spec, q.shape, k.shape, v.shape, layout)
+    lead = tuple(q.shape[:-3])
     if inputs.key_mask is not None:
         _boolean(inputs.key_mask, "key_mask")
-        if tuple(inputs.key_mask.shape) != (*lead, k.shape[-2]):
-            expected = (*lead, k.shape[-2])
+        expected, shape = (*lead, k.shape[-2]), tuple(inputs.key_mask.shape)
+        if shape != expected:
             raise ValueError(
-                f"key_mask: got shape {tuple(inputs.key_mask.shape)}, expected "
-                f"{expected}: True for a real key of each sequence"
+                f"key_mask: got shape {shape}, expected {expected}: True for a real key of each "
+                f"sequence{_other_layout(layout, shape == (*lead, k.shape[-3]))}"
             )
     if inputs.mask is not None:
         _boolean(inputs.mask, "mask")
-        _broadcastable(inputs.mask, "mask", full)
+        _broadcastable(inputs.mask, "mask", q.shape, k.shape, layout)
     if inputs.bias is not None:
-        _bias(spec, inputs.bias, dtype, full)
+        _bias(spec, inputs.bias, dtype)
+        _broadcastable(inputs.bias, "bias", q.shape, k.shape, layout)
     _offset(inputs.offset, lead, library)
     _params(spec, inputs.params, k.shape[-3], q.shape[-1], dtype, library)
 
@@ -83,12 +85,16 @@ def _same_library(x: Any, name: str, library: str) -> None:
         )
 
 
-def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> None:
+def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, layout: str) -> None:
+    axes = _AXES[layout]
+
+    def shown(shape: Any) -> tuple[int, ...]:
+        return shape_in(layout, tuple(shape))
+
     for name, shape in (("q", q), ("k", k), ("v", v)):
         if len(shape) < 3:
             raise ValueError(
-                f"{name}: got shape {tuple(shape)}, expected at least three axes: "
-                "(*batch, heads, length, features)"
+                f"{name}: got shape {tuple(shape)}, expected at least three axes: {axes}"
             )
     if (
         not (len(q) == len(k) == len(v))
@@ -96,47 +102,75 @@ def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> None:
         or tuple(v[:-3]) != tuple(q[:-3])
     ):
         raise ValueError(
-            f"q, k, v: got shapes {tuple(q)}, {tuple(k)}, {tuple(v)}, expected the "
-            "same leading axes (*batch, heads, length, features)"
+            f"q, k, v: got shapes {shown(q)}, {shown(k)}, {shown(v)}, expected the "
+            f"same leading axes {axes}"
         )
     if v[-3] != k[-3] or v[-2] != k[-2]:
+        order = "heads and keys" if layout == "bhnd" else "keys and heads"
         raise ValueError(
-            f"v: got shape {tuple(v)}, expected {tuple(k[-3:-1])} heads and keys like k {tuple(k)}"
+            f"v: got shape {shown(v)}, expected {shown(k)[-3:-1]} {order} like k {shown(k)}"
         )
     if q[-1] != k[-1] or q[-1] < 1:
-        raise ValueError(f"k: got {k[-1]} features, expected {q[-1]} like q {tuple(q)}, at least 1")
-    if k[-3] < 1 or q[-3] < 1 or q[-3] % k[-3]:
+        raise ValueError(f"k: got {k[-1]} features, expected {q[-1]} like q {shown(q)}, at least 1")
+    if not _divide(q[-3], k[-3]):
         raise ValueError(
-            f"q: got {q[-3]} heads, expected a multiple of the {k[-3]} heads of k, at "
-            "least one of each"
+            f"q: got {q[-3]} heads in {shown(q)}, expected a multiple of the {k[-3]} heads of k "
+            f"{shown(k)}, at least one of each{_other_layout(layout, _divide(q[-2], k[-2]))}"
         )
     scales = spec.heads.scales
     if scales and len(scales) != k[-3]:
+        fits_swapped = _divide(q[-2], k[-2]) and len(scales) == k[-2]
         raise ValueError(
             f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-            f"{k[-3]} heads of k"
+            f"{k[-3]} heads of k {shown(k)}{_other_layout(layout, fits_swapped)}"
         )
     spec.check_keys(k[-2])
 
 
+_AXES = {
+    "bhnd": "(*batch, heads, length, features)",
+    "bnhd": "(*batch, length, heads, features)",
+}
+
+
+def _divide(query_heads: int, key_heads: int) -> bool:
+    return key_heads >= 1 and query_heads >= 1 and query_heads % key_heads == 0
+
+
+def _other_layout(layout: str, fits: bool) -> str:
+    """Return advice to pass the other layout, empty where the shapes do not fit it either."""
+    [other] = LAYOUTS.keys() - {layout}
+    return f'; if the axes of q, k, v are {_AXES[other]}, pass layout="{other}"' if fits else ""
+
+
 def _boolean(x: Any, name: str) -> None:
-    if dtype_name(x) != "bool":
-        raise TypeError(
-            f"{name}: got dtype {dtype_name(x)}, expected bool, True where a key may "
-            "be seen (scores to be added go in bias)"
+    dtype = dtype_name(x)
+    if dtype == "bool":
+        return
+    true = "where a query may attend to the key" if name == "mask" else "for a real key"
+    advice = f"compare it with 0 yourself: {name} != 0"
+    if dtype in FLOATS:
+        advice = "scores to be added, such as 0 and -inf, go in bias="
+    raise TypeError(f"{name}: got dtype {dtype}, expected bool, True {true}; {advice}")
+
+
+def _broadcastable(x: Any, name: str, q: Any, k: Any, layout: str) -> None:
+    def fits(rows: int, heads: int, keys: int) -> bool:
+        full = (*q[:-3], heads, rows, keys)
+        return len(shape) <= len(full) and all(
+            have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)
+        )
+
+    shape = tuple(x.shape)
+    if not fits(q[-2], q[-3], k[-2]):
+        raise ValueError(
+            f"{name}: got shape {shape}, expected one that broadcasts to "
+            f"{(*q[:-2], q[-2], k[-2])}, which is (*B, Hq, N, M)"
+            f"{_other_layout(layout, fits(q[-3], q[-2], k[-3]))}"
         )
 
 
-def _broadcastable(x: Any, name: str, full: tuple[int, ...]) -> None:
-    shape = tuple(x.shape)
-    fits = len(shape) <= len(full) and all(
-        have in (1, want) for have, want in zip(reversed(shape), reversed(full), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"{name}: got shape {shape}, expected one that broadcasts to {full}")
-
-
-def _bias(spec: AttentionSpec, bias: Any, dtype: str, full: tuple[int, ...]) -> None:
+def _bias(spec: AttentionSpec, bias: Any, dtype: str) -> None:
     if not spec.kernel.has_log:
         raise UnsupportedError(
             f"bias: {spec.kernel.word} has no log kappa to add it to; use "
@@ -148,7 +182,6 @@ def _bias(spec: AttentionSpec, bias: Any, dtype: str, full: tuple[int, ...]) -> 
         )
     if dtype_name(bias) not in ("float32", dtype):
         raise TypeError(f"bias: got dtype {dtype_name(bias)}, expected float32 or {dtype}")
-    _broadcastable(bias, "bias", full)
 
 
 def _offset(offset: Any, lead: tuple[int, ...], library: str) -> None:

@@ -33,6 +33,11 @@ def list_backends() -> list[dict[str, Any]]:
                 versions = plugins.load_backend(name).versions()
             except NoBackendError as error:
                 reason = "; ".join(error.reasons.get(name, [str(error)]))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - one defect must not hide the others
+                text = " ".join(str(error).split())
+                reason = f"its versions() raised {type(error).__name__}: {text}"
         backends.append(
             _backend(
                 name,
@@ -44,7 +49,7 @@ def list_backends() -> list[dict[str, Any]]:
                 capabilities={feature: info.support(feature) for feature in FEATURES},
             )
         )
-    failures = {n: f"failed to load: {failure}" for n, failure in plugins.broken.items()}
+    failures = {n: f"failed to load: {failure}" for n, failure in list(plugins.broken.items())}
     return backends + [_backend(n, why) for n, why in {**failures, **plugins.disabled}.items()]
 
 

@@ -58,30 +58,43 @@ _failed: dict[str, BrokenPlugin] = {}
 _installed: set[str] = set()
 _candidates: dict[str, tuple[str, ...]] = {}
 _words: set[str] = set()
+#: Guards the tables, and is never held while code of a plugin runs.
 _lock = threading.RLock()
+_progress = threading.Condition(_lock)
 _stage = "to do"
+_discoverer: int | None = None
 _generation = 0
+#: Seconds that a thread waits for the discovery of another one.
+PATIENCE = 5.0
 
 
 def discover() -> None:
     """Find and register all plugins, once per process.
 
-    Exceptions of a plugin are not raised, but recorded in `broken`.
+    Exceptions of a plugin are not raised, but recorded in `broken`; only an interrupt by the user
+    is raised. A thread that calls this function during the discovery of another thread waits for
+    its end, but not for ever, since a plugin may wait for that thread: after a few seconds the
+    function returns, and the thread sees the plugins that have been loaded so far.
     """
-    global _stage
+    global _stage, _discoverer
     if _stage == "done":
         return
-    with _lock:
-        # Any other stage than "to do": a plugin calls this function while it is imported.
+    with _progress:
+        # The discovering thread itself gets here where a plugin calls this function.
+        while _stage == "under way" and _discoverer != threading.get_ident():
+            if not _progress.wait(PATIENCE):
+                return
         if _stage != "to do":
             return
-        _stage = "under way"
-        try:
-            _discover_all()
-        except BaseException:
-            _reset()
-            raise
+        _stage, _discoverer = "under way", threading.get_ident()
+    try:
+        _discover_all()
+    except BaseException:
+        _reset()
+        raise
+    with _progress:
         _stage = "done"
+        _progress.notify_all()
 
 
 def generation() -> int:
@@ -144,7 +157,9 @@ def load_backend(name: str) -> Backend:
         # `_lock`. If two threads get here, the module is imported once and one instance dropped.
         try:
             instance = instantiate(entry.info)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is stored and reported
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is stored and reported
             _failed[name] = entry.failure(error)
             cause, reason = error, unavailable_reason(entry.info)
         else:
@@ -232,7 +247,9 @@ def known_failures(backend: str) -> dict[str, str]:
     where = f"pdcore_known_failures({backend!r}) of {entry.origin}"
     try:
         failures = entry.known_failures(backend)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(f"{where} raised {type(error).__name__}: {error}") from error
     if not isinstance(failures, Mapping) or not all(
         isinstance(text, str) for pair in failures.items() for text in pair
@@ -242,15 +259,17 @@ def known_failures(backend: str) -> dict[str, str]:
 
 
 def _add(entry: Entry) -> None:
-    _entries[entry.info.name] = entry
-    _changed()
+    with _lock:
+        _entries[entry.info.name] = entry
+        _changed()
 
 
 def _remove(name: str) -> None:
-    for table in (_entries, _instances, _failed):
-        table.pop(name, None)
-    _installed.discard(name)
-    _changed()
+    with _lock:
+        for table in (_entries, _instances, _failed):
+            table.pop(name, None)
+        _installed.discard(name)
+        _changed()
 
 
 def _changed() -> None:
@@ -296,15 +315,18 @@ def _load(manager: PluginManager, point: EntryPoint, owner: Owner, block: frozen
             vocabulary.register_kernel(kernel)
         for normalization in declared.normalizations:
             vocabulary.register_normalization(normalization)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - it is stored and reported
+    except BaseException as error:
         if manager.has_plugin(key):
             manager.unregister(name=key)
         for word in _vocabulary() - words:
             vocabulary.unregister(word)
         for name in set(_entries) - backends:
             _remove(name)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         name = point.name if point.name not in broken else f"{point.name} ({owner.distribution})"
-        broken[name] = BrokenPlugin(owner.distribution, owner.version, error)
+        with _lock:
+            broken[name] = BrokenPlugin(owner.distribution, owner.version, error)
     _words.update(_vocabulary() - words)
 
 
@@ -331,8 +353,8 @@ def _vocabulary() -> set[str]:
 
 def _reset() -> None:
     """Reset the registry to the state before discovery, for tests."""
-    global _stage
-    with _lock:
+    global _stage, _discoverer
+    with _progress:
         for name in list(_entries):
             _remove(name)
         for word in _words:
@@ -340,7 +362,8 @@ def _reset() -> None:
         _words.clear()
         broken.clear()
         disabled.clear()
-        _stage = "to do"
+        _stage, _discoverer = "to do", None
+        _progress.notify_all()
 
 
 vocabulary.sources.append(discover)

@@ -195,8 +195,15 @@ def as_spec(spec: str | AttentionSpec) -> AttentionSpec:
         return parse(spec)
     raise TypeError(
         f"spec: got {type(spec).__name__}, expected a string such as 'softmax+bn' or an "
-        "AttentionSpec"
+        f"AttentionSpec{_where_it_belongs(spec)}"
     )
+
+
+def _where_it_belongs(value: Any) -> str:
+    """Return advice for what other libraries take in the place of a spec."""
+    if hasattr(value, "dtype"):
+        return "; an array is passed by name: mask= (bool, True where a query may attend) or bias="
+    return "; causality is a word of it: spec='causal'" if isinstance(value, bool) else ""
 
 
 def positive_semidefinite(spec: AttentionSpec) -> bool:

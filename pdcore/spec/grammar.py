@@ -7,11 +7,15 @@ import re
 from dataclasses import MISSING, fields
 from typing import Any
 
-from ..errors import SpecError, nearest
+from ..errors import SpecError, cut, nearest
 
 __all__ = ["bind_arguments", "build", "instantiate", "read_arguments", "read_words"]
 
 _TOKEN = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
+#: The longest text of a spec, in characters.
+LONGEST = 10_000
+#: The largest whole number in a spec: no axis is longer, and every float holds it.
+LARGEST = 2**63 - 1
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\Z")
 
 
@@ -34,6 +38,10 @@ def read_words(
     list of (str, str or None)
         Each word with the text of its arguments, None for a word without parentheses.
     """
+    if len(text) > LONGEST:
+        raise SpecError(
+            f"{what} {cut(text)!r}: got {len(text)} characters, expected at most {LONGEST}"
+        )
     words: list[tuple[str, str | None]] = []
     at = 0
     while True:
@@ -42,7 +50,7 @@ def read_words(
             where = match.end() if match else at
             rest = text[where : where + 12]
             raise SpecError(
-                f"{what} {text!r}: cannot read it at column {where + 1} ({rest!r}); "
+                f"{what} {cut(text)!r}: cannot read it at column {where + 1} ({rest!r}); "
                 f"expected {expected}"
             )
         words.append((match[1], match[2]))
@@ -74,12 +82,26 @@ def _value(word: str, text: str) -> Any:
     if text == "inf":
         return math.inf
     if _NUMBER.match(text):
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        return _number(word, text)
     if text.isidentifier():
         return text
     raise SpecError(
-        f"{word}: cannot read the argument {text!r}: expected a number, inf, true, false or a name"
+        f"{word}: cannot read the argument {cut(text)!r}: expected a number, inf, true, false or "
+        "a name"
     )
+
+
+def _number(word: str, text: str) -> int | float:
+    digits = text.lstrip("+-")
+    if not digits.isdigit():
+        value = float(text)
+        if math.isinf(value):
+            raise SpecError(f"{word}: {cut(text)} is beyond float64; write inf for infinity")
+        return value
+    # Python does not convert texts of thousands of digits.
+    if len(digits) > 19 or int(digits) > LARGEST:
+        raise SpecError(f"{word}: got {cut(text)}, expected a whole number up to {LARGEST}")
+    return int(text)
 
 
 def bind_arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ from .checks import check_number
 if TYPE_CHECKING:
     from .expansion import HeadFit, SupportVectorExpansion
 
-__all__ = ["Certificate", "certificate"]
+__all__ = ["Certificate", "certificate", "missed"]
+
+#: The tolerances of the relative duality gap and of the other residuals.
+GAP, RESIDUAL = 1e-8, 1e-6
 
 Array = np.ndarray[Any, Any]
 
@@ -43,8 +47,8 @@ class Certificate:
     dual : array
         -1/2 beta.K beta + y.beta - epsilon |beta|_1, beta = a - a*.
     gap : array
-        (primal - dual) / max(|primal|, |dual|); 0 where both are rounding errors, at most
-        4 eps C sum |y| with the eps of float64.
+        (primal - dual) / max(|primal|, |dual|); 0 where no point is a support vector and no error
+        exceeds epsilon by more than rounding, 4 eps max |y| with the eps of float64.
     stationarity : array
         The largest violation of the condition of a multiplier on r: |r| <= epsilon for a
         multiplier 0, r = epsilon or -epsilon inside the box, and r >= epsilon or r <= -epsilon for
@@ -141,8 +145,21 @@ class Certificate:
         )
 
 
+def missed(heads: Sequence[HeadFit], C: float, epsilon: float) -> list[str]:
+    """Describe the outputs whose gap or residual exceeds the default tolerances; NaN does."""
+    found = []
+    for index, head in enumerate(heads):
+        parts = _head(head, C, epsilon)
+        names = ("stationarity", "complementarity", "box", "balance")
+        residual = np.max([parts[name] for name in names], axis=0)
+        for output, (gap, rest) in enumerate(zip(np.abs(parts["gap"]), residual, strict=True)):
+            if not (gap <= GAP and rest <= RESIDUAL):
+                found.append(f"head {index}, output {output}: gap {gap:.1e}, residual {rest:.1e}")
+    return found
+
+
 def certificate(
-    expansion: SupportVectorExpansion, *, gap: float = 1e-8, residual: float = 1e-6
+    expansion: SupportVectorExpansion, *, gap: float = GAP, residual: float = RESIDUAL
 ) -> Certificate:
     """Measure how far a solution is from optimal, by its multipliers and b alone.
 
@@ -181,6 +198,7 @@ def certificate(
     )
 
 
+@np.errstate(all="ignore")  # what overflows or is no number is not optimal
 def _head(head: HeadFit, C: float, epsilon: float) -> dict[str, Array]:
     """Compute the certificate of one head; each array is (Dv,)."""
     up, low, y = head.upper, head.lower, head.targets
@@ -201,7 +219,8 @@ def _head(head: HeadFit, C: float, epsilon: float) -> dict[str, Array]:
         (C - low) * slack_low,
     ]
     larger = np.maximum(np.abs(primal), np.abs(dual))
-    rounding = larger <= 4.0 * np.finfo(np.float64).eps * C * np.sum(np.abs(y), axis=0)
+    ulps = 4.0 * np.finfo(np.float64).eps * np.max(np.abs(y), axis=0)
+    rounding = (total == 0) & np.all(slack_up + slack_low <= ulps, axis=0)
     return {
         "primal": primal,
         "dual": dual,

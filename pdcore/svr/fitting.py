@@ -12,6 +12,7 @@ from ..backend import Inputs
 from ..dispatch import validate
 from ..spec import AttentionSpec, as_spec
 from .active_set import DualSolution
+from .certificate import missed
 from .checks import check_float64, check_jobs, check_number, check_shapes
 from .expansion import HeadFit, SupportVectorExpansion
 from .head_kernel import check_regression, head_kernels, pool_rows
@@ -20,9 +21,6 @@ from .solvers import check_solver, solve_all
 __all__ = ["fit"]
 
 Array = np.ndarray[Any, Any]
-
-#: The largest residual, over the range of the targets, of a solution without a warning.
-RESIDUAL = 1e-6
 
 
 def fit(
@@ -85,7 +83,8 @@ def fit(
     Warns
     -----
     RuntimeWarning
-        When a residual exceeds 1e-6 of the range of the targets; the certificate has details.
+        When the relative duality gap of an output exceeds 1e-8, or another residual 1e-6: when
+        `certificate` with its default tolerances is not ok.
     """
     spec = as_spec(spec)
     check_regression(spec)
@@ -108,32 +107,26 @@ def fit(
     ]
     solutions = solve_all(tasks, C, epsilon, solver, jobs)
     solved = list(_with_progress(solutions, len(tasks), solver) if progress else solutions)
-    _warn_of_residuals(tasks, solved, y.shape[-1])
     heads = []
     for head, (kernel, part) in enumerate(zip(kernels, pooled, strict=True)):
         outputs = solved[head * part.shape[1] : (head + 1) * part.shape[1]]
         beta = np.stack([s.coefficients for s in outputs], axis=1)
         b = np.array([s.intercept for s in outputs])
         heads.append(HeadFit(kernel, part, np.maximum(beta, 0.0), np.maximum(-beta, 0.0), b))
+    _warn_of_missed(heads, C, epsilon, len(tasks))
     return SupportVectorExpansion(
         spec, keys, float(C), float(epsilon), solver, params_copy, tuple(heads)
     )
 
 
-def _warn_of_residuals(
-    tasks: Sequence[tuple[Array, Array]], solved: Sequence[DualSolution], outputs: int
-) -> None:
+def _warn_of_missed(heads: Sequence[HeadFit], C: float, epsilon: float, count: int) -> None:
     """Warn of solutions that are not optimal."""
-    missed = [
-        f"head {index // outputs}, output {index % outputs}: {solution.residual:.1e}"
-        for index, ((_, targets), solution) in enumerate(zip(tasks, solved, strict=True))
-        if not solution.residual <= RESIDUAL * (np.ptp(targets) or 1.0)
-    ]
-    if missed:
+    found = missed(heads, C, epsilon)
+    if found:
         warnings.warn(
-            f"fit: {len(missed)} of {len(tasks)} solutions are not optimal, by their residual "
-            f"({missed[0]}); see certificate(). Try the other solver, a smaller C or a larger "
-            "epsilon",
+            f"fit: {len(found)} of {count} solutions are not optimal ({found[0]}); see "
+            "certificate(). Try the other solver, a smaller C, a larger epsilon, or targets whose "
+            "mean is not far larger than their range",
             RuntimeWarning,
             stacklevel=3,
         )

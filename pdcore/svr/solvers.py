@@ -97,6 +97,7 @@ def _clarabel(dual: Dual) -> Array:
         problem,
         solver="clarabel",
         max_iter=CLARABEL_STEPS,
+        direct_solve_method="faer",  # factorizes by blocks; the default takes three times as long
         tol_gap_abs=1e-12,
         tol_gap_rel=1e-12,
         tol_feas=1e-12,

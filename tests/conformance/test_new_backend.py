@@ -129,8 +129,8 @@ def test_no_template_syntax_is_left(project):
     ("arguments", "message"),
     [
         (("numpy",), "there is a backend 'numpy' already"),
-        (("no-name",), "expected an identifier"),
-        (("class",), "expected an identifier"),
+        (("no-name",), "expected at most 64 of a-z"),
+        (("class",), "expected at most 64 of a-z"),
         (("mine", "--library", "no library"), "expected an import name"),
     ],
 )

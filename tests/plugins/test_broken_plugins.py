@@ -12,6 +12,7 @@ from pdcore.backend import SPEC_VERSION
 REASONS = {
     "raises_on_import": "OSError: libexample.so.1: cannot open shared object file",
     "exits_on_import": "SystemExit: this module is a script",
+    "unusual_exception": "Skipped: there is nothing here for this machine",
     "not_there_at_all": "ModuleNotFoundError: No module named 'not_there_at_all'",
     "raises_in_hook": "pdcore_backends raised ZeroDivisionError: counted the devices wrongly",
     "misspelt_hook": "unknown hook 'pdcore_backend'; did you mean 'pdcore_backends'? known: ",

@@ -226,7 +226,7 @@ def test_words_come_in_by_the_hook(text: str) -> None:
     [
         ("conv1d(0)", "conv1d: size is 0, expected a whole number >= 1"),
         ("conv1d(size=2.5)", "conv1d: size is 2.5, expected int"),
-        ("conv1d(padding=valid)", "conv1d: padding is 'valid'; did you mean"),
+        ("conv1d(padding=valid)", "conv1d: padding is 'valid'; known: "),
         ("conv1d(3,3)", "conv1d: padding is 3, expected str"),
         ("conv2d(4)", "conv2d: width must be given: conv2d(width=...)"),
         ("conv2d(0,4)", "conv2d: height is 0, expected a whole number >= 1"),

@@ -10,7 +10,10 @@
 
 from __future__ import annotations
 
-from .conversion import Conversion, convert
-from .layer import PDMultiheadAttention
+from ..requirements import requires
+
+with requires("torch"):
+    from .conversion import Conversion, convert
+    from .layer import PDMultiheadAttention
 
 __all__ = ["Conversion", "PDMultiheadAttention", "convert"]

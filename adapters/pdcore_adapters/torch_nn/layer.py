@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs, finite_dropout, parameter_shape
 
 from ..bound import BoundSpec, Choice, learned_parameters
+from .words import wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
 
@@ -74,7 +75,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         *,
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            raise wrong_layer(PDMultiheadAttention.__init__, unknown)
         bound = BoundSpec(spec, backend)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
@@ -132,6 +136,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         attn_mask: Any = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        **unknown: Never,
     ) -> tuple[Any, Any]:
         """Attend from `query` to `key` and `value`.
 
@@ -171,6 +176,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             statistics of the whole sequence would leak the future: with `is_causal`, or with an
             `attn_mask` that hides all later keys, unless the spec has ``allow_leak=true``.
         """
+        if unknown:
+            raise wrong_call(PDMultiheadAttention.forward, unknown)
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)
@@ -198,12 +205,13 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             bias=bias,
             params=params,
             dropout=self.dropout if self.training else 0.0,
+            layout="bnhd",
         )
-        out = out.permute((0, 2, 1, 3) if self.batch_first or not batched else (2, 0, 1, 3))
+        out = out.transpose(0, 1) if batched and not self.batch_first else out
         out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         weights = None
         if need_weights:
-            weights = attend.weights(Inputs(q, k, v, mask, key_mask, bias, params=params))
+            weights = attend.weights(Inputs(q, k, v, mask, key_mask, bias, params=params), "bnhd")
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]
@@ -252,7 +260,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             _check_mask(key_padding_mask, "key_padding_mask", [expected])
 
     def _project(self, query: Any, key: Any, value: Any, batched: bool) -> tuple[Any, Any, Any]:
-        """Compute the projections to heads, (B, H, N, D) each."""
+        """Compute the projections to heads, (B, N, H, D) each."""
         packed, bias = self.in_proj_weight, self.in_proj_bias
         if packed is not None and query is key and key is value:  # one product for all three
             projected = functional.linear(query, packed, bias).chunk(3, dim=-1)
@@ -273,8 +281,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     def _heads(self, x: Any, batched: bool) -> Any:
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         if not batched:
-            return x.transpose(0, 1)[None]
-        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+            return x[None]
+        return x if self.batch_first else x.transpose(0, 1)
 
     def _masks(self, attn_mask: Any, key_padding_mask: Any, q: Any, k: Any) -> tuple[Any, Any, Any]:
         """Return `mask`, `key_mask` and `bias` as `pdcore.attention` takes them.
@@ -283,8 +291,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         are 0 and -inf only. `nn.TransformerEncoderLayer` converts every mask to such a mask.
         """
         bound, mask, key_mask, bias = self._bound, None, None, None
-        batch, heads, n, _ = q.shape
-        m = k.shape[-2]
+        (batch, n, heads, _), m = q.shape, k.shape[1]
         if attn_mask is not None:
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.reshape(batch, heads, n, m)

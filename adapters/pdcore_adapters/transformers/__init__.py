@@ -15,7 +15,10 @@ Notation: B sequences, Hq query heads, Hkv key heads, N queries, M keys, cached 
 
 from __future__ import annotations
 
-from .attention import register
-from .masks import LayerMask
+from ..requirements import requires
+
+with requires("transformers"):
+    from .attention import register
+    from .masks import LayerMask
 
 __all__ = ["LayerMask", "register"]

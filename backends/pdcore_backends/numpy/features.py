@@ -104,7 +104,7 @@ def features_vjp(
 
 
 def _workers(o: Operands) -> int:
-    return threads.count() if int(o.q.size) + int(o.k.size) >= _LARGE else 1
+    return threads.count(small=int(o.q.size) + int(o.k.size) < _LARGE)
 
 
 def _mapped(c: Features, o: Operands) -> Operands:

@@ -60,7 +60,7 @@ def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
 def _workers(problem: Problem) -> int:
     groups, rows = problem.q.shape[1:3]
     work = problem.count * groups * rows * problem.k.shape[1]
-    return 1 if work < _SMALL else threads.count()
+    return threads.count(small=work < _SMALL)
 
 
 def _tasks(problem: Problem, layout: Layout) -> Iterator[tuple[int, int, Rows]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -12,23 +13,77 @@ from typing import Any
 
 import numpy as np
 
+from pdcore.extend import SettingError
+
 __all__ = ["buffer", "count", "run"]
 
 VARIABLE = "PDCORE_NUM_THREADS"
+#: ``1`` binds each worker to a core of its own, if there is a worker for each.
+PIN = "PDCORE_PIN_THREADS"
+#: Variables that limit other libraries, and with them this backend; joblib sets them.
+OTHERS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _lock = threading.Lock()
 _queues: dict[tuple[int, ...], SimpleQueue[Any]] = {}
 _local = threading.local()
+_blas: list[Any] | None = None
 
 
-def count() -> int:
-    """Return the number of threads: ``PDCORE_NUM_THREADS``, else the cores of this process."""
+def count(*, small: bool = False) -> int:
+    """Return the number of threads of a call.
+
+    ``PDCORE_NUM_THREADS`` decides. Without that variable, the number is the smallest of: the cores
+    that this process may use, ``OMP_NUM_THREADS`` and the variables of the BLAS, and the threads
+    that threadpoolctl leaves to NumPy's BLAS at this moment.
+
+    Parameters
+    ----------
+    small : bool
+        Whether the call is too small for more than one thread; the variable is checked even so.
+
+    Raises
+    ------
+    SettingError
+        When ``PDCORE_NUM_THREADS`` is no whole number from 1.
+    """
     text = os.environ.get(VARIABLE)
-    if text is None:
-        return len(_cores())
-    if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(f"{VARIABLE}: got {text!r}, expected a whole number >= 1")
-    return int(text)
+    named = None if text is None else _whole(text)
+    if text is not None and named is None:
+        raise SettingError(f"{VARIABLE}: got {text!r}, expected a whole number >= 1")
+    if small:
+        return 1
+    if named is not None:
+        return named
+    # OpenMP's variable may list numbers for nested loops. What is no number is not ours to report.
+    others = [_whole(os.environ.get(name, "").partition(",")[0]) for name in OTHERS]
+    return min([len(_cores()), *(n for n in others if n is not None), *_limits()])
+
+
+def _whole(text: str) -> int | None:
+    text = text.strip()
+    whole = text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0
+    return int(text) if whole else None
+
+
+def _limits() -> list[int]:
+    """Return the present numbers of threads of NumPy's BLAS, if threadpoolctl may have set them."""
+    global _blas
+    module = sys.modules.get("threadpoolctl")
+    if module is None:
+        return []
+    if _blas is None:
+        # Its own controllers, kept: the search for the libraries takes milliseconds. Not
+        # `threadpoolctl.register`, which knows nothing of a limit that was set before it.
+        found = module.ThreadpoolController().select(user_api="blas").lib_controllers
+        _blas = [one for one in found if "numpy" in one.filepath] or list(found)
+    return [one.num_threads for one in _blas]
+
+
+def _pinned() -> bool:
+    text = os.environ.get(PIN, "0").strip()
+    if text not in ("0", "1"):
+        raise SettingError(f"{PIN}: got {text!r}, expected 0 or 1")
+    return text == "1"
 
 
 def _cores() -> tuple[int, ...]:
@@ -73,17 +128,19 @@ def run(function: Callable[[Any], None], tasks: Iterable[Any], workers: int) -> 
 
 
 def _queue(workers: int) -> SimpleQueue[Any]:
-    """Return the queue of a set of workers, and start them; one on each core if all are used.
+    """Return the queue of a set of workers, and start them.
 
-    A worker is bound to its core because OpenBLAS's threads keep spinning for a while after a
-    product: with every core busy, the scheduler would wake two workers on the same core.
+    With ``PDCORE_PIN_THREADS=1`` and a worker for each core, each is bound to its core: OpenBLAS's
+    threads keep spinning for a while after a product, and with every core busy the scheduler may
+    wake two workers on the same core. Other processes on these cores would wait for both, so
+    this is not the default.
 
     The workers are daemon threads rather than a `ThreadPoolExecutor`: an interrupt while the
     executor starts a thread leaves that thread unregistered, and the interpreter then waits for
     the thread for ever at exit.
     """
     cores = _cores()
-    bound = workers == len(cores) and VARIABLE not in os.environ
+    bound = _pinned() and workers == len(cores)
     key = cores if bound else (-workers,)
     with _lock:
         queue = _queues.get(key)

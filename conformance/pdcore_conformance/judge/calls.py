@@ -19,7 +19,7 @@ from pdcore.backend import Request
 from pdcore.dispatch import parameter_shape
 from pdcore.spec import AttentionSpec, Parameter, parse
 
-__all__ = ["Array", "Arrays", "Call", "drawn", "dtype_of", "laid_out"]
+__all__ = ["Array", "Arrays", "Call", "drawn", "dtype_of", "laid_out", "swap_axes"]
 
 Array = np.ndarray[Any, Any]
 
@@ -56,6 +56,18 @@ class Arrays:
         if "bias" in self.options:
             inputs["bias"] = self.options["bias"]
         return inputs | dict(self.options.get("params", {}))
+
+    def in_axes(self, axes: str) -> Arrays:
+        """Return the arrays of the same call with this order of axes, see `Call.axes`."""
+        if not axes:
+            return self
+        q, k, v = (swap_axes(x) for x in (self.q, self.k, self.v))
+        return Arrays(q, k, v, {**self.options, "layout": axes})
+
+
+def swap_axes(x: Array) -> Array:
+    """Return an array (*B, H, N, D) as (*B, N, H, D), contiguous, or back."""
+    return np.ascontiguousarray(np.swapaxes(x, -2, -3))
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,9 @@ class Call:
         one real value, of different sequences and key heads.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
+    axes : {"", "bnhd"}
+        The argument ``layout`` of the call, with q, k and v in this order of axes; "" leaves the
+        argument out, and the order is (*B, H, N, D).
     """
 
     spec: str = "softmax"
@@ -119,6 +134,7 @@ class Call:
     given: bool = True
     draw: str = "normal"
     layout: str = ""
+    axes: str = ""
     seed: int = field(default=0, compare=True)
     offset_dtype: str = "int64"
 
@@ -200,8 +216,8 @@ class Call:
 
     def arrays(self) -> Arrays:
         """Draw the inputs."""
-        # The seed leaves out dtype and layout, so that values are the same in all of them.
-        plain = self.but(dtype="float32", layout="").label
+        # The seed leaves out dtype, layout and axes, so that values are the same in all of them.
+        plain = self.but(dtype="float32", layout="", axes="").label
         rng = np.random.default_rng(zlib.crc32(plain.encode()))
         shapes = self.shapes
         q, k = self._queries_and_keys(rng)

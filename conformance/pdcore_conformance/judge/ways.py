@@ -6,14 +6,14 @@ is called again, so a result that was right in one way says nothing of the other
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pdcore import attention, attention_vjp, attention_weights, bind
 
-from .calls import Array, Arrays, Call, dtype_of, laid_out
+from .calls import Array, Arrays, Call, dtype_of, laid_out, swap_axes
 
 if TYPE_CHECKING:
     from .subject import Subject
@@ -40,16 +40,16 @@ class Result(NamedTuple):
 
 def run(subject: Subject, call: Call, arrays: Arrays, through: str) -> Generator[Result]:
     """Run a call in every way of `through`, see `Subject.judge`."""
-    match through:
-        case "forward":
-            return _forward(subject, call, arrays)
-        case "weights":
-            return _weights(subject, call, arrays)
-        case "vjp":
-            return _vjp(subject, call, arrays)
-        case "autodiff":
-            return _autodiff(subject, call, arrays)
-    raise ValueError(f"through: got {through!r}, expected forward, vjp, autodiff or weights")
+    if through not in _WAYS:
+        raise ValueError(f"through: got {through!r}, expected {', '.join(_WAYS)}")
+    for result in _WAYS[through](subject, call, arrays.in_axes(call.axes)):
+        if call.axes:
+            outputs = {
+                name: swap_axes(x) if name in ("out", "d_q", "d_k", "d_v") else x
+                for name, x in result.outputs.items()
+            }
+            result = result._replace(outputs=outputs)
+        yield result
 
 
 def first_way(subject: Subject, call: Call, arrays: Arrays, through: str) -> None:
@@ -96,7 +96,7 @@ def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
         names = _differentiable(call, arrays)
 
         def pulled(way: str, d_lse: bool = True, layout: str = "") -> Result:
-            cotangent = [subject.there(laid_out(d, layout)) for d in cotangents(call)]
+            cotangent = [subject.there(laid_out(d, layout)) for d in _cotangents(call)]
             before = [subject.framework.asnumpy(d).tobytes() for d in cotangent]
             gradients = pull(*(cotangent if d_lse else cotangent[:1]))
             if before != [subject.framework.asnumpy(d).tobytes() for d in cotangent]:
@@ -117,7 +117,7 @@ def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]
     for lse in (True, False):
         with subject.watched(arrays) as (q, k, v, options):
             inputs = inputs_of(call, q, k, v, options)
-            d_out, d_lse = map(subject.there, cotangents(call))
+            d_out, d_lse = map(subject.there, _cotangents(call))
             outputs, gradients = subject.framework.vjp(
                 lambda x, o=options, y=lse: _called(subject, call, x, o, y),
                 inputs,
@@ -164,6 +164,12 @@ def _named(subject: Subject, outputs: tuple[Any, Any]) -> dict[str, Array]:
     }
 
 
+def _cotangents(call: Call) -> tuple[Array, Array]:
+    """Return the cotangents in the order of axes of the call."""
+    d_out, d_lse = cotangents(call)
+    return swap_axes(d_out) if call.axes else d_out, d_lse
+
+
 def cotangents(call: Call) -> tuple[Array, Array]:
     """Draw cotangents of out and lse."""
     rng = np.random.default_rng(len(call.label))
@@ -173,3 +179,11 @@ def cotangents(call: Call) -> tuple[Array, Array]:
         rng.standard_normal((*shape, call.value_dim)).astype(dtype_of(call.dtype)),
         rng.standard_normal(shape).astype(wide),
     )
+
+
+_WAYS: Mapping[str, Callable[[Subject, Call, Arrays], Iterator[Result]]] = {
+    "forward": _forward,
+    "weights": _weights,
+    "vjp": _vjp,
+    "autodiff": _autodiff,
+}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from pdcore.errors import cut, visible
+
 __all__ = [
     "aim",
     "cut",
@@ -16,36 +18,6 @@ __all__ = [
     "span",
     "visible",
 ]
-
-
-def _is_harmless(character: str) -> bool:
-    code = ord(character)
-    if character in "\n\t":
-        return True
-    controls = code < 0x20 or 0x7F <= code < 0xA0
-    # Marks that change the direction of the text around them, and line separators.
-    directions = code in (0x61C, 0x200E, 0x200F) or 0x2028 <= code <= 0x202E
-    return not (controls or directions or 0x2066 <= code <= 0x2069 or 0xD800 <= code < 0xE000)
-
-
-def visible(text: object) -> str:
-    r"""Return text with escapes for its control and direction characters, so that none acts.
-
-    Examples
-    --------
-    >>> visible("a\x1b[31m")
-    'a\\x1b[31m'
-    """
-    return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in str(text))
-
-
-def cut(text: object, length: int = 160) -> str:
-    """Return text shortened in its middle, where ids differ least."""
-    whole = str(text)
-    if len(whole) <= length:
-        return whole
-    half = (length - 3) // 2
-    return f"{whole[:half]}...{whole[-half:]}"
 
 
 def number(value: float | None, digits: int = 3) -> str:

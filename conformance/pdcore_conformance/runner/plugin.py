@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pdcore.errors import Exit, NoBackendError, nearest
+from pdcore.errors import Exit, NoBackendError, cut, nearest
 from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
@@ -198,9 +198,9 @@ class Conformance:
         self._dead(set(failures) - known, bool(ours))
         wanted = self.option("--case")
         for unknown in sorted(set(wanted) - known):
-            close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)
+            close = difflib.get_close_matches(unknown[:500], known, n=1, cutoff=0.0)
             self.refused = (
-                f"unknown case {unknown!r}; did you mean {close}? "
+                f"unknown case {cut(unknown)!r}; did you mean {close}? "
                 "`pdcore conform NAME --list` has all of them"
             )
             raise pytest.UsageError(f"--case: {self.refused}")

@@ -1,4 +1,4 @@
-"""Sizes, axes and memory layouts."""
+"""Sizes, axes, their order, and memory layouts."""
 
 from __future__ import annotations
 
@@ -88,4 +88,35 @@ test_memory_layout_does_not_matter = judged(
         for text in ("softmax", "bn+sh(1,2)", "linear", "causal+linear")
     ),
     *(SMALL.but(layout=how, dtype="float16") for how in ("transposed", "sliced", "broadcast")),
+)
+
+BNHD = SMALL.but(heads=4, axes="bnhd")
+
+test_heads_may_follow_length = judged(
+    'With layout="bnhd", q, k, v and the result are (*B, N, H, D); masks, bias and lse are not.',
+    *(BNHD.but(spec=text) for text in PLAN),
+    BNHD.but(dtype="float16", lead=(2, 3)),
+    BNHD.but(rows=1, offset="end", key_mask="right"),
+    BNHD.but(mask="heads"),
+    BNHD.but(bias="full"),
+)
+
+test_heads_may_follow_length_vjp = judged(
+    'With layout="bnhd", d_out and the cotangents of q, k and v are (*B, N, H, D).',
+    BNHD,
+    BNHD.but(spec="bn(beta=param)", bias="full"),
+    through="vjp",
+)
+
+test_heads_may_follow_length_autodiff = judged(
+    'With layout="bnhd", the framework\'s gradients of q, k and v are (*B, N, H, D).',
+    BNHD,
+    BNHD.but(spec="causal+linear"),
+    through="autodiff",
+)
+
+test_heads_may_follow_length_weights = judged(
+    'With layout="bnhd", the weights are (*B, Hq, N, M).',
+    BNHD,
+    through="weights",
 )

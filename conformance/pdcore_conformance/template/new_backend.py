@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import re
 from pathlib import Path
 
 from pdcore import __version__
@@ -48,14 +49,23 @@ def new_backend(name: str, folder: Path, *, library: str = "numpy") -> Path:
     """
     from copier import run_copy
 
-    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
-        raise ValueError(f"name: got {name!r}, expected an identifier in lower case, such as mine")
+    # What names a module, a distribution and a folder at once.
+    if not re.fullmatch("[a-z]([a-z0-9_]{0,62}[a-z0-9])?", name) or keyword.iskeyword(name):
+        raise ValueError(
+            f"name: got {name!r}, expected at most 64 of a-z, 0-9 and _, a letter first and no _ "
+            "last, such as mine"
+        )
     if plugins.is_known(name):
         raise ValueError(f"name: there is a backend {name!r} already; choose another")
-    if not library.isidentifier():
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", library) or keyword.iskeyword(library):
         raise ValueError(f"library: got {library!r}, expected an import name, such as numpy")
     project = folder / f"pdcore-{name.replace('_', '-')}"
-    if project.exists() and (not project.is_dir() or any(project.iterdir())):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = project.exists() and (not project.is_dir() or any(project.iterdir()))
+    except OSError as error:
+        raise OutputError(f"{project}: {error.strerror}") from error
+    if taken:
         raise OutputError(f"{project} exists already: remove it, or choose another folder")
     transformations = framework(library).transformations
     lacks = [feature for feature in TRANSFORMATIONS if feature not in transformations]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,9 @@ Array = np.ndarray[Any, Any]
 #: Keywords of a header, in small letters, that are true or false. Unknown keywords are ignored:
 #: the files of the archive have several that change nothing.
 _SWITCHES = ("timestamps", "missing", "univariate", "equallength", "targetlabel")
+
+#: Keywords, in small letters, that are whole numbers from 1.
+_COUNTS = ("dimensions", "serieslength")
 
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -107,8 +111,8 @@ def read_ts(path: Path) -> Series:
     Raises
     ------
     FileError
-        When the file cannot be read, has time stamps or missing values, or a line is damaged. The
-        message names the file and the line.
+        When the file cannot be read, has time stamps or missing values, a line is damaged, or a
+        series is not as the header says. The message names the file and the line.
     """
     try:
         # The comments of some files are in other encodings; numbers and labels are not.
@@ -129,11 +133,7 @@ def read_ts(path: Path) -> Series:
         if not begun:
             raise FileError(f"{where}: series before @data; is it a .ts file?")
         values, label = _series(where, line, header)
-        if series and values.shape[1] != series[0].shape[1]:
-            raise FileError(
-                f"{where}: {values.shape[1]} channels, expected {series[0].shape[1]} as in the "
-                "first series"
-            )
+        _check_declared(where, values, series[0] if series else values, header)
         series.append(values)
         labels.append(label)
     if not series:
@@ -151,23 +151,53 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 def _header(where: str, line: str, header: dict[str, list[str]]) -> bool:
     """Add one line to the header; return whether it was the last."""
-    word, *values = line[1:].split()
+    word, *values = line[1:].split() or [""]
     word = word.lower()
+    if word in header:
+        raise FileError(f"{where}: @{word} is there twice")
     if word in _SWITCHES and [value.lower() for value in values] not in (["true"], ["false"]):
         raise FileError(f"{where}: @{word} says {' '.join(values)!r}, expected true or false")
     header[word] = values
-    on = [value.lower() for value in values[:1]] == ["true"]
+    on = _says(header, word, "true")
     if word == "timestamps" and on:
         raise FileError(f"{where}: series with time stamps are not supported")
     if word == "targetlabel" and on:
         raise FileError(f"{where}: regression targets are not supported, only classes")
     if word == "classlabel" and not on:
         raise FileError(f"{where}: the series have no class labels")
-    if word == "dimensions" and not (len(values) == 1 and values[0].isdecimal() and int(values[0])):
+    if word in _COUNTS and not (len(values) == 1 and re.fullmatch("0*[1-9][0-9]{0,8}", values[0])):
         raise FileError(
-            f"{where}: @dimensions says {' '.join(values)!r}, expected a whole number from 1"
+            f"{where}: {line.split()[0]} says {' '.join(values)!r}, expected a whole number from 1"
         )
     return word == "data"
+
+
+def _says(header: dict[str, list[str]], word: str, answer: str) -> bool:
+    return [value.lower() for value in header.get(word, [])[:1]] == [answer]
+
+
+def _check_declared(where: str, values: Array, first: Array, header: dict[str, list[str]]) -> None:
+    """Raise where a series is not as the header, or the first series of the file, says."""
+    length, channels = values.shape
+    count = f"{channels} channel{'s' if channels > 1 else ''}"
+    dimensions, steps = (int(header[word][0]) if word in header else None for word in _COUNTS)
+    if dimensions is not None and channels != dimensions:
+        raise FileError(f"{where}: {count}, expected {dimensions} as @dimensions says")
+    for answer, fits in (("true", channels == 1), ("false", channels > 1)):
+        if _says(header, "univariate", answer) and not fits:
+            raise FileError(f"{where}: {count}, but @univariate says {answer}")
+    if channels != first.shape[1]:
+        raise FileError(f"{where}: {count}, expected {first.shape[1]} as in the first series")
+    # Where lengths differ, @seriesLength is that of the longest.
+    unequal = _says(header, "equallength", "false")
+    if steps is not None and (length > steps if unequal else length != steps):
+        bound = "at most " if unequal else ""
+        raise FileError(f"{where}: {length} steps, expected {bound}{steps} as @seriesLength says")
+    if _says(header, "equallength", "true") and length != len(first):
+        raise FileError(
+            f"{where}: {length} steps, expected {len(first)} as in the first series, because "
+            "@equalLength says true"
+        )
 
 
 def _series(where: str, line: str, header: dict[str, list[str]]) -> tuple[Array, str]:
@@ -179,11 +209,6 @@ def _series(where: str, line: str, header: dict[str, list[str]]) -> tuple[Array,
         raise FileError(f"{where}: label {label!r} is not among @classLabel: {' '.join(known)}")
     if not label or not channels:
         raise FileError(f"{where}: no label; expected channels and a label, separated by ':'")
-    declared = header.get("dimensions")
-    if declared and len(channels) != int(declared[0]):
-        raise FileError(
-            f"{where}: {len(channels)} channels, expected {declared[0]} as @dimensions says"
-        )
     rows = [_channel(f"{where}: channel {i}", c) for i, c in enumerate(channels, 1)]
     for i, row in enumerate(rows[1:], 2):
         if len(row) != len(rows[0]):

@@ -39,7 +39,7 @@ def file_kind(path: Path) -> str:
     return kind
 
 
-def read_arrays(path: Path) -> dict[str, Any]:
+def read_arrays(path: Path, *, headers_only: bool = False) -> dict[str, Any]:
     """Read the arrays of a call.
 
     Parameters
@@ -47,6 +47,9 @@ def read_arrays(path: Path) -> dict[str, Any]:
     path : Path
         A ``.npz`` file, plain or compressed, or a ``.safetensors`` file, with ``q``, ``k`` and
         ``v``, and optionally ``mask``, ``key_mask``, ``bias``, ``offset`` and ``params.NAME``.
+    headers_only : bool
+        Whether to return zeros of the shapes and dtypes in the headers, which take no memory, in
+        place of the values: a call can be checked before a compressed file is inflated.
 
     Returns
     -------
@@ -69,7 +72,8 @@ def read_arrays(path: Path) -> dict[str, Any]:
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: not a regular file")
     try:
-        arrays = read_npz(path) if kind == ".npz" else read_safetensors(path)
+        read = read_npz if kind == ".npz" else read_safetensors
+        arrays = read(path, headers_only=headers_only)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror or error}") from error
     for name in ("q", "k", "v"):

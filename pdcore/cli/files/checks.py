@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def check_names(path: Path, names: list[str]) -> None:
             raise FileError(
                 f"{path}: unknown array {name!r}; {nearest(name, [*KNOWN, 'params.NAME'])}"
             )
-    repeated = {name for name in names if names.count(name) > 1}
+    repeated = {name for name, count in Counter(names).items() if count > 1}
     if repeated:
         raise FileError(f"{path}: {listed(repeated)} is there twice")
 
@@ -73,5 +74,7 @@ def check_total(path: Path, nbytes: int) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names, sorted and joined by commas."""
-    return ", ".join(sorted(names)) or "nothing"
+    """Return names, sorted and joined by commas; the first ten of many."""
+    whole = sorted(names)
+    more = f" and {len(whole) - 10} more" if len(whole) > 10 else ""
+    return (", ".join(whole[:10]) or "nothing") + more

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -16,13 +16,32 @@ __all__ = ["read_npz"]
 
 Array = np.ndarray[Any, Any]
 
+
+class _Header(NamedTuple):
+    """What the header of a member says, and where the array begins."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: Any
+    start: int
+
+
 # Deflate cannot expand a byte by more than this.
 _DEFLATE_LIMIT = 1032
 _CHUNK = 1 << 24
 
 
-def read_npz(path: Path) -> dict[str, Array]:
+def read_npz(path: Path, *, headers_only: bool = False) -> dict[str, Array]:
     """Return the arrays of a file by name, each checked against the bytes that are there.
+
+    Every header is checked before any array is inflated.
+
+    Parameters
+    ----------
+    path : Path
+    headers_only : bool
+        Whether to return zeros in place of the values, of the shapes and dtypes of the headers;
+        they take no memory.
 
     Raises
     ------
@@ -38,9 +57,16 @@ def read_npz(path: Path) -> dict[str, Array]:
             if sum(info.compress_size for info in members) > size:
                 raise FileError(f"{path}: its members overlap or end after the file: damaged")
             check_total(path, sum(info.file_size for info in members))
+            pairs = list(zip(names, members, strict=True))
+            headers = [_read_header(path, archive, info, name) for name, info in pairs]
+            if headers_only:
+                return {
+                    name: _without_values(header)
+                    for name, header in zip(names, headers, strict=True)
+                }
             return {
-                name: _read_member(path, archive, info, name)
-                for name, info in zip(names, members, strict=True)
+                name: _read_member(path, archive, info, name, header)
+                for (name, info), header in zip(pairs, headers, strict=True)
             }
     except (FileError, OSError, MemoryError):
         raise
@@ -70,7 +96,8 @@ def _member_name(path: Path, info: zipfile.ZipInfo) -> str:
     return raw.removesuffix(".npy")
 
 
-def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Array:
+def _read_header(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> _Header:
+    """Return the header of a member, after checks of its dtype and size."""
     with archive.open(info) as stream:
         shape, fortran, dtype = _header(path, name, stream)
         if dtype.hasobject:
@@ -85,9 +112,27 @@ def _read_member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, na
                 f"{path}: {name} claims shape {shape} {dtype}, {nbytes} bytes, but has "
                 f"{info.file_size - stream.tell()}: damaged"
             )
-        content = _read_bytes(path, name, stream, nbytes)
+        if dtype.kind == "U" and shape:
+            raise FileError(f"{path}: offset is text, expected integers or the scalar 'end'")
+        return _Header(shape, fortran, dtype, stream.tell())
+
+
+def _without_values(header: _Header) -> Array:
+    if header.dtype.kind == "U":
+        return np.array("end")
+    zero: Array = np.zeros((), header.dtype.newbyteorder("="))
+    return np.broadcast_to(zero, header.shape)
+
+
+def _read_member(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, header: _Header
+) -> Array:
+    shape, fortran, dtype, start = header
+    with archive.open(info) as stream:
+        stream.read(start)
+        content = _read_bytes(path, name, stream, info.file_size - start)
     if dtype.kind == "U":
-        if shape or content.tobytes() != np.array("end", dtype=dtype).tobytes():
+        if content.tobytes() != np.array("end", dtype=dtype).tobytes():
             raise FileError(f"{path}: offset is text, expected integers or the scalar 'end'")
         return np.array("end")
     # A byte other than 0 and 1 is no valid bool: compare instead of believing it.

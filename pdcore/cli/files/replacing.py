@@ -35,9 +35,8 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[IO[bytes]]:
     OutputError
         When `path` exists and `force` is not set, is no regular file, or its folder does not take
         a new file. Raised before the block runs, and after it if another process created `path`
-        meanwhile.
+        meanwhile. Also when the block raises an `OSError`, such as that of a full disk.
     """
-    target = path.resolve()
 
     def check() -> None:
         if target.exists() and not target.is_file():
@@ -45,7 +44,14 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[IO[bytes]]:
         if target.exists() and not force:
             raise OutputError(f"{path}: exists; --force replaces it")
 
-    check()
+    try:
+        target = path.resolve()
+        check()
+    except OutputError:
+        raise
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a loop is a RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{path}: cannot write there: {reason}") from error
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         # Not `tempfile`: its files are for their owner only, and the result's mode should follow
@@ -60,6 +66,8 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         check()
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, OutputError):
+            raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from error
         raise

@@ -32,8 +32,14 @@ _DTYPES = {
 }
 
 
-def read_safetensors(path: Path) -> dict[str, Array]:
+def read_safetensors(path: Path, *, headers_only: bool = False) -> dict[str, Array]:
     """Return the arrays of a file by name, every name and dtype checked before any array.
+
+    Parameters
+    ----------
+    path : Path
+    headers_only : bool
+        Whether to return zeros in place of the values; they take no memory.
 
     Raises
     ------
@@ -49,9 +55,15 @@ def read_safetensors(path: Path) -> dict[str, Array]:
         with safe_open(path, framework="numpy") as tensors:
             names = list(tensors.keys())
             check_names(path, names)
+            zeros = {}
             for name in names:
-                stored = tensors.get_slice(name).get_dtype()
-                check_dtype_name(path, name, _DTYPES.get(stored, stored))
+                header = tensors.get_slice(name)
+                stored = header.get_dtype()
+                dtype = _DTYPES.get(stored, stored)
+                check_dtype_name(path, name, dtype)
+                zeros[name] = np.broadcast_to(np.zeros((), dtype), header.get_shape())
+            if headers_only:
+                return zeros
             check_total(path, path.stat().st_size)
             arrays = {name: tensors.get_tensor(name) for name in names}
     except SafetensorError as error:

@@ -811,3 +811,34 @@ def test_parameters_can_be_drawn_again() -> None:
         layer._reset_parameters()
     assert torch.equal(plain.in_proj_weight, ours.in_proj_weight)
     assert not ours.in_proj_bias.any()
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("mask", "attn_mask="),
+        ("key_mask", "key_padding_mask="),
+        ("bias", "floating-point attn_mask="),
+        ("q", "query="),
+        ("dropout_p", "argument of PDMultiheadAttention"),
+        ("spec", "argument of PDMultiheadAttention"),
+        ("causal", 'spec="causal"'),
+        ("softmax_scale", "softmax(scale=...)"),
+    ],
+)
+def test_a_call_answers_arguments_of_other_attentions(word: str, says: str) -> None:
+    layer, x = PDMultiheadAttention(8, 2), torch.zeros(3, 1, 8)
+    with pytest.raises(TypeError, match=f"unknown argument {word}=") as caught:
+        layer(x, x, x, **{word: None})
+    assert says in str(caught.value)
+    assert "spec" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("is_causal", 'spec="causal"'), ("attn_mask", "the call"), ("scale", "softmax(scale=...)")],
+)
+def test_a_layer_answers_arguments_of_other_attentions(word: str, says: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown argument {word}=") as caught:
+        PDMultiheadAttention(8, 2, **{word: None})
+    assert says in str(caught.value)

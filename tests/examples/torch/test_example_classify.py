@@ -98,6 +98,24 @@ def test_other_encodings_line_ends_and_blanks_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.real, [[True, True, True], [True, False, False]])
 
 
+def test_a_file_cut_anywhere_in_its_series_is_an_error_or_loses_whole_series(
+    tmp_path: Path,
+) -> None:
+    head = "@univariate false\n@dimensions 2\n@equalLength true\n@seriesLength 3\n"
+    text = f"{head}@classLabel true aa bb\n@data\n1,2,3:4,5,6:aa\n7,8,9:1,2,3:bb"
+    path = tmp_path / "cut.ts"
+    path.write_text(text)
+    whole = time_series.read_ts(path)
+    for end in range(text.index("@data") + 6, len(text)):
+        path.write_text(text[:end])
+        if text[:end].endswith(("aa", "aa\n")):
+            result = time_series.read_ts(path)
+            np.testing.assert_array_equal(result.frames, whole.frames[:1])
+            continue
+        with pytest.raises(FileError, match=re.escape(str(path))):
+            time_series.read_ts(path)
+
+
 GOOD = "1,2:3,4:a"
 
 
@@ -108,7 +126,7 @@ GOOD = "1,2:3,4:a"
         ("@data\n", "no series"),
         (f"{GOOD}\n", ":1: series before @data"),
         (f"@data\n{GOOD}\n1,2:3:a\n", ":3: channel 2 has 1 steps, expected 2"),
-        (f"@data\n{GOOD}\n1,2:a\n", ":3: 1 channels, expected 2 as in the first series"),
+        (f"@data\n{GOOD}\n1,2:a\n", ":3: 1 channel, expected 2 as in the first series"),
         (f"@dimensions 3\n@data\n{GOOD}\n", ":3: 2 channels, expected 3 as @dimensions says"),
         ("@dimensions no\n@data\n", ":1: @dimensions says 'no', expected a whole number"),
         (f"@data\n{GOOD}\n1,?:3,4:a\n", ":3: channel 1, step 2: a missing value"),
@@ -124,6 +142,23 @@ GOOD = "1,2:3,4:a"
         ("@timeStamps true\n@data\n(0,1):a\n", ":1: series with time stamps are not supported"),
         ("@missing perhaps\n@data\n1:a\n", ":1: @missing says 'perhaps', expected true or false"),
         (f"@data\n{GOOD}\n@data\n", ":3: @data after @data"),
+        ("@univariate true\n@data\n1:2:a\n", ":3: 2 channels, but @univariate says true"),
+        ("@univariate false\n@data\n1,2:a\n", ":3: 1 channel, but @univariate says false"),
+        ("@seriesLength 3\n@data\n1,2:a\n", ":3: 2 steps, expected 3 as @seriesLength says"),
+        (
+            "@equalLength false\n@seriesLength 1\n@data\n1:a\n1,2:a\n",
+            ":5: 2 steps, expected at most 1 as @seriesLength says",
+        ),
+        ("@seriesLength 0\n@data\n1:a\n", ":1: @seriesLength says '0', expected a whole number"),
+        (f"@dimensions {'9' * 5000}\n@data\n1:a\n", ":1: @dimensions says '9999"),
+        (
+            "@equalLength true\n@data\n1,2:a\n1:a\n",
+            ":4: 1 steps, expected 2 as in the first series, because @equalLength says true",
+        ),
+        ("@missing false\n@data\n1,?:a\n", ":3: channel 1, step 2: a missing value"),
+        ("@timeStamps false\n@data\n(0,1):a\n", ":3: channel 1, step 1: got '(0', expected"),
+        ("@missing false\n@missing true\n@data\n1:a\n", ":2: @missing is there twice"),
+        ("@\n@data\n1\n", ":3: no label"),
     ],
 )
 def test_damage_names_the_line(text: str, message: str, tmp_path: Path) -> None:

@@ -355,6 +355,28 @@ def test_a_solution_that_is_not_optimal_is_warned_of(monkeypatch: pytest.MonkeyP
     assert not expansion.certificate().ok
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("C", "shift"), [(1e12, 0.0), (1e15, 0.0), (1e20, 0.0), (1e300, 0.0), (1.0, 1e15), (1e9, 1e15)]
+)
+def test_a_gap_that_float64_cannot_close_is_warned_of(solver: str, C: float, shift: float) -> None:
+    rng = np.random.default_rng(0)
+    keys, targets = rng.standard_normal((40, 3)), rng.standard_normal((40, 2)) + shift
+    with pytest.warns(RuntimeWarning, match="2 of 2 solutions are not optimal .*gap .*residual"):
+        expansion = fit(keys, targets, "gaussian(gamma=0.3)", C=C, epsilon=0.1, solver=solver)
+    assert not expansion.certificate().ok
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_two_thousand_points(solver: str) -> None:
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((2000, 6))
+    targets = np.sin(keys.sum(1, keepdims=True)) + 0.1 * rng.standard_normal((2000, 1))
+    expansion = fit(keys, targets, "gaussian(gamma=0.3)+h(one)", C=10.0, epsilon=0.1, solver=solver)
+    assert expansion.certificate().ok
+
+
 def test_polish_repairs_what_float32_leaves() -> None:
     keys, targets = next_frames(12, 1)
     gram = explicit("gaussian(gamma=0.05)", keys, keys)

@@ -1,0 +1,40 @@
+"""The answers of `PDMultiheadAttention` to arguments that it does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pdcore.extend import wrong_arguments
+
+__all__ = ["wrong_call", "wrong_layer"]
+
+#: What to do in place of arguments of `pdcore.attention` and of other libraries, in a call.
+_OF_THE_LAYER = {
+    "q": "use query=; spec is said once, by PDMultiheadAttention(spec=...)",
+    "k": "use key=; spec is said once, by PDMultiheadAttention(spec=...)",
+    "v": "use value=; spec is said once, by PDMultiheadAttention(spec=...)",
+    "mask": "use attn_mask=, as in nn.MultiheadAttention: bool, True where a query may not attend",
+    "key_mask": "use key_padding_mask=, as in nn.MultiheadAttention: bool, True for padding",
+    "bias": "use a floating-point attn_mask=, which is added to the scores",
+    **dict.fromkeys(("layout", "qkv_format"), "use batch_first= of PDMultiheadAttention"),
+    **dict.fromkeys(
+        ("spec", "backend", "dropout", "dropout_p"), "it is an argument of PDMultiheadAttention"
+    ),
+}
+
+#: What to do in place of arguments of a call, in the constructor.
+_OF_A_CALL = dict.fromkeys(
+    ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "mask", "key_mask"),
+    "it belongs to the call of the layer; spec says what the heads compute",
+) | {"dropout_p": "use dropout=", "layout": "use batch_first="}
+
+
+def wrong_call(function: Callable[..., Any], unknown: Mapping[str, Any]) -> TypeError:
+    """Build the error for arguments that a call of the layer does not take."""
+    return wrong_arguments(function, (), unknown, _OF_THE_LAYER, spec_of="PDMultiheadAttention")
+
+
+def wrong_layer(function: Callable[..., Any], unknown: Mapping[str, Any]) -> TypeError:
+    """Build the error for arguments that the constructor does not take."""
+    return wrong_arguments(function, (), unknown, _OF_A_CALL)
