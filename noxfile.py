@@ -301,6 +301,13 @@ def mutants(session: nox.Session) -> None:
     here.run("python", "-m", "mutants", *session.posargs, env={"PYTHONPATH": path})
 
 
+@nox.session
+def mutation(session: nox.Session) -> None:
+    """Mutate the NumPy backend and ArrayBackend at random, and run the suite on each mutation."""
+    here = numpy_environment(session).beside("cosmic-ray", pins=("mutation",))
+    here.run("python", ".ci/mutation.py", *session.posargs)
+
+
 # --- the conformance matrix -----------------------------------------------------------------------
 
 

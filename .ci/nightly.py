@@ -49,6 +49,9 @@ PARTS = {
         ("backends/pdcore_backends/numpy", "backends/pdcore_backends/strict", *SUITE),
         8,
     ),
+    "mutation": Part(
+        ("-s", "mutation"), ("pdcore/backend", "backends/pdcore_backends/numpy", *SUITE), 300
+    ),
     "conform-torch": Part(("-s", "conform(torch)"), ("backends/pdcore_backends/torch", *SUITE), 8),
     "conform-jax": Part(("-s", "conform(jax)"), ("backends/pdcore_backends/jax", *SUITE), 25),
     "conform-cuda": Part(("-s", "conform_emulated"), (CUPY, "tests/cuda_cpu", *SUITE), 25),

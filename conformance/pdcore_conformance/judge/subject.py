@@ -145,6 +145,7 @@ class Subject:
             self.refuses(missing, lambda: ways.first_way(self, call, arrays, through), call)
             return
         expected: dict[bool, Expected] = {}
+        # A way that fails must not stay open, or the next cases would be watched by it too.
         with closing(ways.run(self, call, arrays, through)) as results:
             while (result := self.accepts(lambda: next(results, None))) is not None:
                 if result.d_lse not in expected:

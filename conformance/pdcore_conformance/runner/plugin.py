@@ -23,6 +23,7 @@ from pdcore.errors import Exit, NoBackendError, cut, nearest
 from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
+from ..judge.calls import drawn
 from ..judge.combinations import Combinations, Row
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
@@ -139,6 +140,7 @@ class Conformance:
         self.began = time.perf_counter()
         self._cases: dict[str, Case] = {}
         user_axes.register()
+        drawn.cache_clear()  # the backend of an earlier run may have written into its arrays
         self._prepare(name, device)
 
     @property

@@ -71,6 +71,10 @@ def write(results: dict[str, dict]) -> None:
         "is the error of the case divided by its budget, so 1 is the limit: *inf* for a NaN or",
         "an infinity in a wrong place, empty where the defect is not a wrong number.",
         "",
+        "Backends that end or block their process are in `tests/conformance/test_watching.py`:",
+        "`os._exit(0)`, a segmentation fault, an abort, a call that never returns; each is a",
+        "failure of the case in which it happens.",
+        "",
         "| mutant | defect | case that fails | error / budget |",
         "|---|---|---|---|",
     ]

@@ -64,7 +64,15 @@ class Unmutated(ArrayBackend):
 
 def register() -> None:
     """Register the mutants and the backend without a defect in this process."""
-    from . import backward, behaviour, forward, statistics  # noqa: F401 - their import fills MUTANTS
+    from . import (  # noqa: F401 - their import fills MUTANTS
+        backward,
+        behaviour,
+        blocks,
+        calls,
+        forward,
+        shapes,
+        statistics,
+    )
 
     for cls in (Unmutated, *(mutant.cls for mutant in MUTANTS.values())):
         register_backend(cls.info)
