@@ -98,7 +98,8 @@ class Normaliser:
 def _exp_of_sum(a: Any, b: Any, xp: Any) -> Any:
     """Compute exp(a + b) without the rounding error of a + b, which grows with |a + b|."""
     total = a + b
-    # The rounding error exactly (Knuth's two-sum); NaN where a is -inf.
-    more = total - a
-    error = (a - (total - more)) + (b - more)
-    return xp.exp(total) * (1.0 + xp.where(a == -xp.inf, xp.zeros_like(a), error))
+    # The rounding error exactly (Knuth's two-sum), of numbers that are finite.
+    finite = total > -xp.inf
+    x, y, z = (xp.where(finite, t, xp.zeros_like(total)) for t in (a, b, total))
+    more = z - x
+    return xp.exp(total) * (1.0 + ((x - (z - more)) + (y - more)))

@@ -14,7 +14,7 @@ from ..judge.combinations import AXES, build_call
 from ..judge.subject import Nonconforming, Subject
 
 #: The number of examples, and the number where a library compiles a program for each.
-EXAMPLES, FEW_EXAMPLES = 150, 30
+EXAMPLES, FEW_EXAMPLES = 250, 30
 
 #: The axes in whose place sizes are drawn.
 SIZES = ("dtype", "lead", "lengths", "through")
@@ -26,7 +26,7 @@ def calls(draw: st.DrawFn) -> Call | None:
     values: list[Any] = [
         value
         for axis, choices in AXES.items()
-        if axis not in SIZES and (value := draw(st.sampled_from([None, *choices])))
+        if axis not in SIZES and draw(st.booleans()) and (value := draw(st.sampled_from(choices)))
     ]
     sizes = {
         "lead": draw(st.sampled_from([(), (1,), (2,), (2, 2)])),
