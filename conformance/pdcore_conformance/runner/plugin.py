@@ -23,8 +23,7 @@ from pdcore.errors import Exit, NoBackendError, cut, nearest
 from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
-from ..judge.calls import drawn
-from ..judge.calls import Call
+from ..judge.calls import Call, drawn
 from ..judge.combinations import Combinations, Row
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
