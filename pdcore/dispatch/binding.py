@@ -27,6 +27,7 @@ from . import selection
 from .arguments import check_given, explains_arguments, wrong_arguments
 from .exchange import exchange
 from .layout import HEADS_FIRST, Layout, heads_first, swap_axes, swap_pullback
+from .offsets import LARGE, near_offset
 from .tracing import TracedSelections, concrete_size, make_traced_selector
 
 __all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice", "cached_bind"]
@@ -204,7 +205,7 @@ class BoundAttention:
             offset = int(offset)
             inputs = inputs._replace(offset=offset)
         if type(offset) is int and not -LARGE < offset < LARGE:
-            inputs = inputs._replace(offset=_near(self.spec, offset, inputs.q, inputs.k))
+            inputs = inputs._replace(offset=near_offset(self.spec, offset, inputs.q, inputs.k))
         if backend.info.library != library or device is not None:
             inputs, back = exchange(backend, inputs, library, device)
         if self._has_parameters:
@@ -244,7 +245,7 @@ class BoundAttention:
         validate(self.spec, inputs, "torch", layout)
         backend, plan = getattr(self._traced, name)
         if type(inputs.offset) is int and not -LARGE < inputs.offset < LARGE:
-            inputs = inputs._replace(offset=_near(self.spec, inputs.offset, q, k))
+            inputs = inputs._replace(offset=near_offset(self.spec, inputs.offset, q, k))
         if self._has_parameters:
             inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, None
@@ -291,28 +292,6 @@ class BoundAttention:
             inputs.axis_name,
             layout,
         )
-
-
-#: Offsets that a backend with 32-bit positions, such as JAX, adds rows and windows to.
-LARGE = 2**30
-
-
-def _near(spec: AttentionSpec, offset: int, q: Any, k: Any) -> int:
-    """Return the offset near zero that has the effect of a large one.
-
-    Raises
-    ------
-    ValueError
-        For a window so wide that there is none.
-    """
-    low, high = spec.support.offsets(q.shape[-2], k.shape[-2], spec.heads.largest)
-    near = max(low, min(offset, high))
-    if not -LARGE < near < LARGE:
-        raise ValueError(
-            f"offset: got {offset} for {spec}, expected -2**30 < offset < 2**30 with a window "
-            "so wide"
-        )
-    return near
 
 
 def _offset_kind(offset: Any) -> str:

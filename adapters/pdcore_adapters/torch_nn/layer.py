@@ -10,9 +10,10 @@ from torch import fx, nn
 from torch.nn import functional
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.extend import Inputs, compiling, finite_dropout, parameter_shape
+from pdcore.extend import Inputs, finite_dropout, parameter_shape
 
 from ..bound import BoundSpec, Choice, learned_parameters
+from .masks import check_addend, check_hides_only, check_mask, require
 from .words import wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
@@ -261,10 +262,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         along = 1 if batched and self.batch_first else 0
         n, m = query.shape[along], key.shape[along]
         if attn_mask is not None:
-            _check_mask(attn_mask, "attn_mask", [(n, m), (batch * self.num_heads, n, m)])
+            check_mask(attn_mask, "attn_mask", [(n, m), (batch * self.num_heads, n, m)])
         if key_padding_mask is not None:
             expected = (batch, m) if batched else (m,)
-            _check_mask(key_padding_mask, "key_padding_mask", [expected])
+            check_mask(key_padding_mask, "key_padding_mask", [expected])
 
     def _project(self, query: Any, key: Any, value: Any, batched: bool) -> tuple[Any, Any, Any]:
         """Compute the projections to heads, (B, N, H, D) each."""
@@ -305,17 +306,17 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             if attn_mask.dtype == torch.bool:
                 mask = ~attn_mask
             elif bound.bias_refusal:
-                _check_hides_only(attn_mask, "attn_mask", bound.bias_refusal)
+                check_hides_only(attn_mask, "attn_mask", bound.bias_refusal)
                 mask = attn_mask == 0
             else:
-                bias = _check_addend(attn_mask, "attn_mask", q)
+                bias = check_addend(attn_mask, "attn_mask", q)
             # A causal mask is the usual way to a causal layer in PyTorch, but statistics do not
             # depend on a mask, so they would leak the future.
             if bound.causal_refusal and n == m and n > 1:
                 seen = mask if mask is not None else bias != -math.inf
                 later = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1)
                 message = f"attn_mask: it hides all later keys; {bound.causal_refusal}"
-                _require((seen & later).any(), message)
+                require((seen & later).any(), message)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.reshape(batch, m)
             if key_padding_mask.dtype == torch.bool:
@@ -323,9 +324,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             else:
                 key_mask = key_padding_mask != -math.inf
                 if bound.bias_refusal:
-                    _check_hides_only(key_padding_mask, "key_padding_mask", bound.bias_refusal)
+                    check_hides_only(key_padding_mask, "key_padding_mask", bound.bias_refusal)
                 else:
-                    key_bias = _check_addend(key_padding_mask, "key_padding_mask", q)
+                    key_bias = check_addend(key_padding_mask, "key_padding_mask", q)
                     key_bias = key_bias.masked_fill(~key_mask, 0.0)[:, None, None, :]
                     bias = key_bias if bias is None else bias + key_bias
         return mask, key_mask, bias
@@ -384,41 +385,3 @@ def _as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any
         )
     name = tracer.path_of_module(layer)
     return tracer.create_proxy("call_module", name, (query, *arguments), keywords)
-
-
-def _check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:
-    """Check the dtype and shape of a mask."""
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"{name}: got dtype {mask.dtype}, expected bool, True where it hides, or a "
-            "floating-point dtype"
-        )
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(
-            f"{name}: got shape {tuple(mask.shape)}, expected {' or '.join(map(str, shapes))}"
-        )
-
-
-def _check_addend(mask: Any, name: str, q: Any) -> Any:
-    """Check the dtype of a float mask that is added to log kappa, and return the mask."""
-    if mask.dtype not in (torch.float32, q.dtype):
-        expected = " or ".join(str(dtype) for dtype in {torch.float32, q.dtype})
-        raise TypeError(f"{name}: got dtype {mask.dtype}, expected bool or {expected}")
-    return mask
-
-
-def _check_hides_only(mask: Any, name: str, reason: str) -> None:
-    """Check that a float mask has the values 0 and -inf only, where `reason` rules out others."""
-    _require(
-        ((mask == 0) | (mask == -math.inf)).all(),
-        f"{name}: got a float mask with values other than 0 and -inf, and {reason}; give a bool "
-        "mask, True where it hides",
-    )
-
-
-def _require(condition: Any, message: str) -> None:
-    """Raise an `UnsupportedError` unless a condition on values holds, also in compiled code."""
-    if compiling():
-        torch._assert_async(condition, message)  # an operation of the graph, not a branch
-    elif not condition:
-        raise UnsupportedError(message)

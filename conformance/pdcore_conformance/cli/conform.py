@@ -33,7 +33,7 @@ def conform(
         str, typer.Option(help="core: what every backend has to have; all: what it declares too.")
     ] = "all",
     grid: Annotated[
-        str, typer.Option(help="quick, or full: more sizes, every pair of axes in every dtype.")
+        str, typer.Option(help="quick, or full: more sizes, four times the combinations.")
     ] = "quick",
     case: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="Only this case; may be repeated.")
@@ -51,7 +51,7 @@ def conform(
     only_list: Annotated[bool, typer.Option("--list", help="List the ids of the cases.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a backend by the float64 oracle: every axis, every pair, refusals, gradients, threads.
+    """Judge a backend by the float64 oracle: axes, pairs, refusals, gradients, threads.
 
     The suite runs in a process of its own, so a backend that ends or blocks the process fails.
 
@@ -105,6 +105,10 @@ def show(run: Run, report: Path | None) -> None:
         return
     out.print(escape(run["precision"]), soft_wrap=True)
     out.print(_counts(run))
+    if "coverage" in run:
+        from ..report.view import combinations
+
+        out.print(f"{combinations(run)} passed", soft_wrap=True)
     if "ended" in run:
         from ..report.view import end_of
         from ..report.wording import visible

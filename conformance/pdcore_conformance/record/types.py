@@ -17,6 +17,7 @@ __all__ = [
     "OUTCOMES",
     "SCHEMA",
     "Case",
+    "Coverage",
     "Environment",
     "Figure",
     "Gpu",
@@ -312,6 +313,20 @@ class ProcessEnd(TypedDict):
     log: Annotated[str, Meta(description="What that case printed, shortened.")]
 
 
+class Coverage(TypedDict):
+    """How many combinations of the axes' values passed, of those that the backend declares."""
+
+    pairs: Annotated[list[_Natural], Meta(min_length=2, max_length=2, description="Passed, of.")]
+    triples: Annotated[
+        list[_Natural],
+        Meta(
+            min_length=2,
+            max_length=2,
+            description="Passed, of; of values of axes that meet in one kernel.",
+        ),
+    ]
+
+
 class RunHeader(TypedDict):
     """One backend on one device, in one process: everything but its cases and its speed."""
 
@@ -370,6 +385,9 @@ class RunHeader(TypedDict):
         ),
     ]
     seconds: Annotated[Number, Meta(description="How long the suite took.")]
+    coverage: NotRequired[
+        Annotated[Coverage, Meta(description="Only where calls that combine all axes ran.")]
+    ]
     ended: NotRequired[
         Annotated[
             ProcessEnd,

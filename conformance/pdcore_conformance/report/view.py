@@ -287,6 +287,7 @@ def environment(record: Record) -> list[tuple[str, list[str]]]:
     add("asked for", [asked(run) for run in runs])
     add("suite took", [seconds(run["seconds"]) for run in runs])
     add("speed took", [seconds(run["speed"]["seconds"]) if run["speed"] else "" for run in runs])
+    add("combinations", [combinations(run) for run in runs])
     add("process ended", [end_of(run) for run in runs])
     add("precision", [run["precision"] for run in runs])
     where = [run["environment"] for run in runs]
@@ -315,6 +316,18 @@ def commit(run: Run) -> str:
     if run["commit"] is None:
         return "not from a checkout"
     return run["commit"][:10] + (" with changes" if run["dirty"] else "")
+
+
+def combinations(run: Run) -> str:
+    """Return how many combinations of the axes' values passed; else nothing."""
+    covered = run.get("coverage")
+    if covered is None:
+        return ""
+    (pairs, all_pairs), (triples, all_triples) = covered["pairs"], covered["triples"]
+    return (
+        f"{pairs} of {all_pairs} pairs of values and {triples} of {all_triples} triples of axes "
+        "that meet in one kernel"
+    )
 
 
 def end_of(run: Run) -> str:

@@ -82,7 +82,7 @@ def conform(
         ``core`` has the cases that every backend must pass, ``all`` also those of the features
         that the backend declares.
     grid : {"quick", "full"}
-        ``full`` has more sizes, and every pair of axes in every dtype.
+        ``full`` has more sizes, and four covering arrays of all axes in place of one.
     cases : sequence of str
         Ids of cases; all by default.
     report : path, optional

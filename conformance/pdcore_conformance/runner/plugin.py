@@ -33,6 +33,7 @@ from ..record.environment import environment, versions
 from .outcomes import new_case, outcome_of, plain
 
 if TYPE_CHECKING:
+    from ..record.types import Coverage
     from ..record.writing import Case, Run
 
 __all__ = ["NAME", "SUITE", "Conformance", "about", "case_id", "exit_code", "parse_backend"]
@@ -84,7 +85,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--grid",
         choices=("quick", "full"),
         default="quick",
-        help="full: more sizes, every pair of axes in every dtype",
+        help="full: more sizes, four times the combinations",
     )
     group.addoption(
         "--case",
@@ -139,6 +140,9 @@ class Conformance:
             self.run["selection"] = list(self.option("--case"))
         self.began = time.perf_counter()
         self._cases: dict[str, Case] = {}
+        # The rows of the covering arrays, by the ids of their cases.
+        self._rows: dict[str, Row] = {}
+        self._arrays: list[Combinations] = []
         user_axes.register()
         drawn.cache_clear()  # the backend of an earlier run may have written into its arrays
         self._prepare(name, device)
@@ -175,6 +179,7 @@ class Conformance:
         if "through" not in metafunc.fixturenames or "call" not in metafunc.fixturenames:
             return
         rows = {f"{row.through}-{row.call.label}": row for row in self.combinations()}
+        self._rows |= {f"axes::combination[{name}]": row for name, row in rows.items()}
         metafunc.parametrize(
             ("call", "through"), [(row.call, row.through) for row in rows.values()], ids=list(rows)
         )
@@ -187,8 +192,20 @@ class Conformance:
         if self.option("--level") == "core":
             claimed &= CORE
         seeds = 4 if self.option("--grid") == "full" else 1
-        self.arrays = [Combinations(frozenset(claimed), seed) for seed in range(seeds)]
-        return [row for array in self.arrays for row in array.rows]
+        self._arrays = [Combinations(frozenset(claimed), seed) for seed in range(seeds)]
+        return [row for array in self._arrays for row in array.rows]
+
+    def coverage(self) -> Coverage | None:
+        """Return how many combinations of values passed; None where no such case ran."""
+        passed = [
+            row
+            for name, row in self._rows.items()
+            if name in self._cases and self._cases[name]["outcome"] == "passed"
+        ]
+        if not passed:
+            return None
+        pairs, all_pairs, triples, all_triples = self._arrays[0].covered(passed)
+        return {"pairs": [pairs, all_pairs], "triples": [triples, all_triples]}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -311,6 +328,9 @@ class Conformance:
         run["cases"] = [self._cases[name] for name in sorted(self._cases)]
         for case in run["cases"]:
             run["counts"][case["outcome"]] += 1
+        coverage = self.coverage()
+        if coverage is not None:
+            run["coverage"] = coverage
         path = self.option("--report")
         interrupted = exitstatus in (
             pytest.ExitCode.INTERRUPTED,
