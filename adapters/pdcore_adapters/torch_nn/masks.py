@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from pdcore import UnsupportedError
+from pdcore.extend import compiling
+
 __all__ = ["check_addend", "check_hides_only", "check_mask", "require"]
 
 
