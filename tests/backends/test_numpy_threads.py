@@ -8,7 +8,6 @@ import sys
 import threading
 from typing import Any
 
-import joblib
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
@@ -84,12 +83,6 @@ def test_the_own_variable_comes_before_a_limit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(threads.VARIABLE, "2")
     with threadpool_limits(1):
         assert threads.count() == 2
-
-
-def test_processes_of_joblib_share_the_cores() -> None:
-    with joblib.parallel_config(backend="loky", n_jobs=CORES):
-        counts = joblib.Parallel()(joblib.delayed(threads.count)() for _ in range(CORES))
-    assert counts == [1] * CORES
 
 
 @pytest.mark.parametrize("text", ["abc", "0", "-1", "1.5", "", "9" * 5000, "²"])
