@@ -9,7 +9,6 @@ import array_api_compat.numpy as xp
 import numpy as np
 
 from pdcore.extend import (
-    FeatureMap,
     Features,
     FeatureScale,
     Operands,
@@ -110,7 +109,7 @@ def features_vjp(
     return grads
 
 
-def _scaled(phi: FeatureMap, x: Any, largest: Any) -> tuple[Any, FeatureScale]:
+def _scaled(phi: Any, x: Any, largest: Any) -> tuple[Any, FeatureScale]:
     """Scale rows, see `pdcore.extend.scaled`; rows whose scale is 1 are not copied."""
     scale = phi.feature_scale(largest, xp=xp)
     return scaled(phi, x, largest, xp=xp) if np.any(scale.log) else (x, scale)

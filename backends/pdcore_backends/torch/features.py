@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pdcore.extend import (
-    FeatureMap,
     FeatureRows,
     Features,
     Operands,
@@ -78,7 +77,7 @@ class EluRows:
     See `transforms.FeatureRows` and `scaled_rows.ScaledRows`.
     """
 
-    kernel: FeatureMap
+    kernel: Any
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform queries and keys, and return them with the pullback."""

@@ -51,7 +51,7 @@ def conform(
     only_list: Annotated[bool, typer.Option("--list", help="List the ids of the cases.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a backend by the float64 oracle: axes, pairs, refusals, gradients, threads.
+    """Judge a backend by the float64 oracle: every axis, every pair, refusals, gradients, threads.
 
     The suite runs in a process of its own, so a backend that ends or blocks the process fails.
 

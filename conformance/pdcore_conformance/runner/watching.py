@@ -105,9 +105,12 @@ def _start(journal: Path, log: Path, options: dict[str, Any]) -> subprocess.Pope
         # A library that ends the process prints why: pytest would capture it.
         "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} --capture=no".strip(),
     }
+    # In a file, as the names of cases may exceed what a command line holds.
+    asked = journal.with_name("options.json")
+    asked.write_text(json.dumps(options), encoding="utf-8")
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [*command, "-m", child.__name__, str(journal), json.dumps(options)],
+            [*command, "-m", child.__name__, str(journal), str(asked)],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
