@@ -26,6 +26,7 @@ from reference_cases import normal_case
 from test_cupy_kernels import LONG
 
 import pdcore
+from pdcore.lowering import ScaledRows
 from pdcore.plugins import registry as plugins
 from pdcore.spec import Elu, FeatureMap, Parameter, Relu
 from pdcore_backends.cupy import feature_programs, features
@@ -225,11 +226,11 @@ def test_sanitizers_find_nothing(sanitizer: str) -> None:
         assert f"features_{name}" in launched
 
 
-def test_only_phi_is_computed_by_array_calls() -> None:
+def test_only_the_scale_of_phi_is_computed_by_array_calls() -> None:
     own = EmulatedBackend()
     case = normal_case("linear", dtype=np.float32)
     plan = fused(own, case)
-    assert plan.transforms == ()
+    assert [type(step) for step in plan.transforms] == [ScaledRows]
     own.attention(plan, case.inputs())
     assert own.runtime.launches == [
         "features_states<false>",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations, product
 from typing import Any
 
@@ -20,7 +20,7 @@ from pdcore.errors import SpecError, UnsupportedError
 
 from .calls import Call
 
-__all__ = ["AXES", "TRIPLES", "Combinations", "Row", "Target", "build_call"]
+__all__ = ["AXES", "TRIPLES", "Combinations", "Row", "Target", "build_call", "covering"]
 
 FOUR = {"heads": 4, "key_heads": 4}
 
@@ -192,6 +192,12 @@ class Combinations:
         if through == "autodiff":
             needed.add("autodiff")
         return needed <= self.features
+
+
+@cache
+def covering(features: frozenset[str], seed: int = 0) -> Combinations:
+    """Return `Combinations`, built once for all runs in a process."""
+    return Combinations(features, seed)
 
 
 def _build(target: Target) -> tuple[Call, str] | None:

@@ -24,7 +24,7 @@ from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
 from ..judge.calls import Call, drawn
-from ..judge.combinations import Combinations, Row
+from ..judge.combinations import Combinations, Row, covering
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
 from ..peers import PEERS
@@ -186,13 +186,14 @@ class Conformance:
 
     def combinations(self) -> list[Row]:
         """Return the rows of the covering arrays: one in the quick grid, four in the full one."""
-        if self.under_test is None:
+        wanted = self.option("--case")
+        if self.under_test is None or (wanted and not any("combination[" in n for n in wanted)):
             return []
         claimed = {f for f in _features() if self.under_test.claims(f)}
         if self.option("--level") == "core":
             claimed &= CORE
         seeds = 4 if self.option("--grid") == "full" else 1
-        self._arrays = [Combinations(frozenset(claimed), seed) for seed in range(seeds)]
+        self._arrays = [covering(frozenset(claimed), seed) for seed in range(seeds)]
         return [row for array in self._arrays for row in array.rows]
 
     def coverage(self) -> Coverage | None:
