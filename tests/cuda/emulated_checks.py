@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pdcore.backend import Request
 from pdcore.lowering import Plan
 from pdcore_backends.cupy.features import CompiledFeatures
 from pdcore_backends.cupy.scores import Compiled
-from pdcore_conformance.judge.budget import expect, judge
+from pdcore_conformance.judge.budget import Expected, expect, judge, judge_array
 
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
@@ -64,7 +65,23 @@ def fused(
     return plan
 
 
-def check(backend: EmulatedBackend, case: Case, plan: Plan | None = None) -> dict[str, Any]:
+def check_budgets(
+    case: Case, results: Mapping[str, Any], expected: Expected, lse_dtype: str = "float32"
+) -> None:
+    """Assert that results are within their budgets, lse within that of `lse_dtype` if 16-bit."""
+    verdicts = judge({n: x for n, x in results.items() if n != "lse"}, expected)
+    oracle, low = expected.oracle["lse"], expected.low["lse"]
+    dtype = lse_dtype if expected.dtype in ("float16", "bfloat16") else expected.dtype
+    verdicts["lse"] = judge_array(
+        results["lse"], oracle, low, dtype=dtype, axes=1, name="lse", scale=1.0
+    )
+    for name, verdict in verdicts.items():
+        assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
+
+
+def check(
+    backend: EmulatedBackend, case: Case, plan: Plan | None = None, lse_dtype: str = "float32"
+) -> dict[str, Any]:
     """Assert that out, lse and all gradients are within their budgets; return them by name."""
     plan = fused(backend, case) if plan is None else plan
     out, lse, vjp = backend.attention_vjp(plan, case.inputs())
@@ -72,8 +89,7 @@ def check(backend: EmulatedBackend, case: Case, plan: Plan | None = None) -> dic
     results = {"out": out, "lse": lse}
     results |= {f"d_{name}": x for name, x in vjp(d_out, d_lse).items()}
     expected = expect(*case.qkv, case.spec, **case.call, d_out=d_out, d_lse=d_lse)
-    for name, verdict in judge({n: results[n] for n in expected.oracle}, expected).items():
-        assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
+    check_budgets(case, {n: results[n] for n in expected.oracle}, expected, lse_dtype)
     return results
 
 
