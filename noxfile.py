@@ -350,7 +350,7 @@ def peers(session: nox.Session) -> None:
     which no other session may see.
     """
     here = framework_environment(session).beside(*PEERS, pins=("peers",), dependencies=False)
-    here.run("python", "-m", "pdcore_conformance.peers", str(RECORDS), *session.posargs)
+    here.run("python", "-m", "pdcore_conformance.peer_backends", str(RECORDS), *session.posargs)
     here.pytest(*folders("onnxruntime"))
 
 

@@ -56,7 +56,9 @@ PARTS = {
     "conform-jax": Part(("-s", "conform(jax)"), ("backends/pdcore_backends/jax", *SUITE), 25),
     "conform-cuda": Part(("-s", "conform_emulated"), (CUPY, "tests/cuda_cpu", *SUITE), 25),
     "peers": Part(
-        ("-s", "peers"), ("conformance/pdcore_conformance/peers", "constraints/peers.txt"), 8
+        ("-s", "peers"),
+        ("conformance/pdcore_conformance/peer_backends", "constraints/peers.txt"),
+        8,
     ),
     "jax-newer": Part(
         ("-s", "tests_jax_newer"),

@@ -13,10 +13,10 @@ import pdcore
 from pdcore.backend import BackendInfo, Inputs
 from pdcore.plugins import list_backends
 from pdcore.plugins import registry as plugins
-from pdcore_conformance.peers import PEERS
-from pdcore_conformance.peers.__main__ import unsettled
-from pdcore_conformance.peers.base import Asked, PeerBackend
-from pdcore_conformance.peers.page import page
+from pdcore_conformance.peer_backends import PEERS
+from pdcore_conformance.peer_backends.__main__ import unsettled
+from pdcore_conformance.peer_backends.base import Asked, PeerBackend
+from pdcore_conformance.peer_backends.page import page
 from pdcore_conformance.runner.plugin import parse_backend
 
 rng = np.random.default_rng(0)
@@ -90,7 +90,7 @@ def test_names_on_the_command_line() -> None:
 
 def test_declaring_the_peers_imports_no_library() -> None:
     code = (
-        "import sys, pdcore_conformance.peers; names = {'torch', 'jax', 'keras', 'onnx'};"
+        "import sys, pdcore_conformance.peer_backends; names = {'torch', 'jax', 'keras', 'onnx'};"
         "sys.exit(bool(names & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -58,8 +58,8 @@ def literal_numpy(workload: Workload) -> Attention:
 
 
 def _asked(workload: Workload, x: Mapping[str, Any]) -> Any:
-    """Return a workload's arrays as the functions of `pdcore_conformance.peers` take them."""
-    from ..peers.base import Asked
+    """Return a workload's arrays as the functions of the peer backends take them."""
+    from ..peer_backends.base import Asked
 
     spec = parse(workload.spec)
     scale = 1 / math.sqrt(workload.shape[-1])
@@ -70,7 +70,7 @@ def sdpa(kernel: str | None) -> Callable[[Workload], Attention]:
     """Build PyTorch's `scaled_dot_product_attention`, with a named kernel or PyTorch's choice."""
 
     def make(workload: Workload) -> Attention:
-        from ..peers import on_torch
+        from ..peer_backends import on_torch
 
         return lambda x: on_torch.sdpa(kernel, _asked(workload, x))
 
@@ -123,7 +123,7 @@ def cupy_textbook(workload: Workload) -> Attention:
 
 def performer(workload: Workload) -> Attention:
     """Build the linear attention of performer-pytorch, with the features elu + 1."""
-    from ..peers import on_performer
+    from ..peer_backends import on_performer
 
     return lambda x: on_performer.linear_attention(_asked(workload, x))
 
@@ -132,7 +132,7 @@ def jax_nn(implementation: str) -> Callable[[Workload], Attention]:
     """Build `jax.nn.dot_product_attention` with a named implementation."""
 
     def make(workload: Workload) -> Attention:
-        from ..peers import on_jax
+        from ..peer_backends import on_jax
 
         return lambda x: on_jax.jax_nn(implementation, _asked(workload, x))
 
@@ -153,6 +153,6 @@ def literal_jax(workload: Workload) -> Attention:
 
 def onnx_attention(workload: Workload) -> Attention:
     """Build ONNX's Attention operator in onnxruntime."""
-    from ..peers import on_onnxruntime
+    from ..peer_backends import on_onnxruntime
 
     return lambda x: on_onnxruntime.onnx_attention(_asked(workload, x))

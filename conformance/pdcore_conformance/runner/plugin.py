@@ -27,7 +27,7 @@ from ..judge.calls import Call, drawn
 from ..judge.combinations import Combinations, Row, covering
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
-from ..peers import PEERS
+from ..peer_backends import PEERS
 from ..record import writing as record
 from ..record.environment import environment, versions
 from .outcomes import new_case, outcome_of, plain
@@ -45,7 +45,7 @@ _PEER = "peer:"
 
 
 def parse_backend(text: str) -> tuple[str, str]:
-    """Read ``NAME[:DEVICE]``, or ``peer:NAME[:DEVICE]`` for one of `pdcore_conformance.peers`.
+    """Read ``NAME[:DEVICE]``, or ``peer:NAME[:DEVICE]`` for one of `..peer_backends`.
 
     Returns
     -------

@@ -22,7 +22,7 @@ def test_equals_the_numpy_backend(spec: str) -> None:
 
 
 def test_one_session_serves_all_sizes() -> None:
-    from pdcore_conformance.peers.on_onnxruntime import _session
+    from pdcore_conformance.peer_backends.on_onnxruntime import _session
 
     attend("softmax(scale=0.3)")
     before = _session.cache_info().misses

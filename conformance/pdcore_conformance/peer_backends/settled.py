@@ -1,7 +1,8 @@
 """What each disagreement of a peer with the oracle comes from, as settled by hand.
 
 An entry holds for the cases of a topic whose label contains its text. A disagreement that no entry
-explains makes ``python -m pdcore_conformance.peers`` fail, and so does an entry that explains none.
+explains makes ``python -m pdcore_conformance.peer_backends`` fail, and so does an entry that
+explains none.
 """
 
 from __future__ import annotations

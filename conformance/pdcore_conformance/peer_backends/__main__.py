@@ -1,4 +1,4 @@
-"""``python -m pdcore_conformance.peers FOLDER``: judge every peer, and write the page and its data.
+"""``python -m pdcore_conformance.peer_backends FOLDER``: judge every peer, and write a page.
 
 Each peer runs in a process of its own, since float64 in JAX and the backend of Keras are settings
 of a process. ``FOLDER/peers.json`` keeps the outcomes of a peer that is not available here.
@@ -27,7 +27,9 @@ __all__ = ["main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Judge the peers; return 7 where a disagreement is not settled, or an entry is dead."""
-    parser = argparse.ArgumentParser(prog="python -m pdcore_conformance.peers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m pdcore_conformance.peer_backends", description=__doc__
+    )
     parser.add_argument("folder", type=Path, help="where peers.html and peers.json are written")
     parser.add_argument("--only", nargs="+", choices=list(PEERS), help="judge these, keep others")
     parser.add_argument("--one", choices=list(PEERS), help=argparse.SUPPRESS)

@@ -38,7 +38,7 @@ def page(peers: Mapping[str, Any]) -> str:
     Parameters
     ----------
     peers : mapping
-        By name, what ``python -m pdcore_conformance.peers`` writes of a peer.
+        By name, what ``python -m pdcore_conformance.peer_backends`` writes of a peer.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def page(peers: Mapping[str, Any]) -> str:
     judged = {name: peer for name, peer in peers.items() if peer["cases"]}
     rows = [(name, [_cell(peer, topic.name) for topic in TOPICS]) for name, peer in judged.items()]
     return render(
-        "peers",
+        "peer_backends",
         **asset("style", "style.css"),
         names=list(judged),
         rows=rows,
