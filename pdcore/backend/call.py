@@ -90,6 +90,8 @@ class Call:
         low, high = self.plan.support.offsets(
             rows, length, max(group.scale for group in self.plan.groups)
         )
+        # Not nearer to 0 than this, because shards add the positions of other shards.
+        low, high = min(low, -(2**30)), max(high, 2**30)
         ends = xp.full_like(offset, low), xp.full_like(offset, high)
         if unsigned:  # the cast has wrapped numbers that int64 does not hold
             offset = xp.where(offset < 0, ends[1], offset)
