@@ -198,5 +198,13 @@ class FeatureMap(Kernel):
 
     @property
     def has_feature_scale(self) -> bool:
-        """Whether the class defines `feature_scale`."""
-        return type(self).feature_scale is not FeatureMap.feature_scale
+        """Whether the class defines `feature_scale` for its own `features`.
+
+        A class that inherits the scale of other features has none.
+        """
+        for cls in type(self).__mro__:
+            if "feature_scale" in vars(cls):
+                return cls is not FeatureMap
+            if "features" in vars(cls):
+                return False
+        return False
