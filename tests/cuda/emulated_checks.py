@@ -19,7 +19,7 @@ from pdcore.backend import Request
 from pdcore.lowering import Plan
 from pdcore_backends.cupy.features import CompiledFeatures
 from pdcore_backends.cupy.scores import Compiled
-from pdcore_conformance.judge.budget import Expected, expect, judge, judge_array
+from pdcore_conformance.judge.budget import Expected, expect, judge
 
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
@@ -66,21 +66,16 @@ def fused(
 
 
 def check_budgets(
-    case: Case, results: Mapping[str, Any], expected: Expected, lse_dtype: str = "float32"
+    case: Case, results: Mapping[str, Any], expected: Expected, lse_dtype: str = ""
 ) -> None:
-    """Assert that results are within their budgets, lse within that of `lse_dtype` if 16-bit."""
-    verdicts = judge({n: x for n, x in results.items() if n != "lse"}, expected)
-    oracle, low = expected.oracle["lse"], expected.low["lse"]
-    dtype = lse_dtype if expected.dtype in ("float16", "bfloat16") else expected.dtype
-    verdicts["lse"] = judge_array(
-        results["lse"], oracle, low, dtype=dtype, axes=1, name="lse", scale=1.0
-    )
-    for name, verdict in verdicts.items():
+    """Assert that results are within their budgets, lse within that of `lse_dtype` if given."""
+    expected = expected._replace(lse_dtype=lse_dtype or expected.lse_dtype)
+    for name, verdict in judge(results, expected).items():
         assert verdict.ok, f"{case.spec} {case.q.dtype} {name}: {verdict}"
 
 
 def check(
-    backend: EmulatedBackend, case: Case, plan: Plan | None = None, lse_dtype: str = "float32"
+    backend: EmulatedBackend, case: Case, plan: Plan | None = None, lse_dtype: str = ""
 ) -> dict[str, Any]:
     """Assert that out, lse and all gradients are within their budgets; return them by name."""
     plan = fused(backend, case) if plan is None else plan

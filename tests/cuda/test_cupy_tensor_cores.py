@@ -55,9 +55,7 @@ def fused(backend: EmulatedBackend, case: Case, **asked: Any) -> Any:
     return emulated_checks.fused(backend, case, TensorCores, **asked)
 
 
-def check_forward(
-    backend: EmulatedBackend, case: Case, lse_dtype: str = "float32"
-) -> tuple[Any, Any]:
+def check_forward(backend: EmulatedBackend, case: Case, lse_dtype: str = "") -> tuple[Any, Any]:
     """Assert that out and lse are within their budgets, that of lse by `lse_dtype`."""
     out, lse = backend.attention(fused(backend, case), case.inputs(), lse=True)
     wanted = expect(*case.qkv, case.spec, **case.call)
@@ -65,7 +63,7 @@ def check_forward(
     return out, lse
 
 
-def check_gradients(backend: EmulatedBackend, case: Case, lse_dtype: str = "float32") -> None:
+def check_gradients(backend: EmulatedBackend, case: Case, lse_dtype: str = "") -> None:
     check(backend, case, fused(backend, case, vjp=True), lse_dtype)
 
 

@@ -11,7 +11,8 @@ what the dtype really costs there, and nothing else can widen it. Two outputs ha
 than their own maximum, for a reason each:
 
 - lse is a logarithm: a relative error eps of h is an absolute eps of lse, so its scale is at
-  least 1. It is float32 for 16-bit inputs too, so its eps and F are those of float32.
+  least 1. It is float32 for 16-bit inputs too, so its eps and F are those of float32, but where
+  normalized or pooled queries and keys are rounded to 16 bits before the kernel.
 - Gradients cancel, to 0 in a row that sees one key, so their scale is the largest gradient of the
   call. A backend that does not keep the weights computes them again from lse, whose rounding is
   relative to its size, so the scale of gradients and of weights is multiplied by max(1, max|lse|).
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdcore.reference import reference_attention, reference_weights
-from pdcore.spec import as_spec
+from pdcore.spec import AttentionSpec, Identity, as_spec
 
 __all__ = [
     "EPS",
@@ -64,11 +65,14 @@ class Expected(NamedTuple):
         The outputs of the reference in float64, or in longdouble where the tested dtype is float64.
     low : mapping of str to array
         The outputs of the reference in the tested dtype.
+    lse_dtype : str
+        The dtype by whose eps and factor lse is judged.
     """
 
     dtype: str
     oracle: Mapping[str, Array]
     low: Mapping[str, Array]
+    lse_dtype: str
 
 
 class Verdict(NamedTuple):
@@ -153,7 +157,7 @@ def expect(
             by_name["weights"] = reference_weights(spec=spec, **arguments, **options)
         outputs.append(by_name)
     low, oracle = outputs
-    return Expected(dtype, oracle, low)
+    return Expected(dtype, oracle, low, _dtype_of_lse(as_spec(spec), dtype))
 
 
 def outputs_and_gradients(
@@ -225,7 +229,7 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
             value,
             expected.oracle[name],
             expected.low[name],
-            dtype=_dtype(name, expected.dtype),
+            dtype=expected.lse_dtype if name == "lse" else expected.dtype,
             axes=_axes(name, expected.oracle[name]),
             name=name,
             scale=_scale(name, expected.oracle),
@@ -303,9 +307,10 @@ def judge_array(
     return Verdict(float(ratio[head]), float(largest[head]), float(budget[head]), head)
 
 
-def _dtype(name: str, dtype: str) -> str:
-    """Return the dtype by which an output is judged: lse is never of 16 bits."""
-    return "float32" if name == "lse" and EPS[dtype] > EPS["float32"] else dtype
+def _dtype_of_lse(spec: AttentionSpec, dtype: str) -> str:
+    """Return float32 for 16 bits, unless queries or keys are rounded before the kernel."""
+    rounded = not isinstance(spec.normalization, Identity) or spec.heads.largest > 1
+    return dtype if rounded or EPS[dtype] <= EPS["float32"] else "float32"
 
 
 def _axes(name: str, x: Array) -> int:
