@@ -177,8 +177,6 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             statistics of the whole sequence would leak the future: with `is_causal`, or with an
             `attn_mask` that hides all later keys, unless the spec has ``allow_leak=true``.
         """
-        if unknown:
-            raise wrong_call(PDMultiheadAttention.forward, unknown)
         if isinstance(query, fx.Proxy):
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
@@ -186,6 +184,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                 self, query, key, value, **masks, **flags, is_causal=is_causal
             )
             return leaf
+        if unknown:
+            raise wrong_call(PDMultiheadAttention.forward, unknown)
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)

@@ -99,7 +99,7 @@ class EluRows:
         # A block of rows stays in the cache between its operations.
         phi = torch.empty_like(x, memory_format=torch.contiguous_format)
         heads = x.flatten(0, -3), phi.flatten(0, -3)
-        wide = torch.empty(x.shape[:-1] + (1,), dtype=x.dtype) if shift is None else shift
+        wide = x.new_empty((*x.shape[:-1], 1)) if shift is None else shift
         shifts = wide.flatten(0, -3)
         for i in range(heads[0].shape[0]):
             for start in range(0, x.shape[-2], ROWS):
