@@ -120,10 +120,12 @@ def main() -> int:
     options = parser.parse_args()
     register()
     cases = list(options.case)
-    if options.dtype:
+    if options.dtype or not cases:
         named = re.compile(rf"\b({'|'.join(options.dtype)})\b")
         listed = list_cases(NAME, level=options.level, grid=options.grid)
-        cases += [name for name in listed if named.search(name)]
+        # The emulator would take minutes for the lengths by which memory is measured.
+        listed = [name for name in listed if not name.startswith("memory::")]
+        cases += [name for name in listed if not options.dtype or named.search(name)]
     run, code = conform(
         NAME, level=options.level, grid=options.grid, cases=cases, report=options.report
     )
