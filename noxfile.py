@@ -258,7 +258,7 @@ def tests_cuda(session: nox.Session) -> None:
         return
     # The compile gate is a part of `nightly`.
     here.pytest("tests/cuda", *folders("cuda"), "--ignore=tests/cuda/test_cuda_gate.py")
-    here.run("python", "tests/cuda/emulated_cupy.py", "--level", "core")
+    here.run("python", "tests/cuda/emulated_cupy.py", "--level", "core", "--quick")
 
 
 @nox.session
