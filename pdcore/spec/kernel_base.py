@@ -132,6 +132,12 @@ class FeatureMap(Kernel):
     has_log = False
     log_domain: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "features" in vars(cls) and "feature_scale" not in vars(cls):
+            # An inherited scale is that of other features.
+            cls.feature_scale = FeatureMap.feature_scale  # type: ignore[method-assign]
+
     @abstractmethod
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute phi(x), in array-API calls.
@@ -198,13 +204,5 @@ class FeatureMap(Kernel):
 
     @property
     def has_feature_scale(self) -> bool:
-        """Whether the class defines `feature_scale` for its own `features`.
-
-        A class that inherits the scale of other features has none.
-        """
-        for cls in type(self).__mro__:
-            if "feature_scale" in vars(cls):
-                return cls is not FeatureMap
-            if "features" in vars(cls):
-                return False
-        return False
+        """Whether the class has a scale of its features."""
+        return type(self).feature_scale is not FeatureMap.feature_scale

@@ -54,7 +54,7 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
     """Contract without causal support, applying phi to one block of rows at a time."""
     mask, phi = o.visibility.key_mask, c.kernel
     largest = largest_key(o.k, mask, xp=xp)
-    of_keys = _scale(phi, largest)
+    of_keys = phi.feature_scale(largest, xp=xp)
     state: Any = 0
     count: Any = 0
     for start in range(0, o.k.shape[-2], _ROWS):
@@ -109,17 +109,9 @@ def features_vjp(
     return grads
 
 
-def _scale(phi: Any, largest: Any) -> FeatureScale:
-    """Return the scale of features; that of no class that only inherits one of other features."""
-    if phi.has_feature_scale:
-        scale: FeatureScale = phi.feature_scale(largest, xp=xp)
-        return scale
-    return FeatureScale(np.zeros_like(largest))
-
-
 def _scaled(phi: Any, x: Any, largest: Any) -> tuple[Any, FeatureScale]:
     """Scale rows, see `pdcore.extend.scaled`; rows whose scale is 1 are not copied."""
-    scale = _scale(phi, largest)
+    scale = phi.feature_scale(largest, xp=xp)
     return scaled(phi, x, largest, xp=xp) if np.any(scale.log) else (x, scale)
 
 
