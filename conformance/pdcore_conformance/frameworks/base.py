@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,7 +14,15 @@ import numpy as np
 
 from pdcore.arrays import device_name, dtype_name, library_of
 
-__all__ = ["FLOATS", "TRANSFORMATIONS", "Framework", "Function", "Memory", "with_strides_kept"]
+__all__ = [
+    "FLOATS",
+    "TRANSFORMATIONS",
+    "Framework",
+    "Function",
+    "Memory",
+    "has_own_elements",
+    "with_strides_kept",
+]
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Any]
@@ -349,6 +357,11 @@ class Framework:
 
 def _is_on(present: str, wanted: str) -> bool:
     return present == wanted or present.partition(":")[0] == wanted
+
+
+def has_own_elements(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether every element of an array has memory of its own: none is broadcast."""
+    return 0 in shape or all(n <= 1 or step for n, step in zip(shape, strides, strict=True))
 
 
 def with_strides_kept(x: Array) -> tuple[Array, tuple[int, ...], int]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .base import Array, Framework, Memory, with_strides_kept
+from .base import Array, Framework, Memory, has_own_elements, with_strides_kept
 
 __all__ = ["CupyFramework"]
 
@@ -69,9 +69,7 @@ class CupyFramework(Framework):
 
     def is_writeable(self, x: Any) -> bool:
         """Return whether every element of an array has memory of its own."""
-        return 0 in x.shape or all(
-            n <= 1 or stride for n, stride in zip(x.shape, x.strides, strict=True)
-        )
+        return has_own_elements(x.shape, x.strides)
 
     def shares_memory(self, x: Any, y: Any) -> bool:
         """Return whether the memory of two arrays overlaps."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .base import Array, Arrays, Framework, Function, Memory, with_strides_kept
+from .base import Array, Arrays, Framework, Function, Memory, has_own_elements, with_strides_kept
 
 __all__ = ["TorchFramework"]
 
@@ -76,9 +76,7 @@ class TorchFramework(Framework):
 
     def is_writeable(self, x: Any) -> bool:
         """Return whether every element of a tensor has memory of its own."""
-        return 0 in x.shape or all(
-            n <= 1 or stride for n, stride in zip(x.shape, x.stride(), strict=True)
-        )
+        return has_own_elements(x.shape, x.stride())
 
     def shares_memory(self, x: Any, y: Any) -> bool:
         """Return whether two tensors have one storage."""

@@ -88,6 +88,10 @@ TRIPLES: tuple[tuple[str, str, str], ...] = (
     ("groups", "scales", "through"),
 )
 
+#: The axes whose values are combined.
+GROUPS: tuple[tuple[str, ...], ...] = (*combinations(AXES, 2), *TRIPLES)
+_GROUPS_OF = {axis: [group for group in GROUPS if axis in group] for axis in AXES}
+
 #: A combination: for some axes, the index of a value; 0 is the default.
 Target = tuple[tuple[str, int], ...]
 
@@ -132,11 +136,10 @@ class Combinations:
     @cached_property
     def targets(self) -> list[Target]:
         """The pairs and triples that are allowed."""
-        groups = [*combinations(AXES, 2), *TRIPLES]
         indices = {axis: range(len(values) + 1) for axis, values in AXES.items()}
         every = (
             tuple(zip(group, values, strict=True))
-            for group in groups
+            for group in GROUPS
             for values in product(*(indices[axis] for axis in group))
         )
         return [target for target in every if self._allows(target)]
@@ -253,17 +256,12 @@ def _leaking(word: str) -> str:
 
 
 def _targets_of(values: Mapping[str, int]) -> Iterator[Target]:
-    for group in (*combinations(AXES, 2), *TRIPLES):
+    for group in GROUPS:
         yield tuple((axis, values[axis]) for axis in group)
 
 
 def _gain(values: Mapping[str, int], new: tuple[str, int], left: Mapping[Target, None]) -> int:
     """Count the combinations that a further value adds to those of a row."""
     more = dict(values) | {new[0]: new[1]}
-    groups = (group for group in _GROUPS[new[0]] if all(axis in more for axis in group))
+    groups = (group for group in _GROUPS_OF[new[0]] if all(axis in more for axis in group))
     return sum(tuple((axis, more[axis]) for axis in group) in left for group in groups)
-
-
-_GROUPS = {
-    axis: [group for group in (*combinations(AXES, 2), *TRIPLES) if axis in group] for axis in AXES
-}

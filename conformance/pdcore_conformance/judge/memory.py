@@ -7,12 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..bench.memory import MIB, status
 from ..frameworks import Framework
+from ..frameworks.base import Memory
 
 __all__ = ["HostMemory", "peak"]
 
 
-class HostMemory:
+class HostMemory(Memory):
     """The peak of the resident memory of this process, on Linux.
 
     The kernel keeps the peak and sets it to the present size on request, so that memory of every
@@ -20,19 +22,21 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self.before = 0
+        self._before: float | None = None
 
-    def reset(self) -> bool:
-        """Start a measurement; return whether the system allows it."""
+    def reset(self) -> None:
+        """Start a measurement at the memory that is resident now."""
+        self._before = None
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self.before = _status("VmRSS")
-            return True
-        return False
+            self._before = status("VmRSS")
 
-    def read(self) -> int:
-        """Return the bytes by which the peak since `reset` exceeds the memory at `reset`."""
-        return _status("VmHWM") - self.before
+    def read(self) -> int | None:
+        """Return the bytes of the peak since `reset`; None where the system does not tell."""
+        highest = status("VmHWM")
+        if self._before is None or highest is None:
+            return None
+        return int((highest - self._before) * MIB)
 
 
 def peak(call: Callable[[], Any], framework: Framework, device: str) -> dict[str, int]:
@@ -44,22 +48,10 @@ def peak(call: Callable[[], Any], framework: Framework, device: str) -> dict[str
         ``host``, and ``device`` where the framework reports one; a place that cannot be measured
         is absent.
     """
-    host, other = HostMemory(), framework.memory(device)
-    result: dict[str, int] = {}
-    measured = host.reset()
-    if other is not None:
-        other.reset()
+    memories = {"host": HostMemory(), "device": framework.memory(device)}
+    places = {place: memory for place, memory in memories.items() if memory is not None}
+    for memory in places.values():
+        memory.reset()
     framework.finish(call())
-    if measured:
-        result["host"] = host.read()
-    bytes_of = None if other is None else other.read()
-    if bytes_of is not None:
-        result["device"] = bytes_of
-    return result
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    sizes = {place: memory.read() for place, memory in places.items()}
+    return {place: size for place, size in sizes.items() if size is not None}

@@ -20,7 +20,7 @@ from .calls import Array, Arrays, Call, dtype_of, laid_out, swap_axes
 if TYPE_CHECKING:
     from .subject import Subject
 
-__all__ = ["Result", "cotangents", "first_way", "inputs_of", "replaced", "run"]
+__all__ = ["Result", "cotangents", "first_way", "run"]
 
 
 class Result(NamedTuple):
@@ -78,7 +78,7 @@ def _forward(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
         # Where this compiles another program, the cases of "autodiff" judge it.
         if subject.claims("autodiff") and subject.framework.has_autodiff and not compiles:
             with subject.watched(arrays) as (q, k, v, options):
-                inputs = inputs_of(call, q, k, v, options)
+                inputs = _inputs_of(call, q, k, v, options)
                 function = partial(_called, subject, call, options, lse)
                 outputs = subject.framework.recorded(function, inputs)
                 yield Result(f"attention{without} inside of a gradient", _named(subject, outputs))
@@ -119,7 +119,7 @@ def _vjp(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
 def _autodiff(subject: Subject, call: Call, arrays: Arrays) -> Generator[Result]:
     for lse in _levels(subject):
         with subject.watched(arrays) as (q, k, v, options):
-            inputs = inputs_of(call, q, k, v, options)
+            inputs = _inputs_of(call, q, k, v, options)
             d_out, d_lse = map(subject.there, _cotangents(call))
             function = partial(_called, subject, call, options, lse)
             outputs, gradients = subject.framework.vjp(
@@ -139,12 +139,12 @@ def _called(
     subject: Subject, call: Call, options: Mapping[str, Any], lse: bool, x: Mapping[str, Any]
 ) -> Any:
     """Return (out, lse) of arrays by name, or (out, None)."""
-    q, k, v, options = replaced(x, options)
+    q, k, v, options = _replaced(x, options)
     result = attention(q, k, v, call.spec, return_lse=lse, backend=subject.name, **options)
     return tuple(result) if lse else (result, None)
 
 
-def replaced(x: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+def _replaced(x: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Return q, k and v of `x`, and the options with the arrays of `x` in their places."""
     options = dict(options)
     if "bias" in x:
@@ -154,7 +154,7 @@ def replaced(x: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Any, Any
     return x["q"], x["k"], x["v"], options
 
 
-def inputs_of(call: Call, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs_of(call: Call, q: Any, k: Any, v: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arrays that get a gradient, by name: running statistics are constants."""
     arrays = Arrays(q, k, v, options)
     return {name: arrays.differentiable[name] for name in _differentiable(call, arrays)}

@@ -47,7 +47,7 @@ class _Journal:
         self.write(began=plugin.case_id(item), printed=os.fstat(sys.stdout.fileno()).st_size)
 
     def pytest_runtest_logfinish(self) -> None:
-        self.write(done=list(self.conformance.cases.values())[-1])
+        self.write(done=next(reversed(self.conformance.cases.values())))
 
 
 def main(path: str, options: dict[str, Any]) -> None:
