@@ -100,10 +100,10 @@ class _Watch:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Run the cases in the order of the job."""
-        from ..runner import plugin
+        from ..runner.cases import case_id
 
         place = {name: index for index, name in enumerate(self.job["cases"])}
-        items.sort(key=lambda item: place.get(plugin.case_id(item), -1))
+        items.sort(key=lambda item: place.get(case_id(item), -1))
 
     def pytest_runtest_logfinish(self) -> None:
         """Write the record when it is due, and end the run when its time is over."""

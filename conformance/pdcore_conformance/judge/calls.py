@@ -216,6 +216,12 @@ class Call:
         """Return the features that the call needs, see `pdcore.backend.FEATURES`."""
         return self.request("", "cpu", **outputs).features()
 
+    def needs(self, through: str, *, lse: bool = False) -> list[str]:
+        """Return the features that the call needs in a way of `Subject.judge`."""
+        outputs = {through: True} if through in ("vjp", "weights") else {}
+        features = self.features(lse=lse, **outputs)
+        return [*features, "autodiff"] if through == "autodiff" else features
+
     def arrays(self) -> Arrays:
         """Draw the inputs."""
         # The seed leaves out dtype, layout and axes, so that values are the same in all of them.

@@ -191,10 +191,7 @@ class Combinations:
         if built is None:
             return False
         call, through = built
-        needed = set(call.features(**{through: True} if through in ("vjp", "weights") else {}))
-        if through == "autodiff":
-            needed.add("autodiff")
-        return needed <= self.features
+        return self.features.issuperset(call.needs(through))
 
 
 @cache

@@ -131,15 +131,8 @@ class Subject:
         Nonconforming
             If a result is wrong, a declared feature is refused, or an undeclared feature runs.
         """
-        outputs = {
-            "vjp": through == "vjp",
-            "weights": through == "weights",
-            "lse": through == "forward" and self.claims("lse"),
-        }
-        features = call.features(**outputs)
-        if through == "autodiff":
-            features.append("autodiff")
-        missing = self.unclaimed(features)
+        lse = through == "forward" and self.claims("lse")
+        missing = self.unclaimed(call.needs(through, lse=lse))
         arrays = drawn(call)
         if missing:
             self.refuses(missing, lambda: ways.first_way(self, call, arrays, through), call)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from . import conforming, plugin
+from .cases import about, case_id
 
 if TYPE_CHECKING:
     from ..record.writing import Run
@@ -39,12 +40,12 @@ class _Journal:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.conformance = session.config.pluginmanager.get_plugin(plugin.NAME)
-        planned = [plugin.about(item) for item in session.items]
+        planned = [about(item) for item in session.items]
         self.write(run=self.conformance.run, planned=planned)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
-        self.write(began=plugin.case_id(item), printed=os.fstat(sys.stdout.fileno()).st_size)
+        self.write(began=case_id(item), printed=os.fstat(sys.stdout.fileno()).st_size)
 
     def pytest_runtest_logfinish(self) -> None:
         self.write(done=next(reversed(self.conformance.cases.values())))

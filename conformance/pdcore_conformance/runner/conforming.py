@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 from . import plugin
+from .cases import SUITE, case_id
 
 if TYPE_CHECKING:
     from ..record.writing import Run
@@ -46,7 +47,7 @@ class _Watcher:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.total = len(session.items)
-        self.ids = [plugin.case_id(item) for item in session.items]
+        self.ids = [case_id(item) for item in session.items]
         self.conformance = session.config.pluginmanager.get_plugin(plugin.NAME)
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -131,8 +132,8 @@ def _modules(cases: Sequence[str]) -> list[str]:
     """Return the modules of these cases; the whole suite where an id has no module."""
     names = sorted({f"test_{case.partition('::')[0]}" for case in cases})
     if not names or not {path.stem for path in SETTINGS.parent.glob("test_*.py")}.issuperset(names):
-        return [plugin.SUITE]
-    return [f"{plugin.SUITE}.{name}" for name in names]
+        return [SUITE]
+    return [f"{SUITE}.{name}" for name in names]
 
 
 def _pytest(
@@ -140,7 +141,7 @@ def _pytest(
     arguments: list[str],
     watcher: _Watcher,
     *more: object,
-    modules: Sequence[str] = (plugin.SUITE,),
+    modules: Sequence[str] = (SUITE,),
 ) -> int:
     plugin.parse_backend(backend)
     # Neither installed plugins of pytest, nor a conftest.py of the folder that the command runs

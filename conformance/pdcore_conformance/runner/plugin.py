@@ -23,24 +23,24 @@ from pdcore.errors import Exit, NoBackendError, cut, nearest
 from pdcore.plugins import registry as plugins
 
 from ..judge import user_axes
-from ..judge.calls import Call, drawn
+from ..judge.calls import drawn
 from ..judge.combinations import Combinations, Row, covering
 from ..judge.nonconforming import no_excuses
 from ..judge.subject import CORE, PROPERTIES, Evidence, Subject
 from ..peer_backends import PEERS
 from ..record import writing as record
 from ..record.environment import environment, versions
+from .cases import ID, NEEDS, about, case_id, is_of_suite, needs_of
 from .outcomes import new_case, outcome_of, plain
 
 if TYPE_CHECKING:
     from ..record.types import Coverage
     from ..record.writing import Case, Run
 
-__all__ = ["NAME", "SUITE", "Conformance", "about", "case_id", "exit_code", "parse_backend"]
+__all__ = ["NAME", "Conformance", "exit_code", "parse_backend"]
 
-#: Of this plugin's object in pytest, and of the package with the cases.
+#: Of this plugin's object in pytest.
 NAME = "pdcore-conformance"
-SUITE = "pdcore_conformance.suite"
 _PEER = "peer:"
 
 
@@ -211,11 +211,11 @@ class Conformance:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Keep the cases that the options name, and mark the known failures of the backend."""
-        ours = [item for item in items if item.nodeid and _is_of_suite(item)]
+        ours = [item for item in items if item.nodeid and is_of_suite(item)]
         for item in ours:
-            item.stash[_ID] = case_id(item)
-            item.stash[_NEEDS] = _needs(item)
-        known = {item.stash[_ID] for item in ours}
+            item.stash[ID] = case_id(item)
+            item.stash[NEEDS] = needs_of(item)
+        known = {item.stash[ID] for item in ours}
         failures = plugins.known_failures(self.run["backend"])
         self._dead(set(failures) - known, bool(ours))
         wanted = self.option("--case")
@@ -231,7 +231,7 @@ class Conformance:
         for item in items:
             (kept if item not in ours or self._wanted(item, wanted) else dropped).append(item)
         for item in kept:
-            reason = failures.get(item.stash.get(_ID, ""))
+            reason = failures.get(item.stash.get(ID, ""))
             if reason is not None:
                 item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
         if dropped:
@@ -242,10 +242,10 @@ class Conformance:
         if self.under_test is None:
             return False
         if wanted:
-            return item.stash[_ID] in wanted
+            return item.stash[ID] in wanted
         if item.get_closest_marker("full_grid") and self.option("--grid") != "full":
             return False
-        needs = item.stash[_NEEDS]
+        needs = item.stash[NEEDS]
         return self.option("--level") == "all" or needs <= CORE
 
     def _dead(self, ids: set[str], collected: bool) -> None:
@@ -271,9 +271,9 @@ class Conformance:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Skip a case whose feature the backend does not claim, with the reason."""
-        if self.under_test is None or _NEEDS not in item.stash:
+        if self.under_test is None or NEEDS not in item.stash:
             return
-        needs: frozenset[str] = item.stash[_NEEDS]
+        needs: frozenset[str] = item.stash[NEEDS]
         missing = [f for f in needs & PROPERTIES if not self.under_test.claims(f)]
         if missing:
             pytest.skip(f"not claimed: {', '.join(sorted(missing))}")
@@ -283,7 +283,7 @@ class Conformance:
     @pytest.hookimpl(wrapper=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Any:
         """Fail where a backend skips its case; no case skips itself: see `pytest_runtest_setup`."""
-        if _ID not in pyfuncitem.stash:
+        if ID not in pyfuncitem.stash:
             return (yield)
         with no_excuses():
             return (yield)
@@ -292,7 +292,7 @@ class Conformance:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
         """Add to the report what the controller of a distributed run needs."""
         report = yield
-        if _ID in item.stash:
+        if ID in item.stash:
             report.pdcore = about(item)
         return report
 
@@ -370,45 +370,6 @@ def exit_code(run: Run, allow_missing: bool = False) -> int:
     if counts["failed"] or counts["error"]:
         return int(Exit.NUMERICS)
     return int(Exit.DONE if counts["passed"] else Exit.FAILURE)
-
-
-_ID = pytest.StashKey[str]()
-_NEEDS = pytest.StashKey[frozenset[str]]()
-
-
-def case_id(item: pytest.Item) -> str:
-    """Return the id of a case: ``statistics::variance_is_biased[bn-float32]``."""
-    function: Any = item
-    group = function.module.__name__.rpartition(".")[2].removeprefix("test_")
-    name = (getattr(function, "originalname", None) or item.name).removeprefix("test_")
-    callspec = getattr(function, "callspec", None)
-    return f"{group}::{name}" + (f"[{callspec.id}]" if callspec else "")
-
-
-def about(item: pytest.Item) -> dict[str, Any]:
-    """Return the id, level and features of a case that was collected."""
-    needs = item.stash[_NEEDS]
-    level = "core" if needs <= CORE else "optional"
-    return {"id": item.stash[_ID], "level": level, "features": sorted(needs)}
-
-
-def _is_of_suite(item: pytest.Item) -> bool:
-    module = getattr(item, "module", None)
-    return module is not None and module.__name__.startswith(f"{SUITE}.")
-
-
-def _needs(item: Any) -> frozenset[str]:
-    """Return the features that a case needs."""
-    features = {feature for marker in item.iter_markers("claims") for feature in marker.args}
-    callspec = getattr(item, "callspec", None)
-    # Without a backend there is no combination, and pytest passes a mark in its place.
-    if callspec and isinstance(callspec.params.get("call"), Call):
-        through = callspec.params.get("through", getattr(item.function, "through", "forward"))
-        options = {name: True for name in ("vjp", "weights") if name == through}
-        features |= set(callspec.params["call"].features(**options))
-        if through == "autodiff":
-            features.add("autodiff")
-    return frozenset(features)
 
 
 def _features() -> list[str]:
