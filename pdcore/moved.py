@@ -105,6 +105,7 @@ MODULES = {
 NAMES = {
     "pdcore.call.Normaliser": "pdcore.backend.normaliser.Normaliser",
     "pdcore.lowering.lower_request": "pdcore.backend.Request.lower",
+    "pdcore_conformance.plugin.SUITE": "pdcore_conformance.runner.cases.SUITE",
 }
 
 #: Modules of 0.1 that are no longer installed, and the folder of the repository that has them.
