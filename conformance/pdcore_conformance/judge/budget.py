@@ -15,7 +15,8 @@ than their own maximum, for a reason each:
   normalized or pooled queries and keys are rounded to 16 bits before the kernel.
 - Gradients cancel, to 0 in a row that sees one key, so their scale is the largest gradient of the
   call. A backend that does not keep the weights computes them again from lse, whose rounding is
-  relative to its size, so the scale of gradients and of weights is multiplied by max(1, max|lse|).
+  relative to its size, so the scale of gradients and of weights is multiplied by max|lse| where
+  that is over 1; for 16 bits by what that is in units of their eps.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def judge(got: Mapping[str, Any], expected: Expected) -> dict[str, Verdict]:
             dtype=expected.lse_dtype if name == "lse" else expected.dtype,
             axes=_axes(name, expected.oracle[name]),
             name=name,
-            scale=_scale(name, expected.oracle),
+            scale=_scale(name, expected),
         )
         for name, value in got.items()
     }
@@ -320,13 +321,15 @@ def _axes(name: str, x: Array) -> int:
     return 1
 
 
-def _scale(name: str, oracle: Mapping[str, Array]) -> float:
+def _scale(name: str, expected: Expected) -> float:
     """Return the least scale of an output, see the module."""
+    oracle = expected.oracle
     if name == "lse":
         return 1.0
     if name == "out":
         return 0.0
-    level = max(1.0, _largest(oracle["lse"]))
+    rounding = EPS[expected.lse_dtype] / EPS[expected.dtype]
+    level = max(1.0, rounding * _largest(oracle["lse"]))
     if name == "weights":
         return level * _largest(oracle["weights"])
     return level * max(_largest(x) for n, x in oracle.items() if n.startswith("d_"))

@@ -102,17 +102,18 @@ class Call:
         the end of the keys.
     offset_dtype : str
         The dtype of an offset that is an array; with another than int64 the offsets are near 100,
-        so that positions exceed the range of 8 bits.
+        and near 200 where it is unsigned, so that positions exceed the range of 8 bits.
     given : bool
         Whether `params` has the parameters that have a default too. (The ids of cases contain the
         name of this field.)
     draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "tiny",
-            "negative", "rising", "nan"}
+            "negative", "rising", "nan", "positive"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
         constant feature; with an outlier as the first key; logits in the hundreds; with rows of
         zeros; all keys equal; norms growing along the sequence; of size 1e-19; mean -50; queries
         of mean -50, and keys whose mean rises from -60 to 0 along the sequence; with a NaN in one
-        real key and in one real value, of different sequences and key heads.
+        real key and in one real value, of different sequences and key heads; standard normal
+        with positive values and cotangents, whose sums do not cancel.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
     axes : {"", "bnhd"}
@@ -229,7 +230,7 @@ class Call:
         rng = np.random.default_rng(zlib.crc32(plain.encode()))
         shapes = self.shapes
         q, k = self._queries_and_keys(rng)
-        v = rng.standard_normal(shapes["v"])
+        v = self.signed(rng.standard_normal(shapes["v"]))
         options: dict[str, Any] = {}
         dtype = dtype_of(self.dtype)
         if self.key_mask:
@@ -250,7 +251,8 @@ class Call:
             options["bias"] = laid_out(bias, self.bias if self.bias == "strided" else "")
         if self.offset in ("array", "sequence"):
             shape = () if self.offset == "array" else self.lead
-            low, high = (-2, 5) if self.offset_dtype == "int64" else (90, 121)
+            signed = (-2, 5) if self.offset_dtype == "int64" else (90, 121)
+            low, high = (150, 221) if self.offset_dtype.startswith("u") else signed
             options["offset"] = np.asarray(rng.integers(low, high, shape), self.offset_dtype)
         elif self.offset != 0:
             options["offset"] = self.offset
@@ -266,10 +268,14 @@ class Call:
         q, k, v = (laid_out(x.astype(dtype), self.layout) for x in (q, k, v))
         return Arrays(q, k, v, options)
 
+    def signed(self, x: Array) -> Array:
+        """Return standard normal values or cotangents as they are, or made positive."""
+        return 1 + x / 8 if self.draw == "positive" else x
+
     def _queries_and_keys(self, rng: np.random.Generator) -> tuple[Array, Array]:
         q, k = (rng.standard_normal(self.shapes[name]) for name in "qk")
         match self.draw:
-            case "normal" | "nan":
+            case "normal" | "nan" | "positive":
                 pass
             case "far":
                 q, k = 100 + 0.1 * q, 100 + 0.1 * k

@@ -185,7 +185,7 @@ def cotangents(call: Call) -> tuple[Array, Array]:
     shape = (*call.lead, call.heads, call.rows)
     wide = "float64" if call.dtype == "float64" else "float32"
     return (
-        rng.standard_normal((*shape, call.value_dim)).astype(dtype_of(call.dtype)),
+        call.signed(rng.standard_normal((*shape, call.value_dim))).astype(dtype_of(call.dtype)),
         rng.standard_normal(shape).astype(wide),
     )
 

@@ -6,6 +6,7 @@ Each test exists twice: by `attention_vjp`, and by the framework's automatic dif
 from __future__ import annotations
 
 from ..judge.calls import Call
+from ..judge.judging import judged
 from .test_gradients import both
 
 BLOCKS = Call(lead=(1,), rows=130, keys=260, dim=16, value_dim=16)
@@ -39,6 +40,24 @@ test_sixteen_bits_over_blocks, test_autodiff_of_sixteen_bits_over_blocks = both(
         for d in ("float16", "bfloat16")
         for call in (BLOCKS, BLOCKS.but(heads=8, rows=33, dim=64, value_dim=64))
         for text in ("softmax", "bn", "causal", "linear", "sh(1,2)")
+    ),
+)
+
+test_long_sums_in_sixteen_bits, test_autodiff_of_long_sums_in_sixteen_bits = both(
+    "d/dk and d/dv of thousands of rows, which no sum in 16 bits holds.",
+    *(
+        Call(spec=text, lead=(1,), rows=4000, keys=9, dim=4, value_dim=4, dtype=d, draw="positive")
+        for d in ("float16", "bfloat16")
+        for text in ("softmax", "bn")
+    ),
+)
+
+test_long_results_in_sixteen_bits = judged(
+    "Results of thousands of keys, which no sum in 16 bits holds.",
+    *(
+        Call(spec=text, lead=(1,), rows=9, keys=4000, dim=4, value_dim=4, dtype=d, draw="positive")
+        for d in ("float16", "bfloat16")
+        for text in ("softmax", "bn", "linear", "causal", "sh(1,2)")
     ),
 )
 

@@ -14,6 +14,8 @@ from .registry import Unmutated, planted
 
 #: The size of the blocks of these defects.
 BLOCK = 64
+#: The rows or keys that are added up before they are rounded to 16 bits.
+STEP = 4
 
 
 def last_block_dropped(
@@ -85,6 +87,24 @@ class LongWindow(
     """d/dk of windows over more than two blocks without the last block of keys."""
 
 
+@planted(
+    "blocks::support_over_blocks[sparse(20,7)-float32-lead=1-rows=260-keys=260-dim=16-value_dim=16]"
+)
+class RowsOfWindows(
+    last_block_dropped("q", lambda p, i: not p.spec.support.causal and p.spec.support.left < 1000)  # type: ignore[misc]
+):
+    """d/dq of windows without the last block of rows."""
+
+
+@planted(
+    "blocks::pools_over_blocks[bn+sh(1,4)-float32-lead=1-heads=4-rows=130-keys=260-dim=16-value_dim=16]"
+)
+class LastBlockOfPooledStatistics(
+    last_block_dropped("k", lambda p, i: p.summary is not None and p.spec.heads.largest > 1)  # type: ignore[misc]
+):
+    """d/dk of normalized, pooled keys without the last block of keys."""
+
+
 class ChangedPullback(Unmutated):
     """A backend that calls its pullback in a wrong way."""
 
@@ -154,6 +174,65 @@ class InputChangedByPullback(ChangedPullback):
         if inputs.q.flags.writeable:
             inputs.q[...] = np.asarray(0, inputs.q.dtype)
         return gradients
+
+
+@planted(
+    "blocks::long_sums_in_sixteen_bits[softmax-bfloat16-lead=1-rows=4000-keys=9-dim=4-value_dim=4-"
+    "draw=positive]"
+)
+class GradientInSixteenBits(ChangedPullback):
+    """d/dk and d/dv that are added up over the rows in 16 bits."""
+
+    def pull(self, inputs: Any, vjp: Any, calls: int, d_out: Any, d_lse: Any) -> Any:
+        rows = d_out.shape[-2]
+        if d_out.dtype.itemsize != 2 or rows < 1000:
+            return vjp(d_out, d_lse)
+        total = dict(vjp(d_out, d_lse))
+        for name in ("k", "v"):
+            total[name] = np.zeros_like(total[name])
+        for first in range(0, rows, STEP):
+            block = (np.arange(rows) >= first) & (np.arange(rows) < first + STEP)
+            part = vjp(
+                d_out * block[:, None].astype(d_out.dtype),
+                d_lse if d_lse is None else d_lse * block,
+            )
+            for name in ("k", "v"):
+                total[name] = (total[name] + part[name]).astype(d_out.dtype)
+        return total
+
+
+@planted(
+    "blocks::long_results_in_sixteen_bits[softmax-bfloat16-lead=1-keys=4000-dim=4-value_dim=4-"
+    "draw=positive]"
+)
+class ResultInSixteenBits(Unmutated):
+    """Results that are added up over the keys in 16 bits."""
+
+    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
+        out, level = super().attention(plan, inputs, lse=lse)
+        keys = inputs.k.shape[-2]
+        if out.dtype.itemsize == 2 and keys > 1000:
+            weights = self.attention_weights(plan, inputs)
+            repeats = inputs.q.shape[-3] // inputs.v.shape[-3]
+            values = np.repeat(inputs.v, repeats, -3).astype("float32")
+            out = np.zeros_like(out)
+            for first in range(0, keys, STEP):
+                block = slice(first, first + STEP)
+                part = weights[..., block].astype("float32") @ values[..., block, :]
+                out = (out + part).astype(out.dtype)
+        return out, level
+
+
+@planted(
+    "memory::memory_of_gradients_grows_with_the_length[softmax-float32-lead=1-heads=1-key_heads=1-"
+    "rows=4096-keys=8192-value_dim=8]"
+)
+class QuadraticMemoryOfGradients(ChangedPullback):
+    """An array of N times M numbers in each pullback."""
+
+    def pull(self, inputs: Any, vjp: Any, calls: int, d_out: Any, d_lse: Any) -> Any:
+        shape = (*d_out.shape[:-1], inputs.k.shape[-2])
+        return vjp(d_out + 0 * np.ones(shape, d_out.dtype)[..., :1], d_lse)
 
 
 def one_of(axis: int, condition: Callable[[Any], bool]) -> Any:

@@ -215,6 +215,20 @@ class PositionsInInt8(ChangedInputs):
         return plan, inputs._replace(offset=last - rows)
 
 
+@planted(
+    "support::offset_has_any_integer_dtype[causal-float32-rows=40-keys=260-offset=sequence-"
+    "offset_dtype=uint8]"
+)
+class UnsignedOffset(ChangedInputs):
+    """An unsigned offset that is read as a signed one of its size."""
+
+    def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
+        if not isinstance(inputs.offset, np.ndarray) or inputs.offset.dtype.kind != "u":
+            return plan, inputs
+        signed = inputs.offset.astype(inputs.offset.dtype.str.replace("u", "i"))
+        return plan, inputs._replace(offset=signed.astype("int64"))
+
+
 class ChangedWeights(Unmutated):
     """A backend that returns weights 5 % too large in the calls of `condition`."""
 
