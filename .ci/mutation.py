@@ -30,7 +30,7 @@ JUDGE = " && ".join(
 )
 #: A mutation that loops or grows without end is noticed, by the seconds of its processor or by
 #: its memory in KiB: the seconds on a clock depend on what else runs.
-LIMITS = "ulimit -t 600 -v 12000000"
+LIMITS = "ulimit -t 600 && ulimit -v 12000000"
 
 
 def configuration() -> str:
@@ -115,7 +115,7 @@ def main() -> int:
             part = slice(i, None, arguments.jobs)
             keep(copies[i].session, arguments.sample, arguments.seed, part)
         running = [copy.start("exec", "config.toml", copy.session.name) for copy in copies]
-        if any([process.wait() for process in running]):
+        if max(process.wait() for process in running):
             sys.exit("cosmic-ray exec failed")
         judged = [result for copy in copies for result in results(copy.session)]
     alive = [r for r in judged if r[2].upper() == "SURVIVED"]
