@@ -299,6 +299,8 @@ def _discover_all() -> None:
             disabled[point.name] = reason
     for name in sorted(allowed - {point.name for point, _ in points}):
         disabled[name] = "not installed: named in PDCORE_PLUGINS, but no distribution has it"
+    for name in sorted(block - set(disabled)):
+        disabled[name] = "not installed: named in PDCORE_BLOCK, but no plugin or backend has it"
 
 
 def _load(manager: PluginManager, point: EntryPoint, owner: Owner, block: frozenset[str]) -> None:

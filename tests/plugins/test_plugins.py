@@ -177,6 +177,14 @@ def test_only_the_named_third_parties(tmp_path):
     )
 
 
+def test_an_unknown_name_in_the_block_list_is_told(tmp_path):
+    found = fresh(REPORT, tmp_path, BROKEN, PDCORE_BLOCK="torhc, torch", PDCORE_PLUGINS="")
+    assert found["disabled"]["torch"] == "disabled: named in PDCORE_BLOCK"
+    assert found["disabled"]["torhc"] == (
+        "not installed: named in PDCORE_BLOCK, but no plugin or backend has it"
+    )
+
+
 def test_a_disabled_backend_says_so(monkeypatch, rediscover):
     monkeypatch.setenv("PDCORE_BLOCK", "numpy")
     with pytest.raises(NoBackendError, match="backend numpy: disabled: named in PDCORE_BLOCK"):

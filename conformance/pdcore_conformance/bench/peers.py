@@ -17,6 +17,7 @@ from pdcore.errors import nearest
 from pdcore.plugins import registered
 
 from ..frameworks import framework
+from ..peer_backends import PEERS as BACKENDS
 from .peer_functions import (
     Attention,
     cupy_textbook,
@@ -143,8 +144,8 @@ _KERNELS = (
     ("efficient", "EFFICIENT_ATTENTION"),
     ("cudnn", "CUDNN_ATTENTION"),
 )
-_TORCH = "pip install 'pdcore[torch]'"
-_JAX = "pip install 'pdcore[jax]'"
+_TORCH, _JAX = (BACKENDS[name].install for name in ("torch_sdpa", "jax_nn"))
+_PERFORMER, _ONNX = BACKENDS["performer"], BACKENDS["onnxruntime"]
 _CUPY = "pip install 'pdcore[cupy]'"
 _BOTH = ("cpu", "cuda")
 
@@ -205,9 +206,8 @@ PEERS: Mapping[str, Peer] = {
             ("linear", "causal+linear"),
             performer,
             ("cpu",),
-            ("performer_pytorch",),
-            "pip install --no-deps performer-pytorch einops "
-            "local-attention axial-positional-embedding",
+            _PERFORMER.requires[1:],
+            _PERFORMER.install,
             True,
         ),
         Peer(
@@ -273,8 +273,8 @@ PEERS: Mapping[str, Peer] = {
             _SDPA,
             onnx_attention,
             ("cpu",),
-            ("onnx", "onnxruntime"),
-            "pip install onnx onnxruntime",
+            _ONNX.requires[1:],
+            _ONNX.install,
         ),
     )
 }
