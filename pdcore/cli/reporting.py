@@ -210,12 +210,37 @@ def discard_output() -> None:
 @contextlib.contextmanager
 def _only_json() -> Iterator[None]:
     """Let only `emit` write to standard output: a plugin may print while it is imported or runs."""
-    token = _json_stream.set(sys.stdout)
+    with _apart(sys.stdout) as stream:
+        token = _json_stream.set(stream)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _json_stream.reset(token)
+
+
+@contextlib.contextmanager
+def _apart(output: TextIO) -> Iterator[TextIO]:
+    """Return a stream to where this one goes, while its descriptor goes to standard error.
+
+    So what a library in C or a child process prints goes there too. A stream without a descriptor
+    is returned as it is.
+    """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
+        number, error = output.fileno(), sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        yield output
+        return
+    output.flush()
+    stream = open(os.dup(number), "w", encoding=output.encoding, errors=output.errors)  # noqa: SIM115
+    os.dup2(error, number)
+    try:
+        yield stream
     finally:
-        _json_stream.reset(token)
+        os.dup2(stream.fileno(), number)
+        # What a full disk does not take has been reported by `emit`.
+        with contextlib.suppress(OSError):
+            stream.close()
 
 
 @contextlib.contextmanager

@@ -206,12 +206,14 @@ def test_a_backend_that_is_removed_while_it_is_judged(monkeypatch, rediscover):
 def test_what_a_plugin_prints_is_not_in_the_json(command, tmp_path):
     add_plugin(tmp_path, "loud", "print('from the import')\n", load="loud_impl:Loud")
     (tmp_path / "loud_impl.py").write_text(
+        "import os\n"
         "print('from the class')\n"
         "from pdcore.backend import ArrayBackend, BackendInfo\n"
         "class Loud(ArrayBackend):\n"
         "    info = BackendInfo(name='loud', load='loud_impl:Loud', library='numpy')\n"
         "    def refusals(self, request):\n"
         "        print('from refusals')\n"
+        "        os.write(1, b'from a library in C\\n')\n"
         "        return []\n"
     )
     # A table of commands, which every command imports.
