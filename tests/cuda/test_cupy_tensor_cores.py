@@ -103,6 +103,7 @@ def test_gradients_of_several_tiles(backend: Any, widths: tuple[int, int]) -> No
         "softmax(softcap=2)",
         "polynomial(degree=2,coef0=1)",
         "bn",
+        "cosine",
         "cosine+bn(statistics=running)",
         "gaussian(0.2)+sh(1,2)",
     ],
