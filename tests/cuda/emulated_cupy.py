@@ -1,7 +1,7 @@
 """The CuPy backend's kernels and launch code on NumPy arrays, by the emulator of tests/cuda_cpu.
 
 `python tests/cuda/emulated_cupy.py --level core` runs the conformance suite on it; with
-`--level all` and `--dtype bfloat16`, all cases in that dtype.
+`--level all` and `--dtype bfloat16`, all cases in that dtype; with `--quick`, some cases.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from importlib.resources import files
+from typing import Any, ClassVar
 
 import cuda_on_cpu
 
@@ -33,8 +34,8 @@ NAME = "cupy_emulated"
 #: Cases of 8,192 rows by 8,192 keys, which take minutes each. The memory of contractions by scores
 #: is measured with a window, whose tiles are few, and that of features as it is.
 SLOW = re.compile(r"memory::\w+\[(softmax|causal|bn|sh\(2\))-")
-#: Cases of long sequences and of random calls, for which many programs are compiled.
-NIGHTLY = ("memory::", "properties::")
+#: Cases of long sequences, and those whose calls need many programs.
+NIGHTLY = ("memory::", "properties::", "axes::combination")
 
 _BLOCKS = "lead=1-heads=4-rows=130-keys=260-dim=16-value_dim=16"
 _WINDOW = "lead=1-rows=130-keys=260-dim=16-value_dim=16-offset=sequence"
@@ -64,6 +65,9 @@ KERNELS = (
 class EmulatedRuntime:
     """The emulator in the place of CuPy's runtime; records the launched kernels."""
 
+    #: The names of the kernels that any runtime has launched, without arguments of templates.
+    launched: ClassVar[set[str]] = set()
+
     def __init__(self, capability: int = 90) -> None:
         self._capability = capability
         self.launches: list[str] = []
@@ -91,6 +95,7 @@ class EmulatedRuntime:
 
         def launch(*arguments: Any, **keywords: Any) -> None:
             self.launches.append(name)
+            self.launched.add(name.partition("<")[0])
             kernel(*arguments, **keywords)
 
         return launch
@@ -141,6 +146,13 @@ def quick_cases() -> list[str]:
     return [name for name in first.values() if not name.startswith(NIGHTLY)] + [*KERNELS]
 
 
+def kernel_names() -> set[str]:
+    """Return the names of the kernels in the sources of the backend."""
+    named = re.compile(r"__global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(")
+    sources = (files("pdcore_backends.cupy") / "kernels").iterdir()
+    return {name for source in sources for name in named.findall(source.read_text("utf-8"))}
+
+
 def main() -> int:
     """Run the conformance suite on the emulated CuPy backend."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -180,6 +192,9 @@ def main() -> int:
         for case in run["cases"]:
             if case["outcome"] in ("failed", "error"):
                 print(case["id"], case["message"], sep="\n  ")
+    if options.quick and (missing := kernel_names() - EmulatedRuntime.launched):
+        print(f"no case launches {', '.join(sorted(missing))}: name one in KERNELS")
+        return 1
     return code
 
 
