@@ -258,7 +258,7 @@ def tests_cuda(session: nox.Session) -> None:
         return
     # The compile gate is a part of `nightly`.
     here.pytest("tests/cuda", *folders("cuda"), "--ignore=tests/cuda/test_cuda_gate.py")
-    here.run("python", "tests/cuda/emulated_cupy.py", "--level", "core", "--quick")
+    here.run("python", "tests/cuda/emulated_cupy.py", "--quick")
 
 
 @nox.session
@@ -356,7 +356,7 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def conform_emulated(session: nox.Session) -> None:
-    """Judge the CuPy backend's kernels on the emulator (`tests_cuda` does so on the core level)."""
+    """Judge the CuPy backend's kernels on the emulator (`tests_cuda` does so by some cases)."""
     session.run("g++", "--version", external=True)
     arguments = session.posargs or ["--level", "all"]
     framework_environment(session).run("python", "tests/cuda/emulated_cupy.py", *arguments)

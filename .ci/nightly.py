@@ -54,7 +54,11 @@ PARTS = {
     ),
     "conform-torch": Part(("-s", "conform(torch)"), ("backends/pdcore_backends/torch", *SUITE), 8),
     "conform-jax": Part(("-s", "conform(jax)"), ("backends/pdcore_backends/jax", *SUITE), 25),
-    "conform-cuda": Part(("-s", "conform_emulated"), (CUPY, "tests/cuda_cpu", *SUITE), 25),
+    "conform-cuda": Part(
+        ("-s", "conform_emulated"),
+        (CUPY, "tests/cuda_cpu", "tests/cuda/emulated_cupy.py", *SUITE),
+        25,
+    ),
     "peers": Part(
         ("-s", "peers"),
         ("conformance/pdcore_conformance/peer_backends", "constraints/peers.txt"),

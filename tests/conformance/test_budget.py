@@ -132,6 +132,23 @@ def test_a_value_that_is_not_finite_is_an_infinite_error(planted: float) -> None
     assert judge({"out": out}, expected)["out"].ratio == math.inf
 
 
+@pytest.mark.parametrize(
+    ("spec", "lse"),
+    [
+        ("softmax", "float32"),
+        ("gaussian(gamma=0.1)", "float32"),
+        ("sh(1,1)", "float32"),
+        ("cosine", "float16"),
+        ("bn", "float16"),
+        ("sh(1,2)", "float16"),
+    ],
+)
+def test_lse_of_16_bit_inputs_is_float32_unless_rows_are_rounded(spec: str, lse: str) -> None:
+    q, k, v = (x[..., :8, :4] for x in draw(np.float16))
+    assert expect(q, k, v, spec).lse_dtype == lse
+    assert expect(*(x.astype(np.float64) for x in (q, k, v)), spec).lse_dtype == "float64"
+
+
 def test_minus_infinity_of_an_empty_row_must_be_there() -> None:
     q, k, v = draw()
     mask = np.ones((QUERIES, KEYS), dtype=bool)

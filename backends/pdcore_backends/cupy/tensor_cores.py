@@ -53,6 +53,9 @@ THREADS = 128
 ROWS = 128
 #: Rows or keys of a block of the pullback, OWN of kernels/scores_mma_vjp.cu.
 OWN = 64
+#: Keys are far from 0 in a feature whose median is more than this many median deviations, which
+#: are 8 standard deviations of normal keys: those within 4 are between a half and twice the median.
+FAR = 12
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,10 @@ class RoundedGaussian:
     If the rows were rounded after their squares were computed, the squares would not match the
     product: the difference grows with the norms of the points, not with their distance.
 
+    16-bit inputs are exact as they are, and so is x - c for x from c / 2 to 2 c (Sterbenz's lemma).
+    So a feature is shifted by the median c of its keys, for small squares, only where keys are in
+    that range; elsewhere a shift would cost lse its float32 accuracy.
+
     Attributes
     ----------
     gaussian : GaussianRows
@@ -130,7 +137,10 @@ class RoundedGaussian:
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Compute distances between the rounded shifted rows, see `GaussianRows`."""
-        shift = central(rows.k, rows.key_mask, xp=xp)
+        center = central(rows.k, rows.key_mask, xp=xp)
+        spread = central(xp.abs(rows.k - center), rows.key_mask, xp=xp)
+        far = xp.abs(center) > FAR * spread
+        shift = xp.where(far, center, xp.zeros_like(center))
         shifted = [x - shift for x in (rows.q, rows.k)]
         q, k = (xp.astype(_rounded(x, self.dtype, xp), x.dtype) for x in shifted)
         return self.gaussian.between(q, k, rows.key_mask, xp=xp)

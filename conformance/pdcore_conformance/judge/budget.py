@@ -12,7 +12,8 @@ than their own maximum, for a reason each:
 
 - lse is a logarithm: a relative error eps of h is an absolute eps of lse, so its scale is at
   least 1. It is float32 for 16-bit inputs too, so its eps and F are those of float32, but where
-  normalized or pooled queries and keys are rounded to 16 bits before the kernel.
+  normalized (or of unit length, for cosine) or pooled queries and keys are rounded to 16 bits
+  before the kernel.
 - Gradients cancel, to 0 in a row that sees one key, so their scale is the largest gradient of the
   call. A backend that does not keep the weights computes them again from lse, whose rounding is
   relative to its size, so the scale of gradients and of weights is multiplied by max|lse| where
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdcore.reference import reference_attention, reference_weights
-from pdcore.spec import AttentionSpec, Identity, as_spec
+from pdcore.spec import AttentionSpec, Cosine, Identity, as_spec
 
 __all__ = [
     "EPS",
@@ -310,7 +311,8 @@ def judge_array(
 
 def _dtype_of_lse(spec: AttentionSpec, dtype: str) -> str:
     """Return float32 for 16 bits, unless queries or keys are rounded before the kernel."""
-    rounded = not isinstance(spec.normalization, Identity) or spec.heads.largest > 1
+    normalized = not isinstance(spec.normalization, Identity) or isinstance(spec.kernel, Cosine)
+    rounded = normalized or spec.heads.largest > 1
     return dtype if rounded or EPS[dtype] <= EPS["float32"] else "float32"
 
 
