@@ -893,7 +893,7 @@ def test_a_layer_compiles_to_one_graph(need_weights: bool) -> None:
         torch.testing.assert_close(result, wanted)
 
 
-FEATURE_MAPS = ["linear", "elu", "relu", "random_features", "causal+linear+bn(beta=0)"]
+FEATURE_MAPS = ["linear", "elu", "relu", "random_features", "linear+bn(beta=0)"]
 
 
 def test_a_feature_map_has_no_dropout() -> None:

@@ -146,15 +146,50 @@ def test_relative_biases_equal_those_of_eager(kind: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["softmax", PREFIX])
-def test_a_compiled_model_has_one_graph(spec: str) -> None:  # tracing takes seconds
+def compiled(model: Any, backend: str) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "spec"),
+    [
+        ("aot_eager", "softmax"),
+        ("aot_eager", PREFIX),
+        pytest.param("inductor", PREFIX, marks=pytest.mark.nightly),  # compiles C++
+    ],
+)
+def test_a_compiled_model_has_one_graph(backend: str, spec: str) -> None:  # tracing takes seconds
     register("pdcore_bn", spec)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).eval()
     model.set_attn_implementation("pdcore_bn")
     real = torch.ones_like(IDS)
     real[:, :2] = 0
+    result = []
+    for each in (model, compiled(model, backend)):
+        model.zero_grad()
+        labels = torch.where(real.bool(), IDS, -100)
+        out = each(IDS, attention_mask=real, labels=labels, use_cache=False)
+        out.loss.backward()
+        result.append([out.logits[:, 2:].detach(), *(p.grad for p in model.parameters())])
+    for actual, expected in zip(result[1], result[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_static_cache_in_a_compiled_model() -> None:  # prefill and decoding, a graph for each
+    from torch._dynamo.testing import CompileCounter
+
+    register("pdcore_bn", PREFIX)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).eval()
+    model.set_attn_implementation("pdcore_bn")
+    cache, real = transformers.StaticCache(model.config, max_cache_len=12), torch.ones_like(IDS)
+    counter = CompileCounter()
+    step = compiled(model, counter)
     with torch.no_grad():
-        expected = model(IDS, attention_mask=real, use_cache=False).logits
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        actual = compiled(IDS, attention_mask=real, use_cache=False).logits
-    torch.testing.assert_close(actual[:, 2:], expected[:, 2:], rtol=1e-4, atol=1e-5)
+        whole = model(IDS, use_cache=False).logits
+        steps = [
+            step(IDS[:, at], attention_mask=real[:, : at.stop], past_key_values=cache).logits
+            for at in (slice(0, 6), slice(6, 7), slice(7, 8))
+        ]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3  # the lengths of the mask become dynamic
