@@ -151,6 +151,7 @@ def compiled(model: Any, backend: str) -> Any:
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # of inductor's own code
 @pytest.mark.parametrize(
     ("backend", "spec"),
     [
