@@ -73,8 +73,10 @@ def specs_in_config(model: Any) -> Iterator[None]:
         parts = {key: getattr(config, key, None) for key in config.sub_configs}
         names = {key: write(part) for key, part in parts.items() if part is not None}
         names = {key: name for key, name in names.items() if name is not None}
-        if layers := converted.get(id(config)):
+        layers = converted.get(id(config))
+        if layers or getattr(config, CONVERTED, None):  # the record of a loaded config may be old
             setattr(config, CONVERTED, layers)
+        if layers:
             names[""] = REQUIRED
         spec = registered_spec(config)
         if spec is not None and spec != "softmax":
@@ -90,7 +92,7 @@ def specs_in_config(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for config, attributes in before:
+        for config, attributes in reversed(before):  # two parts may share a config
             for key in (RECORD, CONVERTED, "attn_implementation"):
                 vars(config).pop(key, None)
                 if key in attributes:
@@ -103,7 +105,8 @@ def _converted_layers(model: nn.Module) -> dict[int, dict[str, str]]:
     for prefix, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
             for name, layer in part.named_modules(prefix=prefix):
-                if isinstance(layer, PDMultiheadAttention) and layer.converted:
+                is_converted = isinstance(layer, PDMultiheadAttention) and layer.converted
+                if is_converted and str(layer.spec) != "softmax":
                     result.setdefault(id(part.config), {})[name] = str(layer.spec)
     return result
 

@@ -206,6 +206,12 @@ def test_converted_layers_are_loaded_converted(
     again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "again")  # a part
     torch.testing.assert_close(again.head.attention.spec_beta, head.spec_beta)
 
+    if not attention:
+        convert(loaded, "softmax")  # which needs no record
+        loaded.save_pretrained(tmp_path / "softmax")
+        plain = transformers.SiglipModel.from_pretrained(tmp_path / "softmax")
+        assert not check(plain).calls
+
     forget(attention or "pdcore_converted")  # as where no adapter is imported
     with pytest.raises(ValueError, match="is not supported"):
         transformers.SiglipModel.from_pretrained(tmp_path)
