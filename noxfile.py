@@ -55,6 +55,8 @@ OF_FILES = (
     "cli/test_files.py",
     "cli/test_pieces.py",
 )
+#: What the tests of ONNX export need, and what it imports beside PyTorch and JAX.
+ONNX = ("onnx", "onnxruntime", "flatbuffers", "protobuf")
 #: What `peers` judges beside PyTorch and JAX, and what these packages import.
 PEERS = (
     "keras",
@@ -62,10 +64,7 @@ PEERS = (
     "h5py",
     "namex",
     "optree",
-    "onnx",
-    "onnxruntime",
-    "flatbuffers",
-    "protobuf",
+    *ONNX,
     "performer-pytorch",
     "local-attention",
     "axial-positional-embedding",
@@ -197,7 +196,7 @@ def tests_pythons(session: nox.Session) -> None:
 @nox.session
 def tests_torch(session: nox.Session) -> None:
     """Run the tests that need PyTorch (CPU)."""
-    here = framework_environment(session)
+    here = framework_environment(session).beside(*ONNX, pins=("onnx",), dependencies=False)
     here.run("python", "-c", "import torch; print('PyTorch', torch.__version__)")
     here.pytest(*(session.posargs or folders("torch")))
 

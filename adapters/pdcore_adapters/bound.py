@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from pdcore import AttentionSpec, Batch, UnsupportedError, bind
+from pdcore.extend import FeatureMap
 
-__all__ = ["BoundSpec", "Choice", "learned_parameters"]
+__all__ = ["BoundSpec", "Choice", "learned_parameters", "refuse_dropout"]
 
 Choice = str | Sequence[str] | None
 
@@ -83,3 +84,31 @@ def learned_parameters(spec: AttentionSpec) -> dict[str, float]:
             )
         starts[p.name] = start
     return starts
+
+
+def refuse_dropout(
+    spec: AttentionSpec, argument: str, p: Any, advice: str, layer: str = "the layer"
+) -> None:
+    """Raise for dropout of the weights with a feature map, which computes no weights.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+    argument : str
+        The name of the dropout in the adapted library.
+    p : float
+        Its value.
+    advice : str
+        What to pass in its place.
+    layer : str
+        The layer, for the message.
+
+    Raises
+    ------
+    UnsupportedError
+    """
+    if isinstance(spec.kernel, FeatureMap) and p:
+        raise UnsupportedError(
+            f"{argument}: got {p} for {layer}, and {spec} has no weights to drop in training; "
+            f"pass {advice}"
+        )

@@ -18,7 +18,7 @@ from typing import Any
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape
 
-from .bound import BoundSpec, Choice, learned_parameters
+from .bound import BoundSpec, Choice, learned_parameters, refuse_dropout
 from .requirements import requires
 
 with requires("equinox"):
@@ -44,7 +44,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     use_query_bias, use_key_bias, use_value_bias, use_output_bias, inference, dtype, key
         As in `equinox.nn.MultiheadAttention`.
     dropout_p : float
-        A value above 0 is kept as a leaf, and a call in training is then refused.
+        A value above 0 is kept as a leaf, and a call in training is then refused. With a feature
+        map, such as ``linear``, it is refused unless `inference` is True.
     spec : str or AttentionSpec
         The attention of every head, with one scale for each of the `num_heads` heads or none.
         ``bn(beta=param)`` adds a last leaf, ``spec_params["beta"]`` (num_heads,), which starts at
@@ -57,7 +58,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For a spec with running statistics, which the layer does not keep.
+        For a spec with running statistics, which the layer does not keep, and for dropout with a
+        feature map.
 
     Notes
     -----
@@ -244,7 +246,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         return 0
 
 
-def _attach_spec(layer: Any, bound: BoundSpec, name: str = "the layer") -> None:
+def _attach_spec(
+    layer: Any, bound: BoundSpec, name: str = "the layer", advice: str = "dropout_p=0"
+) -> None:
     """Set the spec and its parameters on a new layer."""
     spec, starts = bound.spec, learned_parameters(bound.spec)
     scales = spec.heads.scales
@@ -253,6 +257,9 @@ def _attach_spec(layer: Any, bound: BoundSpec, name: str = "the layer") -> None:
             f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
             f"{layer.num_heads} heads of {name}"
         )
+    p = layer.dropout.p
+    if not layer.dropout.inference and isinstance(p, int | float):  # and no traced leaf
+        refuse_dropout(spec, "dropout_p", p, advice, name)
     sizes = {
         p.name: parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size)
         for p in spec.parameters()
@@ -269,6 +276,7 @@ def convert(
     *,
     backend: Choice = None,
     select: Callable[[str, MultiheadAttention], bool] | None = None,
+    dropout_p: float | None = None,
 ) -> Any:
     """Return a model with `PDMultiheadAttention` for each `equinox.nn.MultiheadAttention`.
 
@@ -283,6 +291,9 @@ def convert(
     select : callable, optional
         ``select(name, layer)`` says which layers to convert, by names such as ``.blocks[0].attn``;
         by default all.
+    dropout_p : float, optional
+        The dropout of the converted layers; by default that of each layer. A feature map, such as
+        ``linear``, has no weights to drop: 0.
 
     Returns
     -------
@@ -318,7 +329,10 @@ def convert(
         new = object.__new__(PDMultiheadAttention)
         for f in fields(MultiheadAttention):
             object.__setattr__(new, f.name, getattr(layer, f.name))
-        _attach_spec(new, bound, name)
+        if dropout_p is not None:
+            dropout = equinox.nn.Dropout(dropout_p, layer.dropout.inference)
+            object.__setattr__(new, "dropout", dropout)
+        _attach_spec(new, bound, name, "convert(dropout_p=0)")
         return new
 
     result = jax.tree_util.tree_map_with_path(convert_node, model, is_leaf=_is_layer)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs
 
-from .bound import BoundSpec, Choice
+from .bound import BoundSpec, Choice, refuse_dropout
 from .requirements import requires
 
 with requires("flax"):
@@ -170,7 +170,7 @@ class _Attention:
         broadcast_dropout, dropout_rng : optional
             Ignored, since there is no dropout.
         dropout_rate : float
-            Refused above 0 in training.
+            Refused above 0 in training, and with a feature map, such as ``linear``, always.
         deterministic : bool
             True outside training.
         dtype : dtype, optional
@@ -204,6 +204,7 @@ class _Attention:
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
         _check_precision(precision)
+        refuse_dropout(self.spec, "dropout_rate", dropout_rate, "dropout_rate=0.0 to the layer")
         if not deterministic and dropout_rate > 0.0:
             raise UnsupportedError(
                 f"dropout_rate: got {dropout_rate} in training, expected 0.0: attention on JAX "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from ..errors import nearest
 __all__ = ["check_given", "explains_arguments", "wrong_arguments"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_EITHER = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 _CAUSAL = 'causality is a word of spec: spec="causal", or joined to others, spec="causal+linear"'
 _SCALE = 'the scale is an argument of the kernel in spec: spec="softmax(scale=...)"'
@@ -42,6 +45,7 @@ _LEVEL = "use return_lse=True, which gives the log-sum-exp, for any spec"
 _LAYOUT = 'use layout=, "bhnd" or "bnhd"; spec does not depend on it'
 _OFFSET = 'use offset=, the position of query 0, or offset="end"; causal and windows are in spec'
 _DTYPE = "leave it out and cast q, k and v: sums are in float32 or float64 for any spec"
+_BY_NAME = "pass a mask as mask=, others by their names, and causality and scale in spec"
 _SPEC = "the kernel, the normalization and the normaliser are words of spec"
 
 
@@ -109,16 +113,19 @@ ABSENT: Any = _Absent()
 
 
 def explains_arguments(function: Function) -> Function:
-    """Let a function with ``*extra: Never`` and ``**unknown: Never`` answer wrong arguments itself.
+    """Let a function with ``*extra: Never`` and ``**unknown: Never`` answer wrong arguments.
 
     Python checks the arguments before the body runs, so a call with ``query=`` in place of ``q``
     would end with a missing ``q``. The arguments without a default get one here, `ABSENT`, which
-    `check_given` refuses. Type checkers and `inspect.signature` see the arguments as they are
-    meant: the required ones required, and neither ``*extra`` nor ``**unknown``.
+    `check_given` refuses. An argument by position and by name, such as a mask in the place of
+    ``spec`` beside ``spec=``, is answered before the function is called. Type checkers and
+    `inspect.signature` see the arguments as they are meant: the required ones required, and neither
+    ``*extra`` nor ``**unknown``.
     """
     signature = inspect.signature(function)
     kinds = inspect.Parameter
     meant, required = [], 0
+    by_position = [n for n, p in signature.parameters.items() if p.kind is _EITHER]
     for p in signature.parameters.values():
         if p.kind is kinds.VAR_POSITIONAL or p.kind is kinds.VAR_KEYWORD:
             continue
@@ -126,8 +133,35 @@ def explains_arguments(function: Function) -> Function:
         required += p.kind is kinds.POSITIONAL_OR_KEYWORD and p.default is kinds.empty
     target: Any = function
     target.__defaults__ = (ABSENT,) * required + (target.__defaults__ or ())
-    target.__signature__ = signature.replace(parameters=meant)
-    return function
+
+    @functools.wraps(target)
+    def call(*arguments: Any, **named: Any) -> Any:
+        if named:
+            for name, value in zip(by_position, arguments, strict=False):
+                if name in named:
+                    raise _twice(call, name, value)
+        return target(*arguments, **named)
+
+    answering: Any = call
+    answering.__signature__ = signature.replace(parameters=meant)
+    return answering  # type: ignore[no-any-return]
+
+
+def _twice(function: Callable[..., Any], name: str, value: Any) -> TypeError:
+    """Build the error for an argument that is passed by position and by name."""
+    places = [n for n, p in inspect.signature(function).parameters.items() if p.kind is _EITHER]
+    places = [n for n in places if n != "self"]
+    return TypeError(
+        f"{_name(function)}: got {name} twice, by position ({type(value).__name__}) and by name; "
+        f"takes {', '.join(places)} by position; {_BY_NAME}"
+    )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = function.__qualname__
+    for suffix in (".__call__", ".__init__"):
+        name = name.removesuffix(suffix)
+    return name
 
 
 def check_given(inputs: Inputs) -> None:
@@ -165,18 +199,14 @@ def wrong_arguments(
     TypeError
     """
     parameters = inspect.signature(function).parameters
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = (_EITHER, inspect.Parameter.KEYWORD_ONLY)
     known = [n for n, p in parameters.items() if p.kind in named and n != "self"]
-    name = function.__qualname__
-    for suffix in (".__call__", ".__init__"):
-        name = name.removesuffix(suffix)
     lines = []
     if extra:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        places = [n for n in known if parameters[n].kind is kind]
+        places = [n for n in known if parameters[n].kind is _EITHER]
         lines.append(
             f"got {len(places) + len(extra)} arguments by position, takes {', '.join(places)}; "
-            "pass a mask as mask=, others by their names, and causality and scale in spec"
+            f"{_BY_NAME}"
         )
     for word in unknown:
         lines.append(
@@ -185,7 +215,7 @@ def wrong_arguments(
     lines.append(f"known: {', '.join(known)}")
     if "spec" not in known:
         lines[-1] += f"; spec is an argument of {spec_of}"
-    return TypeError(f"{name}: " + "\n  ".join(lines))
+    return TypeError(f"{_name(function)}: " + "\n  ".join(lines))
 
 
 def _answer(word: str, known: list[str], words: Mapping[str, str]) -> str:

@@ -64,6 +64,8 @@ class BoundAttention:
         self, spec: str | AttentionSpec, backend: Choice = None, device: str | None = None
     ) -> None:
         self.spec = as_spec(spec)
+        if not isinstance(device, str | None):
+            raise TypeError(f"device: got {type(device).__name__}, expected a name such as 'cpu'")
         # Read now: a `use_backend` block around a later call, or a trace, has no influence.
         self._choice: Any = backend
         if backend is None:
@@ -169,7 +171,7 @@ class BoundAttention:
         back : callable or None
             Converts a result to the caller's library and device; None when that is not needed.
         """
-        if layout != HEADS_FIRST:
+        if layout is not HEADS_FIRST:
             inputs = heads_first(inputs, layout)
         if compiling():
             with untraced():
@@ -263,12 +265,13 @@ class BoundAttention:
 
         `layout` is that of the caller's arrays, in which messages show their shapes.
         """
-        from .validation import finite_dropout, validate
+        from .validation import finite_dropout, refuse_arrays, validate
 
         check_given(inputs)
         q = inputs.q
         library = library_of(q, "q")
         validate(self.spec, inputs, library, layout)
+        refuse_arrays(return_lse=lse, axis_name=inputs.axis_name)
         mask, key_mask, bias = (
             None if x is None else tuple(x.shape)
             for x in (inputs.mask, inputs.key_mask, inputs.bias)

@@ -25,10 +25,10 @@ def heads_first(inputs: Inputs, layout: str) -> Inputs:
     TypeError, ValueError
         When `layout` is none of `LAYOUTS`.
     """
-    if layout == HEADS_FIRST:
-        return inputs
     if not isinstance(layout, str):
         raise TypeError(f"layout: got {type(layout).__name__}, expected {_expected()}")
+    if layout == HEADS_FIRST:
+        return inputs
     if layout not in LAYOUTS:
         raise ValueError(
             f"layout: got {layout!r}, expected {_expected()}; {nearest(layout, LAYOUTS)}"

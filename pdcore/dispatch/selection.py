@@ -268,8 +268,9 @@ def _named(choice: object, source: str) -> tuple[Candidate, ...]:
     elif isinstance(choice, Sequence) and all(isinstance(text, str) for text in choice):
         named = _parsed(tuple(choice), source)
     else:
+        got = type(choice).__name__ if hasattr(choice, "shape") else repr(choice)
         raise TypeError(
-            f"{source}: got {choice!r}, expected a backend's name such as 'torch' or "
+            f"{source}: got {got}, expected a backend's name such as 'torch' or "
             "'torch:cuda', or a list of names"
         )
     for name, _ in named:

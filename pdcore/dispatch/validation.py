@@ -295,3 +295,10 @@ def finite_dropout(dropout: Any) -> float:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: got {dropout!r}, expected 0 <= p < 1")
     return float(dropout)
+
+
+def refuse_arrays(**options: Any) -> None:
+    """Raise a TypeError for an array in the place of an option that is none."""
+    for name, value in options.items():
+        if getattr(value, "ndim", 0):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected no array")

@@ -119,6 +119,33 @@ def test_arguments_by_position(name: str) -> None:
     assert "mask=" in text
 
 
+@pytest.mark.parametrize("name", [*CALLS, "bind"])
+def test_an_argument_by_position_and_by_name(name: str) -> None:
+    if name in ("BoundAttention", "bind"):
+        call, given = (pdcore.bind, ("bn",)) if name == "bind" else (CALLS[name], ARRAYS)
+        word = "spec" if name == "bind" else "q"
+        text = refused(call, *given, **{word: "bn"})
+    else:
+        # attention(query, key, value, attn_mask), with the spec by name
+        text = refused(CALLS[name], *ARRAYS, MASK, spec="bn")
+        assert "takes q, k, v, spec by position; pass a mask as mask=" in text
+        word = "spec"
+        assert "got q twice" in refused(CALLS[name], *ARRAYS, q=X)
+    kind = "str" if name == "bind" else "ndarray"
+    assert text.startswith(f"{name}: got {word} twice, by position ({kind}) and by name; takes ")
+
+
+@pytest.mark.parametrize("word", ["layout", "device", "backend", "return_lse", "axis_name"])
+@pytest.mark.parametrize("name", CALLS)
+def test_an_array_in_the_place_of_an_option(name: str, word: str) -> None:
+    call = CALLS[name]
+    if word in inspect.signature(call).parameters:
+        text = refused(call, *ARRAYS, **{word: X})
+        assert text.startswith(word)
+        assert "got ndarray, expected " in text
+        assert len(text) < 120
+
+
 def test_what_is_no_spec() -> None:
     assert "an array is passed by name: mask=" in refused(pdcore.attention, *ARRAYS, MASK)
     assert "spec: got ndarray" in refused(pdcore.bind, X)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pdcore import AttentionSpec, UnsupportedError
-from pdcore.extend import FeatureMap, finite_dropout
+from pdcore import AttentionSpec
+from pdcore.extend import finite_dropout
 
-from ..bound import BoundSpec, Choice, learned_parameters
+from ..bound import BoundSpec, Choice, learned_parameters, refuse_dropout
 from .layer import APPENDED_KEY, PDMultiheadAttention, attach_spec, scale_mismatch
 
 __all__ = ["Conversion", "convert"]
@@ -138,21 +140,19 @@ def convert(
             left.update(dict.fromkeys(names, why))
         elif problem := scale_mismatch(bound.spec, layer):
             raise ValueError(f"{problem} of {_display_name(names[0])}; nothing was converted")
-        elif isinstance(bound.spec.kernel, FeatureMap) and (
-            p := layer.dropout if dropout is None else dropout
-        ):
-            raise UnsupportedError(
-                f"dropout: got {p} for {_display_name(names[0])}, and {bound.spec} has no weights "
-                "to drop in training; pass convert(dropout=0); nothing was converted"
-            )
         else:
+            p = layer.dropout if dropout is None else dropout
+            advice = "convert(dropout=0); nothing was converted"
+            refuse_dropout(bound.spec, "dropout", p, advice, _display_name(names[0]))
             selected[layer] = names
     parameters = []
     for layer, names in selected.items():
         if dropout is not None:
             layer.dropout = finite_dropout(dropout)
         _convert_layer(layer)
+        layer.converted = True
         parameters += [f"{names[0]}.{name}".lstrip(".") for name in attach_spec(layer, bound)]
+    _let_transformers_save(model)
     nested = []
     for name, module in model.named_modules():
         if (
@@ -164,6 +164,13 @@ def convert(
             nested.append(name)
     converted = [name for names in selected.values() for name in names]
     return Conversion(bound.spec, tuple(converted), left, tuple(nested), tuple(parameters))
+
+
+def _let_transformers_save(model: nn.Module) -> None:
+    """Let a model of Hugging Face transformers save the specs of its converted layers."""
+    transformers = sys.modules.get("transformers")
+    if transformers and any(isinstance(m, transformers.PreTrainedModel) for m in model.modules()):
+        importlib.import_module("pdcore_adapters.transformers")
 
 
 def _unparametrized_class(layer: Any) -> type:

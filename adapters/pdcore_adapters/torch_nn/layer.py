@@ -12,7 +12,7 @@ from torch.nn import functional
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs, finite_dropout, parameter_shape
 
-from ..bound import BoundSpec, Choice, learned_parameters
+from ..bound import BoundSpec, Choice, learned_parameters, refuse_dropout
 from .masks import check_addend, check_hides_only, check_mask, require
 from .words import wrong_call, wrong_layer
 
@@ -31,7 +31,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype
         As in `torch.nn.MultiheadAttention`.
     dropout : float
-        Dropout of the normalised weights in training, 0 <= p < 1.
+        Dropout of the normalised weights in training, 0 <= p < 1; 0 for a feature map, such as
+        ``linear``, which has no weights.
     add_bias_kv, add_zero_attn : bool
         Refused, since they append a key that is no element of the sequence: it has no position
         and no place in the statistics.
@@ -47,7 +48,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For `add_bias_kv`, `add_zero_attn`, and running statistics, which the layer does not keep.
+        For `add_bias_kv`, `add_zero_attn`, running statistics, which the layer does not keep, and
+        dropout with a feature map.
 
     Notes
     -----
@@ -59,6 +61,11 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     - Nested tensors are refused. `torch.nn.TransformerEncoder` and its layer do not use their fast
       path, which would compute softmax attention without calling this layer.
     """
+
+    # For `pdcore_adapters.transformers`: whether `convert` made the layer, after its model was
+    # created, and whether it did so as the saved config of the model says.
+    converted = False
+    recorded = False
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise UnsupportedError(f"{name}: got {value!r}, expected False; {APPENDED_KEY}")
+        refuse_dropout(bound.spec, "dropout", dropout, "PDMultiheadAttention(dropout=0)")
         super().__init__(
             embed_dim,
             num_heads,

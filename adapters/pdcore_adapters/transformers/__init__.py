@@ -20,6 +20,9 @@ from ..requirements import requires
 with requires("transformers"):
     from .attention import register
     from .check import Check, check
+    from .loading import wrap_methods
     from .masks import LayerMask
+
+    wrap_methods()
 
 __all__ = ["Check", "LayerMask", "check", "register"]

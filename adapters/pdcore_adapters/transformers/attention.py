@@ -14,9 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pdcore import AttentionSpec, BoundAttention, Exponential, Support, UnsupportedError, bind
 from pdcore.extend import Inputs
 
-from ..bound import Choice
+from ..bound import Choice, refuse_dropout
 from .masks import Pattern, build_mask
-from .record import record_spec
+from .record import check_record
 
 __all__ = ["LayerAttention", "register"]
 
@@ -119,7 +119,7 @@ class LayerAttention:
     def __init__(self, name: str, bound: BoundAttention) -> None:
         self.name = name
         self.spec = bound.spec
-        self._words = str(bound.spec)
+        self.words = str(bound.spec)
         if self.spec.parameters():
             names = ", ".join(p.name for p in self.spec.parameters())
             raise UnsupportedError(
@@ -194,7 +194,7 @@ class LayerAttention:
         """
         where = f"{type(module).__name__} with {self.name!r}"
         _refuse_arguments(where, others)
-        record_spec(where, self.name, self._words, module)
+        check_record(where, self.words, getattr(module, "config", None))
         query, key, value = _cast_under_autocast(query, key, value)
         arguments: dict[str, Any] = {"offset": key.shape[-2] - query.shape[-2]}
         if attention_mask is None:
@@ -235,6 +235,7 @@ class LayerAttention:
         if output_attentions:
             weights = bound.weights(Inputs(query, key, value, **arguments))
         if dropout:  # omitted if 0, so that its value is not compared
+            refuse_dropout(self.spec, "dropout", dropout, "0 in the config of the model", where)
             arguments["dropout"] = dropout
         out = bound(query, key, value, **arguments)
         return out.transpose(1, 2).contiguous(), weights

@@ -11,11 +11,12 @@ from types import CodeType
 from typing import Any
 
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .record import RECORD
+from ..torch_nn import PDMultiheadAttention
+from .record import RECORD, registered_spec
 
-__all__ = ["Check", "check", "own_attention"]
+__all__ = ["Check", "attends_by_itself", "check", "own_attention"]
 
 #: The name by which the layers of transformers look their attention function up.
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -50,8 +51,9 @@ def check(model: nn.Module) -> Check:
     """Return which attention layers of a model call pdcore, without running the model.
 
     A layer calls pdcore if its class looks its attention up in transformers' attention interface,
-    and its config names a registered attention. A class named "Attention" that computes a softmax
-    and never looks it up attends by itself, whatever the config says.
+    and its config names a registered attention, or if it is a `PDMultiheadAttention`. A class named
+    "Attention" that never looks it up, and either computes a softmax or contains no other class of
+    that name, attends by itself, whatever the config says; so does an `nn.MultiheadAttention`.
 
     Parameters
     ----------
@@ -63,26 +65,42 @@ def check(model: nn.Module) -> Check:
     Check
         Every layer that attends is in `calls` or in `others`.
     """
-    from .attention import LayerAttention  # which imports the masks, which import this module
-
     calls, others = {}, {}
     for name, module in model.named_modules():
-        by_interface = _by_interface(type(module))
-        if by_interface is None:
-            continue
-        if not by_interface:
+        if isinstance(module, PDMultiheadAttention):
+            calls[name] = str(module.spec)
+        elif isinstance(module, nn.MultiheadAttention):
+            others[name] = (
+                "torch.nn.MultiheadAttention attends by itself; "
+                "pdcore_adapters.torch_nn.convert changes it"
+            )
+        elif attends_by_itself(module):
             others[name] = f"{type(module).__name__} attends by itself"
-            continue
-        config = getattr(module, "config", None)
-        implementation = getattr(config, "_attn_implementation", None)
-        attention = AttentionInterface().get(implementation)
-        if isinstance(attention, LayerAttention):
-            calls[name] = str(attention.spec)
-        else:
-            others[name] = f"its attention is {implementation!r}"
+        elif _by_interface(type(module)):
+            config = getattr(module, "config", None)
+            if (spec := registered_spec(config)) is not None:
+                calls[name] = spec
+                continue
+            others[name] = f"its attention is {getattr(config, '_attn_implementation', None)!r}"
             if saved := getattr(config, RECORD, None):
                 others[name] += f", and the model was saved with the spec {saved}"
     return Check(calls, others)
+
+
+def attends_by_itself(module: nn.Module) -> bool:
+    """Return whether a layer of transformers attends, and does not call the interface."""
+    kind = type(module)
+    by_interface = _by_interface(kind)
+    if by_interface is not None or not _is_named_attention(kind):
+        return by_interface is False
+    inner = (type(part) for part in module.modules() if part is not module)
+    return not any(
+        issubclass(part, nn.MultiheadAttention) or _is_named_attention(part) for part in inner
+    )
+
+
+def _is_named_attention(kind: type) -> bool:
+    return "attention" in kind.__name__.lower() and not issubclass(kind, PreTrainedModel)
 
 
 @functools.cache
@@ -116,7 +134,7 @@ def _by_interface(kind: type) -> bool | None:
     if _INTERFACE in names:
         return True
     softmax = any("softmax" in name.lower() or "dot_product" in name for name in names)
-    return False if softmax and "attention" in kind.__name__.lower() else None
+    return False if softmax and _is_named_attention(kind) else None
 
 
 def _names(kind: type) -> Iterator[str]:

@@ -104,6 +104,19 @@ def test_process_heads() -> None:
         ours(x, x, x, process_heads=lambda q, k, v: (q, k[1:], v[1:]))
 
 
+def test_a_feature_map_has_no_dropout() -> None:
+    key = jax.random.key(0)
+    with pytest.raises(UnsupportedError, match=r"dropout_p: got 0\.5 for the layer, and linear "):
+        PDMultiheadAttention(H, E, dropout_p=0.5, spec="linear", key=key)
+    plain = eqx.nn.MultiheadAttention(H, E, dropout_p=0.5, key=key)
+    with pytest.raises(UnsupportedError, match=r"for the model itself, .*convert\(dropout_p=0\)"):
+        convert(plain, "linear")
+    x = drawn(N, E)
+    ours = convert(plain, "linear", dropout_p=0)
+    inference = convert(eqx.nn.inference_mode(plain), "linear")
+    close(ours(x, x, x), inference(x, x, x))
+
+
 def test_dropout() -> None:
     plain, ours = pair(dropout_p=0.5)
     x = drawn(N, E)

@@ -248,6 +248,17 @@ def test_weights_are_sown(spec: str) -> None:
         attention_fn()(*[drawn(B, N, H, 4)] * 3, module=object())
 
 
+def test_dropout_with_a_feature_map_is_refused_at_the_first_call() -> None:
+    attend, x = attention_fn("linear"), drawn(B, N, E)
+    options = {"dropout_rate": 0.5, "attention_fn": attend, "deterministic": True}
+    match = r"dropout_rate: got 0\.5 for the layer, and linear .*dropout_rate=0\.0"
+    layer = nnx.MultiHeadAttention(H, E, decode=False, rngs=nnx.Rngs(0), **options)
+    with pytest.raises(UnsupportedError, match=match):
+        layer(x)
+    with pytest.raises(UnsupportedError, match=match):
+        linen.MultiHeadDotProductAttention(H, **options).init(jax.random.key(0), x)
+
+
 def test_dropout_is_refused_in_training() -> None:
     plain, ours = nnx_pair(dropout_rate=0.5)
     x = drawn(B, N, E)

@@ -893,6 +893,9 @@ def test_a_layer_compiles_to_one_graph(need_weights: bool) -> None:
         torch.testing.assert_close(result, wanted)
 
 
+FEATURE_MAPS = ["linear", "elu", "relu", "random_features", "linear+bn(beta=0)"]
+
+
 def test_a_feature_map_has_no_dropout() -> None:
     model = nn.TransformerEncoderLayer(16, 4, batch_first=True)
     with pytest.raises(pdcore.UnsupportedError, match=r"dropout: got 0.1 for self_attn.*linear"):
@@ -900,3 +903,7 @@ def test_a_feature_map_has_no_dropout() -> None:
     assert type(model.self_attn) is nn.MultiheadAttention
     convert(model, "linear", dropout=0)
     model(torch.randn(2, 5, 16)).sum().backward()
+    for spec in FEATURE_MAPS:
+        with pytest.raises(pdcore.UnsupportedError, match=r"dropout: got 0.1 for the layer, and "):
+            PDMultiheadAttention(16, 4, dropout=0.1, spec=spec)
+        PDMultiheadAttention(16, 4, spec=spec)

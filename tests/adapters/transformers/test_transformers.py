@@ -81,7 +81,12 @@ def build(name: str) -> Any:
             )
             model = t.Gemma2ForCausalLM(config)
         case "bert":
-            config = t.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64)
+            config = t.BertConfig(
+                **ENCODER,
+                vocab_size=VOCABULARY,
+                max_position_embeddings=64,
+                attention_probs_dropout_prob=0.0,  # which ``linear`` needs
+            )
             model = t.BertForMaskedLM(config)
         case "vit":
             config = t.ViTConfig(**ENCODER, image_size=24, patch_size=8, num_labels=5)
