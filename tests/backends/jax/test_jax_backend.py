@@ -74,10 +74,11 @@ def test_prefix_moments_of_chunks(wide: None, length: int) -> None:
     from pdcore_backends.jax.prefix import prefix_states
 
     rng = np.random.default_rng(length)
-    keys = jax.numpy.asarray(rng.standard_normal((2, 3, length, 5)))
-    for mask in (None, jax.numpy.asarray(rng.random((2, 1, length, 1)) > 0.3)):
-        want = statistics.prefix_states(statistics.Moments(), keys, mask, xp=jax.numpy)
-        got = prefix_states(statistics.Moments(), keys, mask)
+    stats, keys = statistics.Moments(), rng.standard_normal((2, 3, length, 5))
+    call = jax.jit(lambda *x: prefix_states(stats, *x))
+    for mask in (None, rng.random((2, 1, length, 1)) > 0.3):
+        want = statistics.prefix_states(stats, keys, mask, xp=np)
+        got = call(keys, mask)
         for name, x in want.items():
             assert got[name].dtype == x.dtype
             np.testing.assert_allclose(got[name], x, atol=1e-14 * (1 + length), err_msg=name)
@@ -138,12 +139,11 @@ def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
     from pdcore_conformance.judge.budget import expect, judge
 
     x = halves()
-    out = pdcore.bind(spec)(*x)
+    out, pull = jax.vjp(pdcore.bind(spec), *x)
     assert set(cudnn.causal) == {spec == "causal"}
     wanted = expect(*map(np.asarray, x), spec)
     assert judge({"out": np.asarray(out)}, wanted)["out"].ok
-    grads = jax.grad(lambda *a: pdcore.bind(spec)(*a).sum(), argnums=(0, 1, 2))(*x)
-    assert all(jax.numpy.isfinite(g).all() for g in grads)
+    assert all(np.isfinite(np.asarray(d, np.float32)).all() for d in pull(jax.numpy.ones_like(out)))
 
 
 @pytest.mark.parametrize(
