@@ -2,8 +2,8 @@
 
 The algorithm is that of `feature_contraction.prefix_contract`, with its loops as `lax.scan` and
 `lax.map`. Every iteration is checkpointed: a derivative keeps the state before each chunk and the
-arguments, O(N + M). Of log features of 0 it keeps the lowest finite number, because `jax_debug_infs`
-rejects -inf among what a derivative keeps.
+arguments, O(N + M). The lowest finite number stands for the log of a feature of 0, because
+`jax_debug_infs` rejects -inf among the arrays that a derivative keeps.
 """
 
 from __future__ import annotations

@@ -47,7 +47,15 @@ from .products import (
     weights_by_values,
 )
 
-__all__ = ["checkpointed", "contract", "contract_tangents", "divisor", "nonzero", "prepared", "scores"]
+__all__ = [
+    "checkpointed",
+    "contract",
+    "contract_tangents",
+    "divisor",
+    "nonzero",
+    "prepared",
+    "scores",
+]
 
 Result = TypeVar("Result")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,12 +56,12 @@ def user(kernel: Any, **more: Any) -> pdcore.AttentionSpec:
 
 
 #: Every word and every argument of a call, several in one call where they do not hide one another;
-#: rows, and whole sequences, that see no key.
-CASES: list[tuple[str | pdcore.AttentionSpec, str]] = [
-    ("softmax", ""),
+#: rows, and whole sequences, that see no key. The second words are explained in `draw`.
+CASES: list[Any] = [
+    pytest.param("softmax", "", marks=pytest.mark.nightly),
     ("exponential(scale=0.3,softcap=2)+sparse(2,inf)", "mask bias key_mask"),
     ("causal", "offsets"),
-    ("causal+sparse(2,0)+h(count)", "early key_mask"),
+    pytest.param("causal+sparse(2,0)+h(count)", "early key_mask", marks=pytest.mark.nightly),
     ("sparse(inf,1)+h(one)", "blind bias"),
     ("causal+sh(1,2)", "offset"),
     ("bn(beta=param)+sh(1,2,pool=first)", "key_mask"),
@@ -70,14 +71,14 @@ CASES: list[tuple[str | pdcore.AttentionSpec, str]] = [
     ("iebn", "padding"),
     ("mixture(3,steps=2)", "padding"),
     ("conv1d", "key_mask"),
-    ("conv2d(2,3)", "default"),
+    pytest.param("conv2d(2,3)", "default", marks=pytest.mark.nightly),
     ("gaussian(0.3)+bn", "padding"),
     ("polynomial(2)", "zero key_mask"),
     ("cosine(2)+sparse(2,1)", "zero padding"),
     ("linear+sh(1,2)+h(count)", "key_mask"),
     ("elu+causal", "offsets grouped"),
     ("relu", "zero padding"),
-    ("relu+causal+h(one)", "zero early"),
+    pytest.param("relu+causal+h(one)", "zero early", marks=pytest.mark.nightly),
     ("relu+sparse(1,1)", "zero blind"),
     ("random_features(4)", "padding"),
     ("random_features(4)+causal", "padding early"),
@@ -140,6 +141,10 @@ def draw(spec: pdcore.AttentionSpec, words: str, dtype: str) -> tuple[dict[str, 
     return moving, {n: jnp.asarray(x) if isinstance(x, np.ndarray) else x for n, x in fixed.items()}
 
 
+def finite(tree: Any) -> bool:
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize(("spec", "words"), CASES, ids=str)
 @pytest.mark.sampled(2)
 def test_a_call_and_its_gradient_pass_the_checks(spec: Any, words: str, x64: bool) -> None:
@@ -154,4 +159,46 @@ def test_a_call_and_its_gradient_pass_the_checks(spec: Any, words: str, x64: boo
     with checks():
         out, pull = jax.vjp(call, jax.tree.map(jnp.asarray, moving))
         [gradients] = pull(jnp.asarray(np.ones(out.shape, out.dtype)))
-    assert all(np.isfinite(x).all() for x in (out, *gradients.values()))
+    assert finite((out, gradients))
+
+
+def test_blocks_pass_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pdcore_backends.jax import blocks, scores
+
+    monkeypatch.setattr(scores, "sizes", lambda *a, **k: blocks.BlockSizes(True, 4, 4))
+    spec = pdcore.parse("gaussian(0.7)")  # of no other test: its programs are kept
+    moving, fixed = draw(spec, "blind", "float32")
+    with checks():
+        x = {name: jnp.asarray(array) for name, array in moving.items()}
+        out, pull = jax.vjp(lambda x: pdcore.attention(spec=spec, **x, **fixed), x)
+        assert finite((out, pull(out)))
+
+
+def test_every_way_to_call_passes_the_checks() -> None:
+    spec = pdcore.parse("bn")
+    moving, fixed = draw(spec, "key_mask grouped", "float32")
+    with checks():
+        x = [jnp.asarray(moving[name]) for name in "qkv"]
+        out, lse, pull = pdcore.attention_vjp(*x, spec, **fixed)
+        assert finite((out, lse, pull(out), pull(out, lse)))
+        assert finite(pdcore.attention_weights(*x, spec, **fixed))
+        turned = [a.swapaxes(1, 2) for a in x]
+        assert finite(jax.jit(partial(pdcore.bind(spec), layout="bnhd"))(*turned, **fixed))
+        assert finite(pdcore.attention(*(moving[n] for n in "qkv"), spec, backend="jax"))
+
+
+@pytest.mark.parametrize("spec", ["softmax+causal", "random_features(4)+causal"])
+def test_shards_pass_the_checks(spec: str) -> None:
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec(None, None, "rows")
+    part = jax.sharding.PartitionSpec(None, "rows")
+    moving, fixed = draw(pdcore.parse(spec), "padding", "float32")
+
+    def local(x: dict[str, Any], real: Any) -> Any:
+        return pdcore.attention(spec=spec, axis_name="rows", key_mask=real, **x)
+
+    call = jax.shard_map(local, mesh=mesh, in_specs=(rows, part), out_specs=rows)
+    with checks():
+        x = {name: jnp.asarray(array) for name, array in moving.items()}
+        out, pull = jax.vjp(jax.jit(lambda x: call(x, fixed["key_mask"])), x)
+        assert finite((out, pull(out)))
