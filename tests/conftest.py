@@ -41,6 +41,10 @@ settings.register_profile(
 )
 # Whatever plugins are installed, the suite runs without them; the tests of plugins name theirs.
 os.environ.setdefault("PDCORE_PLUGINS", "")
+# What takes most of the time on JAX is compiling, and the programs of tests are small and run once.
+# At night, and in `nox -s conform`, XLA optimizes.
+if not NIGHTLY:
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 settings.load_profile("nightly" if NIGHTLY else "ci" if os.environ.get("CI") else "local")
 

@@ -2,7 +2,8 @@
 
 The algorithm is that of `feature_contraction.prefix_contract`, with its loops as `lax.scan` and
 `lax.map`. Every iteration is checkpointed: a derivative keeps the state before each chunk and the
-arguments, O(N + M).
+arguments, O(N + M). The lowest finite number stands for the log of a feature of 0, because
+`jax_debug_infs` rejects -inf among the arrays that a derivative keeps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pdcore.extend import chunks, feature_contraction, finite, stop_gradient
+from pdcore.extend import chunks, feature_contraction, stop_gradient
 
 from .chunks import cut, joined
 from .namespace import NAMESPACE as xp
@@ -41,7 +42,9 @@ def prefix_contract(
         return feature_contraction.prefix_contract(
             a, counts, k, v, xp=xp, first=first, log=log, step=step, size=size
         )
-    k, v = chunks(k, size, -jnp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
+    if log:  # padding is -inf
+        k = jnp.maximum(k, _lowest(k))
+    k, v = chunks(k, size, _lowest(k) if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
     states, tops = _running(k, v) if log else (_sums(k, v), None)
     index, width = _places(counts, first, rows, step, size)
     blocks = {
@@ -69,9 +72,7 @@ def _block(arrays: dict[str, Any]) -> tuple[Any, Any]:
     exponent = jnp.zeros_like(a[..., :1])
     if "top" in arrays:
         running = arrays["top"]
-        top = finite(
-            stop_gradient(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp), xp
-        )
+        top = _base(stop_gradient(jnp.maximum(running, jnp.max(k, axis=-2, keepdims=True)), xp))
         a = a + top
         exponent = stop_gradient(jnp.max(a, axis=-1, keepdims=True), xp)
         a, k = jnp.exp(a - exponent), jnp.exp(k - top)
@@ -80,6 +81,16 @@ def _block(arrays: dict[str, Any]) -> tuple[Any, Any]:
     w = jnp.where(jnp.arange(k.shape[-2]) < arrays["seen"], w, 0.0)
     summed = jnp.matmul(a, state) + jnp.matmul(w, v)
     return summed, jnp.broadcast_to(exponent, (*summed.shape[:-1], 1))
+
+
+def _lowest(k: Any) -> float:
+    """Return the log feature that stands for -inf."""
+    return float(jnp.finfo(k.dtype).min)
+
+
+def _base(top: Any) -> Any:
+    """Replace the lowest number, the maximum of no key, by 0, from which exp makes it 0."""
+    return jnp.where(top == _lowest(top), 0.0, top)
 
 
 def _sums(k: Any, v: Any) -> Any:
@@ -97,7 +108,7 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
         if before is not None:
             higher = jnp.maximum(before[1], higher)
         higher = stop_gradient(higher, xp)
-        base = finite(higher, xp)
+        base = _base(higher)
         state = jnp.matmul(jnp.swapaxes(jnp.exp(block - base), -1, -2), values)
         if before is not None:
             state = state + before[0] * jnp.swapaxes(jnp.exp(before[1] - base), -1, -2)
@@ -109,7 +120,7 @@ def _running(k: Any, v: Any) -> tuple[Any, Any]:
     k, v = (jnp.moveaxis(x, -3, 0) for x in (k, v))
     # The scan starts from the first chunk, so that its carry varies over devices.
     _, later = lax.scan(step, after(None, k[0], v[0]), (k[1:], v[1:]))
-    first = jnp.zeros_like(later[0][:1]), jnp.full_like(later[1][:1], -jnp.inf)
+    first = jnp.zeros_like(later[0][:1]), jnp.full_like(later[1][:1], _lowest(later[1]))
     states, tops = (jnp.concat(pair) for pair in zip(first, later, strict=True))
     return jnp.moveaxis(states, 0, -3), jnp.moveaxis(tops, 0, -3)
 

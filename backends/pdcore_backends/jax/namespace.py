@@ -19,9 +19,14 @@ class _Namespace:
 
     @staticmethod
     def divide(x: Any, y: Any) -> Any:
-        """Divide; the derivative has no 1 / y^2, which overflows where 1 / y does not."""
-        unit = jax.lax.stop_gradient(jax.numpy.where(jax.numpy.isinf(y), 1, y))
-        return (x / unit) / (y / unit)
+        """Divide; the derivative has no 1 / y^2, which overflows where 1 / y does not.
+
+        Nor has it an infinite y, by which quotients and derivatives are 0.
+        """
+        none = jax.numpy.isinf(y)
+        y = jax.numpy.where(none, 1, y)
+        unit = jax.lax.stop_gradient(y)
+        return (x / unit) / (y / unit) * jax.numpy.where(none, 0, 1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(jax.numpy, name)

@@ -25,7 +25,7 @@ from pdcore.extend import Support, divide, finite
 from .blocks import Arrays, StaticCall
 from .namespace import NAMESPACE as xp
 from .namespace import in_full
-from .scores import checkpointed, contract, contract_tangents, nonzero
+from .scores import checkpointed, contract, contract_tangents, divisor, nonzero
 from .shards import Shards
 
 __all__ = ["Ring", "around", "merged"]
@@ -174,7 +174,7 @@ def _sent_round(ring: Ring, total: Pair, arrays: Arrays, more: More, steps: int,
 def _around_jvp(ring: Ring, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = around(ring, arrays)
-    results = {**arrays, "out": out, "level": level}
+    results = {**arrays, "out": out, "level": divisor(level)}
     return (out, level), checkpointed(partial(_tangents, ring), results, nonzero(tangents[0]))
 
 

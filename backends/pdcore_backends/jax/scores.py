@@ -47,7 +47,15 @@ from .products import (
     weights_by_values,
 )
 
-__all__ = ["checkpointed", "contract", "contract_tangents", "nonzero", "prepared", "scores"]
+__all__ = [
+    "checkpointed",
+    "contract",
+    "contract_tangents",
+    "divisor",
+    "nonzero",
+    "prepared",
+    "scores",
+]
 
 Result = TypeVar("Result")
 
@@ -199,10 +207,19 @@ def _base(peak: Any) -> Any:
 def _contract_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
     [arrays] = primals
     out, level = contract(call, arrays)
-    results = {**arrays, "out": out, "level": level}
+    results = {**arrays, "out": out, "level": divisor(level)}
     # The outermost blocks are checkpointed, so that these arrays are the only residuals.
     derivatives = checkpointed(partial(contract_tangents, call), results, nonzero(tangents[0]))
     return (out, level), (derivatives["out"], derivatives["level"])
+
+
+def divisor(level: Any) -> Any:
+    """Return L, in rows without visible keys the largest number in place of -inf.
+
+    Weights are exp(l - L), and 0 in such rows. A derivative keeps this array, which has no inf
+    because `jax_debug_infs` rejects inf there.
+    """
+    return jnp.where(level == -jnp.inf, jnp.finfo(level.dtype).max, level)
 
 
 def nonzero(tangents: Arrays) -> Arrays:
@@ -215,7 +232,7 @@ def nonzero(tangents: Arrays) -> Arrays:
 
 
 def contract_tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
-    """Compute the tangents of ``out`` and ``level``; `arrays` contains both results.
+    """Compute the tangents of ``out`` and ``level``; `arrays` contains ``out`` and `divisor`.
 
     The tangents are sums over keys: if ``out`` and ``level`` are those of all keys, the tangents of
     disjoint sets of keys may be added.
@@ -324,8 +341,6 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
     if "d_k" in cut:
         ds.append(product(cut["d_k"], q, -1, -1 - rows))
     s = product(o.k, q, -1, -1 - rows)
-    # exp(l - inf) is 0 in rows without visible keys.
-    level = jnp.where(level == -jnp.inf, jnp.inf, level)
     if c.weight == "features":
         inverse = jnp.exp(-level)
         slopes = [visible_only(x, o) * inverse for x in ds]

@@ -16,8 +16,17 @@ import pytest
 import pdcore
 
 
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """Let XLA optimize, for what its optimizations decide."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.parametrize("spec", ["softmax", "causal", "causal+sparse(64,0)"])
-def test_gradients_keep_no_scores(spec: str) -> None:
+def test_gradients_keep_no_scores(optimized: None, spec: str) -> None:
     x = [jax.ShapeDtypeStruct((1, 4, 4096, 16), np.float32)] * 3
     grad = jax.grad(lambda *a: pdcore.attention(*a, spec).sum(), argnums=(0, 1, 2))
     needed = jax.jit(grad).lower(*x).compile().memory_analysis().temp_size_in_bytes
@@ -25,7 +34,8 @@ def test_gradients_keep_no_scores(spec: str) -> None:
 
 
 @pytest.mark.parametrize("length", [9, 12, 13])
-def test_a_pooled_key_is_rounded_once(wide: None, length: int) -> None:
+@pytest.mark.sampled(2)
+def test_a_pooled_key_is_rounded_once(wide: None, optimized: None, length: int) -> None:
     # A single key minus itself must be exactly 0: with a variance of 0, the division by eps alone
     # would amplify a rounding error 1e5 times.
     rng = np.random.default_rng(4)
@@ -74,10 +84,11 @@ def test_prefix_moments_of_chunks(wide: None, length: int) -> None:
     from pdcore_backends.jax.prefix import prefix_states
 
     rng = np.random.default_rng(length)
-    keys = jax.numpy.asarray(rng.standard_normal((2, 3, length, 5)))
-    for mask in (None, jax.numpy.asarray(rng.random((2, 1, length, 1)) > 0.3)):
-        want = statistics.prefix_states(statistics.Moments(), keys, mask, xp=jax.numpy)
-        got = prefix_states(statistics.Moments(), keys, mask)
+    stats, keys = statistics.Moments(), rng.standard_normal((2, 3, length, 5))
+    call = jax.jit(lambda *x: prefix_states(stats, *x))
+    for mask in (None, rng.random((2, 1, length, 1)) > 0.3):
+        want = statistics.prefix_states(stats, keys, mask, xp=np)
+        got = call(keys, mask)
         for name, x in want.items():
             assert got[name].dtype == x.dtype
             np.testing.assert_allclose(got[name], x, atol=1e-14 * (1 + length), err_msg=name)
@@ -138,12 +149,11 @@ def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
     from pdcore_conformance.judge.budget import expect, judge
 
     x = halves()
-    out = pdcore.bind(spec)(*x)
+    out, pull = jax.vjp(pdcore.bind(spec), *x)
     assert set(cudnn.causal) == {spec == "causal"}
     wanted = expect(*map(np.asarray, x), spec)
     assert judge({"out": np.asarray(out)}, wanted)["out"].ok
-    grads = jax.grad(lambda *a: pdcore.bind(spec)(*a).sum(), argnums=(0, 1, 2))(*x)
-    assert all(jax.numpy.isfinite(g).all() for g in grads)
+    assert all(np.isfinite(np.asarray(d, np.float32)).all() for d in pull(jax.numpy.ones_like(out)))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +184,7 @@ def test_explain_names_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("spec", ["conv1d", "conv1d(5,padding=causal)+causal", "conv2d(2,3)"])
+@pytest.mark.sampled(2)
 def test_default_parameters_under_transformations(spec: str) -> None:
     rng = np.random.default_rng(0)
     q, k, v = (

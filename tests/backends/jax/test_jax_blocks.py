@@ -72,6 +72,7 @@ def arrays(option: str, group: int = 2) -> tuple[list[Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("sizes", CUTS, ids=str)
 @pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.sampled(3)
 def test_every_cut_gives_the_same(wide: None, cut: Any, spec: str, sizes: Any) -> None:
     cut(*sizes)
     rng = np.random.default_rng(1)
@@ -123,6 +124,7 @@ def test_derivatives_of_derivatives(wide: None, cut: Any) -> None:
 @pytest.mark.parametrize(
     "spec", ["causal+linear", "causal+random_features(8,0)", "causal+linear+h(count)+sh(1,3)"]
 )
+@pytest.mark.sampled(3)
 def test_causal_features_over_several_chunks(wide: None, spec: str, option: str) -> None:
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal((2, h, n, 4)) for h, n in ((4, 150), (2, 201), (2, 201)))
