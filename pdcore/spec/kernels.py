@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import device_of
+from ..arrays import device_of, overflow_as_nan
 from ..errors import SpecError
 from .expression import Expression, log, tanh
 from .kernel_base import FeatureMap, FeatureScale, Kernel, Parameter, PointwiseKernel
@@ -268,7 +268,7 @@ class RandomFeatures(FeatureMap):
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute log phi(x), see `FeatureMap.features`."""
         tau, omega = self._omega(x, xp)
-        square = xp.sum(x * x, axis=-1, keepdims=True)
+        square = overflow_as_nan(xp.sum(x * x, axis=-1, keepdims=True), xp)
         return (
             xp.matmul(x, xp.matrix_transpose(omega))
             - 0.5 * tau * square

@@ -20,6 +20,7 @@ from pdcore.extend import (
     compiling,
     largest_entry,
     largest_key,
+    overflow_as_nan,
 )
 
 from . import namespace as xp_
@@ -55,6 +56,7 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
     weighted, total = _causal(o.q, k, v) if causal else _whole(o.q, k, v)
     if c.signed:
         return weighted, torch.zeros_like(total[..., 0])
+    total = overflow_as_nan(total, xp_)
     none = total == 0
     # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
     out = weighted / torch.where(none, torch.inf, total)
