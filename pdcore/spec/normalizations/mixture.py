@@ -220,13 +220,14 @@ class GaussianMixture(KeySet):
         for u in uniform_draws(self.components, self.seed):
             # Where every key is a centre already, the next centre is drawn from all keys.
             distinct = xp.sum(nearest, axis=-2, keepdims=True) > 0
-            cumulative = xp.cumulative_sum(xp.where(distinct, nearest, real), axis=-2)
-            total = cumulative[..., -1:, :]
-            above = cumulative > u * total
+            chance = xp.where(distinct, nearest, real)
+            cumulative = xp.cumulative_sum(chance, axis=-2)
+            above = cumulative > u * cumulative[..., -1:, :]
             first = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-2) == 1)
             centre = xp.sum(xp.where(first, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
             # Distances that overflow draw no centre.
-            centre = xp.where(total < math.inf, centre, xp.full_like(centre, math.nan))
+            drawn = xp.sum(chance, axis=-2, keepdims=True) < math.inf
+            centre = xp.where(drawn, centre, xp.full_like(centre, math.nan))
             deviation = keys - centre
             square = real * xp.sum(deviation * deviation, axis=-1, keepdims=True)
             nearest = xp.minimum(nearest, square) if centres else square
