@@ -66,7 +66,7 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
 def chosen_features(plan: Plan) -> Plan:
     """Choose this backend's own feature maps where they are faster than those of the plan."""
     last = plan.transforms[-1] if plan.transforms else None
-    choices = {"elu": EluRows, "relu": ReluRows}
+    choices: dict[str, type[EluRows | ReluRows]] = {"elu": EluRows, "relu": ReluRows}
     if not isinstance(last, FeatureRows) or last.phi not in choices:
         return plan
     before = tuple(step for step in plan.transforms[:-1] if not isinstance(step, ScaledRows))
