@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +21,7 @@ __all__ = [
     "exchangeable",
     "stop_gradient",
     "library_of",
+    "overflow_as_nan",
     "register_array_type",
     "untraced",
 ]
@@ -233,6 +235,11 @@ def constant(x: Any, xp: Any) -> Any:
     if getattr(xp, "__name__", "") == "jax.numpy":
         return sys.modules["jax"].lax.stop_gradient(x)
     return stop_gradient(x, xp)
+
+
+def overflow_as_nan(x: Any, xp: Any) -> Any:
+    """Replace infinities by NaN, which no later step hides: a weight of exp(-inf) is 0."""
+    return xp.where(xp.abs(x) == math.inf, xp.full_like(x, math.nan), x)
 
 
 def clip_integers(x: Any, largest: int, xp: Any) -> Any:

@@ -27,6 +27,7 @@ from .arrays import (
     device_name,
     dtype_name,
     library_of,
+    overflow_as_nan,
     register_array_type,
     stop_gradient,
     untraced,
@@ -246,6 +247,7 @@ __all__ = [
     "dtype_name",
     "stop_gradient",
     "library_of",
+    "overflow_as_nan",
     "register_array_type",
     "untraced",
     # try

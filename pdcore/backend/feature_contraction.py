@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..arrays import device_of, stop_gradient
+from ..arrays import device_of, overflow_as_nan, stop_gradient
 from ..lowering import Features
 from .operands import Operands, blocks
 
@@ -74,6 +74,7 @@ def features(
         exponent = xp.zeros_like(total) if shift is None else shift[..., None]
     if c.signed:
         return weighted, xp.zeros_like(total[..., 0])
+    total = overflow_as_nan(total, xp)
     none = total == 0
     # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
     out = xp.divide(weighted, xp.where(none, xp.full_like(total, xp.inf), total))

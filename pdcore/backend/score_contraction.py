@@ -7,15 +7,28 @@ depends on an array's values, so a framework can trace and differentiate these f
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from ..arrays import stop_gradient
+from ..arrays import constant, overflow_as_nan, stop_gradient
 from ..lowering import Scores, sum_to
 from ..spec import Visibility
 from .feature_contraction import shifted_features
 from .operands import Operands, blocks
 
-__all__ = ["divide", "finite", "log_weight", "relative_features", "scores", "scores_vjp"]
+__all__ = [
+    "ORDINARY",
+    "divide",
+    "finite",
+    "log_weight",
+    "relative_features",
+    "scores",
+    "scores_vjp",
+    "with_overflow",
+]
+
+#: A log kappa beyond this is not of ordinary size, see `with_overflow`.
+ORDINARY = 1e4
 
 
 def key_blocks(visibility: Visibility, start: int, stop: int, size: int) -> list[tuple[int, int]]:
@@ -63,16 +76,16 @@ def scores(
     L : array (*B, H, G, N)
         The log of the summed weights over the visible keys, -inf where it is 0.
     """
-    outs, sums = [], []
+    outs, sums, reach = [], [], _reach(o.k, xp)
     for start, stop in blocks(0, o.q.shape[-2], query_block) or [(0, 0)]:
-        out, total = _score_rows(c, o, start, stop, key_block, xp)
+        out, total = _score_rows(c, o, start, stop, key_block, reach, xp)
         outs.append(out)
         sums.append(total)
     return xp.concat(outs, axis=-2), xp.concat(sums, axis=-1)
 
 
 def _score_rows(
-    c: Scores, o: Operands, start: int, stop: int, key_block: int, xp: Any
+    c: Scores, o: Operands, start: int, stop: int, key_block: int, reach: Any, xp: Any
 ) -> tuple[Any, Any]:
     q = o.q[..., start:stop, :]
     total = xp.sum(xp.zeros_like(q), axis=-1, keepdims=True)
@@ -105,7 +118,43 @@ def _score_rows(
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return summed, xp.zeros_like(total[..., 0])
+    if c.weight == "log" and reach is not None:
+        total = with_overflow(c, total, peak, q, reach, xp=xp)
     return divide(summed, total, finite(peak, xp), xp=xp)
+
+
+def _reach(k: Any, xp: Any) -> Any:
+    """Return the largest |k| of each feature, (*B, H, 1, 1, D), for `with_overflow`."""
+    if not k.shape[-2]:
+        return None
+    return constant(xp.max(xp.abs(k), axis=-2, keepdims=True), xp)[..., None, :, :]
+
+
+def with_overflow(c: Scores, total: Any, peak: Any, q: Any, reach: Any, *, xp: Any) -> Any:
+    """Replace by NaN the sums of weights from which an overflow may have hidden a key.
+
+    Such a product is -inf, whatever the sum of its terms would be. So a row may be zero, or have
+    lost its nearest key, where tau |q|.reach is infinite. Where log kappa is linear in q.k, this is
+    of no account in a row whose largest log kappa is of ordinary size.
+
+    Parameters
+    ----------
+    c : Scores
+        The contraction, by log kappa.
+    total, peak : array (..., R, 1)
+        The sums of weights, and the largest log kappa.
+    q : array (..., R, D)
+        Queries.
+    reach : array broadcastable to (..., 1, D)
+        The largest |k| of each feature.
+    xp : namespace
+        The array-API namespace.
+    """
+    bound = abs(c.scale) * xp.sum(xp.abs(constant(q, xp)) * reach, axis=-1, keepdims=True)
+    lost = ~(bound < math.inf)
+    if c.expression is None:
+        lost = lost & ((total == 0) | (xp.abs(constant(peak, xp)) > ORDINARY))
+    return xp.where(lost, xp.full_like(total, math.nan), total)
 
 
 def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, Any]:
@@ -120,6 +169,7 @@ def relative_features(c: Scores, q: Any, k: Any, *, xp: Any) -> tuple[Any, Any, 
 
 def divide(summed: Any, total: Any, exponent: Any, *, xp: Any) -> tuple[Any, Any]:
     """Compute (out, L) from weighted sums: zeros and -inf where the weights sum to 0."""
+    total = overflow_as_nan(total, xp)
     none = total == 0
     divisor = xp.where(none, xp.ones_like(total), total)
     out = xp.where(none, xp.zeros_like(summed), xp.divide(summed, divisor))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..arrays import stop_gradient
+from ..arrays import overflow_as_nan, stop_gradient
 from ..spec import Batch, FeatureMap, Normalization
 from .plan import Transform
 
@@ -266,7 +266,8 @@ class GaussianRows:
         return Rows(
             q,
             k,
-            key_bias=-self.gamma * xp.sum(k * k, axis=-1),
+            # An infinite distance would hide its key from every row, from near ones too.
+            key_bias=overflow_as_nan(-self.gamma * xp.sum(k * k, axis=-1), xp),
             row_constant=-self.gamma * xp.sum(q * q, axis=-1),
             key_mask=key_mask,
         ), pullback

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import device_of
+from ..arrays import device_of, overflow_as_nan
 from ..errors import SpecError
 from .expression import Expression, log, tanh
 from .kernel_base import FeatureMap, FeatureScale, Kernel, Parameter, PointwiseKernel
@@ -196,7 +196,7 @@ class Elu(FeatureMap):
 
     def feature_scale(self, largest: Any, *, xp: Any) -> FeatureScale:
         """Return m such that phi(x) = exp(m) phi(x - m), see `FeatureMap.feature_scale`."""
-        below = (largest < 0) & (largest > -math.inf)
+        below = (largest < -8) & (largest > -math.inf)  # e^-16 is a product of ordinary size
         # Of x - m and of the sum of two m, a whole m costs no digits.
         shift = xp.where(below, xp.ceil(largest), xp.zeros_like(largest))
         return FeatureScale(shift, shift=shift)
@@ -226,7 +226,7 @@ class Relu(FeatureMap):
 
     def feature_scale(self, largest: Any, *, xp: Any) -> FeatureScale:
         """Return d such that phi(x) = d phi(x / d), see `FeatureMap.feature_scale`."""
-        small = (largest > 0) & (largest < 1)
+        small = (largest > 0) & (largest < 2.0**-12)
         log = xp.ceil(xp.log(xp.where(small, largest, xp.ones_like(largest))))
         return FeatureScale(log, divisor=xp.exp(log))
 
@@ -268,7 +268,7 @@ class RandomFeatures(FeatureMap):
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute log phi(x), see `FeatureMap.features`."""
         tau, omega = self._omega(x, xp)
-        square = xp.sum(x * x, axis=-1, keepdims=True)
+        square = overflow_as_nan(xp.sum(x * x, axis=-1, keepdims=True), xp)
         return (
             xp.matmul(x, xp.matrix_transpose(omega))
             - 0.5 * tau * square

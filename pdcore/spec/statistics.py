@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from ..arrays import overflow_as_nan
 from ..errors import UnsupportedError
 
 __all__ = ["KeySet", "Moments", "Statistics"]
@@ -109,8 +110,7 @@ class Moments(Statistics):
         """
         n = state["n"]
         var = state["m2"] / xp.where(n > 0, n, xp.ones_like(n))
-        var = xp.where(var == xp.inf, xp.full_like(var, xp.nan), var)
-        return {"n": n, "mean": state["mean"], "var": var}
+        return {"n": n, "mean": state["mean"], "var": overflow_as_nan(var, xp)}
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
         """Pull ``mean`` and ``var`` back: (d_mean + 2 d_var (k - mean)) / n at real keys."""

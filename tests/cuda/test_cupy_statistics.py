@@ -196,6 +196,13 @@ def test_squares_do_not_overflow(backend: Any) -> None:
     np.testing.assert_array_equal(state["var"], 0)
 
 
+@pytest.mark.parametrize("scope", ["sequence", "prefix"])
+def test_a_variance_beyond_its_range_is_nan(backend: Any, scope: str) -> None:
+    keys = 1e25 * normal(1, 2, 40, 8).astype("float32")
+    final = backend.statistics(Summary(Moments(), scope, KERNELS), keys, None)
+    assert np.isnan(final["var"][..., -1, :]).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_states_of_many_prefixes(backend: Any, dtype: str) -> None:
     # In float64 more chunks than a scan reads at a time, and columns of two blocks.

@@ -185,6 +185,14 @@ def _forward(
     if c.signed:
         # Only feature maps without a log domain are signed, so every exponent was 0.
         return {"out": sums.values, "level": jnp.zeros_like(sums.total[..., 0])}
+    if c.weight == "log":
+        reach = jnp.max(jnp.abs(arrays["k"]), axis=-2, keepdims=True)
+        if arrays["q"].ndim > reach.ndim:
+            reach = reach[..., None, :, :]
+        total = score_contraction.with_overflow(
+            c, sums.total, sums.peak, arrays["q"], lax.stop_gradient(reach), xp=xp
+        )
+        sums = sums._replace(total=total)
     if c.weight == "log" and not derived:
         # The total is 0 if no key is visible, otherwise at least 1.
         total = jnp.maximum(sums.total, jnp.finfo(sums.total.dtype).tiny)

@@ -16,6 +16,7 @@ from pdcore.extend import (
     largest_entry,
     largest_key,
     mapped,
+    overflow_as_nan,
     scaled,
 )
 
@@ -78,7 +79,7 @@ def _contract_blocks(c: Features, o: Operands, out: Any, level: Any) -> None:
         if c.signed:
             out[at], level[rows] = weighted, constant
             continue
-        total = np.matmul(q, count)
+        total = overflow_as_nan(np.matmul(q, count), xp)
         none = total == 0
         # A quotient, because 1 / total overflows for small totals.
         np.divide(weighted, np.where(none, np.inf, total), out=out[at])

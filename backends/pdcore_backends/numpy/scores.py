@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import array_api_compat.numpy as xp
 import numpy as np
 
-from pdcore.extend import Operands, Scores
+from pdcore.extend import Operands, Scores, overflow_as_nan, score_contraction
 
 from . import threads
 from .threads import buffer
@@ -43,6 +44,11 @@ def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
             return
         summed = summed[:, :, :, 0]
         none = total == 0
+        if c.weight == "features":
+            total = overflow_as_nan(total, xp)
+        elif problem.k.shape[1] and (peak is not None or none.any()):
+            total = _with_overflow(block, total, peak)
+            none = total == 0
         total[none] = 1
         summed *= (1 / total)[..., None]
         if none.any():
@@ -55,6 +61,22 @@ def scores(c: Scores, o: Operands) -> tuple[Any, Any]:
 
     threads.run(run, tasks, workers)
     return out.reshape(*o.q.shape[:-1], out.shape[-1]), level.reshape(o.q.shape[:-1])
+
+
+def _with_overflow(block: Block, total: Any, peak: Any) -> Any:
+    """Replace sums that scores are missing from, see `score_contraction.with_overflow`."""
+    c, q = block.problem.c, block.q[:, :, :, 0]
+    if c.expression is None:
+        ordinary = total != 0
+        if peak is not None:
+            ordinary &= abs(peak) <= score_contraction.ORDINARY
+        if ordinary.all():
+            return total
+    reach = abs(block.problem.k[block.at[0]]).max(axis=1)[:, None, None, None, :]
+    peak = total if peak is None else peak
+    return score_contraction.with_overflow(c, total[..., None], peak[..., None], q, reach, xp=xp)[
+        ..., 0
+    ]
 
 
 def _workers(problem: Problem) -> int:

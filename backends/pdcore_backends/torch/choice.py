@@ -84,8 +84,6 @@ class Fused(Blocked):
         Whether L is not read, so that the call may be a `.fused.FusedCall`.
     plain : bool
         Whether `.fused.plain` computes the call.
-    grouped : bool
-        Whether query heads share key heads.
     fold : OnePass or None
         The fold, if it is the only transform of the plan.
     """
@@ -95,7 +93,6 @@ class Fused(Blocked):
     causal: bool
     whole: bool
     plain: bool
-    grouped: bool
     fold: OnePass | None
 
 
@@ -124,7 +121,6 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
         causal=causal,
         whole=whole,
         plain=whole and kind == "cpu" and _plain(plan, request),
-        grouped=request.q[-3] != request.k[-3],
         fold=_one_pass(plan),
     )
     name = "scaled_dot_product_attention" + (

@@ -20,6 +20,7 @@ from pdcore.extend import (
     compiling,
     largest_entry,
     largest_key,
+    overflow_as_nan,
 )
 
 from . import namespace as xp_
@@ -55,6 +56,7 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
     weighted, total = _causal(o.q, k, v) if causal else _whole(o.q, k, v)
     if c.signed:
         return weighted, torch.zeros_like(total[..., 0])
+    total = overflow_as_nan(total, xp_)
     none = total == 0
     # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
     out = weighted / torch.where(none, torch.inf, total)
@@ -64,10 +66,46 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
 def chosen_features(plan: Plan) -> Plan:
     """Choose this backend's own feature maps where they are faster than those of the plan."""
     last = plan.transforms[-1] if plan.transforms else None
-    if not isinstance(last, FeatureRows) or last.phi != "elu":
+    choices: dict[str, type[EluRows | ReluRows]] = {"elu": EluRows, "relu": ReluRows}
+    if not isinstance(last, FeatureRows) or last.phi not in choices:
         return plan
     before = tuple(step for step in plan.transforms[:-1] if not isinstance(step, ScaledRows))
-    return replace(plan, transforms=(*before, replace(last, choice=EluRows(last.kernel))))
+    choice = choices[last.phi](last.kernel)
+    return replace(plan, transforms=(*before, replace(last, choice=choice)))
+
+
+@dataclass(frozen=True)
+class ReluRows:
+    """max(x, 0) after the scale of features, in one pass where every scale is 1.
+
+    See `transforms.FeatureRows` and `scaled_rows.ScaledRows`.
+    """
+
+    kernel: Any
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform queries and keys, and return them with the pullback."""
+        if not self._unscaled(rows):
+            scaled, first = ScaledRows(self.kernel)(rows, state, params, xp=xp)
+            mapped, second = FeatureRows(self.kernel)(scaled, state, params, xp=xp)
+            return mapped, lambda d: first(second(d)[0])
+        q, k = (x.clamp_min(0.0) for x in (rows.q, rows.k))
+
+        def pullback(d: Rows) -> Any:
+            grads = (torch.where(x == 0, 0.0, dx) for x, dx in ((q, d.q), (k, d.k)))
+            return Rows(*grads), {}, {}
+
+        return rows._replace(q=q, k=k), pullback
+
+    def _unscaled(self, rows: Rows) -> bool:
+        """Check whether every scale is 1, where reading values is cheap."""
+        q, k = rows.q, rows.k
+        if compiling() or transformed() or recorded(q, k) or q.device.type != "cpu":
+            return False
+        if not (q.numel() and k.numel()):
+            return False
+        largest = largest_key(k, rows.key_mask, xp=xp_), largest_entry(q, xp=xp_)
+        return not any(self.kernel.feature_scale(x, xp=xp_).log.any() for x in largest)
 
 
 @dataclass(frozen=True)
@@ -92,25 +130,20 @@ class EluRows:
 
     def _scaled(self, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return phi(x - shift) and the shift; by default that of every row."""
+        shift = self._shift(x) if shift is None else shift
         traced = torch.compiler.is_compiling() or transformed()
         if traced or recorded(x) or x.device.type != "cpu" or not x.numel():
-            shift = self._shift(x) if shift is None else shift
             return _elu(x - shift), shift
         # A block of rows stays in the cache between its operations.
         phi = torch.empty_like(x, memory_format=torch.contiguous_format)
-        heads = x.flatten(0, -3), phi.flatten(0, -3)
-        wide = x.new_empty((*x.shape[:-1], 1)) if shift is None else shift
-        shifts = wide.flatten(0, -3)
-        for i in range(heads[0].shape[0]):
+        heads, to = x.flatten(0, -3), phi.flatten(0, -3)
+        shifts = shift.expand(*x.shape[:-1], 1).flatten(0, -3) if shift.any() else None
+        for i in range(heads.shape[0]):
             for start in range(0, x.shape[-2], ROWS):
-                part, to = (h[i, start : start + ROWS] for h in heads)
-                if shift is None:
-                    by = self._shift(part)
-                    shifts[i, start : start + ROWS] = by
-                else:
-                    by = shifts[i]
-                _elu_into(torch.sub(part, by, out=to))
-        return phi, wide
+                at = i, slice(start, start + ROWS)
+                part = heads[at] if shifts is None else torch.sub(heads[at], shifts[at], out=to[at])
+                _elu_into(part, to[at])
+        return phi, shift
 
     def _shift(self, x: Tensor) -> Any:
         return self.kernel.feature_scale(largest_entry(x, xp=xp_), xp=xp_).shift
@@ -130,10 +163,10 @@ def _elu_plus_one(x: Tensor) -> Tensor:
     return x.clamp_max(0.0).exp_().add_(x.clamp_min(0.0))
 
 
-def _elu_into(x: Tensor) -> None:
-    """Replace x by elu(x) + 1."""
+def _elu_into(x: Tensor, to: Tensor) -> None:
+    """Write elu(x) + 1 to a tensor, which may be x."""
     positive = x.clamp_min(0.0)
-    x.clamp_max_(0.0).exp_().add_(positive)
+    torch.clamp_max(x, 0.0, out=to).exp_().add_(positive)
 
 
 class _EluPlusOne(torch.autograd.Function):  # type: ignore[misc]

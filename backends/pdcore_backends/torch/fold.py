@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import Moments, compiling, first_real
+from pdcore.extend import Moments, compiling, first_real, overflow_as_nan
 
 from . import device
 from . import namespace as xp
@@ -137,7 +137,7 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
 
 def _inverse(var: Tensor, eps: float) -> Tensor:
     """Return 1 / (var + eps); NaN, not 0, for a variance beyond the range of its dtype."""
-    return 1.0 / torch.where(var == torch.inf, torch.nan, var + eps)
+    return 1.0 / (overflow_as_nan(var, xp) + eps)
 
 
 def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ def _plain(
     if real is None:
         var, mean = torch.var_mean(k, axes, correction=0, keepdim=True)
         several: Any = k.shape[2] * (k.shape[0] if over_batch else 1) > 1
-        inverse = 1.0 / (var + eps) if several else torch.zeros_like(var)
+        inverse = _inverse(var, eps) if several else torch.zeros_like(var)
     else:
         keep = real[:, :, :, None]
         n = keep.to(wide).sum(axes, keepdim=True)
@@ -298,7 +298,7 @@ def _prefix_plain(
     if offset or rows != keys:
         past = torch.arange(offset, offset + rows, device=k.device).clamp(max=keys - 1)
         n, mean, var = (x.index_select(-2, past) for x in (n, mean, var))
-    inverse = 1.0 / (var + eps)
+    inverse = _inverse(var, eps)
     if closed:  # see `transforms.Fold`
         inverse = torch.where(n > 1, inverse, 0.0)
     folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from pdcore.extend import (
     Call,
@@ -25,7 +24,7 @@ from pdcore.extend import (
 )
 
 from . import namespace as xp
-from .flash import attend, attend_with_lse, biased, recorded
+from .flash import attend, attend_with_lse, biased, on_cpu, recorded
 from .fold import fold, fold_prefix, fold_running
 
 __all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores", "plain"]
@@ -33,9 +32,7 @@ __all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores",
 
 def plain(c: Scores, inputs: Inputs) -> Tensor:
     """Run a call without transforms, pooling, masks and gradients by one call of PyTorch."""
-    return scaled_dot_product_attention(
-        inputs.q, inputs.k, inputs.v, scale=c.scale, enable_gqa=c.choice.grouped
-    )
+    return on_cpu(inputs.q, inputs.k, inputs.v, None, c.scale, False)[0]
 
 
 def fused_inputs(plan: Plan, inputs: Inputs) -> Inputs | None:

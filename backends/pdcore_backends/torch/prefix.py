@@ -97,7 +97,8 @@ def _forward(
         m2_before = var[:, :, -1:] * n[..., -1:, :]
         mean = away.add_(mean_before)
         mean_before = mean[:, :, -1:].clone()
-        inverse = var.add_(eps).reciprocal_()
+        # A variance beyond the range of its dtype is NaN: 1 / inf would hide the overflow.
+        inverse = var.add_(eps).masked_fill_(var == torch.inf, torch.nan).reciprocal_()
         if closed:  # see `transforms.Fold`
             inverse.mul_(n > 1)
         centred = q[:, :, :, cut] - (beta * (mean + origin))[:, :, None]

@@ -136,6 +136,7 @@ def _folded(  # type: ignore[no-untyped-def]
             tl.load(m2s + place * width + d),
         )
     var = m2 / tl.maximum(n, 1.0)
+    var = tl.where(var == float("inf"), float("nan"), var)
     inverse = tl.where(n > 1.0, 1.0 / (var + eps), 0.0)
     factor = inverse
     if split:

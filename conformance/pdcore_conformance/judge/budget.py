@@ -39,6 +39,7 @@ __all__ = [
     "judge",
     "judge_array",
     "outputs_and_gradients",
+    "widened",
     "worst",
 ]
 
@@ -147,7 +148,7 @@ def expect(
     wide = np.longdouble if dtype == "float64" else np.float64
     rounding = {"round_intermediates": q.dtype} if EPS[dtype] > EPS["float32"] else {}
     arrays = {"q": q, "k": k, "v": v}
-    inputs = ({**arrays, **call}, {name: _widened(x, wide) for name, x in (arrays | call).items()})
+    inputs = ({**arrays, **call}, {name: widened(x, wide) for name, x in (arrays | call).items()})
     outputs = []
     for arguments, options in zip(inputs, (rounding, {}), strict=True):
         if d_out is None:
@@ -348,10 +349,10 @@ def worst(verdicts: Mapping[str, Verdict]) -> float:
     return max((verdict.ratio for verdict in verdicts.values()), default=0.0)
 
 
-def _widened(value: Any, wide: Any) -> Any:
+def widened(value: Any, wide: Any) -> Any:
     """Cast the floating arrays of a call, `params` included, but no mask and no offset."""
     if isinstance(value, Mapping):
-        return {name: _widened(entry, wide) for name, entry in value.items()}
+        return {name: widened(entry, wide) for name, entry in value.items()}
     if getattr(value, "dtype", None) is None or str(value.dtype) not in EPS:
         return value
     return value.astype(wide)

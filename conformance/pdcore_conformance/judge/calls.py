@@ -33,6 +33,10 @@ def dtype_of(name: str) -> Any:
     return np.dtype(name)
 
 
+#: The largest number of each dtype; NumPy does not know that of bfloat16.
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3e38, "float32": 3.4e38, "float64": 1.7e308}
+
+
 @dataclass(frozen=True)
 class Arrays:
     """The NumPy arrays of a call.
@@ -107,13 +111,14 @@ class Call:
         Whether `params` has the parameters that have a default too. (The ids of cases contain the
         name of this field.)
     draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "tiny",
-            "negative", "rising", "nan", "positive"}
+            "negative", "rising", "nan", "positive", "vast", "vast_keys", "largest"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
         constant feature; with an outlier as the first key; logits in the hundreds; with rows of
         zeros; all keys equal; norms growing along the sequence; of size 1e-19; mean -50; queries
         of mean -50, and keys whose mean rises from -60 to 0 along the sequence; with a NaN in one
         real key and in one real value, of different sequences and key heads; standard normal
-        with positive values and cotangents, whose sums do not cancel.
+        with positive values and cotangents, whose sums do not cancel; of a size whose square
+        overflows, in queries and keys or in keys alone; up to the largest number of the dtype.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
     axes : {"", "bnhd"}
@@ -298,6 +303,12 @@ class Call:
                 q, k = q - 50, k - 50
             case "rising":
                 q, k = q - 50, k + np.linspace(-60.0, 0.0, self.keys)[:, None]
+            case "vast":
+                q, k = (2.0 * math.sqrt(LARGEST[self.dtype]) * x for x in (q, k))
+            case "vast_keys":
+                k *= 2.0 * math.sqrt(LARGEST[self.dtype])
+            case "largest":
+                q, k = (0.9 * LARGEST[self.dtype] * (x / np.max(abs(x))) for x in (q, k))
             case _:
                 raise ValueError(f"draw: got {self.draw!r}, expected one that Call describes")
         return q, k

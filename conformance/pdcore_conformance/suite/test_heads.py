@@ -84,3 +84,13 @@ test_equal_scales_may_lie_anywhere = judged(
     SMALL.but(spec="bn(beta=param)+sh(2,1,3,1)", heads=4, key_heads=4),
     SMALL.but(spec="sh(2,1,2,1)", heads=4, key_heads=4, mask="heads"),
 )
+
+test_long_windows_are_summed_in_float32 = judged(
+    "The mean of many 16-bit keys near 100: a sum in 16 bits overflows, or loses every later key.",
+    *(
+        SMALL.but(spec=text, dtype=dtype, keys=2100, rows=5, draw="far", key_mask=mask)
+        for dtype in ("float16", "bfloat16", "float32")
+        for text, mask in (("sh(1,700)", ""), ("bn+sh(64,700)", "right"))
+    ),
+    SMALL.but(spec="sh(2000,1)", dtype="float16", keys=2000, rows=5, draw="loud"),
+)

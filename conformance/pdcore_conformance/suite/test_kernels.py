@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ..judge.calls import Call
-from ..judge.judging import DTYPES, full, judged
+from ..judge.budget import judge
+from ..judge.calls import Call, drawn
+from ..judge.judging import DTYPES, each, full, judged
+from ..judge.overflow import expect_nearby, overflow_excused
+from ..judge.subject import Subject
 
 SMALL = Call()
 KERNELS = (
@@ -51,6 +54,55 @@ test_exponentials_do_not_overflow = judged(
         for text in ("softmax", "gaussian(gamma=1)", "random_features(count=16)")
     ),
 )
+
+OVERFLOWING = [
+    *(
+        SMALL.but(spec=text, draw=how)
+        for how in ("vast", "vast_keys", "largest")
+        for text in (
+            "softmax",
+            "causal",
+            "softmax(softcap=2)",
+            "gaussian(gamma=0.3)",
+            "cosine",
+            "polynomial",
+            "linear",
+            "relu+causal",
+            "random_features(count=16)",
+            "bn",
+            "bn+sh(1,2)",
+            "bn(statistics=batch)",
+            "causal+bn(statistics=prefix)",
+            "iebn+sh(1,2)",
+            "mixture",
+            "linear+mixture+sh(1,2)",
+            "gaussian(gamma=0.3)+bn",
+            "conv1d",
+        )
+    ),
+    *(
+        SMALL.but(spec=text, draw="largest", dtype=dtype, **how)
+        for dtype in DTYPES
+        for text, how in (
+            ("softmax", {"keys": 5, "mask": "empty"}),
+            ("bn", {"keys": 5, "key_mask": "right"}),
+            ("gaussian(gamma=0.3)", {"keys": 5}),
+        )
+    ),
+]
+
+
+@each(OVERFLOWING)
+def test_overflow_is_visible(call: Call, subject: Subject) -> None:
+    """A row whose statistics or scores overflow is right or NaN: never zeros, never uniform."""
+    if subject.unclaimed(call.features(lse=True)):
+        subject.judge(call)
+        return
+    expected = expect_nearby(call)
+    for lse in (True, False):
+        got = subject.compute(drawn(call), call.spec, lse=lse)
+        subject.evidence.add(judge(overflow_excused(got, expected), expected))
+
 
 test_running_maximum_is_carried = judged(
     "The largest logit is in the last blocks of keys, so that earlier sums must be rescaled.",

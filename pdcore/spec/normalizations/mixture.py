@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...arrays import constant
+from ...arrays import constant, overflow_as_nan
 from ...errors import SpecError
 from ..latex_text import latex_number
 from ..statistics import KeySet, State, Statistics
@@ -181,7 +182,7 @@ class GaussianMixture(KeySet):
         if "keys" in state:
             return self._start(state, xp)
         final = {name: x for name, x in state.items() if name != "m2"}
-        return {**final, "var": state["m2"] / _nonzero(state["weight"], xp)}
+        return {**final, "var": overflow_as_nan(state["m2"] / _nonzero(state["weight"], xp), xp)}
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
         """Pull ``mean``, ``var`` and ``weight`` back through the last step."""
@@ -213,15 +214,20 @@ class GaussianMixture(KeySet):
         mean = xp.sum(real * keys, axis=-2, keepdims=True) / _nonzero(n, xp)
         deviation = keys - mean
         var = xp.sum(real * deviation * deviation, axis=-2, keepdims=True) / _nonzero(n, xp)
+        var = overflow_as_nan(var, xp)
         centres: list[Any] = []
         nearest = real
         for u in uniform_draws(self.components, self.seed):
             # Where every key is a centre already, the next centre is drawn from all keys.
             distinct = xp.sum(nearest, axis=-2, keepdims=True) > 0
-            cumulative = xp.cumulative_sum(xp.where(distinct, nearest, real), axis=-2)
+            chance = xp.where(distinct, nearest, real)
+            cumulative = xp.cumulative_sum(chance, axis=-2)
             above = cumulative > u * cumulative[..., -1:, :]
             first = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-2) == 1)
             centre = xp.sum(xp.where(first, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
+            # Distances that overflow draw no centre.
+            drawn = xp.sum(chance, axis=-2, keepdims=True) < math.inf
+            centre = xp.where(drawn, centre, xp.full_like(centre, math.nan))
             deviation = keys - centre
             square = real * xp.sum(deviation * deviation, axis=-1, keepdims=True)
             nearest = xp.minimum(nearest, square) if centres else square
@@ -250,10 +256,11 @@ def posterior(x: Any, state: State, eps: float, xp: Any) -> Any:
             xp.sum(deviation * deviation / spread, axis=-1, keepdims=True)
             + xp.sum(xp.log(spread), axis=-1, keepdims=True)
         )
-        columns.append(xp.where(weight > 0, logit, xp.full_like(logit, -float("inf"))))
+        # Not weight > 0, which would hide a NaN.
+        columns.append(xp.where(weight == 0, xp.full_like(logit, -math.inf), logit))
     logits = xp.concat(columns, axis=-1)
     top = constant(xp.max(logits, axis=-1, keepdims=True), xp)
-    top = xp.where(top > -float("inf"), top, xp.zeros_like(top))
+    top = xp.where(top == -math.inf, xp.zeros_like(top), top)
     e = xp.exp(logits - top)
     return e / _nonzero(xp.sum(e, axis=-1, keepdims=True), xp)
 
@@ -289,8 +296,8 @@ def _components(state: State) -> Iterator[tuple[int, Any, Any]]:
 
 
 def _nonzero(x: Any, xp: Any) -> Any:
-    return xp.where(x > 0, x, xp.ones_like(x))
+    return xp.where(x == 0, xp.ones_like(x), x)
 
 
 def _has_keys(state: State, xp: Any) -> Any:
-    return xp.sum(state["weight"], axis=-2, keepdims=True) > 0
+    return xp.sum(state["weight"], axis=-2, keepdims=True) != 0

@@ -60,6 +60,21 @@ class PooledPadding(Unmutated):
         return super().pool(kind, np.nan_to_num(x), np.ones_like(weights))
 
 
+@planted("heads::long_windows_are_summed_in_float32[sh(1,700)-float16-rows=5-keys=2100-draw=far]")
+class PooledInSixteenBits(Unmutated):
+    """Sums over a window in the dtype of the call."""
+
+    def call(self, plan: Plan, inputs: Any, *, level: bool = True) -> Any:
+        call = super().call(plan, inputs, level=level)
+        self.narrow = call.dtype
+        return call
+
+    def pool(self, kind: str, x: Any, weights: Any) -> Any:
+        with np.errstate(over="ignore", invalid="ignore"):
+            pooled, pullback = super().pool(kind, x.astype(self.narrow), weights)
+        return pooled.astype(x.dtype), pullback
+
+
 def visibility_changed(**changes: Any) -> Any:
     """Return a backend that changes which keys a query sees by position."""
 

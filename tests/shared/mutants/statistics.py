@@ -110,3 +110,22 @@ class BatchStatisticsPerSequence(Unmutated):
         return super().statistics(
             replace(summary, scope="sequence") if summary.scope == "batch" else summary, keys, mask
         )
+
+
+@planted("kernels::overflow_is_visible[bn-float32-draw=vast]")
+class InfiniteVariance(ChangedMoments):
+    """A variance that overflows to inf, so that division by it makes all weights equal."""
+
+    def moments(self, final: dict[str, Any], keys: Any, mask: Any) -> dict[str, Any]:
+        return final | {"var": np.where(np.isnan(final["var"]), np.inf, final["var"])}
+
+
+@planted("kernels::overflow_is_visible[bn+sh(1,2)-float32-draw=vast]")
+class ZerosOnOverflow(Unmutated):
+    """Zeros in place of NaN, as of a row that sees no key."""
+
+    def attention(self, plan: Plan, inputs: Any, *, lse: bool = False) -> Any:
+        out, level = super().attention(plan, inputs, lse=lse)
+        lost = np.isnan(out).any(-1)
+        level = None if level is None else np.where(lost, -np.inf, level).astype(level.dtype)
+        return np.where(lost[..., None], 0, out).astype(out.dtype), level

@@ -88,6 +88,12 @@ struct State {
 
 DEVICE State nothing() { return {0, zeros(), zeros(), zeros()}; }
 
+// The variance of n keys; NaN, not inf, beyond the range of its dtype: 1 / inf would hide every key.
+DEVICE scalar variance(scalar m2, scalar n) {
+  const scalar var = n > 0 ? m2 / n : scalar(0);
+  return var + 0 * var;
+}
+
 // Means a + c and centred second moments b, merged by Chan's update, as in pdcore.statistics. b
 // depends on the distance of two means; c is the rounding error of a, without which b would lose
 // digits in proportion to |mean| / deviation.

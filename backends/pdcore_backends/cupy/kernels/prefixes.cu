@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     if (i >= 0 && run.has(i)) Moments::merge(own, {1, run.x[i], zeros(), zeros()});
     Columns var;
 #pragma unroll
-    for (int e = 0; e < WIDE; e++) var.x[e] = own.n > 0 ? own.b.x[e] / own.n : scalar(0);
+    for (int e = 0; e < WIDE; e++) var.x[e] = variance(own.b.x[e], own.n);
     if (p.column() == 0) all_n[first + row + i + 1] = own.n;
     means.write(row + i + 1, own.a);
     vars.write(row + i + 1, var);

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   reduce<Merged>(p, own, exchange);
   if (p.lane()) return;
 #pragma unroll
-  for (int e = 0; e < WIDE; e++) own.b.x[e] = own.n > 0 ? own.b.x[e] / own.n : scalar(0);
+  for (int e = 0; e < WIDE; e++) own.b.x[e] = variance(own.b.x[e], own.n);
   if (p.column() == 0) all_n[blockIdx.x] = own.n;
   results(p, all_mean, s.columns).write(blockIdx.x, own.a);
   results(p, all_var, s.columns).write(blockIdx.x, own.b);
