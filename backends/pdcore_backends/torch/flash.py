@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import compiling, score_contraction
+from pdcore.extend import compiling
 
 from . import namespace as xp
 from .inner import Inner, run_inner
@@ -24,7 +24,6 @@ __all__ = ["attend", "attend_with_lse", "biased", "on_cpu", "recorded", "transfo
 # Called by name, half the time of `scaled_dot_product_attention` on a small call.
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-ORDINARY = score_contraction.ORDINARY
 #: Query rows of a block where gradients are computed without a fused kernel.
 ROWS = 256
 
@@ -118,17 +117,15 @@ def on_cpu(
     """Compute out and the log-sum-exp by the fused CPU kernel; NaN where scores overflow.
 
     The kernel returns zeros, and a log-sum-exp of 0, for a row in which every score is -inf, and
-    with few keys for a row of NaN scores too. See `score_contraction.with_overflow` for others.
+    with few keys for a row of NaN scores too.
     """
     out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    if int(torch.count_nonzero(lse)) == lse.numel():
-        low, high = torch.aminmax(lse)
-        if low.item() > -ORDINARY and high.item() < ORDINARY:
-            return out, lse
+    if torch.count_nonzero(lse).item() == lse.numel():
+        return out, lse
     rows, keys = (x.detach().to(lse.dtype).abs() for x in (q, k))
     most = keys.amax(-2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
     bound = abs(scale) * (rows @ most.mT)[..., 0]
-    lost = ((lse == 0) | (lse.abs() > ORDINARY)) & ~(bound < torch.inf)
+    lost = (lse == 0) & ~(bound < torch.inf)
     return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 
