@@ -206,7 +206,7 @@ PEERS: Mapping[str, Peer] = {
             ("linear", "causal+linear"),
             performer,
             ("cpu",),
-            _PERFORMER.requires[1:],
+            tuple(_PERFORMER.requires[1:]),
             _PERFORMER.install,
             True,
         ),
@@ -273,7 +273,7 @@ PEERS: Mapping[str, Peer] = {
             _SDPA,
             onnx_attention,
             ("cpu",),
-            _ONNX.requires[1:],
+            tuple(_ONNX.requires[1:]),
             _ONNX.install,
         ),
     )
