@@ -23,6 +23,7 @@ MESSAGES = {
     "result_shares_an_input": "shares memory with the argument q",
     "random_for_many_rows": "a second call with the same inputs differs",
     "quadratic_memory": "expected memory of O(N + M)",
+    "quadratic_memory_of_gradients": "expected memory of O(N + M)",
     "lse_in_sixteen_bits": "got dtype float16, expected float32",
     "skips": "raises SkipTest",
     "expects_failure": "raises XFailed",

@@ -74,7 +74,15 @@ def test_an_exception_that_ends_tests_is_a_failure(excused, name):
         assert "where it should compute" in message
 
 
-def test_ctrl_c_is_the_users_unless_the_process_ignores_it():
+@pytest.fixture
+def interruptible():
+    """Let SIGINT interrupt this process and its children, as a shell in the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_the_users_unless_the_process_ignores_it(interruptible):
     with pytest.raises(KeyboardInterrupt), no_excuses():
         raise KeyboardInterrupt
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -165,7 +173,7 @@ def command(*arguments: str, site: Path, **more: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_ends_the_command_and_its_child(site, tmp_path):
+def test_ctrl_c_ends_the_command_and_its_child(site, tmp_path, interruptible):
     process = command("blocks", "--case", ENDING, site=site, cwd=tmp_path, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     child = ""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builtin_checks import (  # noqa: F401 - collected here too
+    test_a_row_whose_scores_overflow_is_right_or_no_number,
     test_both_ways_to_gradients_agree,
     test_eight_threads,
     test_every_dtype_is_within_its_budget,
