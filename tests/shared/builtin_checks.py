@@ -67,7 +67,6 @@ def test_every_dtype_is_within_its_budget(name: str, text: str) -> None:
                     assert verdict.ok, f"{case} {dtype}: {verdict}"
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_a_row_whose_scores_overflow_is_right_or_no_number(name: str) -> None:
     library = framework(plugins.registered()[name].library)
     small = Call(keys=5, mask="empty", draw="largest")

@@ -98,11 +98,9 @@ class ReluRows:
         return rows._replace(q=q, k=k), pullback
 
     def _unscaled(self, rows: Rows) -> bool:
-        """Check whether every scale is 1, where reading values is cheap."""
+        """Check whether every scale is 1, where values are read cheaply."""
         q, k = rows.q, rows.k
-        if compiling() or transformed() or recorded(q, k) or q.device.type != "cpu":
-            return False
-        if not (q.numel() and k.numel()):
+        if not _readable(q, k):
             return False
         largest = largest_key(k, rows.key_mask, xp=xp_), largest_entry(q, xp=xp_)
         return not any(self.kernel.feature_scale(x, xp=xp_).log.any() for x in largest)
@@ -131,8 +129,7 @@ class EluRows:
     def _scaled(self, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return phi(x - shift) and the shift; by default that of every row."""
         shift = self._shift(x) if shift is None else shift
-        traced = torch.compiler.is_compiling() or transformed()
-        if traced or recorded(x) or x.device.type != "cpu" or not x.numel():
+        if not _readable(x):
             return _elu(x - shift), shift
         # A block of rows stays in the cache between its operations.
         phi = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -147,6 +144,16 @@ class EluRows:
 
     def _shift(self, x: Tensor) -> Any:
         return self.kernel.feature_scale(largest_entry(x, xp=xp_), xp=xp_).shift
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Check whether values are read cheaply: on the CPU, and neither traced nor recorded.
+
+    A tensor of a subclass, such as a fake one, may have no values.
+    """
+    if compiling() or transformed() or recorded(*tensors):
+        return False
+    return all(type(x) is Tensor and x.device.type == "cpu" and x.numel() for x in tensors)
 
 
 def _elu(x: Tensor) -> Tensor:

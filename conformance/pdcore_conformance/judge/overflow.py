@@ -18,6 +18,7 @@ __all__ = ["expect_nearby", "overflow_excused"]
 _NEARBY = 4
 
 
+@np.errstate(all="ignore")
 def expect_nearby(call: Call) -> Expected:
     """Compute the results of a call, and what rounding its inputs changes in them.
 
@@ -44,6 +45,7 @@ def expect_nearby(call: Call) -> Expected:
     return exact._replace(low=low)
 
 
+@np.errstate(all="ignore")
 def overflow_excused(got: Mapping[str, Array], expected: Expected) -> dict[str, Array]:
     """Return results with the expected values in place of NaN and of infinite outputs.
 

@@ -281,7 +281,7 @@ def test_shapes_are_inferred_of_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        for spec in ("softmax", "bn+sh(1,2)", "sparse(2,1)", "causal+linear"):
+        for spec in ("softmax", "bn+sh(1,2)", "sparse(2,1)", "causal+linear", "relu"):
             q, k, v = torch.empty(1, 4, 6, 8), torch.empty(1, 2, 5, 8), torch.empty(1, 2, 5, 3)
             assert pdcore.attention(q, k, v, spec).shape == (1, 4, 6, 3)
 
