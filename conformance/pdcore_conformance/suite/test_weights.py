@@ -45,6 +45,18 @@ test_weights_of_long_sequences = judged(
     through="weights",
 )
 
+test_weights_of_small_features = judged(
+    "Weights of features far below 1, which a backend scales.",
+    *(
+        SMALL.but(spec=f"{text}{more}", draw=draw, **how)
+        for text, draw in (("linear", "negative"), ("linear", "rising"), ("relu", "tiny"))
+        for more in ("", "+h(count)", "+h(one)", "+causal")
+        for how in ({}, {"key_mask": "holes"})
+    ),
+    SMALL.but(spec="linear", draw="negative", rows=9, keys=300),
+    through="weights",
+)
+
 test_weight_of_a_pooled_key_is_spread = judged(
     "The weight is equal on the real keys of the window; with pool=first it is on the first key.",
     *(
