@@ -60,6 +60,12 @@ test_end_is_the_last_real_key = judged(
         for text in ("causal", "causal+linear", "sparse(2,1)")
     ),
     SMALL.but(spec="causal", offset="end", rows=15, keys=6),
+    # The last key is the last of a block, so that no block follows.
+    *(
+        SMALL.but(spec=text, offset="end", key_mask="left", rows=1, keys=m)
+        for text in ("causal", "causal+linear", "causal+random_features(count=16)")
+        for m in (64, 256)
+    ),
 )
 
 test_window_reaches_left_and_right = judged(
