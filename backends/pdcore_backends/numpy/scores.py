@@ -244,7 +244,6 @@ class _Cotangent:
         self.delta = block.tiled(delta[..., None])
         self.d_out = block.tiled(d_out)
         self.empty = self.level == -np.inf
-        self.any_empty = bool(self.empty.any())
         self.base = np.where(self.empty, 0, self.level)
 
     def add(self, keys: Rows, dq: Any, grads: dict[str, Any]) -> None:
@@ -263,8 +262,6 @@ class _Cotangent:
             if hidden is not None:
                 np.copyto(s, -np.inf, where=hidden)
             np.exp(s, out=s)
-            if self.any_empty:
-                np.copyto(s, 0, where=self.empty)
         else:
             if hidden is not None:
                 np.copyto(s, 0, where=hidden)
