@@ -111,11 +111,15 @@ class Copy:
             ).fetchall()
 
 
-def is_explained(module: str, difference: str) -> bool:
-    """Tell whether .ci/survivors.toml has the line that a mutation made of another."""
-    added = [line[1:].strip() for line in difference.splitlines() if line.startswith("+")]
+def explained() -> set[tuple[str, str]]:
+    """Return the modules and lines of .ci/survivors.toml."""
     entries = tomllib.loads(EXPLAINED.read_text(encoding="utf-8"))["survivor"]
-    return any(module == entry["module"] and entry["line"] in added for entry in entries)
+    return {(entry["module"], entry["line"]) for entry in entries}
+
+
+def added_lines(difference: str) -> list[str]:
+    """Return the lines that a mutation made of others."""
+    return [line[1:].strip() for line in difference.splitlines() if line.startswith("+")]
 
 
 def main() -> int:
@@ -135,7 +139,8 @@ def main() -> int:
             sys.exit("cosmic-ray exec failed")
         judged = [result for copy in copies for result in copy.results()]
     alive = [(m, o, diff) for m, o, outcome, diff in judged if outcome.upper() == "SURVIVED"]
-    faults = [survivor for survivor in alive if not is_explained(survivor[0], survivor[2])]
+    known = explained()
+    faults = [s for s in alive if not any((s[0], line) in known for line in added_lines(s[2]))]
     for module, operator, difference in faults:
         print(f"--- survived: {operator} in {module}\n{difference}")
     print(
