@@ -86,7 +86,12 @@ def compacted(runs: Sequence[Run]) -> CompactRecord:
         for case in run["cases"]:
             key = (case["id"], case["level"], tuple(case["features"]))
             results.setdefault(key, [None] * len(runs))[index] = _result(case)
-    headers: Any = [{name: value for name, value in run.items() if name != "cases"} for run in runs]
+    own_place = ("cases", "speed")
+    headers: Any = [
+        {name: value for name, value in run.items() if name not in own_place}
+        | {"speed": run["speed"]}
+        for run in runs
+    ]
     return {
         "schema": SCHEMA,
         "kind": KIND,

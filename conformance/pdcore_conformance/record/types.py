@@ -348,7 +348,10 @@ class RunHeader(TypedDict):
     ]
     dirty: Annotated[
         bool | None,
-        Meta(description="Whether tracked files differed from the commit; null without a commit."),
+        Meta(
+            description="Whether tracked files outside of docs/ differed from the commit; null "
+            "without a commit."
+        ),
     ]
     level: Annotated[
         Literal["core", "all"],

@@ -145,14 +145,15 @@ def new_run(backend: str, device: str) -> Run:
 
 
 def revision() -> tuple[str | None, bool | None]:
-    """Return the commit that pdcore is imported from, and whether tracked files differ from it.
+    """Return the commit that pdcore is imported from, and whether its code differs from it.
 
     Returns
     -------
     commit : str or None
         None where pdcore is installed, is no git checkout, or git is not there.
     dirty : bool or None
-        None where there is no commit.
+        Whether tracked files outside of ``docs/``, which holds the records, differ. None where
+        there is no commit.
     """
     root = Path(pdcore.__file__).resolve().parent.parent
     if not (root / ".git").exists():
@@ -175,7 +176,8 @@ def revision() -> tuple[str | None, bool | None]:
         return completed.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":(exclude)docs")
+        return git("rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.SubprocessError):
         return None, None
 
