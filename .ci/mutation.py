@@ -9,6 +9,7 @@ copies are kept there, and a run that was cut goes on.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import random
@@ -56,16 +57,34 @@ def configuration(backends: tuple[str, ...]) -> str:
     )
 
 
+def annotated(module: str) -> set[tuple[int, int]]:
+    """Return the lines and columns of a module that annotations take: they are not evaluated."""
+    nodes = list(ast.walk(ast.parse((ROOT / module).read_text(encoding="utf-8"))))
+    annotations = [getattr(node, "annotation", None) for node in nodes]
+    annotations += [node.returns for node in nodes if isinstance(node, ast.FunctionDef)]
+    return {
+        (part.lineno, column)
+        for annotation in annotations
+        if annotation is not None
+        for part in ast.walk(annotation)
+        if isinstance(part, ast.expr)
+        for column in range(part.col_offset, part.end_col_offset or 0)
+    }
+
+
 def keep(session: Path, count: int, seed: int, folder: str) -> None:
     """Keep those in a folder of this many mutations of all folders, drawn by the seed."""
     with sqlite3.connect(session) as database:
         key = "module_path, operator_name, occurrence, operator_args"
         rows = database.execute(
-            f"SELECT job_id, module_path FROM mutation_specs ORDER BY {key}"
+            "SELECT job_id, module_path, start_pos_row, start_pos_col FROM mutation_specs "
+            f"ORDER BY {key}"
         ).fetchall()
-        drawn = set(random.Random(seed).sample(rows, min(count, len(rows))))
+        unread = {module: annotated(module) for module in {row[1] for row in rows}}
+        read = [row for row in rows if row[2:] not in unread[row[1]]]
+        kept = {row[0] for row in random.Random(seed).sample(read, min(count, len(read)))}
         left_out = [
-            (job,) for job, path in rows if (job, path) not in drawn or not path.startswith(folder)
+            (row[0],) for row in rows if row[0] not in kept or not row[1].startswith(folder)
         ]
         for table in ("mutation_specs", "work_items"):
             database.executemany(f"DELETE FROM {table} WHERE job_id = ?", left_out)
