@@ -303,7 +303,7 @@ def mutants(session: nox.Session) -> None:
 @nox.session
 def mutation(session: nox.Session) -> None:
     """Mutate the NumPy backend and ArrayBackend at random, and run the suite on each mutation."""
-    here = numpy_environment(session).beside("cosmic-ray", pins=("mutation",))
+    here = numpy_environment(session).beside("cosmic-ray", "coverage", pins=("mutation",))
     here.run("python", ".ci/mutation.py", *session.posargs)
 
 
