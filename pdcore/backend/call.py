@@ -165,11 +165,9 @@ class Call:
         if inputs.key_mask is not None:
             result |= {name: self._zero_padding(result[name]) for name in ("k", "v")}
         if self.bias is not None:
-            parts = [g["bias"] for g in grads]
-            whole = self.bias.shape[-4] != 1
-            # The cotangent of a bias that all heads share is the sum over the groups.
-            total = _join_groups(parts, self.plan, axis, xp) if whole else _sum(parts)
-            result["bias"] = self._as(xp.reshape(total, inputs.bias.shape), inputs.bias.dtype)
+            # A call with a bias pools no keys, so all of its heads are one group.
+            [gradient] = [g["bias"] for g in grads]
+            result["bias"] = self._as(xp.reshape(gradient, inputs.bias.shape), inputs.bias.dtype)
         for name, x in inputs.params.items():
             parts = [g.get(name) for g in grads]
             if any(p is None for p in parts):
@@ -224,10 +222,3 @@ def _join_groups(parts: list[Any], plan: Plan, axis: int, xp: Any) -> Any:
             parts[group][(*lead, slice(start, stop), ...)] for group, start, stop in plan.runs
         ]
     return xp.concat(pieces, axis=axis)
-
-
-def _sum(parts: list[Any]) -> Any:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -210,7 +210,7 @@ def weights(c: Scores, o: Operands, level: Any, *, xp: Any, query_block: int = 2
             seen = o.visibility.block(start, stop, 0, keys)
             inverse = xp.where(row == -xp.inf, xp.zeros_like(row), xp.exp(-row))
             w = (s if seen is None else xp.where(seen, s, xp.zeros_like(s))) * inverse
-        parts.append(xp.where(row == -xp.inf, xp.zeros_like(w), w))
+        parts.append(w)
     return xp.concat(parts, axis=-2)
 
 

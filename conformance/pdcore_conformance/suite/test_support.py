@@ -19,6 +19,14 @@ test_causal_includes_the_present = judged(
         for n in (1, 2, 65, 130)
         for text in ("causal", "causal+linear", "causal+random_features(count=16)")
     ),
+    # Log features far below 0 in every chunk of keys.
+    SMALL.but(
+        spec="causal+random_features(count=16)",
+        dtype="float64",
+        rows=130,
+        keys=130,
+        draw="negative",
+    ),
     full(SMALL.but(spec="causal", rows=700, keys=700)),
 )
 
