@@ -364,10 +364,8 @@ def conform_emulated(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Judge and measure everything that needs a GPU, with the frameworks of this Python."""
-    roots = [ROOT, *(ROOT / name for name in ("backends", "adapters", "conformance"))]
-    path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pdcore_conformance.gpu", *session.posargs]
-    session.run(*command, env={"PYTHONPATH": path}, external=True)
+    command = [sys.executable, "conformance/pdcore_conformance/gpu", *session.posargs]
+    session.run(*command, external=True)
 
 
 @nox.session
