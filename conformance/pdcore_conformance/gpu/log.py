@@ -7,6 +7,7 @@ import os
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ class Log:
         self.path = folder / "log.jsonl"
         self.started = time.monotonic()
         self._lock = threading.Lock()
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.write(created=now, commit=commit, **about)
+        self.created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write("\n")  # a line that was cut
+        self.write(created=self.created, commit=commit, **about)
 
     @property
     def seconds(self) -> float:
@@ -54,15 +58,13 @@ class Log:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log; a last line that was cut is left out."""
+    """Read the lines of a log; those that were cut are left out."""
     if not path.exists():
         return []
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            break
     return lines
 
 

@@ -33,7 +33,7 @@ def _run(target: str, steps: list[Mapping[str, Any]], header: Mapping[str, Any])
     run["created"], run["level"] = header["created"], "core"
     for step in steps:
         if step["stage"] == "machine":
-            run.update(step["found"])
+            run.update(step.get("found", {}))
             if step["done"]["outcome"] != "passed":
                 run["available"], run["reason"] = False, step["done"]["message"]
     cases = {

@@ -53,7 +53,7 @@ class Session:
         commit, dirty = record.revision()
         self.header = {"commit": commit, "dirty": dirty, "minutes": options.minutes}
         self.log = Log(self.folder, **self.header, stages=options.stages, carried=carried)
-        self.header["created"] = entries(self.log.path)[-1]["created"]
+        self.header["created"] = self.log.created
         self.lines = self._kept(earlier)
         #: The number of steps for which no time was left, by stage and target.
         self.unreached: Counter[tuple[str, str]] = Counter()
