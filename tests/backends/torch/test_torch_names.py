@@ -101,6 +101,14 @@ def test_every_call_is_one_that_2_11_takes(used, listed):
     assert not wrong
 
 
+def test_operators_are_called_by_overload(used):
+    # By name alone the first overload is called that accepts the arguments: flash attention has
+    # another, whose arguments in the places of dropout_p and is_causal accept any number.
+    calls = [use for use in used if use.called and use.name.startswith("torch.ops.")]
+    assert len(calls) >= 5
+    assert all(use.name.count(".") == 4 for use in calls), calls
+
+
 def test_every_name_of_2_11_is_here(listed):
     for name, texts in listed.items():
         if texts is not None and name.startswith("torch."):
@@ -133,7 +141,7 @@ def test_operators_take_here_what_they_take_in_2_11(used, listed):
                 assert results[0] == results[1], use
                 assert takes(signature(here[overload]), use), use
                 held.add(use.name)
-    assert "torch.ops.aten._scaled_dot_product_flash_attention_backward" in held
+    assert "torch.ops.aten._scaled_dot_product_flash_attention_backward.default" in held
     assert {x.name for x in used if x.called and schemas(x.name, listed[x.name])} == held
 
 
