@@ -33,7 +33,7 @@ if sys.version_info < (3, 11):
 
 # The PyTorch and JAX releases in constraints/ were chosen for this one.
 FRAMEWORKS_PYTHON = "3.11"
-# Here constraints/jax.txt has a newer JAX.
+# Here constraints/ has the JAX and the NumPy that a machine with a GPU is expected to have.
 NEWER_JAX_PYTHON = "3.12"
 
 #: What other Pythons than nox's own run: words, errors, files, plugins, no numbers.
@@ -106,6 +106,16 @@ def framework_environment(session: nox.Session) -> Environment:
             local("tests/cuda_cpu"),
         ],
     )
+
+
+def newer_jax_environment(session: nox.Session) -> Environment:
+    """Return the environment of the newer JAX, which needs another Python than PyTorch's pins."""
+    tools = ["array-api-strict", "pytest-xdist"]
+    project = uv("-e", ".[cli,conformance,jax,svr]", *tools, pins=("jax", "svr"))
+    here = Environment(session, "jax", NEWER_JAX_PYTHON, [project])
+    versions = "import jax, numpy; print('JAX', jax.__version__, 'and NumPy', numpy.__version__)"
+    here.run("python", "-c", versions)
+    return here
 
 
 def folders(*names: str) -> list[str]:
@@ -226,11 +236,7 @@ def tests_jax(session: nox.Session) -> None:
 @nox.session
 def tests_jax_newer(session: nox.Session) -> None:
     """Run the tests of the JAX backend's own code with a newer JAX, on Python 3.12."""
-    tools = ["array-api-strict", "pytest-xdist"]
-    project = uv("-e", ".[cli,conformance,jax,svr]", *tools, pins=("jax", "svr"))
-    here = Environment(session, "jax", NEWER_JAX_PYTHON, [project])
-    here.run("python", "-c", "import jax; print('JAX', jax.__version__)")
-    here.pytest(*(session.posargs or ["tests/backends/jax"]))
+    newer_jax_environment(session).pytest(*(session.posargs or ["tests/backends/jax"]))
 
 
 @nox.session
@@ -339,6 +345,12 @@ def conform(session: nox.Session, backend: str) -> None:
         merged = RECORDS / "record.json"
         before = [str(merged)] if merged.exists() else []
         here.run("pdcore", "report", *before, *records, "--merge", str(merged), "--compact")
+
+
+@nox.session
+def conform_jax_newer(session: nox.Session) -> None:
+    """Judge the JAX backend with a newer JAX, on Python 3.12; the merged record is `conform`'s."""
+    newer_jax_environment(session).run("pdcore", "conform", "jax", *session.posargs)
 
 
 @nox.session

@@ -89,12 +89,12 @@ def lse_forward(
 ) -> tuple[Tensor, Tensor, State]:
     """Compute attention and its log-sum-exp (B, Hq, N): flash in 16 bits, else memory-efficient."""
     if mask is None and q.dtype != torch.float32 and q.shape[-1] + STEP <= FLASH_MOST:
-        out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
+        out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention.default(
             q, k, v, 0.0, causal, False, scale=scale
         )
         return out, lse, State((lse, *more[:2], seed, offset), tuple(more[2:]))
     k, v = (_repeat_heads(x, q) for x in (k, v))
-    out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
+    out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention.default(
         q, k, v, _aligned(mask, q, k), True, 0.0, causal, scale=scale
     )
     if mask is not None:
@@ -123,7 +123,7 @@ def lse_backward(
         q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, STEP)
     if state.sizes:
         lse, first, second, seed, offset = state.tensors
-        grads = _aten._scaled_dot_product_flash_attention_backward(
+        grads = _aten._scaled_dot_product_flash_attention_backward.default(
             d_out,
             q,
             k,
@@ -143,7 +143,7 @@ def lse_backward(
         lse, seed, offset = state.tensors
         k, v = (_repeat_heads(x, q) for x in (k, v))
         bias = _aligned(mask, q, k)
-        grads = _aten._scaled_dot_product_efficient_attention_backward(
+        grads = _aten._scaled_dot_product_efficient_attention_backward.default(
             d_out,
             q,
             k,
