@@ -11,6 +11,7 @@ from typing import Any
 import cuda_on_cpu as cuda
 import numpy as np
 import pytest
+from cupy_options import OPTIONS as OF_CUPY
 
 bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
 if shutil.which("g++") is None:
@@ -37,7 +38,7 @@ AMPERE = [
     *(f"multiply<{kind}>" for kind in KINDS),
     *(f"stages<{size}>" for size in (4, 8, 16)),
 ]
-OPTIONS = ("-std=c++17", f"-I{FOLDER}")
+OPTIONS = (*OF_CUPY, f"-I{FOLDER}")
 MODULE = cuda.RawModule(CODE, options=OPTIONS, name_expressions=TURING + AMPERE)
 CHECKS = list(checks())
 ON_CPU = {"array": np.ascontiguousarray, "empty": cuda.empty, "host": np.asarray}
@@ -117,7 +118,7 @@ def test_nvrtc_compiles_the_wrappers_without_cuda_headers(arch):
         name_expressions=TURING + (AMPERE if arch != "sm_75" else []),
         method="cubin",
     )
-    cubin, _ = program.compile((f"-arch={arch}", "-std=c++17", "--ptxas-options=-v"), log)
+    cubin, _ = program.compile((*OF_CUPY, f"-arch={arch}", "--ptxas-options=-v"), log)
     assert cubin[:4] == b"\x7fELF"
     text = log.getvalue()
     assert text.count(" 0 bytes spill stores") == text.count("spill stores") > 8
