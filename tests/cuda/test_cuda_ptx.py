@@ -84,6 +84,17 @@ def test_expected_conversions_agree_with_ml_dtypes(kind: str) -> None:
     np.testing.assert_array_equal(widen(bits, name), bits.view(dtype).astype(np.float32))
 
 
+def test_tensor_cores_keep_subnormal_numbers() -> None:
+    # PTX says so of mma; -ftz=true, among OPTIONS, is for the arithmetic of float32.
+    tiny, one = np.float32(2.0**-130), np.float32(1)
+    a, b = np.full((16, 16), tiny), np.full((16, 8), one)
+    d = cuda.empty((16, 8))
+    operands = (round_to_16_bits(x, "bf16") for x in (a, b))
+    kernel = MODULE.get_function("multiply<ptx::bf16>")
+    kernel((1,), (32,), (*operands, np.full((16, 8), tiny), d))
+    assert (d == 17 * tiny).all()
+
+
 def test_the_first_stage_is_there_before_the_second() -> None:
     [check] = [check for check in CHECKS if check.name == "cp.async of 16 bytes, 16 read"]
     x, early, late, read = check.arguments
