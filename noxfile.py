@@ -7,7 +7,6 @@ it in .nox, and those after it take it as it is until what it is built from chan
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile

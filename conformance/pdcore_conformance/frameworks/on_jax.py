@@ -226,9 +226,8 @@ class JaxFramework(Framework):
             return super().seconds(call, repeat, device)
         self.synchronize()
         started = time.perf_counter()
-        for _ in range(repeat):
-            result = call()
-        self.finish(result)
+        results = [call() for _ in range(repeat)]
+        self.finish(results[-1])
         return (time.perf_counter() - started) / repeat
 
     def memory(self, device: str) -> Memory | None:
