@@ -7,15 +7,24 @@ and the wheels that `pdcore_conformance.gpu.prepare` fetched stand in for what t
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+CARRIED: list[str] = []
 if not __package__:  # run by its path, not by -m
-    ROOT = Path(__file__).resolve().parents[3]
-    # Python has put this folder there, whose modules must not stand for others.
-    sys.path[0] = str(ROOT)
-    sys.path[1:1] = [str(ROOT / name) for name in ("backends", "adapters", "conformance")]
+    # Python has put this folder first; nothing of pdcore imports without the wheels.
+    import prepared  # type: ignore[import-not-found]
+
+    CARRIED = prepared.carry()
+    # The modules of this folder must not stand for others.
+    sys.path[:1] = [str(prepared.ROOT / name) for name in prepared.ROOTS]
+    if lacking := prepared.missing():
+        print(
+            f"gpu: not installed: {', '.join(lacking)}; on a machine with a network, `python -m "
+            "pdcore_conformance.gpu.prepare` fetches them into the checkout",
+            file=sys.stderr,
+        )
+        sys.exit(9)
 
 from pdcore_conformance.gpu.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(carried=CARRIED))

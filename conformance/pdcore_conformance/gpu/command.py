@@ -15,32 +15,28 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from pdcore.errors import Exit
 
-from .prepared import carry, name_commit
+from .prepared import name_commit
 
 __all__ = ["TARGETS", "main"]
 
 #: The backends that are judged by default.
 TARGETS = ("torch", "jax", "cupy")
-#: The modules without which the command cannot run.
-NEEDED = ("numpy", "pluggy", "array_api_compat", "pytest", "hypothesis", "autograd", "msgspec")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code, see `pdcore.errors.Exit`."""
-    carried = carry()
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        print(
-            f"gpu: not installed: {', '.join(missing)}; `python -m pdcore_conformance.gpu.prepare` "
-            "on another machine fetches them into the checkout",
-            file=sys.stderr,
-        )
-        return int(Exit.MISSING)
+def main(arguments: Sequence[str] | None = None, carried: Sequence[str] = ()) -> int:
+    """Run the command; return its exit code, see `pdcore.errors.Exit`.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The words of the command line; those of the process by default.
+    carried : sequence of str
+        The distributions that were carried to the machine, for the log.
+    """
     from .stages import STAGES
 
     options = _parser(list(STAGES)).parse_args(arguments)
@@ -73,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with Session([f"{name}:{options.device}" for name in names], options, carried) as session:
+    with Session([f"{name}:{options.device}" for name in names], options, list(carried)) as session:
         if unknown:
             session.log.say(f"the commit is unknown: {unknown}")
         return int(session.run())

@@ -1,5 +1,7 @@
 """What is prepared at home for a machine with a GPU: wheels, the commit, and lists of cases.
 
+This module imports the standard library alone: it is what makes the others importable.
+
 The folder `FOLDER` in the root of the checkout is made by `pdcore_conformance.gpu.prepare`, and is
 ignored by git. The command works without it where the machine has all packages.
 """
@@ -15,12 +17,26 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COMMIT", "FOLDER", "NAMES", "ROOT", "carry", "cases", "name_commit", "tree"]
+__all__ = [
+    "COMMIT",
+    "FOLDER",
+    "NAMES",
+    "ROOT",
+    "ROOTS",
+    "carry",
+    "cases",
+    "missing",
+    "name_commit",
+    "tree",
+]
 
 ROOT = Path(__file__).resolve().parents[3]
+#: The folders of packages in a checkout.
+ROOTS = (".", "backends", "adapters", "conformance")
 FOLDER = ROOT / "gpu-prepared"
 #: The distributions without which the suite does not run, beside NumPy and the frameworks.
 NAMES = (
@@ -36,6 +52,8 @@ NAMES = (
     "pytest",
     "sortedcontainers",
 )
+#: The modules without which the command does not run.
+_NEEDED = ("numpy", "pluggy", "array_api_compat", "pytest", "hypothesis", "autograd", "msgspec")
 #: The variable that names the commit of a checkout without git.
 COMMIT = "PDCORE_COMMIT"
 #: The folders whose files are the code of a commit.
@@ -64,6 +82,11 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def missing() -> list[str]:
+    """Return the modules that the command needs and that are not there."""
+    return [name for name in _NEEDED if find_spec(name) is None]
 
 
 def name_commit(folder: Path = FOLDER) -> str | None:
