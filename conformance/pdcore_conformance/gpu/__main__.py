@@ -24,7 +24,7 @@ if not __package__:  # run by its path, not by -m
         )
         sys.exit(9)
 
-from pdcore_conformance.gpu.command import main
+from pdcore_conformance.gpu.command import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(carried=CARRIED))

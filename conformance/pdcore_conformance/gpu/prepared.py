@@ -114,7 +114,7 @@ def tree(root: Path = ROOT) -> str:
 def _files(root: Path) -> Iterator[Path]:
     kinds = re.compile(r".*\.(py|cu|cuh|ini|jinja)")
     for folder in _CODE:
-        yield from sorted(path for path in (root / folder).rglob("*") if kinds.match(path.name))
+        yield from sorted(path for path in (root / folder).rglob("*") if kinds.fullmatch(path.name))
 
 
 def cases(target: str, folder: Path = FOLDER) -> Sequence[str] | None:
