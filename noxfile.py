@@ -7,7 +7,6 @@ it in .nox, and those after it take it as it is until what it is built from chan
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ if sys.version_info < (3, 11):
 
 # The PyTorch and JAX releases in constraints/ were chosen for this one.
 FRAMEWORKS_PYTHON = "3.11"
-# Here constraints/jax.txt has a newer JAX.
+# Here constraints/ has the JAX and the NumPy that a machine with a GPU is expected to have.
 NEWER_JAX_PYTHON = "3.12"
 
 #: What other Pythons than nox's own run: words, errors, files, plugins, no numbers.
@@ -106,6 +105,16 @@ def framework_environment(session: nox.Session) -> Environment:
             local("tests/cuda_cpu"),
         ],
     )
+
+
+def newer_jax_environment(session: nox.Session) -> Environment:
+    """Return the environment of the newer JAX, which needs another Python than PyTorch's pins."""
+    tools = ["array-api-strict", "pytest-xdist"]
+    project = uv("-e", ".[cli,conformance,jax,svr]", *tools, pins=("jax", "svr"))
+    here = Environment(session, "jax", NEWER_JAX_PYTHON, [project])
+    versions = "import jax, numpy; print('JAX', jax.__version__, 'and NumPy', numpy.__version__)"
+    here.run("python", "-c", versions)
+    return here
 
 
 def folders(*names: str) -> list[str]:
@@ -226,11 +235,7 @@ def tests_jax(session: nox.Session) -> None:
 @nox.session
 def tests_jax_newer(session: nox.Session) -> None:
     """Run the tests of the JAX backend's own code with a newer JAX, on Python 3.12."""
-    tools = ["array-api-strict", "pytest-xdist"]
-    project = uv("-e", ".[cli,conformance,jax,svr]", *tools, pins=("jax", "svr"))
-    here = Environment(session, "jax", NEWER_JAX_PYTHON, [project])
-    here.run("python", "-c", "import jax; print('JAX', jax.__version__)")
-    here.pytest(*(session.posargs or ["tests/backends/jax"]))
+    newer_jax_environment(session).pytest(*(session.posargs or ["tests/backends/jax"]))
 
 
 @nox.session
@@ -342,6 +347,12 @@ def conform(session: nox.Session, backend: str) -> None:
 
 
 @nox.session
+def conform_jax_newer(session: nox.Session) -> None:
+    """Judge the JAX backend with a newer JAX, on Python 3.12; the merged record is `conform`'s."""
+    newer_jax_environment(session).run("pdcore", "conform", "jax", *session.posargs)
+
+
+@nox.session
 def peers(session: nox.Session) -> None:
     """Judge the attentions of other libraries, and write docs/records/peers.html.
 
@@ -364,10 +375,8 @@ def conform_emulated(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Judge and measure everything that needs a GPU, with the frameworks of this Python."""
-    roots = [ROOT, *(ROOT / name for name in ("backends", "adapters", "conformance"))]
-    path = os.pathsep.join([*map(str, roots), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pdcore_conformance.gpu", *session.posargs]
-    session.run(*command, env={"PYTHONPATH": path}, external=True)
+    command = [sys.executable, "conformance/pdcore_conformance/gpu", *session.posargs]
+    session.run(*command, external=True)
 
 
 @nox.session

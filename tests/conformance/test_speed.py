@@ -119,7 +119,7 @@ def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_operations_are_counted(spec: str, direction: str, operations: float) -> None:
-    assert rates.operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
+    assert operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
 
 
 def test_rates_are_compared_with_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_library_that_does_not_multiply_is_named(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(rates, "_array", fails)
     bench = numpy_bench()
-    assert rates._product(bench, rates.Sizes(side=8)) is None
+    assert rates.product_rate(bench, rates.Sizes(side=8)) is None
     assert bench.speed["notes"][-1] == (
         "no bfloat16 matrix product of 8: torch: not here; numpy: TypeError: no bfloat16"
     )

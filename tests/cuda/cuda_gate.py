@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from cupy_options import OPTIONS
+
 from pdcore_backends.cupy import feature_programs
 from pdcore_backends.cupy.columns import RowProgram, instances
 from pdcore_backends.cupy.feature_programs import FeatureProgram
@@ -109,7 +111,7 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
     from cuda_on_cpu.build import cache_folder
     from cupy.cuda import nvrtc
 
-    key = repr((nvrtc.getVersion(), architecture, name, code)).encode()
+    key = repr((nvrtc.getVersion(), OPTIONS, architecture, name, code)).encode()
     cached = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
     if cached.exists():
         registers, spilled, declared = json.loads(cached.read_text(encoding="utf-8"))
@@ -129,7 +131,7 @@ def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int, 
     program = nvrtc.createProgram(code, "kernel.cu", (), ())
     try:
         nvrtc.addNameExpression(program, name)
-        options = (f"--gpu-architecture={architecture}", "-std=c++17", "--ptxas-options=-v")
+        options = (*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v")
         try:
             nvrtc.compileProgram(program, options)
         finally:

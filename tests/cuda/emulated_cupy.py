@@ -18,6 +18,7 @@ from importlib.resources import files
 from typing import Any, ClassVar
 
 import cuda_on_cpu
+from cupy_options import OPTIONS
 
 import pdcore
 from pdcore.backend import SilentBackend
@@ -87,8 +88,7 @@ class EmulatedRuntime:
         return self.captured
 
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
-        options = ("-std=c++17",)
-        module = cuda_on_cpu.RawModule(code, options=options, name_expressions=(name,))
+        module = cuda_on_cpu.RawModule(code, options=OPTIONS, name_expressions=(name,))
         kernel = module.get_function(name)
         if shared > SHARED:
             kernel.max_dynamic_shared_size_bytes = shared

@@ -11,6 +11,7 @@ from typing import Any
 import cuda_on_cpu as cuda
 import numpy as np
 import pytest
+from cupy_options import OPTIONS as OF_CUPY
 
 bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
 if shutil.which("g++") is None:
@@ -37,7 +38,7 @@ AMPERE = [
     *(f"multiply<{kind}>" for kind in KINDS),
     *(f"stages<{size}>" for size in (4, 8, 16)),
 ]
-OPTIONS = ("-std=c++17", f"-I{FOLDER}")
+OPTIONS = (*OF_CUPY, f"-I{FOLDER}")
 MODULE = cuda.RawModule(CODE, options=OPTIONS, name_expressions=TURING + AMPERE)
 CHECKS = list(checks())
 ON_CPU = {"array": np.ascontiguousarray, "empty": cuda.empty, "host": np.asarray}
@@ -83,6 +84,17 @@ def test_expected_conversions_agree_with_ml_dtypes(kind: str) -> None:
     np.testing.assert_array_equal(widen(bits, name), bits.view(dtype).astype(np.float32))
 
 
+def test_tensor_cores_keep_subnormal_numbers() -> None:
+    # PTX says so of mma; -ftz=true, among OPTIONS, is for the arithmetic of float32.
+    tiny, one = np.float32(2.0**-130), np.float32(1)
+    a, b = np.full((16, 16), tiny), np.full((16, 8), one)
+    d = cuda.empty((16, 8))
+    operands = (round_to_16_bits(x, "bf16") for x in (a, b))
+    kernel = MODULE.get_function("multiply<ptx::bf16>")
+    kernel((1,), (32,), (*operands, np.full((16, 8), tiny), d))
+    assert (d == 17 * tiny).all()
+
+
 def test_the_first_stage_is_there_before_the_second() -> None:
     [check] = [check for check in CHECKS if check.name == "cp.async of 16 bytes, 16 read"]
     x, early, late, read = check.arguments
@@ -117,7 +129,7 @@ def test_nvrtc_compiles_the_wrappers_without_cuda_headers(arch):
         name_expressions=TURING + (AMPERE if arch != "sm_75" else []),
         method="cubin",
     )
-    cubin, _ = program.compile((f"-arch={arch}", "-std=c++17", "--ptxas-options=-v"), log)
+    cubin, _ = program.compile((*OF_CUPY, f"-arch={arch}", "--ptxas-options=-v"), log)
     assert cubin[:4] == b"\x7fELF"
     text = log.getvalue()
     assert text.count(" 0 bytes spill stores") == text.count("spill stores") > 8

@@ -408,6 +408,36 @@ def test_names_and_options_are_checked():
         cuda.environment("memory")
 
 
+FLUSHED = r"""
+extern "C" __global__ void flushed(const float* x, float* y, const double* z, double* w) {
+  const float tiny = x[0], small = x[1], two = x[2];  // 1e-39, 1e-20 and 2
+  y[0] = tiny + tiny; y[1] = small * small; y[2] = tiny > 0; y[3] = tiny * 1e30f; y[4] = logf(tiny);
+  y[5] = 1.0f / (1e19f * 1e19f * two); y[6] = sqrtf(tiny); y[7] = powf(tiny, 0.5f);
+  y[8] = float(z[0]); y[9] = small * 1e-17f; y[10] = max(tiny, tiny + 0.0f); y[11] = tiny;
+  w[0] = z[0] * 1e-200; w[1] = double(tiny);
+}
+"""
+
+
+@pytest.mark.parametrize("option", ["-ftz=true", "--ftz=true", "-ftz=false", ""])
+def test_subnormal_floats_are_flushed_as_the_compiler_is_told(option):
+    module = cuda.RawModule(FLUSHED, options=(option,) if option else ())
+    x, z = np.array([1e-39, 1e-20, 2], np.float32), np.array([1e-39])
+    y, w = cuda.empty(12), cuda.empty(2, np.float64)
+    module.get_function("flushed")((1,), (1,), (x, y, z, w))
+    tiny, small, two = x.tolist()
+    kept = [2 * tiny, small**2, 1, tiny * 1e30, np.log(tiny), 0.5e-38, tiny**0.5, tiny**0.5]
+    kept += [tiny, small * 1e-17, tiny]
+    flushed = [0, 0, 0, 0, -np.inf, 0, 0, 0, 0, small * 1e-17, 0]
+    if "true" in option:
+        np.testing.assert_allclose(y[:11], flushed, rtol=1e-6)
+    else:
+        np.testing.assert_allclose(y[:11], kept, rtol=1e-5)
+    assert y[11] == x[0]  # a copy computes nothing
+    np.testing.assert_allclose(w, [1e-239, 0 if "true" in option else tiny])
+    assert x[0] * two > x[0]  # NumPy computes as before
+
+
 def test_compile_errors_name_the_line():
     code = '\n\nextern "C" __global__ void f(int* y) { y[0] = missing; }\n'
     with pytest.raises(cuda.CompileError, match=r"kernel\.cu:3:.*missing"):

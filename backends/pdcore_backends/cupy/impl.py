@@ -16,7 +16,7 @@ from pdcore.extend import Request, device_name, dtype_name, library_of
 from . import INFO
 from .kernel_backend import KernelBackend
 from .launches import Limits, Usage
-from .runtime import SHARED, Kernel
+from .runtime import OPTIONS, SHARED, Kernel
 
 __all__ = ["CupyBackend"]
 
@@ -51,7 +51,7 @@ class CupyRuntime:
 
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
         """Compile by NVRTC; CuPy caches the binary on disk, see `Runtime.compile`."""
-        module = cupy.RawModule(code=code, options=("-std=c++17",), name_expressions=(name,))
+        module = cupy.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
         function: Any = module.get_function(name)
         if shared > SHARED:
             function.max_dynamic_shared_size_bytes = shared

@@ -18,6 +18,7 @@ from .launches import CheckedKernel, Limits, Usage
 __all__ = [
     "BLOCKS",
     "CAPABILITY",
+    "OPTIONS",
     "SHARED",
     "Kernel",
     "KernelCache",
@@ -29,6 +30,9 @@ __all__ = [
 #: The oldest compute capability of the kernels, and the most blocks of a grid along two axes.
 CAPABILITY = 75
 BLOCKS = 2**31 - 1, 65535
+
+#: The options of the compiler, NVRTC's.
+OPTIONS = ("-std=c++17",)
 
 #: Bytes of shared memory that every kernel may use without a declaration.
 SHARED = 48 * 1024

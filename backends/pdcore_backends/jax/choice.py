@@ -10,12 +10,15 @@ import jax
 
 from pdcore.extend import GaussianRows, Plan, Request, Scores
 
+from .cudnn import TILE
 from .device import find
 
 __all__ = ["ByBlocks", "ByCudnn", "chosen", "unfit"]
 
 #: The most features that cuDNN runs on every device, and the unit of their number.
 MOST, UNIT = 128, 8
+#: The most blocks of a grid along y and z, the axes of sequences and of heads.
+GRID_MOST = 65_535
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,12 @@ def _by_cudnn(plan: Plan, c: Scores, request: Request) -> Plan:
         "no gradients of gradients: ask for the log-sum-exp, which goes by blocks, to have "
         "them"
     )
+    tiles = (
+        f"gradients by blocks of rows and keys unless queries and keys are multiples of {TILE}: in "
+        "a tile that they fill in part cuDNN's may be NaN"
+    )
     more = ["causal rows at another offset than 0: blocks of rows and keys"] if causal else []
-    return plan.chosen(replace(c, choice=ByCudnn(request.dtype, causal)), step, *more)
+    return plan.chosen(replace(c, choice=ByCudnn(request.dtype, causal)), step, tiles, *more)
 
 
 def unfit(plan: Plan, c: Scores, request: Request) -> str:
@@ -103,7 +110,15 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
         return "positions that are arrays"
     if support.causal and any(group.scale > 1 for group in plan.groups):
         return "pooled keys under causal"
-    dim = request.q[-1]
+    *lead, heads, rows, dim = request.q
+    if rows < TILE:
+        return (
+            f"fewer than {TILE} queries, as in decoding, where every step would build a plan of it"
+        )
+    if max(math.prod(lead), heads) > GRID_MOST:
+        return (
+            f"more than {GRID_MOST:,} sequences or heads, the most blocks of a grid along y and z"
+        )
     if dim != request.v[-1] or dim % UNIT or dim > MOST:
         return (
             f"{dim} features and {request.v[-1]} of values; it has equally many, multiples of "

@@ -3,10 +3,15 @@
 cuDNN is called by `jax.nn.dot_product_attention`. Plans that cuDNN defines differently run by
 blocks: rows that a mask leaves without keys, a causal triangle that does not start at the first
 query and key, and calls for the log-sum-exp, of which cuDNN has no gradient.
+
+cuDNN's gradient computes exp(0 - L) for the rest of a tile that queries or keys do not fill, which
+overflows for a log-sum-exp L below -88.7 and makes the gradient NaN. Few plans bound L from below,
+so cuDNN computes the gradients of whole tiles only; those of other calls are computed by blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +19,17 @@ import jax.numpy as jnp
 
 from pdcore.extend import Operands, Scores
 
-__all__ = ["cudnn_scores"]
+from .namespace import in_full
+
+__all__ = ["TILE", "cudnn_scores"]
+
+#: The queries and keys of a tile.
+TILE = 128
 
 
-def cudnn_scores(c: Scores, o: Operands) -> tuple[Any, Any] | None:
+def cudnn_scores(
+    c: Scores, o: Operands, by_blocks: Callable[[Operands], tuple[Any, Any]]
+) -> tuple[Any, Any] | None:
     """Contract by scores, see `score_contraction.scores`.
 
     Parameters
@@ -26,6 +38,8 @@ def cudnn_scores(c: Scores, o: Operands) -> tuple[Any, Any] | None:
         The contraction, whose choice is `.choice.ByCudnn`.
     o : Operands
         The operands.
+    by_blocks : callable
+        ``by_blocks(o)`` contracts by blocks.
 
     Returns
     -------
@@ -35,7 +49,40 @@ def cudnn_scores(c: Scores, o: Operands) -> tuple[Any, Any] | None:
     visibility = o.visibility
     if c.choice.causal and not (visibility.static and visibility.offset == 0):
         return None
-    *lead, heads, group, rows, dim = o.q.shape
+
+    def run(q: Any, k: Any, v: Any) -> Any:
+        return _run(c, q, k, v)
+
+    if any(n % TILE for n in (o.q.shape[-2], o.k.shape[-2])):
+
+        def derived(q: Any, k: Any, v: Any) -> Any:
+            return by_blocks(o._replace(q=q, k=k, v=v))[0]
+
+        run = _with_gradient_of(derived, run)
+    out = run(o.q, o.k, o.v)
+    return out, jnp.full(out.shape[:-1], jnp.nan, out.dtype)
+
+
+def _with_gradient_of(derived: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with the gradient of `derived`, which runs in its place if one is computed."""
+    both = jax.custom_vjp(run)
+
+    @in_full()
+    def forward(*arrays: Any) -> Any:
+        return jax.vjp(derived, *arrays)
+
+    @in_full()
+    def backward(pull: Any, d_out: Any) -> Any:
+        return pull(d_out)
+
+    both.defvjp(forward, backward)
+    result: Callable[..., Any] = both
+    return result
+
+
+def _run(c: Scores, q: Any, k: Any, v: Any) -> Any:
+    """Contract by cuDNN, in the shape of q (*B, H, G, N, D)."""
+    *lead, heads, group, rows, dim = q.shape
     dtype = jnp.dtype(c.choice.dtype)
 
     def reordered(x: Any, count: int) -> Any:
@@ -43,15 +90,14 @@ def cudnn_scores(c: Scores, o: Operands) -> tuple[Any, Any] | None:
         return jnp.swapaxes(x, 1, 2).astype(dtype)
 
     result = _attend(
-        reordered(o.q, heads * group),
-        reordered(o.k, heads),
-        reordered(o.v, heads),
+        reordered(q, heads * group),
+        reordered(k, heads),
+        reordered(v, heads),
         scale=c.scale,
         is_causal=c.choice.causal,
     )
     out = jnp.reshape(jnp.swapaxes(result, 1, 2), (*lead, heads, group, rows, dim))
-    out = out.astype(o.q.dtype)
-    return out, jnp.full(out.shape[:-1], jnp.nan, out.dtype)
+    return out.astype(q.dtype)
 
 
 def _attend(q: Any, k: Any, v: Any, **options: Any) -> Any:

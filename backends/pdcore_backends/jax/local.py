@@ -63,11 +63,10 @@ class LocalJaxBackend(ArrayBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores, by cuDNN if the plan chose it; see `.scores.scores`."""
-        if isinstance(c.choice, ByCudnn):
-            result = cudnn_scores(c, o)
-            if result is not None:
-                return result
-        return scores(c, o, turns=isinstance(c.choice, ByBlocks) and c.choice.turns)
+        turns = isinstance(c.choice, ByBlocks) and c.choice.turns
+        by_blocks = partial(scores, c, turns=turns)
+        result = cudnn_scores(c, o, by_blocks) if isinstance(c.choice, ByCudnn) else None
+        return by_blocks(o) if result is None else result
 
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
         """Contract by features, under causal by loops of XLA; see `.features`."""

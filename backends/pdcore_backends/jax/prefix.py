@@ -51,13 +51,16 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     # The scan starts from the first chunk, so that its carry varies over devices.
     first = _within(*(x[0] for x in chunks))
     last = {name: x[..., -1:, :] for name, x in first.items()}
-    _, rest = lax.scan(step, last, tuple(x[1:] for x in chunks))
+    whole = {name: x[None] for name, x in first.items()}
+    # A scan of no chunks would leave a derivative empty arrays, at which XLA of JAX 0.11.2 ends the
+    # process where the sequence is cut into shards.
+    if len(chunks[0]) > 1:
+        _, rest = lax.scan(step, last, tuple(x[1:] for x in chunks))
+        whole = {name: jnp.concat([x, rest[name]]) for name, x in whole.items()}
     empty = stats.zero(last, xp=xp)
-    states = {}
-    for name, x in rest.items():
-        rows = joined(jnp.concat([first[name][None], x]), length)
-        states[name] = jnp.concat([empty[name], rows], axis=-2)
-    return states
+    return {
+        name: jnp.concat([empty[name], joined(x, length)], axis=-2) for name, x in whole.items()
+    }
 
 
 def _within(keys: Any, real: Any) -> State:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pdcore.extend import Fold, Normalize, Plan, Request, Scores
 
 from . import device
+from .kernels import TILE, by_cudnn
 
 __all__ = ["Blocked", "Flexed", "Fused", "chosen"]
 
@@ -20,6 +21,9 @@ __all__ = ["Blocked", "Flexed", "Fused", "chosen"]
 FLEX_LEAST = 128
 #: The most features whose tiles fit into the shared memory of a multiprocessor.
 FLEX_MOST = 256
+#: The most blocks of a grid along y and z, the axes that PyTorch's kernels give to sequences and to
+#: heads.
+GRID_MOST = 65_535
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,12 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
         plain=whole and kind == "cpu" and _plain(plan, request),
         fold=_one_pass(plan),
     )
-    name = "scaled_dot_product_attention" + (
-        " (flash)" if kind == "cpu" else " (cuDNN, flash or memory-efficient)"
-    )
-    steps = [f"kernel: {name}"]
+    steps = [f"kernel: scaled_dot_product_attention ({_fused_kernels(request, kind)})"]
+    if kind == "cuda" and whole and _by_cudnn(request):
+        steps.append(
+            f"gradients not by cuDNN unless queries and keys are multiples of {TILE}: in a tile "
+            "that they fill in part its gradient may be NaN"
+        )
     if kind == "cuda" and not whole:
         flash = choice.dtype != "float32" and request.key_mask is None
         steps.append(
@@ -150,6 +156,21 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
             "causal rows at another offset than 0 that see some keys only: blocks of our own"
         )
     return plan.chosen(replace(c, choice=choice), *steps)
+
+
+def _by_cudnn(request: Request) -> bool:
+    """Check whether cuDNN may run a call on some device, if it computes no gradient."""
+    added = (request.mask, request.key_mask, request.bias)
+    return added == (None,) * 3 and by_cudnn(request.q[-2], request.k[-2], derived=False)
+
+
+def _fused_kernels(request: Request, kind: str) -> str:
+    """Return the names of the fused kernels that may run a call."""
+    if kind == "cpu":
+        return "flash"
+    if (request.mask, request.key_mask, request.bias) != (None,) * 3:
+        return "memory-efficient"
+    return "cuDNN, flash or memory-efficient" if _by_cudnn(request) else "flash or memory-efficient"
 
 
 def _one_pass(plan: Plan) -> OnePass | None:
@@ -219,9 +240,17 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
         return "a mask over pooled keys"
     if (support.causal or plan.prefix) and _arrays(request):
         return "positions that are arrays"
-    if request.dtype == "float64" and device.kind(request.device) != "cpu":
-        return "float64 on this device"
-    return ""
+    if device.kind(request.device) == "cpu":
+        return ""
+    return "float64 on this device" if request.dtype == "float64" else _off_the_grid(request)
+
+
+def _off_the_grid(request: Request) -> str:
+    """Return why no grid of PyTorch's CUDA kernels holds a call; empty if one does."""
+    *lead, heads, _, _ = request.q
+    if max(math.prod(lead), heads) <= GRID_MOST:
+        return ""
+    return f"more than {GRID_MOST:,} sequences or heads, the most blocks of a grid along y and z"
 
 
 def _out_of_range(plan: Plan, request: Request) -> str:
@@ -240,6 +269,8 @@ def _out_of_range(plan: Plan, request: Request) -> str:
 def _not_flex(c: Scores, request: Request) -> str:
     """Return why FlexAttention does not run a call; empty if it does."""
     if why := device.without_flex(request.device):
+        return why
+    if why := _off_the_grid(request):
         return why
     if c.weight != "log":
         return "weights that are no exp of scores, or have a sign"

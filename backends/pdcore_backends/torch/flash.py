@@ -78,7 +78,7 @@ def attend(
         else:
             out = on_cpu(q, k, v, mask, scale, causal)[0]
     elif compiling() or not recorded(q, k, v):
-        out = on_device(q, k, v, mask, scale, causal)
+        out = on_device(q, k, v, mask, scale, causal, recorded(q, k, v))
     else:
         out = _OnDevice.apply(q, k, v, mask, scale, causal)
     return out if out.shape[-1] == width else out[..., :width]
@@ -253,7 +253,7 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def computed(mask: Tensor | None, scale: float, causal: bool) -> Any:
         """Return the kernel as a function of the arrays that have a gradient."""
-        return lambda q, k, v: (on_device(q, k, v, mask, scale, causal),)
+        return lambda q, k, v: (on_device(q, k, v, mask, scale, causal, derived=True),)
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:

@@ -15,7 +15,16 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pdcore.extend import compiling
 
-__all__ = ["State", "lse_backward", "lse_forward", "on_device", "widened", "with_lse"]
+__all__ = [
+    "TILE",
+    "State",
+    "by_cudnn",
+    "lse_backward",
+    "lse_forward",
+    "on_device",
+    "widened",
+    "with_lse",
+]
 
 _aten = torch.ops.aten
 #: The alignment in bytes of the rows of a mask.
@@ -24,26 +33,72 @@ ALIGNMENT = 16
 FLASH_MOST, STEP = 256, 8
 
 
+#: The queries and keys of a tile of cuDNN.
+TILE = 128
+
 # Flash accepts no mask, and cuDNN does not define the result of a row that sees no key.
 _MASKED = [SDPBackend.EFFICIENT_ATTENTION]
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_MASKED]
 
 
+def by_cudnn(rows: Any, keys: Any, derived: bool) -> bool:
+    """Check whether cuDNN may run a call without a mask.
+
+    cuDNN builds a plan, in tens of milliseconds, for every shape that is new. Few queries are those
+    of decoding, where the number of keys is new at every step.
+
+    cuDNN's gradient computes exp(0 - L) for the rest of a tile that queries or keys do not fill,
+    which overflows for a log-sum-exp L below -88.7 and makes the gradient NaN. Few plans bound L
+    from below (`bn` over a sequence does, up to rounding), so cuDNN gets whole tiles only.
+
+    Parameters
+    ----------
+    rows, keys : int
+        The numbers of queries and of keys; symbolic in a trace, where only what holds for all
+        lengths counts.
+    derived : bool
+        Whether a gradient may be computed.
+    """
+    if torch.jit.is_tracing():  # the trace serves other lengths, too
+        return False
+    known = _known if compiling() else bool
+    whole = not derived or (known(rows % TILE == 0) and known(keys % TILE == 0))
+    return whole and known(rows >= TILE)
+
+
+def _known(condition: Any) -> bool:
+    """Check whether a condition on symbolic sizes holds for all of them, without a guard."""
+    # The module takes long to import, and is there while the compiler runs.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    known: bool = statically_known_true(condition)
+    return known
+
+
 @lru_cache(maxsize=16)
-def _order(index: int | None, masked: bool) -> tuple[SDPBackend, ...]:
-    """Return the fused kernels in the order in which they are tried."""
-    if masked:
-        return tuple(_MASKED)
-    cudnn, *flash = _FUSED
+def _order(index: int | None, cudnn: bool) -> tuple[SDPBackend, ...]:
+    """Return the fused kernels without a mask in the order in which they are tried."""
+    first, *others = _FUSED
+    if not cudnn:
+        return tuple(others)
     # The flash kernels are written for the tensor cores of compute capability 8.0.
     newer = torch.cuda.get_device_capability(index) >= (9, 0)
-    return (cudnn, *flash) if newer else (*flash, cudnn)
+    return (first, *others) if newer else (*others, first)
 
 
 def on_device(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    derived: bool = False,
 ) -> Tensor:
-    """Compute softmax(scale q.k + mask) v by the first fused kernel that accepts the call."""
+    """Compute softmax(scale q.k + mask) v by the first fused kernel that accepts the call.
+
+    `derived` tells whether a gradient may be computed, see `by_cudnn`.
+    """
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
     if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
         # Only the fused kernels for 16 bits without a mask share key heads.
@@ -58,11 +113,13 @@ def on_device(
         return scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
-    masked = mask is not None
-    if compiling():  # a trace cannot read the device: PyTorch's own order
-        allowed = sdpa_kernel(_MASKED if masked else _FUSED)
+    cudnn = mask is None and by_cudnn(q.shape[2], k.shape[2], derived)
+    if mask is not None:
+        allowed = sdpa_kernel(_MASKED)
+    elif compiling():  # a trace cannot read the device: PyTorch's own order
+        allowed = sdpa_kernel(_FUSED if cudnn else _FUSED[1:])
     else:
-        allowed = sdpa_kernel(list(_order(q.device.index, masked)), set_priority=True)
+        allowed = sdpa_kernel(list(_order(q.device.index, cudnn)), set_priority=True)
     with allowed:
         return scaled_dot_product_attention(
             q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -89,12 +146,12 @@ def lse_forward(
 ) -> tuple[Tensor, Tensor, State]:
     """Compute attention and its log-sum-exp (B, Hq, N): flash in 16 bits, else memory-efficient."""
     if mask is None and q.dtype != torch.float32 and q.shape[-1] + STEP <= FLASH_MOST:
-        out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention(
+        out, lse, *more, seed, offset, _ = _aten._scaled_dot_product_flash_attention.default(
             q, k, v, 0.0, causal, False, scale=scale
         )
         return out, lse, State((lse, *more[:2], seed, offset), tuple(more[2:]))
     k, v = (_repeat_heads(x, q) for x in (k, v))
-    out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention(
+    out, lse, seed, offset = _aten._scaled_dot_product_efficient_attention.default(
         q, k, v, _aligned(mask, q, k), True, 0.0, causal, scale=scale
     )
     if mask is not None:
@@ -123,7 +180,7 @@ def lse_backward(
         q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, STEP)
     if state.sizes:
         lse, first, second, seed, offset = state.tensors
-        grads = _aten._scaled_dot_product_flash_attention_backward(
+        grads = _aten._scaled_dot_product_flash_attention_backward.default(
             d_out,
             q,
             k,
@@ -143,7 +200,7 @@ def lse_backward(
         lse, seed, offset = state.tensors
         k, v = (_repeat_heads(x, q) for x in (k, v))
         bias = _aligned(mask, q, k)
-        grads = _aten._scaled_dot_product_efficient_attention_backward(
+        grads = _aten._scaled_dot_product_efficient_attention_backward.default(
             d_out,
             q,
             k,

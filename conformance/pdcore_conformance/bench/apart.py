@@ -17,7 +17,7 @@ from typing import Any
 
 from pdcore.plugins import registered
 
-from ..gpu.processes import process_environment
+from ..gpu.environment import process_environment
 from ..record.environment import environment
 from .measurements import Bench
 from .peers import PEERS

@@ -15,28 +15,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pdcore import attention_vjp, bind
 from pdcore.plugins import load_backend, registered
 
 from ..frameworks import framework
-from ..judge.budget import Verdict, expect, judge
-from ..judge.calls import dtype_of
+from ..judge.budget import Verdict, judge
 from ..record.environment import environment
 from .grid import Target, Targets, targets, workloads
 from .peers import Peer
-from .timing import interleaved, interval, judged, quartiles, threads_limited
-from .workload import Workload, half_pooled
+from .sample import draw, sampled
+from .timing import Clock, interleaved, interval, judged, quartiles, threads_limited
+from .workload import Workload, half_pooled, operations
 
 if TYPE_CHECKING:
     from ..record.writing import Speed
 
-__all__ = ["FUSED", "Bench", "draw", "left_out", "unmeasured"]
+__all__ = ["FUSED", "Bench", "left_out", "unmeasured"]
 
-Array = np.ndarray[Any, Any]
-#: The number of rows of the result that are compared with the oracle.
-SAMPLE = 32
+#: The seconds of a GPU that one measurement takes, in up to 20 calls.
+BACK_TO_BACK = 0.03
+#: The rounds of a comparison on a GPU.
+ON_GPU = 7
+#: The calls that the host issues in a row where its time is measured.
+ISSUED = 10
 _NOT_MEASURED = re.compile(r"not measured, for [^:]*: (.*)")
 #: Prefixes of the names of peers that run a framework's fused kernel for softmax.
 FUSED = ("torch SDPA of softmax", "jax.nn.dot_product_attention")
@@ -109,23 +110,31 @@ class Bench:
 
     def call(self, workload: Workload, x: Mapping[str, Any], d: Any) -> Callable[[], Any]:
         """Return a call of the backend that ends when its results are computed."""
+        issue = self.issue(workload, x, d)
+        return lambda: self.framework.finish(issue())
+
+    def issue(self, workload: Workload, x: Mapping[str, Any], d: Any) -> Callable[[], Any]:
+        """Return a call of the backend that may end before a device has computed its results."""
         layer = bind(workload.spec, backend=self.backend)
-        framework = self.framework
         if workload.direction == "forward" or self.differentiates:
-            function = self._step(framework, lambda a: layer(a["q"], a["k"], a["v"]), workload)
-            return lambda: framework.finish(function(x, d))
+            function = self._step(self.framework, lambda a: layer(a["q"], a["k"], a["v"]), workload)
+            return lambda: function(x, d)
 
         def both() -> Any:
             out, _, vjp = attention_vjp(x["q"], x["k"], x["v"], workload.spec, backend=self.backend)
-            return framework.finish((out, vjp(d)))
+            return out, vjp(d)
 
         return both
 
     def peer_call(self, peer: Peer, workload: Workload, x: Any, d: Any) -> Callable[[], Any]:
         """Return a call of a peer that ends when its results are computed."""
-        library = framework(peer.library)
-        function = self._step(library, peer.make(workload), workload)
-        return lambda: library.finish(function(x, d))
+        issue, library = self.peer_issue(peer, workload, x, d), framework(peer.library)
+        return lambda: library.finish(issue())
+
+    def peer_issue(self, peer: Peer, workload: Workload, x: Any, d: Any) -> Callable[[], Any]:
+        """Return a call of a peer that may end before a device has computed its results."""
+        function = self._step(framework(peer.library), peer.make(workload), workload)
+        return lambda: function(x, d)
 
     def _step(self, library: Any, function: Any, workload: Workload) -> Callable[[Any, Any], Any]:
         if workload.direction == "forward":
@@ -155,28 +164,14 @@ class Bench:
         """
         if (by, workload) in self._green:
             return True
-        drawn = draw(workload)
-        length, spec, call = workload.shape[2], workload.spec, dict[str, Any]()
-        rows = np.unique(np.linspace(0, length - 1, SAMPLE).astype(int))
-        if "causal" in spec:  # adjacent rows, whose position one offset describes
-            rows = np.arange(length // 2, min(length, length // 2 + SAMPLE))
-            call["offset"] = int(rows[0])
-        # Gradients are linear in the cotangent: where it is zero outside the sampled rows, they
-        # depend on the sampled rows only.
-        d = np.zeros_like(drawn["d"])
-        d[..., rows, :] = drawn["d"][..., rows, :]
-        x = {name: library.asarray(drawn[name], self.device) for name in "qkv"}
-        result = make(x, library.asarray(d, self.device))()
+        sample = sampled(workload)
+        x = {name: library.asarray(draw(workload)[name], self.device) for name in "qkv"}
+        result = make(x, library.asarray(sample.cotangent, self.device))()
         out, gradients = (result, {}) if workload.direction == "forward" else result
-        results = {"out": library.asnumpy(out)[..., rows, :]}
+        results = {"out": sample.of(library.asnumpy(out), rows=True)}
         for name, gradient in gradients.items():
-            whole = library.asnumpy(gradient)
-            results[f"d_{name}"] = whole[..., rows, :] if name == "q" else whole
-        cotangent: dict[str, Any] = {"d_out": d[..., rows, :]} if gradients else {}
-        expected = expect(
-            drawn["q"][..., rows, :], drawn["k"], drawn["v"], spec, **call, **cotangent
-        )
-        verdicts = judge(results, expected)
+            results[f"d_{name}"] = sample.of(library.asnumpy(gradient), rows=name == "q")
+        verdicts = judge(results, sample.expected)
         self._note(by, workload, verdicts)
         good = all(verdict.ok for verdict in verdicts.values())
         if good:
@@ -216,7 +211,7 @@ class Bench:
         with self.framework.precision(workload.dtype):
             if not self.check_backend(workload):
                 return
-            backend_call = self.call(workload, *self.arrays(workload, self.framework))
+            backend_call = self.issue(workload, *self.arrays(workload, self.framework))
             groups: dict[str, dict[str, Callable[[], Any]]] = {}
             absent = {entry["peer"] for entry in self.speed["missing_peers"]}
             for peer in self.peers:
@@ -226,11 +221,57 @@ class Bench:
                         groups.setdefault(peer.library, {})[peer.name] = call
             # The threads of a library keep spinning after a call and would slow the next call of
             # another library: the peers of each library are timed apart, each with the backend.
-            for calls in groups.values():
-                calls = {self.backend: backend_call, **calls}
-                once = {name: min(t) for name, t in interleaved(calls, 1).items()}
-                rounds = self._rounds(sum(once.values()))
-                self._ratios(workload, interleaved(calls, rounds, warm_up=0))
+            for library, calls in groups.items():
+                self.against(workload, {self.backend: backend_call, **calls}, framework(library))
+            if self.on_gpu:
+                if not groups:
+                    self.against(workload, {self.backend: backend_call})
+                self._issued(workload, backend_call)
+
+    def against(
+        self, workload: Workload, calls: Mapping[str, Callable[[], Any]], library: Any = None
+    ) -> None:
+        """Time a call of the backend in turn with others, of one library; record the ratios."""
+        clocks = dict.fromkeys(calls, self._clock(library or self.framework))
+        clocks[self.backend] = self._clock(self.framework)
+        once = [min(t) for t in interleaved(calls, 1, clocks=clocks).values()]
+        repeat = self._repeat(max(once))
+        rounds = self._rounds(repeat * sum(once))
+        times = interleaved(calls, rounds, warm_up=0, repeat=repeat, clocks=clocks)
+        self._ratios(workload, times)
+        if self.on_gpu:
+            self._rates(workload, times)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the calls run on a GPU."""
+        return self.device.partition(":")[0] == "cuda"
+
+    def _clock(self, library: Any) -> Clock:
+        """Return how the calls of a library are timed: by events on a GPU."""
+        return lambda call, repeat: library.seconds(call, repeat, self.device)
+
+    def _repeat(self, once: float) -> int:
+        """Return how many calls are timed at once, so that a GPU is not waited for each time."""
+        return max(1, min(20, int(BACK_TO_BACK / once))) if self.on_gpu else 1
+
+    def _rates(self, workload: Workload, times: Mapping[str, list[float]]) -> None:
+        """Record the operations per second of the backend and of the peers."""
+        for name, seconds in times.items():
+            done = operations(self._computed(name, workload))
+            self.figure(
+                f"{workload}, {name}", [done / t / 1e12 for t in seconds], "TFLOP/s", (None, None)
+            )
+
+    def _computed(self, by: str, workload: Workload) -> Workload:
+        """Return the workload that a peer computes in place of another."""
+        return next((p.computed(workload) for p in self.peers if p.name == by), workload)
+
+    def _issued(self, workload: Workload, call: Callable[[], Any]) -> None:
+        """Record the time of the host until it has issued a call."""
+        seconds = [self.framework.host_seconds(call, ISSUED) for _ in range(3)]
+        name = f"{workload}: time of the host"
+        self.figure(name, [1e6 * s for s in seconds], "us", (None, None))
 
     def checked_peer_call(self, peer: Peer, workload: Workload) -> Callable[[], Any] | None:
         """Return a call of a peer; None, and a reason in ``missing_peers``, where it fails."""
@@ -253,7 +294,7 @@ class Bench:
             reason = f"{workload}: its own result is over the budget, so it is not compared with"
             self.speed["missing_peers"].append({"peer": peer.name, "reason": reason})
             return None
-        return self.peer_call(peer, workload, *self.arrays(workload, library))
+        return self.peer_issue(peer, workload, *self.arrays(workload, library))
 
     def _ratios(self, workload: Workload, times: Mapping[str, list[float]]) -> None:
         peers = [name for name in times if name != self.backend]
@@ -334,6 +375,8 @@ class Bench:
 
     def _rounds(self, seconds: float) -> int:
         """Return how many rounds of so many seconds fit in the time of a comparison."""
+        if self.on_gpu:
+            return ON_GPU
         budget, least, most = (6.0, 5, 15) if self.grid == "quick" else (25.0, 7, 31)
         return int(min(most, max(least, budget / seconds)))
 
@@ -347,12 +390,3 @@ def unmeasured(speed: Speed) -> list[str]:
 def left_out(why: str, title: str) -> str:
     """Return the note for a step that is left out, which `unmeasured` reads."""
     return f"not measured, for {why}: {title}"
-
-
-def draw(workload: Workload) -> dict[str, Array]:
-    """Draw q, k, v and the cotangent d as NumPy arrays."""
-    rng = np.random.default_rng(0)
-    dtype = dtype_of(workload.dtype)
-    return {
-        name: rng.standard_normal(workload.shape, dtype=np.float32).astype(dtype) for name in "qkvd"
-    }

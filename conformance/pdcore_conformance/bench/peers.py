@@ -168,7 +168,7 @@ PEERS: Mapping[str, Peer] = {
             Peer(
                 f"torch SDPA of softmax, {label}",
                 "torch",
-                ("bn", half_pooled(16)),
+                ("bn", half_pooled(16), f"bn+{half_pooled(16)}"),
                 sdpa(kernel),
                 ("cuda",),
                 (),
@@ -181,7 +181,7 @@ PEERS: Mapping[str, Peer] = {
         Peer(
             "torch SDPA of softmax",
             "torch",
-            ("bn", half_pooled(8), half_pooled(16)),
+            ("bn", half_pooled(8), half_pooled(16), f"bn+{half_pooled(16)}"),
             sdpa(None),
             _BOTH,
             (),
@@ -245,7 +245,7 @@ PEERS: Mapping[str, Peer] = {
             Peer(
                 f"jax.nn.dot_product_attention of softmax{label}",
                 "jax",
-                ("bn", half_pooled(8), half_pooled(16)),
+                ("bn", half_pooled(8), half_pooled(16), f"bn+{half_pooled(16)}"),
                 jax_nn(name),
                 devices,
                 (),

@@ -18,9 +18,9 @@ from ..frameworks import framework
 from ..judge.calls import dtype_of
 from .measurements import Bench
 from .timing import interleaved
-from .workload import DIRECTIONS, Shape, Workload, half_pooled
+from .workload import DIRECTIONS, Shape, Workload, half_pooled, operations
 
-__all__ = ["Sizes", "operations", "rates", "rates_at"]
+__all__ = ["Sizes", "copy_rate", "product_rate", "rates", "rates_at"]
 
 #: A figure without a target.
 NO_TARGET = (None, None)
@@ -59,24 +59,10 @@ def rates(bench: Bench) -> None:
 def rates_at(bench: Bench, sizes: Sizes) -> None:
     """Measure the rates of the device, then those of the backend's calls and statistics."""
     with bench.framework.precision(sizes.dtype):
-        copy = _copy(bench, sizes)
-        product = _product(bench, sizes)
+        copy = copy_rate(bench, sizes)
+        product = product_rate(bench, sizes)
         _calls(bench, sizes, product)
         _statistics(bench, sizes, copy)
-
-
-def operations(workload: Workload) -> float:
-    """Return the number of operations in a call's matrix products.
-
-    There are two products forward and five backward. Pairs that a causal call hides are not
-    counted, and a head of scale s has one key for every s keys.
-    """
-    batch, heads, length, dim = workload.shape
-    scales = as_spec(workload.spec).heads.scales or (1,) * heads
-    visible = 0.5 if "causal" in workload.spec else 1.0
-    pairs = visible * sum(length * -(-length // scale) for scale in scales)
-    products = 2 if workload.direction == "forward" else 7
-    return 2.0 * products * batch * pairs * dim
 
 
 def _fastest(call: Callable[[], Any], rounds: int) -> float:
@@ -89,7 +75,7 @@ def _array(bench: Bench, library: Any, shape: tuple[int, ...], dtype: str) -> An
     return library.asarray(drawn.astype(dtype_of(dtype)), bench.device)
 
 
-def _copy(bench: Bench, sizes: Sizes) -> float:
+def copy_rate(bench: Bench, sizes: Sizes) -> float:
     """Measure the bytes per second that a copy by the backend's library reads and writes."""
     library = bench.framework
     x = library.asarray(np.zeros(sizes.copied // 4, np.float32), bench.device)
@@ -101,7 +87,7 @@ def _copy(bench: Bench, sizes: Sizes) -> float:
     return rate
 
 
-def _product(bench: Bench, sizes: Sizes) -> float | None:
+def product_rate(bench: Bench, sizes: Sizes) -> float | None:
     """Measure the operations per second of a matrix product, by PyTorch if that is installed."""
     kind, side = f"{sizes.dtype} matrix product of {sizes.side}", sizes.side
     reasons = []

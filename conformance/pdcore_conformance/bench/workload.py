@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["DIRECTIONS", "Shape", "Workload", "half_pooled"]
+from pdcore.spec import as_spec
+
+__all__ = ["DIRECTIONS", "Shape", "Workload", "half_pooled", "operations"]
 
 #: (B, H, N, D) of q, k and v.
 Shape = tuple[int, int, int, int]
@@ -37,3 +39,17 @@ class Workload(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.spec} {self.shape} {self.dtype} {self.direction}"
+
+
+def operations(workload: Workload) -> float:
+    """Return the number of operations in a call's matrix products.
+
+    There are two products forward and five backward. Pairs that a causal call hides are not
+    counted, and a head of scale s has one key for every s keys.
+    """
+    batch, heads, length, dim = workload.shape
+    scales = as_spec(workload.spec).heads.scales or (1,) * heads
+    visible = 0.5 if "causal" in workload.spec else 1.0
+    pairs = visible * sum(length * -(-length // scale) for scale in scales)
+    products = 2 if workload.direction == "forward" else 7
+    return 2.0 * products * batch * pairs * dim

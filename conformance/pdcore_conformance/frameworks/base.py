@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -345,6 +346,39 @@ class Framework:
         """Wait until a result is computed, and return it."""
         self.synchronize(result)
         return result
+
+    def seconds(self, call: Callable[[], Any], repeat: int, device: str = "cpu") -> float:
+        """Return the seconds that a device takes for each of some calls, one after the other.
+
+        On a GPU the calls are issued back to back, so that the time of the host to issue one is
+        hidden where it is shorter than that of the device.
+        """
+        started = time.perf_counter()
+        for _ in range(repeat):
+            self.finish(call())
+        return (time.perf_counter() - started) / repeat
+
+    def host_seconds(self, call: Callable[[], Any], repeat: int) -> float:
+        """Return the seconds until the host has issued each of some calls to the device."""
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        seconds = (time.perf_counter() - started) / repeat
+        self.synchronize()
+        return seconds
+
+    def broken(self, device: str) -> str | None:
+        """Return the error of a device that computes nothing more, None where it still computes.
+
+        Some errors of CUDA, such as an illegal address, last until the process ends: every later
+        call fails with them, whatever it computes.
+        """
+        try:
+            self.finish(self.asarray(np.ones(8, np.float32), device) + 1)
+        except Exception as error:  # noqa: BLE001 - every error means the same here
+            return f"{type(error).__name__}: {error}"
+        return None
 
     def memory(self, device: str) -> Memory | None:
         """Return a `Memory` of a device, None where the library does not report memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -123,6 +123,17 @@ class CupyFramework(Framework):
             yield
         finally:
             cuda.set_allocator(before)
+
+    def seconds(self, call: Callable[[], Any], repeat: int, device: str = "cuda") -> float:
+        """Return the seconds between two CUDA events around the calls, per call."""
+        cuda = self.module.cuda
+        start, end = cuda.Event(), cuda.Event()
+        start.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        end.synchronize()
+        return float(cuda.get_elapsed_time(start, end)) / 1e3 / repeat
 
     def memory(self, device: str) -> Memory | None:
         """Return a `Memory` that counts the blocks of the pool as they are allocated and freed."""

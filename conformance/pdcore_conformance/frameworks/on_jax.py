@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -218,6 +219,16 @@ class JaxFramework(Framework):
 
         compiled = jax.jit(run)
         return lambda arrays, cotangent: compiled(dict(arrays), cotangent)
+
+    def seconds(self, call: Callable[[], Any], repeat: int, device: str = "cpu") -> float:
+        """Return the seconds until the last of the calls, which a GPU runs in order, is done."""
+        if not device.startswith("cuda"):
+            return super().seconds(call, repeat, device)
+        self.synchronize()
+        started = time.perf_counter()
+        results = [call() for _ in range(repeat)]
+        self.finish(results[-1])
+        return (time.perf_counter() - started) / repeat
 
     def memory(self, device: str) -> Memory | None:
         """Return a `Memory` of a device whose allocator has statistics, which a CPU's has not."""

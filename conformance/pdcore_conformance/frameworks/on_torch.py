@@ -276,6 +276,18 @@ class TorchFramework(Framework):
 
         return run
 
+    def seconds(self, call: Callable[[], Any], repeat: int, device: str = "cpu") -> float:
+        """Return the seconds between two CUDA events around the calls, per call."""
+        if not device.startswith("cuda"):
+            return super().seconds(call, repeat, device)
+        start, end = (self.module.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / repeat
+
     def memory(self, device: str) -> Memory | None:
         """Return a `Memory` of a CUDA device, by the statistics of the caching allocator."""
         return _CudaMemory(self.module, device) if device.startswith("cuda") else None

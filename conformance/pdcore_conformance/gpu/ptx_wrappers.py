@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["CODE", "Check", "Output", "checks", "difference", "source"]
+__all__ = ["CODE", "Check", "Output", "checks", "compiled", "difference", "source"]
 
 Array = np.ndarray[Any, Any]
 
@@ -145,6 +145,36 @@ def checks() -> Iterator[Check]:
         yield _mma(name)
     for bytes_, read in ((4, 4), (8, 8), (16, 16), (16, 10), (16, 0), (4, 1)):
         yield _cp_async(bytes_, read)
+
+
+def compiled() -> dict[str, Any]:
+    """Compile the PTX wrappers for CuPy's device.
+
+    Returns
+    -------
+    dict
+        The arguments of `difference`, and the ``capability`` of the device.
+    """
+    import cupy
+
+    capability = int(cupy.cuda.Device().compute_capability)
+    names = [check.kernel for check in checks() if check.capability <= capability]
+    module = cupy.RawModule(
+        code=source(), options=("-std=c++17",), name_expressions=tuple(dict.fromkeys(names))
+    )
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+        x = cupy.empty(shape, dtype)
+        x.data.memset(0xFF, x.nbytes)
+        return x
+
+    return {
+        "module": module,
+        "capability": capability,
+        "array": cupy.asarray,
+        "empty": empty,
+        "host": cupy.asnumpy,
+    }
 
 
 def difference(

@@ -1,129 +1,91 @@
-"""Merge, extend and summarize the records of `pdcore_conformance.gpu`."""
+"""The record of a run on a GPU, made of its log."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..record import writing as record
+from ..runner.plugin import parse_backend
 
 if TYPE_CHECKING:
-    from ..record.writing import Case, Run
+    from ..record.writing import Run, Speed
 
-__all__ = ["add_cases", "merge_runs", "summary", "unavailable_run"]
+__all__ = ["runs_of", "summary"]
 
+#: The stages whose steps are measurements, not cases.
+_MEASURED = ("machine", "rates", "speed", "variants")
 #: The number of failures that are printed; the record has all of them.
 SHOWN = 5
 
 
-def merge_runs(
-    earlier: Run | None, parts: Sequence[Run], names: Sequence[str], *, selected: bool = False
-) -> Run | None:
-    """Merge runs, each of which has some of the cases, into one run.
+def runs_of(lines: Iterable[Mapping[str, Any]], header: Mapping[str, Any]) -> list[Run]:
+    """Return a run for each target of a log, with the cases and the speed that are known so far."""
+    done: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if "done" in line:
+            done.setdefault(line["target"], []).append(line)
+    return [_run(target, steps, header) for target, steps in done.items()]
 
-    Parameters
-    ----------
-    earlier : Run or None
-        An earlier run; a case that is also in `parts` is taken from there.
-    parts : sequence of Run
-        The runs of processes that ran at the same time.
-    names : sequence of str
-        The ids of the cases to keep; others are left out.
-    selected : bool
-        Whether `names` are fewer than the cases of the suite.
 
-    Returns
-    -------
-    Run or None
-        None where there is no case at all. The ``selection`` of the run is None only where the
-        run has every case of the suite.
-    """
-    from ..record.writing import OUTCOMES
-
-    runs = [run for run in (earlier, *parts) if run is not None]
-    by_id = {case["id"]: case for run in runs for case in run["cases"]}
-    cases = [by_id[name] for name in sorted(names) if name in by_id]
-    if not cases:
-        return None
-    complete = len(cases) == len(names) and not selected
-    seconds = max((run["seconds"] for run in parts), default=0.0)
-    return {
-        **runs[-1],
-        "level": "all",
-        "selection": None if complete else [case["id"] for case in cases],
-        "cases": cases,
-        "counts": {name: sum(c["outcome"] == name for c in cases) for name in OUTCOMES},
-        "seconds": seconds + (earlier["seconds"] if earlier is not None else 0.0),
-        "speed": None,
+def _run(target: str, steps: list[Mapping[str, Any]], header: Mapping[str, Any]) -> Run:
+    run = record.new_run(*parse_backend(target))
+    run["created"], run["level"] = header["created"], "core"
+    for step in steps:
+        if step["stage"] == "machine":
+            run.update(step.get("found", {}))
+            if step["done"]["outcome"] != "passed":
+                run["available"], run["reason"] = False, step["done"]["message"]
+    cases = {
+        step["done"]["id"]: step["done"]
+        for step in steps
+        if step["stage"] not in _MEASURED or step["done"]["outcome"] in ("failed", "error")
     }
-
-
-def _command_for(run: Run, case: Case) -> str:
-    """Return the command that runs a case again; a check of the device runs with the others."""
-    from ..record.writing import run_alone, target
-    from .checks import GROUP
-
-    if case["group"] == GROUP:
-        return f"python -m pdcore_conformance.gpu.checks {target(run)}"
-    return run_alone(run, case)
-
-
-def add_cases(run: Run, cases: Sequence[Case]) -> Run:
-    """Return a run with cases added that are not in the suite."""
-    from ..record.writing import OUTCOMES
-
-    all_cases = [*run["cases"], *cases]
-    seconds = run["seconds"] + sum(case["seconds"] for case in cases)
-    counts = {name: sum(c["outcome"] == name for c in all_cases) for name in OUTCOMES}
-    return {**run, "cases": all_cases, "counts": counts, "seconds": seconds}
-
-
-def unavailable_run(target: str, reason: str) -> Run:
-    """Return the run of a target that is not available."""
-    from ..record import writing as record
-    from ..record.environment import environment, versions
-
-    name, _, device = target.partition(":")
-    run = record.new_run(name, device)
-    run["available"], run["reason"] = False, reason
-    run["environment"], run["versions"] = environment(device), versions()
+    run["cases"] = [cases[name] for name in sorted(cases)]
+    run["selection"] = sorted(cases)
+    run["counts"] = {o: sum(c["outcome"] == o for c in run["cases"]) for o in record.OUTCOMES}
+    run["seconds"] = sum(case["seconds"] for case in run["cases"])
+    measured = [s["found"]["speed"] for s in steps if "speed" in s.get("found", {})]
+    run["speed"] = _merged(measured) if measured else None
     return run
+
+
+def _merged(parts: list[Speed]) -> Speed:
+    """Return the measurements of several steps as one."""
+    whole: Any = dict(parts[0])
+    for name, value in parts[0].items():
+        if isinstance(value, list):
+            items = [item for part in parts for item in part[name]]  # type: ignore[literal-required]
+            # Each step lists the peers that are missing, and the notes.
+            whole[name] = [x for i, x in enumerate(items) if x not in items[:i]]
+    whole["seconds"] = sum(part["seconds"] for part in parts)
+    whole["red"] = any(part["red"] for part in parts)
+    return whole  # type: ignore[no-any-return]
 
 
 def summary(run: Run) -> Iterator[str]:
     """Summarize a run in a few lines."""
-    from ..record.writing import target
-
     if not run["available"]:
-        yield f"{target(run)}: not available: {run['reason']}"
+        yield f"{record.target(run)}: not available: {run['reason']}"
         return
     gpu = run["environment"]["gpu"]
     versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
-    yield f"{target(run)} on {gpu['name'] if gpu else run['environment']['cpu']}: {versions}"
+    yield f"{record.target(run)} on {gpu['name'] if gpu else run['environment']['cpu']}: {versions}"
     counts = ", ".join(f"{count} {name}" for name, count in run["counts"].items() if count)
     ratios = [case["ratio"] for case in run["cases"] if case["ratio"] is not None]
     worst = f"; worst error {max(ratios):.3g} of its budget" if ratios else ""
-    yield f"  {counts}{worst}; {run['seconds']:.0f} s"
+    yield f"  {counts or 'no cases'}{worst}; {run['seconds']:.0f} s"
     failures = [case for case in run["cases"] if case["outcome"] in ("failed", "error")]
     for case in failures[:SHOWN]:
         text = " ".join((case["message"] or "").split())[:200]
         yield f"  {case['outcome']}: {case['id']}: {text}"
-        yield f"    alone: {_command_for(run, case)}"
     if len(failures) > SHOWN:
         yield f"  and {len(failures) - SHOWN} more, in the record"
-    speed = run["speed"]
-    if speed is None:
-        return
-    if speed["red"]:
-        yield "  speed: the numerics at the timed shapes are red, so nothing was timed"
-    for entry in speed["ratios"]:
+    for entry in run["speed"]["ratios"] if run["speed"] else ():
         shape = "x".join(map(str, entry["shape"]))
         yield (
             f"  {entry['spec']} {entry['dtype']} {entry['direction']} ({shape}): "
             f"{entry['ratio']:.2f} times as fast as {entry['peer']}"
         )
-    for figure in speed["figures"]:
+    for figure in run["speed"]["figures"] if run["speed"] else ():
         yield f"  {figure['name']}: {figure['value']:.3g} {figure['unit']}"
-    absent: dict[str, list[str]] = {}
-    for peer in speed["missing_peers"]:
-        absent.setdefault(peer["reason"], []).append(peer["peer"])
-    for reason, peers in absent.items():
-        yield f"  not compared with {'; '.join(peers)}: {reason}"

@@ -1,39 +1,37 @@
-"""One run of `pdcore_conformance.gpu`: the stages, their files, and what was not reached."""
+"""One run on a GPU: the stages in their order, their processes, and what is written."""
 
 from __future__ import annotations
 
 import argparse
 import subprocess
+import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pdcore.errors import Exit
 
-from .checks import is_check, is_checked
-from .processes import (
-    StageProcess,
-    StageProcesses,
-    core_count,
-    process_environment,
-    share_processes,
-)
-from .records import add_cases, merge_runs, summary, unavailable_run
-
-if TYPE_CHECKING:
-    from ..record.writing import Run
+from ..record import writing as record
+from ..runner import child
+from ..runner.outcomes import new_case
+from ..runner.watching import WatchedProcess
+from . import worker
+from .environment import core_count, process_environment
+from .log import Log, archive, entries
+from .records import runs_of, summary
+from .stages import STAGES, Stage, deadlines
+from .step import case_of
 
 __all__ = ["Session"]
 
-#: The share of the time after which the numerics are stopped, so that some time is left for speed.
-NUMERICS_SHARE = 0.65
-#: Seconds that a process has to finish by itself before it is stopped.
-GRACE = 15.0
-#: Seconds for importing a framework and listing the cases.
-PROBE = 120.0
-#: Seconds below which a measurement is not started.
-LEAST = 5.0
+#: The stage that finds which backends are there, which all others need.
+FIRST = "machine"
+#: The least seconds for it.
+IMPORTS = 60.0
+#: Seconds that a stage must have left to start a process.
+LEAST = 2.0
 
 
 class Session:
@@ -45,331 +43,263 @@ class Session:
         Backends with their devices, as in ``"torch:cuda"``.
     options : argparse.Namespace
         The options of `pdcore_conformance.gpu.command`.
-
-    Attributes
-    ----------
-    unreached : list of str
-        What there was no time for, and what failed before it was complete.
     """
 
-    def __init__(self, targets: list[str], options: argparse.Namespace) -> None:
-        self.targets, self.options, self.out = targets, options, options.out
-        self.started = time.monotonic()
-        self.processes = StageProcesses(self.out)
-        self.reasons: dict[str, str] = {}
-        self.cases: dict[str, list[str]] = {}
-        self.numerics: dict[str, Run] = {}
-        self.speed: dict[str, Run] = {}
-        self.unreached: list[str] = []
+    def __init__(self, targets: list[str], options: argparse.Namespace, carried: list[str]) -> None:
+        self.targets, self.options, self.folder = targets, options, options.folder
+        earlier = entries(self.folder / "log.jsonl") if options.resume else []
+        if not options.resume:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+        commit, dirty = record.revision()
+        self.header = {"commit": commit, "dirty": dirty, "minutes": options.minutes}
+        self.log = Log(self.folder, **self.header, stages=options.stages, carried=carried)
+        self.header["created"] = self.log.created
+        self.lines = self._kept(earlier)
+        #: The number of steps for which no time was left, by stage and target.
+        self.unreached: Counter[tuple[str, str]] = Counter()
+        # Each with what to write where it is ended in a step.
+        self._running: dict[WatchedProcess, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+        self._closing = False
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.processes.stop()
+        """End the processes, and write what is known."""
+        with self._lock:
+            self._closing = True
+            running = dict(self._running)
+        for process, cut in running.items():
+            process.stop()
+            cut()
+        self.save()
 
-    @property
-    def seconds_left(self) -> float:
-        """The seconds that are left."""
-        return float(self.options.budget_s - (time.monotonic() - self.started))
-
-    def run(self) -> Exit:
-        """Run every stage and return the exit code."""
-        from ..record import writing as record
-
-        commit, dirty = record.revision()
-        self.say(f"commit {commit or 'unknown'}{', with changes' if dirty else ''}")
-        if self.options.device == "cuda":
-            self.save_nvidia_smi()
-        self.probe()
-        for target, reason in self.reasons.items():
-            self.say(f"{target} is not available: {reason}")
-        if not self.cases:
-            where = "no GPU" if self.options.device == "cuda" else "nothing"
-            self.say(f"{where}: none of {', '.join(self.targets)} can run here")
-            return Exit.DONE if self.options.allow_missing else Exit.NO_BACKEND
-        self.judge()
-        self.check()
-        if not self.options.no_speed:
-            self.measure()
-        return self.finish()
+    def _kept(self, earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the lines of an earlier run of this commit; a step that had no end has failed."""
+        commit, kept = None, []
+        for line in earlier:
+            commit = line.get("commit", commit)
+            if self.header["commit"] is not None and commit == self.header["commit"]:
+                kept.append(line)
+        if earlier and not kept:
+            self.log.say("the earlier log is of another or an unknown commit: all is run again")
+        open_: dict[tuple[str, str], dict[str, Any]] = {}
+        for line in kept:
+            if "began" in line:
+                open_[line["target"], line["began"]] = line
+            elif "done" in line or "cut" in line:
+                open_.pop((line["target"], line.get("cut") or line["done"]["id"]), None)
+        for (_, name), line in open_.items():
+            done = new_case(name, "optional", [], "error", "the run ended in this step")
+            kept.append({**line, "done": done})
+        return kept
 
     # --- stages -----------------------------------------------------------------------------------
 
-    def save_nvidia_smi(self) -> None:
-        """Write the output of nvidia-smi to a file next to the records."""
+    def run(self) -> Exit:
+        """Run the stages, and return the exit code."""
+        commit = self.header["commit"]
+        self.log.say(
+            f"commit {commit or 'unknown'}{', with changes' if self.header['dirty'] else ''}"
+        )
+        self._save_nvidia_smi()
+        ends = deadlines([FIRST, *self.options.stages], self.options.minutes)
+        ends[FIRST] = max(ends[FIRST], IMPORTS)
+        for name, end in ends.items():
+            if name == FIRST or self._present():
+                self._run_stage(STAGES[name], end)
+                self.save()
+        runs = runs_of(self.lines, self.header)
+        for run in runs:
+            for line in summary(run):
+                self.log.say(line)
+        for (stage, target), count in self.unreached.items():
+            self.log.say(f"not reached: {stage} of {target}: {count} steps")
+        self.log.say(f"all results: {self.options.archive}")
+        available = [run for run in runs if run["available"]]
+        if not available:
+            return Exit.NO_BACKEND
+        if any(run["counts"]["failed"] or run["counts"]["error"] for run in runs):
+            return Exit.NUMERICS
+        if len(available) < len(self.targets):
+            return Exit.NO_BACKEND
+        return Exit.FAILURE if self.unreached else Exit.DONE
+
+    def _run_stage(self, stage: Stage, end: float) -> None:
+        targets = self._targets(stage)
+        until = self.log.started + end
+        left = until - time.monotonic()
+        self.log.say(f"{stage.name}: {stage.about}, {max(left, 0):.0f} s", stage=stage.name)
+        began = time.monotonic()
+        for index, group in enumerate([targets] if stage.together else [[t] for t in targets]):
+            # Backends one after the other share what is left of the time.
+            turns = 1 if stage.together else len(targets) - index
+            share = time.monotonic() + (until - time.monotonic()) / turns
+            self._run_group(stage, group, share)
+        seconds = time.monotonic() - began
+        self.log.say(f"{stage.name}: done after {seconds:.1f} s", stage=stage.name, seconds=seconds)
+
+    def _present(self) -> list[str]:
+        """Return the targets that are available here, as the first stage has found."""
+        name = case_of(FIRST, "versions")
+        passed = {
+            line["target"]
+            for line in self.lines
+            if line.get("done", {}).get("id") == name and line["done"]["outcome"] == "passed"
+        }
+        return [target for target in self.targets if target in passed]
+
+    def _targets(self, stage: Stage) -> list[str]:
+        """Return the targets of a stage, in its order; without a GPU others may stand in."""
+        there = self.targets if stage.name == FIRST else self._present()
+        here = {target.partition(":")[0]: target for target in there}
+        chosen = [here[name] for name in stage.backends if name in here]
+        if self.options.device == "cpu":
+            others = [target for target in here.values() if target not in chosen]
+            # Backends of plugins have all stages, those of other stages only where no other is.
+            built_in = {f"{name}:cpu" for name in ("torch", "jax")}
+            chosen += [t for t in others if not chosen or t not in built_in]
+        return chosen[:1] if stage.first else chosen
+
+    def _run_group(self, stage: Stage, targets: Sequence[str], until: float) -> None:
+        """Run the steps of a stage that are not done, for targets at the same time."""
+        shares: list[tuple[str, list[str]]] = []
+        for target in targets:
+            done = {
+                line["done"]["id"]
+                for line in self.lines
+                if "done" in line and line["target"] == target
+            }
+            rest = [n for n in self._steps(stage, target, until) if _id(stage, n) not in done]
+            count = int(max(1, min(stage.processes, len(rest))))
+            shares += [(target, rest[index::count]) for index in range(count) if rest]
+        waiting, threads = iter(shares), []
+
+        def work() -> None:
+            while True:
+                with self._lock:
+                    share = next(waiting, None)
+                if share is None:
+                    return
+                self._run_steps(stage, *share, until)
+
+        for _ in range(min(len(shares), max(core_count(), len(targets)))):
+            threads.append(threading.Thread(target=work, daemon=True))
+            threads[-1].start()
+        # A signal is handled between two short waits.
+        while any(thread.is_alive() for thread in threads):
+            threads[0].join(0.1)
+            threads.sort(key=lambda thread: not thread.is_alive())
+
+    def _steps(self, stage: Stage, target: str, until: float) -> Sequence[str]:
+        steps = stage.steps(target)
+        if stage.name != "suite":
+            return steps
+        if self.options.case or steps:
+            return self.options.case or steps
+        options = {"backend": target, "level": "core", "collect_only": True}
+        with WatchedProcess(child.__name__, options, self._environment(stage)) as process:
+            process.wait(stage.limit, until=until)
+            return [about["id"] for about in process.journal.planned]
+
+    def _run_steps(self, stage: Stage, target: str, names: Sequence[str], until: float) -> None:
+        """Run steps in a process, and the rest in another where it ends before them."""
+        rest = list(names)
+        while rest:
+            left = until - time.monotonic()
+            if left < LEAST or self._closing:
+                with self._lock:
+                    self.unreached[stage.name, target] += len(rest)
+                return
+            rest = self._run_process(stage, target, rest, until)
+
+    def _run_process(self, stage: Stage, target: str, names: list[str], until: float) -> list[str]:
+        """Run steps in one process; return those that it did not come to."""
+        if stage.name == "suite":
+            module = child.__name__
+            options: dict[str, Any] = {"backend": target, "level": "core", "cases": names}
+        else:
+            module = worker.__name__
+            seconds = until - time.monotonic()
+            options = {"stage": stage.name, "target": target, "cases": names, "seconds": seconds}
+
+        def heard(entry: dict[str, Any]) -> None:
+            for name in ("began", "done"):
+                if name in entry:
+                    found = {"found": entry["found"]} if entry.get("found") else {}
+                    self._note(stage, target, **{name: entry[name]}, **found)
+
+        with WatchedProcess(module, options, self._environment(stage)) as process:
+            journal = process.journal
+
+            def cut() -> None:
+                if journal.current is not None:
+                    self._note(stage, target, cut=journal.current)
+
+            with self._lock:
+                self._running[process] = cut
+            process.wait(stage.limit, heard, until)
+            in_time = process.process.poll() is not None
+            process.stop()
+            for entry in journal.read():
+                heard(entry)
+            with self._lock:
+                del self._running[process]
+            how, printed = process.how(), process.printed()
+        rest = [name for name in names if _id(stage, name) not in journal.cases]
+        if journal.code is not None or self._closing:
+            return []
+        if journal.current is not None and not in_time:
+            cut()
+            return rest
+        if journal.current is not None:
+            message = f"the process ended: {how}; it printed: {printed[:1000]}"
+            done = new_case(journal.current, "optional", [], "error", message)
+            self._note(stage, target, done=done)
+            return [name for name in rest if _id(stage, name) != journal.current]
+        if journal.lost is None and in_time and len(rest) == len(names):
+            # It ended before the first step: another process would, too.
+            message = f"the process did not start: {how}; it printed: {printed[:1000]}"
+            for name in rest:
+                done = new_case(_id(stage, name), "optional", [], "error", message)
+                self._note(stage, target, done=done)
+            return []
+        return rest
+
+    def _environment(self, stage: Stage) -> dict[str, str]:
+        """Return the variables of a process: with few threads where it is one of many."""
+        threads = None if stage.name in ("speed", "variants", "rates") else 2
+        return process_environment(self.options.device, threads=threads)
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def _note(self, stage: Stage, target: str, **entry: Any) -> None:
+        line = {"stage": stage.name, "target": target, **entry}
+        with self._lock:
+            self.lines.append(line)
+        self.log.write(**line)
+        done = entry.get("done")
+        if done and done["outcome"] in ("failed", "error"):
+            text = " ".join((done["message"] or "").split())[:300]
+            self.log.say(f"  {done['outcome']}: {target}: {done['id']}: {text}")
+
+    def save(self) -> None:
+        """Write the record of what is known, and the archive."""
+        with self._lock:
+            lines = list(self.lines)
+        record.save(self.folder / "record.json", runs_of(lines, self.header), replace=True)
+        for name in archive(self.folder, self.options.archive):
+            self.log.say(f"left out of the archive, for its size: {name}")
+
+    def _save_nvidia_smi(self) -> None:
         with suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
                 ["nvidia-smi"], capture_output=True, text=True, timeout=30, check=True
             )
-            (self.out / "nvidia-smi.txt").write_text(done.stdout, encoding="utf-8")
-
-    def probe(self) -> None:
-        """Ask each target, in its own process, whether it is available and which cases it has."""
-        processes = [
-            self.processes.start(
-                "probe",
-                target,
-                self.job(target, []),
-                process_environment(self.options.device, threads=1),
-            )
-            for target in self.targets
-        ]
-        self.processes.wait(processes, min(PROBE, self.seconds_left))
-        for process in processes:
-            answer = process.result()
-            if answer is None:
-                self.reasons[process.target] = f"it cannot even be asked: {process.last_words()}"
-            elif answer["reason"] is not None:
-                self.reasons[process.target] = answer["reason"]
-            else:
-                self.choose(process.target, answer["cases"])
-                self.unreached += [
-                    f"{process.target}: the known failure {name} is no case of the suite: remove it"
-                    for name in answer["dead"]
-                ]
-
-    def choose(self, target: str, cases: list[str]) -> None:
-        """Choose the cases of a target that are run."""
-        chosen = set(self.options.case)
-        self.cases[target] = [name for name in cases if not chosen or name in chosen]
-        known = {name for name in chosen if is_checked(target) and is_check(name)} | set(cases)
-        self.unreached += [f"{target}: there is no case {name}" for name in sorted(chosen - known)]
-
-    def judge(self) -> None:
-        """Run the numerics of all targets side by side, and write their records."""
-        until = self.seconds_left - GRACE
-        if not self.options.no_speed:
-            until -= (1.0 - NUMERICS_SHARE) * self.options.budget_s
-        earlier = {target: self.earlier_run(target) for target in self.cases}
-        todo = {
-            target: [name for name in cases if name not in _ids(earlier[target])]
-            for target, cases in self.cases.items()
-        }
-        counts = share_processes({target: len(ids) for target, ids in todo.items()}, core_count())
-        environment = process_environment(
-            self.options.device, threads=max(1, core_count() // max(1, sum(counts.values())))
-        )
-        processes: dict[str, list[StageProcess]] = {}
-        for target, ids in todo.items():
-            count = counts.get(target, 0)
-            kept = len(self.cases[target]) - len(ids)
-            self.say(
-                f"{target}: {len(ids)} cases in {count} processes"
-                + (f", {kept} are kept from before" if kept else "")
-            )
-            processes[target] = [
-                self.processes.start(
-                    f"numerics.{index}",
-                    target,
-                    self.job(target, ids[index::count], until),
-                    environment,
-                )
-                for index in range(count)
-            ]
-        everyone = [process for some in processes.values() for process in some]
-        self.processes.wait(everyone, until + GRACE, lambda text: self.say(f"  {text}"))
-        for target, some in processes.items():
-            self.collect(target, earlier[target], some)
-
-    def collect(self, target: str, earlier: Run | None, processes: list[StageProcess]) -> None:
-        """Merge the records of a target's processes, and note the cases that are missing."""
-        cases = self.cases[target]
-        merged = merge_runs(
-            earlier,
-            [run for process in processes if (run := process.run()) is not None],
-            cases,
-            selected=bool(self.options.case),
-        )
-        self.unreached += [
-            f"{target}, {process.stage}: {process.last_words()}"
-            for process in processes
-            if process.failed
-        ]
-        rest = [name for name in cases if name not in _ids(merged)]
-        if rest:
-            self.unreached.append(f"{target}: {len(rest)} of {len(cases)} cases, such as {rest[0]}")
-        if merged is not None:
-            self.write(target, "numerics", merged)
-            self.numerics[target] = merged
-
-    def check(self) -> None:
-        """Check the CUDA kernels of the backends that have some, on the device itself."""
-        chosen = set(self.options.case)
-        for target, run in self.numerics.items():
-            if not is_checked(target) or (chosen and not any(map(is_check, chosen))):
-                continue
-            share = 1.0 if self.options.no_speed else 0.3
-            seconds = share * (self.seconds_left - GRACE)
-            if seconds < LEAST:
-                self.unreached.append(f"checks of {target}: no time was left")
-                continue
-            self.say(f"{target}: wrappers and sanitizers, {seconds:.0f} s at most")
-            process = self.processes.start(
-                "checks",
-                target,
-                self.job(target, [], seconds),
-                process_environment(self.options.device),
-            )
-            self.processes.wait([process], seconds + GRACE)
-            if process.failed:
-                self.unreached.append(f"checks of {target}: {process.last_words()}")
-            cases = [c for c in process.result() or [] if not chosen or c["id"] in chosen]
-            for case in cases:
-                if case["outcome"] == "not claimed":
-                    self.say(f"  {case['id']}: {case['message']}")
-            self.numerics[target] = add_cases(run, cases)
-            self.write(target, "numerics", self.numerics[target])
-
-    def measure(self) -> None:
-        """Measure one target after another, those whose numerics are green."""
-        waiting = self.unmeasured_targets()
-        while waiting:
-            target = waiting.pop(0)
-            seconds = (self.seconds_left - GRACE) / (len(waiting) + 1)
-            if seconds < LEAST:
-                self.unreached.append(f"speed of {target}: no time was left")
-                continue
-            self.measure_target(target, seconds)
-
-    def unmeasured_targets(self) -> list[str]:
-        """List the targets that are to be measured; load the speed that an earlier run kept."""
-        waiting = []
-        for target in self.cases:
-            run = self.numerics.get(target)
-            if run is None or _red(run):
-                self.unreached.append(f"speed of {target}: its numerics are not green")
-                continue
-            if self.options.resume and (kept := self.kept_runs(target, "speed")):
-                rest = _unmeasured(kept[0])
-                but = f", but for {len(rest)} parts" if rest else ""
-                self.say(f"{target}: speed is kept from before{but}")
-                self.write(target, "speed", kept[0])
-                self.speed[target] = kept[0]
-                if not rest:
-                    continue
-            waiting.append(target)
-        return waiting
-
-    def measure_target(self, target: str, seconds: float) -> None:
-        """Measure the speed of a target, with so many seconds for all of it."""
-        earlier = str(self.path(target, "speed")) if target in self.speed else None
-        self.say(f"{target}: speed, nothing new after {seconds:.0f} s")
-        process = self.processes.start(
-            "speed",
-            target,
-            self.job(target, [], seconds, earlier),
-            process_environment(self.options.device),
-        )
-        self.processes.wait([process], seconds + GRACE)
-        run = process.run()
-        if process.failed or run is None:
-            self.unreached.append(f"speed of {target}: {process.last_words()}")
-        if run is None or run["speed"] is None:
-            return
-        self.write(target, "speed", run)
-        self.speed[target] = run
-        self.unreached += [
-            f"speed of {target}: not measured: {title}" for title in _unmeasured(run)
-        ]
-
-    def finish(self) -> Exit:
-        """Write the merged record, print its summary, and return the exit code."""
-        from ..record import writing as record
-
-        runs: list[Run] = []
-        for target, run in self.numerics.items():
-            measured = self.speed.get(target)
-            runs.append({**run, "speed": measured["speed"]} if measured is not None else run)
-        runs += [unavailable_run(target, reason) for target, reason in self.reasons.items()]
-        path = self.out / "record.json"
-        record.save(path, runs, replace=True)
-        for run in runs:
-            for line in summary(run):
-                self.say(line)
-        for text in self.unreached:
-            self.say(f"not reached: {text}")
-        self.say(f"record: {path}")
-        if any(_red(run) for run in runs):
-            return Exit.NUMERICS
-        if self.reasons and not self.options.allow_missing:
-            return Exit.NO_BACKEND
-        return Exit.FAILURE if self.unreached else Exit.DONE
-
-    # --- files ------------------------------------------------------------------------------------
-
-    def job(
-        self, target: str, cases: list[str], seconds: float = 0.0, earlier: str | None = None
-    ) -> dict[str, object]:
-        """Return a `pdcore_conformance.gpu.stage.Job`, to which the process adds stage and file."""
-        return {
-            "target": target,
-            "grid": self.options.grid,
-            "cases": cases,
-            "seconds": seconds,
-            "earlier": earlier,
-        }
-
-    def path(self, target: str, stage: str) -> Path:
-        """Return the path of a stage's record."""
-        return Path(self.out, f"{target.replace(':', '-')}.{stage}.json")
-
-    def write(self, target: str, stage: str, run: Run) -> None:
-        """Write the record of a stage, and remove the partial records that it replaces."""
-        from ..record import writing as record
-
-        record.save(self.path(target, stage), [run], replace=True)
-        for part in self.processes.parts(target, stage):
-            part.unlink()
-
-    def earlier_run(self, target: str) -> Run | None:
-        """Return the numerics of a target that earlier runs of this commit recorded."""
-        runs = self.kept_runs(target, "numerics") if self.options.resume else []
-        earlier = merge_runs(None, runs, self.cases[target], selected=True)
-        if earlier is not None:
-            self.write(target, "numerics", earlier)
-        for part in self.processes.parts(target, "numerics"):
-            part.unlink()
-        return earlier
-
-    def kept_runs(self, target: str, stage: str) -> list[Run]:
-        """Read the records of a stage that belong to this commit and grid."""
-        from ..record import writing as record
-
-        commit, _ = record.revision()
-        kept = []
-        for path in [self.path(target, stage), *self.processes.parts(target, stage)]:
-            if not path.exists():
-                continue
-            try:
-                runs = record.load(path)["runs"]
-            except record.RecordError as error:
-                self.say(f"{path} cannot be read, so its stage is repeated: {error}")
-                continue
-            for run in runs:
-                if run["commit"] == commit and run["grid"] == self.options.grid:
-                    kept.append(run)
-                else:
-                    self.say(f"{path} is of another commit or grid: its stage is repeated")
-        return kept
-
-    def say(self, text: str) -> None:
-        """Print a line with the seconds since the start."""
-        print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
+            (self.folder / "nvidia-smi.txt").write_text(done.stdout, encoding="utf-8")
 
 
-def _ids(run: Run | None) -> set[str]:
-    return set() if run is None else {case["id"] for case in run["cases"]}
-
-
-def _unmeasured(run: Run) -> list[str]:
-    """List the steps that a measurement of speed has left out."""
-    from ..bench.speed import unmeasured
-
-    return [] if run["speed"] is None else unmeasured(run["speed"])
-
-
-def _red(run: Run) -> bool:
-    """Return whether a case failed, or a result at a timed shape was wrong."""
-    bad = run["counts"]["failed"] + run["counts"]["error"]
-    return bool(bad) or (run["speed"] is not None and run["speed"]["red"])
+def _id(stage: Stage, name: str) -> str:
+    """Return the id of a step; those of the suite have theirs."""
+    return name if stage.name == "suite" else case_of(stage.name, name)

@@ -150,7 +150,8 @@ def revision() -> tuple[str | None, bool | None]:
     Returns
     -------
     commit : str or None
-        None where pdcore is installed, is no git checkout, or git is not there.
+        Without a git checkout that of the variable PDCORE_COMMIT, see
+        `pdcore_conformance.gpu.prepared`; None where that is not set, or git is not there.
     dirty : bool or None
         Whether tracked files outside of ``docs/``, which holds the records, differ. None where
         there is no commit.
@@ -159,7 +160,8 @@ def revision() -> tuple[str | None, bool | None]:
     if not (root / ".git").exists():
         # pdcore is installed: a repository around it, such as a project with its .venv, is not
         # pdcore's.
-        return None, None
+        named = os.environ.get("PDCORE_COMMIT")
+        return named, None if named is None else False
     # In a git hook these variables name the repository that the hook runs for.
     variables = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
 

@@ -22,10 +22,13 @@ from .cases import about, case_id
 if TYPE_CHECKING:
     from ..record.writing import Run
 
-__all__: list[str] = []
+__all__ = ["LOST", "JournalFile"]
+
+#: The exit code of a child whose device computes nothing more.
+LOST = 70
 
 
-class _Journal:
+class JournalFile:
     """A plugin of pytest that writes the journal."""
 
     def __init__(self, path: str) -> None:
@@ -39,16 +42,27 @@ class _Journal:
         self.stream.write(json.dumps(entry, default=lambda number: number.item()) + "\n")
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Write the cases that are planned."""
         self.conformance = session.config.pluginmanager.get_plugin(plugin.NAME)
         planned = [about(item) for item in session.items]
         self.write(run=self.conformance.run, planned=planned)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Write that a case begins."""
         self.write(began=case_id(item), printed=os.fstat(sys.stdout.fileno()).st_size)
 
     def pytest_runtest_logfinish(self) -> None:
-        self.write(done=next(reversed(self.conformance.cases.values())))
+        """Write how a case has ended, and end with it where the device is lost."""
+        case = next(reversed(self.conformance.cases.values()))
+        self.write(done=case)
+        subject = self.conformance.under_test
+        # All cases after this one would fail, too.
+        if case["outcome"] in ("failed", "error") and subject is not None:
+            lost = subject.framework.broken(subject.device)
+            if lost is not None:
+                self.write(lost=lost)
+                os._exit(LOST)
 
 
 def main(path: str, options: dict[str, Any]) -> None:
@@ -57,7 +71,7 @@ def main(path: str, options: dict[str, Any]) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     # Ctrl-C is for the parent, which ends this process; a KeyboardInterrupt here is the backend's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    journal = _Journal(path)
+    journal = JournalFile(path)
     try:
         run, code = conforming.conform(**options, more=[journal])
     except ValueError as error:

@@ -70,6 +70,7 @@ def conform(
     cases: Sequence[str] = (),
     report: str | Path | None = None,
     allow_missing: bool = False,
+    collect_only: bool = False,
     say: Callable[[float], None] = lambda share: None,
     more: Sequence[object] = (),
 ) -> SuiteResult:
@@ -90,6 +91,8 @@ def conform(
         The path of the record to write.
     allow_missing : bool
         Return the code 0 where the backend is not available on this machine.
+    collect_only : bool
+        Run no case; plugins see those that would run.
     say : callable
         Called with the share of the cases that have run.
     more : sequence of object
@@ -112,6 +115,8 @@ def conform(
         arguments.append(f"--report={report}")
     if allow_missing:
         arguments.append("--allow-missing")
+    if collect_only:
+        arguments.append("--collect-only")
     code = _pytest(backend, arguments, watcher, *more, modules=_modules(cases))
     if watcher.errors:
         raise RuntimeError("the suite cannot be collected:\n" + "\n".join(watcher.errors))

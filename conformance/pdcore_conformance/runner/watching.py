@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from .outcomes import new_case
 if TYPE_CHECKING:
     from ..record.writing import Case, ProcessEnd, Run
 
-__all__ = ["LIMIT", "conform_watched"]
+__all__ = ["LIMIT", "Journal", "WatchedProcess", "conform_watched"]
 
 #: The most seconds for a case, by default: a compiler may need minutes. Also for what comes before
 #: the first case, whatever the limit.
@@ -70,20 +71,19 @@ def conform_watched(
         When the child ends before it has collected the cases; the message has what it printed.
     """
     plugin.parse_backend(backend)
-    with TemporaryDirectory(prefix="pdcore-conform-") as folder:
-        journal = _Journal(Path(folder, "journal"))
-        log = Path(folder, "log")
-        options |= {"backend": backend, "allow_missing": allow_missing}
-        process = _start(journal.path, log, options)
-        try:
-            late = _wait(process, journal, limit, say)
-        finally:
-            _stop(process)
+    options |= {"backend": backend, "allow_missing": allow_missing}
+    with WatchedProcess(child.__name__, options) as process:
+        journal = process.journal
+
+        def heard(entry: dict[str, Any]) -> None:
+            say(len(journal.cases) / max(len(journal.planned), 1))
+
+        process.wait(limit, heard)
+        process.stop()
         journal.read()
-        printed = _shortened(log.read_bytes()[journal.printed :])
+        how, printed = process.how(), process.printed()
     if journal.refused is not None:
         raise ValueError(journal.refused)
-    how = f"no end after {limit:g} s" if late else _end(process.returncode)
     if journal.run is None:
         raise RuntimeError(f"the suite did not start: {how}; it printed:\n{printed}")
     run, code = journal.run, journal.code
@@ -96,31 +96,8 @@ def conform_watched(
     return SuiteResult(run, plugin.exit_code(run, allow_missing) or int(bool(code)))
 
 
-def _start(journal: Path, log: Path, options: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Start the child in a group of its own, which Ctrl-C does not reach."""
-    command = [sys.executable, "-P", "-X", "faulthandler", *(f"-W{w}" for w in sys.warnoptions)]
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        # A library that ends the process prints why: pytest would capture it.
-        "PYTEST_ADDOPTS": f"{os.environ.get('PYTEST_ADDOPTS', '')} --capture=no".strip(),
-    }
-    # In a file, as the names of cases may exceed what a command line holds.
-    asked = journal.with_name("options.json")
-    asked.write_text(json.dumps(options), encoding="utf-8")
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [*command, "-m", child.__name__, str(journal), str(asked)],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,
-        )
-
-
-class _Journal:
-    """What the child has written so far."""
+class Journal:
+    """What a child has written so far."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,6 +106,7 @@ class _Journal:
         self.cases: dict[str, Case] = {}
         self.current: str | None = None
         self.refused: str | None = None
+        self.lost: str | None = None
         self.code: int | None = None
         #: The size of the log when the last case began.
         self.printed = 0
@@ -145,17 +123,18 @@ class _Journal:
             return GRACE
         return limit if self.current is not None else max(limit, LIMIT)
 
-    def read(self) -> bool:
-        """Read the lines that are new, and return whether there is one."""
+    def read(self) -> list[dict[str, Any]]:
+        """Read and return the entries that are new."""
         if not self.path.exists():
-            return False
+            return []
         with self.path.open("rb") as stream:
             stream.seek(self._read)
             lines = [line for line in stream if line.endswith(b"\n")]
         self._read += sum(map(len, lines))
-        for line in lines:
-            self._take(json.loads(line))
-        return bool(lines)
+        entries = [json.loads(line) for line in lines]
+        for entry in entries:
+            self._take(entry)
+        return entries
 
     def _take(self, entry: dict[str, Any]) -> None:
         self.run = entry.get("run", self.run)
@@ -163,43 +142,123 @@ class _Journal:
         self.current = entry.get("began")
         self.printed = entry.get("printed", self.printed)
         self.refused = entry.get("refused")
+        self.lost = entry.get("lost")
         self.code = entry.get("code")
         if "done" in entry:
             self.cases[entry["done"]["id"]] = entry["done"]
 
 
-def _wait(
-    process: subprocess.Popen[bytes],
-    journal: _Journal,
-    limit: float,
-    say: Callable[[float], None],
-) -> bool:
-    """Wait for the end of the child, and return whether it was ended because it took too long."""
-    heard = time.monotonic()
-    while process.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(PACE)
-        if journal.read():
-            heard = time.monotonic()
-            say(len(journal.cases) / max(len(journal.planned), 1))
-        elif time.monotonic() - heard > journal.patience(limit):
-            # The handler of faulthandler prints where every thread is.
-            process.send_signal(signal.SIGABRT)
+class WatchedProcess:
+    """A child process that writes a journal, in a group of its own, which Ctrl-C does not reach.
+
+    Parameters
+    ----------
+    module : str
+        What the child runs, with the paths of the journal and of the options as arguments.
+    options : dict
+        For the child, as JSON.
+    environment : mapping of str to str, optional
+        Its variables; those of this process by default.
+
+    Attributes
+    ----------
+    journal : Journal
+        What it has written so far.
+    late : bool
+        Whether it was ended because a case took too long.
+    """
+
+    def __init__(
+        self, module: str, options: dict[str, Any], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._folder = TemporaryDirectory(prefix="pdcore-")
+        self.journal = Journal(Path(self._folder.name, "journal"))
+        self._log = Path(self._folder.name, "log")
+        self.late, self._limit = False, LIMIT
+        variables = {
+            **(os.environ if environment is None else environment),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        # A library that ends the process prints why: pytest would capture it.
+        addopts = variables.get("PYTEST_ADDOPTS", "")
+        variables["PYTEST_ADDOPTS"] = f"{addopts} --capture=no".strip()
+        # In a file, as the names of cases may exceed what a command line holds.
+        asked = Path(self._folder.name, "options.json")
+        asked.write_text(json.dumps(options), encoding="utf-8")
+        command = [sys.executable, "-P", "-X", "faulthandler", *(f"-W{w}" for w in sys.warnoptions)]
+        with self._log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [*command, "-m", module, str(self.journal.path), str(asked)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=variables,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> WatchedProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    def wait(
+        self,
+        limit: float,
+        heard: Callable[[dict[str, Any]], None] = lambda entry: None,
+        until: float = math.inf,
+    ) -> None:
+        """Wait for the end of the child, and end it where a case takes too long.
+
+        Parameters
+        ----------
+        limit : float
+            The most seconds for a case.
+        heard : callable
+            Called with each entry of the journal.
+        until : float
+            The value of `time.monotonic` at which not to wait any longer.
+        """
+        last = time.monotonic()
+        while self.process.poll() is None and time.monotonic() < until:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            return not journal.whole
-    return False
+                self.process.wait(PACE)
+            entries = self.journal.read()
+            for entry in entries:
+                heard(entry)
+            if entries:
+                last = time.monotonic()
+            elif time.monotonic() - last > self.journal.patience(limit):
+                # The handler of faulthandler prints where every thread is.
+                self.process.send_signal(signal.SIGABRT)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(GRACE)
+                self.late = not self.journal.whole
+                self._limit = limit
+                break
+        for entry in self.journal.read():
+            heard(entry)
 
+    def stop(self) -> None:
+        """End the child, where it still runs, and the processes that it has started."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the child, where it still runs, and the processes that it has started."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def how(self) -> str:
+        """Return how the child has ended."""
+        if self.journal.lost is not None:
+            return f"the device computes nothing more: {self.journal.lost}"
+        return f"no end after {self._limit:g} s" if self.late else _end(self.process.returncode)
+
+    def printed(self) -> str:
+        """Return what the child has printed since the last case began, shortened."""
+        return _shortened(self._log.read_bytes()[self.journal.printed :])
 
 
 def _shortened(printed: bytes) -> str:
@@ -217,7 +276,7 @@ def _end(code: int) -> str:
         return f"signal {-code}"
 
 
-def _complete(run: Run, journal: _Journal, how: str) -> None:
+def _complete(run: Run, journal: Journal, how: str) -> None:
     """Record the case in which the child ended as failed, and cases that did not run as errors."""
     cases = {case["id"]: case for case in run["cases"]} or journal.cases
     end: ProcessEnd | None = run.get("ended")

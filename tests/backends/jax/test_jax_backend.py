@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +109,36 @@ def test_given_statistics_are_constants() -> None:
 
 
 class Cudnn:
-    """The calls to cuDNN, and the reasons against other calls."""
+    """The calls to cuDNN, the reasons against other calls, and a factor of its gradients."""
 
     def __init__(self) -> None:
         self.causal: list[bool] = []
         self.reasons: list[str] = []
+        self.slope = 1.0
 
 
 @pytest.fixture
 def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
-    """Choose as on a GPU, and let XLA compute the calls that cuDNN would run."""
+    """Choose as on a GPU, and let XLA compute the calls that cuDNN would run.
+
+    The gradient is NaN where queries or keys fill a tile in part, as that of cuDNN may be.
+    """
     from pdcore_backends.jax import choice, cudnn
 
     log, judged = Cudnn(), choice.unfit
 
     def attend(*arrays: Any, **options: Any) -> Any:
         log.causal.append(options["is_causal"])
-        return jax.nn.dot_product_attention(*arrays, implementation="xla", **options)
+        run = partial(jax.nn.dot_product_attention, implementation="xla", **options)
+        whole = all(x.shape[1] % 128 == 0 for x in arrays)
+        slope = log.slope if whole else math.nan
+        both = jax.custom_vjp(run)
+
+        def backward(pull: Any, d_out: Any) -> Any:
+            return jax.tree.map(lambda x: slope * x, pull(d_out))
+
+        both.defvjp(lambda *x: jax.vjp(run, *x), backward)
+        return both(*arrays)
 
     def unfit(*arguments: Any) -> str:
         log.reasons.append(judged(*arguments))
@@ -138,17 +152,28 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudnn]:
     jax.clear_caches()
 
 
-def halves() -> tuple[Any, ...]:
+def halves(rows: int = 128, keys: int = 128) -> tuple[Any, ...]:
     rng = np.random.default_rng(3)
-    shapes = (2, 4, 24, 8), (2, 2, 24, 8), (2, 2, 24, 8)
+    shapes = (1, 4, rows, 8), (1, 2, keys, 8), (1, 2, keys, 8)
     return tuple(jax.numpy.asarray(rng.standard_normal(s), jax.numpy.bfloat16) for s in shapes)
 
 
-@pytest.mark.parametrize("spec", ["softmax", "bn", "causal", "sh(1,2)", "cosine(2.0)"])
-def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
+@pytest.mark.parametrize(
+    ("spec", "rows", "keys"),
+    [
+        ("softmax", 128, 128),
+        ("softmax", 129, 1),
+        ("bn", 128, 192),
+        ("causal", 128, 128),
+        ("causal", 192, 192),
+        ("sh(1,2)", 128, 128),
+        ("cosine(2.0)", 128, 128),
+    ],
+)
+def test_what_cudnn_computes(cudnn: Cudnn, spec: str, rows: int, keys: int) -> None:
     from pdcore_conformance.judge.budget import expect, judge
 
-    x = halves()
+    x = halves(rows, keys)
     out, pull = jax.vjp(pdcore.bind(spec), *x)
     assert set(cudnn.causal) == {spec == "causal"}
     wanted = expect(*map(np.asarray, x), spec)
@@ -157,9 +182,22 @@ def test_what_cudnn_computes(cudnn: Cudnn, spec: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "keys", "whole"), [(128, 256, True), (128, 192, False), (130, 128, False)]
+)
+def test_cudnn_computes_gradients_of_whole_tiles_alone(
+    cudnn: Cudnn, rows: int, keys: int, whole: bool
+) -> None:
+    cudnn.slope = math.nan
+    q, k, v = halves(rows, keys)
+    grad = np.asarray(jax.grad(lambda v: pdcore.attention(q, k, v).sum())(v), np.float32)
+    assert cudnn.causal
+    assert np.isnan(grad).all() if whole else np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize(
     ("spec", "more", "why"),
     [
-        ("softmax", {"key_mask": np.ones((2, 24), bool)}, "key_mask may leave a row"),
+        ("softmax", {"key_mask": np.ones((1, 128), bool)}, "key_mask may leave a row"),
         ("softmax", {"return_lse": True}, "the log-sum-exp is needed"),
         ("sparse(3,3)", {}, "a window"),
         ("gaussian(0.3)", {}, "no exp of an inner product"),
@@ -176,6 +214,14 @@ def test_what_cudnn_does_not_get(cudnn: Cudnn, spec: str, more: Any, why: str | 
     assert (why or "") in cudnn.reasons[-1]
     assert bool(cudnn.reasons[-1]) == (why is not None)
     assert all(not jax.numpy.isnan(x).any() for x in jax.tree.leaves(result))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 127])
+def test_decoding_builds_no_plan_of_cudnn(cudnn: Cudnn, rows: int) -> None:
+    for keys in (127, 128):
+        pdcore.attention(*halves(rows, keys))
+    assert cudnn.causal == []
+    assert "fewer than 128 queries, as in decoding" in cudnn.reasons[-1]
 
 
 def test_explain_names_the_kernel() -> None:

@@ -13,6 +13,7 @@ from pdcore.spec import parse
 from pdcore_backends.torch import device
 
 FLEX = "kernel: FlexAttention, compiled, in "
+MANY = "more than 65,535 sequences or heads"
 
 
 def steps(spec: str, place: str = "cuda:0", dtype: str = "float32", **more: Any) -> str:
@@ -47,6 +48,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sparse(2,2)", {"shape": (1, 2, 300, 264)}, "not FlexAttention: more than 256 features"),
         ("sparse(2,2)", {"shape": (1, 2, 99, 64)}, "not FlexAttention: fewer than 128 queries"),
         ("softmax", {}, "scaled_dot_product_attention (cuDNN, flash or memory-efficient)"),
+        ("softmax", {}, "gradients not by cuDNN unless queries and keys are multiples of 128"),
+        ("softmax", {"shape": (1, 2, 127, 64)}, "attention (flash or memory-efficient)"),
+        ("softmax", {"key_mask": (1, 300)}, "attention (memory-efficient)"),
+        (
+            "softmax",
+            {"shape": (2**8, 2**8, 2, 9, 8)},
+            "blocks of our own, O(N + M) memory, for " + MANY,
+        ),
+        ("softmax", {"shape": (1, 2**16, 9, 8)}, "not FlexAttention: " + MANY),
+        ("sparse(2,2)", {"shape": (2**16, 1, 300, 8)}, "not FlexAttention: " + MANY),
     ],
 )
 def test_the_choice_is_a_step_of_the_plan(gpu: None, spec: str, more: dict, words: str) -> None:

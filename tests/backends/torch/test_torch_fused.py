@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,18 +50,91 @@ def test_kernels_of_cuda_are_called_as_they_are_declared(
             assert [g.shape for g in grads] == [q.shape, k.shape, v.shape]
 
 
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """Record the kernels that PyTorch may try for each call on a device, in their order."""
+    calls: list[list[str]] = []
+
+    def allow(order: Any, set_priority: bool = False) -> Any:
+        calls.append([kernel.name.removesuffix("_ATTENTION") for kernel in order])
+        return contextlib.nullcontext()
+
+    kernels._order.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(kernels, "sdpa_kernel", allow)
+    yield calls
+    kernels._order.cache_clear()
+
+
+def attend(rows: int, keys: int, *, grad: bool = False, **more: Any) -> None:
+    """Call a fused kernel on arrays of a device that have no memory."""
+    with torch.device("meta"):
+        q, k = (torch.empty(1, 4, n, 64, dtype=torch.bfloat16) for n in (rows, keys))
+    flash.attend(q.requires_grad_(grad), k, k, scale=0.1, **more)
+
+
 @pytest.mark.parametrize(("capability", "first"), [((8, 0), "FLASH"), ((9, 0), "CUDNN")])
 def test_the_order_of_the_fused_kernels(
-    capability: tuple[int, int], first: str, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int],
+    first: str,
+    tried: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernels._order.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    orders = [[kernel.name for kernel in kernels._order(0, masked)] for masked in (False, True)]
-    kernels._order.cache_clear()
-    assert orders[0][0] == f"{first}_ATTENTION"
-    assert len(set(orders[0])) == 3
-    assert "MATH" not in orders[0]
-    assert orders[1] == ["EFFICIENT_ATTENTION"]
+    attend(128, 300)
+    attend(128, 300, mask=torch.zeros((), dtype=torch.bfloat16, device="meta"))
+    assert tried[0][0] == first
+    assert sorted(tried[0]) == ["CUDNN", "EFFICIENT", "FLASH"]  # never the math kernel
+    assert tried[1] == ["EFFICIENT"]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 127])
+@pytest.mark.parametrize("causal", [False, True])
+def test_decoding_builds_no_plan_of_cudnn(rows: int, causal: bool, tried: list[list[str]]) -> None:
+    for keys in (127, 128, 129, 4096):
+        attend(rows, keys, causal=causal)
+    assert tried == 4 * [["FLASH", "EFFICIENT"]]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "keys", "whole"),
+    [
+        (128, 128, True),
+        (4096, 16384, True),
+        (704, 704, False),  # 64 keys are left over, where cuDNN 9 gave NaN
+        (1, 128, False),  # here too
+        (128, 64, False),
+        (200, 256, False),
+        (256, 257, False),
+    ],
+)
+def test_cudnn_computes_no_gradient_of_a_tile_filled_in_part(
+    rows: int, keys: int, whole: bool, causal: bool, tried: list[list[str]]
+) -> None:
+    attend(rows, keys, causal=causal, grad=True)
+    assert [("CUDNN" in order) for order in tried] == [whole]
+    with torch.no_grad():
+        attend(rows, keys, causal=causal, grad=True)
+    assert ("CUDNN" in tried[1]) == (rows >= 128)
+
+
+@pytest.mark.parametrize("lengths_vary", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("rows", "keys"), [(256, 128), (256, 130), (5, 128)])
+def test_a_trace_knows_what_holds_for_all_its_lengths(
+    rows: int, keys: int, grad: bool, lengths_vary: bool
+) -> None:
+    def choose(q: Any, k: Any) -> Any:
+        return q.sum() + bool(kernels.by_cudnn(q.shape[0], k.shape[0], flash.recorded(q, k)))
+
+    torch._dynamo.reset()
+    traced = torch.compile(choose, backend="eager", fullgraph=True, dynamic=lengths_vary)
+    q, k = (torch.zeros(n, requires_grad=grad) for n in (rows, keys))
+    wanted = not lengths_vary and kernels.by_cudnn(rows, keys, grad)
+    assert traced(q, k).item() == wanted
+    with torch._dynamo.config.patch(error_on_recompile=lengths_vary):
+        traced(q.new_zeros(rows + 128, requires_grad=grad), k)
 
 
 def test_a_mask_is_laid_out_in_aligned_rows() -> None:

@@ -14,6 +14,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no CUDA device, and TRITON_INTERPRET is not 1", allow_module_level=True)
 
 import pdcore  # noqa: E402
+from pdcore.errors import UnsupportedError  # noqa: E402
 from pdcore.reference import reference_attention  # noqa: E402
 from pdcore_backends.torch import fold, triton_fold  # noqa: E402
 
@@ -112,3 +113,53 @@ def test_16_bit_is_rounded_at_the_end(dtype: Any) -> None:
     for x, y in zip(ours, wanted, strict=True):
         assert x.dtype == dtype
         assert relative(x, y) < 2 * torch.finfo(dtype).eps
+
+
+class Launches:
+    """Kernels that record their grids in place of running."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getattr__(self, name: str) -> Launches:
+        return self
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda *arguments: None
+
+
+def launched(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return the grids of forward and backward, on arrays without memory."""
+    launches = Launches()
+    monkeypatch.setattr(triton_fold, "TILE", 8192)
+    monkeypatch.setattr(triton_fold, "STEPS", 8)
+    monkeypatch.setattr(triton_fold, "kernels", launches)
+    batch, heads, group, rows, keys, dim = shape
+    with torch.device("meta"):
+        q = torch.empty(batch, heads, group, rows, dim, dtype=torch.bfloat16)
+        k = torch.empty(batch, heads, keys, dim, dtype=torch.bfloat16)
+        folded, shifted, *statistics = triton_fold._forward(q, k, None, 1.0, 1e-5, True)
+        triton_fold._backward(q, k, None, 1.0, True, *statistics, folded, shifted)
+    return launches.grids
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 5_000_000, 5_000_000, 128),  # many tiles
+        (1, 1, 8, 1_000_000, 40_000_000, 256),  # many pieces
+        (100_000, 16, 1, 4, 4, 64),  # many sequences
+        (2, 100_000, 1, 4, 4, 64),  # many heads
+    ],
+)
+def test_grids_grow_along_x_alone(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = launched(shape, monkeypatch)
+    assert len(grids) == 4
+    assert max(count for [count] in grids) > 65_535
+    assert all(count < 2**31 for [count] in grids)
+
+
+def test_more_blocks_than_a_grid_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnsupportedError, match=r"1100000000 pairs .* of 2 blocks each, .* pass"):
+        launched((1_100_000_000, 1, 1, 1, 1, 8), monkeypatch)

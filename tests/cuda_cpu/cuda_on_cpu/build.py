@@ -14,7 +14,7 @@ from . import compiler
 from .settings import Settings
 from .source import translate
 
-__all__ = ["build", "load"]
+__all__ = ["build", "flushes", "load"]
 
 NATIVE = Path(__file__).parent / "native"
 _COMMON = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-fstack-clash-protection", "-g1")
@@ -29,10 +29,11 @@ _RUNTIME_FLAGS = {
     "address": ("-DCUDA_ON_CPU_ADDRESS",),
     "thread": ("-DCUDA_ON_CPU_THREAD",),
 }
-#: Options of NVRTC that have no effect here.
+#: Options of NVRTC that do not change a build.
 _NOTHING_HERE = re.compile(
-    r"-?-(std=c\+\+(11|14|17)|arch=.*|gpu-architecture=.*|use_fast_math|fmad=.*|lineinfo|"
+    r"-?-(std=c\+\+(11|14|17)|arch=.*|gpu-architecture=.*|use_fast_math|ftz=.*|fmad=.*|lineinfo|"
     r"generate-line-info|maxrregcount=.*|ptxas-options=.*|w|default-device|"
+    r"device-as-default-execution-space|"
     r"extra-device-vectorization|restrict|dopt=on)$"
 )
 
@@ -93,6 +94,11 @@ def _options(options: Sequence[str]) -> list[str]:
         elif not _NOTHING_HERE.match(option):
             raise ValueError(f"options: {option!r} is not known to the emulator")
     return kept
+
+
+def flushes(options: Sequence[str]) -> bool:
+    """Check whether options of NVRTC flush subnormal float numbers to 0."""
+    return any(re.fullmatch(r"-?-(ftz=true|use_fast_math)", option) for option in options)
 
 
 def _kernels(names: Sequence[str]) -> str:

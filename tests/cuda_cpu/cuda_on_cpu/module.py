@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .arguments import Parameter, Pointer, Region, Values, take
-from .build import build, load
+from .build import build, flushes, load
 from .settings import SCHEDULES, SHARED_DEFAULT, Settings, settings
 from .source import kernel_names, shared_alignment
 
@@ -44,6 +44,7 @@ class _Launch(ctypes.Structure):
         ("alignment", ctypes.c_size_t),
         ("schedule", ctypes.c_int),
         ("seed", ctypes.c_uint),
+        ("flushes", ctypes.c_int),
     ]
 
 
@@ -62,8 +63,8 @@ class RawModule:
     code : str
         The source, as for NVRTC.
     options : sequence of str
-        NVRTC's options. Definitions and include paths are used, options that only matter on a
-        device are not, and others are refused.
+        NVRTC's options. Definitions, include paths and ``-ftz=true`` are used, options that only
+        matter on a device are not, and others are refused.
     name_expressions : sequence of str
         Instances of templates, ``"scores<float, 64>"``. Kernels declared `extern "C"` need none.
     """
@@ -159,6 +160,7 @@ class Kernel:
             alignment=shared_alignment(self._module.code),
             schedule=SCHEDULES.index(use.schedule),
             seed=use.seed,
+            flushes=flushes(self._module.options),
         )
         if (threads := int(np.prod(list(launch.block)))) > 1024:
             raise ValueError(

@@ -29,6 +29,19 @@ inline cuda_on_cpu::Common<A, B> max(A a, B b) {
   return T(a) > T(b) ? T(a) : T(b);
 }
 
+namespace cuda_on_cpu {
+// 0 for a subnormal number if those are flushed: these functions of the C library read the bits.
+inline float flushed(float x) {
+  asm("mulss %1, %0" : "+x"(x) : "x"(1.0f));
+  return x;
+}
+}  // namespace cuda_on_cpu
+#define logf(x) logf(cuda_on_cpu::flushed(x))
+#define log2f(x) log2f(cuda_on_cpu::flushed(x))
+#define log10f(x) log10f(cuda_on_cpu::flushed(x))
+#define log1pf(x) log1pf(cuda_on_cpu::flushed(x))
+#define powf(x, y) powf(cuda_on_cpu::flushed(x), cuda_on_cpu::flushed(y))
+
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / ::sqrt(x); }
 inline float fdividef(float x, float y) { return x / y; }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "block.h"
+#include "flush.h"
 #include "scheduler.h"
 
 namespace cuda_on_cpu {
@@ -121,10 +122,13 @@ const char* run(Launch* launch) {
   block.shared_limit = launch->shared_limit;
   block.dynamic = allocate(launch->shared, launch->alignment, "dynamic shared memory");
   catch_faults();
-  for (const unsigned long i : block_order(1ul * nx * ny * nz, schedule)) {
-    block_index = {unsigned(i % nx), unsigned(i / nx % ny), unsigned(i / nx / ny)};
-    run_block(*launch);
-    if (failed()) break;
+  {
+    const Subnormals subnormals(!launch->flushes);
+    for (const unsigned long i : block_order(1ul * nx * ny * nz, schedule)) {
+      block_index = {unsigned(i % nx), unsigned(i / nx % ny), unsigned(i / nx / ny)};
+      run_block(*launch);
+      if (failed()) break;
+    }
   }
   restore_faults();
   join_fibers();

@@ -65,6 +65,7 @@ struct Launch {
   size_t shared, shared_limit, alignment;
   int schedule;
   unsigned seed;
+  int flushes;  // whether subnormal floats are taken for 0
 };
 
 // The type of a parameter of a kernel; arguments.py has the same fields.

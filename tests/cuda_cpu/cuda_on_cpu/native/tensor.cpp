@@ -1,5 +1,6 @@
 // What tensor cores and ldmatrix do, by the layouts of the PTX documentation.
 #include "block.h"
+#include "flush.h"
 
 namespace cuda_on_cpu {
 
@@ -31,6 +32,7 @@ struct Place {
 
 template <bool bf16>
 void multiply(Thread* lanes, unsigned, int) {
+  const Subnormals kept(true);  // as tensor cores do, whatever the options
   double a[16][16], b[16][8], d[16][8];
   const auto value = [](unsigned word, int half) {
     const uint16_t bits = uint16_t(word >> 16 * half);
