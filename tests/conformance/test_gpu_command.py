@@ -317,6 +317,9 @@ def test_a_bare_copy_with_carried_wheels(tmp_path: Path) -> None:
     (copy / "gpu-prepared" / "commit.json").write_text(json.dumps(about), encoding="utf-8")
     run_copy()
     assert entries(tmp_path / "out" / "log.jsonl")[0]["commit"] == "a" * 40
+    (copy / "pdcore" / "compiled.pyc").write_text("", encoding="utf-8")
+    run_copy()
+    assert entries(tmp_path / "out" / "log.jsonl")[0]["commit"] == "a" * 40
     (copy / "pdcore" / "added.py").write_text("", encoding="utf-8")
     _, text = run_copy()
     assert "the commit is unknown: the code has changed since gpu-prepared/commit.json" in text
