@@ -51,7 +51,7 @@ PARTS = {
         8,
     ),
     "mutation": Part(
-        ("-s", "mutation"), ("pdcore/backend", "backends/pdcore_backends/numpy", *SUITE), 300
+        ("-s", "mutation"), ("pdcore/backend", "backends/pdcore_backends/numpy", *SUITE), 90
     ),
     "conform-torch": Part(("-s", "conform(torch)"), ("backends/pdcore_backends/torch", *SUITE), 8),
     "conform-jax": Part(("-s", "conform(jax)"), ("backends/pdcore_backends/jax", *SUITE), 25),

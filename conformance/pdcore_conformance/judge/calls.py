@@ -111,11 +111,12 @@ class Call:
         Whether `params` has the parameters that have a default too. (The ids of cases contain the
         name of this field.)
     draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "tiny",
-            "negative", "rising", "nan", "positive", "vast", "vast_keys", "largest"}
+            "negative", "rising", "opposed", "nan", "positive", "vast", "vast_keys", "largest"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
         constant feature; with an outlier as the first key; logits in the hundreds; with rows of
         zeros; all keys equal; norms growing along the sequence; of size 1e-19; mean -50; queries
-        of mean -50, and keys whose mean rises from -60 to 0 along the sequence; with a NaN in one
+        of mean -50, and keys whose mean rises from -60 to 0 along the sequence; queries of mean 10
+        and keys of mean -10, so that every logit is in the hundreds below 0; with a NaN in one
         real key and in one real value, of different sequences and key heads; standard normal
         with positive values and cotangents, whose sums do not cancel; of a size whose square
         overflows, in queries and keys or in keys alone; up to the largest number of the dtype.
@@ -303,6 +304,8 @@ class Call:
                 q, k = q - 50, k - 50
             case "rising":
                 q, k = q - 50, k + np.linspace(-60.0, 0.0, self.keys)[:, None]
+            case "opposed":
+                q, k = q + 10, k - 10
             case "vast":
                 q, k = (2.0 * math.sqrt(LARGEST[self.dtype]) * x for x in (q, k))
             case "vast_keys":

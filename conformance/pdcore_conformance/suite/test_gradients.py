@@ -121,6 +121,11 @@ test_padding_has_zero_gradient, test_autodiff_of_padding = both(
     ),
 )
 
+test_values_without_columns, test_autodiff_of_values_without_columns = both(
+    "Values without columns have a log-sum-exp, whose gradients are those of queries and keys.",
+    *(SMALL.but(spec=text, value_dim=0) for text in ("softmax", "linear")),
+)
+
 test_empty_row_has_zero_gradient, test_autodiff_of_empty_rows = both(
     "A row that sees no key has gradient 0, never NaN.",
     *(

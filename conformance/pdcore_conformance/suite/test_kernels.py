@@ -55,6 +55,15 @@ test_exponentials_do_not_overflow = judged(
     ),
 )
 
+test_exponentials_do_not_underflow = judged(
+    "Logits in the hundreds below 0: the row's maximum has to be subtracted, whatever its sign.",
+    *(
+        SMALL.but(spec=text, draw="opposed", dtype=dtype)
+        for dtype in DTYPES
+        for text in ("softmax", "causal")
+    ),
+)
+
 #: Calls whose statistics, norms or features overflow. Those whose scores do are left out: a fused
 #: kernel takes a product of -inf for a key that is hidden.
 OVERFLOWING = [
