@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from installing import VARIABLES, add_distribution
+from gpu_command import CASES, COSINE, GAUSSIAN, SCRIPT, SOFTMAX, command, variables
+from installing import add_distribution
 
 from pdcore.errors import Exit
 from pdcore_conformance.bench.workload import Workload
@@ -26,12 +27,6 @@ from pdcore_conformance.gpu.records import runs_of
 from pdcore_conformance.gpu.stages import STAGES, deadlines, workloads
 from pdcore_conformance.gpu.worker import run_step
 from pdcore_conformance.record import writing as record
-
-SCRIPT = ROOT / "conformance" / "pdcore_conformance" / "gpu"
-SOFTMAX = "kernels::kernel_is_computed[softmax-float32]"
-GAUSSIAN = "kernels::kernel_is_computed[gaussian(gamma=0.3)-float32]"
-COSINE = "kernels::kernel_is_computed[cosine-float32]"
-CASES = [f"--case={name}" for name in (SOFTMAX, GAUSSIAN, COSINE)]
 
 #: A backend that goes wrong in each way that a process on a GPU may: by the kernel of the call.
 PLANTED = """
@@ -76,28 +71,6 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "planted.py").write_text(PLANTED, encoding="utf-8")
     add_distribution(folder, "planted", {"planted": "planted"})
     return folder
-
-
-def variables(path: Path | None = None, **more: str) -> dict[str, str]:
-    environment = {name: text for name, text in os.environ.items() if name not in VARIABLES}
-    environment["PYTHONPATH"] = str(path) if path else ""
-    return environment | more
-
-
-def command(
-    folder: Path, *arguments: str, path: Path | None = None, device: str = "cpu", **more: str
-) -> tuple[int, str]:
-    """Run the command; give its exit code and what it prints."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--folder", str(folder), "--device", device, *arguments],
-        env=variables(path, **more),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout + done.stderr
 
 
 def done_of(folder: Path, target: str = "planted:cpu") -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from ..bench.workload import DIRECTIONS, Workload, half_pooled
 from .calls import KERNELS, PATHS
 from .prepared import cases
 from .ptx_wrappers import checks
+from .tools import SANITIZERS
 from .variants import VARIANTS
 
 __all__ = ["STAGES", "Stage", "deadlines", "workloads"]
@@ -120,8 +121,8 @@ STAGES: Mapping[str, Stage] = {
             together=False,
         ),
         Stage("variants", "variants that decide a design", 6.5, 60, _ALL, _variants),
-        Stage("profile", "Nsight Compute", 8.0, 60, _KERNELS, _named("ncu")),
-        Stage("sanitizer", "sanitizers", 9.5, 60, _KERNELS, _named("memcheck", "racecheck")),
+        Stage("profile", "Nsight Compute", 8.0, 600, _KERNELS, _named("ncu")),
+        Stage("sanitizer", "sanitizers", 9.5, 600, _KERNELS, _named(*SANITIZERS)),
         Stage(
             "suite",
             "the core level of the suite",

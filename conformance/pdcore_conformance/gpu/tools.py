@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -14,8 +15,16 @@ from ..judge.nonconforming import Nonconforming
 from .calls import UNDER_TOOLS
 from .step import Found, NotHere, Step
 
-__all__ = ["PROBE", "TOOL_ERROR", "end_tool", "profile", "sanitizer"]
+__all__ = ["PROBE", "SANITIZERS", "TOOL_ERROR", "end_tool", "profile", "sanitizer"]
 
+#: The tools of compute-sanitizer.
+SANITIZERS = ("memcheck", "racecheck")
+#: The sections of Nsight Compute's report.
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
+#: The kernels that it looks at, not those of CuPy's array operations.
+KERNELS = "regex:scores_|features_|moments|prefix"
+#: Seconds before the end of the stage at which a tool is ended, so that the step tells of it.
+MARGIN = 3.0
 #: Seconds of a probe, a call of a tool on a kernel of one thread.
 PROBE = 10.0
 #: The exit code of compute-sanitizer when a tool reports an error.
@@ -35,12 +44,15 @@ _CALLS = (
 
 def sanitizer(target: str, seconds: float) -> Step:
     """Return the step that runs `UNDER_TOOLS` under a tool of compute-sanitizer."""
+    until = time.monotonic() + seconds - MARGIN
 
     def step(name: str) -> Found:
         program = _found("compute-sanitizer")
         options = ["--tool", name, "--error-exitcode", str(TOOL_ERROR), "--print-limit", "5"]
         _probe([program, *options])
-        done = _run([program, *options, *_python(_CALLS, target, *UNDER_TOOLS)], seconds)
+        # What is left is for this tool and those after it.
+        share = (until - time.monotonic()) / (len(SANITIZERS) - SANITIZERS.index(name))
+        done = _run([program, *options, *_python(_CALLS, target, *UNDER_TOOLS)], share)
         text = " ".join(done.stdout.split())[-600:]
         if done.returncode == TOOL_ERROR:
             raise Nonconforming(text)
@@ -53,12 +65,17 @@ def sanitizer(target: str, seconds: float) -> Step:
 
 def profile(target: str, seconds: float) -> Step:
     """Return the step that runs `UNDER_TOOLS` under Nsight Compute."""
+    until = time.monotonic() + seconds - MARGIN
 
     def step(name: str) -> Found:
         program = _found("ncu")
         _probe([program])
-        options = ["--set", "full", "--page", "details", "--kernel-name", "regex:scores_mma|fold"]
-        done = _run([program, *options, *_python(_CALLS, target, *UNDER_TOOLS)], seconds)
+        # It runs a kernel again for each section and prints at the end, so a few of each.
+        options = ["--launch-count", "12", "--page", "details", "--kernel-name", KERNELS]
+        for section in SECTIONS:
+            options += ["--section", section]
+        calls = _python(_CALLS, target, *UNDER_TOOLS)
+        done = _run([program, *options, *calls], until - time.monotonic())
         if done.returncode:
             raise RuntimeError(f"exit code {done.returncode}: {done.stdout[-600:]}")
         return None, {"printed": done.stdout[-KEPT:]}
