@@ -56,9 +56,20 @@ def outcome(stage: str, name: str, seconds: float = 60.0) -> tuple[str, str]:
     ("stage", "name", "program"),
     [("sanitizer", "racecheck", "compute-sanitizer"), ("profile", "ncu", "ncu")],
 )
-def test_the_calls_run_under_a_tool(path: Path, stage: str, name: str, program: str) -> None:
-    tool(path, program, RUNS)
+def test_the_calls_run_under_a_tool(
+    path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str, program: str
+) -> None:
+    monkeypatch.setattr(tools, "PROFILED", tools.UNDER_TOOLS[:1])
+    tool(path, program, RUNS.replace("TOOL", f"TOOL {tools.KERNELS}"))
     assert outcome(stage, name) == ("passed", "")
+
+
+def test_a_profile_of_no_kernel_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "PROFILED", tools.UNDER_TOOLS[:1])
+    tool(path, "ncu", RUNS)
+    got, message = outcome("profile", "ncu")
+    assert got == "not claimed"
+    assert message.startswith("ncu has looked at no kernel: TOOL")
 
 
 @pytest.mark.parametrize(

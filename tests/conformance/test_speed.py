@@ -27,7 +27,7 @@ from pdcore_conformance.bench.timing import (
     quartiles,
     threads_limited,
 )
-from pdcore_conformance.bench.workload import DIRECTIONS, Workload, half_pooled
+from pdcore_conformance.bench.workload import DIRECTIONS, Workload, half_pooled, operations
 from pdcore_conformance.frameworks import framework
 from pdcore_conformance.record import writing as record
 
@@ -110,7 +110,7 @@ def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("spec", "direction", "operations"),
+    ("spec", "direction", "expected"),
     [
         ("softmax", "forward", 4 * 6 * 100 * 8),
         ("causal", "forward", 2 * 6 * 100 * 8),
@@ -118,8 +118,8 @@ def test_the_peer_of_cupy_computes_attention(monkeypatch: pytest.MonkeyPatch) ->
         ("sh(1,1,4)", "forward", 4 * 2 * 10 * (10 + 10 + 3) * 8),
     ],
 )
-def test_operations_are_counted(spec: str, direction: str, operations: float) -> None:
-    assert operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == operations
+def test_operations_are_counted(spec: str, direction: str, expected: float) -> None:
+    assert operations(Workload(spec, (2, 3, 10, 8), direction=direction)) == expected
 
 
 def test_rates_are_compared_with_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

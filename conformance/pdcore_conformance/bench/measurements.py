@@ -234,9 +234,9 @@ class Bench:
         """Time a call of the backend in turn with others, of one library; record the ratios."""
         clocks = dict.fromkeys(calls, self._clock(library or self.framework))
         clocks[self.backend] = self._clock(self.framework)
-        once = [min(t) for t in interleaved(calls, 1, clocks=clocks).values()]
-        repeat = self._repeat(max(once))
-        rounds = self._rounds(repeat * sum(once))
+        once = {name: min(t) for name, t in interleaved(calls, 1, clocks=clocks).items()}
+        repeat = {name: self._repeat(seconds) for name, seconds in once.items()}
+        rounds = self._rounds(sum(repeat[name] * seconds for name, seconds in once.items()))
         times = interleaved(calls, rounds, warm_up=0, repeat=repeat, clocks=clocks)
         self._ratios(workload, times)
         if self.on_gpu:

@@ -1,7 +1,7 @@
 """What of a timed call is compared with the oracle: a sample of rows, and of heads if many.
 
-The arrays and the expected results of a workload are kept until another workload is asked for, as
-the backend and all peers need the same ones.
+The arrays and the expected results of the last workloads are kept, as the backend and all peers
+need the same ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def draw(workload: Workload) -> dict[str, Array]:
     return _drawn(workload.shape, workload.dtype)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _drawn(shape: Shape, dtype: str) -> dict[str, Array]:
     rng = np.random.default_rng(0)
     return {
@@ -70,7 +70,7 @@ def _of_heads(x: Array, heads: tuple[list[int], list[int]] | None) -> Array:
     return x if heads is None else x[heads][None]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def sampled(workload: Workload) -> Sample:
     """Choose the rows and heads of a workload that are compared with the oracle."""
     drawn = draw(workload)

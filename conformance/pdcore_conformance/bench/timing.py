@@ -38,7 +38,7 @@ def interleaved(
     rounds: int,
     *,
     warm_up: int = 1,
-    repeat: int = 1,
+    repeat: int | Mapping[str, int] = 1,
     clocks: Mapping[str, Clock] | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turn, so that other work of the machine slows all of them alike.
@@ -51,8 +51,8 @@ def interleaved(
         Measurements of each call; the order is reversed every time.
     warm_up : int
         Rounds that come first and are not counted.
-    repeat : int
-        Calls in one measurement, for calls that are too short for the clock.
+    repeat : int, or mapping of str to int
+        Calls in one measurement, for calls that are too short for the clock; for all, or by name.
     clocks : mapping of str to callable, optional
         How to time each call, by name; `wall_clock` by default.
 
@@ -69,7 +69,8 @@ def interleaved(
         for turn in range(-warm_up, rounds):
             order = list(calls.items())
             for name, call in order if turn % 2 else reversed(order):
-                seconds = (wall_clock if clocks is None else clocks[name])(call, repeat)
+                count = repeat if isinstance(repeat, int) else repeat[name]
+                seconds = (wall_clock if clocks is None else clocks[name])(call, count)
                 if turn >= 0:
                     times[name].append(seconds)
     finally:

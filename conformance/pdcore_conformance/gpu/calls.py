@@ -10,7 +10,16 @@ from ..judge.subject import Evidence, Subject
 from ..judge.ways import first_way
 from ..runner.plugin import parse_backend
 
-__all__ = ["ALL_PATHS", "KERNELS", "PATHS", "UNDER_TOOLS", "Judged", "judge", "make"]
+__all__ = [
+    "ALL_PATHS",
+    "KERNELS",
+    "PATHS",
+    "PROFILED",
+    "UNDER_TOOLS",
+    "Judged",
+    "judge",
+    "make",
+]
 
 
 class Judged(NamedTuple):
@@ -53,6 +62,13 @@ KERNELS: Mapping[str, Judged] = _by_name(
 
 #: Those of `KERNELS` that run under a sanitizer: scores on both kinds of cores, statistics, scans.
 UNDER_TOOLS = tuple(list(KERNELS)[i] for i in (0, 3, 6, 10))
+
+#: Calls under Nsight Compute, of which only whole grids tell something.
+PROFILED: Mapping[str, Judged] = _by_name(
+    Judged(
+        _WIDE.but(dtype="bfloat16", lead=(2,), heads=16, key_heads=16, rows=4096, keys=4096), "vjp"
+    )
+)
 
 # Several blocks of rows and keys, and a partial one.
 _LONG = Call(lead=(2,), heads=4, key_heads=4, rows=520, keys=520, dim=64, value_dim=64)
@@ -130,13 +146,13 @@ def judge(target: str, judged: Judged) -> tuple[Evidence, dict[str, Any]]:
 
 
 def make(target: str, names: list[str]) -> int:
-    """Make calls of `KERNELS` in one way each, every array in an allocation of its own."""
+    """Make calls of `KERNELS` or `PROFILED`, every array in an allocation of its own."""
     from ..judge.calls import drawn
 
     subject = Subject(*parse_backend(target))
     with subject.framework.unpooled():
         for name in names:
-            call, through = KERNELS[name]
+            call, through = {**KERNELS, **PROFILED}[name]
             first_way(subject, call, drawn(call), through)
     subject.framework.synchronize()
     return len(names)

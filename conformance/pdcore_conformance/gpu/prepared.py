@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -91,7 +92,7 @@ def missing() -> list[str]:
 
 def name_commit(folder: Path = FOLDER) -> str | None:
     """Set `COMMIT` to the prepared commit; return why its files are not those of that commit."""
-    if COMMIT in os.environ or (ROOT / ".git").exists():
+    if COMMIT in os.environ or ((ROOT / ".git").exists() and shutil.which("git")):
         return None
     prepared = _read(folder / "commit.json")
     if not prepared:
@@ -118,7 +119,12 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def cases(target: str, folder: Path = FOLDER) -> Sequence[str] | None:
-    """Return the prepared list of a target's cases of the core level, None without one."""
+    """Return the prepared list of a target's cases of the core level, None without one.
+
+    A list of other code than this is none.
+    """
+    if _read(folder / "commit.json").get("tree") != tree():
+        return None
     found: Sequence[str] | None = _read(folder / "cases.json").get(target)
     return found
 

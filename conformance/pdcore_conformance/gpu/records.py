@@ -39,7 +39,8 @@ def _run(target: str, steps: list[Mapping[str, Any]], header: Mapping[str, Any])
     cases = {
         step["done"]["id"]: step["done"]
         for step in steps
-        if step["stage"] not in _MEASURED or step["done"]["outcome"] in ("failed", "error")
+        if step["stage"] not in _MEASURED
+        or (step["stage"] != "machine" and step["done"]["outcome"] in ("failed", "error"))
     }
     run["cases"] = [cases[name] for name in sorted(cases)]
     run["selection"] = sorted(cases)

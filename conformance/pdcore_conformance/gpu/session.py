@@ -28,8 +28,10 @@ __all__ = ["Session"]
 
 #: The stage that finds which backends are there, which all others need.
 FIRST = "machine"
-#: The least seconds for it.
-IMPORTS = 60.0
+#: The most seconds for it; the minutes that it leaves are for the others.
+IMPORTS = 90.0
+#: Seconds between two archives, and those that processes have to end in at a signal.
+SAVED, LAST_WORDS = 15.0, 3.0
 #: Seconds that a stage must have left to start a process.
 LEAST = 2.0
 
@@ -48,8 +50,8 @@ class Session:
     def __init__(self, targets: list[str], options: argparse.Namespace, carried: list[str]) -> None:
         self.targets, self.options, self.folder = targets, options, options.folder
         earlier = entries(self.folder / "log.jsonl") if options.resume else []
-        if not options.resume:
-            (self.folder / "log.jsonl").unlink(missing_ok=True)
+        if not options.resume and (self.folder / "log.jsonl").exists():
+            (self.folder / "log.jsonl").replace(self.folder / "log-before.jsonl")
         commit, dirty = record.revision()
         self.header = {"commit": commit, "dirty": dirty, "minutes": options.minutes}
         self.log = Log(self.folder, **self.header, stages=options.stages, carried=carried)
@@ -70,8 +72,12 @@ class Session:
         with self._lock:
             self._closing = True
             running = dict(self._running)
+        self.save()
+        for process in running:
+            process.process.terminate()
+        until = time.monotonic() + LAST_WORDS
         for process, cut in running.items():
-            process.stop()
+            process.stop(max(0.0, until - time.monotonic()))
             cut()
         self.save()
 
@@ -104,12 +110,12 @@ class Session:
             f"commit {commit or 'unknown'}{', with changes' if self.header['dirty'] else ''}"
         )
         self._save_nvidia_smi()
-        ends = deadlines([FIRST, *self.options.stages], self.options.minutes)
-        ends[FIRST] = max(ends[FIRST], IMPORTS)
-        for name, end in ends.items():
-            if name == FIRST or self._present():
-                self._run_stage(STAGES[name], end)
-                self.save()
+        self._run_stage(STAGES[FIRST], self.log.started + IMPORTS)
+        now = time.monotonic()
+        left = self.options.minutes - (now - self.log.started) / 60
+        others = [name for name in self.options.stages if name != FIRST and self._present()]
+        for name, end in deadlines(others, left).items():
+            self._run_stage(STAGES[name], now + end)
         runs = runs_of(self.lines, self.header)
         for run in runs:
             for line in summary(run):
@@ -126,9 +132,8 @@ class Session:
             return Exit.NO_BACKEND
         return Exit.FAILURE if self.unreached else Exit.DONE
 
-    def _run_stage(self, stage: Stage, end: float) -> None:
+    def _run_stage(self, stage: Stage, until: float) -> None:
         targets = self._targets(stage)
-        until = self.log.started + end
         left = until - time.monotonic()
         self.log.say(f"{stage.name}: {stage.about}, {max(left, 0):.0f} s", stage=stage.name)
         began = time.monotonic()
@@ -139,6 +144,7 @@ class Session:
             self._run_group(stage, group, share)
         seconds = time.monotonic() - began
         self.log.say(f"{stage.name}: done after {seconds:.1f} s", stage=stage.name, seconds=seconds)
+        self.save()
 
     def _present(self) -> list[str]:
         """Return the targets that are available here, as the first stage has found."""
@@ -188,9 +194,13 @@ class Session:
             threads.append(threading.Thread(target=work, daemon=True))
             threads[-1].start()
         # A signal is handled between two short waits.
+        saved = time.monotonic()
         while any(thread.is_alive() for thread in threads):
             threads[0].join(0.1)
             threads.sort(key=lambda thread: not thread.is_alive())
+            if time.monotonic() - saved > SAVED:
+                self.save()
+                saved = time.monotonic()
 
     def _steps(self, stage: Stage, target: str, until: float) -> Sequence[str]:
         steps = stage.steps(target)
@@ -239,6 +249,7 @@ class Session:
 
             with self._lock:
                 self._running[process] = cut
+                until = time.monotonic() if self._closing else until
             process.wait(stage.limit, heard, until)
             in_time = process.process.poll() is not None
             process.stop()
@@ -246,7 +257,7 @@ class Session:
                 heard(entry)
             with self._lock:
                 del self._running[process]
-            how, printed = process.how(), process.printed()
+            how, printed = journal.refused or process.how(), process.printed()
         rest = [name for name in names if _id(stage, name) not in journal.cases]
         if journal.code is not None or self._closing:
             return []

@@ -11,7 +11,7 @@ from .calls import KERNELS, PATHS
 from .prepared import cases
 from .ptx_wrappers import checks
 from .tools import SANITIZERS
-from .variants import VARIANTS
+from .variants import variant_steps
 
 __all__ = ["STAGES", "Stage", "deadlines", "workloads"]
 
@@ -84,7 +84,8 @@ def _paths(target: str) -> Sequence[str]:
 
 
 def _variants(target: str) -> Sequence[str]:
-    return [name for name, variant in VARIANTS.items() if variant.backend in target]
+    backend, _, device = target.partition(":")
+    return list(variant_steps(backend, device))
 
 
 #: Every stage, in order.
@@ -120,7 +121,9 @@ STAGES: Mapping[str, Stage] = {
             lambda target: [str(w) for w in workloads(_device(target))],
             together=False,
         ),
-        Stage("variants", "variants that decide a design", 6.5, 60, _ALL, _variants),
+        Stage(
+            "variants", "variants that decide a design", 6.5, 60, _ALL, _variants, together=False
+        ),
         Stage("profile", "Nsight Compute", 8.0, 600, _KERNELS, _named("ncu")),
         Stage("sanitizer", "sanitizers", 9.5, 600, _KERNELS, _named(*SANITIZERS)),
         Stage(

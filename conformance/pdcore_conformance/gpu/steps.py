@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pdcore.plugins import load_backend
@@ -16,7 +16,7 @@ from ..runner.plugin import parse_backend
 from . import calls, ptx_wrappers, tools
 from .stages import workloads
 from .step import Found, NotHere, Step
-from .variants import VARIANTS
+from .variants import variant_steps
 
 __all__ = ["step_of"]
 
@@ -92,34 +92,50 @@ def _speed(target: str, seconds: float) -> Step:
         bench = _bench(target)
         if not bench.runs(known[name]):
             raise NotHere(f"{target} does not run it")
-        with bench.limited_threads():
-            bench.against_peers(known[name])
-        return _judged_speed(bench)
+        return _measured(bench, lambda: bench.against_peers(known[name]))
 
     return step
 
 
 def _variants(target: str, seconds: float) -> Step:
+    backend, _, device = target.partition(":")
+    known = variant_steps(backend, device)
+
     def step(name: str) -> Found:
-        bench = _bench(target, peers=())
-        with bench.limited_threads():
-            VARIANTS[name].measure(bench)
-        return _judged_speed(bench)
+        variant, workload = known[name]
+        bench = _bench(target, ())
+        return _measured(bench, lambda: variant.measure(bench, workload))
 
     return step
 
 
-def _judged_speed(bench: Bench) -> Found:
-    if bench.speed["red"]:
-        wrong = [n for n in bench.speed["numerics"] if not n["ok"]]
-        raise Nonconforming("; ".join(f"{n['by']}: {n['error_over_budget']}" for n in wrong))
-    return None, {"speed": bench.speed}
+def _measured(bench: Bench, measure: Callable[[], None]) -> Found:
+    """Return what a measurement found; an error carries what it found before, as ``found``."""
+    found = {"speed": bench.speed}
+    try:
+        with bench.limited_threads():
+            measure()
+        if bench.speed["red"]:
+            wrong = [n for n in bench.speed["numerics"] if not n["ok"]]
+            raise Nonconforming("; ".join(f"{n['by']}: {n['error_over_budget']}" for n in wrong))
+    except Exception as error:
+        error.found = found  # type: ignore[attr-defined]
+        raise
+    return None, found
 
 
-def _bench(target: str, peers: tuple[str, ...] | None = None) -> Bench:
+def _bench(target: str, peers: Sequence[str] | None = None) -> Bench:
     backend, device = parse_backend(target)
-    chosen = list(PEERS.values()) if peers is None else [PEERS[name] for name in peers]
-    return Bench(backend, device, "quick", chosen, threads=2)
+    if peers is None:
+        peers = _fused(backend) if device.startswith("cuda") else list(PEERS)
+    return Bench(backend, device, "quick", [PEERS[name] for name in peers], threads=2)
+
+
+def _fused(backend: str) -> list[str]:
+    """List the fused kernels that a backend is timed against; others would take its minutes."""
+    library = "jax" if backend == "jax" else "torch"
+    kernels = ("flash", "efficient", "cudnn", "of causal softmax")
+    return [n for n, peer in PEERS.items() if peer.library == library and n.endswith(kernels)]
 
 
 _STEPS: Mapping[str, Callable[[str, float], Step]] = {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from ..judge.nonconforming import Nonconforming
-from .calls import UNDER_TOOLS
+from .calls import PROFILED, UNDER_TOOLS
 from .step import Found, NotHere, Step
 
 __all__ = ["PROBE", "SANITIZERS", "TOOL_ERROR", "end_tool", "profile", "sanitizer"]
@@ -21,12 +21,12 @@ __all__ = ["PROBE", "SANITIZERS", "TOOL_ERROR", "end_tool", "profile", "sanitize
 SANITIZERS = ("memcheck", "racecheck")
 #: The sections of Nsight Compute's report.
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats")
-#: The kernels that it looks at, not those of CuPy's array operations.
-KERNELS = "regex:scores_|features_|moments|prefix"
+#: A part of the names of the kernels that it looks at, those of tensor cores.
+KERNELS = "scores_mma"
 #: Seconds before the end of the stage at which a tool is ended, so that the step tells of it.
 MARGIN = 3.0
-#: Seconds of a probe, a call of a tool on a kernel of one thread.
-PROBE = 10.0
+#: Seconds of a probe, a call of a tool on small kernels: CuPy's import takes some of them.
+PROBE = 20.0
 #: The exit code of compute-sanitizer when a tool reports an error.
 TOOL_ERROR = 86
 #: The most characters of what a tool prints that are kept.
@@ -64,20 +64,22 @@ def sanitizer(target: str, seconds: float) -> Step:
 
 
 def profile(target: str, seconds: float) -> Step:
-    """Return the step that runs `UNDER_TOOLS` under Nsight Compute."""
+    """Return the step that runs `PROFILED` under Nsight Compute."""
     until = time.monotonic() + seconds - MARGIN
 
     def step(name: str) -> Found:
         program = _found("ncu")
         _probe([program])
-        # It runs a kernel again for each section and prints at the end, so a few of each.
-        options = ["--launch-count", "12", "--page", "details", "--kernel-name", KERNELS]
+        # It runs a kernel again for each section, and prints at the end: a few launches.
+        options = ["--launch-count", "6", "--page", "details", "--kernel-name", f"regex:{KERNELS}"]
         for section in SECTIONS:
             options += ["--section", section]
-        calls = _python(_CALLS, target, *UNDER_TOOLS)
+        calls = _python(_CALLS, target, *PROFILED)
         done = _run([program, *options, *calls], until - time.monotonic())
         if done.returncode:
             raise RuntimeError(f"exit code {done.returncode}: {done.stdout[-600:]}")
+        if KERNELS not in done.stdout:
+            raise NotHere(f"ncu has looked at no kernel: {' '.join(done.stdout.split())[-300:]}")
         return None, {"printed": done.stdout[-KEPT:]}
 
     return step

@@ -6,8 +6,9 @@ backend: what a record decides is then written there, and its variant goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -27,14 +28,16 @@ __all__ = [
     "Variant",
     "changed",
     "constants_of",
+    "variant_steps",
 ]
 
 
 class Variant(NamedTuple):
-    """A variant: the backend that it changes, and how it is measured."""
+    """A variant: the backend that it changes, the specs that it computes, how it is measured."""
 
     backend: str
-    measure: Callable[[Bench], None]
+    specs: tuple[str, ...]
+    measure: Callable[[Bench, Workload], None]
 
 
 class Changes(NamedTuple):
@@ -44,21 +47,21 @@ class Changes(NamedTuple):
     ----------
     code : tuple of (str, str)
         Texts of the kernels, and what stands in their place.
-    constants : mapping of str to object
+    constants : tuple of (str, int)
         Names of `pdcore_backends.cupy.tensor_cores`, with their values.
     more_memory : int
         Bytes of shared memory that a block has in addition.
     """
 
     code: tuple[tuple[str, str], ...]
-    constants: Mapping[str, Any] = {}
+    constants: tuple[tuple[str, int], ...] = ()
     more_memory: int = 0
 
 
 #: 256 threads in a block of tensor cores, with as many rows: half as many blocks read each key.
 EIGHT_WARPS = Changes(
     (("constexpr int WARPS = 4;", "constexpr int WARPS = 8;"), ("1280", "2304")),
-    {"THREADS": 256, "ROWS": 256, "OWN": 128},
+    (("THREADS", 256), ("ROWS", 256), ("OWN", 128)),
     1024,
 )
 #: The scale of the logits in a register of each thread, not read again for each score.
@@ -81,13 +84,22 @@ SCALE_IN_REGISTER = Changes(
 )
 
 
-def _shapes(bench: Bench) -> Sequence[tuple[int, int, int, int]]:
-    if bench.on_gpu:
-        return [(2, 16, 4096, dim) for dim in (64, 128)]
-    return [(1, 4, 128, 32)]
+def variant_steps(backend: str, device: str) -> dict[str, tuple[Variant, Workload]]:
+    """Return the variants of a backend, each with each call that is timed, by name."""
+    gpu = device.partition(":")[0] == "cuda"
+    shapes = [(2, 16, 4096, dim) for dim in (64, 128)] if gpu else [(1, 4, 128, 32)]
+    return {
+        f"{name}: {workload}": (variant, workload)
+        for name, variant in VARIANTS.items()
+        if variant.backend == backend
+        for shape in shapes
+        for spec in variant.specs
+        for direction in DIRECTIONS
+        for workload in [Workload(spec, shape, "bfloat16" if gpu else "float32", direction)]
+    }
 
 
-def _keys_as_they_are(bench: Bench) -> None:
+def _keys_as_they_are(bench: Bench, workload: Workload) -> None:
     """Attention-BN by SDPA, with the inverse variance in the queries and the keys as they are.
 
     The mean of the keys moves all logits of a row alike, so the softmax does not change.
@@ -106,24 +118,16 @@ def _keys_as_they_are(bench: Bench) -> None:
 
     name = "keys as they are"
     bench.peers = [Peer(name, "torch", ("bn",), make, ("cpu", "cuda"), backward=True)]
-    dtype = "bfloat16" if bench.on_gpu else "float32"
-    for shape in _shapes(bench):
-        for direction in DIRECTIONS:
-            bench.against_peers(Workload("bn", shape, dtype, direction))
+    bench.against_peers(workload)
     if bench.speed["missing_peers"]:
         raise Nonconforming(str(bench.speed["missing_peers"]))
 
 
 def _cupy(name: str, changes: Changes) -> Variant:
-    def measure(bench: Bench) -> None:
-        backend = _changed_backend(changes)
-        for shape in _shapes(bench):
-            for spec in ("softmax", "causal"):
-                for direction in DIRECTIONS:
-                    workload = Workload(spec, shape, "bfloat16", direction)
-                    _against_changed(bench, workload, backend, changes, name)
+    def measure(bench: Bench, workload: Workload) -> None:
+        _against_changed(bench, workload, _changed_backend(changes), changes, name)
 
-    return Variant("cupy", measure)
+    return Variant("cupy", ("softmax", "causal"), measure)
 
 
 @contextmanager
@@ -131,7 +135,7 @@ def constants_of(changes: Changes) -> Iterator[None]:
     """Set the constants of the launches in a block."""
     from pdcore_backends.cupy import tensor_cores
 
-    constants = dict(changes.constants)
+    constants: dict[str, Any] = dict(changes.constants)
     for name in ("memory", "pullback_memory"):
         constants[name] = _more(getattr(tensor_cores, name), changes.more_memory)
     with patch.multiple(tensor_cores, **constants):
@@ -150,6 +154,7 @@ def changed(code: str, kernel: str, changes: Changes) -> str:
     return code
 
 
+@cache
 def _changed_backend(changes: Changes) -> Any:
     from pdcore_backends.cupy.impl import CupyBackend, CupyRuntime
     from pdcore_backends.cupy.kernel_backend import KernelBackend
@@ -201,7 +206,7 @@ def _against_changed(
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "Attention-BN with the keys as they are": Variant("torch", _keys_as_they_are),
+    "Attention-BN with the keys as they are": Variant("torch", ("bn",), _keys_as_they_are),
     "eight warps": _cupy("eight warps", EIGHT_WARPS),
     "the scale in a register": _cupy("the scale in a register", SCALE_IN_REGISTER),
 }

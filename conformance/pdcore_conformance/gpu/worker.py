@@ -59,8 +59,10 @@ def run_step(stage: str, name: str, step: Step) -> tuple[Case, dict[str, Any]]:
         case["outcome"], case["message"] = "not claimed", str(reason)
     except Nonconforming as error:
         case["outcome"], case["message"] = "failed", str(error)[:4000]
+        found = getattr(error, "found", {})
     except Exception as error:  # noqa: BLE001 - the other steps go on
         case["outcome"], case["message"] = "error", f"{type(error).__name__}: {error}"[:4000]
+        found = getattr(error, "found", {})
     else:
         if evidence is not None:
             judged = plain(evidence)

@@ -156,12 +156,13 @@ def revision() -> tuple[str | None, bool | None]:
         Whether tracked files outside of ``docs/``, which holds the records, differ. None where
         there is no commit.
     """
+    named = os.environ.get("PDCORE_COMMIT")
+    without_git = named, None if named is None else False
     root = Path(pdcore.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         # pdcore is installed: a repository around it, such as a project with its .venv, is not
         # pdcore's.
-        named = os.environ.get("PDCORE_COMMIT")
-        return named, None if named is None else False
+        return without_git
     # In a git hook these variables name the repository that the hook runs for.
     variables = {name: text for name, text in os.environ.items() if not name.startswith("GIT_")}
 
@@ -181,7 +182,7 @@ def revision() -> tuple[str | None, bool | None]:
         changes = git("status", "--porcelain", "-uno", "--", ".", ":(exclude)docs")
         return git("rev-parse", "HEAD"), bool(changes)
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        return without_git
 
 
 def save(

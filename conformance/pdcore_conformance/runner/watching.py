@@ -240,12 +240,12 @@ class WatchedProcess:
         for entry in self.journal.read():
             heard(entry)
 
-    def stop(self) -> None:
+    def stop(self, grace: float = GRACE) -> None:
         """End the child, where it still runs, and the processes that it has started."""
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE)
+                self.process.wait(grace)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
