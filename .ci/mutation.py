@@ -1,10 +1,9 @@
 """Mutate the NumPy backend and ArrayBackend by cosmic-ray, with the conformance suite as judge.
 
 `python .ci/mutation.py` draws a sample of all mutations by a seed. On each it runs the cases of the
-suite that run the mutated statement, until one fails. It works on copies
-of the code, prints the survivors with their differences, and exits with 1 if one is not in
-.ci/survivors.toml, which says why a survivor is right. With `--folder` the copies are kept there,
-and a run that was cut goes on.
+suite that run the mutated statement, until one fails. It works on copies of the code, prints the
+survivors with their differences, and exits with 1 if one is not in .ci/survivors.toml, which says
+why a survivor is right. With `--folder` the copies are kept there, and a run that was cut goes on.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -58,7 +59,7 @@ _NEEDED = ("numpy", "pluggy", "array_api_compat", "pytest", "hypothesis", "autog
 #: The variable that names the commit of a checkout without git.
 COMMIT = "PDCORE_COMMIT"
 #: The folders whose files are the code of a commit.
-_CODE = ("pdcore", "backends", "adapters", "conformance")
+_CODE = ("pdcore", *ROOTS[1:])
 
 
 def carry(folder: Path = FOLDER) -> list[str]:
@@ -103,6 +104,7 @@ def name_commit(folder: Path = FOLDER) -> str | None:
     return None
 
 
+@cache
 def tree(root: Path = ROOT) -> str:
     """Return a hash of the code of a checkout."""
     digest = hashlib.sha256()

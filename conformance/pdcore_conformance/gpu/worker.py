@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pdcore.plugins import registered
+
 from ..frameworks import framework
 from ..judge.nonconforming import Nonconforming
-from ..runner.child import LOST, JournalFile
+from ..runner.child import JournalFile
 from ..runner.outcomes import new_case, plain
 from ..runner.plugin import parse_backend
 from .step import NotHere, Step, case_of
@@ -37,14 +39,14 @@ def main(path: str, options: dict[str, Any]) -> None:
     journal = JournalFile(path)
     stage, target, names = options["stage"], options["target"], options["cases"]
     journal.write(planned=[{"id": case_of(stage, name)} for name in names])
+    backend, device = parse_backend(target)
+    library = framework(registered()[backend].library)
     step = step_of(stage, target, options["seconds"])
     for name in names:
         journal.write(began=case_of(stage, name), printed=os.fstat(sys.stdout.fileno()).st_size)
         case, found = run_step(stage, name, step)
         journal.write(done=case, found=found)
-        if case["outcome"] in ("failed", "error") and (lost := _lost(target)):
-            journal.write(lost=lost)
-            os._exit(LOST)
+        journal.end_where_lost(case, library, device)
     journal.write(code=0)
 
 
@@ -75,14 +77,6 @@ def _end(number: int, frame: object) -> None:
     """End at a signal; an exception might be caught, and written as the end of the step."""
     end_tool()
     os._exit(128 + number)
-
-
-def _lost(target: str) -> str | None:
-    """Return the error of a device that computes nothing more."""
-    from pdcore.plugins import registered
-
-    name, device = parse_backend(target)
-    return framework(registered()[name].library).broken(device)
 
 
 if __name__ == "__main__":

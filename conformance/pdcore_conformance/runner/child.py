@@ -20,7 +20,8 @@ from . import conforming, plugin
 from .cases import about, case_id
 
 if TYPE_CHECKING:
-    from ..record.writing import Run
+    from ..frameworks.base import Framework
+    from ..record.writing import Case, Run
 
 __all__ = ["LOST", "JournalFile"]
 
@@ -57,12 +58,17 @@ class JournalFile:
         case = next(reversed(self.conformance.cases.values()))
         self.write(done=case)
         subject = self.conformance.under_test
-        # All cases after this one would fail, too.
-        if case["outcome"] in ("failed", "error") and subject is not None:
-            lost = subject.framework.broken(subject.device)
-            if lost is not None:
-                self.write(lost=lost)
-                os._exit(LOST)
+        if subject is not None:
+            self.end_where_lost(case, subject.framework, subject.device)
+
+    def end_where_lost(self, case: Case, library: Framework, device: str) -> None:
+        """End the process after a case that failed, where its device computes nothing more.
+
+        All cases after it would fail, too.
+        """
+        if case["outcome"] in ("failed", "error") and (lost := library.broken(device)):
+            self.write(lost=lost)
+            os._exit(LOST)
 
 
 def main(path: str, options: dict[str, Any]) -> None:

@@ -81,13 +81,14 @@ def test_the_first_calls_go_through_every_kernel(emulated: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
-    [("eight warps", variants.EIGHT_WARPS), ("scale", variants.SCALE_IN_REGISTER)],
+    "changes",
+    [variants.EIGHT_WARPS, variants.SCALE_IN_REGISTER],
+    ids=["eight warps", "scale in a register"],
 )
-def test_a_variant_computes_the_same(emulated: str, name: str, changes: variants.Changes) -> None:
+def test_a_variant_computes_the_same(emulated: str, changes: variants.Changes) -> None:
     backend = plugins.load_backend(emulated)
-    one = calls.KERNELS["vjp-causal+sh(1,2)-bfloat16-lead=1-heads=4-rows=70-keys=83-dim=64-"
-                        "value_dim=64"]  # fmt: skip
+    name = "vjp-causal+sh(1,2)-bfloat16-lead=1-heads=4-rows=70-keys=83-dim=64-value_dim=64"
+    one = calls.KERNELS[name]
     seen: list[str] = []
     compile_ = backend.runtime.compile
 
