@@ -19,6 +19,7 @@ from installing import add_distribution
 
 from pdcore.errors import Exit
 from pdcore_conformance.bench.workload import Workload
+from pdcore_conformance.gpu import environment
 from pdcore_conformance.gpu.calls import KERNELS
 from pdcore_conformance.gpu.environment import process_environment
 from pdcore_conformance.gpu.log import archive, entries
@@ -361,7 +362,11 @@ def test_without_a_gpu(tmp_path: Path) -> None:
     assert not run["cases"]
 
 
-def test_the_environment_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "FOLDER", tmp_path)
+    assert "PDCORE_CUPY_CUBINS" not in process_environment("cuda")
+    (tmp_path / "cubins").mkdir()
+    assert process_environment("cuda")["PDCORE_CUPY_CUBINS"] == str(tmp_path / "cubins")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     many = process_environment("cuda", threads=2)
     assert many["OMP_NUM_THREADS"] == "2"

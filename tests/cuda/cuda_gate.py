@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from cupy_options import OPTIONS
-
-from pdcore_backends.cupy import feature_programs
+from pdcore_backends.cupy import cubins, feature_programs
 from pdcore_backends.cupy.columns import RowProgram, instances
 from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, Program, memory
@@ -111,7 +109,7 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
     from cuda_on_cpu.build import cache_folder
     from cupy.cuda import nvrtc
 
-    key = repr((nvrtc.getVersion(), OPTIONS, architecture, name, code)).encode()
+    key = repr((nvrtc.getVersion(), cubins.FLAGS, architecture, name, code)).encode()
     cached = cache_folder() / f"usage-{hashlib.sha256(key).hexdigest()[:24]}.json"
     if cached.exists():
         registers, spilled, declared = json.loads(cached.read_text(encoding="utf-8"))
@@ -126,21 +124,7 @@ def compiled(code: str, name: str, architecture: str) -> tuple[int, int, int]:
 
 def assembled(code: str, name: str, architecture: str) -> tuple[tuple[int, int, int], bytes]:
     """Return registers, bytes spilled and shared memory declared, and the cubin."""
-    from cupy.cuda import nvrtc
-
-    program = nvrtc.createProgram(code, "kernel.cu", (), ())
-    try:
-        nvrtc.addNameExpression(program, name)
-        options = (*OPTIONS, f"-arch={architecture}", "--ptxas-options=-v")
-        try:
-            nvrtc.compileProgram(program, options)
-        finally:
-            log = nvrtc.getProgramLog(program)
-        cubin = nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError as error:
-        raise AssertionError(f"{name} for {architecture}: {error}\n{log}") from error
-    finally:
-        nvrtc.destroyProgram(program)
+    cubin, _, log = cubins.assemble(code, name, architecture, "--ptxas-options=-v")
     [registers] = re.findall(r"Used (\d+) registers", log)
     spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", log)))
     declared = sum(map(int, re.findall(r"(\d+) bytes smem", log)))

@@ -18,11 +18,11 @@ from importlib.resources import files
 from typing import Any, ClassVar
 
 import cuda_on_cpu
-from cupy_options import OPTIONS
 
 import pdcore
 from pdcore.backend import SilentBackend
 from pdcore_backends.cupy import INFO
+from pdcore_backends.cupy.cubins import FLAGS as OPTIONS
 from pdcore_backends.cupy.kernel_backend import KernelBackend
 from pdcore_backends.cupy.launches import Limits, Usage
 from pdcore_backends.cupy.runtime import SHARED, Kernel

@@ -11,13 +11,13 @@ from typing import Any
 import cuda_on_cpu as cuda
 import numpy as np
 import pytest
-from cupy_options import OPTIONS as OF_CUPY
 
 bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
 if shutil.which("g++") is None:
     pytest.skip("no g++", allow_module_level=True)
 
 import pdcore_backends.cupy  # noqa: E402
+from pdcore_backends.cupy.cubins import FLAGS as OF_CUPY  # noqa: E402
 from pdcore_conformance.gpu.ptx_wrappers import (  # noqa: E402
     CODE,
     checks,

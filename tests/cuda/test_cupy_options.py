@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cupy_options import OPTIONS
 
+from pdcore_backends.cupy.cubins import FLAGS as OPTIONS
 from pdcore_backends.cupy.runtime import OPTIONS as OWN
 
 

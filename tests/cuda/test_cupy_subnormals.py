@@ -14,11 +14,11 @@ import cuda_on_cpu
 import emulated_cupy
 import numpy as np
 import pytest
-from cupy_options import OPTIONS
 from emulated_checks import check_budgets, fused
 from emulated_cupy import EmulatedBackend
 from reference_cases import Case, cotangents, normal_case
 
+from pdcore_backends.cupy.cubins import FLAGS as OPTIONS
 from pdcore_backends.cupy.features import CompiledFeatures
 from pdcore_backends.cupy.scores import Compiled
 from pdcore_backends.cupy.tensor_cores import TensorCores

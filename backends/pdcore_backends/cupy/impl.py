@@ -13,7 +13,7 @@ import numpy as np
 
 from pdcore.extend import Request, device_name, dtype_name, library_of
 
-from . import INFO
+from . import INFO, cubins
 from .kernel_backend import KernelBackend
 from .launches import Limits, Usage
 from .runtime import OPTIONS, SHARED, Kernel
@@ -50,9 +50,13 @@ class CupyRuntime:
             return True  # querying the default stream is an error while another is captured
 
     def compile(self, code: str, name: str, shared: int = 0) -> Kernel:
-        """Compile by NVRTC; CuPy caches the binary on disk, see `Runtime.compile`."""
-        module = cupy.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
-        function: Any = module.get_function(name)
+        """Compile by NVRTC, unless the kernel was compiled before, see `Runtime.compile`."""
+        cubin = cubins.find(code, name, f"sm_{cupy.cuda.Device().compute_capability}")
+        if cubin is None:  # CuPy caches the binary on disk
+            module = cupy.RawModule(code=code, options=OPTIONS, name_expressions=(name,))
+            function: Any = module.get_function(name)
+        else:
+            function = cupy.RawModule(path=str(cubin.path)).get_function(cubin.symbol)
         if shared > SHARED:
             function.max_dynamic_shared_size_bytes = shared
         kernel: Kernel = function

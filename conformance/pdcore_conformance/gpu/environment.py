@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from .prepared import FOLDER
+
 __all__ = ["core_count", "process_environment"]
 
 
@@ -37,6 +39,9 @@ def process_environment(device: str, *, threads: int | None = None) -> dict[str,
         variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if device.partition(":")[0] != "cuda":
         return variables
+    # Kernels that were compiled at home; one that is not there is compiled.
+    if (cubins := FOLDER / "cubins").is_dir():
+        variables.setdefault("PDCORE_CUPY_CUBINS", str(cubins))
     # Processes share the GPU: none may allocate all of its memory at the start.
     variables.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # The programs that JAX has compiled are there for a resumed run.

@@ -5,8 +5,8 @@
     python -m pdcore_conformance.gpu.prepare
 
 It writes the folder ``gpu-prepared`` in the root of the checkout, which git ignores and which goes
-to the machine with the code: the wheels that the machine may lack, the commit of the code, and the
-lists of the suite's cases.
+to the machine with the code: the wheels that the machine may lack, the commit of the code, the
+lists of the suite's cases, and the compiled CUDA kernels of CuPy.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     _write(
         "cases", {target: names for name in TARGETS if (names := _cases(target := f"{name}:cuda"))}
     )
+    _compile(FOLDER / "cubins")
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB for commit {commit[:10]} on Python {options.python}")
     return int(Exit.DONE)
@@ -78,6 +79,24 @@ def _cases(target: str) -> list[str]:
         if not names:
             print(f"prepare: no cases of {target}: {process.printed()}", file=sys.stderr)
         return names
+
+
+def _compile(folder: Path) -> None:
+    """Compile the CUDA kernels, where CuPy and NVRTC are here; else the machine compiles them."""
+    try:
+        import cupy.cuda.nvrtc as nvrtc
+
+        version = nvrtc.getVersion()
+    except (ImportError, RuntimeError) as error:
+        print(f"prepare: no compiled kernels: {error}", file=sys.stderr)
+        return
+    from pdcore_backends.cupy import cubins
+
+    from .kernels import ARCHITECTURE, kernels
+
+    found = kernels()
+    print(f"compiling {len(found)} kernels by NVRTC {'.'.join(map(str, version))}, some minutes")
+    cubins.save(folder, found, ARCHITECTURE)
 
 
 def _write(name: str, content: object) -> None:

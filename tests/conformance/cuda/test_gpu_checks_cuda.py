@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdcore.plugins import registry as plugins
-from pdcore_conformance.gpu import calls, ptx_wrappers, steps, variants
+from pdcore_conformance.gpu import calls, kernels, ptx_wrappers, steps, variants
 from pdcore_conformance.gpu.worker import run_step
 
 
@@ -77,7 +77,18 @@ def test_the_first_calls_go_through_every_kernel(emulated: str) -> None:
     known = {kind_of(name) for name, _ in cuda_gate.kernels()}
     known |= set(map(kind_of, cuda_gate_tensor_cores.kernels()))
     assert launched == known
+    # The compiler at home sees the same kernels, and those of longer calls and of variants.
+    listed = kernels.kernels()
+    assert known <= {kind_of(name) for _, name in listed}
+    assert any("constexpr int WARPS = 8;" in code for code, _ in listed)
+
+
+def test_the_calls_under_tools_run_their_pullbacks(emulated: str) -> None:
+    runtime = plugins.load_backend(emulated).runtime
+    runtime.launches.clear()
     assert calls.make(f"{emulated}:cpu", list(calls.UNDER_TOOLS)) == len(calls.UNDER_TOOLS)
+    launched = {kernel.partition("<")[0] for kernel in runtime.launches}
+    assert launched >= {"scores_keys", "scores_mma_keys", "features_keys", "moments_vjp"}
 
 
 @pytest.mark.parametrize(
