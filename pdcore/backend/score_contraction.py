@@ -134,8 +134,8 @@ def with_overflow(c: Scores, total: Any, peak: Any, q: Any, reach: Any, *, xp: A
     """Replace by NaN the sums of weights from which an overflow may have hidden a key.
 
     Such a product is -inf, whatever the sum of its terms would be. So a row may be zero, or have
-    lost its nearest key, where tau |q|.reach is infinite. Where log kappa is linear in q.k, this is
-    of no account in a row whose largest log kappa is of ordinary size.
+    lost its nearest key, where |q|.reach or tau |q|.reach is infinite. Where log kappa is linear in
+    q.k, this is of no account in a row whose largest log kappa is of ordinary size.
 
     Parameters
     ----------
@@ -150,7 +150,8 @@ def with_overflow(c: Scores, total: Any, peak: Any, q: Any, reach: Any, *, xp: A
     xp : namespace
         The array-API namespace.
     """
-    bound = abs(c.scale) * xp.sum(xp.abs(constant(q, xp)) * reach, axis=-1, keepdims=True)
+    bound = xp.sum(xp.abs(constant(q, xp)) * reach, axis=-1, keepdims=True)
+    bound = max(1.0, abs(c.scale)) * bound  # the scale may come before the product or after it
     lost = ~(bound < math.inf)
     if c.expression is None:
         lost = lost & ((total == 0) | (xp.abs(constant(peak, xp)) > ORDINARY))

@@ -17,6 +17,7 @@ from builtin_checks import (  # noqa: F401 - collected here too
     test_eight_threads,
     test_every_dtype_is_within_its_budget,
     test_exchange_with_numpy,
+    test_scores_that_overflow_below_are_not_left_out,
 )
 
 import pdcore
@@ -30,9 +31,9 @@ NAMES = ("numpy", "strict", "torch", "jax", "cupy")
 WORDS = {"full": "yes", "unsupported": "no", "not_implemented": "not yet"}
 
 
-@pytest.fixture
-def name() -> str:
-    return "strict"
+@pytest.fixture(params=["numpy", "strict"])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def infos() -> dict[str, BackendInfo]:

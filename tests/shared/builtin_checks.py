@@ -82,6 +82,24 @@ def test_a_row_whose_scores_overflow_is_right_or_no_number(name: str) -> None:
             assert verdict.ok, f"{call.label}: {verdict}"
 
 
+@pytest.mark.parametrize("dim", [3, 8, 40])
+def test_scores_that_overflow_below_are_not_left_out(name: str, dim: int) -> None:
+    library = framework(plugins.registered()[name].library)
+    v = np.asarray([[[[0.0], [1.0]]]], dtype="float32")
+    far = np.full((1, 1, 1, dim), 1e20, dtype="float32")
+    # The product with the first key is -1e38, the larger of the two, and its first terms are -4e38.
+    q, k = (np.zeros((1, 1, rows, dim), dtype="float32") for rows in (1, 2))
+    q[..., :3] = 1e19
+    k[..., :3] = [[-2e19, -2e19, 3e19], [-5e18, -5e18, -5e18]]
+    for right, queries, keys in (
+        (None, far, np.concatenate([-far, -2 * far], axis=-2)),  # every score is -inf
+        (0.0, q, k),
+    ):
+        out = pdcore.attention(*map(library.asarray, (queries, keys, v)))
+        [value] = library.asnumpy(out).ravel()
+        assert np.isnan(value) or value == right, value
+
+
 def test_both_ways_to_gradients_agree(name: str) -> None:
     library = framework(plugins.registered()[name].library)
     for text in ("bn", "causal+bn(statistics=prefix,eps=0.1)", "linear+causal"):

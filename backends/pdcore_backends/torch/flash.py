@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import compiling
+from pdcore.extend import compiling, score_contraction
 
 from . import namespace as xp
 from .inner import Inner, run_inner
@@ -117,16 +117,21 @@ def on_cpu(
     """Compute out and the log-sum-exp by the fused CPU kernel; NaN where scores overflow.
 
     The kernel returns zeros, and a log-sum-exp of 0, for a row in which every score is -inf, and
-    with few keys for a row of NaN scores too.
+    with few keys for a row of NaN scores too. In a row of scores that are not of ordinary size, one
+    that overflows to -inf may be that of the nearest key, see `score_contraction.with_overflow`.
     """
     out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     # A tensor of a subclass, such as a fake one, may have no values to read.
-    if type(lse) is not Tensor or torch.count_nonzero(lse).item() == lse.numel():
+    if type(lse) is not Tensor or not lse.numel():
+        return out, lse
+    size = lse.detach().abs()
+    least, most = size.aminmax()
+    if least.item() > 0 and most.item() <= score_contraction.ORDINARY:
         return out, lse
     rows, keys = (x.detach().to(lse.dtype).abs() for x in (q, k))
-    most = keys.amax(-2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
-    bound = abs(scale) * (rows @ most.mT)[..., 0]
-    lost = (lse == 0) & ~(bound < torch.inf)
+    reach = keys.amax(-2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    bound = max(1.0, abs(scale)) * (rows @ reach.mT)[..., 0]
+    lost = ((size == 0) | (size > score_contraction.ORDINARY)) & ~(bound < torch.inf)
     return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 

@@ -15,6 +15,7 @@ from builtin_checks import (  # noqa: F401 - collected here too
     test_eight_threads,
     test_every_dtype_is_within_its_budget,
     test_exchange_with_numpy,
+    test_scores_that_overflow_below_are_not_left_out,
 )
 
 import pdcore
