@@ -74,6 +74,7 @@ test_support_over_blocks, test_autodiff_of_support_over_blocks = both(
         for offset in (100, "sequence", "end")
     ),
     SQUARE.but(spec="causal", rows=385, keys=385, heads=1, key_heads=1),
+    SQUARE.but(spec="random_features(8)+sparse(70,3)", rows=300, mask="sequences"),
 )
 
 test_prefixes_over_blocks, test_autodiff_of_prefixes_over_blocks = both(

@@ -83,6 +83,7 @@ test_equal_scales_may_lie_anywhere = judged(
     SMALL.but(spec="bn+sh(3,1,1,3)", heads=8, key_heads=4),
     SMALL.but(spec="bn(beta=param)+sh(2,1,3,1)", heads=4, key_heads=4),
     SMALL.but(spec="sh(2,1,2,1)", heads=4, key_heads=4, mask="heads"),
+    SMALL.but(spec="sh(2,1,1,2,2)", heads=5, key_heads=5),
 )
 
 test_long_windows_are_summed_in_float32 = judged(
