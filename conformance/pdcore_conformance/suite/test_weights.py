@@ -42,6 +42,7 @@ test_weights_of_long_sequences = judged(
         for text in ("softmax", "causal", "bn", "linear", "sparse(70,3)", "sh(1,4)")
         for hq, n, m in ((2, 65, 130), (8, 129, 257), (4, 1, 2100))
     ),
+    Call(bias="full", lead=(1,), rows=300, keys=70, dim=16),
     through="weights",
 )
 
