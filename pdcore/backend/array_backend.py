@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from ..arrays import device_name, library_of
 from ..errors import UnsupportedError
 from ..lowering import Features, Group, Plan, Scores, Summary, first_real
-from ..spec import Moments, Statistics, heads, prefix_states, reduce_axis
+from ..spec import Mean, Statistics, heads, prefix_states, reduce_axis
 from . import feature_contraction, score_contraction
 from .call import Call
 from .contract import FEATURES, Backend, Inputs, Request
@@ -132,8 +132,8 @@ class ArrayBackend(Backend):
         cotangent: Mapping[str, Any],
         later: Any,
     ) -> Any:
-        """Pull cotangents of the states of many prefixes back, see `Moments.prefix_vjp`."""
-        assert isinstance(summary.statistics, Moments)
+        """Pull cotangents of the states of many prefixes back, see `Mean.prefix_vjp`."""
+        assert isinstance(summary.statistics, Mean)
         return summary.statistics.prefix_vjp(keys, mask, rows, cotangent, later, xp=self.xp)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..moved import attribute as _attribute
+from .fold import BatchRows, Fold, Recentre, Unread
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .rewrites import Signature, lower, restored
 from .scaled_rows import ScaledRows, largest_entry, largest_key, scaled
 from .transforms import (
     FeatureRows,
-    Fold,
     GaussianRows,
     Normalize,
     Pullback,
@@ -23,6 +23,7 @@ from .transforms import (
 )
 
 __all__ = [
+    "BatchRows",
     "FeatureRows",
     "Features",
     "Fold",
@@ -31,6 +32,7 @@ __all__ = [
     "Normalize",
     "Plan",
     "Pullback",
+    "Recentre",
     "Rows",
     "ScaledRows",
     "Scores",
@@ -38,6 +40,7 @@ __all__ = [
     "Summary",
     "Transform",
     "UnitRows",
+    "Unread",
     "add_into",
     "central",
     "first_real",

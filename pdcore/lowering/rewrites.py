@@ -28,9 +28,10 @@ from ..spec import (
     as_spec,
     default_scale,
 )
+from .fold import Fold, Recentre, Unread
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .scaled_rows import ScaledRows
-from .transforms import FeatureRows, Fold, GaussianRows, Normalize, UnitRows
+from .transforms import FeatureRows, GaussianRows, Normalize, UnitRows
 
 __all__ = ["Signature", "lower", "restored"]
 
@@ -124,6 +125,9 @@ def restored(text: str) -> Plan:
 def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
     """Return the statistics step of a spec, and describe the step in `steps`."""
     statistics = spec.normalization.statistics_state()
+    if spec.shift_cancels:
+        steps.append("a shift of queries and keys cancels in |x - y|: no statistics")
+        return None
     if statistics is None:
         return None
     scope = "sequence"
@@ -151,25 +155,13 @@ def _contraction(
     if isinstance(normalization, Batch) and spec.plain_exponential:
         assert isinstance(kernel, Exponential)
         scale = default_scale(kernel.scale, signature.dim)
-        # float16 cannot hold (q - beta mu) / (var + eps): its range ends at 65,504.
-        split = signature.dtype == "float16" and not spec.prefix
-        counted = normalization.statistics in ("sequence", "batch")
-        closed = counted or (spec.prefix and spec.support.ahead == 0)
-        transforms.append(Fold(normalization, scale, split, closed))
-        centre = "the first real key" if spec.prefix else "mu"
-        steps.append(
-            f"fold: q' = (q - beta mu) / {'sigma' if split else 'sigma^2'}, "
-            f"k' = (k - c){' / sigma' if split else ''}, c = {centre}; "
-            "the row constant tau q'.(c - beta mu) goes to L"
-        )
-        if spec.prefix and signature.dtype in ("float16", "bfloat16"):
-            steps.append(
-                f"{signature.dtype} rows are computed in float32: q' of a short prefix "
-                "leaves its range"
-            )
+        transforms.append(_fold(spec, normalization, scale, signature.dtype, steps))
         steps.append(f"scores: log kappa = {scale:.6g} q'.k'")
         return tuple(transforms), Scores(scale=scale)
-    if not isinstance(normalization, Identity):
+    if spec.shift_cancels:
+        learned = tuple(p.name for p in spec.parameters() if p.differentiable)
+        transforms += [Unread(learned)] if learned else []
+    elif not isinstance(normalization, Identity):
         transforms.append(Normalize(normalization))
         steps.append(normalization.step())
     if isinstance(kernel, Gaussian):
@@ -204,6 +196,28 @@ def _contraction(
     steps.append(f"scores: log kappa = {expression} with s = q'.k'")
     scalars = tuple(p.name for p in kernel.parameters())
     return tuple(transforms), Scores(expression=expression, scalars=scalars)
+
+
+def _fold(
+    spec: AttentionSpec, normalization: Batch, scale: float, dtype: str, steps: list[str]
+) -> Transform:
+    """Return the transform of Attention-BN under the exponential kernel, and describe it."""
+    centre = "the first real key" if spec.prefix else "mu"
+    constant = "the row constant tau q'.(c - beta mu) goes to L"
+    if not normalization.with_std:
+        steps.append(f"recentre: q' = q - beta mu, k' = k - c, c = {centre}; {constant}")
+        return Recentre(normalization, scale)
+    # float16 cannot hold (q - beta mu) / (var + eps): its range ends at 65,504.
+    split = dtype == "float16" and not spec.prefix
+    counted = normalization.statistics in ("sequence", "batch")
+    closed = counted or (spec.prefix and spec.support.ahead == 0)
+    steps.append(
+        f"fold: q' = (q - beta mu) / {'sigma' if split else 'sigma^2'}, "
+        f"k' = (k - c){' / sigma' if split else ''}, c = {centre}; {constant}"
+    )
+    if spec.prefix and dtype in ("float16", "bfloat16"):
+        steps.append(f"{dtype} rows are computed in float32: q' of a short prefix leaves its range")
+    return Fold(normalization, scale, split, closed)
 
 
 def _features(

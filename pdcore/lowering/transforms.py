@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..arrays import overflow_as_nan, stop_gradient
-from ..spec import Batch, FeatureMap, Normalization
+from ..spec import FeatureMap, Normalization
 from .plan import Transform
 
-__all__ = ["FeatureRows", "Fold", "GaussianRows", "Normalize", "Pullback", "Rows", "UnitRows"]
+__all__ = ["FeatureRows", "GaussianRows", "Normalize", "Pullback", "Rows", "UnitRows"]
 
 
 class Rows(NamedTuple):
@@ -111,124 +111,6 @@ class Normalize:
         q = t.apply(rows.q, state, xp=xp, params=params)
         k = t.apply_keys(rows.k, state, xp=xp, params=params)
         return rows._replace(q=q, k=k), pullback
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Attention-BN with the exponential kernel, folded into softmax attention of other queries.
-
-    tau T(q).T(k) = tau q'.(k - c) + tau q'.(c - beta mu) with q' = (q - beta mu) / (var + eps);
-    the second term is constant along the row. The result is the same for any shift c. c = mu keeps
-    k - c small where |mu| >> sigma. With prefix statistics c must not depend on keys after the
-    row, so c is the first real key, which satisfies |c - mu_p| <= sqrt(n_p) sigma_p for every row
-    p that sees it.
-
-    Attributes
-    ----------
-    batch : Batch
-        The normalization.
-    scale : float
-        tau.
-    split : bool
-        Divide queries and keys by sigma instead of queries by sigma^2, which would leave the range
-        of float16.
-    closed : bool
-        Whether a row sees only keys that its statistics count. If the statistics of such a row
-        count a single key, k - c = 0, and the contraction gets q' = 0: the row's q' is divided by
-        eps alone, and would amplify rounding errors in the gradient.
-    choice : Transform or None
-        A transform that a backend's `fuse` puts in place of this one.
-    """
-
-    batch: Batch
-    scale: float
-    split: bool = False
-    closed: bool = False
-    choice: Transform | None = None
-
-    @property
-    def of(self) -> str:
-        """The keys of the statistics: of a ``"sequence"``, a ``"batch"`` or every ``"prefix"``.
-
-        ``"running"`` statistics are parameters of the call.
-        """
-        return self.batch.statistics
-
-    @property
-    def eps(self) -> float:
-        """The number that is added to the variance."""
-        return self.batch.eps
-
-    @property
-    def beta(self) -> float | None:
-        """The weight of the mean; None where the weight is the call's parameter ``beta``."""
-        beta = self.batch.beta
-        return None if isinstance(beta, str) else beta
-
-    def weight(self, params: Any) -> Any:
-        """Return the weight of the mean: a number, or the call's parameter."""
-        return self.batch.weight(params)
-
-    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
-        """Transform queries and keys, and return them with the pullback; see `Rows`."""
-        of = self.batch.statistics
-        if of == "prefix":
-            shift = first_real(rows.k, rows.key_mask, xp=xp)
-        else:
-            shift = (params if of == "running" else state)["mean"]
-        return self.about(shift, rows, state, params, xp=xp)
-
-    def about(
-        self, shift: Any, rows: Rows, state: Any, params: Any, *, xp: Any
-    ) -> tuple[Rows, Pullback]:
-        """Transform with the shift c = `shift`, (*B, H, 1, D), for backends that choose c."""
-        batch, running = self.batch, self.batch.statistics == "running"
-        moments = params if running else state
-        mean, beta = moments["mean"], batch.weight(params)
-        inverse = 1.0 / (moments["var"] + batch.eps)
-        centre, centred = beta * mean, rows.k - shift
-        root: Any = xp.sqrt(inverse) if self.split else None
-        folded = (rows.q - centre) * (root if self.split else inverse)
-        k = centred * root if self.split else centred
-        gap = self.scale * (shift - centre)
-        if self.split:
-            gap = gap * root
-        constant = xp.sum(folded * gap, axis=-1)
-        several = state["n"] > 1 if self.closed else None
-        seen = folded if several is None else xp.where(several, folded, xp.zeros_like(folded))
-
-        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
-            # c counts as a constant, as the result does not depend on it; except in rows whose
-            # q' was set to 0, where the row constant depends on the keys through c = mu alone.
-            drow = d.row_constant[..., None]
-            dq = d.q if several is None else xp.where(several, d.q, xp.zeros_like(d.q))
-            dq = dq + drow * gap
-            factor = root if self.split else inverse
-            dcentre = sum_to(-dq * factor, mean.shape, xp=xp)
-            pull = self.scale * root if self.split else self.scale
-            dcentre = dcentre - sum_to(drow * folded * pull, mean.shape, xp=xp)
-            dfactor = sum_to(dq * (rows.q - centre), mean.shape, xp=xp)
-            dk = d.k
-            if self.split:
-                dfactor = dfactor + sum_to(d.k * centred, mean.shape, xp=xp)
-                dfactor = dfactor + sum_to(
-                    drow * folded * (self.scale * (shift - centre)), mean.shape, xp=xp
-                )
-                dk, dvar = d.k * root, -0.5 * inverse * root * dfactor
-            else:
-                dvar = -inverse * inverse * dfactor
-            dstate: dict[str, Any] = {}
-            dparams: dict[str, Any] = {}
-            if not running:
-                dstate = {"mean": beta * dcentre, "var": dvar}
-                if several is not None:
-                    dshift = xp.where(several, xp.zeros_like(folded), drow * folded * pull)
-                    dstate["mean"] = dstate["mean"] + sum_to(dshift, mean.shape, xp=xp)
-            if batch.beta == "param":
-                dparams = {"beta": sum_to(dcentre * mean, params["beta"].shape, xp=xp)}
-            return Rows(dq * factor, dk), dstate, dparams
-
-        return rows._replace(q=seen, k=k, row_constant=constant), pullback
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,17 @@ def _rowwise_transform(
     if type(normalization) is Identity:
         return lambda x: x
     if type(normalization) is Batch:
+        if call.spec.shift_cancels:  # and with it a NaN in a mean that no result depends on
+            return lambda x: x
+        var: Any
         if normalization.statistics == "running":
-            mean, var = params["mean"], params["var"]
+            mean, var = params["mean"], params.get("var")
         else:
             axes = tuple(range(keys.ndim - 1)) if normalization.statistics == "batch" else -2
             mean, var = _moments(keys, real[..., None], axes, xp)
         beta = _beta(normalization, call, params)
+        if not normalization.with_std:
+            return lambda x: x - beta * mean
         return lambda x: (x - beta * mean) / xp.sqrt(var + normalization.eps)
 
     if type(normalization) is InstanceEnhanced:
@@ -140,8 +145,10 @@ def prefix_inner_products(
     for d in range(q.shape[-1]):
         x, y = q[..., d][..., :, None], keys[..., d][..., None, :]
         mean, var = _moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
-        centre, std = beta[d] * mean, xp.sqrt(var + normalization.eps)
-        x, y = (x - centre) / std, (y - centre) / std
+        x, y = x - beta[d] * mean, y - beta[d] * mean
+        if normalization.with_std:
+            std = xp.sqrt(var + normalization.eps)
+            x, y = x / std, y / std
         inner = inner + call.rounded(x) * call.rounded(y)
     return inner
 

@@ -36,7 +36,7 @@ from .normalizations import (
 )
 from .normalizations.convolution import convolve
 from .normalizations.mixture import uniform_draws
-from .statistics import KeySet, Moments, Statistics, prefix_states, reduce_axis
+from .statistics import KeySet, Mean, Moments, Statistics, prefix_states, reduce_axis
 from .support import Support, Visibility, all_of
 from .vocabulary import (
     find_kernel,
@@ -100,6 +100,7 @@ __all__ = [
     "uniform_draws",
     # statistics of keys
     "Statistics",
+    "Mean",
     "Moments",
     "KeySet",
     "prefix_states",

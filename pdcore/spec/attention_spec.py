@@ -142,6 +142,15 @@ class AttentionSpec:
         """Whether statistics are taken row by row, over the keys up to the row's position."""
         return isinstance(self.normalization, Batch) and self.normalization.statistics == "prefix"
 
+    @property
+    def shift_cancels(self) -> bool:
+        """Whether T is a shift of queries and keys alike, and kappa a function of their difference.
+
+        T then changes no result, so its statistics and parameters are not read.
+        """
+        shifts = isinstance(self.normalization, Batch) and not self.normalization.with_std
+        return shifts and isinstance(self.kernel, Gaussian)
+
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the declarations of the arrays that a call passes in `params`."""
         return (*self.kernel.parameters(), *self.normalization.parameters())

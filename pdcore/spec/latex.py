@@ -31,7 +31,7 @@ from .latex_text import (
 from .normalizations.base import Identity
 from .normalizations.batch import Batch
 from .normalizations.convolution import Convolution
-from .statistics import Moments
+from .statistics import Mean, Moments
 
 __all__ = ["align_environment", "derivation_latex", "sections"]
 
@@ -220,7 +220,8 @@ class _Derivation:
             yield definition
             return
         statistics = normalization.statistics_state()
-        if not isinstance(normalization, Batch) and type(statistics) is not Moments:
+        batch = normalization if isinstance(normalization, Batch) else None
+        if batch is None and type(statistics) not in (Mean, Moments):
             if statistics is not None:
                 name = escape(type(statistics).__name__)
                 yield (
@@ -228,9 +229,11 @@ class _Derivation:
                     rf"{key},\ j \in R"
                 )
             return
-        match normalization.statistics if isinstance(normalization, Batch) else "sequence":
+        divided = type(statistics) is Moments if batch is None else batch.with_std
+        match "sequence" if batch is None else batch.statistics:
             case "running":
-                yield r"\mu, \sigma^2 \text{ given by the call}"
+                names = r"\mu, \sigma^2" if divided else r"\mu"
+                yield rf"{names} \text{{ given by the call}}"
                 return
             case "prefix":
                 last = "js + s - 1" if self.pooled else "j"
@@ -243,13 +246,14 @@ class _Derivation:
             case _:
                 over, index = "R", ""
         total, count = rf"\sum_{{j \in {over}}}", f"|{over}|"
-        if isinstance(normalization, Batch) and normalization.statistics == "batch":
+        if batch is not None and batch.statistics == "batch":
             total, count = rf"\sum_b \sum_{{j \in {over}}}", rf"\sum_b |{over}|"
             key = rf"{key}^{{(b)}}"
         mean = rf"\mu{index}"
+        variance = rf"\sigma^2{index} = \frac{{1}}{{n}} {total} ({key} - {mean})^2, \quad "
         yield (
-            rf"{mean} = \frac{{1}}{{n}} {total} {key}, \quad \sigma^2{index} = \frac{{1}}{{n}} "
-            rf"{total} ({key} - {mean})^2, \quad n = {count}"
+            rf"{mean} = \frac{{1}}{{n}} {total} {key}, \quad "
+            rf"{variance if divided else ''}n = {count}"
         )
 
     # The regression.
@@ -336,10 +340,13 @@ class _Derivation:
             index = "_p" if spec.prefix else ""
             centre = rf"{self._mean_weight(normalization)}\mu{index}"
             difference = tidy_numbers(f"q_i - {centre}")
-            scale = rf"\sigma^2{index} + {latex_number(normalization.eps)}"
+            query = difference
+            if normalization.with_std:
+                scale = rf"\sigma^2{index} + {latex_number(normalization.eps)}"
+                query = rf"\frac{{{difference}}}{{{scale}}}"
             yield (
                 rf"o_i = {total} {softmax}({self.tau} \, q_i'^\top {k}) \, {v}, \quad q_i' = "
-                rf"\frac{{{difference}}}{{{scale}}} \text{{ (terms without }} j "
+                rf"{query} \text{{ (terms without }} j "
                 r"\text{ cancel)}"
             )
 

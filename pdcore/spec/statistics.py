@@ -13,7 +13,7 @@ from typing import Any
 from ..arrays import overflow_as_nan
 from ..errors import UnsupportedError
 
-__all__ = ["KeySet", "Moments", "Statistics"]
+__all__ = ["KeySet", "Mean", "Moments", "Statistics"]
 
 State = Mapping[str, Any]
 
@@ -71,12 +71,8 @@ class Statistics(ABC):
         )
 
 
-class Moments(Statistics):
-    """Count, mean and centred second moment (M2) per feature.
-
-    Computed by two passes within a block and Chan's update between blocks (Chan, Golub and
-    LeVeque, 1979), which lose no digits where the mean is much larger than the deviation.
-    """
+class Mean(Statistics):
+    """Count and mean per feature."""
 
     def zero(self, like: State, *, xp: Any) -> State:
         """Return the state of zero keys."""
@@ -88,29 +84,20 @@ class Moments(Statistics):
         n = xp.sum(real, axis=-2, keepdims=True)
         n = xp.broadcast_to(n, (*keys.shape[:-2], 1, 1))
         divisor = xp.where(n > 0, n, xp.ones_like(n))
-        mean = _sum(keys, mask, xp) / divisor
-        deviation = keys - mean
-        return {"n": n, "mean": mean, "m2": _sum(deviation * deviation, mask, xp)}
+        return {"n": n, "mean": _sum(keys, mask, xp) / divisor}
 
     def merge(self, a: State, b: State, *, xp: Any) -> State:
-        """Merge by Chan's update."""
+        """Merge the means, weighted by the counts."""
         n = a["n"] + b["n"]
         weight = b["n"] / xp.where(n > 0, n, xp.ones_like(n))
-        delta = b["mean"] - a["mean"]
-        return {
-            "n": n,
-            "mean": a["mean"] + delta * weight,
-            "m2": a["m2"] + b["m2"] + delta * delta * (a["n"] * weight),
-        }
+        return {"n": n, "mean": a["mean"] + (b["mean"] - a["mean"]) * weight}
 
     def finalize(self, state: State, *, xp: Any) -> State:
-        """Return ``mean``, the biased ``var`` and the count ``n``; all are 0 for zero keys.
+        """Return ``mean`` and the count ``n``; both are 0 for zero keys.
 
-        A variance beyond the range of its dtype is NaN: division by inf would hide every key.
+        A mean beyond the range of its dtype is NaN: a score of -inf would hide its key.
         """
-        n = state["n"]
-        var = state["m2"] / xp.where(n > 0, n, xp.ones_like(n))
-        return {"n": n, "mean": state["mean"], "var": overflow_as_nan(var, xp)}
+        return {"n": state["n"], "mean": overflow_as_nan(state["mean"], xp)}
 
     def vjp(self, keys: Any, mask: Any, final: State, cotangent: State, *, xp: Any) -> Any:
         """Pull ``mean`` and ``var`` back: (d_mean + 2 d_var (k - mean)) / n at real keys."""
@@ -136,7 +123,7 @@ class Moments(Statistics):
         rows : mapping
             The finalised states of the rows' prefixes, (*B, H, N, D).
         cotangent : mapping
-            The cotangents of ``mean`` and ``var``, (*B, H, N, D).
+            The cotangents of ``mean`` and ``var``, (*B, H, N, D); ``var`` may be left out.
         later : integer array (M, 1) or (*B, 1, 1, M, 1)
             The number of rows whose prefix contains the key; these are the last rows.
         xp : namespace
@@ -151,9 +138,7 @@ class Moments(Statistics):
         """
         n = rows["n"]
         share = xp.where(n > 0, 1.0 / xp.where(n > 0, n, xp.ones_like(n)), xp.zeros_like(n))
-        origin = _first_mean(rows, xp)
-        slope = 2.0 * cotangent["var"] * share
-        level = cotangent["mean"] * share - slope * (rows["mean"] - origin)
+        level = cotangent["mean"] * share
 
         def at_keys(x: Any) -> Any:
             sums = xp.cumulative_sum(xp.flip(x, axis=-2), axis=-2, include_initial=True)
@@ -162,8 +147,48 @@ class Moments(Statistics):
             index = xp.broadcast_to(later[..., 0, :, :], (*sums.shape[:-2], *keys.shape[-2:]))
             return xp.take_along_axis(sums, index, axis=-2)
 
-        grad = at_keys(level) + at_keys(slope) * (keys - origin)
+        if "var" in cotangent:
+            origin = _first_mean(rows, xp)
+            slope = 2.0 * cotangent["var"] * share
+            level = level - slope * (rows["mean"] - origin)
+            grad = at_keys(level) + at_keys(slope) * (keys - origin)
+        else:
+            grad = at_keys(level)
         return grad if mask is None else xp.where(mask, grad, xp.zeros_like(grad))
+
+
+class Moments(Mean):
+    """Count, mean and centred second moment (M2) per feature.
+
+    Computed by two passes within a block and Chan's update between blocks (Chan, Golub and
+    LeVeque, 1979), which lose no digits where the mean is much larger than the deviation.
+    """
+
+    def of(self, keys: Any, mask: Any, *, xp: Any, previous: State | None = None) -> State:
+        """Compute the state of one block, see `Statistics.of`."""
+        state = super().of(keys, mask, xp=xp)
+        deviation = keys - state["mean"]
+        return {**state, "m2": _sum(deviation * deviation, mask, xp)}
+
+    def merge(self, a: State, b: State, *, xp: Any) -> State:
+        """Merge by Chan's update."""
+        n = a["n"] + b["n"]
+        weight = b["n"] / xp.where(n > 0, n, xp.ones_like(n))
+        delta = b["mean"] - a["mean"]
+        return {
+            "n": n,
+            "mean": a["mean"] + delta * weight,
+            "m2": a["m2"] + b["m2"] + delta * delta * (a["n"] * weight),
+        }
+
+    def finalize(self, state: State, *, xp: Any) -> State:
+        """Return ``mean``, the biased ``var`` and the count ``n``; all are 0 for zero keys.
+
+        A variance beyond the range of its dtype is NaN: division by inf would hide every key.
+        """
+        n = state["n"]
+        var = state["m2"] / xp.where(n > 0, n, xp.ones_like(n))
+        return {"n": n, "mean": state["mean"], "var": overflow_as_nan(var, xp)}
 
 
 class KeySet(Statistics):

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.extend import Moments, Statistics
+from pdcore.extend import Mean, Moments, Statistics
 from pdcore.extend import prefix_states as generic_prefix_states
 
 from .chunks import cut, joined
@@ -31,11 +31,11 @@ State = Mapping[str, Any]
 def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     """Compute the state of every prefix of the keys, the empty one included.
 
-    For moments the program does not grow with the number of keys. Parameters and result are those
-    of `pdcore.extend.prefix_states`.
+    For moments and means the program does not grow with the number of keys. Parameters and result
+    are those of `pdcore.extend.prefix_states`.
     """
     *lead, length, _ = keys.shape
-    if type(stats) is not Moments or not keys.size:
+    if type(stats) not in (Mean, Moments) or not keys.size:
         return generic_prefix_states(stats, keys, mask, xp=xp)
     real = (
         jnp.ones((*lead, length, 1), keys.dtype)
@@ -44,12 +44,16 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     )
     chunks = tuple(cut(x, CHUNK) for x in (keys, real))
 
+    def within(keys: Any, real: Any) -> State:
+        state = _within(keys, real)
+        return state if type(stats) is Moments else {name: state[name] for name in ("n", "mean")}
+
     def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
-        merged = checkpointed(lambda a, b: stats.merge(a, _within(*b), xp=xp), before, chunk)
+        merged = checkpointed(lambda a, b: stats.merge(a, within(*b), xp=xp), before, chunk)
         return {name: x[..., -1:, :] for name, x in merged.items()}, merged
 
     # The scan starts from the first chunk, so that its carry varies over devices.
-    first = _within(*(x[0] for x in chunks))
+    first = within(*(x[0] for x in chunks))
     last = {name: x[..., -1:, :] for name, x in first.items()}
     whole = {name: x[None] for name, x in first.items()}
     # A scan of no chunks would leave a derivative empty arrays, at which XLA of JAX 0.11.2 ends the

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pdcore.extend import (
+    BatchRows,
     Features,
     Fold,
     GaussianRows,
@@ -24,6 +25,7 @@ from pdcore.extend import (
     Operands,
     Plan,
     Pullback,
+    Recentre,
     Request,
     Rows,
     ScaledRows,
@@ -141,15 +143,15 @@ def _check(plan: Plan, inputs: Inputs) -> None:
 
 
 @dataclass(frozen=True)
-class _FoldOfShards:
-    """`Fold` about the first real key of all shards."""
+class _BatchRowsOfShards:
+    """`BatchRows` about the first real key of all shards."""
 
-    fold: Fold
+    rows: BatchRows
     shards: Shards
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         shift = self.shards.first_key(rows.k, rows.key_mask)
-        return self.fold.about(shift, rows, state, params, xp=xp)
+        return self.rows.about(shift, rows, state, params, xp=xp)
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ class _ScaleOfShards:
 
 def _with_one_point(step: Transform, shards: Shards) -> Transform:
     """Return a transform that has the same point or scale on all shards."""
-    if isinstance(step, Fold) and step.of == "prefix":
-        return replace(step, choice=_FoldOfShards(step, shards))
+    if isinstance(step, Fold | Recentre) and step.of == "prefix":
+        return replace(step, choice=_BatchRowsOfShards(step, shards))
     if isinstance(step, GaussianRows):
         return replace(step, choice=_GaussianOfShards(step, shards))
     if isinstance(step, ScaledRows):

@@ -17,7 +17,7 @@ from pdcore.extend import (
     Call,
     Group,
     Inputs,
-    Moments,
+    Mean,
     Plan,
     Statistics,
     Visibility,
@@ -103,19 +103,18 @@ class Shards:
 
     def merged(self, stats: Statistics, state: State) -> State:
         """Merge the states of all shards."""
-        if not isinstance(stats, Moments):
+        if not isinstance(stats, Mean):
             return self._reduced(stats, {name: self.gathered(x) for name, x in state.items()})
         n = self.added(state["n"])
         share = state["n"] / jnp.where(n > 0, n, 1)
         mean = self.added(share * state["mean"])
         # A second sum corrects the rounding error of the first, which is in proportion to |mean|.
         mean = mean + self.added(share * (state["mean"] - mean))
-        distance = state["mean"] - mean
-        return {
-            "n": n,
-            "mean": mean,
-            "m2": self.added(state["m2"] + state["n"] * distance * distance),
-        }
+        merged = {"n": n, "mean": mean}
+        if "m2" in state:
+            distance = state["mean"] - mean
+            merged["m2"] = self.added(state["m2"] + state["n"] * distance * distance)
+        return merged
 
     def prefix_states(self, stats: Statistics, keys: Any, mask: Any) -> State:
         """Compute the state of every prefix that ends in this shard; see `.prefix`."""

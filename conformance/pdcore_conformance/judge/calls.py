@@ -110,16 +110,18 @@ class Call:
     given : bool
         Whether `params` has the parameters that have a default too. (The ids of cases contain the
         name of this field.)
-    draw : {"normal", "far", "constant", "outlier", "loud", "zeros", "equal", "growing", "tiny",
-            "negative", "rising", "opposed", "nan", "positive", "vast", "vast_keys", "largest"}
-        The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; with a
-        constant feature; with an outlier as the first key; logits in the hundreds; with rows of
-        zeros; all keys equal; norms growing along the sequence; of size 1e-19; mean -50; queries
-        of mean -50, and keys whose mean rises from -60 to 0 along the sequence; queries of mean 10
-        and keys of mean -10, so that every logit is in the hundreds below 0; with a NaN in one
-        real key and in one real value, of different sequences and key heads; standard normal
-        with positive values and cotangents, whose sums do not cancel; of a size whose square
-        overflows, in queries and keys or in keys alone; up to the largest number of the dtype.
+    draw : {"normal", "far", "away", "constant", "outlier", "loud", "zeros", "equal", "growing",
+            "tiny", "negative", "rising", "opposed", "nan", "positive", "vast", "vast_keys",
+            "largest"}
+        The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; mean 100
+        and deviation 1; with a constant feature; with an outlier as the first key; logits in the
+        hundreds; with rows of zeros; all keys equal; norms growing along the sequence; of size
+        1e-19; mean -50; queries of mean -50, and keys whose mean rises from -60 to 0 along the
+        sequence; queries of mean 10 and keys of mean -10, so that every logit is in the hundreds
+        below 0; with a NaN in one real key and in one real value, of different sequences and key
+        heads; standard normal with positive values and cotangents, whose sums do not cancel; of a
+        size whose square overflows, in queries and keys or in keys alone; up to the largest number
+        of the dtype.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
     axes : {"", "bnhd"}
@@ -285,6 +287,8 @@ class Call:
                 pass
             case "far":
                 q, k = 100 + 0.1 * q, 100 + 0.1 * k
+            case "away":
+                q, k = 100 + q, 100 + k
             case "constant":
                 k[..., 0] = 3.0
             case "outlier":

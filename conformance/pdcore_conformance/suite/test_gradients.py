@@ -182,9 +182,17 @@ test_parameters_are_differentiated, test_autodiff_of_parameters = both(
             "conformance_centred",
             "iebn",
             "causal+bn(statistics=prefix,beta=param)",
+            "bn(beta=param,with_std=false)",
+            "bn(beta=param,statistics=running,with_std=false)",
+            "causal+bn(beta=param,statistics=prefix,with_std=false)",
+            "gaussian(gamma=0.3)+bn(beta=param,with_std=false)",
         )
     ),
     SMALL.but(spec="bn(statistics=running)"),
+    *(
+        SMALL.but(spec="bn(with_std=false)", draw=how, dtype=dtype)
+        for dtype, how in (("float32", "far"), ("bfloat16", "away"))
+    ),
 )
 
 test_gradient_of_supports, test_autodiff_of_supports = both(

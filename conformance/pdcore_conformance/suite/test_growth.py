@@ -22,6 +22,7 @@ CALLS = [
         "causal+random_features(count=16)",
         "causal+bn(statistics=prefix)",
         "causal+bn(statistics=running)",
+        "causal+bn(statistics=prefix,with_std=false)",
         "causal+sh(2,4)",
         "causal+sh(2,3,pool=first)",
         "causal+linear+sh(1,4)",

@@ -51,6 +51,7 @@ MERGED = [
         "softmax+h(count)",
         "softmax+h(one)",
         "bn(statistics=running)",
+        "bn(beta=0.5,statistics=running,with_std=false)",
     )
 ]
 

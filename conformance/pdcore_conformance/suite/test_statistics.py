@@ -97,6 +97,55 @@ test_convolution_is_computed = judged(
     *(SMALL.but(spec="conv1d", dtype=dtype, given=False) for dtype in DTYPES[:2]),
 )
 
+RECENTRED = "bn(with_std=false)"
+AWAY = SMALL.but(draw="away", rows=40, keys=64, dim=32, value_dim=32)
+
+test_recentring_divides_by_nothing = judged(
+    "Attention-BN without division, in every dtype and with every kind of statistics.",
+    *(
+        SMALL.but(spec=text, dtype=dtype)
+        for dtype in DTYPES
+        for text in (
+            RECENTRED,
+            "bn(beta=param,with_std=false)",
+            "bn(beta=0.5,statistics=batch,with_std=false)",
+            "bn(statistics=running,with_std=false)",
+            "bn(statistics=running,beta=param,with_std=false)",
+            "bn(statistics=prefix,with_std=false)",
+            "causal+bn(beta=0.5,statistics=prefix,with_std=false)",
+            "bn(with_std=false)+sh(1,3)",
+            "softmax(softcap=2)+bn(with_std=false)",
+            "gaussian(gamma=0.3)+bn(beta=param,statistics=batch,with_std=false)",
+            "cosine+bn(with_std=false)",
+            "linear+bn(with_std=false)",
+        )
+    ),
+    *(SMALL.but(spec=RECENTRED, draw=how) for how in ("constant", "equal", "outlier", "loud")),
+    *(
+        SMALL.but(spec=text, key_mask=how)
+        for how in ("right", "left", "holes", "one", "none")
+        for text in (RECENTRED, "causal+bn(statistics=prefix,with_std=false)")
+    ),
+    SMALL.but(spec=RECENTRED, mask="random"),
+    SMALL.but(spec=RECENTRED, keys=1),
+    SMALL.but(spec=RECENTRED, heads=6, lead=(2, 3)),
+    SMALL.but(spec="bn(statistics=prefix,with_std=false)", offset="sequence", rows=11),
+)
+
+test_recentring_costs_no_digits_far_from_zero = judged(
+    "Keys of mean 100: what the rounding of a query does to all its scores must not reach lse.",
+    *(
+        AWAY.but(spec=text, dtype=dtype)
+        for dtype in DTYPES
+        for text in (
+            RECENTRED,
+            "bn(statistics=batch,with_std=false)",
+            "causal+bn(statistics=prefix,with_std=false)",
+            "bn(with_std=false)+sh(1,2)",
+        )
+    ),
+)
+
 test_variance_is_biased = judged(
     "The variance divides by n, not n - 1, which differ most with 2 or 3 keys.",
     *(SMALL.but(dtype=d, keys=n) for d in DTYPES for n in (2, 3)),

@@ -223,14 +223,14 @@ def _is_finite(x: object) -> bool:
 
 
 def choices_of_moments(
-    eps: float, *, weighted: bool, pooled: bool, statistics: str = "sequence"
+    eps: float | None, *, weighted: bool, pooled: bool, statistics: str = "sequence"
 ) -> Iterator[str]:
     """Yield the choices of a normalization by mean and variance, see `Normalization.choices`.
 
     Parameters
     ----------
-    eps : float
-        Added to the variance.
+    eps : float or None
+        Added to the variance; None for a normalization by the mean alone.
     weighted : bool
         Whether the mean has another weight than 1.
     pooled : bool
@@ -238,7 +238,8 @@ def choices_of_moments(
     statistics : str
         As in `Batch`.
     """
-    yield rf"the value }} {latex_number(eps)} \text{{ added to the variance"
+    if eps is not None:
+        yield rf"the value }} {latex_number(eps)} \text{{ added to the variance"
     if weighted:
         yield "the weight of the mean"
     if statistics != "sequence":

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import SpecError, nearest
 from ..kernel_base import Parameter
 from ..latex_text import latex_number
-from ..statistics import Moments, State, Statistics
+from ..statistics import Mean, Moments, State, Statistics
 from .base import Normalization, check_centre, check_eps, choices_of_moments
 
 __all__ = ["Batch"]
@@ -24,26 +24,31 @@ class Batch(Normalization):
 
     mu and the biased var are taken per feature over the real keys of the head, after head
     scaling (Nguyen et al., 2023). `eps`, the statistics other than ``sequence``, and the weight
-    beta as a parameter are choices of this project.
+    beta as a parameter are choices of this project. With ``with_std=False`` nothing is divided,
+    T(x) = x - beta mu: recentred; recalled from the paper, not verified.
 
     Parameters
     ----------
     beta : float or "param"
         The weight of the mean; ``"param"`` takes an array ``beta`` from the call's `params`.
     eps : float
-        Added to the variance, > 0.
+        Added to the variance, > 0; without division by the deviation only its default is accepted.
     statistics : {"sequence", "batch", "running", "prefix"}
         Which keys the statistics are taken over: those of the sequence; those of all leading
         axes too; none, for ``mean`` and ``var`` in `params`; or, row by row, the keys up to the
         row's position.
     allow_leak : bool
         Permit statistics of the future under ``causal``.
+    with_std : bool
+        Divide by the deviation. Without division there is no variance: ``running`` statistics are
+        a ``mean`` alone.
     """
 
     beta: float | str = 1.0
     eps: float = 1e-5
     statistics: str = "sequence"
     allow_leak: bool = False
+    with_std: bool = True
     word = "bn"
     layer = "batch_norm"
     aliases = ("batch",)
@@ -61,11 +66,21 @@ class Batch(Normalization):
                 f"bn: statistics is {self.statistics!r}; "
                 f"{nearest(str(self.statistics), _STATISTICS)}"
             )
+        if type(self.with_std) is not bool:
+            raise SpecError(f"bn: with_std is {self.with_std!r}, expected True or False")
+        if not self.with_std and self.eps != Batch.eps:
+            raise SpecError(
+                f"bn: eps is {self.eps!r} with with_std=false, which divides by nothing; "
+                "leave eps out"
+            )
 
     @property
     def holds(self) -> str:
-        """float16, but for prefixes: a short one has a deviation near 0, so its rows are large."""
-        return "float32" if self.statistics == "prefix" else "float16"
+        """float16, but for prefixes: a short one has a deviation near 0, so its rows are large.
+
+        Rows that are not divided have entries up to |x| + |beta mu|.
+        """
+        return "float32" if self.statistics == "prefix" and self.with_std else "float16"
 
     @property
     def leaks(self) -> bool:
@@ -73,35 +88,40 @@ class Batch(Normalization):
         return self.statistics in ("sequence", "batch") and not self.allow_leak
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Return ``beta`` for ``beta=param``, and ``mean`` and ``var`` for running statistics."""
+        """Return ``beta`` for ``beta=param``, and the running statistics that T needs."""
         declared = []
         if self.beta == "param":
             declared.append(Parameter("beta", (("H",), ("H", "D"))))
         if self.statistics == "running":
-            declared += [Parameter(n, (("H", "D"),), differentiable=False) for n in ("mean", "var")]
+            names = ("mean", "var") if self.with_std else ("mean",)
+            declared += [Parameter(n, (("H", "D"),), differentiable=False) for n in names]
         return tuple(declared)
 
     def statistics_state(self) -> Statistics | None:
-        """Return moments; None for running statistics, which come from `params`."""
-        return None if self.statistics == "running" else Moments()
+        """Return moments, or the mean alone; None for running statistics, which are `params`."""
+        if self.statistics == "running":
+            return None
+        return Moments() if self.with_std else Mean()
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute T(x), see `Normalization.apply`."""
         moments = params if self.statistics == "running" else state
-        return (x - self.weight(params) * moments["mean"]) / xp.sqrt(moments["var"] + self.eps)
+        centred = x - self.weight(params) * moments["mean"]
+        return centred / xp.sqrt(moments["var"] + self.eps) if self.with_std else centred
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
         """Pull a cotangent back, see `Normalization.apply_vjp`."""
         moments = params if self.statistics == "running" else state
-        beta = self.weight(params)
-        reciprocal = 1.0 / xp.sqrt(moments["var"] + self.eps)
-        dx = cotangent * reciprocal
+        beta, dx = self.weight(params), cotangent
         dstate = {}
-        if self.statistics != "running":
+        if self.with_std:
+            reciprocal = 1.0 / xp.sqrt(moments["var"] + self.eps)
+            dx = cotangent * reciprocal
             centred = x - beta * moments["mean"]
-            dstate = {"mean": -beta * dx, "var": -0.5 * reciprocal * reciprocal * dx * centred}
+            dstate = {"var": -0.5 * reciprocal * reciprocal * dx * centred}
+        dstate = {} if self.statistics == "running" else {"mean": -beta * dx, **dstate}
         dparams = {"beta": -dx * moments["mean"]} if self.beta == "param" else {}
         return dx, dstate, dparams
 
@@ -111,9 +131,18 @@ class Batch(Normalization):
 
     def choices(self, *, pooled: bool) -> Iterator[str]:
         """Yield the choices of this project, see `Normalization.choices`."""
+        if not self.with_std:
+            yield "recentred, not divided by the deviation (recalled from the paper, not verified)"
         yield from choices_of_moments(
-            self.eps, weighted=self.beta != 1.0, pooled=pooled, statistics=self.statistics
+            self.eps if self.with_std else None,
+            weighted=self.beta != 1.0,
+            pooled=pooled,
+            statistics=self.statistics,
         )
+
+    def layer_note(self) -> str:
+        """Return what the layer does without division."""
+        return "" if self.with_std else "Nothing is divided: T(x) = x - beta mu. "
 
     def latex(self) -> str:
         """Return T as LaTeX."""
@@ -124,5 +153,7 @@ class Batch(Normalization):
             sign = "-" if self.beta >= 0 else "+"
             weight = f"{sign} " if size == 1 else rf"{sign} {latex_number(size)}\,"
         index = "_p" if self.statistics == "prefix" else ""
-        eps = latex_number(self.eps)
-        return rf"\frac{{x {weight}\mu{index}}}{{\sqrt{{\sigma^2{index} + {eps}}}}}"
+        centred, eps = rf"x {weight}\mu{index}", latex_number(self.eps)
+        if not self.with_std:
+            return centred
+        return rf"\frac{{{centred}}}{{\sqrt{{\sigma^2{index} + {eps}}}}}"

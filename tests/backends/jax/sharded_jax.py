@@ -65,6 +65,8 @@ class Case(NamedTuple):
             arguments["params"] = {"beta": draw(2, 5)}
         if "running" in self.extras:
             arguments["params"] = {"mean": draw(2, 5), "var": abs(draw(2, 5)) + 1}
+        if "mean" in self.extras:
+            arguments["params"] = {"mean": draw(2, 5)}
         arguments["offset"] = self.offset
         return arguments
 
@@ -150,6 +152,11 @@ def agree(results: dict[str, Any], wanted: dict[str, Any], relative: float) -> N
         Case("bn(beta=param,statistics=batch)", ("key_mask", "beta")),
         Case("bn", ("late",), heads=4),
         Case("causal+bn(statistics=prefix,eps=0.1)", ("late",)),
+        Case("bn(statistics=running,with_std=false)+causal", ("mean",)),
+        Case("causal+bn(statistics=prefix,with_std=false)", ("late",)),
+        Case("bn(with_std=false)", ("key_mask",)),
+        Case("bn(beta=param,statistics=batch,with_std=false)", ("key_mask", "beta")),
+        Case("gaussian(gamma=0.3)+bn(with_std=false)", ("key_mask",)),
         Case("causal+linear", ("late",), heads=4),
         Case("linear", ("key_mask",), rows=12),
         Case("random_features(16,0)", ("key_mask",)),

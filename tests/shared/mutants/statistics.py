@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.lowering import Plan
+from pdcore.lowering import Plan, Recentre
 from pdcore.spec import Convolution
 
 from .changed_inputs import ChangedInputs, edited
@@ -24,6 +24,35 @@ class FilterTurnedRound(ChangedInputs):
 
         convolves = isinstance(plan.spec.normalization, Convolution)
         return plan, edited(inputs, params=reverse) if convolves else inputs
+
+
+_AWAY = "bfloat16-rows=40-keys=64-dim=32-value_dim=32-draw=away"
+
+
+@planted(f"statistics::recentring_costs_no_digits_far_from_zero[bn(with_std=false)-{_AWAY}]")
+class ConstantOfUnroundedQueries(ChangedInputs):
+    """A kernel for keys as they are that adds to lse the row constant of queries as they were."""
+
+    def change(self, plan: Plan, inputs: Any) -> tuple[Plan, Any]:
+        if str(inputs.q.dtype) != "bfloat16":
+            return plan, inputs
+        steps = tuple(
+            OwnKeys(step, inputs.q.dtype) if isinstance(step, Recentre) else step
+            for step in plan.transforms
+        )
+        return replace(plan, transforms=steps), inputs
+
+
+class OwnKeys:
+    """`Recentre` with c = 0 for a kernel that reads queries in 16 bits."""
+
+    def __init__(self, step: Recentre, dtype: Any) -> None:
+        self.step, self.dtype = step, dtype
+
+    def __call__(self, rows: Any, state: Any, params: Any, *, xp: Any) -> Any:
+        origin = np.zeros_like(rows.k[..., :1, :])
+        rows, pullback = self.step.about(origin, rows, state, params, xp=xp)
+        return rows._replace(q=rows.q.astype(self.dtype).astype(rows.q.dtype)), pullback
 
 
 class ChangedMoments(Unmutated):
