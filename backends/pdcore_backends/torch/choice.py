@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pdcore.extend import Fold, Normalize, Plan, Request, Scores
+from pdcore.extend import Fold, Normalize, Plan, Recentre, Request, Scores
 
 from . import device
 from .kernels import TILE, by_cudnn
@@ -53,7 +53,7 @@ class Flexed(Blocked):
 
 
 class OnePass(NamedTuple):
-    """A fold that computes its statistics itself, see `transforms.Fold`.
+    """A fold that computes its statistics itself, see `pdcore.lowering.Fold`.
 
     Attributes
     ----------
@@ -61,15 +61,17 @@ class OnePass(NamedTuple):
         The keys over which the statistics are computed.
     beta : float or None
         The weight of the mean; None where the weight is a parameter of the call.
-    eps, split, closed
+    eps : float or None
+        As in `Fold`; None for a `Recentre`, which does not divide.
+    split, closed
         As in `Fold`.
     """
 
     of: str
     beta: float | None
-    eps: float
-    split: bool
-    closed: bool
+    eps: float | None
+    split: bool = False
+    closed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
     choice = Fused(
         plan=plan.text,
         dtype=plan.accumulate if kind == "cpu" else _kernel_dtype(plan, request),
-        narrow=plan.accumulate if plan.prefix else request.dtype,
+        narrow=plan.accumulate if plan.holds == "float32" else request.dtype,
         causal=causal,
         whole=whole,
         plain=whole and kind == "cpu" and _plain(plan, request),
@@ -139,7 +141,10 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
             f"here {'flash' if flash else 'memory-efficient'}, in {choice.dtype}, as "
             "the log-sum-exp is asked for or needed"
         )
-    if kind == "cuda" and whole and choice.fold is not None and choice.fold.of == "sequence":
+    fold = choice.fold
+    if whole and fold is not None and fold.eps is None:
+        steps.append("keys as they are (c = 0), but for pooled ones, running means and gradients")
+    elif kind == "cuda" and whole and fold is not None and fold.of == "sequence":
         why = device.unfolded(request.device, request.dtype, request.k[-1])
         steps.append(
             "statistics and fold: two Triton kernels"
@@ -176,6 +181,8 @@ def _fused_kernels(request: Request, kind: str) -> str:
 def _one_pass(plan: Plan) -> OnePass | None:
     """Return the fold of a plan; None unless the fold is its only transform."""
     step = plan.transforms[0] if len(plan.transforms) == 1 else None
+    if isinstance(step, Recentre):
+        return OnePass(step.of, step.beta, None)
     if not isinstance(step, Fold):
         return None
     return OnePass(step.of, step.beta, step.eps, step.split, step.closed)

@@ -22,7 +22,7 @@ from . import namespace as xp
 from .flash import recorded
 from .prefix import beta_cotangent, fold_rows, plain_gradient
 
-__all__ = ["fold", "fold_prefix", "fold_running", "prefix_moments"]
+__all__ = ["fold", "fold_prefix", "fold_running", "prefix_moments", "row_of_ones"]
 
 
 #: Keys of a chunk in `prefix_moments`.
@@ -63,7 +63,7 @@ def fold(
     split: bool,
     over_batch: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Fold the statistics of a sequence or batch, see `transforms.Fold`.
+    """Fold the statistics of a sequence or batch, see `pdcore.lowering.Fold`.
 
     Parameters
     ----------
@@ -104,7 +104,8 @@ def by_triton(k: Tensor) -> bool:
     return not device.unfolded(str(k.device), name, k.shape[-1])
 
 
-def _ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
+def row_of_ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
+    """Return 1 for each real key and 0 for the others, (1, M) or (B, 1, 1, M)."""
     if real is None:
         return torch.ones(1, k.shape[-2], dtype=wide, device=k.device)
     return real.to(wide)[:, :, None, :]
@@ -113,7 +114,7 @@ def _ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
 def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums:
     wide = xp.accumulation(k)
     k = k.to(wide)
-    one = _ones(real, k, wide)
+    one = row_of_ones(real, k, wide)
     n: Any = k.shape[-2] if real is None else one.sum(-1, keepdim=True)
 
     if over_batch:
@@ -212,7 +213,7 @@ def _pull_back(
     level, slope = total(row @ dq), total(row @ (dq * q))
     d_factor = slope - beta * s.mean * level
     if split:
-        one = _ones(real, k, wide)
+        one = row_of_ones(real, k, wide)
         turned = one @ (dk * s.centred)
         d_factor = d_factor + (turned.sum(0, keepdim=True) if over_batch else turned)
         d_var = -0.5 * factor * factor * factor * d_factor
@@ -299,7 +300,7 @@ def _prefix_plain(
         past = torch.arange(offset, offset + rows, device=k.device).clamp(max=keys - 1)
         n, mean, var = (x.index_select(-2, past) for x in (n, mean, var))
     inverse = _inverse(var, eps)
-    if closed:  # see `transforms.Fold`
+    if closed:  # see `pdcore.lowering.Fold`
         inverse = torch.where(n > 1, inverse, 0.0)
     folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]
     origin = first_real(k, real, xp=xp).detach()  # the shift changes no result

@@ -26,6 +26,7 @@ from pdcore.extend import (
 from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, on_cpu, recorded
 from .fold import fold, fold_prefix, fold_running
+from .recentre import mean_of_keys, prefix_means, recentred
 
 __all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores", "plain"]
 
@@ -103,7 +104,9 @@ class FusedRun(GroupRun):
             return
         q, k, real = self.q, self.k, self.key_mask
         beta = self.params["beta"] if step.beta is None else step.beta
-        if step.of == "running":
+        if step.eps is None:
+            q, k = recentred(q, k, real, self._means(step.of), beta, of=step.of)
+        elif step.of == "running":
             mean, var = self.params["mean"], self.params["var"]
             q, k = fold_running(q, k, mean, var, beta, eps=step.eps, split=step.split)
         elif step.of == "prefix":
@@ -115,6 +118,16 @@ class FusedRun(GroupRun):
             over_batch = step.of == "batch"
             q, k = fold(q, k, real, beta, eps=step.eps, split=step.split, over_batch=over_batch)
         self.operands = self.operands_of(q, k, self.v)
+
+    def _means(self, of: str) -> Tensor:
+        """Return the mean that each row subtracts; of a prefix, set which rows have one."""
+        if of == "running":
+            return self.params["mean"].to(xp.accumulation(self.k))
+        if of == "prefix":
+            mean, alive = prefix_means(self.k, self.key_mask, self.call.offset, self.q.shape[-2])
+            self.alive = None if alive is None else alive[:, :, None]
+            return mean
+        return mean_of_keys(self.k, self.key_mask, over_batch=of == "batch")
 
 
 def _window_means(x: Tensor, scale: int) -> Tensor:

@@ -99,7 +99,7 @@ def _forward(
         mean_before = mean[:, :, -1:].clone()
         # A variance beyond the range of its dtype is NaN: 1 / inf would hide the overflow.
         inverse = var.add_(eps).masked_fill_(var == torch.inf, torch.nan).reciprocal_()
-        if closed:  # see `transforms.Fold`
+        if closed:  # see `pdcore.lowering.Fold`
             inverse.mul_(n > 1)
         centred = q[:, :, :, cut] - (beta * (mean + origin))[:, :, None]
         torch.mul(centred, inverse[:, :, None], out=folded[:, :, :, cut])

@@ -46,6 +46,7 @@ _BY_TARGET: Mapping[str, tuple[Workload, ...]] = {
     "jax:cpu": _SOFTMAX_LIKE,
     "torch:cpu": (
         *_SOFTMAX_LIKE,
+        Workload("bn(with_std=false)", (1, 8, 4096, 64)),
         *(
             Workload(spec, (1, 8, 4096, 64), direction=direction)
             for spec in ("linear", "causal+linear")
@@ -144,6 +145,7 @@ _TARGETS: Mapping[str, Targets] = {
             for spec, peer, most in (
                 ("softmax", "torch SDPA", 1.03),
                 ("bn", "torch SDPA of softmax", 1.12 if w.shape[2] >= 512 else 1.35),
+                ("bn(with_std=false)", "torch SDPA of softmax", 1.03),
                 (half_pooled(8), "torch SDPA of softmax", 0.82 if w.shape[2] >= 512 else None),
                 ("causal+bn(statistics=prefix)", "torch SDPA of causal softmax", 1.2),
                 ("causal+linear", "performer-pytorch", 1 / 5),

@@ -181,7 +181,7 @@ PEERS: Mapping[str, Peer] = {
         Peer(
             "torch SDPA of softmax",
             "torch",
-            ("bn", half_pooled(8), half_pooled(16), f"bn+{half_pooled(16)}"),
+            ("bn", "bn(with_std=false)", half_pooled(8), half_pooled(16), f"bn+{half_pooled(16)}"),
             sdpa(None),
             _BOTH,
             (),
