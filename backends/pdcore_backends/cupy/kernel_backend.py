@@ -11,6 +11,7 @@ from pdcore.extend import (
     Contracted,
     Features,
     Inputs,
+    Mean,
     Operands,
     Plan,
     Request,
@@ -106,8 +107,13 @@ class KernelBackend(ArrayBackend):
         if summary.choice is None:
             return super().statistics(summary, keys, mask)
         if summary.scope == "prefix":
-            return self.moments.prefixes(keys, mask, xp=self.xp)
-        return self.moments.moments(keys, mask, shared=summary.scope == "batch", xp=self.xp)
+            final = self.moments.prefixes(keys, mask, xp=self.xp)
+        else:
+            shared = summary.scope == "batch"
+            final = self.moments.moments(keys, mask, shared=shared, xp=self.xp)
+        if type(summary.statistics) is Mean:
+            return summary.statistics.finalize({n: final[n] for n in ("n", "mean")}, xp=self.xp)
+        return final
 
     def statistics_vjp(
         self,

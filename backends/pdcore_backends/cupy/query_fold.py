@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pdcore.extend import Fold, Pullback, Rows, UnsupportedError
+from pdcore.extend import Fold, Pullback, Recentre, Rows, UnsupportedError
 
 __all__ = ["FoldedLoad", "QueryFold"]
 
@@ -22,7 +22,8 @@ class QueryFold(NamedTuple):
     centre : array (*B, H, 1, D)
         beta mu.
     factor : array (*B, H, 1, D)
-        1 / (var + eps); its negative for a feature in which all keys are equal, whose q' is 0.
+        1 / (var + eps), or 1 without division; its negative for a feature in which all keys are
+        equal, whose q' is 0.
     gap : array (*B, H, 1, D)
         tau (c - beta mu).
     """
@@ -34,25 +35,29 @@ class QueryFold(NamedTuple):
 
 @dataclass(frozen=True)
 class FoldedLoad:
-    """`Fold` in the load of queries, with c = 0 for keys that the kernel reads unchanged.
+    """`Fold` or `Recentre` in the load of queries, with c = 0 for keys that are read unchanged.
 
     A 16-bit key that is not shifted is exact, and an error that the rounding of q' makes in all
-    logits of a row alike cancels. In a feature where all keys are equal, 1 / eps would multiply the
-    rounding error of sums, so c = mu and k - c = 0. For pooled keys, which have not been rounded
-    yet, c = mu too.
+    logits of a row alike cancels: in `out`, and in L because the kernel computes the row constant
+    from the rounded q'. In a feature where all keys are equal, 1 / eps would multiply the rounding
+    error of sums, so c = mu and k - c = 0. For pooled keys, which have not been rounded yet, c = mu
+    too.
 
     Attributes
     ----------
-    fold : Fold
+    fold : Fold or Recentre
     """
 
-    fold: Fold
+    fold: Fold | Recentre
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Return the rows with a `QueryFold`, see `transforms.Rows`."""
-        mean, var = state["mean"], state["var"]
-        centre, factor = self.fold.weight(params) * mean, 1.0 / (var + self.fold.eps)
-        equal = var <= (LEAST * mean) ** 2
+        mean = state["mean"]
+        centre, factor = self.fold.weight(params) * mean, xp.ones_like(mean)
+        equal = xp.zeros_like(mean, dtype=xp.bool)
+        if isinstance(self.fold, Fold):
+            factor = 1.0 / (state["var"] + self.fold.eps)
+            equal = state["var"] <= (LEAST * mean) ** 2
         exact = rows.k.dtype.itemsize == 2
         shift = xp.where(equal, mean, xp.zeros_like(mean)) if exact else mean
         fold = QueryFold(
@@ -62,7 +67,7 @@ class FoldedLoad:
         def pullback(d: Rows) -> Any:
             raise UnsupportedError(
                 "the fold in the query load has no pullback; choose the plan of a call with "
-                "gradients by a Request with vjp=True, which keeps pdcore.lowering.transforms.Fold"
+                "gradients by a Request with vjp=True, which keeps `BatchRows`"
             )
 
         return rows._replace(k=rows.k if exact else rows.k - mean, fold=fold), pullback

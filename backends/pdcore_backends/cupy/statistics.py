@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore.extend import KeySet, Moments, Plan, Request, Summary, dtype_name
+from pdcore.extend import KeySet, Mean, Moments, Plan, Request, Summary, dtype_name
 
 from .columns import ColumnLaunch, limit
 from .operands import NULL, in_rows, one_lead, record, strides_of
@@ -57,7 +57,7 @@ def summarised(plan: Plan, request: Request, capability: int, library: str) -> P
 
 def _unfit(summary: Summary, request: Request, capability: int) -> str:
     kind = type(summary.statistics)
-    if kind is not Moments:
+    if kind not in (Mean, Moments):
         return f"no kernel computes {kind.__name__}"
     why = limit(request.k, capability)
     if summary.scope == "prefix" and not why:  # the pullback scans the rows of the queries too
@@ -66,7 +66,7 @@ def _unfit(summary: Summary, request: Request, capability: int) -> str:
 
 
 class MomentKernels:
-    """The states of `Moments` and `prefix_states`, by the kernels of one runtime."""
+    """The states of `Moments`, `Mean` and `prefix_states`, by the kernels of one runtime."""
 
     def __init__(self, cache: KernelCache) -> None:
         self.cache = cache
@@ -153,10 +153,12 @@ class MomentKernels:
             call = _MomentCall(self.cache, keys, mask, xp)
             queries = _MomentCall(self.cache, rows["mean"], None, xp)
             first = _first_row_with_key(rows["n"], xp)
+            d_var = cotangent.get("var")
+            d_var = xp.zeros_like(cotangent["mean"]) if d_var is None else d_var
             row_arrays = (
                 *map(
                     xp.ascontiguousarray,
-                    (rows["n"], rows["mean"], cotangent["mean"], cotangent["var"]),
+                    (rows["n"], rows["mean"], cotangent["mean"], d_var),
                 ),
                 first,
             )

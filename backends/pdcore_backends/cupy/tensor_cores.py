@@ -16,6 +16,7 @@ from pdcore.extend import (
     Operands,
     Plan,
     Pullback,
+    Recentre,
     Request,
     Rows,
     Scores,
@@ -98,18 +99,16 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
 def folded_in(plan: Plan, request: Request) -> Plan:
     """Fold the statistics of the keys into the query load, if 16 bits can hold the queries.
 
-    float16 cannot hold them. Statistics that the caller passes need not be those of the keys, see
-    `FoldedLoad`. A pullback needs the row constant separately from L.
+    float16 cannot hold queries that are divided by a variance. Statistics that the caller passes
+    need not be those of the keys, see `FoldedLoad`, and the load has one state for all rows. A
+    pullback needs the row constant separately from L.
     """
     first = plan.transforms[0] if len(plan.transforms) == 1 else None
-    if (
-        request.vjp
-        or request.dtype != "bfloat16"
-        or not isinstance(first, Fold)
-        or plan.summary is None
-    ):
+    holds = isinstance(first, Recentre) or (isinstance(first, Fold) and request.dtype == "bfloat16")
+    if request.vjp or not holds or plan.summary is None or plan.prefix:
         return plan
     step = "fold: as the kernel reads queries, with c = 0 for keys that are not pooled"
+    assert isinstance(first, Fold | Recentre)
     folded = replace(first, choice=FoldedLoad(first))
     return replace(plan, transforms=(folded,), steps=(*plan.steps, step))
 
