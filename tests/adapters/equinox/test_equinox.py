@@ -200,7 +200,15 @@ def test_beta_is_a_last_leaf() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "sparse(2,1)", "gaussian(gamma=0.3)+h(count)"],
+    [
+        "bn",
+        "bn(with_std=false)",
+        "linear",
+        "bn+sh(1,1,2,2)",
+        PREFIX,
+        "sparse(2,1)",
+        "gaussian(gamma=0.3)+h(count)",
+    ],
 )
 def test_specs_equal_the_core(spec: str) -> None:
     plain, _ = pair(**BIASES)
@@ -255,6 +263,7 @@ def test_decoding_by_an_offset() -> None:
         ("sofmax", SpecError, "did you mean 'softmax'"),
         ("sh(1,2)", ValueError, "spec: got 2 scales .* each of the 4 heads of the layer"),
         ("bn(statistics=running)", UnsupportedError, "spec: .* takes 'mean' from each call"),
+        ("bn(statistics=running,with_std=false)", UnsupportedError, "takes 'mean' from each call"),
     ],
 )
 def test_specs_that_do_not_fit(spec: str, error: Any, message: str) -> None:

@@ -196,7 +196,16 @@ def test_float64_is_float64(wide: None) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["softmax", "bn", "linear", "bn+sh(1,1,2,2)", PREFIX, "gaussian(gamma=0.3)+h(count)"]
+    "spec",
+    [
+        "softmax",
+        "bn",
+        "bn(with_std=false)",
+        "linear",
+        "bn+sh(1,1,2,2)",
+        PREFIX,
+        "gaussian(gamma=0.3)+h(count)",
+    ],
 )
 def test_specs_equal_the_core(spec: str) -> None:
     q, k, v = (drawn(B, N, H, 8, seed=n) for n in range(3))
@@ -327,6 +336,7 @@ def test_promotion() -> None:
         ("sofmax", SpecError, "did you mean 'softmax'"),
         ("bn(beta=param)", UnsupportedError, "spec: .* takes the arrays beta"),
         ("bn(statistics=running)", UnsupportedError, "spec: .* takes the arrays mean, var"),
+        ("bn(statistics=running,with_std=false)", UnsupportedError, "takes the arrays mean"),
     ],
 )
 def test_specs_that_do_not_fit(spec: str, error: Any, message: str) -> None:

@@ -27,6 +27,7 @@ SPECS = [
     "bn",
     "linear",
     "bn+sh(1,1,2,2)",
+    "bn(beta=0.5,with_std=false)",
     "gaussian(gamma=0.3)+h(count)",
     "causal+bn(statistics=prefix)",
 ]
@@ -375,6 +376,14 @@ def test_a_learned_beta() -> None:
     assert layer.spec_beta.grad.abs().min() > 0
 
 
+def test_a_learned_beta_that_cancels_has_gradient_zero() -> None:
+    spec = "gaussian(gamma=0.3)+bn(beta=param,with_std=false)"
+    layer = PDMultiheadAttention(E, H, batch_first=True, spec=spec)
+    x = torch.randn(B, N, E)
+    layer(x, x, x, need_weights=False)[0].square().sum().backward()
+    assert torch.equal(layer.spec_beta.grad, torch.zeros(H))
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 
@@ -635,6 +644,7 @@ def test_convert_changes_nothing_on_an_error() -> None:
         ("sh(1,1,2,2)", ValueError, "4 scales .* the 2 heads of second; nothing was converted"),
         ("sofmax", SpecError, "unknown word"),
         ("bn(statistics=running)", UnsupportedError, "takes 'mean'"),
+        ("bn(statistics=running,with_std=false)", UnsupportedError, "takes 'mean'"),
     ):
         with pytest.raises(error, match=message):
             convert(model, spec)

@@ -263,7 +263,16 @@ def test_gradients_of_attention_bn(model_of: Any) -> None:
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize(
-    "spec", ["bn", "sh(1,1,2,3)", "bn(beta=0.5)+sh(1,2,2,4)", "cosine+bn", "linear", "sparse(3,2)"]
+    "spec",
+    [
+        "bn",
+        "bn(with_std=false)",
+        "sh(1,1,2,3)",
+        "bn(beta=0.5)+sh(1,2,2,4)",
+        "cosine+bn",
+        "linear",
+        "sparse(3,2)",
+    ],
 )
 def test_encoder_is_the_formula(spec: str, side: str, model_of: Any) -> None:
     register("pdcore_encoder", spec)
@@ -713,7 +722,11 @@ def test_names_with_a_meaning(name: Any) -> None:
 
 
 def test_specs_that_cannot_be_registered() -> None:
-    for spec in ("bn(beta=param)", "bn(statistics=running)"):
+    for spec in (
+        "bn(beta=param)",
+        "bn(statistics=running)",
+        "bn(statistics=running,with_std=false)",
+    ):
         with pytest.raises(pdcore.UnsupportedError, match="no place for them"):
             register("pdcore_none", spec)
     with pytest.raises(pdcore.SpecError, match="unknown word"):
