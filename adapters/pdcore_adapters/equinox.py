@@ -47,7 +47,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         A value above 0 is kept as a leaf, and a call in training is then refused. With a feature
         map, such as ``linear``, it is refused unless `inference` is True.
     spec : str or AttentionSpec
-        The attention of every head, with one scale for each of the `num_heads` heads or none.
+        The attention of every head, with no scales, one for each of the `num_heads` heads, or
+        ``sh(half=2)``.
         ``bn(beta=param)`` adds a last leaf, ``spec_params["beta"]`` (num_heads,), which starts at
         1; no other spec changes the leaves.
     backend : str or sequence of str, optional
@@ -251,12 +252,7 @@ def _attach_spec(
 ) -> None:
     """Set the spec and its parameters on a new layer."""
     spec, starts = bound.spec, learned_parameters(bound.spec)
-    scales = spec.heads.scales
-    if scales and len(scales) != layer.num_heads:
-        raise ValueError(
-            f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-            f"{layer.num_heads} heads of {name}"
-        )
+    spec.for_heads(layer.num_heads, f"heads of {name}")
     p = layer.dropout.p
     if not layer.dropout.inference and isinstance(p, int | float):  # and no traced leaf
         refuse_dropout(spec, "dropout_p", p, advice, name)

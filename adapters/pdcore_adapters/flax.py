@@ -41,7 +41,7 @@ def attention_fn(
     Parameters
     ----------
     spec : str or AttentionSpec
-        The attention of the heads; head scaling has one scale for each key head.
+        The attention of the heads; head scaling has one scale for each key head, or ``half=``.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made by this call.
     padding : bool

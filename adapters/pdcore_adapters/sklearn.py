@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pdcore import AttentionSpec, UnsupportedError
+from pdcore import AttentionSpec, HeadScaling, UnsupportedError
 from pdcore.extend import Convolution, as_spec
 from pdcore.svr import check_jobs, check_regression, fit, head_kernels
 
@@ -128,7 +128,7 @@ class SVRAttentionRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):  #
 def _check_spec(spec: AttentionSpec) -> None:
     check_regression(spec)
     convolves = isinstance(spec.normalization, Convolution)
-    if spec.heads.scales or spec.support.restricts or convolves:
+    if spec.heads != HeadScaling() or spec.support.restricts or convolves:
         raise UnsupportedError(
             f"spec: {spec} goes by the position of keys, and samples have none; leave scales, "
             "windows and convolutions out"

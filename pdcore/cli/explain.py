@@ -53,11 +53,12 @@ def explain(
     v = (*k[:-1], k[-1] if value_dim is None else value_dim)
     _check_choices(dtype, library, offset)
     mask, key_mask, bias = _optional_shapes(optional, q, k)
-    request = Request(
-        parsed, library, dtype, device or "cpu", q, k, v, mask, key_mask, bias, offset
-    )._replace(lse=lse, vjp=vjp)
     try:
-        parsed.check_keys(request.k[-2])
+        parsed = parsed.for_heads(k[-3])
+        parsed.check_keys(k[-2])
+        request = Request(
+            parsed, library, dtype, device or "cpu", q, k, v, mask, key_mask, bias, offset
+        )._replace(lse=lse, vjp=vjp)
         plan = request.lower()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -244,8 +244,8 @@ class BoundAttention:
             inputs.axis_name,
             layout,
         )
-        validate(self.spec, inputs, "torch", layout)
         backend, plan = getattr(self._traced, name)
+        validate(plan.spec, inputs, "torch", layout)
         if type(inputs.offset) is int and not -LARGE < inputs.offset < LARGE:
             inputs = inputs._replace(offset=near_offset(self.spec, inputs.offset, q, k))
         if self._has_parameters:
@@ -270,14 +270,14 @@ class BoundAttention:
         check_given(inputs)
         q = inputs.q
         library = library_of(q, "q")
-        validate(self.spec, inputs, library, layout)
+        spec = validate(self.spec, inputs, library, layout)
         refuse_arrays(return_lse=lse, axis_name=inputs.axis_name)
         mask, key_mask, bias = (
             None if x is None else tuple(x.shape)
             for x in (inputs.mask, inputs.key_mask, inputs.bias)
         )
         return Request(
-            self.spec,
+            spec,
             library,
             dtype_name(q),
             self._device or device_name(q, library),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..backend import Backend, Request
 from ..errors import NoBackendError, SettingError, UnsupportedError, nearest
 from ..plugins import registry as plugins
-from ..spec import AttentionSpec, Batch, Exponential, Identity
+from ..spec import AttentionSpec, Batch, Exponential, Identity, scales_text
 
 __all__ = [
     "Candidate",
@@ -240,7 +240,7 @@ def in_words(spec: AttentionSpec) -> str:
         parts.append(f"{spec.normalization.word} normalization")
     if spec.heads.scales:
         first = ", the first key of a window" if spec.heads.pool == "first" else ""
-        parts.append(f"heads ({', '.join(map(str, spec.heads.scales))}){first}")
+        parts.append(f"heads ({scales_text(spec.heads.scales).replace(',', ', ')}){first}")
     if spec.support.causal:
         parts.append("causal")
     if (spec.support.left, spec.support.right) != (float("inf"), float("inf")):

@@ -65,7 +65,7 @@ def make_traced_selector(
         lead = (SYMBOLIC,) * (ndim - 3)
         mask, key_mask, bias = (None if n is None else (SYMBOLIC,) * n for n in ranks)
         request = Request(
-            spec,
+            spec.for_heads(key_heads),
             "torch",
             dtype.removeprefix("torch."),
             array_device,

@@ -22,8 +22,10 @@ __all__ = ["validate"]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def validate(spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "bhnd") -> None:
-    """Check shapes, dtypes and libraries.
+def validate(
+    spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "bhnd"
+) -> AttentionSpec:
+    """Check shapes, dtypes and libraries, and return the spec for the heads of k.
 
     Parameters
     ----------
@@ -35,6 +37,11 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "b
         The library of q.
     layout : str
         The layout of the caller's arrays, in which messages show their shapes.
+
+    Returns
+    -------
+    AttentionSpec
+        See `AttentionSpec.for_heads`.
 
     Raises
     ------
@@ -58,7 +65,7 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "b
             raise TypeError(
                 f"{name}: got dtype {dtype_name(x)}, expected {dtype} like q; cast it yourself"
             )
-    _shapes(spec, q.shape, k.shape, v.shape, layout)
+    spec = _shapes(spec, q.shape, k.shape, v.shape, layout)
     lead = tuple(q.shape[:-3])
     if inputs.key_mask is not None:
         _boolean(inputs.key_mask, "key_mask")
@@ -76,6 +83,7 @@ def validate(spec: AttentionSpec, inputs: Inputs, library: str, layout: str = "b
         _broadcastable(inputs.bias, "bias", q.shape, k.shape, layout)
     _offset(inputs.offset, lead, library)
     _params(spec, inputs.params, k.shape[-3], q.shape[-1], dtype, library)
+    return spec
 
 
 def _same_library(x: Any, name: str, library: str) -> None:
@@ -93,7 +101,8 @@ def _libraries() -> set[str]:
     return {info.library for info in registered().values()}
 
 
-def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, layout: str) -> None:
+def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, layout: str) -> AttentionSpec:
+    """Check shapes, and return the spec for the heads of k."""
     axes = _AXES[layout]
 
     def shown(shape: Any) -> tuple[int, ...]:
@@ -125,14 +134,13 @@ def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, layout: str) -> None:
             f"q: got {q[-3]} heads in {shown(q)}, expected a multiple of the {k[-3]} heads of k "
             f"{shown(k)}, at least one of each{_other_layout(layout, _divide(q[-2], k[-2]))}"
         )
-    scales = spec.heads.scales
-    if scales and len(scales) != k[-3]:
-        fits_swapped = _divide(q[-2], k[-2]) and len(scales) == k[-2]
-        raise ValueError(
-            f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-            f"{k[-3]} heads of k {shown(k)}{_other_layout(layout, fits_swapped)}"
-        )
+    scales, owner = len(spec.heads.scales), "heads of k"
+    if scales and scales != k[-3]:
+        fits_swapped = _divide(q[-2], k[-2]) and scales == k[-2]
+        owner = f"{owner} {shown(k)}{_other_layout(layout, fits_swapped)}"
+    spec = spec.for_heads(k[-3], owner)
     spec.check_keys(k[-2])
+    return spec
 
 
 _AXES = {

@@ -134,7 +134,8 @@ class Plan:
     Attributes
     ----------
     spec : AttentionSpec
-        The spec that was lowered, for explanations and LaTeX; backends do not read the spec.
+        The spec that was lowered, for its number of heads, for explanations and LaTeX; backends do
+        not read the spec.
     groups : tuple of Group
         Head groups, which cover all key heads.
     pool : {"mean", "first"}

@@ -79,12 +79,7 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
     ValueError
         When the spec has another number of scales than the call has key heads.
     """
-    scales = spec.heads.scales
-    if scales and len(scales) != signature.heads:
-        raise ValueError(
-            f"spec: {len(scales)} scales in {spec}, expected one for each of the "
-            f"{signature.heads} key heads of k"
-        )
+    spec = spec.for_heads(signature.heads)
     groups = tuple(Group(*g) for g in spec.heads.groups(signature.heads))
     steps = [
         f"heads {list(g.heads)}: keys and values pooled ({spec.heads.pool}) over windows of "

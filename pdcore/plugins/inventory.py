@@ -76,8 +76,9 @@ _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
         "head scaling",
         "each key head fitted on keys pooled over windows of its own scale",
         [
-            ("scales", "one whole number >= 1 per key head", True, None),
+            ("scales", "one whole number >= 1 per key head, 2*16 for sixteen 2s", True, None),
             ("pool", "mean or first", False, "mean"),
+            ("half", "in place of scales, that of the last half of the key heads", False, None),
         ],
     ),
     ("causal", [], "support", "keys at positions up to the query's only", []),

@@ -176,6 +176,8 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
     group = call.q.shape[-3] // key_heads
     for g in range(key_heads):
         scale = spec.heads.scales[g] if spec.heads.scales else 1
+        if spec.heads.half is not None and g >= key_heads - key_heads // 2:
+            scale = spec.heads.half
         in_window = _windows(call.real[..., None], scale, call)[..., 0]
         pooled = in_window
         if spec.heads.pool == "first":

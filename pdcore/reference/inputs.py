@@ -67,7 +67,9 @@ def prepare(
     _check_arrays(arrays)
     offsets = [] if isinstance(offset, str | numbers.Integral) else [offset]
     xp, q_device = array_namespace(*arrays.values(), *offsets), device(q)
-    lead, key_heads, dim = _check_shapes(q, k, v, spec)
+    lead, key_heads, dim = _check_shapes(q, k, v)
+    fitted = spec.for_heads(key_heads)
+    fitted.check_keys(k.shape[-2])
     rows, length, query_heads = q.shape[-2], k.shape[-2], q.shape[-3]
     full = (*lead, query_heads, rows, length)
     name = _dtype_name(q)
@@ -89,7 +91,7 @@ def prepare(
             raise TypeError(f"mask: got {_dtype_name(mask)}, expected bool")
         mask = xp.broadcast_to(mask, full)
     if bias is not None:
-        _check_bias(bias, spec, name)
+        _check_bias(bias, fitted, name)
         bias = xp.broadcast_to(accumulated(bias), full)
     return ReferenceCall(
         xp=xp,
@@ -135,7 +137,7 @@ def _check_bias(bias: Any, spec: AttentionSpec, dtype: str) -> None:
         raise UnsupportedError("bias: it has no meaning for pooled keys (a scale above 1)")
 
 
-def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[int, ...], int, int]:
+def _check_shapes(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], int, int]:
     """Check shapes and dtypes; return the leading axes, Hkv and D."""
     shapes = {"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape)}
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -152,12 +154,6 @@ def _check_shapes(q: Any, k: Any, v: Any, spec: AttentionSpec) -> tuple[tuple[in
         raise ValueError(
             f"q: got {shapes['q'][-3]} heads, expected a multiple of the {key_heads} of k"
         )
-    if spec.heads.scales and len(spec.heads.scales) != key_heads:
-        raise ValueError(
-            f"spec: got {len(spec.heads.scales)} scales, expected one for each of the "
-            f"{key_heads} heads of k"
-        )
-    spec.check_keys(shapes["k"][-2])
     return lead, key_heads, shapes["k"][-1]
 
 

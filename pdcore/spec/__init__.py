@@ -5,7 +5,7 @@ from __future__ import annotations
 from .attention_spec import PRESETS, AttentionSpec, as_spec, parse, positive_semidefinite
 from .expression import Expression, exp, log, maximum, tanh, trace, where
 from .grammar import instantiate, read_arguments, read_words
-from .heads import HeadScaling, pool, pooling_weights, windows
+from .heads import HeadScaling, pool, pooling_weights, scales_text, windows
 from .kernels import (
     Cosine,
     Elu,
@@ -109,6 +109,7 @@ __all__ = [
     "HeadScaling",
     "pool",
     "pooling_weights",
+    "scales_text",
     "windows",
     # support
     "Support",

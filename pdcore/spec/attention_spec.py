@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -155,6 +155,35 @@ class AttentionSpec:
         """Return the declarations of the arrays that a call passes in `params`."""
         return (*self.kernel.parameters(), *self.normalization.parameters())
 
+    def for_heads(self, heads: int, of: str = "heads of k") -> AttentionSpec:
+        """Return the spec for a number of key heads: ``sh(half=2)`` with a scale for each of them.
+
+        Parameters
+        ----------
+        heads : int
+            The number of key heads.
+        of : str
+            What has them, for the message.
+
+        Raises
+        ------
+        ValueError
+            When the spec has another number of scales.
+
+        Examples
+        --------
+        >>> print(parse("bn+sh(half=2)").for_heads(5))
+        softmax+bn+sh(1,1,1,2,2)
+        """
+        scales = len(self.heads.scales)
+        if scales and scales != heads:
+            raise ValueError(
+                f"spec: got {scales} scales in {self}, expected one for each of the {heads} {of}; "
+                "sh(half=...) fits any number of heads"
+            )
+        fitted = self.heads.for_heads(heads)
+        return self if fitted is self.heads else replace(self, heads=fitted)
+
     def check_keys(self, count: int) -> None:
         """Raise for a number of keys that the normalization of some head does not accept.
 
@@ -176,11 +205,8 @@ class AttentionSpec:
             words.append(f"h({self.normaliser})")
         if not isinstance(self.normalization, Identity):
             words.append(_word(self.normalization))
-        if self.heads.scales or self.heads.pool != "mean":
-            arguments = [str(s) for s in self.heads.scales]
-            if self.heads.pool != "mean":
-                arguments.append(f"pool={self.heads.pool}")
-            words.append(f"sh({','.join(arguments)})")
+        if self.heads != HeadScaling():
+            words.append(str(self.heads))
         return "+".join([*words, *_support_words(self.support)])
 
     def latex(self) -> str:
@@ -282,7 +308,7 @@ def _read_axis(word: str, arguments: str | None) -> tuple[str, Any]:
             return "normalization", build(word, normalization, arguments)
         known = {*_AXES, *kernel_words(), *normalization_words()}
         raise SpecError(f"unknown word {word!r}; {nearest(word, known)}")
-    positional, named = read_arguments(word, arguments)
+    positional, named = read_arguments(word, arguments, runs=axis == "head scaling")
     if axis == "causal":
         if arguments is not None:
             raise SpecError(f"causal takes no arguments, got ({arguments})")
@@ -302,13 +328,14 @@ def _read_axis(word: str, arguments: str | None) -> tuple[str, Any]:
     scales = named.pop("scales", None)
     if scales is not None:
         positional.insert(0, scales)
-    pool = named.pop("pool", "mean")
-    if named or not positional:
+    pool, half = named.pop("pool", "mean"), named.pop("half", None)
+    if named or not (positional or half is not None):
         raise SpecError(
-            f"{word}({arguments or ''}): expected one scale per key head and at most "
-            f"pool=, such as {word}(1,1,2,2) or {word}(1,2,pool=first)"
+            f"{word}({arguments or ''}): expected one scale per key head, or half=, and at most "
+            f"pool=, such as {word}(1,1,2,2), {word}(1*16,2*16), {word}(half=2) or "
+            f"{word}(1,2,pool=first)"
         )
-    return axis, HeadScaling(tuple(positional), pool)
+    return axis, HeadScaling(tuple(positional), pool, half)
 
 
 def _bound(word: str, value: Any) -> float:

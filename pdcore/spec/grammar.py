@@ -16,6 +16,8 @@ _TOKEN = re.compile(r"\s*([A-Za-z_]\w*)\s*(?:\(([^()]*)\))?\s*")
 LONGEST = 10_000
 #: The largest whole number in a spec: no axis is longer, and every float holds it.
 LARGEST = 2**63 - 1
+#: The largest number of arguments that a run such as ``2*16`` stands for.
+LONGEST_RUN = 1024
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\Z")
 
 
@@ -59,8 +61,13 @@ def read_words(
         at = match.end() + 1
 
 
-def read_arguments(word: str, text: str | None) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments of a word by position, and those by name."""
+def read_arguments(
+    word: str, text: str | None, *, runs: bool = False
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a word by position, and those by name.
+
+    With `runs`, ``2*16`` by position is the argument 2, sixteen times.
+    """
     positional: list[Any] = []
     named: dict[str, Any] = {}
     for part in (text or "").split(",") if text and text.strip() else ():
@@ -68,7 +75,14 @@ def read_arguments(word: str, text: str | None) -> tuple[list[Any], dict[str, An
         if not equals:
             if named:
                 raise SpecError(f"{word}({text}): {part.strip()!r} follows a named argument")
-            positional.append(_value(word, name))
+            one, star, times = name.partition("*") if runs else (name, "", "")
+            count = _value(word, times.strip()) if star else 1
+            if type(count) is not int or not 1 <= count <= LONGEST_RUN:
+                raise SpecError(
+                    f"{word}: got {cut(name)!r}, expected a whole number from 1 to {LONGEST_RUN} "
+                    "after *"
+                )
+            positional += [_value(word, one.strip())] * count
         elif name in named:
             raise SpecError(f"{word}({text}): {name} is given twice")
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ..arrays import device_of
@@ -12,6 +13,8 @@ from ..errors import SpecError, nearest
 __all__ = ["HeadScaling"]
 
 _POOLS = ("mean", "first")
+#: Equal scales in a row are written as ``2*16`` from this number on.
+_RUN = 5
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,27 @@ class HeadScaling:
         One scale per key head; empty for plain attention whatever the number of heads.
     pool : {"mean", "first"}
         The mean over the window's real keys, or its first real key.
+    half : int, optional
+        In place of `scales`, for any number of heads: the scale of the last floor(Hkv / 2) key
+        heads, where the others have scale 1.
     """
 
     scales: tuple[int, ...] = ()
     pool: str = "mean"
+    half: int | None = None
 
     def __post_init__(self) -> None:
-        for scale in self.scales:
+        for scale in (*self.scales, 1 if self.half is None else self.half):
             if type(scale) is not int or scale < 1:
                 raise SpecError(f"sh: scale {scale!r}, expected whole numbers >= 1")
+        if self.scales and self.half is not None:
+            raise SpecError(
+                f"sh: got scales ({scales_text(self.scales)}) and half={self.half}, expected one "
+                "of them: half gives every head its scale"
+            )
         if self.pool not in _POOLS:
             raise SpecError(f"sh: pool is {self.pool!r}; {nearest(str(self.pool), _POOLS)}")
-        if self.pool != "mean" and not self.scales:
+        if self.pool != "mean" and not self.scales and self.half is None:
             raise SpecError(
                 f"sh: pool={self.pool} without scales pools nothing; expected one "
                 "scale per key head"
@@ -43,8 +55,21 @@ class HeadScaling:
 
     @property
     def largest(self) -> int:
-        """The largest scale."""
-        return max(self.scales, default=1)
+        """The largest scale, of `half` the largest for any number of heads."""
+        return max((*self.scales, self.half or 1))
+
+    def __str__(self) -> str:
+        arguments = [scales_text(self.scales)] if self.scales else []
+        arguments += [f"half={self.half}"] if self.half is not None else []
+        arguments += [f"pool={self.pool}"] if self.pool != "mean" else []
+        return f"sh({','.join(arguments)})"
+
+    def for_heads(self, heads: int) -> HeadScaling:
+        """Return the head scaling with one scale for each of `heads` key heads for `half`."""
+        if self.half is None:
+            return self
+        last = heads // 2
+        return HeadScaling((1,) * (heads - last) + (self.half,) * last, self.pool)
 
     def groups(self, heads: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Group the heads by scale: heads of equal scale are computed together.
@@ -59,6 +84,12 @@ class HeadScaling:
         for head, scale in enumerate(scales):
             heads_by_scale.setdefault(scale, []).append(head)
         return tuple((scale, tuple(indices)) for scale, indices in heads_by_scale.items())
+
+
+def scales_text(scales: tuple[int, ...]) -> str:
+    """Return scales as text, long runs of equal ones as ``2*16``."""
+    counted = ((scale, len(list(run))) for scale, run in groupby(scales))
+    return ",".join(f"{s}*{n}" if n >= _RUN else ",".join([str(s)] * n) for s, n in counted)
 
 
 def pooling_weights(length: int, real: Any, scale: int, pool: str, like: Any, *, xp: Any) -> Any:

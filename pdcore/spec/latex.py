@@ -162,8 +162,12 @@ class _Derivation:
         yield r"\quad p = i + \text{offset, the position of query } i"
 
     def _scales(self) -> list[str]:
-        scales = self.spec.heads.scales
-        groups = self.spec.heads.groups(len(scales))
+        heads = self.spec.heads
+        if heads.half is not None:
+            last = r"\lfloor H / 2 \rfloor"
+            scaled = rf"s = {heads.half} \text{{ for the last }} {last} \text{{ of }} H"
+            return [rf"{scaled} \text{{ key heads, }} s = 1 \text{{ for the others}}"]
+        groups = heads.groups(len(heads.scales))
         if len(groups) == 1:
             return [f"s = {groups[0][0]}"]
         lines = [rf"s = {s} \text{{ for key heads {ranges(heads)}}}" for s, heads in groups]

@@ -95,7 +95,7 @@ def fit(
         check_number(name, number, zero=zero)
     check_jobs(jobs)
     x, y = (a if a.ndim == 3 else a[None] for a in (keys, targets))
-    validate(spec, Inputs(x, x, y, params={} if params is None else params), "numpy")
+    spec = validate(spec, Inputs(x, x, y, params={} if params is None else params), "numpy")
     check_solver(solver)
     params_copy = {name: p.copy() for name, p in (params or {}).items()}
     kernels = head_kernels(spec, x, params_copy)

@@ -106,6 +106,7 @@ def interpret(
     check_regression(spec)
     q, k, v = (check_float64(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     layer = attention(q, k, v, spec, params=params, backend="numpy")  # checks q, k, v and params
+    spec = spec.for_heads(k.shape[-3])
     if not (k.size and v.size):
         raise ValueError(
             f"k, v: got shapes {k.shape} and {v.shape}, expected no axis of length 0: there is "

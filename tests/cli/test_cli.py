@@ -146,6 +146,7 @@ WRONG_CALLS: dict[str, tuple[list[str], dict[str, Any], Exit, str]] = {
         "needs the exponential kernel",
     ),
     "scales of other heads": (["sh(1,2)"], {}, Exit.INPUT, "2 scales"),
+    "runs of other heads": (["sh(1*16,2*16)"], {}, Exit.INPUT, "32 scales"),
     "a missing parameter": (["bn(beta=param)"], {}, Exit.INPUT, "beta"),
     "an unknown parameter": (
         ["softmax"],

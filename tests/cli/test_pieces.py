@@ -25,6 +25,7 @@ SPECS = [
     "bn(beta=param)",
     "causal+bn(statistics=prefix)",
     "sh(1,2)",
+    "linear+sh(half=3)",
     "linear+sh(1,2)+causal",
     "random_features(8)",
     "gaussian(gamma=0.3)+h(count)",

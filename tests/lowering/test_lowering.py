@@ -12,7 +12,7 @@ from reference_cases import INF, PlainNumpy, check_forward, normal_case, run
 from rewrite_cases import caught, exact, padded, spread
 
 from pdcore.lowering import Group, Signature, lower
-from pdcore.spec import Visibility, parse
+from pdcore.spec import HeadScaling, Visibility, parse
 
 SCALED = [
     "sh(1,2,1)",
@@ -46,6 +46,25 @@ def test_heads_of_equal_scale_run_as_one_call(text: str) -> None:
         out, lse = run(PlainNumpy(), mixed)
         with pytest.raises(AssertionError):
             check_forward(case, out, lse)
+
+
+@pytest.mark.parametrize("text", ["sh(half=2)", "bn(eps=0.3)+sh(half=3,pool=first)"])
+@pytest.mark.parametrize("defect", ["the first half", "one more head", "every second head"])
+def test_half_scales_the_last_half(text: str, defect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for heads in (1, 2, 3, 5):
+        exact(padded(spread(normal_case(text, heads=heads, m=8, n=8))))
+
+    def wrong(self: HeadScaling, heads: int) -> HeadScaling:
+        last = {
+            "the first half": range(heads // 2),
+            "one more head": range(heads // 2, heads),
+            "every second head": range(1, heads, 2),
+        }[defect]
+        scales = tuple(self.half or 1 if h in last else 1 for h in range(heads))
+        return HeadScaling(scales, self.pool)
+
+    monkeypatch.setattr(HeadScaling, "for_heads", wrong)
+    caught(padded(spread(normal_case(text, heads=3, m=8, n=8))))
 
 
 def test_query_heads_share_key_heads_in_blocks() -> None:
@@ -204,5 +223,5 @@ def test_the_steps_are_told(text: str) -> None:
 
 
 def test_lowering_needs_one_scale_for_each_head() -> None:
-    with pytest.raises(ValueError, match=r"3 scales.*one for each of the 2 key heads"):
+    with pytest.raises(ValueError, match=r"3 scales.*one for each of the 2 heads of k"):
         lower(parse("sh(1,2,3)"), Signature(4, 2, "float64"))

@@ -74,10 +74,9 @@ def specs(
     scaling = HeadScaling()
     widest = int(min(4, support.left + support.right + 1))
     if draw(st.booleans()):
-        scaling = HeadScaling(
-            tuple(draw(st.integers(1, widest)) for _ in range(heads)),
-            draw(st.sampled_from(["mean", "first"])),
-        )
+        pool, half = draw(st.sampled_from(["mean", "first"])), draw(st.booleans())
+        scales = () if half else tuple(draw(st.integers(1, widest)) for _ in range(heads))
+        scaling = HeadScaling(scales, pool, draw(st.integers(1, widest)) if half else None)
     normaliser = draw(st.sampled_from(["sum", "count", "one"]))
     return AttentionSpec(kernel, normaliser, normalization, scaling, support)
 

@@ -120,6 +120,10 @@ MEANS: dict[str, AttentionSpec] = {
     "scaling(3)": AttentionSpec(heads=HeadScaling((3,))),
     "sh(scales=3)": AttentionSpec(heads=HeadScaling((3,))),
     "sh(1,2,pool=first)": AttentionSpec(heads=HeadScaling((1, 2), "first")),
+    "sh(1*2,2*2)": AttentionSpec(heads=HeadScaling((1, 1, 2, 2))),
+    "sh(3, 1 * 2, pool=first)": AttentionSpec(heads=HeadScaling((3, 1, 1), "first")),
+    "sh(half=2)": AttentionSpec(heads=HeadScaling(half=2)),
+    "sh(pool=first, half=3)": AttentionSpec(heads=HeadScaling((), "first", 3)),
     "causal": AttentionSpec(support=Support(causal=True)),
     "sparse(64,32)": AttentionSpec(support=Support(left=64, right=32)),
     "window(left=1, right=inf)": AttentionSpec(support=Support(left=1)),
@@ -146,6 +150,10 @@ CANONICAL = {
     "window(3,inf)+causal": "softmax+causal+sparse(3,inf)",
     "scaling(1,2)+softmax(scale=1)": "softmax(scale=1)+sh(1,2)",
     "sh(2,2,pool=first)": "softmax+sh(2,2,pool=first)",
+    "sh(1*16,2*16)": "softmax+sh(1*16,2*16)",
+    "sh(1,1*5,2*4,3*1,2*5,pool=first)": "softmax+sh(1*6,2,2,2,2,3,2*5,pool=first)",
+    "sh(half=2)+bn": "softmax+bn+sh(half=2)",
+    "sh(half=2, pool=first)": "softmax+sh(half=2,pool=first)",
     "bn(beta=-0.5,eps=0.00001)": "softmax+bn(beta=-0.5)",
 }
 
@@ -153,6 +161,7 @@ CANONICAL = {
 @pytest.mark.parametrize("text", CANONICAL)
 def test_the_canonical_string(text: str) -> None:
     assert str(parse(text)) == CANONICAL[text]
+    assert parse(CANONICAL[text]) == parse(text)
 
 
 @pytest.mark.parametrize("text", PRESETS)
@@ -212,6 +221,21 @@ def test_a_spec_without_scales_fits_any_number_of_heads() -> None:
     assert HeadScaling().largest == 1
 
 
+#: The scales of `sh(half=2)` by the number of key heads.
+HALVES = {1: (1,), 2: (1, 2), 3: (1, 1, 2), 4: (1, 1, 2, 2), 5: (1, 1, 1, 2, 2)}
+
+
+@pytest.mark.parametrize("heads", HALVES)
+def test_half_is_the_scale_of_the_last_half_of_the_heads(heads: int) -> None:
+    spec = parse("bn+sh(half=2,pool=first)")
+    fitted = spec.for_heads(heads)
+    assert fitted == AttentionSpec(normalization=BN, heads=HeadScaling(HALVES[heads], "first"))
+    assert fitted.for_heads(heads) is fitted
+    assert spec.heads.largest == 2
+    with pytest.raises(ValueError, match=rf"{heads} scales in .*, expected .* the 9 heads of k"):
+        fitted.for_heads(9)
+
+
 # --- what it refuses ------------------------------------------------------------------------------
 
 WRONG_WORDS: dict[str, list[str]] = {
@@ -232,6 +256,12 @@ WRONG_WORDS: dict[str, list[str]] = {
     "sh(1,2)+scaling(2,1)": ["'sh' and 'scaling' both set the head scaling"],
     "sparse(1,1)+window(2,2)": ["'sparse' and 'window' both set the window"],
     "causal+bn(statistics=prefix)+causal": ["'causal' and 'causal' both set the causal"],
+    "sh(2*0)": ["got '2*0'", "from 1 to 1024"],
+    "sh(2*x)": ["got '2*x'"],
+    "sh(2*1000000)": ["got '2*1000000'"],
+    "sh(*2)": ["cannot read the argument ''"],
+    "bn(1*2)": ["cannot read the argument '1*2'"],
+    "sh(1,2,half=2)": ["scales (1,2) and half=2"],
     "h(sum)+h(one)": ["'h' and 'h' both set the normaliser"],
     "softmax(tau=1)": ["softmax: unknown argument 'tau'", "scale, softcap"],
     "softmax(1,2,3)": ["softmax: got 3 arguments, takes 2: scale, softcap"],
@@ -262,7 +292,7 @@ WRONG_WORDS: dict[str, list[str]] = {
     "bn(allow_leak=1)": ["bn: allow_leak is 1, expected bool"],
     "sh": ["expected one scale per key head"],
     "sh()": ["expected one scale per key head"],
-    "sh(pool=first)": ["expected one scale per key head"],
+    "sh(pool=first)": ["expected one scale per key head, or half=", "sh(1*16,2*16)"],
     "sh(1,0)": ["sh: scale 0, expected whole numbers >= 1"],
     "sh(1.5)": ["sh: scale 1.5"],
     "sh(true)": ["sh: scale True"],
@@ -347,6 +377,9 @@ WRONG_PARTS: dict[str, tuple[Any, type[Exception], str]] = {
     "statistics": (lambda: Batch(statistics=None), SpecError, "statistics is None"),
     "pool": (lambda: HeadScaling((1,), None), SpecError, "pool is None"),
     "no scales": (lambda: HeadScaling((), "first"), SpecError, "without scales"),
+    "two patterns": (lambda: HeadScaling((1, 2), half=2), SpecError, "(1,2) and half=2"),
+    "half of a half": (lambda: HeadScaling(half=0.5), SpecError, "scale 0.5"),
+    "no half": (lambda: HeadScaling(half=0), SpecError, "scale 0"),
     "window": (lambda: Support(left=-INF), SpecError, "left is -inf"),
     "window type": (lambda: Support(right="1"), SpecError, "right is '1'"),
 }

@@ -15,7 +15,7 @@ from pdcore import AttentionSpec
 from pdcore.extend import finite_dropout
 
 from ..bound import BoundSpec, Choice, learned_parameters, refuse_dropout
-from .layer import APPENDED_KEY, PDMultiheadAttention, attach_spec, scale_mismatch
+from .layer import APPENDED_KEY, PDMultiheadAttention, attach_spec
 
 __all__ = ["Conversion", "convert"]
 
@@ -138,9 +138,9 @@ def convert(
             )
         if why:
             left.update(dict.fromkeys(names, why))
-        elif problem := scale_mismatch(bound.spec, layer):
-            raise ValueError(f"{problem} of {_display_name(names[0])}; nothing was converted")
         else:
+            owner = f"heads of {_display_name(names[0])}; nothing was converted"
+            bound.spec.for_heads(layer.num_heads, owner)
             p = layer.dropout if dropout is None else dropout
             advice = "convert(dropout=0); nothing was converted"
             refuse_dropout(bound.spec, "dropout", p, advice, _display_name(names[0]))

@@ -37,7 +37,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         Refused, since they append a key that is no element of the sequence: it has no position
         and no place in the statistics.
     spec : str or AttentionSpec
-        The attention of every head, with one scale for each of the `num_heads` heads or none.
+        The attention of every head, with no scales, one for each of the `num_heads` heads, or
+        ``sh(half=2)``.
         ``bn(beta=param)`` adds a parameter ``spec_beta`` (num_heads,), which starts at 1; no
         other spec changes the keys of the state dict.
     backend : str or sequence of str, optional
@@ -103,8 +104,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             device=device,
             dtype=dtype,
         )
-        if problem := scale_mismatch(bound.spec, self):
-            raise ValueError(problem)
+        bound.spec.for_heads(num_heads, "heads of the layer")
         attach_spec(self, bound)
 
     @property
@@ -344,17 +344,6 @@ APPENDED_KEY = (
     "the key that it appends is no element of the sequence, with no position and no place in its "
     "statistics; use nn.MultiheadAttention for it"
 )
-
-
-def scale_mismatch(spec: AttentionSpec, layer: Any) -> str:
-    """Return why the scales of a spec do not fit a layer, empty if they do."""
-    scales = spec.heads.scales
-    if scales and len(scales) != layer.num_heads:
-        return (
-            f"spec: got {len(scales)} scales in {spec}, expected one for each of the "
-            f"{layer.num_heads} heads"
-        )
-    return ""
 
 
 def attach_spec(layer: Any, bound: BoundSpec) -> list[str]:

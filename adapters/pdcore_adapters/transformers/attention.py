@@ -195,6 +195,10 @@ class LayerAttention:
         where = f"{type(module).__name__} with {self.name!r}"
         _refuse_arguments(where, others)
         check_record(where, self.words, getattr(module, "config", None))
+        if len(self.spec.heads.scales) not in (0, key.shape[1]):
+            index = getattr(module, "layer_idx", None)
+            place = where if index is None else f"{where}, layer {index}"
+            self.spec.for_heads(key.shape[1], f"key heads of {place}")
         query, key, value = _cast_under_autocast(query, key, value)
         arguments: dict[str, Any] = {"offset": key.shape[-2] - query.shape[-2]}
         if attention_mask is None:

@@ -84,6 +84,7 @@ def sampled(workload: Workload) -> Sample:
     heads, spec = None, as_spec(workload.spec)
     if batch * count * length > ALL_HEADS:
         heads = [0, batch - 1], [0, count - 1]
+        spec = spec.for_heads(count)
         if spec.heads.scales:
             scales = (spec.heads.scales[0], spec.heads.scales[-1])
             spec = replace(spec, heads=replace(spec.heads, scales=scales))

@@ -48,7 +48,7 @@ def operations(workload: Workload) -> float:
     counted, and a head of scale s has one key for every s keys.
     """
     batch, heads, length, dim = workload.shape
-    scales = as_spec(workload.spec).heads.scales or (1,) * heads
+    scales = as_spec(workload.spec).for_heads(heads).heads.scales or (1,) * heads
     visible = 0.5 if "causal" in workload.spec else 1.0
     pairs = visible * sum(length * -(-length // scale) for scale in scales)
     products = 2 if workload.direction == "forward" else 7

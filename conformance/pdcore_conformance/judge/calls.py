@@ -179,7 +179,7 @@ class Call:
         present = self.shapes
         kind = self.offset if isinstance(self.offset, str) else "int"
         return Request(
-            self.parsed,
+            self.parsed.for_heads(self.key_heads),
             library,
             self.dtype,
             device,

@@ -86,6 +86,19 @@ test_equal_scales_may_lie_anywhere = judged(
     SMALL.but(spec="sh(2,1,1,2,2)", heads=5, key_heads=5),
 )
 
+test_half_is_the_scale_of_the_last_half = judged(
+    "sh(half=s): the last floor(Hkv / 2) key heads have scale s, for any number of key heads.",
+    *(SMALL.but(spec="bn+sh(half=2)", heads=hq, key_heads=hkv) for hq, hkv in ((1, 1), (10, 5))),
+    SMALL.but(spec="sh(half=3,pool=first)", heads=3, key_heads=3, key_mask="holes"),
+    SMALL.but(spec="sh(1*3,2*2)", heads=5, key_heads=5),
+)
+
+test_half_is_differentiated = judged(
+    "The gradients of sh(half=2) reach the heads that it pools.",
+    SMALL.but(spec="sh(half=2)", heads=6, key_heads=3),
+    through="vjp",
+)
+
 test_long_windows_are_summed_in_float32 = judged(
     "The mean of many 16-bit keys near 100: a sum in 16 bits overflows, or loses every later key.",
     *(

@@ -340,6 +340,14 @@ def test_convert_gives_a_new_model_with_the_same_arrays() -> None:
     assert str(mixed.blocks[0].attention.spec) == "softmax+sh(1,1,2,2)"
 
 
+def test_one_spec_fits_layers_of_any_number_of_heads() -> None:
+    x = drawn(N, 12)
+    for heads, written in ((1, "sh(1)"), (2, "sh(1,2)"), (3, "sh(1,1,2)")):
+        plain = eqx.nn.MultiheadAttention(heads, 12, key=jax.random.key(0))
+        halves, explicit = convert(plain, "bn+sh(half=2)"), convert(plain, f"bn+{written}")
+        close(halves(x, x, x), explicit(x, x, x))
+
+
 def test_what_is_not_converted_is_said() -> None:
     with pytest.raises(ValueError, match=r"nothing to convert: no equinox\.nn\.Multi"):
         convert(eqx.nn.Linear(2, 2, key=jax.random.key(0)), "bn")

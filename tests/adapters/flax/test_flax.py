@@ -356,6 +356,12 @@ def test_shapes_are_checked() -> None:
         attention_fn("sh(1,2)")(x, x, x)
 
 
+def test_one_function_fits_layers_of_any_number_of_heads() -> None:
+    for heads, written in ((1, "sh(1)"), (2, "sh(1,2)"), (3, "sh(1,1,2)")):
+        x = drawn(B, N, heads, 4)
+        close(attention_fn("bn+sh(half=2)")(x, x, x), attention_fn(f"bn+{written}")(x, x, x))
+
+
 # --- masks and statistics -------------------------------------------------------------------------
 
 

@@ -654,6 +654,18 @@ def test_convert_changes_nothing_on_an_error() -> None:
     assert report.left == {"second": "not selected"}
 
 
+def test_one_spec_fits_layers_of_any_number_of_heads() -> None:
+    model, x = Block().double(), torch.randn(B, N, E, dtype=torch.float64)
+    halves, written = copy.deepcopy(model), copy.deepcopy(model)
+    assert convert(halves, "bn+sh(half=2)").converted == ("first", "again", "second")
+    assert str(halves.second.spec) == str(halves.first.spec) == "softmax+bn+sh(half=2)"
+    convert(written, "bn+sh(1,1,2,2)", select=lambda name, layer: layer.num_heads == 4)
+    convert(written, "bn+sh(1,2)", select=lambda name, layer: layer.num_heads == 2)
+    close(halves(x), written(x), tolerance=1e-12)
+    compiled = torch.compile(halves, backend="eager", fullgraph=True)
+    close(compiled(x), written(x), tolerance=1e-12)
+
+
 class Own(nn.MultiheadAttention):
     def forward(self, query: Any, key: Any, value: Any) -> Any:
         return query

@@ -298,6 +298,37 @@ def test_vision_transformer_is_the_formula(spec: str, model_of: Any) -> None:
         close(result, model_of("vit", "literal")(pixels).logits)
 
 
+def test_one_spec_fits_layers_of_any_number_of_heads() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = sizes | {"num_attention_heads": 2, "vocab_size": VOCABULARY, "eos_token_id": 2}
+    vision = sizes | {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
+    model = transformers.CLIPModel(config).eval()
+    inputs = {"input_ids": tokens(), "pixel_values": torch.randn(B, 3, 16, 16)}
+    results = []
+    register("pdcore_half", "sh(half=2)")
+    register("pdcore_2", "sh(1,2)")
+    register("pdcore_4", "sh(1,1,2,2)")
+    parts = {"text_config": "pdcore_2", "vision_config": "pdcore_4"}
+    for names in ("pdcore_half", parts):
+        model.set_attn_implementation(names)
+        with torch.no_grad():
+            results.append(model(**inputs).logits_per_image)
+    torch.testing.assert_close(*results)
+    model.set_attn_implementation("pdcore_4")
+    with pytest.raises(ValueError, match=r"4 scales in .*sh\(1,1,2,2\), .* 2 key heads of CLIPAtt"):
+        model(**inputs)
+
+
+def test_scales_that_do_not_fit_name_the_layer(model_of: Any) -> None:
+    register("pdcore_encoder", "sh(1*16,2*16)")
+    message = (
+        r"32 scales in .*\(1\*16,2\*16\), .* 2 key heads of LlamaAttention .*, layer 0; sh\(half"
+    )
+    with pytest.raises(ValueError, match=message):
+        logits(model_of("llama", "pdcore_encoder"), tokens())
+
+
 def test_padding_on_the_right_is_as_if_it_were_not_there(model_of: Any) -> None:
     register("pdcore_encoder", "bn+sh(1,1,2,2)")
     model = model_of("bert", "pdcore_encoder")
@@ -620,7 +651,7 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
         ("softmax", {"mask": torch.ones(B, 7)}, ValueError, r"got shape \(3, 7\)"),
         ("softmax", {"mask": torch.ones(B, 1, 5, 6)}, ValueError, r"broadcasts to \(3, 4, 5, 7\)"),
         ("softmax", {"mask": [1]}, TypeError, "attention_mask: got list"),
-        ("sh(1,2,2)", {}, ValueError, "3 scales"),
+        ("sh(1,2,2)", {}, ValueError, "3 scales in softmax.sh.1,2,2., .* the 2 key heads of Layer"),
     ],
 )
 def test_what_is_refused(spec: str, others: Any, error: Any, message: str) -> None:

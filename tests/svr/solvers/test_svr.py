@@ -143,6 +143,7 @@ SPECS = [
     "bn(beta=0.5)",
     "sh(1,3)",
     "sh(2,1,pool=first)",
+    "sh(half=3)",
     "bn+sh(2,3)",
     "linear+bn+sh(1,2)",
     "bn(statistics=batch)",
@@ -491,7 +492,7 @@ def test_an_expansion_keeps_copies_of_its_inputs() -> None:
 # --- a trained layer read as a regression ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "linear+h(one)", "conv1d"])
+@pytest.mark.parametrize("spec", ["softmax", "bn+sh(1,2)", "sh(half=2)", "linear+h(one)", "conv1d"])
 def test_the_values_of_a_layer_are_multipliers(spec: str) -> None:
     rng = np.random.default_rng(0)
     q = rng.standard_normal((4, 8, 3))
