@@ -89,7 +89,8 @@ def _rowwise_transform(
         return lambda x: (x - beta * mean) / xp.sqrt(var + normalization.eps)
 
     if type(normalization) is InstanceEnhanced:
-        return _instance_enhanced(normalization, keys, real, params, xp)
+        beta = _beta(normalization, call, params)
+        return _instance_enhanced(normalization, beta, keys, real, params, xp)
     if type(normalization) is Mixture:
         return _mixture(normalization, keys, real, xp)
 
@@ -122,7 +123,9 @@ def _apply_hook(
 # --- the normalizations of pdcore -----------------------------------------------------------------
 
 
-def _beta(normalization: Batch, call: ReferenceCall, params: Mapping[str, Any]) -> Any:
+def _beta(
+    normalization: Batch | InstanceEnhanced, call: ReferenceCall, params: Mapping[str, Any]
+) -> Any:
     """Return the weight of the mean, (D,)."""
     dim = call.q.shape[-1]
     if normalization.beta != "param":
@@ -164,14 +167,14 @@ def _moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
 
 
 def _instance_enhanced(
-    t: InstanceEnhanced, keys: Any, real: Any, params: Mapping[str, Any], xp: Any
+    t: InstanceEnhanced, beta: Any, keys: Any, real: Any, params: Mapping[str, Any], xp: Any
 ) -> Callable[[Any], Any]:
     """Return T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
     mean, var = _moments(keys, real[..., None], -2, xp)
     z = params["slope"] * mean + params["shift"]
     small = xp.exp(-xp.abs(z))  # the sigmoid in the one of its two forms that does not overflow
     gate = select(z < 0, small / (1.0 + small), 1.0 / (1.0 + small), xp)
-    return lambda x: gate * ((x - t.beta * mean) / xp.sqrt(var + t.eps))
+    return lambda x: gate * ((x - beta * mean) / xp.sqrt(var + t.eps))
 
 
 def _convolved(t: Conv1d | Conv2d, keys: Any, real: Any, weight: Any, call: ReferenceCall) -> Any:

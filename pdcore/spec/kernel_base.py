@@ -30,12 +30,19 @@ class Parameter:
         parameter required.
     differentiable : bool
         False for running statistics, which are constants of a call.
+    start : float or None
+        The value of every entry in a new layer; None for `default`.
+    buffer : str
+        The name of the buffer in which a layer keeps the parameter; empty for a parameter that
+        the layer learns.
     """
 
     name: str
     shapes: tuple[tuple[str | int, ...], ...]
     default: float | None = None
     differentiable: bool = True
+    start: float | None = None
+    buffer: str = ""
 
 
 class Kernel(ABC):

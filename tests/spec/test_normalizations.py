@@ -35,6 +35,7 @@ def case_of(text: str, kind: int, **sizes: Any) -> Case:
     [
         "iebn",
         "iebn(beta=0.5,eps=0.1)+linear",
+        "iebn(beta=param,eps=0.1)+sh(1,2)",
         "iebn(eps=0.2)+gaussian(0.2)+sh(2,3)",
         "iebn(allow_leak=true)+causal+h(count)",
         "mixture(components=1,eps=0.1)",
@@ -120,7 +121,8 @@ def test_a_gate_far_out_is_closed_and_has_no_gradient() -> None:
     [
         ("iebn(eps=0)", "iebn: eps is 0.0, expected a finite number > 0"),
         ("iebn(inf)", "iebn: beta is inf, expected a finite number"),
-        ("iebn(beta=param)", "iebn: beta is 'param', expected float"),
+        ("iebn(beta=pram)", "iebn: beta is 'pram', expected a number or 'param'"),
+        ("mixture(beta=param)", "mixture: beta is 'param', expected float"),
         ("mixture(0)", "mixture: components is 0, expected a whole number >= 1"),
         ("mixture(steps=0)", "mixture: steps is 0, expected a whole number >= 1"),
         ("mixture(seed=-1)", "mixture: seed is -1, expected a whole number >= 0"),

@@ -61,6 +61,7 @@ test_statistics_are_differentiated, test_autodiff_of_statistics = both(
             "bn(statistics=prefix)",
             "iebn",
             "linear+iebn(beta=0.5)",
+            "iebn(beta=param)",
         )
     ),
     *(

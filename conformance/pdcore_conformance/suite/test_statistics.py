@@ -35,7 +35,7 @@ test_instance_enhancement_is_computed = judged(
     *(
         SMALL.but(spec=text, dtype=dtype)
         for dtype in DTYPES
-        for text in ("iebn", "iebn(beta=0.5)", "linear+iebn", "gaussian(gamma=0.3)+iebn")
+        for text in ("iebn", "iebn(beta=param)", "linear+iebn", "gaussian(gamma=0.3)+iebn")
     ),
     *(SMALL.but(spec="iebn", draw=how) for how in ("far", "constant", "outlier", "loud")),
     *(SMALL.but(spec="iebn", key_mask=how) for how in ("right", "left", "holes", "one", "none")),

@@ -64,6 +64,14 @@ class Normalization(ABC):
         """Return the declarations of the arrays that the normalization takes from `params`."""
         return ()
 
+    @property
+    def training(self) -> Normalization:
+        """The normalization with which a layer trains, where another one has running statistics.
+
+        Its statistics, of all keys of a batch, have the names of the parameters that they update.
+        """
+        return self
+
     def statistics_state(self) -> Statistics | None:
         """Return the statistics of the keys that `apply` needs, None if it needs none."""
         return None
@@ -210,6 +218,16 @@ def check_centre(word: str, beta: float, eps: float, more: str = "") -> None:
     if not _is_finite(beta):
         raise SpecError(f"{word}: beta is {beta!r}, expected a finite number{more}")
     check_eps(word, eps)
+
+
+def check_weight(word: str, beta: float | str, eps: float) -> None:
+    """Check `beta`, a number or ``"param"``, and `eps`."""
+    if beta == "param":
+        check_eps(word, eps)
+    elif isinstance(beta, str):
+        raise SpecError(f"{word}: beta is {beta!r}, expected a number or 'param'")
+    else:
+        check_centre(word, beta, eps, " or 'param'")
 
 
 def check_eps(word: str, eps: float) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import SpecError, nearest
 from ..kernel_base import Parameter
 from ..latex_text import latex_number
 from ..statistics import Mean, Moments, State, Statistics
-from .base import Normalization, check_centre, check_eps, choices_of_moments
+from .base import Normalization, check_weight, choices_of_moments
 
 __all__ = ["Batch"]
 
+
+#: The declaration of beta for ``beta=param``.
+BETA = Parameter("beta", (("H",), ("H", "D")), start=1.0)
 
 _STATISTICS = ("sequence", "batch", "running", "prefix")
 
@@ -55,12 +58,7 @@ class Batch(Normalization):
     causal_choice = "statistics=prefix or statistics=running"
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, str):
-            if self.beta != "param":
-                raise SpecError(f"bn: beta is {self.beta!r}, expected a number or 'param'")
-            check_eps("bn", self.eps)
-        else:
-            check_centre("bn", self.beta, self.eps, " or 'param'")
+        check_weight("bn", self.beta, self.eps)
         if self.statistics not in _STATISTICS:
             raise SpecError(
                 f"bn: statistics is {self.statistics!r}; "
@@ -91,11 +89,21 @@ class Batch(Normalization):
         """Return ``beta`` for ``beta=param``, and the running statistics that T needs."""
         declared = []
         if self.beta == "param":
-            declared.append(Parameter("beta", (("H",), ("H", "D"))))
+            declared.append(BETA)
         if self.statistics == "running":
-            names = ("mean", "var") if self.with_std else ("mean",)
-            declared += [Parameter(n, (("H", "D"),), differentiable=False) for n in names]
+            starts = {"mean": 0.0, "var": 1.0} if self.with_std else {"mean": 0.0}
+            declared += [
+                Parameter(
+                    name, (("H", "D"),), differentiable=False, start=start, buffer=f"running_{name}"
+                )
+                for name, start in starts.items()
+            ]
         return tuple(declared)
+
+    @property
+    def training(self) -> Batch:
+        """The same with ``batch`` statistics in place of running ones."""
+        return replace(self, statistics="batch") if self.statistics == "running" else self
 
     def statistics_state(self) -> Statistics | None:
         """Return moments, or the mean alone; None for running statistics, which are `params`."""

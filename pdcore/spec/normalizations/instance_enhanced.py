@@ -8,8 +8,8 @@ from typing import Any
 
 from ..kernel_base import Parameter
 from ..statistics import Moments, State, Statistics
-from .base import Normalization, check_centre, choices_of_moments
-from .batch import Batch
+from .base import Normalization, check_weight, choices_of_moments
+from .batch import BETA, Batch
 
 __all__ = ["InstanceEnhanced"]
 
@@ -25,11 +25,12 @@ class InstanceEnhanced(Normalization):
     variance of the same keys. This is this project's reading, as is the order of arguments. With
     ``slope`` 0, T is that of `Batch` times sigmoid(shift).
 
-    The call's `params` are ``slope`` and ``shift``, both (Hkv, D).
+    The call's `params` are ``slope`` and ``shift``, both (Hkv, D), and ``beta`` if it is a
+    parameter. A layer begins with slope 0 and shift -1, as the authors' code does.
 
     Parameters
     ----------
-    beta : float
+    beta : float or "param"
         The weight of the mean, as in `Batch`; the gate has the full mean.
     eps : float
         Added to the variance, > 0.
@@ -37,7 +38,7 @@ class InstanceEnhanced(Normalization):
         Permit statistics of the future under ``causal``.
     """
 
-    beta: float = 1.0
+    beta: float | str = 1.0
     eps: float = 1e-5
     allow_leak: bool = False
     word = "iebn"
@@ -50,11 +51,15 @@ class InstanceEnhanced(Normalization):
         return "bfloat16"
 
     def __post_init__(self) -> None:
-        check_centre(self.word, self.beta, self.eps)
+        check_weight(self.word, self.beta, self.eps)
 
     def parameters(self) -> tuple[Parameter, ...]:
-        """Return the declarations of ``slope`` and ``shift``."""
-        return Parameter("slope", (("H", "D"),)), Parameter("shift", (("H", "D"),))
+        """Return the declarations of ``slope`` and ``shift``, and ``beta`` for ``beta=param``."""
+        gate = tuple(
+            Parameter(name, (("H", "D"),), start=start)
+            for name, start in (("slope", 0.0), ("shift", -1.0))
+        )
+        return (BETA, *gate) if self.beta == "param" else gate
 
     def statistics_state(self) -> Statistics:
         """Return the moments of the keys."""
@@ -62,17 +67,19 @@ class InstanceEnhanced(Normalization):
 
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute T(x), see `Normalization.apply`."""
-        return _gate(state, xp, params) * self._batch.apply(x, state, xp=xp, params={})
+        return _gate(state, xp, params) * self._batch.apply(x, state, xp=xp, params=params)
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
         """Pull a cotangent back, see `Normalization.apply_vjp`."""
         gate = _gate(state, xp, params)
-        dx, dstate, _ = self._batch.apply_vjp(x, state, gate * cotangent, xp=xp, params={})
-        d = cotangent * self._batch.apply(x, state, xp=xp, params={}) * gate * (1.0 - gate)
+        dx, dstate, dparams = self._batch.apply_vjp(
+            x, state, gate * cotangent, xp=xp, params=params
+        )
+        d = cotangent * self._batch.apply(x, state, xp=xp, params=params) * gate * (1.0 - gate)
         dstate = {**dstate, "mean": dstate["mean"] + params["slope"] * d}
-        return dx, dstate, {"slope": d * state["mean"], "shift": d}
+        return dx, dstate, {**dparams, "slope": d * state["mean"], "shift": d}
 
     def choices(self, *, pooled: bool) -> Iterator[str]:
         """Yield the choices of this project, see `Normalization.choices`."""
