@@ -77,6 +77,8 @@ def learned_parameters(spec: AttentionSpec) -> dict[str, float]:
         start = p.default
         if p.name == "beta" and isinstance(spec.normalization, Batch):
             start = 1.0  # the default of a spec without `beta=param`
+        elif p.name == "sink" and spec.sink == "param":
+            start = 0.0
         if start is None or not p.differentiable:
             raise UnsupportedError(
                 f"spec: {spec} takes {p.name!r} from each call, and this layer does not keep it; "

@@ -202,7 +202,7 @@ class ArrayBackend(Backend):
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
-        call = self.call(plan, inputs, level=lse or plan.normaliser != "sum")
+        call = self.call(plan, inputs, level=lse or plan.rescales)
         return self.results(call, *self.run(call), lse=lse)
 
     def attention_vjp(

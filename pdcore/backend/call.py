@@ -21,7 +21,7 @@ class Call:
     several : bool
         Whether there is more than one head group.
     level : bool
-        Whether L is read: for the log-sum-exp, another normaliser than the sum, or a pullback.
+        Whether L is read: for the log-sum-exp, a normaliser that rescales, or a pullback.
     native : frozenset of str
         The steps that read arrays without a cast, see `ArrayBackend.native`.
     """
@@ -100,9 +100,17 @@ class Call:
         return offset[..., None, None, None, None]
 
     def params(self, group: Group) -> dict[str, Any]:
-        """Return the parameters of a group: (H, 1, 1) or (H, 1, D) if they have a head axis."""
+        """Return the parameters of a group, as its steps broadcast them.
+
+        Those of key heads are (H, 1, 1) or (H, 1, D) if they have a head axis and at most one
+        other; those of query heads (H, G, ...).
+        """
         xp, shaped = self.xp, {}
         for name, x in self.inputs.params.items():
+            if name in self.plan.by_query_head:
+                x = xp.reshape(x, (*self.grouped[-2:], *x.shape[1:]))
+                shaped[name] = self.cast(cut_heads(x, group.heads, 0, xp))
+                continue
             x = self.cast(cut_heads(x, group.heads, 0, xp) if self.several else x)
             if x.ndim <= 2:
                 x = xp.reshape(x, (x.shape[0], 1, *(x.shape[1:] or (1,))))

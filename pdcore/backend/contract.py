@@ -56,6 +56,7 @@ FEATURES: Mapping[str, str] = {
     "user_normalization": "normalizations registered by users and plugins",
     "head_scaling": "heads fitted on pooled keys",
     "count": "the normalisers h(count) and h(one)",
+    "sink": "a sink in the normaliser h(sum)",
     "causal": "causal support",
     "window": "windows of positions",
     "mask": "boolean masks",
@@ -264,6 +265,7 @@ class Request(NamedTuple):
         optional = {
             "head_scaling": spec.heads.largest > 1,
             "count": spec.normaliser != "sum",
+            "sink": spec.sink is not None,
             "causal": spec.support.causal,
             "window": spec.support.left + spec.support.right < float("inf")
             or min(spec.support.left, spec.support.right) < float("inf"),

@@ -140,8 +140,9 @@ class GroupRun:
         if constant is not None:
             constant = self.xp.reshape(constant, self.q.shape[:-1])
         level = level if call.level else None
+        sink = self.params["sink"][..., None] if call.plan.sink == "param" else call.plan.sink
         self.normaliser = Normaliser(
-            call.plan, self.operands, out, level, constant, self.alive, self.xp
+            call.plan, self.operands, out, level, constant, self.alive, sink, self.xp
         )
         self.out, self.lse = self.normaliser.result()
 
@@ -153,7 +154,7 @@ class GroupRun:
 
     def pull_back(self, d_out: Any, d_lse: Any) -> dict[str, Any]:
         """Pull cotangents of the results back to q, k, v, a bias and parameters."""
-        grads, d_constant = self.pull_contraction(d_out, d_lse)
+        grads, d_constant, d_sink = self.pull_contraction(d_out, d_lse)
         cotangent, d_state, d_params = self.pull_transforms(grads, d_constant)
         dk = self.pull_statistics(cotangent.k, d_state) if d_state else cotangent.k
         dv = grads["v"]
@@ -161,18 +162,21 @@ class GroupRun:
             dk, dv = self.k_pullback(dk), self.v_pullback(dv)
         dq = self.xp.reshape(cotangent.q, self.q.shape)
         bias = {} if self.operands.bias is None else {"bias": grads["bias"]}
-        return {"q": dq, "k": dk, "v": dv, **d_params, **bias}
+        return {"q": dq, "k": dk, "v": dv, **d_params, **d_sink, **bias}
 
-    def pull_contraction(self, d_out: Any, d_lse: Any) -> tuple[dict[str, Any], Any]:
-        """Pull cotangents of the results back to the operands and to the row constant."""
+    def pull_contraction(
+        self, d_out: Any, d_lse: Any
+    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+        """Pull cotangents of the results back to operands, row constant and normaliser."""
         call, backend, c = self.call, self.backend, self.call.plan.contraction
         if not self.normaliser.plain or d_out.dtype != call.dtype:
             d_out = call.cast(d_out)
-        d_out, d_level = self.normaliser.pull_back(call.read_by("contraction", d_out), d_lse)
+        d_out = call.read_by("contraction", d_out)
+        d_out, d_level, d_sink = self.normaliser.pull_back(d_out, d_lse)
         arguments = (self.operands, *self.contracted, d_out, d_level)
         if isinstance(c, Scores):
-            return backend.scores_vjp(c, *arguments), d_level
-        return backend.features_vjp(c, *arguments), d_level
+            return backend.scores_vjp(c, *arguments), d_level, d_sink
+        return backend.features_vjp(c, *arguments), d_level, d_sink
 
     def pull_transforms(
         self, grads: dict[str, Any], d_constant: Any

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lowering import Features, Plan, Scores
+from ..lowering import Features, Plan, Scores, sum_to
 from . import score_contraction
 from .operands import Operands
 from .raw_features import mapped
@@ -13,14 +13,31 @@ __all__ = ["Normaliser"]
 
 
 class Normaliser:
-    """The normaliser h of one head group, applied to (out, L) of its contraction."""
+    """The normaliser h of one head group, applied to (out, L) of its contraction.
+
+    Attributes
+    ----------
+    factor : array (*B, H, G, N) or None
+        What h multiplies `out` of the contraction by.
+    level : array (*B, H, G, N)
+        The log of the summed weights, with the row constant.
+    lse : array (*B, H, G, N)
+        log h.
+    """
 
     def __init__(
-        self, plan: Plan, o: Operands, out: Any, level: Any, constant: Any, alive: Any, xp: Any
+        self,
+        plan: Plan,
+        o: Operands,
+        out: Any,
+        level: Any,
+        constant: Any,
+        alive: Any,
+        sink: Any,
+        xp: Any,
     ) -> None:
-        self.h, self.signed = plan.normaliser, plan.contraction.signed
         self.o, self.xp, self.alive = o, xp, alive
-        self.out, self.inner = out, level
+        self.out, self.inner, self.sink = out, level, sink
         self.factor: Any = None
         if level is None:
             return
@@ -29,19 +46,44 @@ class Normaliser:
         # L of an empty row stays -inf whatever the row constant is.
         empty = level == -xp.inf
         self.level = level if constant is None else xp.where(empty, level, level + constant)
-        if self.h == "sum":
-            return
+        self.lse = self.level
+        if plan.normaliser != "sum":
+            self._divide_by_count(plan.normaliser, level, constant)
+        elif sink is not None:
+            self._add_sink(empty)
+
+    def _divide_by_count(self, h: str, level: Any, constant: Any) -> None:
+        """Replace the sum of weights by the number of visible keys, or by 1."""
+        xp, o = self.xp, self.o
         counts = o.visibility.counts(o.bias)
-        if alive is not None:
-            counts = xp.where(alive, counts, xp.zeros_like(counts))
+        if self.alive is not None:
+            counts = xp.where(self.alive, counts, xp.zeros_like(counts))
         counts = xp.broadcast_to(counts, level.shape)
-        self.seen = counts > 0
-        count = xp.astype(xp.where(self.seen, counts, xp.ones_like(counts)), level.dtype)
-        self.log_h = xp.log(count) if self.h == "count" else xp.zeros_like(count)
+        seen = counts > 0
+        count = xp.astype(xp.where(seen, counts, xp.ones_like(counts)), level.dtype)
+        log_h = xp.log(count) if h == "count" else xp.zeros_like(count)
         if constant is None:
-            self.factor = xp.exp(level - self.log_h)
+            self.factor = xp.exp(level - log_h)
         else:
-            self.factor = _exp_of_sum(level - self.log_h, constant, xp)
+            self.factor = _exp_of_sum(level - log_h, constant, xp)
+        self.lse = xp.where(seen, log_h, xp.full_like(log_h, -xp.inf))
+
+    def _add_sink(self, empty: Any) -> None:
+        """Add exp(s) to the sum of weights, for a sink s (H, G, 1) or a number.
+
+        -inf is selected before it is subtracted from another -inf, which would be NaN.
+        """
+        xp, level = self.xp, self.level
+        s = xp.full_like(level, self.sink) if isinstance(self.sink, float) else self.sink
+        absent, zero = s == -xp.inf, xp.zeros_like(level)
+        finite = xp.where(empty, zero, level), xp.where(absent, xp.zeros_like(s), s)
+        total = xp.logaddexp(*finite)
+        share = xp.where(absent, xp.ones_like(level), xp.exp(finite[0] - total))
+        self.factor = xp.where(empty, zero, share)
+        # The share of the sink in h, of which only a pullback reads more than the exponent.
+        self.exponent = xp.where(absent, xp.full_like(level, -xp.inf), finite[1] - total)
+        self.exponent = xp.where(empty & ~absent, zero, self.exponent)
+        self.lse = xp.where(absent, level, xp.where(empty, s, total))
 
     @property
     def plain(self) -> bool:
@@ -55,15 +97,11 @@ class Normaliser:
             out = out * self.factor[..., None]
         if self.alive is not None:
             out = xp.where(self.alive[..., None], out, xp.zeros_like(out))
-        if self.inner is None:
-            return out, None
-        if self.factor is None:
-            return out, self.level
-        return out, xp.where(self.seen, self.log_h, xp.full_like(self.log_h, -xp.inf))
+        return out, None if self.inner is None else self.lse
 
-    def pull_back(self, d_out: Any, d_lse: Any) -> tuple[Any, Any]:
-        """Return the cotangents of the contraction's (out, L)."""
-        xp = self.xp
+    def pull_back(self, d_out: Any, d_lse: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Return the cotangents of the contraction's (out, L), and of parameters by name."""
+        xp, d_params = self.xp, {}
         if self.alive is not None:
             d_out = xp.where(self.alive[..., None], d_out, xp.zeros_like(d_out))
         if self.factor is None:
@@ -72,8 +110,14 @@ class Normaliser:
             # The lse of count and one is a constant.
             d_out = d_out * self.factor[..., None]
             d_level = xp.sum(d_out * self.out, axis=-1)
+        if self.sink is not None:
+            share = xp.exp(self.exponent)
+            if not isinstance(self.sink, float):
+                d_sink = sum_to(share * (d_lse - d_level), self.sink.shape, xp=xp)
+                d_params["sink"] = d_sink[..., 0]
+            d_level = self.factor * d_lse + share * d_level
         dead = self.level == -xp.inf
-        return d_out, xp.where(dead, xp.zeros_like(d_level), d_level)
+        return d_out, xp.where(dead, xp.zeros_like(d_level), d_level), d_params
 
     def weights(self, c: Scores | Features, pooling: Any, backend: Any) -> Any:
         """Compute kappa / h for every query and every key of the call."""

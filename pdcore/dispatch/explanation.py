@@ -124,6 +124,7 @@ def _plan_to_dict(plan: Plan) -> dict[str, Any]:
         "transforms": [type(transform).__name__ for transform in plan.transforms],
         "contraction": {"kind": type(plan.contraction).__name__.lower()} | contraction,
         "normaliser": plan.normaliser,
+        "sink": plan.sink,
         "accumulate": plan.accumulate,
     }
 

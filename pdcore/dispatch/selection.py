@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..backend import Backend, Request
 from ..errors import NoBackendError, SettingError, UnsupportedError, nearest
 from ..plugins import registry as plugins
-from ..spec import AttentionSpec, Batch, Exponential, Identity, scales_text
+from ..spec import AttentionSpec, Batch, Exponential, Identity, normaliser_word, scales_text
 
 __all__ = [
     "Candidate",
@@ -231,8 +231,8 @@ def in_words(spec: AttentionSpec) -> str:
     ]
     name = "exponential" if isinstance(kernel, Exponential) else kernel.word
     parts = [f"{name} kernel" + (f" ({', '.join(arguments)})" if arguments else "")]
-    if spec.normaliser != "sum":
-        parts.append(f"h({spec.normaliser})")
+    if h := normaliser_word(spec.normaliser, spec.sink):
+        parts.append(h)
     if isinstance(spec.normalization, Batch):
         over = spec.normalization.statistics
         parts.append(f"{'batch' if over == 'sequence' else f'batch ({over})'} normalization")

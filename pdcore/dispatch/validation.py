@@ -82,7 +82,7 @@ def validate(
         _bias(spec, inputs.bias, dtype)
         _broadcastable(inputs.bias, "bias", q.shape, k.shape, layout)
     _offset(inputs.offset, lead, library)
-    _params(spec, inputs.params, k.shape[-3], q.shape[-1], dtype, library)
+    _params(spec, inputs.params, (k.shape[-3], q.shape[-1], q.shape[-3]), dtype, library)
     return spec
 
 
@@ -224,7 +224,7 @@ def _offset(offset: Any, lead: tuple[int, ...], library: str) -> None:
 
 
 def _params(
-    spec: AttentionSpec, params: Any, heads: int, dim: int, dtype: str, library: str
+    spec: AttentionSpec, params: Any, sizes: tuple[int, int, int], dtype: str, library: str
 ) -> None:
     if type(params) is not dict and not isinstance(params, Mapping):  # the fast check first
         raise TypeError(
@@ -242,15 +242,14 @@ def _params(
         if name not in params:
             if p.default is None:
                 raise ValueError(
-                    f"params: {name!r} is missing; {spec} needs it, of shape "
-                    f"{_choices(p, heads, dim)}"
+                    f"params: {name!r} is missing; {spec} needs it, of shape {_choices(p, *sizes)}"
                 )
             continue
         x = params[name]
         _same_library(x, f"params[{name!r}]", library)
-        if not any(_equal(x.shape, shape) for shape in _allowed(p, heads, dim)):
+        if not any(_equal(x.shape, shape) for shape in _allowed(p, *sizes)):
             raise ValueError(
-                f"params[{name!r}]: got shape {tuple(x.shape)}, expected {_choices(p, heads, dim)}"
+                f"params[{name!r}]: got shape {tuple(x.shape)}, expected {_choices(p, *sizes)}"
             )
         if dtype_name(x) != dtype and not (dtype_name(x) == "float32" and dtype != "float64"):
             raise TypeError(
@@ -259,8 +258,8 @@ def _params(
             )
 
 
-def _allowed(p: Parameter, heads: int, dim: int) -> list[tuple[int, ...]]:
-    return [parameter_shape(shape, heads, dim) for shape in p.shapes]
+def _allowed(p: Parameter, heads: int, dim: int, query_heads: int) -> list[tuple[int, ...]]:
+    return [parameter_shape(shape, heads, dim, query_heads) for shape in p.shapes]
 
 
 def _equal(shape: Any, other: tuple[int, ...]) -> bool:
@@ -268,14 +267,23 @@ def _equal(shape: Any, other: tuple[int, ...]) -> bool:
     return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
-def parameter_shape(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, ...]:
-    """Replace the names of sizes in a declared shape, "H" and "D", by numbers."""
-    sizes: dict[str | int, int | str] = {"H": heads, "D": dim}
+def parameter_shape(
+    shape: tuple[str | int, ...], heads: int, dim: int, query_heads: int | None = None
+) -> tuple[int, ...]:
+    """Replace the names of sizes in a declared shape by numbers, see `Parameter.shapes`.
+
+    There are as many query heads as key heads, `heads`, where their number is left out.
+    """
+    sizes: dict[str | int, int | str] = {
+        "H": heads,
+        "Hq": heads if query_heads is None else query_heads,
+        "D": dim,
+    }
     return tuple(int(sizes.get(s, s)) for s in shape)
 
 
-def _choices(p: Parameter, heads: int, dim: int) -> str:
-    return " or ".join(map(str, _allowed(p, heads, dim)))
+def _choices(p: Parameter, heads: int, dim: int, query_heads: int) -> str:
+    return " or ".join(map(str, _allowed(p, heads, dim, query_heads)))
 
 
 def check_cotangent(x: Any, name: str, like: Any) -> None:

@@ -148,6 +148,8 @@ class Plan:
         The step that returns (out, L).
     normaliser : {"sum", "count", "one"}
         The normaliser h, applied to (out, L).
+    sink : float, "param" or None
+        The log of what h adds to the sum: a number, or the parameter ``sink`` of the call.
     accumulate : {"float32", "float64"}
         The dtype of sums, statistics and the normaliser.
     steps : tuple of str
@@ -162,6 +164,8 @@ class Plan:
         The spec and the signature as text, from which `restored` lowers the plan again.
     pool_choice : object or None
         The slot of the pool step.
+    by_query_head : tuple of str
+        Parameters of the call whose first axis is that of the query heads.
     runs : tuple of (int, int, int)
         The slices (group, start, stop) that, joined, put the heads of the groups in the order of
         all heads. Empty where joining the groups does.
@@ -181,6 +185,8 @@ class Plan:
     constants: tuple[str, ...]
     text: str
     pool_choice: Any = None
+    sink: float | str | None = None
+    by_query_head: tuple[str, ...] = ()
     runs: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -195,6 +201,11 @@ class Plan:
     def pools(self) -> bool:
         """Whether some head is fitted on pooled keys."""
         return any(group.scale > 1 for group in self.groups)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether h changes `out` of the contraction, which needs L."""
+        return self.normaliser != "sum" or self.sink is not None
 
     def chosen(self, contraction: Scores | Features, *steps: str) -> Plan:
         """Return the plan with another contraction, and with steps added for `explain`."""

@@ -93,6 +93,8 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
         steps.append(
             "h(count): out exp(L - log n)" if spec.normaliser == "count" else "h(one): out exp(L)"
         )
+    if spec.sink is not None:
+        steps.append("sink s: out exp(L - L') with L' = log(exp L + exp s)")
     return Plan(
         spec=spec,
         groups=groups,
@@ -106,6 +108,8 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
         support=spec.support,
         holds=spec.normalization.holds,
         constants=tuple(p.name for p in spec.parameters() if not p.differentiable),
+        sink=spec.sink,
+        by_query_head=tuple(p.name for p in spec.parameters() if p.by_query_head),
         text=" ".join([*map(str, signature[:3]), str(int(signature.masked)), str(spec)]),
     )
 

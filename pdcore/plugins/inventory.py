@@ -97,7 +97,10 @@ _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
         [],
         "normaliser",
         "what the weighted sum is divided by",
-        [("normaliser", "sum, count or one", True, None)],
+        [
+            ("normaliser", "sum, count or one", True, None),
+            ("sink", "a finite number or param, with sum", False, None),
+        ],
     ),
 ]
 

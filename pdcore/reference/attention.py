@@ -82,8 +82,9 @@ def reference_attention(
     out : array (*B, Hq, N, Dv)
         In the dtype of `q`. A row without a visible key is zero.
     lse : array (*B, Hq, N)
-        With `return_lse`: log sum kappa, log n or 0 for h = sum, count or one; -inf in a row that
-        sees no key, and for sum in a row whose kernel values are all 0. float32 for 16-bit inputs.
+        With `return_lse`: log h, which is log sum kappa (with the sink), log n or 0 for h = sum,
+        count or one; -inf in a row that sees no key, and for sum in a row whose kernel values are
+        all 0, but for a sink. float32 for 16-bit inputs.
 
     Raises
     ------
@@ -174,6 +175,7 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
     xp, spec = call.xp, call.spec
     key_heads = call.k.shape[-3]
     group = call.q.shape[-3] // key_heads
+    by_key_head = [p.name for p in spec.parameters() if not p.by_query_head]
     for g in range(key_heads):
         scale = spec.heads.scales[g] if spec.heads.scales else 1
         if spec.heads.half is not None and g >= key_heads - key_heads // 2:
@@ -186,7 +188,7 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
         keys = _pool(call.k[..., g, :, :], pooled, call)
         values = _pool(call.v[..., g, :, :], pooled, call)
         real = xp.any(in_window, axis=-1)
-        params = {name: value[g : g + 1, ...] for name, value in call.params.items()}
+        params = {name: call.params[name][g : g + 1, ...] for name in by_key_head}
         # A pooled key occupies its whole window, even where the last keys do not exist.
         first = xp.arange(real.shape[-1], device=call.device) * scale
         allowed = _allowed_by_position(call, first, first + (scale - 1))
@@ -216,7 +218,8 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
                 has_log, kappa, units = kappa_of(spec.kernel, x, y, visible, call, params)
             if bias is not None:
                 kappa = kappa + bias
-            weights, lse = _normalise(kappa, has_log, units, visible, spec.normaliser, xp)
+            sink = call.params["sink"][i, ...] if spec.sink == "param" else spec.sink
+            weights, lse = _normalise(kappa, has_log, units, visible, spec.normaliser, sink, xp)
             yield _Head(call.rounded(weights), visible, lse, values, pooled)
 
 
@@ -259,11 +262,18 @@ def _pool(x: Any, pooled: Any, call: ReferenceCall) -> Any:
 
 
 def _normalise(
-    kappa: Any, has_log: bool, units: tuple[Any, ...], visible: Any, normaliser: str, xp: Any
+    kappa: Any,
+    has_log: bool,
+    units: tuple[Any, ...],
+    visible: Any,
+    normaliser: str,
+    sink: Any,
+    xp: Any,
 ) -> tuple[Any, Any]:
     """Divide kappa by h; with `has_log`, `kappa` is the logarithm of kappa.
 
-    The units of kappa, see `kappa_of`, cancel where h is the sum of kappa.
+    The units of kappa, see `kappa_of`, cancel where h is the sum of kappa. A sink, a number, an
+    array () or None, is one more logarithm in that sum, and has no weight.
 
     Returns
     -------
@@ -273,12 +283,14 @@ def _normalise(
         log h.
     """
     seen = xp.sum(xp.astype(visible, kappa.dtype), axis=-1, keepdims=True)
+    last = -INF if sink is None else sink
+    sinks = xp.full_like(seen, last) if isinstance(last, float) else last + 0.0 * seen
     top, used = xp.zeros_like(seen), visible
     if has_log:
         used = visible & (kappa != -INF)
         if normaliser == "sum":
             # The maximum of a row without keys is -inf, by the column that is added.
-            logs = [select(used, kappa, -INF, xp), xp.full_like(seen, -INF)]
+            logs = [select(used, kappa, -INF, xp), sinks]
             top = xp.max(xp.concat(logs, axis=-1), axis=-1, keepdims=True)
             top = select(top == -INF, 0.0, top, xp)
         kappa = xp.exp(xp.where(used, kappa, top) - top)
@@ -290,6 +302,7 @@ def _normalise(
             kappa = kappa * unit
     if normaliser == "sum":
         h = xp.sum(kappa, axis=-1, keepdims=True)
+        h = h if sink is None else h + xp.exp(sinks - top)
     else:
         h = seen if normaliser == "count" else select(seen == 0, 0.0, xp.ones_like(seen), xp)
     zero = h == 0

@@ -32,7 +32,7 @@ class ReferenceCall:
     mask: Any  # bool (*B, Hq, N, M) or None
     bias: Any  # (*B, Hq, N, M) or None
     position: Any  # integer (N, 1) or (*B, N, 1)
-    params: Mapping[str, Any]  # (Hkv, ...) each
+    params: Mapping[str, Any]  # (Hkv, ...) or (Hq, ...) each
     rounded: Callable[[Any], Any]  # rounds to the dtype `round_intermediates`
 
 
@@ -105,7 +105,7 @@ def prepare(
         mask=mask,
         bias=bias,
         position=_positions(offset, real, rows, key_mask is None, xp, q_device),
-        params=_check_params(params, spec, key_heads, dim, dtype, xp, q_device),
+        params=_check_params(params, spec, (key_heads, dim, query_heads), dtype, xp, q_device),
         rounded=accumulated if round_intermediates is None else rounded,
     )
 
@@ -183,8 +183,7 @@ def _positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, q_dev
 def _check_params(
     params: dict[str, Any],
     spec: AttentionSpec,
-    key_heads: int,
-    dim: int,
+    sizes: tuple[int, int, int],
     dtype: Any,
     xp: Any,
     q_device: Any,
@@ -196,7 +195,7 @@ def _check_params(
             raise ValueError(f"params: unknown name {name!r}; {spec} takes {sorted(declared)}")
     checked = {}
     for name, p in declared.items():
-        shapes = [_resolve(shape, key_heads, dim) for shape in p.shapes]
+        shapes = [_resolve(shape, *sizes) for shape in p.shapes]
         if name in params:
             if tuple(params[name].shape) not in shapes:
                 raise ValueError(
@@ -227,8 +226,10 @@ def hook_params(
     return shaped
 
 
-def _resolve(shape: tuple[str | int, ...], heads: int, dim: int) -> tuple[int, ...]:
-    sizes = {"H": heads, "D": dim}
+def _resolve(
+    shape: tuple[str | int, ...], heads: int, dim: int, query_heads: int = 1
+) -> tuple[int, ...]:
+    sizes = {"H": heads, "D": dim, "Hq": query_heads}
     return tuple(sizes[n] if isinstance(n, str) else n for n in shape)
 
 

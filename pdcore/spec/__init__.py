@@ -23,6 +23,7 @@ from .kernels import (
     random_matrix,
 )
 from .latex import align_environment, sections
+from .normaliser import normaliser_word
 from .normalizations import (
     Batch,
     Conv1d,
@@ -105,6 +106,8 @@ __all__ = [
     "KeySet",
     "prefix_states",
     "reduce_axis",
+    # the normaliser
+    "normaliser_word",
     # head scaling
     "HeadScaling",
     "pool",

@@ -23,14 +23,13 @@ from .grammar import bind_arguments, build, read_arguments, read_words
 from .heads import HeadScaling
 from .kernel_base import FeatureMap, Kernel, Parameter
 from .kernels import Cosine, Exponential, Gaussian, Polynomial
+from .normaliser import SINK, check_normaliser, checked_sink, normaliser_word, read_normaliser
 from .normalizations.base import Identity, Normalization
 from .normalizations.batch import Batch
 from .support import Support
 from .vocabulary import find_kernel, find_normalization, kernel_words, normalization_words
 
 __all__ = ["PRESETS", "AttentionSpec", "as_spec", "parse", "positive_semidefinite"]
-
-NORMALISERS = ("sum", "count", "one")
 
 #: Specs worth knowing, each with a short description.
 PRESETS: Mapping[str, str] = {
@@ -62,6 +61,9 @@ class AttentionSpec:
         The scale of each key head.
     support : Support
         Which keys a query may see by position: causal, and a window.
+    sink : float, "param" or None
+        s of ``h(sum)``, which adds exp(s) to the sum: a number for all query heads, or
+        ``params["sink"]`` (Hq,). None adds nothing.
 
     Raises
     ------
@@ -70,7 +72,8 @@ class AttentionSpec:
     UnsupportedError
         When the combination is not supported: statistics of the future under causal, prefix
         statistics with another kernel than the plain exponential, a signed kernel with
-        ``h(sum)``, or windows of pooled keys wider than the support.
+        ``h(sum)``, a sink with another normaliser or without log kappa, or windows of pooled keys
+        wider than the support.
     """
 
     kernel: Kernel = field(default_factory=Exponential)
@@ -78,6 +81,7 @@ class AttentionSpec:
     normalization: Normalization = field(default_factory=Identity)
     heads: HeadScaling = field(default_factory=HeadScaling)
     support: Support = field(default_factory=Support)
+    sink: float | str | None = None
 
     def __post_init__(self) -> None:
         for name, base in (
@@ -93,25 +97,15 @@ class AttentionSpec:
                 )
             _check_final(name, value)
             _check_scalars(value)
-        if self.normaliser not in NORMALISERS:
-            raise SpecError(
-                f"h: got {self.normaliser!r}; {nearest(str(self.normaliser), NORMALISERS)}"
-            )
+        object.__setattr__(self, "sink", checked_sink(self.sink))
+        check_normaliser(self.normaliser, self.sink, self.kernel)
         names = [p.name for p in self.parameters()]
         if len(set(names)) != len(names):
-            raise SpecError(
-                f"{self.kernel.word} and {self.normalization.word} declare a "
-                f"parameter of the same name: {names}"
-            )
+            raise SpecError(f"the words of {self} declare a parameter of the same name: {names}")
         self._refuse()
 
     def _refuse(self) -> None:
         normalization, support = self.normalization, self.support
-        if self.kernel.signed and self.normaliser == "sum":
-            raise UnsupportedError(
-                f"{self.kernel.word} may be negative, so its sum is no normaliser: "
-                "add h(count) or h(one)"
-            )
         if self.prefix and not self.plain_exponential:
             raise UnsupportedError(
                 f"{normalization.word}(statistics=prefix) needs the exponential kernel without "
@@ -153,7 +147,8 @@ class AttentionSpec:
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the declarations of the arrays that a call passes in `params`."""
-        return (*self.kernel.parameters(), *self.normalization.parameters())
+        sink = (SINK,) if self.sink == "param" else ()
+        return (*self.kernel.parameters(), *self.normalization.parameters(), *sink)
 
     def for_heads(self, heads: int, of: str = "heads of k") -> AttentionSpec:
         """Return the spec for a number of key heads: ``sh(half=2)`` with a scale for each of them.
@@ -201,8 +196,8 @@ class AttentionSpec:
 
     def __str__(self) -> str:
         words = [_word(self.kernel)]
-        if self.normaliser != "sum":
-            words.append(f"h({self.normaliser})")
+        if h := normaliser_word(self.normaliser, self.sink):
+            words.append(h)
         if not isinstance(self.normalization, Identity):
             words.append(_word(self.normalization))
         if self.heads != HeadScaling():
@@ -288,12 +283,14 @@ def parse(text: str) -> AttentionSpec:
             raise SpecError(f"{source[axis]!r} and {word!r} both set the {axis} of {text!r}")
         values[axis], source[axis] = value, word
     left, right = values.get("window", (math.inf, math.inf))
+    normaliser, sink = values.get("normaliser", ("sum", None))
     return AttentionSpec(
         kernel=values.get("kernel", Exponential()),
-        normaliser=values.get("normaliser", "sum"),
+        normaliser=normaliser,
         normalization=values.get("normalization", Identity()),
         heads=values.get("head scaling", HeadScaling()),
         support=Support("causal" in values, left, right),
+        sink=sink,
     )
 
 
@@ -314,9 +311,7 @@ def _read_axis(word: str, arguments: str | None) -> tuple[str, Any]:
             raise SpecError(f"causal takes no arguments, got ({arguments})")
         return axis, True
     if axis == "normaliser":
-        if named or len(positional) != 1 or positional[0] not in NORMALISERS:
-            raise SpecError(f"h({arguments or ''}): expected h(sum), h(count) or h(one)")
-        return axis, positional[0]
+        return axis, read_normaliser(arguments, positional, named)
     if axis == "window":
         bound = bind_arguments(word, ("left", "right"), positional, named)
         if len(bound) != 2:

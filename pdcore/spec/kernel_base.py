@@ -23,8 +23,9 @@ class Parameter:
     name : str
         The key in `params`.
     shapes : tuple of tuple
-        The shapes it may have; ``"H"`` stands for the number of key heads, ``"D"`` for the
-        feature count, an int for itself. A parameter always has the head axis first.
+        The shapes it may have; ``"H"`` stands for the number of key heads, ``"Hq"`` for that of
+        query heads, ``"D"`` for the feature count, an int for itself. A parameter always has a
+        head axis first, the same in all of its shapes.
     default : float or None
         The value of every entry when the call does not pass the parameter; None makes the
         parameter required.
@@ -43,6 +44,11 @@ class Parameter:
     differentiable: bool = True
     start: float | None = None
     buffer: str = ""
+
+    @property
+    def by_query_head(self) -> bool:
+        """Whether the first axis is that of the query heads."""
+        return self.shapes[0][0] == "Hq"
 
 
 class Kernel(ABC):

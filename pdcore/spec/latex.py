@@ -207,7 +207,7 @@ class _Derivation:
             "count": f"|{self.seen}|",
             "one": "1",
         }[spec.normaliser]
-        yield rf"\quad {self.h}(x) = {normaliser}"
+        yield rf"\quad {self.h}(x) = {normaliser}{self._sink()}"
         if spec.parameters():
             for verb, required in (("gives", True), ("may give", False)):
                 parameters = [p for p in spec.parameters() if (p.default is None) is required]
@@ -216,6 +216,15 @@ class _Derivation:
                         parameter_declaration(p.name, p.shapes) for p in parameters
                     )
                     yield rf"\quad \text{{arrays that a call {verb}: }} {declared}"
+
+    def _sink(self) -> str:
+        """Write what the sink adds to h, the term of a point that is no support vector."""
+        sink = self.spec.sink
+        if sink is None:
+            return ""
+        s = latex_number(sink) if isinstance(sink, float) else "s"
+        where = "" if isinstance(sink, float) else r", \quad s = \texttt{sink}"
+        return rf" + e^{{{s}}}{where}"
 
     def _statistics(self) -> Iterator[str]:
         normalization = self.spec.normalization
@@ -335,7 +344,7 @@ class _Derivation:
                 rf"o_i^\top = \frac{{{above}}}{{{divisor}}}" if divisor else rf"o_i^\top = {above}"
             )
             return
-        if not spec.plain_exponential or spec.normaliser != "sum":
+        if not spec.plain_exponential or spec.normaliser != "sum" or spec.sink is not None:
             return
         softmax = rf"\mathrm{{softmax}}_{{j \in {seen}}}"
         if not self.transform:
@@ -366,6 +375,8 @@ class _Derivation:
         normalization = spec.normalization
         if isinstance(spec.kernel, Exponential) and spec.kernel.softcap is not None:
             choices.append("softcap")
+        if spec.sink is not None:
+            choices.append("a sink in h, the term of a point that is no support vector")
         choices += normalization.choices(pooled=bool(self.pooled))
         if self.pooled:
             if spec.heads.pool == "mean":
@@ -379,7 +390,8 @@ class _Derivation:
 
 def _never_zero(spec: AttentionSpec) -> bool:
     """Return whether h is positive wherever a key is visible."""
-    return spec.normaliser != "sum" or isinstance(spec.kernel, (Exponential, Gaussian, Cosine))
+    always = isinstance(spec.kernel, (Exponential, Gaussian, Cosine))
+    return always or spec.normaliser != "sum" or spec.sink is not None
 
 
 def _tau(spec: AttentionSpec) -> str:

@@ -27,7 +27,7 @@ def latex_number(x: float) -> str:
 
 def parameter_declaration(name: str, shapes: tuple[tuple[str | int, ...], ...]) -> str:
     """Write the name of a parameter with its shapes."""
-    forms = [", ".join("H" if n == "H" else str(n) for n in shape) for shape in shapes]
+    forms = [", ".join("H_q" if n == "Hq" else str(n) for n in shape) for shape in shapes]
     written = r" \text{ or } ".join(f"({form})" for form in forms)
     return rf"\texttt{{{escape(name)}}} \text{{ of shape }} {written}"
 

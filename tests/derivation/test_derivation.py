@@ -64,6 +64,7 @@ SPECS = sorted(
         *(joined("softmax", n, s, h) for n in NORMALIZATIONS for s in HEADS for h in SUPPORTS),
         *(joined("bn(statistics=prefix)", s, h) for s in HEADS for h in SUPPORTS),
     }
+    | {f"{k}+h(sum,sink=param)" for k in KERNELS[:-3]}
     | {"sh(" + ",".join("12" * 16) + ")+causal"}
 )
 
@@ -233,6 +234,19 @@ def test_normalisers() -> None:
     says("causal+linear+h(one)", "h_i(x) = 1", r"o_i^\top = \Phi(q_i)^\top")
     says("relu", r"\text{ or } h(q_i) = 0")
     assert "h(q_i) = 0" not in parse("softmax").latex()
+
+
+def test_a_sink_is_a_term_of_h() -> None:
+    says(
+        "bn+h(sum,sink=param)",
+        r"h(x) = \sum_{l \in S} \kappa(T(x), T(k_l)) + e^{s}, \quad s = \texttt{sink}",
+        r"\texttt{sink} \text{ of shape } (H_q)",
+        "a sink in h, the term of a point that is no support vector",
+    )
+    says("polynomial+h(sum,sink=-0.5)", r"\kappa(x, k_l) + e^{-0.5}")
+    text = parse("h(sum,sink=0)").latex()
+    assert "softmax}_{j" not in text
+    assert "h(q_i) = 0" not in text
 
 
 def test_choices_of_the_project_are_named_as_such() -> None:

@@ -186,7 +186,7 @@ def normal_case(
     v = rng.standard_normal((*lead, heads, m, dv))
     params = {}
     for p in spec.parameters():
-        shape = tuple({"H": heads, "D": d}.get(s, s) for s in p.shapes[-1])  # type: ignore[call-overload]
+        shape = tuple({"H": heads, "Hq": heads * group, "D": d}.get(s, s) for s in p.shapes[-1])  # type: ignore[call-overload]
         params[p.name] = rng.uniform(0.5, 1.5, size=shape)
     if params:
         call = {"params": params, **call}
@@ -265,7 +265,7 @@ def fragile(case: Case) -> Array:
     if not isinstance(case.spec.kernel, Polynomial | Relu):
         return np.zeros(case.q.shape[:-1], dtype=bool)
     level = case.reference(replace(case.spec, normaliser="sum"))[1]
-    count = case.reference(replace(case.spec, normaliser="count"))[1]
+    count = case.reference(replace(case.spec, normaliser="count", sink=None))[1]
     return (count > -INF) & (level < -12.0)
 
 

@@ -37,7 +37,9 @@ def pooled(x: Array, scale: int) -> Array:
     return np.stack([x[a : a + scale].mean(axis=0) for a in range(0, len(x), scale)])
 
 
-def explicit(kernel: str, x: Array, keys: Array, *, bn: bool = False, h: str = "sum") -> Array:
+def explicit(
+    kernel: str, x: Array, keys: Array, *, bn: bool = False, h: str = "sum", sink: float = -np.inf
+) -> Array:
     """Return kappa(T(x), T(k)) / (h(x) h(k)), (N, M), for kernels with default arguments."""
     if bn:
         mean, deviation = keys.mean(axis=0), np.sqrt(keys.var(axis=0) + 1e-5)
@@ -60,7 +62,7 @@ def explicit(kernel: str, x: Array, keys: Array, *, bn: bool = False, h: str = "
 
     def total(a: Array) -> Array:
         if h == "sum":
-            return kappa(a, keys).sum(axis=1)
+            return kappa(a, keys).sum(axis=1) + np.exp(sink)
         return np.full(len(a), {"one": 1.0, "count": float(len(keys))}[h])
 
     return kappa(x, keys) / np.outer(total(x), total(keys))

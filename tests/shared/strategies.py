@@ -78,7 +78,9 @@ def specs(
         scales = () if half else tuple(draw(st.integers(1, widest)) for _ in range(heads))
         scaling = HeadScaling(scales, pool, draw(st.integers(1, widest)) if half else None)
     normaliser = draw(st.sampled_from(["sum", "count", "one"]))
-    return AttentionSpec(kernel, normaliser, normalization, scaling, support)
+    sinks = [None, -0.5] if normaliser == "sum" and kernel.has_log else [None]
+    sink = draw(st.sampled_from(sinks))
+    return AttentionSpec(kernel, normaliser, normalization, scaling, support, sink)
 
 
 @st.composite

@@ -787,7 +787,7 @@ def test_a_parameter_name_is_declared_once() -> None:
         def parameters(self) -> tuple[Parameter, ...]:
             return (Parameter("slope", (("H", "D"),)),)
 
-    with pytest.raises(SpecError, match=r"sigmoid_ and sloped declare a parameter of the same"):
+    with pytest.raises(SpecError, match=r"sigmoid_\+sloped declare a parameter of the same"):
         AttentionSpec(Sigmoid(), normalization=Sloped())
 
 

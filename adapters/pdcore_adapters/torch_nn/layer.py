@@ -38,9 +38,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         and no place in the statistics.
     spec : str or AttentionSpec
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
-        ``sh(half=2)``.
-        ``bn(beta=param)`` adds a parameter ``spec_beta`` (num_heads,), which starts at 1; no
-        other spec changes the keys of the state dict.
+        ``sh(half=2)``. ``bn(beta=param)`` adds a parameter ``spec_beta`` (num_heads,), which starts
+        at 1, and ``h(sum,sink=param)`` a parameter ``spec_sink`` (num_heads,), which starts at 0;
+        other words do not change the keys of the state dict, but for those with parameters of a
+        plugin.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
 

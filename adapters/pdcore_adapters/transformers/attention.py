@@ -40,7 +40,6 @@ _ADVICE = {
     "cache": "pages of keys belong to continuous batching; use generate() with a DynamicCache",
     "cu_seq_lens_k": "pad the sequences of a batch instead of packing them",
     "cu_seq_lens_q": "pad the sequences of a batch instead of packing them",
-    "s_aux": "use 'eager' for a model with attention sinks",
     "sinks": "use 'eager' for a model with attention sinks",
 }
 
@@ -52,7 +51,8 @@ def register(
 
     Afterwards, with ``model.set_attn_implementation(name)``, or ``attn_implementation=name`` at
     loading, the layers of a model compute the attention of `spec`. The properties of a layer are
-    added to the spec: causality, a sliding window, the scale of the scores, and the softcap.
+    added to the spec: causality, a sliding window, the scale of the scores, the softcap, and the
+    sinks of its heads (gpt-oss), as ``h(sum,sink=param)``.
 
     Registering a name again replaces the attention, also in models that use the name already.
 
@@ -85,10 +85,9 @@ def register(
     - statistics or pooled keys if their keys are not known: with a mask (B, 1, N, M) of the
       caller, with patterns other than causal and sliding windows, such as packed sequences,
       and with a cache that has dropped keys behind a sliding window;
-    - a `scaling` or `softcap` of the layer that contradicts the spec (`ValueError`) or that the
-      kernel does not have;
-    - arguments that are not supported: attention sinks, paged caches,
-      packed sequences.
+    - a `scaling`, a `softcap` or sinks of the layer that contradict the spec (`ValueError`) or
+      that the kernel does not have;
+    - arguments that are not supported: paged caches, packed sequences.
 
     The attention of queries that see no key, such as padding on the left, is zero.
     """
@@ -128,8 +127,8 @@ class LayerAttention:
             )
         # The choice of backend, which all layers share.
         self._choice = bound.choice
-        # Pattern, scaling, softcap and D of a layer -> the bound spec for such layers, and its
-        # name among the attributes of `_layers`, where the compiler can read it.
+        # The arguments of `_bind` for a layer -> the bound spec for such layers, and its name
+        # among the attributes of `_layers`, where the compiler can read it.
         self._names: dict[tuple[Any, ...], str] = {}
         self._layers = SimpleNamespace()
         heads, normalization = self.spec.heads, self.spec.normalization
@@ -152,6 +151,7 @@ class LayerAttention:
         softcap: float | None = None,
         sliding_window: int | None = None,
         position_bias: Any = None,
+        s_aux: Any = None,
         output_attentions: bool | None = None,
         **others: Any,
     ) -> tuple[Any, Any]:
@@ -177,6 +177,8 @@ class LayerAttention:
             The number of keys that a causal query sees, its own key included.
         position_bias : tensor (B or 1, Hq or 1, N, M), optional
             Added to log kappa, as in T5; the statistics do not depend on it.
+        s_aux : tensor (Hq,), optional
+            The sinks of the query heads, as in gpt-oss: ``params["sink"]`` of h(sum,sink=param).
         output_attentions : bool, optional
             Return the weights too, without dropout.
         **others
@@ -233,7 +235,9 @@ class LayerAttention:
         if position_bias is not None:
             bias = arguments.get("bias")
             arguments["bias"] = position_bias if bias is None else bias + position_bias
-        layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1])
+        if s_aux is not None:
+            arguments["params"] = {"sink": s_aux}
+        layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1], s_aux is not None)
         bound = getattr(self._layers, self._bind(where, *layer))
         weights = None
         if output_attentions:
@@ -251,18 +255,20 @@ class LayerAttention:
         scaling: float | None,
         softcap: float | None,
         dim: int,
+        sinks: bool,
     ) -> str:
-        """Bind the spec for layers of one pattern, scaling, softcap and D; return its name.
+        """Bind the spec for layers of equal properties, see `register`; return its name.
 
         The pattern is a plain tuple, since the compiler does not pass on one with names.
         """
-        layer = (pattern, scaling, softcap, dim)
+        layer = (pattern, scaling, softcap, dim, sinks)
         name = self._names.get(layer)
         if name is None:
             try:
                 kernel = _kernel(self.spec, scaling, softcap, dim)
                 support = self._support(Pattern(*pattern) if pattern else None)
-                spec = replace(self.spec, kernel=kernel, support=support)
+                sink = self._sink(sinks)
+                spec = replace(self.spec, kernel=kernel, support=support, sink=sink)
             except (ValueError, UnsupportedError) as error:
                 raise type(error)(f"{where}: {error}") from error
             name = f"layer_{len(self._names)}"
@@ -272,6 +278,15 @@ class LayerAttention:
 
     # The compiler calls the method, and does not trace it.
     _bind._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _sink(self, given: bool) -> float | str | None:
+        """Return the sink of the spec, or that of a layer which has sinks."""
+        if given and self.spec.sink is not None:
+            raise ValueError(
+                f"s_aux: got sinks from the layer, and the spec {self.spec} says "
+                f"sink={self.spec.sink:g}; leave it out of the spec"
+            )
+        return "param" if given else self.spec.sink
 
     def _support(self, pattern: Pattern | None) -> Support:
         """Intersect the support of the spec with that of a layer."""

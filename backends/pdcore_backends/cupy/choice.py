@@ -40,7 +40,7 @@ def chosen(plan: Plan, request: Request, capability: int, library: str) -> Plan:
         return plan.chosen(c, step)
     # A pullback needs `out` before rounding: in dk the rounding error of d_out . out would be
     # multiplied by the mean of the keys.
-    rounds = plan.normaliser == "sum" and not plan.prefix and not request.vjp
+    rounds = not plan.rescales and not plan.prefix and not request.vjp
     if isinstance(c, Features):
         return _by_features(plan, c, request.dtype, rounds)
     return _by_scores(plan, c, request, capability, rounds)

@@ -99,7 +99,7 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
         return "shards merge by the log-sum-exp"
     if plan.holds != "float16":
         return "transformed queries and keys that 16 bit may not hold"
-    if request.lse or request.vjp or request.weights or plan.normaliser != "sum":
+    if request.lse or request.vjp or request.weights or plan.rescales:
         return "the log-sum-exp is needed, and it has no gradient of that"
     for name in ("mask", "key_mask", "bias"):
         if getattr(request, name) is not None:

@@ -119,7 +119,7 @@ def chosen(plan: Plan, request: Request) -> Plan:
 
 def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
     causal, kind = plan.support.causal, device.kind(request.device)
-    whole = not (request.lse or request.vjp or request.weights) and plan.normaliser == "sum"
+    whole = not (request.lse or request.vjp or request.weights) and not plan.rescales
     choice = Fused(
         plan=plan.text,
         dtype=plan.accumulate if kind == "cpu" else _kernel_dtype(plan, request),

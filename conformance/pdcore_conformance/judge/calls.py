@@ -348,10 +348,13 @@ class Call:
         return real
 
     def _parameter(self, rng: np.random.Generator, p: Parameter) -> Array:
-        shape = parameter_shape(p.shapes[-1], self.key_heads, self.dim)
+        shape = parameter_shape(p.shapes[-1], self.key_heads, self.dim, self.heads)
         if p.name == "var":
             return rng.uniform(0.5, 2.0, shape)
-        return rng.standard_normal(shape)
+        value = rng.standard_normal(shape)
+        if p.name == "sink" and len(value) > 3:
+            value[-1] = -math.inf  # no sink
+        return value
 
 
 def laid_out(x: Array, layout: str) -> Array:

@@ -13,7 +13,7 @@ P = 0.3
 
 
 @pytest.mark.claims("dropout", "float32", "exponential", "lse")
-@pytest.mark.parametrize("spec", ["softmax", "bn", "gaussian(gamma=0.3)"])
+@pytest.mark.parametrize("spec", ["softmax", "bn", "gaussian(gamma=0.3)", "h(sum,sink=2)"])
 def test_weights_are_dropped_and_the_rest_scaled(spec: str, subject: Subject) -> None:
     """With the identity as values, out is the weights: each is 0 or w / (1 - p), a share p is 0."""
     call = Call(spec=spec, rows=64, keys=64, value_dim=64)

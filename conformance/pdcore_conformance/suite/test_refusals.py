@@ -30,6 +30,7 @@ CALLS: Mapping[str, Call] = {
     "user_normalization": SMALL.but(spec="conformance_centred"),
     "head_scaling": SMALL.but(spec="sh(1,2)"),
     "count": SMALL.but(spec="softmax+h(count)"),
+    "sink": SMALL.but(spec="h(sum,sink=param)"),
     "causal": SMALL.but(spec="causal"),
     "window": SMALL.but(spec="sparse(2,2)"),
     "mask": SMALL.but(mask="random"),

@@ -195,6 +195,16 @@ def test_beta_is_a_last_leaf() -> None:
     assert convert(layer, "bn").spec_params == {}
 
 
+def test_sinks_are_a_leaf_that_starts_at_zero() -> None:
+    plain, _ = pair()
+    layer = convert(plain, "h(sum,sink=param)")
+    assert layer.spec_params["sink"].tolist() == [0.0] * H
+    x = drawn(N, E)
+    value, (grads, *_) = with_gradients(layer, x, x, x)
+    close(value, jnp.sum(jnp.sin(convert(plain, "h(sum,sink=0)")(x, x, x))))
+    assert bool(jnp.all(grads.spec_params["sink"] != 0))
+
+
 # --- specs ----------------------------------------------------------------------------------------
 
 

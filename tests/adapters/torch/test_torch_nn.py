@@ -384,6 +384,24 @@ def test_a_learned_beta_that_cancels_has_gradient_zero() -> None:
     assert torch.equal(layer.spec_beta.grad, torch.zeros(H))
 
 
+def test_a_learned_sink() -> None:
+    layer = PDMultiheadAttention(E, H, batch_first=True, spec="bn+h(sum,sink=param)")
+    assert layer.state_dict()["spec_sink"].tolist() == [0.0] * H
+    plain = PDMultiheadAttention(E, H, batch_first=True, spec="bn+h(sum,sink=0)")
+    missing = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.missing_keys == ["spec_sink"]
+    x = torch.randn(B, N, E)
+    close(layer(x, x, x), plain(x, x, x))
+    assert (layer(x, x, x)[1].sum(-1) < 1).all()
+    layer(x, x, x)[0].square().sum().backward()
+    assert layer.spec_sink.grad.abs().min() > 0
+    again = PDMultiheadAttention(E, H, batch_first=True, spec="bn+h(sum,sink=param)")
+    with torch.no_grad():
+        layer.spec_sink.copy_(torch.randn(H))
+    again.load_state_dict(layer.state_dict())
+    close(again(x, x, x), layer(x, x, x), tolerance=0)
+
+
 # --- dropout --------------------------------------------------------------------------------------
 
 

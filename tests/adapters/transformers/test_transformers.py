@@ -80,6 +80,14 @@ def build(name: str) -> Any:
                 attn_logit_softcapping=2.0,
             )
             model = t.Gemma2ForCausalLM(config)
+        case "gpt_oss":  # sinks; sliding and full layers in turn
+            config = t.GptOssConfig(
+                **DECODER, head_dim=8, sliding_window=4, num_local_experts=2, num_experts_per_tok=1
+            )
+            model = t.GptOssForCausalLM(config)
+            with torch.no_grad():
+                for layer in model.model.layers:
+                    layer.self_attn.sinks.copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))
         case "bert":
             config = t.BertConfig(
                 **ENCODER,
@@ -178,7 +186,7 @@ def literal(spec: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "bert", "gpt_oss"])
 def test_softmax_equals_eager(name: str, side: str, model_of: Any) -> None:
     register()
     ids, real = tokens(), padding(side)
@@ -196,7 +204,7 @@ def test_softmax_equals_eager_in_a_vision_transformer(model_of: Any) -> None:
         close(model_of("vit", "pdcore")(pixels).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "qwen3", "gemma2", "gpt_oss"])
 def test_generation_equals_that_of_eager(name: str, model_of: Any) -> None:
     register()
     ids, real = tokens(), padding("left")
@@ -216,7 +224,7 @@ def test_generation_equals_that_of_eager(name: str, model_of: Any) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bert", "gpt_oss"])
 def test_a_training_step_equals_that_of_eager(
     name: str, checkpointing: bool, model_of: Any
 ) -> None:
@@ -644,7 +652,10 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
             pdcore.UnsupportedError,
             "bias",
         ),
-        ("softmax", {"s_aux": torch.zeros(1)}, pdcore.UnsupportedError, "s_aux.*sinks"),
+        ("softmax", {"s_aux": torch.zeros(1)}, ValueError, r"'sink'.*shape \(1,\).*\(4,\)"),
+        ("linear", {"s_aux": torch.zeros(4)}, pdcore.UnsupportedError, "Layer with .*sink"),
+        ("h(count)", {"s_aux": torch.zeros(4)}, pdcore.UnsupportedError, "Layer with .*sink"),
+        ("h(sum,sink=0)", {"s_aux": torch.zeros(4)}, ValueError, "s_aux: got sinks"),
         ("softmax", {"cache": object()}, pdcore.UnsupportedError, "cache: got a object"),
         ("softmax", {"cu_seq_lens_q": torch.zeros(1)}, pdcore.UnsupportedError, "pad the seq"),
         ("softmax", {"head_mask": torch.zeros(1)}, pdcore.UnsupportedError, "head_mask"),

@@ -63,6 +63,8 @@ class Case(NamedTuple):
             arguments["key_mask"] = np.arange(24) >= np.array([[7], [0]])
         if "beta" in self.extras:
             arguments["params"] = {"beta": draw(2, 5)}
+        if "sink" in self.extras:
+            arguments["params"] = {"sink": draw(self.heads)}
         if "running" in self.extras:
             arguments["params"] = {"mean": draw(2, 5), "var": abs(draw(2, 5)) + 1}
         if "mean" in self.extras:
@@ -98,7 +100,7 @@ def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
     }
     run = jax.shard_map(local, mesh=mesh, in_specs=(split,), out_specs=ROWS)
     moving = {name: inputs[name] for name in ("q", "k", "v")}
-    if "beta" in case.extras:
+    if {"beta", "sink"} & set(case.extras):
         moving["params"] = inputs["params"]
 
     @jax.jit
@@ -163,6 +165,8 @@ def agree(results: dict[str, Any], wanted: dict[str, Any], relative: float) -> N
         Case("causal+random_features(8,0)", ("late",)),
         Case("bn+sh(3,2)", ("key_mask",)),
         Case("causal+sh(1,2)"),
+        Case("causal+h(sum,sink=param)", ("late", "sink"), heads=4),
+        Case("bn+h(sum,sink=0)", ("key_mask",)),
     ],
     ids=lambda case: "-".join(map(str, (case.spec, *case.extras))),
 )

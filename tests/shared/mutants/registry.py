@@ -71,6 +71,7 @@ def register() -> None:
         calls,
         forward,
         shapes,
+        sinks,
         statistics,
     )
 

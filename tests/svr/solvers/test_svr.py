@@ -64,6 +64,7 @@ CASES = [
     ("gaussian(gamma=0.05)", "gaussian(gamma=0.05)", {}),
     ("cosine+h(one)", "cosine", {"h": "one"}),
     ("polynomial+h(count)", "polynomial", {"h": "count"}),
+    ("h(sum,sink=2.5)", "softmax", {"sink": 2.5}),
     ("linear", "linear", {}),
     ("bn", "softmax", {"bn": True}),
     ("gaussian(gamma=0.05)+bn", "gaussian(gamma=0.05)", {"bn": True}),
