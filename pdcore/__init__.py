@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         derive,
     )
     from .dispatch import (
+        segments_from_cu_seqlens,
+        segments_from_lengths,
         use_backend,
     )
     from .errors import (
@@ -89,7 +91,7 @@ _LAZY = {
         "Derivation",
         "derive",
     ),
-    "dispatch": ("use_backend",),
+    "dispatch": ("segments_from_cu_seqlens", "segments_from_lengths", "use_backend"),
     "errors": (
         "NoBackendError",
         "PluginError",
@@ -183,6 +185,8 @@ __all__ = [
     "register_backend",
     "register_kernel",
     "register_normalization",
+    "segments_from_cu_seqlens",
+    "segments_from_lengths",
     "use_backend",
 ]
 

@@ -19,6 +19,7 @@ __all__ = [
     "device_of",
     "dtype_name",
     "exchangeable",
+    "host_values",
     "stop_gradient",
     "library_of",
     "overflow_as_nan",
@@ -211,6 +212,20 @@ def dtype_name(x: Any) -> str:
         name = str(dtype).rpartition(".")[2]
         _DTYPES[key] = name
     return name
+
+
+def host_values(x: Any) -> Any:
+    """Return the values of an array as one of NumPy; None where a compiler or a map traces it."""
+    if isinstance(x, np.ndarray):
+        return x
+    if compiling():
+        return None
+    try:
+        if hasattr(x, "get") and not hasattr(x, "__array_namespace__"):
+            return x.get()
+        return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    except (TypeError, RuntimeError):  # what tracers of JAX and of PyTorch raise
+        return None
 
 
 def stop_gradient(x: Any, xp: Any) -> Any:

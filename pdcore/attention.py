@@ -78,6 +78,7 @@ def attention(
     key_mask: Any = None,
     bias: Any = None,
     offset: Any = 0,
+    segments: Any = None,
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     dropout: float = NO_DROPOUT,
@@ -110,6 +111,10 @@ def attention(
         Added to log kappa; float32 or q's dtype. -inf removes a key.
     offset : int, integer array () or (*B,), or "end"
         The position of query 0; ``"end"`` puts the last query on the last real key.
+    segments : integer array (*B, N), or pair of integer arrays (*B, N) and (*B, M), optional
+        The ids of the packed sequences that queries and keys belong to, negative for padding;
+        see `segments_from_lengths`. Each is computed as a call of its own, with positions, and
+        an `offset` for all, that begin with it; only ``batch`` statistics are over all of them.
     params : mapping of str to array, optional
         The arrays that the spec declares, such as ``beta`` for ``bn(beta=param)``.
     return_lse : bool
@@ -161,6 +166,7 @@ def attention(
         key_mask=key_mask,
         bias=bias,
         offset=offset,
+        segments=segments,
         params=params,
         return_lse=return_lse,
         dropout=dropout,
@@ -180,6 +186,7 @@ def attention_vjp(
     key_mask: Any = None,
     bias: Any = None,
     offset: Any = 0,
+    segments: Any = None,
     params: Mapping[str, Any] | None = None,
     backend: Choice = None,
     device: str | None = None,
@@ -190,7 +197,7 @@ def attention_vjp(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device, layout
+    q, k, v, spec, mask, key_mask, bias, offset, segments, params, backend, device, layout
         As in `attention`.
 
     Returns
@@ -213,7 +220,7 @@ def attention_vjp(
     if extra or unknown:
         raise wrong_arguments(attention_vjp, extra, unknown)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params)
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments)
     out, lse, pullback = cached_bind(spec, backend, device).vjp(inputs, layout)
     from .dispatch import check_cotangent
 
@@ -238,6 +245,7 @@ def attention_weights(
     key_mask: Any = None,
     bias: Any = None,
     offset: Any = 0,
+    segments: Any = None,
     params: Mapping[str, Any] | None = None,
     backend: Choice = None,
     device: str | None = None,
@@ -248,7 +256,7 @@ def attention_weights(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, params, backend, device, layout
+    q, k, v, spec, mask, key_mask, bias, offset, segments, params, backend, device, layout
         As in `attention`.
 
     Returns
@@ -260,7 +268,7 @@ def attention_weights(
     if extra or unknown:
         raise wrong_arguments(attention_weights, extra, unknown)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params)
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments)
     return cached_bind(spec, backend, device).weights(inputs, layout)
 
 
@@ -275,6 +283,7 @@ def explain(
     key_mask: Any = None,
     bias: Any = None,
     offset: Any = 0,
+    segments: Any = None,
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     dropout: float = NO_DROPOUT,
@@ -288,7 +297,7 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, params, return_lse, dropout, axis_name, \
+    q, k, v, spec, mask, key_mask, bias, offset, segments, params, return_lse, dropout, axis_name, \
 backend, device, layout
         As in `attention`.
 
@@ -303,6 +312,6 @@ backend, device, layout
 
     layer = cached_bind(spec, backend, device)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name)
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name, segments)
     request = layer.request(heads_first(inputs, layout), lse=return_lse, layout=layout)
     return explain_request(request, layer.choice, request.lower())

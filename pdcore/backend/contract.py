@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from ..errors import PluginError, nearest
@@ -78,6 +78,8 @@ FEATURES: Mapping[str, str] = {
     "weights": "attention_weights",
     "dropout": "dropout in training",
     "axis_name": "sequence shards",
+    "segments": "packed sequences",
+    "traced_segments": "packed sequences whose ids are traced",
     "deterministic": "the same call twice gives the same bits",
     "batch_invariant": "a row's result does not depend on its batch",
     "thread_safe": "calls from several threads",
@@ -155,7 +157,7 @@ class Inputs(NamedTuple):
     """The validated arrays of a call, all of one library.
 
     `offset` is an int, an integer array () or (*B,), or ``"end"``; all arguments are those of
-    `attention`.
+    `attention`. A backend gets `segments` only where their ids are traced, see `Request.segments`.
     """
 
     q: Any
@@ -168,6 +170,7 @@ class Inputs(NamedTuple):
     params: Mapping[str, Any] = {}
     dropout: float = 0.0
     axis_name: str | None = None
+    segments: Any = None
 
 
 #: The layouts of q, k and v, by name.
@@ -199,6 +202,8 @@ class Request(NamedTuple):
         Whether the call returns the log-sum-exp; is `attention_vjp`; is `attention_weights`.
     dropout : float
     axis_name : str or None
+    segments : {"values", "traced"} or None
+        The kind of ids: with values, by which the call is cut into others without segments, or not.
     layout : str
         The layout of the caller's arrays, for messages only: the arrays of a backend, and the
         shapes here, are (*B, H, N, D) in any case.
@@ -221,10 +226,12 @@ class Request(NamedTuple):
     dropout: float = 0.0
     axis_name: str | None = None
     layout: str = "bhnd"
+    segments: str | None = None
 
     def __str__(self) -> str:
         q, k, v = (shape_in(self.layout, shape) for shape in (self.q, self.k, self.v))
         layout = "" if self.layout == "bhnd" else f", layout {self.layout}"
+        layout += ", packed" if self.segments else ""
         optional = "".join(
             f", {name} {getattr(self, name)}"
             for name in ("mask", "key_mask", "bias")
@@ -237,7 +244,10 @@ class Request(NamedTuple):
     def lower(self) -> Plan:
         """Lower the spec of the call, see `pdcore.lowering.lower`."""
         signature = Signature(self.q[-1], self.k[-3], self.dtype, self.mask is not None)
-        return lower(self.spec, signature)
+        plan = lower(self.spec, signature)
+        if self.segments != "values":
+            return plan
+        return replace(plan, steps=("segments: each a call of its own", *plan.steps))
 
     def features(self) -> list[str]:
         """List the `FEATURES` that the call needs."""
@@ -279,6 +289,8 @@ class Request(NamedTuple):
             "weights": self.weights,
             "dropout": self.dropout > 0,
             "axis_name": self.axis_name is not None,
+            "segments": self.segments is not None,
+            "traced_segments": self.segments == "traced",
         }
         return needed + [name for name, used in optional.items() if used]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from .arguments import explains_arguments, wrong_arguments
-from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice, cached_bind
+from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice
+from .cache import cached_bind
 from .explanation import Explanation, explain_request
 from .layout import HEADS_FIRST, Layout, heads_first
+from .segments import segments_from_cu_seqlens, segments_from_lengths
 from .selection import choose, reasons, resolve, select, use_backend
 from .validation import FLOATS, check_cotangent, finite_dropout, parameter_shape, validate
 
@@ -18,11 +20,15 @@ __all__ = [
     "Choice",
     "NO_DROPOUT",
     "NO_PARAMS",
+    # cache
     "cached_bind",
     # layout
     "HEADS_FIRST",
     "Layout",
     "heads_first",
+    # segments
+    "segments_from_cu_seqlens",
+    "segments_from_lengths",
     # selection
     "choose",
     "reasons",

@@ -21,16 +21,18 @@ from ..arrays import (
 from ..backend import ArrayBackend, Backend, Inputs, Request
 from ..errors import UnsupportedError
 from ..lowering import Plan
-from ..plugins import registry as plugins
 from ..spec import AttentionSpec, as_spec
 from . import selection
 from .arguments import check_given, explains_arguments, wrong_arguments
 from .exchange import exchange
 from .layout import HEADS_FIRST, Layout, heads_first, swap_axes, swap_pullback
 from .offsets import LARGE, near_offset
+from .packed import packed_call
+from .segments import segments_kind
+from .signatures import offset_kind, signature
 from .tracing import TracedSelections, concrete_size, make_traced_selector
 
-__all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice", "cached_bind"]
+__all__ = ["NO_DROPOUT", "NO_PARAMS", "BoundAttention", "Choice"]
 
 Choice = str | Sequence[str] | None
 
@@ -103,6 +105,7 @@ class BoundAttention:
         key_mask: Any = None,
         bias: Any = None,
         offset: Any = 0,
+        segments: Any = None,
         params: Mapping[str, Any] | None = None,
         return_lse: bool = False,
         dropout: float = NO_DROPOUT,
@@ -114,7 +117,13 @@ class BoundAttention:
         if extra or unknown:
             raise wrong_arguments(BoundAttention.__call__, extra, unknown)
         params = NO_PARAMS if params is None else params
-        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name)
+        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name, segments)
+        inputs, packed = packed_call(self, inputs, lse=return_lse, layout=layout)
+        if packed is not None:
+            out, lse = packed.attention(lse=return_lse)
+            if layout != HEADS_FIRST:
+                out = swap_axes(out)
+            return (out, lse) if return_lse else out
         backend, plan, inputs, back = self.prepare(inputs, lse=return_lse, layout=layout)
         if back is None:
             out, lse = backend.attention(plan, inputs, lse=return_lse)
@@ -130,6 +139,12 @@ class BoundAttention:
         self, inputs: Inputs, layout: Layout = HEADS_FIRST
     ) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
         """Compute attention and its pullback, see `attention_vjp`."""
+        inputs, packed = packed_call(self, inputs, vjp=True, layout=layout)
+        if packed is not None:
+            out, lse, pullback = packed.vjp()
+            if layout == HEADS_FIRST:
+                return out, lse, pullback
+            return swap_axes(out), lse, swap_pullback(pullback)
         backend, plan, prepared, back = self.prepare(inputs, vjp=True, layout=layout)
         if back is not None:
             library = library_of(inputs.q, "q")
@@ -145,6 +160,9 @@ class BoundAttention:
 
     def weights(self, inputs: Inputs, layout: Layout = HEADS_FIRST) -> Any:
         """Compute the weights, see `attention_weights`."""
+        inputs, packed = packed_call(self, inputs, weights=True, layout=layout)
+        if packed is not None:
+            return packed.weights()
         backend, plan, prepared, back = self.prepare(inputs, weights=True, layout=layout)
         if back is None:
             return backend.attention_weights(plan, prepared)
@@ -178,27 +196,7 @@ class BoundAttention:
                 return self._prepare_traced(
                     inputs, lse=lse, vjp=vjp, weights=weights, layout=layout
                 )
-        key: Any = None
-        entry = None
-        try:
-            q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name = inputs
-            key = (lse, vjp, weights, _signature(q), _signature(k), _signature(v))
-            plain = mask is None and key_mask is None and bias is None and type(offset) is int
-            plain = plain and type(params) is dict and not params
-            if not (plain and dropout is NO_DROPOUT and axis_name is None):
-                key = (*key, *map(_signature, inputs[3:]), dropout)
-            entry = self._prepared.get(key)
-        except (AttributeError, TypeError, RuntimeError):  # a nested tensor has no shape
-            key = None  # `validate` raises the error that describes the argument
-        if entry is None:
-            request = self.request(inputs, lse=lse, vjp=vjp, weights=weights, layout=layout)
-            selected = selection.choose(request, self._choice)
-            plan = selected.backend.fuse(request.lower(), request)
-            entry = (selected.backend, plan, request.library, self._device or selected.device)
-            if key is not None:
-                if len(self._prepared) >= 4096:
-                    self._prepared.clear()
-                self._prepared[key] = entry
+        entry = self.entry(inputs, lse, vjp, weights, layout)
         backend, plan, library, device = entry
         back = None
         if isinstance(offset := inputs.offset, np.integer) or (
@@ -213,6 +211,39 @@ class BoundAttention:
         if self._has_parameters:
             inputs = _complete(self.spec, inputs, backend)
         return backend, plan, inputs, back
+
+    def entry(
+        self,
+        inputs: Inputs,
+        lse: bool = False,
+        vjp: bool = False,
+        weights: bool = False,
+        layout: Layout = HEADS_FIRST,
+    ) -> tuple[Backend, Plan, str, str | None]:
+        """Return backend, plan, library and device of a call, q, k and v (*B, H, N, D)."""
+        key: Any = None
+        entry = None
+        try:
+            q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name, segments = inputs
+            key = (lse, vjp, weights, signature(q), signature(k), signature(v))
+            plain = mask is None and key_mask is None and bias is None and type(offset) is int
+            plain = plain and type(params) is dict and not params
+            plain = plain and segments is None
+            if not (plain and dropout is NO_DROPOUT and axis_name is None):
+                key = (*key, *map(signature, inputs[3:]), dropout)
+            entry = self._prepared.get(key)
+        except (AttributeError, TypeError, RuntimeError):  # a nested tensor has no shape
+            key = None  # `validate` raises the error that describes the argument
+        if entry is None:
+            request = self.request(inputs, lse=lse, vjp=vjp, weights=weights, layout=layout)
+            selected = selection.choose(request, self._choice)
+            plan = selected.backend.fuse(request.lower(), request)
+            entry = (selected.backend, plan, request.library, self._device or selected.device)
+            if key is not None:
+                if len(self._prepared) >= 4096:
+                    self._prepared.clear()
+                self._prepared[key] = entry
+        return entry
 
     def _prepare_traced(
         self, inputs: Inputs, *, lse: bool, vjp: bool, weights: bool, layout: str
@@ -236,13 +267,14 @@ class BoundAttention:
             q.ndim,
             *map(concrete_size, sizes),
             ranks,
-            _offset_kind(inputs.offset),
+            offset_kind(inputs.offset),
             lse,
             vjp,
             weights,
             dropped,
             inputs.axis_name,
             layout,
+            inputs.segments is not None,
         )
         backend, plan = getattr(self._traced, name)
         validate(plan.spec, inputs, "torch", layout)
@@ -287,37 +319,15 @@ class BoundAttention:
             mask,
             key_mask,
             bias,
-            _offset_kind(inputs.offset),
+            offset_kind(inputs.offset),
             bool(lse),
             vjp,
             weights,
             finite_dropout(inputs.dropout),
             inputs.axis_name,
             layout,
+            segments_kind(inputs.segments),
         )
-
-
-def _offset_kind(offset: Any) -> str:
-    """Return the kind of an offset, see `Request.offset`."""
-    if isinstance(offset, str):
-        return "end"
-    if not hasattr(offset, "shape") or isinstance(offset, np.integer):
-        return "int"
-    return "sequence" if len(offset.shape) else "array"
-
-
-def _signature(x: Any) -> Any:
-    """Return everything that validation reads of an argument, hashable and without values."""
-    kind = type(x)
-    if kind is np.ndarray:  # the most frequent case first
-        return kind, x.shape, x.dtype
-    if x is None or kind is int:
-        return kind
-    if kind is str or kind is float:
-        return x
-    if not hasattr(x, "shape") and isinstance(x, Mapping):
-        return tuple((name, *_signature(value)) for name, value in x.items())
-    return kind, x.shape, x.dtype, x.device, getattr(x, "layout", None)
 
 
 def _complete(spec: AttentionSpec, inputs: Inputs, backend: Backend) -> Inputs:
@@ -340,57 +350,3 @@ def _complete(spec: AttentionSpec, inputs: Inputs, backend: Backend) -> Inputs:
         # In the accumulation dtype, since a 16-bit dtype would round the default.
         params[p.name] = xp.full(shape, p.default, dtype=accumulation(q, xp), device=device_of(q))
     return inputs._replace(params=params)
-
-
-_BOUND: dict[Any, BoundAttention] = {}
-
-
-class _TracedLayers:
-    """The bound functions of traced calls, as attributes ``layer_0``, ``layer_1``..."""
-
-
-_TRACED = _TracedLayers()
-_TRACED_NAMES: dict[BoundAttention, str] = {}
-
-
-def cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
-    """Return the bound function of a call, from a cache that later calls share.
-
-    While PyTorch traces the call, the backend is chosen once, for the trace.
-    """
-    if compiling():
-        layer: BoundAttention = getattr(_TRACED, _traced_name(spec, backend, device))
-        return layer
-    return _cached_bind(spec, backend, device)
-
-
-def _traced_name(spec: str | AttentionSpec, backend: Choice, device: str | None) -> str:
-    # The compiler can trace neither a context variable nor the registry, see `tracing`.
-    layer = _cached_bind(spec, backend, device)
-    name = _TRACED_NAMES.setdefault(layer, f"layer_{len(_TRACED_NAMES)}")
-    setattr(_TRACED, name, layer)
-    return name
-
-
-_traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None) -> BoundAttention:
-    choice: Any = backend
-    if backend is not None and not isinstance(backend, str) and isinstance(backend, Sequence):
-        choice = tuple(backend)
-    try:
-        ambient = selection.ambient() if choice is None else None
-        key = (spec, choice, device, ambient, plugins.generation())
-        layer = _BOUND.get(key)
-    except TypeError:
-        return BoundAttention(spec, choice, device)
-    if layer is None:
-        # Discovery counts as a change of the registry, which would make this entry stale at once.
-        plugins.discover()
-        key = (*key[:-1], plugins.generation())
-        layer = BoundAttention(spec, choice, device)
-        if len(_BOUND) >= 1024:  # a loop over new specs must not grow the cache without end
-            _BOUND.clear()
-        _BOUND[key] = layer
-    return layer

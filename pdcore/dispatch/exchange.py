@@ -41,6 +41,8 @@ def exchange(
     def forth(x: Any) -> Any:
         if x is None or isinstance(x, (int, float, str)):
             return x
+        if isinstance(x, tuple | list):  # a pair of segments
+            return tuple(forth(part) for part in x)
         try:
             x = x if same_library else exchangeable(x, library)
             return backend.exchange(x, target if same_library else device)
@@ -65,5 +67,6 @@ def exchange(
         # A result of JAX comes as a read-only array of NumPy.
         return exchangeable(backend.give(exchangeable(x, backend.info.library), namespace), library)
 
+    params = {n: forth(x) for n, x in inputs.params.items()}
     moved = {name: forth(x) for name, x in inputs._asdict().items() if name != "params"}
-    return Inputs(**moved, params={n: forth(x) for n, x in inputs.params.items()}), back
+    return Inputs(**moved, params=params), back

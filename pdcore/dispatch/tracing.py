@@ -56,6 +56,7 @@ def make_traced_selector(
         dropped: bool,
         axis_name: str | None,
         layout: str,
+        packed: bool,
     ) -> str:
         if device is not None and device != array_device:
             raise UnsupportedError(
@@ -82,6 +83,7 @@ def make_traced_selector(
             0.5 if dropped else 0.0,
             axis_name,
             layout,
+            "traced" if packed else None,
         )
         backend = selection.choose(request, choice).backend
         if backend.info.library != "torch":

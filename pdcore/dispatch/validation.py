@@ -16,6 +16,7 @@ from ..backend import LAYOUTS, Inputs, shape_in
 from ..errors import UnsupportedError, nearest
 from ..plugins import registered
 from ..spec import AttentionSpec, Parameter
+from .segments import check_segments
 
 __all__ = ["validate"]
 
@@ -66,6 +67,10 @@ def validate(
                 f"{name}: got dtype {dtype_name(x)}, expected {dtype} like q; cast it yourself"
             )
     spec = _shapes(spec, q.shape, k.shape, v.shape, layout)
+    if inputs.segments is None:
+        spec.check_keys(k.shape[-2])
+    else:
+        check_segments(inputs.segments, q, k, inputs.offset, inputs.axis_name)
     lead = tuple(q.shape[:-3])
     if inputs.key_mask is not None:
         _boolean(inputs.key_mask, "key_mask")
@@ -138,9 +143,7 @@ def _shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, layout: str) -> Attenti
     if scales and scales != k[-3]:
         fits_swapped = _divide(q[-2], k[-2]) and scales == k[-2]
         owner = f"{owner} {shown(k)}{_other_layout(layout, fits_swapped)}"
-    spec = spec.for_heads(k[-3], owner)
-    spec.check_keys(k[-2])
-    return spec
+    return spec.for_heads(k[-3], owner)
 
 
 _AXES = {

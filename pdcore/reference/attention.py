@@ -22,6 +22,8 @@ from ..spec import AttentionSpec
 from .inputs import ReferenceCall, prepare, select
 from .kernels import kappa_of, pointwise
 from .normalizations import prefix_inner_products, transform_of
+from .pooling import pool, pooled_keys, windows
+from .segments import over_segments
 
 __all__ = ["reference_attention", "reference_weights"]
 
@@ -38,6 +40,7 @@ def reference_attention(
     key_mask: Any = None,
     bias: Any = None,
     offset: Any = 0,
+    segments: Any = None,
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     round_intermediates: Any = None,
@@ -68,6 +71,9 @@ def reference_attention(
         Added to log kappa; -inf removes the key, from ``h(count)`` too.
     offset : int, integer array () or (*B,), or "end"
         The position of query 0; with ``"end"``, the last query is at the last real key.
+    segments : integer array (*B, N), or pair of integer arrays (*B, N) and (*B, M), optional
+        The ids of the segments of queries and keys, negative for padding; each segment is a call
+        of its own, but for ``batch`` statistics.
     params : mapping of str to array, optional
         The arrays that the spec's kernel and normalization declare.
     return_lse : bool
@@ -103,14 +109,12 @@ def reference_attention(
     """
     # Only NumPy warns: of overflow, of log 0, and of a NaN in the inputs.
     with np.errstate(all="ignore"):
-        call = prepare(q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates)
-        xp = call.xp
-        outs, lses = [], []
-        for head in _heads(call):
-            outs.append(_contract(head.weights, head.visible, head.values, xp))
-            lses.append(head.lse)
-        out = xp.astype(call.rounded(xp.stack(outs, axis=-3)), q.dtype)
-        return (out, xp.stack(lses, axis=-2)) if return_lse else out
+        masks, rounded = (mask, key_mask, bias), round_intermediates
+        packed = segments is not None
+        call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed)
+        results = over_segments(call, segments, offset, _attend) if packed else _attend(call)
+        out = call.xp.astype(call.rounded(results[0]), q.dtype)
+        return (out, results[1]) if return_lse else out
 
 
 def reference_weights(
@@ -123,6 +127,7 @@ def reference_weights(
     key_mask: Any = None,
     bias: Any = None,
     offset: Any = 0,
+    segments: Any = None,
     params: Mapping[str, Any] | None = None,
     round_intermediates: Any = None,
 ) -> Any:
@@ -130,7 +135,7 @@ def reference_weights(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates
+    q, k, v, spec, mask, key_mask, bias, offset, segments, params, round_intermediates
         As in `reference_attention`.
 
     Returns
@@ -146,17 +151,36 @@ def reference_weights(
         As in `reference_attention`.
     """
     with np.errstate(all="ignore"):
-        call = prepare(q, k, v, spec, mask, key_mask, bias, offset, params, round_intermediates)
-        xp = call.xp
-        spread = []
-        for head in _heads(call):
-            pooled = head.pooled[..., None, :, :]
-            count = xp.sum(xp.astype(pooled, call.dtype), axis=-1, keepdims=True)
-            share = head.weights[..., None] / select(count > 0, count, 1.0, xp)
-            share = select(pooled, share, 0.0, xp)
-            *lead, windows, scale = share.shape
-            spread.append(xp.reshape(share, (*lead, windows * scale))[..., : k.shape[-2]])
-        return xp.astype(xp.stack(spread, axis=-3), q.dtype)
+        masks, rounded = (mask, key_mask, bias), round_intermediates
+        packed = segments is not None
+        call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed)
+        if packed:
+            [weights] = over_segments(call, segments, offset, _spread, at_keys=True)
+        else:
+            [weights] = _spread(call)
+        return call.xp.astype(weights, q.dtype)
+
+
+def _attend(call: ReferenceCall) -> tuple[Any, Any]:
+    """Compute out (*B, Hq, N, Dv) and lse (*B, Hq, N)."""
+    xp, outs, lses = call.xp, [], []
+    for head in _heads(call):
+        outs.append(_contract(head.weights, head.visible, head.values, xp))
+        lses.append(head.lse)
+    return xp.stack(outs, axis=-3), xp.stack(lses, axis=-2)
+
+
+def _spread(call: ReferenceCall) -> tuple[Any]:
+    """Compute the weights of the keys before pooling, (*B, Hq, N, M)."""
+    xp, spread = call.xp, []
+    for head in _heads(call):
+        pooled = head.pooled[..., None, :, :]
+        count = xp.sum(xp.astype(pooled, call.dtype), axis=-1, keepdims=True)
+        share = head.weights[..., None] / select(count > 0, count, 1.0, xp)
+        share = select(pooled, share, 0.0, xp)
+        *lead, count, scale = share.shape
+        spread.append(xp.reshape(share, (*lead, count * scale))[..., : call.k.shape[-2]])
+    return (xp.stack(spread, axis=-3),)
 
 
 @dataclass(frozen=True)
@@ -177,16 +201,9 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
     group = call.q.shape[-3] // key_heads
     by_key_head = [p.name for p in spec.parameters() if not p.by_query_head]
     for g in range(key_heads):
-        scale = spec.heads.scales[g] if spec.heads.scales else 1
-        if spec.heads.half is not None and g >= key_heads - key_heads // 2:
-            scale = spec.heads.half
-        in_window = _windows(call.real[..., None], scale, call)[..., 0]
-        pooled = in_window
-        if spec.heads.pool == "first":
-            order = xp.cumulative_sum(xp.astype(in_window, call.dtype), axis=-1)
-            pooled = in_window & (order == 1)
-        keys = _pool(call.k[..., g, :, :], pooled, call)
-        values = _pool(call.v[..., g, :, :], pooled, call)
+        keys, in_window, pooled = pooled_keys(call, g)
+        scale = pooled.shape[-1]
+        values = pool(call.v[..., g, :, :], pooled, call)
         real = xp.any(in_window, axis=-1)
         params = {name: call.params[name][g : g + 1, ...] for name in by_key_head}
         # A pooled key occupies its whole window, even where the last keys do not exist.
@@ -200,7 +217,7 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
         for i in range(g * group, (g + 1) * group):
             visible = allowed
             if call.mask is not None:
-                mask = _windows(xp.matrix_transpose(call.mask[..., i, :, :]), scale, call)
+                mask = windows(xp.matrix_transpose(call.mask[..., i, :, :]), scale, call)
                 denied = xp.any(~mask & in_window[..., None], axis=-2)
                 visible = visible & ~xp.matrix_transpose(denied)
             bias = None
@@ -235,27 +252,6 @@ def _allowed_by_position(call: ReferenceCall, first: Any, last: Any) -> Any:
     if support.right != INF:
         allowed = allowed & (last <= position + int(support.right))
     return allowed
-
-
-# --- head scaling -----------------------------------------------------------------------------
-
-
-def _windows(x: Any, scale: int, call: ReferenceCall) -> Any:
-    """Split rows (*B, M, D) into the windows of head scaling, (*B, W, s, D), padded by zeros."""
-    xp = call.xp
-    *lead, length, dim = x.shape
-    count = -(-length // scale)
-    padding = xp.zeros((*lead, count * scale - length, dim), dtype=x.dtype, device=call.device)
-    return xp.reshape(xp.concat([x, padding], axis=-2), (*lead, count, scale, dim))
-
-
-def _pool(x: Any, pooled: Any, call: ReferenceCall) -> Any:
-    """Compute the mean over the pooled keys of each window, (*B, W, D); 0 without any."""
-    xp = call.xp
-    pooled = pooled[..., None]
-    count = xp.sum(xp.astype(pooled, call.dtype), axis=-2)
-    total = xp.sum(select(pooled, _windows(x, pooled.shape[-2], call), 0.0, xp), axis=-2)
-    return total / select(count > 0, count, 1.0, xp)
 
 
 # --- normaliser and contraction ---------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..spec import AttentionSpec, Kernel, Normalization, as_spec
 
-__all__ = ["ReferenceCall", "hook_params", "prepare", "select"]
+__all__ = ["ReferenceCall", "hook_params", "positions", "prepare", "select"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ def prepare(
     offset: Any,
     params: Mapping[str, Any] | None,
     round_intermediates: Any,
+    packed: bool = False,
 ) -> ReferenceCall:
-    """Check the arguments, and cast them to the accumulation dtype."""
+    """Check the arguments, and cast them to the accumulation dtype; `packed`: with segments."""
     from array_api_compat import array_namespace, device
 
     spec = as_spec(spec)
@@ -69,7 +70,8 @@ def prepare(
     xp, q_device = array_namespace(*arrays.values(), *offsets), device(q)
     lead, key_heads, dim = _check_shapes(q, k, v)
     fitted = spec.for_heads(key_heads)
-    fitted.check_keys(k.shape[-2])
+    if not packed:
+        fitted.check_keys(k.shape[-2])
     rows, length, query_heads = q.shape[-2], k.shape[-2], q.shape[-3]
     full = (*lead, query_heads, rows, length)
     name = _dtype_name(q)
@@ -104,7 +106,7 @@ def prepare(
         real=real,
         mask=mask,
         bias=bias,
-        position=_positions(offset, real, rows, key_mask is None, xp, q_device),
+        position=positions(offset, real, rows, key_mask is None, xp, q_device),
         params=_check_params(params, spec, (key_heads, dim, query_heads), dtype, xp, q_device),
         rounded=accumulated if round_intermediates is None else rounded,
     )
@@ -157,7 +159,7 @@ def _check_shapes(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], int, int]:
     return lead, key_heads, shapes["k"][-1]
 
 
-def _positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, q_device: Any) -> Any:
+def positions(offset: Any, real: Any, rows: int, unmasked: bool, xp: Any, q_device: Any) -> Any:
     """Return the positions of the queries, integers (N, 1) or (*B, N, 1)."""
     row = xp.arange(rows, device=q_device)
     lead, length = tuple(real.shape[:-1]), real.shape[-1]

@@ -24,7 +24,7 @@ from ..spec import (
 )
 from .inputs import ReferenceCall, hook_params, prepare, select
 
-__all__ = ["prefix_inner_products", "reference_keys", "transform_of"]
+__all__ = ["moments", "prefix_inner_products", "reference_keys", "transform_of"]
 
 
 def reference_keys(k: Any, spec: AttentionSpec, params: Mapping[str, Any]) -> Any:
@@ -82,7 +82,7 @@ def _rowwise_transform(
             mean, var = params["mean"], params.get("var")
         else:
             axes = tuple(range(keys.ndim - 1)) if normalization.statistics == "batch" else -2
-            mean, var = _moments(keys, real[..., None], axes, xp)
+            mean, var = moments(keys, real[..., None], axes, xp)
         beta = _beta(normalization, call, params)
         if not normalization.with_std:
             return lambda x: x - beta * mean
@@ -147,7 +147,7 @@ def prefix_inner_products(
     inner = xp.zeros(counted.shape, dtype=call.dtype, device=call.device)
     for d in range(q.shape[-1]):
         x, y = q[..., d][..., :, None], keys[..., d][..., None, :]
-        mean, var = _moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
+        mean, var = moments(xp.broadcast_to(y, counted.shape), counted, -1, xp)
         x, y = x - beta[d] * mean, y - beta[d] * mean
         if normalization.with_std:
             std = xp.sqrt(var + normalization.eps)
@@ -156,7 +156,7 @@ def prefix_inner_products(
     return inner
 
 
-def _moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
+def moments(x: Any, included: Any, axes: Any, xp: Any) -> tuple[Any, Any]:
     """Compute mean and biased variance over the included entries; 0 without any."""
     included = xp.broadcast_to(included, x.shape)
     count = xp.sum(xp.astype(included, x.dtype), axis=axes, keepdims=True)
@@ -170,7 +170,7 @@ def _instance_enhanced(
     t: InstanceEnhanced, beta: Any, keys: Any, real: Any, params: Mapping[str, Any], xp: Any
 ) -> Callable[[Any], Any]:
     """Return T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
-    mean, var = _moments(keys, real[..., None], -2, xp)
+    mean, var = moments(keys, real[..., None], -2, xp)
     z = params["slope"] * mean + params["shift"]
     small = xp.exp(-xp.abs(z))  # the sigmoid in the one of its two forms that does not overflow
     gate = select(z < 0, small / (1.0 + small), 1.0 / (1.0 + small), xp)
@@ -209,7 +209,7 @@ def _take_or_zero(x: Any, index: Any, inside: Any, xp: Any) -> Any:
 def _mixture(t: Mixture, keys: Any, real: Any, xp: Any) -> Callable[[Any], Any]:
     """Return T for one head, from its pooled keys (*B, W, D); real (*B, W)."""
     included = real[..., None]
-    _, var = _moments(keys, included, -2, xp)
+    _, var = moments(keys, included, -2, xp)
     mean = _centres(t, keys, included, xp)  # (*B, K, D)
     var = var + xp.zeros_like(mean)
     share = xp.full_like(mean[..., 0], 1.0 / t.components)  # (*B, K)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import pdcore
-from pdcore.dispatch import binding
+from pdcore.dispatch import cache as bound_cache
 from pdcore.reference import reference_attention
 from pdcore.spec import Support, Visibility, parse
 from pdcore_backends.torch import choice, device, flash, flex, namespace
@@ -33,7 +33,7 @@ CASES = cache(lambda: running.list_cases("torch:cpu"))
 
 def forget() -> None:
     """Clear the caches of bound calls and compiled programs."""
-    binding._BOUND.clear()
+    bound_cache._BOUND.clear()
     flex._program.cache_clear()
 
 

@@ -1,0 +1,400 @@
+"""Packed sequences: their segments cut out, run as calls of their own, and joined again.
+
+Segments of equal lengths are the sequences of one call. Under ``batch`` statistics, which are over
+all keys, all segments are, padded to the longest. Rows that see no key, those of padding and of
+segments without keys, are one more call, on no keys and without a normalization.
+
+All of it is slices and joins of the caller's arrays, which their library differentiates. The ids
+are values on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from ..arrays import compiling, device_of
+from ..backend import Inputs
+from ..lowering import sum_to
+from ..spec import Identity
+from .arguments import check_given
+from .layout import Layout, heads_first
+from .segments import Segment, on_host, ranges, segments_kind, shares_statistics
+
+if TYPE_CHECKING:
+    from .binding import BoundAttention
+
+__all__ = ["PackedCall", "packed_call"]
+
+#: A range of positions: the sequence, the first position, and the number of positions.
+Span = tuple[int, int, int]
+#: Arrays (H, n, ...) with the places of their axis 1.
+Parts = list[tuple[Span, Any]]
+
+
+def packed_call(
+    layer: BoundAttention, inputs: Inputs, *, layout: Layout, **kind: bool
+) -> tuple[Inputs, PackedCall | None]:
+    """Cut a call into pieces, if it has segments and their values are at hand.
+
+    Parameters
+    ----------
+    layer : BoundAttention
+    inputs : Inputs
+        In the caller's layout.
+    layout : str
+    **kind : bool
+        Whether the call returns `lse`, or is one of `vjp` or `weights`.
+
+    Returns
+    -------
+    inputs : Inputs
+        Without segments, if there is no sequence that has any.
+    packed : PackedCall or None
+    """
+    if inputs.segments is None or compiling():
+        return inputs, None
+    from .cache import cached_bind
+
+    check_given(inputs)
+    at_hand = on_host(heads_first(inputs, layout))
+    if segments_kind(at_hand.segments) == "traced":
+        return inputs, None
+    backend, _, _, device = layer.entry(at_hand, layout=layout, **kind)
+    if 0 in inputs.q.shape[:-3]:
+        return inputs._replace(segments=None), None
+    unnormalized = replace(layer.spec, normalization=Identity())
+    layers = (cached_bind(spec, backend.info.name, device) for spec in (layer.spec, unnormalized))
+    return inputs, PackedCall(*layers, at_hand)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A call of some segments.
+
+    Attributes
+    ----------
+    layer : BoundAttention
+    inputs : Inputs
+        Without segments, q, k and v (S, H, n, D).
+    rows, keys : sequence of Span
+        The places of the queries and of the keys; without `keys`, all rows are one sequence.
+    """
+
+    layer: BoundAttention
+    inputs: Inputs
+    rows: Sequence[Span]
+    keys: Sequence[Span]
+
+
+class PackedCall:
+    """A call with segments, cut into pieces.
+
+    Parameters
+    ----------
+    layer, blind : BoundAttention
+        The attention of a segment, and the same without a normalization.
+    inputs : Inputs
+        q, k and v (*B, H, N, D), and the ids as arrays of NumPy.
+    """
+
+    def __init__(self, layer: BoundAttention, blind: BoundAttention, inputs: Inputs) -> None:
+        from array_api_compat import array_namespace
+
+        self.xp, self.inputs = array_namespace(inputs.q), inputs
+        self.lead = tuple(inputs.q.shape[:-3])
+        self.q, self.k, self.v = (self._flat(x, 3) for x in inputs[:3])
+        self.pieces = list(self._pieces(layer, blind, ranges(inputs.segments, self.lead)))
+
+    def attention(self, *, lse: bool) -> tuple[Any, Any]:
+        """Compute out and, with `lse`, the log-sum-exp."""
+        outs, lses = [], []
+        for piece in self.pieces:
+            named = piece.inputs._asdict()
+            del named["segments"]
+            result = piece.layer(**named, return_lse=lse)
+            out, level = result if lse else (result, None)
+            outs += self._by_rows(piece, out)
+            lses += self._by_rows(piece, level) if lse else []
+        return self._rows_joined(outs), self._rows_joined(lses) if lse else None
+
+    def vjp(self) -> tuple[Any, Any, Callable[..., dict[str, Any]]]:
+        """Compute out, the log-sum-exp and the pullback."""
+        outs, lses, pullbacks = [], [], []
+        for piece in self.pieces:
+            out, level, pullback = piece.layer.vjp(piece.inputs)
+            outs += self._by_rows(piece, out)
+            lses += self._by_rows(piece, level)
+            pullbacks.append(pullback)
+
+        def pull(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            gradients = []
+            for piece, pullback in zip(self.pieces, pullbacks, strict=True):
+                of_lse = None if d_lse is None else self._rows_of(self._flat(d_lse, 2), piece)
+                gradients.append(pullback(self._rows_of(self._flat(d_out, 3), piece), of_lse))
+            return self._gradients(gradients)
+
+        return self._rows_joined(outs), self._rows_joined(lses), pull
+
+    def weights(self) -> Any:
+        """Compute the weights, which are 0 for keys of other segments."""
+        rows: Parts = []
+        for piece in self.pieces:
+            keys = piece.keys or [(0, 0, 0)] * len(piece.rows)
+            parts = self._by_rows(piece, piece.layer.weights(piece.inputs))
+            for (span, x), (_, first, count) in zip(parts, keys, strict=True):
+                rows.append((span, self._placed(x[..., :count], first, self.k.shape[-2], 2)))
+        return self._rows_joined(rows)
+
+    # Cutting.
+
+    def _pieces(
+        self, layer: BoundAttention, blind: BoundAttention, segments: list[Segment]
+    ) -> Iterator[_Piece]:
+        """Yield the calls of all rows, and of all keys that statistics need."""
+        shared = shares_statistics(layer.spec)
+        batches: dict[Any, list[Segment]] = {}
+        seen: dict[int, list[Span]] = {s: [] for s in range(self.q.shape[0])}
+        for s in segments:
+            if s.keys and (s.rows or shared):
+                batches.setdefault(None if shared else (s.rows, s.keys), []).append(s)
+                seen[s.sequence].append((s.sequence, s.first_row, s.rows))
+        for batch in batches.values():
+            yield self._piece(layer, batch)
+        count = self.q.shape[-2]
+        rows = [(s, a, n) for s in seen for a, n, gap in _all_ranges(seen[s], count) if gap]
+        if rows:
+            yield self._blind_piece(blind, rows)
+
+    def _piece(self, layer: BoundAttention, segments: list[Segment]) -> _Piece:
+        """Return the call of some segments, padded to the longest where they differ."""
+        xp, inputs = self.xp, self.inputs
+        rows = [(s.sequence, s.first_row, s.rows) for s in segments]
+        keys = [(s.sequence, s.first_key, s.keys) for s in segments]
+        q, k, v = (
+            self._stacked(self._cut(x, spans, 1), 1)
+            for x, spans in ((self.q, rows), (self.k, keys), (self.v, keys))
+        )
+        mask, bias = (self._cut_mask(x, rows, keys) for x in (inputs.mask, inputs.bias))
+        key_mask, offset = inputs.key_mask, inputs.offset
+        if key_mask is not None:
+            key_mask = self._stacked(self._cut(self._flat(key_mask, 1), keys, 0), 0)
+        elif len({s.keys for s in segments}) > 1:
+            device = device_of(inputs.q)
+            real = [xp.ones((s.keys,), dtype=xp.bool, device=device) for s in segments]
+            key_mask = self._stacked(real, 0)
+        if isinstance(offset, str) and len({s.rows for s in segments}) > 1:
+            offset = self._ends(key_mask, segments)
+        call = inputs._replace(
+            q=q, k=k, v=v, mask=mask, key_mask=key_mask, bias=bias, offset=offset, segments=None
+        )
+        return _Piece(layer, call, rows, keys)
+
+    def _blind_piece(self, layer: BoundAttention, rows: list[Span]) -> _Piece:
+        """Return the call of rows that see no key; those of padding may be NaN, and are 0 here."""
+        q, k, v, given = self.q, self.k, self.v, self.inputs.params
+        shape = (1, q.shape[1], sum(n for _, _, n in rows), q.shape[-1])
+        params = {p.name: given[p.name] for p in layer.spec.parameters() if p.name in given}
+        call = Inputs(self._zeros(shape, q), k[:1, :, :0, :], v[:1, :, :0, :], params=params)
+        return _Piece(layer, call, rows, [])
+
+    def _ends(self, key_mask: Any, segments: list[Segment]) -> Any:
+        """Return the offset of each segment that puts its last query on its last real key."""
+        xp, device = self.xp, device_of(self.q)
+        rows, keys = (
+            xp.asarray(count, dtype=xp.int64, device=device)
+            for count in ([s.rows for s in segments], [s.keys for s in segments])
+        )
+        if key_mask is None:
+            return keys - rows
+        index = xp.arange(1, key_mask.shape[-1] + 1, dtype=xp.int64, device=device)
+        return xp.max(xp.where(key_mask, index, xp.zeros_like(index)), axis=-1) - rows
+
+    def _cut(self, x: Any, spans: Sequence[Span], axis: int) -> list[Any]:
+        """Cut spans out of the sequences x[s], along an axis of x[s]."""
+        cut: list[Any] = [None] * len(spans)
+        places: dict[int, list[Span]] = {}
+        for span in spans:
+            places.setdefault(span[0], []).append(span)
+        sequences = self.xp.unstack(x, axis=0)
+        parts: dict[Span, Any] = {}
+        for s, found in places.items():
+            whole = _all_ranges(found, x.shape[axis + 1])
+            split = _split(sequences[s], [n for _, n, _ in whole], axis)
+            parts.update(((s, a, n), part) for (a, n, _), part in zip(whole, split, strict=True))
+        for i, span in enumerate(spans):
+            cut[i] = parts[span] if span[2] else _slice(sequences[span[0]], 0, 0, axis)
+        return cut
+
+    def _cut_mask(self, x: Any, rows: Sequence[Span], keys: Sequence[Span]) -> Any:
+        """Cut a mask or bias along the axes of queries and keys, where it has them."""
+        if x is None:
+            return None
+        x = self._with_all_axes(x)
+        if x.shape[-2] != 1:
+            cut = self._cut(x, rows, 1)
+        else:
+            sequences = self.xp.unstack(x, axis=0)
+            cut = [sequences[s] for s, _, _ in rows]
+        if x.shape[-1] != 1:
+            cut = [_slice(c, a, a + n, 2) for c, (_, a, n) in zip(cut, keys, strict=True)]
+            size = max(n for _, _, n in keys)
+            cut = [self._placed(c, 0, size, 2) for c in cut]
+        return self._stacked(cut, 1)
+
+    def _with_all_axes(self, x: Any) -> Any:
+        """Return a mask or bias as (sequences, H or 1, N or 1, M or 1)."""
+        shape = (*(1,) * (len(self.lead) + 3 - x.ndim), *x.shape)
+        x = self.xp.broadcast_to(self.xp.reshape(x, shape), (*self.lead, *shape[-3:]))
+        return self._flat(x, 3)
+
+    def _flat(self, x: Any, axes: int) -> Any:
+        """Return an array with one leading axis before the last `axes`."""
+        if x.ndim == axes + 1:
+            return x
+        return self.xp.reshape(x, (math.prod(self.lead), *x.shape[x.ndim - axes :]))
+
+    def _stacked(self, parts: list[Any], axis: int) -> Any:
+        """Stack arrays, padded by zeros along an axis to the longest."""
+        size = max(part.shape[axis] for part in parts)
+        return self.xp.stack([self._placed(part, 0, size, axis) for part in parts], axis=0)
+
+    def _zeros(self, shape: tuple[int, ...], like: Any) -> Any:
+        return self.xp.zeros(shape, dtype=like.dtype, device=device_of(self.inputs.q))
+
+    # Joining.
+
+    def _placed(self, x: Any, start: int, size: int, axis: int) -> Any:
+        """Put an array at `start` into zeros that have `size` entries along an axis."""
+        counts = (start, size - start - x.shape[axis])
+        before, after = (
+            [self._zeros((*x.shape[:axis], n, *x.shape[axis + 1 :]), x)] if n else []
+            for n in counts
+        )
+        return self.xp.concat([*before, x, *after], axis=axis) if before or after else x
+
+    def _by_rows(self, piece: _Piece, result: Any) -> Parts:
+        """Return the parts of the result of a piece, with the places of their rows."""
+        if piece.keys:
+            return self._by_span(piece.rows, result)
+        parts = _split(result[0, ...], [n for _, _, n in piece.rows], 1)
+        return list(zip(piece.rows, parts, strict=True))
+
+    def _by_span(self, spans: Sequence[Span], x: Any) -> Parts:
+        """Return the sequences of an array, less the padding at their end, with their places."""
+        parts = self.xp.unstack(x, axis=0)
+        return [(span, _slice(p, 0, span[2], 1)) for span, p in zip(spans, parts, strict=True)]
+
+    def _rows_of(self, d: Any, piece: _Piece) -> Any:
+        """Return the cotangent of the result of a piece, the inverse of `_by_rows`."""
+        cut = self._cut(d, piece.rows, 1)
+        return self._stacked(cut, 1) if piece.keys else self.xp.concat(cut, axis=1)[None, ...]
+
+    def _rows_joined(self, parts: Parts) -> Any:
+        """Join results at their rows, with the leading axes of the caller."""
+        whole = self._joined(parts, self.q.shape[-2])
+        return self.xp.reshape(whole, (*self.lead, *whole.shape[1:]))
+
+    def _joined(self, parts: Parts, length: int) -> Any:
+        """Join parts to (sequences, H, length, ...), with zeros between them."""
+        places: dict[int, dict[int, Any]] = {s: {} for s in range(self.q.shape[0])}
+        spans: dict[int, list[Span]] = {s: [] for s in places}
+        for span, x in parts:
+            spans[span[0]].append(span)
+            if span[2]:
+                places[span[0]][span[1]] = x
+        like = parts[0][1]
+        sequences = []
+        for s, found in places.items():
+            whole = [
+                self._zeros((like.shape[0], n, *like.shape[2:]), like) if gap else found[a]
+                for a, n, gap in _all_ranges(spans[s], length)
+            ]
+            sequences.append(self.xp.concat(whole, axis=1))
+        return self.xp.stack(sequences, axis=0)
+
+    def _gradients(self, found: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join the gradients of the pieces."""
+        xp, inputs, total = self.xp, self.inputs, {}
+        seen = [(p, g) for p, g in zip(self.pieces, found, strict=True) if p.keys]
+        for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
+            parts: Parts = []
+            for piece, g in seen:
+                parts += self._by_span(piece.rows if name == "q" else piece.keys, g[name])
+            joined = self._joined(parts, x.shape[-2]) if parts else xp.zeros_like(x)
+            total[name] = xp.reshape(joined, x.shape)
+        if inputs.bias is not None:
+            total["bias"] = self._bias_gradient([(p, g["bias"]) for p, g in seen])
+        names = {n for g in found for n in g} | set(inputs.params)
+        for name in names - {"q", "k", "v", "bias"}:
+            parts_of = [g[name] for g in found if name in g]
+            total[name] = (
+                sum(parts_of[1:], parts_of[0]) if parts_of else xp.zeros_like(inputs.params[name])
+            )
+        return total
+
+    def _bias_gradient(self, found: list[tuple[_Piece, Any]]) -> Any:
+        """Join the gradients of the cut bias, summed over what was broadcast."""
+        xp, bias = self.xp, self.inputs.bias
+        by_row, by_key = (bias.ndim > a and bias.shape[-1 - a] != 1 for a in (1, 0))
+        parts: Parts = []
+        for piece, gradient in found:
+            rows = piece.rows if by_row else [(s, 0, 1) for s, _, _ in piece.rows]
+            for (span, x), (_, first, n) in zip(
+                self._by_span(rows, gradient), piece.keys, strict=True
+            ):
+                if by_key:
+                    x = self._placed(_slice(x, 0, n, 2), first, bias.shape[-1], 2)
+                parts.append((span, x))
+        if not parts:
+            return xp.zeros_like(bias)
+        if by_row:
+            whole = self._joined(parts, bias.shape[-2])
+        else:
+            zeros = xp.zeros_like(parts[0][1])
+            whole = xp.stack(
+                [
+                    sum((x for (s, _, _), x in parts if s == index), zeros)
+                    for index in range(self.q.shape[0])
+                ],
+                axis=0,
+            )
+        whole = xp.reshape(whole, (*self.lead, *whole.shape[1:]))
+        return sum_to(whole, bias.shape, xp=xp)
+
+
+def _all_ranges(spans: Sequence[Span], length: int) -> list[tuple[int, int, bool]]:
+    """Return (start, length, whether it is a gap) for all of 0..length, empty spans left out."""
+    whole, done = [], 0
+    for _, start, count in sorted(spans):
+        if count:
+            if done < start:
+                whole.append((done, start - done, True))
+            whole.append((start, count, False))
+            done = start + count
+    if done < length or not whole:
+        whole.append((done, length - done, True))
+    return whole
+
+
+def _split(x: Any, sizes: Sequence[int], axis: int) -> Sequence[Any]:
+    """Split an array into parts of the given sizes along an axis.
+
+    By one call where the array has that, as those of PyTorch do: the gradient of a slice is an
+    array as large as the whole.
+    """
+    if hasattr(x, "split"):
+        parts: Sequence[Any] = x.split(list(sizes), axis)
+        return parts
+    ends = accumulate(sizes)
+    return [_slice(x, end - n, end, axis) for end, n in zip(ends, sizes, strict=True)]
+
+
+def _slice(x: Any, start: int, stop: int, axis: int) -> Any:
+    """Return the entries start..stop along an axis; the array itself where those are all."""
+    if not start and stop == x.shape[axis]:
+        return x
+    return x[(*(slice(None),) * axis, slice(start, stop), ...)]
