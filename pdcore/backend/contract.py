@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from ..errors import PluginError, nearest
@@ -79,7 +79,6 @@ FEATURES: Mapping[str, str] = {
     "dropout": "dropout in training",
     "axis_name": "sequence shards",
     "segments": "packed sequences",
-    "traced_segments": "packed sequences whose ids are traced",
     "deterministic": "the same call twice gives the same bits",
     "batch_invariant": "a row's result does not depend on its batch",
     "thread_safe": "calls from several threads",
@@ -203,7 +202,7 @@ class Request(NamedTuple):
     dropout : float
     axis_name : str or None
     segments : {"values", "traced"} or None
-        The kind of ids: with values, by which the call is cut into others without segments, or not.
+        Whether the ids have values, by which the call is cut into calls without segments.
     layout : str
         The layout of the caller's arrays, for messages only: the arrays of a backend, and the
         shapes here, are (*B, H, N, D) in any case.
@@ -231,7 +230,6 @@ class Request(NamedTuple):
     def __str__(self) -> str:
         q, k, v = (shape_in(self.layout, shape) for shape in (self.q, self.k, self.v))
         layout = "" if self.layout == "bhnd" else f", layout {self.layout}"
-        layout += ", packed" if self.segments else ""
         optional = "".join(
             f", {name} {getattr(self, name)}"
             for name in ("mask", "key_mask", "bias")
@@ -244,10 +242,7 @@ class Request(NamedTuple):
     def lower(self) -> Plan:
         """Lower the spec of the call, see `pdcore.lowering.lower`."""
         signature = Signature(self.q[-1], self.k[-3], self.dtype, self.mask is not None)
-        plan = lower(self.spec, signature)
-        if self.segments != "values":
-            return plan
-        return replace(plan, steps=("segments: each a call of its own", *plan.steps))
+        return lower(self.spec, signature)
 
     def features(self) -> list[str]:
         """List the `FEATURES` that the call needs."""
@@ -290,7 +285,6 @@ class Request(NamedTuple):
             "dropout": self.dropout > 0,
             "axis_name": self.axis_name is not None,
             "segments": self.segments is not None,
-            "traced_segments": self.segments == "traced",
         }
         return needed + [name for name, used in optional.items() if used]
 
@@ -332,7 +326,11 @@ class Backend(ABC):
         kind = request.device.partition(":")[0]
         if kind not in self.info.devices:
             reasons.append(f"device {request.device}: runs on {', '.join(self.info.devices)}")
-        return reasons
+        return reasons + (self.traced_segments(request) if request.segments == "traced" else [])
+
+    def traced_segments(self, request: Request) -> list[str]:
+        """Return why the backend cannot run a call whose segments are traced, see `refusals`."""
+        return ["segments: their ids are traced, and must be values; pass them as NumPy arrays"]
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Return a plan that computes the same and runs fastest on this backend.

@@ -32,7 +32,10 @@ _PADDING = (
     "key_mask=~key_padding_mask; spec stays as it is"
 )
 _LENGTHS = "use key_mask=, bool (*B, M), True for a real key, whatever the spec"
-_PACKED = "pad the sequences of a batch, and pass key_mask=, True for a real key; spec is unchanged"
+_PACKED = (
+    "use segments=, integer ids (*B, N), such as segments_from_cu_seqlens(cu_seqlens), or a pair "
+    "of those of queries and keys; spec is unchanged"
+)
 _DROPOUT = "use dropout=, the probability of dropping a weight; it is no part of spec"
 _RANDOM = "leave it out: nothing is random without dropout=, whatever the spec"
 _HEADS = (
@@ -71,6 +74,7 @@ WORDS: Mapping[str, str] = {
         ("query_seq_lengths key_value_seq_lengths seqused_k seq_lens lengths", _LENGTHS),
         ("cu_seqlens cu_seqlens_q cu_seqlens_k cu_seq_q cu_seq_k cu_seq_lens_q", _PACKED),
         ("cu_seq_lens_k max_seqlen_q max_seqlen_k max_q max_k block_table", _PACKED),
+        ("segment_ids q_segment_ids kv_segment_ids document_ids sequence_ids", _PACKED),
         ("dropout_p dropout_rate attn_drop attn_dropout", _DROPOUT),
         ("deterministic dropout_rng broadcast_dropout training", _RANDOM),
         ("enable_gqa num_heads num_key_value_heads num_kv_heads", _HEADS),
@@ -91,7 +95,7 @@ WORDS: Mapping[str, str] = {
 _ELSEWHERE = {
     **dict.fromkeys(("spec", "backend", "device"), "it is an argument of bind"),
     **dict.fromkeys(
-        ("q", "k", "v", "mask", "key_mask", "bias", "offset", "params", "layout"),
+        ("q", "k", "v", "mask", "key_mask", "bias", "offset", "segments", "params", "layout"),
         "bind takes no arrays; it belongs to the call of what bind returns",
     ),
     "return_lse": "attention and a bound spec take it; attention_vjp returns lse in any case",

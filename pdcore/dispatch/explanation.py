@@ -14,6 +14,10 @@ from .selection import UNREGISTERED, AnyChoice, in_words, reasons, resolve, tabl
 __all__ = ["Explanation", "explain_request"]
 
 
+#: The first step of a call with segments.
+PIECES = "segments: each is a call of its own, with these steps; those of equal lengths are one"
+
+
 @dataclass(frozen=True)
 class Explanation:
     """How a call would run; ``print`` it, or take `to_dict`.
@@ -104,6 +108,8 @@ def explain_request(
         name, fused = candidate.name, None if plan is None else backend.fuse(plan, request)
         break
     steps = () if fused is None else fused.steps
+    if request.segments == "values":
+        steps = (PIECES, *steps)
     return Explanation(request.spec, request, name, resolved.source, plan, steps, by_name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,17 +219,14 @@ def shares_statistics(spec: AttentionSpec) -> bool:
 
 
 def ranges(segments: Any, lead: tuple[int, ...]) -> list[Segment]:
-    """Return the segments of all sequences, in the order of their queries.
+    """Return the segments of all sequences, from ids that are arrays of NumPy.
 
     Raises
     ------
     ValueError
         For an id that stands in more than one run of a sequence.
     """
-    q_ids, k_ids = (
-        np.reshape(np.asarray(host_values(x)), (-1, x.shape[-1]) if lead else (1, x.shape[-1]))
-        for x in pair_of(segments)
-    )
+    q_ids, k_ids = (np.reshape(x, (math.prod(lead), x.shape[-1])) for x in pair_of(segments))
     found = []
     for sequence, (of_q, of_k) in enumerate(zip(q_ids, k_ids, strict=True)):
         rows, keys = _runs(of_q, sequence, "queries"), _runs(of_k, sequence, "keys")

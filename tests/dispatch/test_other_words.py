@@ -56,7 +56,7 @@ OTHERS = {
         "alibi_slopes": ("bias=",),
         "deterministic": ("leave it out",),
         "return_attn_probs": ("return_lse=True",),
-        "cu_seqlens_q": ("pad", "key_mask="),
+        "cu_seqlens_q": ("segments=", "segments_from_cu_seqlens"),
     },
     "flax": {
         "dropout_rate": ("dropout=",),
