@@ -19,6 +19,8 @@ from pdcore.backend import Request
 from pdcore.dispatch import parameter_shape
 from pdcore.spec import AttentionSpec, Parameter, parse
 
+from .packing import ids_of
+
 __all__ = ["Array", "Arrays", "Call", "drawn", "dtype_of", "laid_out", "swap_axes"]
 
 Array = np.ndarray[Any, Any]
@@ -45,7 +47,7 @@ class Arrays:
     ----------
     q, k, v : array (*B, Hq, N, D), (*B, Hkv, M, D), (*B, Hkv, M, Dv)
     options : mapping
-        The mask, key_mask, bias, offset and params of the call, those that it has.
+        The mask, key_mask, bias, offset, segments and params of the call, those that it has.
     """
 
     q: Array
@@ -127,6 +129,8 @@ class Call:
     axes : {"", "bnhd"}
         The argument ``layout`` of the call, with q, k and v in this order of axes; "" leaves the
         argument out, and the order is (*B, H, N, D).
+    segments : {"", "ragged", "equal", "padded", "pair"}
+        Packed sequences, see `.packing`; padding, as ids of "padded" and "pair" have, holds NaN.
     """
 
     spec: str = "softmax"
@@ -148,6 +152,7 @@ class Call:
     axes: str = ""
     seed: int = field(default=0, compare=True)
     offset_dtype: str = "int64"
+    segments: str = ""
 
     def but(self, **changes: Any) -> Call:
         """Return a copy with some fields changed."""
@@ -190,6 +195,7 @@ class Call:
             present.get("key_mask"),
             present.get("bias"),
             kind,
+            segments="values" if self.segments else None,
             **outputs,
         )
 
@@ -264,6 +270,13 @@ class Call:
             options["offset"] = np.asarray(rng.integers(low, high, shape), self.offset_dtype)
         elif self.offset != 0:
             options["offset"] = self.offset
+        if self.segments:
+            q_ids, k_ids = ids_of(self.segments, self.lead, self.rows, self.keys)
+            options["segments"] = (q_ids, k_ids) if self.segments == "pair" else q_ids
+            q, k, v = (
+                np.where((ids < 0)[..., None, :, None], math.nan, x)
+                for ids, x in ((q_ids, q), (k_ids, k), (k_ids, v))
+            )
         params = {
             p.name: self._parameter(rng, p).astype(dtype)
             for p in self.parsed.parameters()

@@ -47,6 +47,7 @@ CALLS: Mapping[str, Call] = {
     "weights": SMALL,
     "dropout": SMALL,
     "axis_name": SMALL,
+    "segments": SMALL.but(keys=9, segments="ragged"),
 }
 
 
