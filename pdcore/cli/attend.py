@@ -12,7 +12,7 @@ from rich.markup import escape
 from .. import __version__
 from ..attention import BoundAttention, bind
 from ..backend import Inputs
-from ..dispatch import choose
+from ..dispatch import choose, ranges
 from ..lowering import Plan
 from ..spec import parse
 from .files import FileError, check_writable, file_kind, read_arrays, replacing, write_arrays
@@ -40,9 +40,9 @@ def attend(
 ) -> None:
     """Compute attention over your own arrays.
 
-    IN holds q, k and v, and may hold mask, key_mask, bias, offset and params.NAME; OUT, .npz or
-    .safetensors by its extension, will hold out (and lse). OUT appears when it is complete, or
-    not at all.
+    IN holds q, k and v, and may hold mask, key_mask, bias, offset, segments (or q_segments and
+    k_segments) and params.NAME; OUT, .npz or .safetensors by its extension, will hold out (and
+    lse). OUT appears when it is complete, or not at all.
     """
     parsed, names = parse(spec), parse_backends(backend)
     file_kind(out)
@@ -102,6 +102,8 @@ def _choose(
     try:
         request = bound.request(Inputs(**arrays), lse=lse)
         plan = request.lower()
+        if "segments" in arrays:
+            ranges(arrays["segments"], request.q[:-3])
     except (TypeError, ValueError) as error:
         raise FileError(f"{source}: {error}") from error
     return choose(request, bound.choice).backend.info.name, plan

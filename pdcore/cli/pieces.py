@@ -4,7 +4,8 @@ Three cuts are exact. *Sequences* are independent of one another, unless statist
 the batch. *Rows* are independent given the keys, whatever the spec, for statistics depend on keys
 only; a block of rows is the same call with fewer queries and a larger offset. *Heads* are
 independent too. Scores are cut by rows, and features by heads: the sums over the keys would
-otherwise be computed again for every block of rows.
+otherwise be computed again for every block of rows. So are scores with segments, each of which has
+positions of its own.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ class Piece(NamedTuple):
 
 
 def divide(
-    plan: Plan, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], target: float = TARGET
+    plan: Plan,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    target: float = TARGET,
+    *,
+    packed: bool = False,
 ) -> list[Piece]:
     """Divide a call into pieces.
 
@@ -66,6 +73,8 @@ def divide(
         Shapes.
     target : float
         About how many multiplications a piece should have.
+    packed : bool
+        Whether the call has segments.
 
     Returns
     -------
@@ -88,6 +97,7 @@ def divide(
         pieces = [whole._replace(lead=c, cost=cost * _share(c, lead[axis])) for c in cuts]
     if pieces[0].cost <= 2 * target:
         return pieces
+    by_scores = by_scores and not packed
     size, least = (rows, ROWS) if by_scores else (k[-3], 1)
     step = max(least, int(target * size / pieces[0].cost) // least * least)
     return [
@@ -138,7 +148,8 @@ def attend_in_pieces(
         The number of pieces.
     """
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    pieces = divide(plan, q.shape, k.shape, v.shape, target)
+    packed = arrays.get("segments") is not None
+    pieces = divide(plan, q.shape, k.shape, v.shape, target, packed=packed)
     total = sum(piece.cost for piece in pieces)
     outputs: dict[str, np.ndarray[Any, Any]] = {}
     bound: dict[AttentionSpec, Any] = {}
@@ -207,7 +218,10 @@ def _arguments(arrays: Mapping[str, Any], piece: Piece) -> dict[str, Any]:
                 # A parameter always has the head axis first.
                 call[name] = {n: p[piece.heads] for n, p in value.items()}
             continue
-        if not isinstance(value, np.ndarray) or not value.ndim:
+        if name == "segments" and piece.lead is not None:
+            cut = (*(slice(None),) * piece.axis, piece.lead)
+            call[name] = tuple(i[cut] for i in value) if isinstance(value, tuple) else value[cut]
+        if not isinstance(value, np.ndarray) or not value.ndim or name == "segments":
             continue
         # Masks and biases broadcast, so their axes count from the right.
         missing = q.ndim - value.ndim if name in ("q", "k", "v", "mask", "bias") else 0

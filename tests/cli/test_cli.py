@@ -65,6 +65,20 @@ def test_attend_is_attention(source: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(written["lse"], expected[1])
 
 
+def test_attend_takes_packed_sequences(tmp_path: Path) -> None:
+    ids = np.array([[0, 0, 1, 1, 1, -1]] * 2)
+    np.savez(tmp_path / "in.npz", **QKV, segments=ids)
+    out = tmp_path / "out.npz"
+    assert run("attend", "bn", tmp_path / "in.npz", "-o", out).exit_code == 0
+    with np.load(out, allow_pickle=False) as written:
+        expected = pdcore.attention(**QKV, spec="bn", segments=ids)
+        np.testing.assert_array_equal(written["out"], expected)
+    np.savez(tmp_path / "in.npz", **QKV, segments=ids[:, [0, 2, 1, 3, 4, 5]])
+    refused = run("attend", "bn", tmp_path / "in.npz", "-o", out, "--force")
+    assert refused.exit_code != 0
+    assert "in.npz: segments: the id 0" in refused.stderr
+
+
 def test_attend_takes_everything_a_file_may_hold(tmp_path: Path) -> None:
     call = {
         "mask": RNG.random((6, 6)) < 0.8,

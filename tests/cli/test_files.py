@@ -117,6 +117,20 @@ def test_dtypes_survive(tmp_path: Path, dtype: str) -> None:
     assert str(read_arrays(path)["q"].dtype) == dtype
 
 
+def test_ids_of_queries_and_keys_are_a_pair(tmp_path: Path) -> None:
+    ids = {f"{name}_segments": np.arange(10).reshape(2, 5) // 3 for name in "qk"}
+    for suffix in (".npz", ".safetensors"):
+        q_ids, k_ids = read_arrays(save(tmp_path / f"in{suffix}", QKV | ids))["segments"]
+        np.testing.assert_array_equal(q_ids, k_ids)
+    one = {"segments": ids["q_segments"]}
+    assert read_arrays(save(tmp_path / "one.npz", QKV | one))["segments"].shape == (2, 5)
+    for wrong in ({"q_segments": ids["q_segments"]}, ids | one):
+        with pytest.raises(FileError, match="expected both q_segments and k_segments"):
+            read_arrays(save(tmp_path / "wrong.npz", QKV | wrong))
+    with pytest.raises(FileError, match="segments has dtype float64, expected integers"):
+        read_arrays(save(tmp_path / "wrong.npz", QKV | {"segments": np.zeros((2, 5))}))
+
+
 @pytest.mark.parametrize(("offset", "expected"), [(np.array(7), 7), (np.array("end"), "end")])
 def test_a_scalar_offset_is_a_plain_value(tmp_path: Path, offset: Any, expected: Any) -> None:
     path = save(tmp_path / "in.npz", QKV | {"offset": offset})

@@ -108,6 +108,17 @@ def test_statistics_over_the_batch_are_not_cut_with_it() -> None:
     assert len(pieces) == -(-2000 // ROWS)
 
 
+@pytest.mark.parametrize("spec", ["causal+bn(statistics=prefix)", "bn+sh(1,2)", "linear"])
+@pytest.mark.parametrize("pair", [False, True])
+def test_segments_are_cut_by_sequences_and_heads(
+    spec: str, pair: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = drawn(3, rows=17)
+    ids = np.array([[0] * 5 + [1] * 12, [3] * 17, [-1] * 4 + [2] * 13])
+    arrays["segments"] = (ids, ids[:, ::-1]) if pair else ids
+    assert check(spec, arrays, monkeypatch) > 1
+
+
 def test_small_calls_stay_whole() -> None:
     arrays = drawn(3)
     assert attend_in_pieces(arrays, planned("softmax", arrays))[1] == 1

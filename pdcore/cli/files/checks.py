@@ -23,6 +23,9 @@ KNOWN = {
     "key_mask": "bool",
     "bias": "float",
     "offset": "int",
+    "segments": "int",
+    "q_segments": "int",
+    "k_segments": "int",
 }
 _PARAM = re.compile(r"params\.[A-Za-z_]\w*\Z", re.ASCII)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -56,7 +59,8 @@ def check_dtype_name(path: Path, name: str, dtype: str, hint: str = "") -> None:
     expected = {"float": _FLOATS, "bool": ("bool",)}.get(kind)
     allowed = dtype in expected if expected else dtype.startswith(("int", "uint"))
     if not allowed:
-        wanted = " or ".join(expected or ("integers (or the text 'end' in a .npz)",))
+        text = " (or the text 'end' in a .npz)" if name == "offset" else ""
+        wanted = " or ".join(expected or (f"integers{text}",))
         raise FileError(f"{path}: {name} has dtype {dtype}, expected {wanted}{hint}")
 
 
