@@ -7,7 +7,7 @@ from .binding import NO_DROPOUT, NO_PARAMS, BoundAttention, Choice
 from .cache import cached_bind
 from .explanation import Explanation, explain_request
 from .layout import HEADS_FIRST, Layout, heads_first
-from .segments import segments_from_cu_seqlens, segments_from_lengths
+from .segments import ranges, segments_from_cu_seqlens, segments_from_lengths
 from .selection import choose, reasons, resolve, select, use_backend
 from .validation import FLOATS, check_cotangent, finite_dropout, parameter_shape, validate
 
@@ -27,6 +27,7 @@ __all__ = [
     "Layout",
     "heads_first",
     # segments
+    "ranges",
     "segments_from_cu_seqlens",
     "segments_from_lengths",
     # selection

@@ -67,8 +67,10 @@ def packed_call(
     if 0 in inputs.q.shape[:-3]:
         return inputs._replace(segments=None), None
     unnormalized = replace(layer.spec, normalization=Identity())
-    layers = (cached_bind(spec, backend.info.name, device) for spec in (layer.spec, unnormalized))
-    return inputs, PackedCall(*layers, at_hand)
+    piece, blind = (
+        cached_bind(spec, backend.info.name, device) for spec in (layer.spec, unnormalized)
+    )
+    return inputs, PackedCall(piece, blind, at_hand)
 
 
 @dataclass(frozen=True)

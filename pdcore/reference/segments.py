@@ -60,7 +60,7 @@ def over_segments(
     call = _with_batch_statistics(call, blocks)
     rows = []
     for index, cuts in blocks.items():
-        parts = []
+        parts: list[list[Any]] = []
         for of_q, of_k in cuts:
             if of_q.stop > of_q.start or not parts:
                 results = function(_cut(call, index, of_q, of_k, offset))
