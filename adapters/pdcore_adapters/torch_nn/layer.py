@@ -13,7 +13,7 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs, finite_dropout, parameter_shape
 
 from ..bound import BoundSpec, Choice, learned_parameters, refuse_dropout
-from .masks import check_addend, check_hides_only, check_mask, require
+from .masks import check_addend, check_hides_only, check_mask, require, with_batch
 from .words import wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
@@ -146,6 +146,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         attn_mask: Any = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        segments: Any = None,
         **unknown: Never,
     ) -> tuple[Any, Any]:
         """Attend from `query` to `key` and `value`.
@@ -170,6 +171,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             The hint that `attn_mask` is the causal mask. ``causal`` is added to the spec. As in
             `torch.nn.MultiheadAttention`, `attn_mask` is then ignored without `key_padding_mask`
             and `need_weights`.
+        segments : Tensor (B, N), or (N,) unbatched, or a pair, (B, N) and (B, M), optional
+            Ids of the packed sequences of queries and keys, negative for padding, as in
+            `pdcore.attention`.
 
         Returns
         -------
@@ -188,6 +192,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         """
         if isinstance(query, fx.Proxy):
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            masks["segments"] = segments
             flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             leaf: tuple[Any, Any] = _as_leaf(
                 self, query, key, value, **masks, **flags, is_causal=is_causal
@@ -212,23 +217,16 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             if key_padding_mask is None and not need_weights:
                 attn_mask = None
         mask, key_mask, bias = self._masks(attn_mask, key_padding_mask, q, k)
-        params = {name: getattr(self, "spec_" + name) for name in self._learned}
-        out = attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            key_mask=key_mask,
-            bias=bias,
-            params=params,
-            dropout=self.dropout if self.training else 0.0,
-            layout="bnhd",
-        )
+        call = {"mask": mask, "key_mask": key_mask, "bias": bias}
+        call["segments"] = segments if batched else with_batch(segments)
+        call["params"] = {name: getattr(self, "spec_" + name) for name in self._learned}
+        p = self.dropout if self.training else 0.0
+        out = attend(q, k, v, **call, dropout=p, layout="bnhd")
         out = out.transpose(0, 1) if batched and not self.batch_first else out
         out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         weights = None
         if need_weights:
-            weights = attend.weights(Inputs(q, k, v, mask, key_mask, bias, params=params), "bnhd")
+            weights = attend.weights(Inputs(q, k, v, **call), "bnhd")
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]

@@ -10,7 +10,7 @@ import torch
 from pdcore import UnsupportedError
 from pdcore.extend import compiling
 
-__all__ = ["check_addend", "check_hides_only", "check_mask", "require"]
+__all__ = ["check_addend", "check_hides_only", "check_mask", "require", "with_batch"]
 
 
 def check_mask(mask: Any, name: str, shapes: list[tuple[int, ...]]) -> None:
@@ -41,6 +41,14 @@ def check_hides_only(mask: Any, name: str, reason: str) -> None:
         f"{name}: got a float mask with values other than 0 and -inf, and {reason}; give a bool "
         "mask, True where it hides",
     )
+
+
+def with_batch(segments: Any) -> Any:
+    """Return the ids of an unbatched call with an axis of one sequence."""
+    if segments is None:
+        return None
+    pair = isinstance(segments, tuple | list)
+    return tuple(ids[None] for ids in segments) if pair else segments[None]
 
 
 def require(condition: Any, message: str) -> None:
