@@ -38,8 +38,8 @@ _IGNORED = frozenset(
 #: Advice for some of the arguments that are refused.
 _ADVICE = {
     "cache": "pages of keys belong to continuous batching; use generate() with a DynamicCache",
-    "cu_seq_lens_k": "pad the sequences of a batch instead of packing them",
-    "cu_seq_lens_q": "pad the sequences of a batch instead of packing them",
+    "cu_seq_lens_k": "pass position_ids that begin anew in each packed sequence",
+    "cu_seq_lens_q": "pass position_ids that begin anew in each packed sequence",
     "sinks": "use 'eager' for a model with attention sinks",
 }
 
@@ -83,11 +83,13 @@ def register(
       ``causal+bn(statistics=prefix)`` for ``bn``;
     - ``causal`` or prefix statistics in a bidirectional layer;
     - statistics or pooled keys if their keys are not known: with a mask (B, 1, N, M) of the
-      caller, with patterns other than causal and sliding windows, such as packed sequences,
-      and with a cache that has dropped keys behind a sliding window;
+      caller, with patterns other than causal and sliding windows and packed sequences, with
+      packed sequences under `torch.compile`, and with a cache that has dropped keys behind a
+      sliding window;
     - a `scaling`, a `softcap` or sinks of the layer that contradict the spec (`ValueError`) or
       that the kernel does not have;
-    - arguments that are not supported: paged caches, packed sequences.
+    - arguments that are not supported: paged caches, and the boundaries of packed sequences, which
+      are known from `position_ids` that begin anew, without a mask or a cache.
 
     The attention of queries that see no key, such as padding on the left, is zero.
     """
@@ -226,6 +228,7 @@ class LayerAttention:
                         "past_key_values=DynamicCache(), which keeps them, or use_cache=False"
                     )
                 arguments["offset"] = parts.offset
+                arguments["segments"] = parts.segments
                 if parts.key_mask is not None:
                     arguments["key_mask"] = parts.key_mask.expand(expected[0], -1)
             else:

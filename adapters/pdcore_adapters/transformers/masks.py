@@ -42,12 +42,15 @@ class Parts(NamedTuple):
         The position of the first query among these M keys.
     dropped : bool
         Whether the cache has dropped keys before these M keys.
+    segments : integer tensor (B, N) or None
+        The ids of packed sequences.
     """
 
     pattern: Pattern
     key_mask: Any
     offset: Any
     dropped: bool
+    segments: Any = None
 
 
 #: Operations on scores and a mask of numbers, which a boolean mask would spoil.
@@ -140,7 +143,7 @@ def build_mask(
     Returns
     -------
     LayerMask or bool tensor (B, 1, N, M)
-        A tensor for patterns other than causal, sliding and bidirectional ones; and under
+        A tensor for patterns other than causal, sliding, bidirectional and packed ones; and under
         `torch.compile`, where the tensor has the attribute ``parts`` too.
 
     Raises
@@ -169,14 +172,14 @@ def build_mask(
             device=device,
         )
 
-    pattern = _recognise_pattern(mask_function)
+    pattern, segments = _recognise_pattern(mask_function)
     if pattern is None:
         return full()
     # This pads the mask to the length of a static cache, whose last entries are not written yet.
     key_mask = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if key_mask is not None:
         key_mask = key_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    parts = Parts(pattern, key_mask, offset - kv_offset, kv_offset > 0)
+    parts = Parts(pattern, key_mask, offset - kv_offset, kv_offset > 0, segments)
     if torch.compiler.is_compiling():
         # The compiler cannot trace a `LayerMask`, and leaves out a full mask that no layer reads.
         mask = full()
@@ -200,33 +203,40 @@ def _own_attention_message(model: str, reason: str) -> str:
     )
 
 
-def _recognise_pattern(mask_function: Any) -> Pattern | None:
-    """Return the pattern of a mask function of transformers, None if it is not known.
+def _recognise_pattern(mask_function: Any) -> tuple[Pattern | None, Any]:
+    """Return the pattern of a mask function of transformers, None if it is not known, and segments.
 
     Mask functions are closures, recognised by the names of the functions that create them. A
     closure of any other name, as in another release, is not known.
     """
     if mask_function is causal_mask_function:
-        return Pattern(causal=True)
+        return Pattern(causal=True), None
     if mask_function is bidirectional_mask_function:
-        return Pattern()
+        return Pattern(), None
     if torch.compiler.is_compiling():
-        return None  # the compiler does not tell the closure of a function
+        return None, None  # the compiler does not tell the closure of a function
     code = getattr(mask_function, "__code__", None)
     if getattr(mask_function, "__module__", None) != sdpa_mask.__module__ or code is None:
-        return None
+        return None, None
     cells = (cell.cell_contents for cell in mask_function.__closure__ or ())
     enclosed = dict(zip(code.co_freevars, cells, strict=True))
     match mask_function.__qualname__.partition(".")[0], enclosed:
         case "and_masks", {"mask_functions": parts}:
-            patterns = [_recognise_pattern(part) for part in parts]
+            patterns, ids = zip(*(_recognise_pattern(part) for part in parts), strict=True)
             known = [pattern for pattern in patterns if pattern is not None]
-            if len(known) < len(patterns):
-                return None
+            packed = [segments for segments in ids if segments is not None]
+            if len(known) < len(patterns) or len(packed) > 1:
+                return None, None
             causal, left, right = zip(*known, strict=True)
-            return Pattern(any(causal), min(left), min(right))
+            return Pattern(any(causal), min(left), min(right)), packed[0] if packed else None
+        case "packed_sequence_mask_function", {"packed_sequence_mask": segments}:
+            return Pattern(), segments
+        case "remap_positions_for_packed_sequence", {"mask_function": inner}:
+            # Positions ascend by 1 in a sequence, and patterns compare positions only.
+            return _recognise_pattern(inner)
         case "sliding_window_overlay", {"sliding_window": int(width)}:
-            return Pattern(left=width - 1)  # the width counts the key at the query's position
+            # The width counts the key at the query's position.
+            return Pattern(left=width - 1), None
         case "sliding_window_bidirectional_overlay", {"sliding_window": int(width)}:
-            return Pattern(left=width, right=width)
-    return None
+            return Pattern(left=width, right=width), None
+    return None, None

@@ -506,16 +506,36 @@ def test_a_decoder_may_look_both_ways(model_of: Any) -> None:
 # --- masks of other kinds -------------------------------------------------------------------------
 
 
-def test_packed_sequences(model_of: Any) -> None:
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed_sequences(model_of: Any, name: str) -> None:
     register()
     ids = tokens()
     packed = torch.cat([torch.arange(5), torch.arange(M - 5)]).expand(B, M)
-    expected = logits(model_of("llama"), ids, position_ids=packed)
-    close(logits(model_of("llama", "pdcore"), ids, position_ids=packed), expected)
+    expected = logits(model_of(name), ids, position_ids=packed)
+    close(logits(model_of(name, "pdcore"), ids, position_ids=packed), expected)
     for spec in (PREFIX, "sh(1,2)", "causal"):
         register("pdcore_bn", spec)
-        with pytest.raises(pdcore.UnsupportedError, match="packed sequences"):
-            logits(model_of("llama", "pdcore_bn"), ids, position_ids=packed)
+        model = model_of(name, "pdcore_bn")
+        together = logits(model, ids, position_ids=packed)
+        close(together[:, :5], logits(model, ids[:, :5]))
+        close(together[:, 5:], logits(model, ids[:, 5:]))
+
+
+def test_packed_sequences_of_one_token_and_none(model_of: Any) -> None:
+    register("pdcore_bn", PREFIX)
+    model, ids = model_of("llama", "pdcore_bn"), tokens()
+    packed = torch.cat([torch.arange(1), torch.arange(1), torch.arange(M - 2)]).expand(B, M)
+    together = logits(model, ids, position_ids=packed)
+    close(together[:, 1:2], logits(model, ids[:, 1:2]))
+    close(logits(model, ids, position_ids=torch.arange(M).expand(B, M)), logits(model, ids))
+
+
+def test_packed_sequences_of_a_compiled_model_are_refused_with_statistics(model_of: Any) -> None:
+    register("pdcore_bn", PREFIX)
+    model = torch.compile(model_of("llama", "pdcore_bn"), backend="eager")
+    packed = torch.cat([torch.arange(5), torch.arange(M - 5)]).expand(B, M)
+    with pytest.raises(Exception, match="packed sequences"):
+        logits(model, tokens(), position_ids=packed)
 
 
 def test_masks_that_the_caller_makes(model_of: Any) -> None:
