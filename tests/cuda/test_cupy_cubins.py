@@ -10,6 +10,8 @@ import pytest
 
 from pdcore_backends.cupy import cubins
 from pdcore_backends.cupy.impl import CupyRuntime
+from pdcore_conformance.gpu import kernels as gpu_kernels
+from pdcore_conformance.gpu import prepare
 
 CODE = "template <int N> __global__ void add(float* x) { x[threadIdx.x] += N; }"
 NAMES = ("add<1>", "add<2>")
@@ -61,6 +63,18 @@ def test_any_other_kernel_is_compiled(
     monkeypatch.setattr(Device, "compute_capability", capability)
     arguments, asked = CupyRuntime().compile(code, name)  # type: ignore[misc]
     assert (arguments["code"], asked) == (code, name)
+
+
+def test_kernels_are_prepared_for_a_run_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "kernels", lambda: [(CODE, name) for name in NAMES])
+    prepare.compile_kernels(tmp_path)
+    monkeypatch.setenv(cubins.FOLDER, str(tmp_path))
+    for name in NAMES:
+        found = cubins.find(CODE, name, gpu_kernels.ARCHITECTURE)
+        assert found is not None
+        assert found.path.exists()
 
 
 def test_a_folder_without_kernels_is_an_error(

@@ -26,7 +26,7 @@ from ..runner.watching import WatchedProcess
 from .command import TARGETS
 from .prepared import FOLDER, NAMES, ROOT, tree
 
-__all__ = ["main"]
+__all__ = ["compile_kernels", "main"]
 
 #: The versions of the wheels, those of the tests.
 PINS = ("tests", "numpy")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     _write(
         "cases", {target: names for name in TARGETS if (names := _cases(target := f"{name}:cuda"))}
     )
-    _compile(FOLDER / "cubins")
+    compile_kernels(FOLDER / "cubins")
     size = sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB for commit {commit[:10]} on Python {options.python}")
     return int(Exit.DONE)
@@ -81,10 +81,10 @@ def _cases(target: str) -> list[str]:
         return names
 
 
-def _compile(folder: Path) -> None:
+def compile_kernels(folder: Path) -> None:
     """Compile the CUDA kernels, where CuPy and NVRTC are here; else the machine compiles them."""
     try:
-        import cupy.cuda.nvrtc as nvrtc
+        from cupy.cuda import nvrtc
 
         version = nvrtc.getVersion()
     except (ImportError, RuntimeError) as error:
