@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pdcore import AttentionSpec, Batch, UnsupportedError, bind
+from pdcore import AttentionSpec, Parameter, UnsupportedError, bind
 from pdcore.extend import FeatureMap
 
-__all__ = ["BoundSpec", "Choice", "learned_parameters", "refuse_dropout"]
+__all__ = [
+    "MOMENTUM",
+    "BoundSpec",
+    "Choice",
+    "check_momentum",
+    "kept_arrays",
+    "refuse_dropout",
+]
 
 Choice = str | Sequence[str] | None
+
+#: The weight of a batch's statistics in running ones, as in `torch.nn.BatchNorm1d`.
+MOMENTUM = 0.1
 
 
 class BoundSpec:
@@ -27,11 +37,24 @@ class BoundSpec:
         The bound spec, without and with ``causal``.
     causal_refusal : str
         The reason why ``causal`` cannot be added, empty if it can.
+    hiding_refusal : str
+        The reason why a mask may not hide all later keys, empty if it may.
+    training : BoundSpec
+        What a layer computes in training: with statistics of the batch in place of running ones,
+        unless they would leak the future.
     bias_refusal : str
         The reason why a float mask cannot be added to log kappa, empty if it can.
     """
 
-    __slots__ = ("attention", "bias_refusal", "causal", "causal_refusal", "spec")
+    __slots__ = (
+        "attention",
+        "bias_refusal",
+        "causal",
+        "causal_refusal",
+        "hiding_refusal",
+        "spec",
+        "training",
+    )
 
     def __init__(self, spec: str | AttentionSpec, backend: Any) -> None:
         self.attention = bind(spec, backend=backend)
@@ -44,6 +67,19 @@ class BoundSpec:
             self.causal = bind(replace(self.spec, support=support), backend=self.attention.choice)
         except UnsupportedError as error:
             self.causal_refusal = str(error)
+        self.hiding_refusal = self.causal_refusal
+        self.training = self
+        trained = _in_training(self.spec)
+        if trained != self.spec:
+            self.training = BoundSpec(trained, self.attention.choice)
+            self.training.hiding_refusal = (
+                f"in training, {self.spec} has the statistics of the batch, in which the future "
+                "leaks; with causal in the spec, a layer trains with its running statistics"
+            ) * bool(self.training.causal_refusal)
+            self.training.causal_refusal = self.causal_refusal
+            if not self.causal_refusal:
+                of_causal = _in_training(self.causal.spec)
+                self.training.causal = bind(of_causal, backend=self.attention.choice)
         self.bias_refusal = ""
         if not self.spec.kernel.has_log:
             self.bias_refusal = f"{self.spec} has no log kappa to add them to"
@@ -64,28 +100,56 @@ class BoundSpec:
         return hash(self._identity())
 
 
-def learned_parameters(spec: AttentionSpec) -> dict[str, float]:
-    """Return the parameters that a layer learns, each with its initial value.
+def _in_training(spec: AttentionSpec) -> AttentionSpec:
+    """Return the spec with which a layer of a spec trains."""
+    normalization = spec.normalization.training
+    leaks = spec.support.ahead == 0 and normalization.leaks
+    return spec if leaks else replace(spec, normalization=normalization)
+
+
+def kept_arrays(spec: AttentionSpec) -> dict[Parameter, float]:
+    """Return the parameters that a layer keeps, learned ones and buffers, with their start.
 
     Raises
     ------
     UnsupportedError
-        For running statistics, which a layer would have to keep between calls.
+        For a parameter whose declaration has neither a start nor a default.
     """
     starts = {}
     for p in spec.parameters():
-        start = p.default
-        if p.name == "beta" and isinstance(spec.normalization, Batch):
-            start = 1.0  # the default of a spec without `beta=param`
-        elif p.name == "sink" and spec.sink == "param":
-            start = 0.0
-        if start is None or not p.differentiable:
+        start = p.default if p.start is None else p.start
+        if start is None:
             raise UnsupportedError(
-                f"spec: {spec} takes {p.name!r} from each call, and this layer does not keep it; "
-                "use other statistics or pdcore.attention"
+                f"spec: {spec} takes {p.name!r} from each call, and its declaration has no value "
+                "with which a layer would begin; declare it with start= or default=, or use "
+                "pdcore.attention"
             )
-        starts[p.name] = start
+        starts[p] = start
     return starts
+
+
+def check_momentum(spec: AttentionSpec, momentum: float | None) -> None:
+    """Check the weight of a batch in running statistics.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another value than None or a number from 0 to 1, and for a spec without running
+        statistics, where only the default is no error.
+    """
+    if momentum is not None and (
+        isinstance(momentum, bool) or not isinstance(momentum, int | float)
+    ):
+        raise TypeError(
+            f"momentum: got {type(momentum).__name__}, expected a number from 0 to 1, or None"
+        )
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum: got {momentum!r}, expected a number from 0 to 1, or None")
+    if momentum != MOMENTUM and not any(p.buffer for p in spec.parameters()):
+        raise ValueError(
+            f"momentum: got {momentum!r}, and {spec} has no running statistics; leave it out, or "
+            "use bn(statistics=running)"
+        )
 
 
 def refuse_dropout(

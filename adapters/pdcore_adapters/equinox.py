@@ -18,7 +18,8 @@ from typing import Any
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape
 
-from .bound import BoundSpec, Choice, learned_parameters, refuse_dropout
+from .bound import MOMENTUM, BoundSpec, Choice, check_momentum, kept_arrays, refuse_dropout
+from .key_statistics import BATCHES, updated
 from .requirements import requires
 
 with requires("equinox"):
@@ -49,27 +50,38 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     spec : str or AttentionSpec
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
         ``sh(half=2)``.
-        ``bn(beta=param)`` adds a last leaf, ``spec_params["beta"]`` (num_heads,), which starts at
-        1; no other spec changes the leaves.
+        A spec with learned arrays adds leaves: ``bn(beta=param)`` has ``spec_params["beta"]``
+        (num_heads,), which starts at 1. ``bn(statistics=running)`` has a state, see Notes.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
+    momentum : float or None
+        The weight of a call's statistics in the running ones; None for their mean over all calls.
+    axis_name : str, optional
+        The name of the axis of `jax.vmap` along which the sequences of a batch are, for running
+        statistics.
 
     Raises
     ------
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For a spec with running statistics, which the layer does not keep, and for dropout with a
-        feature map.
+        For dropout with a feature map.
 
     Notes
     -----
     The attention of a query that sees no key is zero; in `equinox.nn.MultiheadAttention` it is the
     mean of the values. Under `jax.vmap`, ``bn(statistics=batch)`` takes the statistics of one
     sequence.
+
+    With ``bn(statistics=running)``, ``out, state = layer(x, x, x, state=state)``, with an
+    `equinox.nn.State`. In training, T has the statistics of the call's sequence, and those of all
+    sequences along `axis_name` update the state; a causal layer, and inference, have the state's.
     """
 
     spec_params: dict[str, Any]
+    running: Any
+    axis_name: str | None = equinox.field(static=True)
+    momentum: float | None = equinox.field(static=True)
     _bound: BoundSpec = equinox.field(static=True)
 
     def __init__(
@@ -92,6 +104,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         key: Any,
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
+        momentum: float | None = MOMENTUM,
+        axis_name: str | None = None,
     ) -> None:
         bound = BoundSpec(spec, backend)
         super().__init__(
@@ -111,7 +125,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             dtype,
             key=key,
         )
-        _attach_spec(self, bound)
+        _attach_spec(self, bound, momentum, axis_name)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -131,6 +145,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         process_heads: Callable[..., Any] | None = None,
         key_mask: Any = None,
         offset: Any = None,
+        state: Any = None,
     ) -> Any:
         """Attend from `query` to `key_` and `value`.
 
@@ -155,10 +170,12 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         offset : int or integer array (), optional
             The position of the first query among the keys; by default 0. Required, if there are
             not as many queries as keys, by specs that depend on positions.
+        state : equinox.nn.State, optional
+            The state of the model, for a layer with running statistics, and only for such.
 
         Returns
         -------
-        array (N, output_size)
+        array (N, output_size), or (array, state) for a layer with running statistics
 
         Raises
         ------
@@ -175,7 +192,10 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                 "PDMultiheadAttention()(inference=...)",
                 stacklevel=2,
             )
-        self._refuse_dropout(self.dropout.inference if inference is None else inference)
+        inference = self.dropout.inference if inference is None else inference
+        self._refuse_dropout(inference)
+        self._check_state(state)
+        bound = self._bound if inference else self._bound.training
         for name, x in (("query", query), ("key_", key_), ("value", value)):
             if jnp.ndim(x) != 2:
                 raise ValueError(
@@ -186,7 +206,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             raise ValueError(
                 f"value: got {value.shape[0]} elements, expected {key_.shape[0]} like key_"
             )
-        self._check_mask(mask, (query.shape[0], key_.shape[0]))
+        self._check_mask(mask, (query.shape[0], key_.shape[0]), bound.spec)
         heads = (
             self._project(self.query_proj, query),
             self._project(self.key_proj, key_),
@@ -200,15 +220,32 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                     f"process_heads: got shapes {[x.shape for x in heads]}, expected "
                     f"{shapes}: it must not change them"
                 )
-        out = self._bound.attention(
+        buffers = {} if state is None else state.get(self.running)
+        params = {
+            p.name: buffers[p.buffer] if p.buffer else self.spec_params[p.name]
+            for p in bound.spec.parameters()
+        }
+        out = bound.attention(
             *heads,
             mask=mask,
             key_mask=key_mask,
             offset=self._offset(offset, query.shape[0], key_.shape[0]),
-            params=self.spec_params,
+            params=params,
             layout="bnhd",
         )
-        return jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))
+        out = jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))
+        if state is None:
+            return out
+        if not inference:
+            how = (self.momentum, self.axis_name)
+            state = state.set(self.running, updated(self.spec, buffers, heads[1], key_mask, *how))
+        return out, state
+
+    def _check_state(self, state: Any) -> None:
+        """Raise unless there is a state exactly where the layer has running statistics."""
+        want = "None" if self.running is None else "an equinox.nn.State, as equinox.nn.State(layer)"
+        if isinstance(state, equinox.nn.State) != (self.running is not None):
+            raise TypeError(f"state: got {type(state).__name__} for {self.spec}, expected {want}")
 
     def _refuse_dropout(self, inference: Any) -> None:
         p = self.dropout.p
@@ -218,7 +255,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                 "its weights; use equinox.nn.Dropout after the layer, or inference=True"
             )
 
-    def _check_mask(self, mask: Any, lengths: tuple[int, int]) -> None:
+    def _check_mask(self, mask: Any, lengths: tuple[int, int], spec: AttentionSpec) -> None:
         if mask is None:
             return
         expected = (lengths, (self.num_heads, *lengths))
@@ -226,7 +263,6 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             raise ValueError(
                 f"mask: got shape {tuple(mask.shape)}, expected {' or '.join(map(str, expected))}"
             )
-        spec = self.spec
         if spec.normalization.leaks:
             choice = spec.normalization.causal_choice
             raise UnsupportedError(
@@ -248,22 +284,38 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
 
 
 def _attach_spec(
-    layer: Any, bound: BoundSpec, name: str = "the layer", advice: str = "dropout_p=0"
+    layer: Any,
+    bound: BoundSpec,
+    momentum: float | None,
+    axis_name: str | None,
+    name: str = "the layer",
+    advice: str = "dropout_p=0",
 ) -> None:
-    """Set the spec and its parameters on a new layer."""
-    spec, starts = bound.spec, learned_parameters(bound.spec)
+    """Set the spec on a new layer, with its parameters and running statistics."""
+    spec, starts = bound.spec, kept_arrays(bound.spec)
+    check_momentum(spec, momentum)
     spec.for_heads(layer.num_heads, f"heads of {name}")
     p = layer.dropout.p
     if not layer.dropout.inference and isinstance(p, int | float):  # and no traced leaf
         refuse_dropout(spec, "dropout_p", p, advice, name)
-    sizes = {
-        p.name: parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size)
-        for p in spec.parameters()
-    }
     dtype = layer.query_proj.weight.dtype
-    params = {name: jnp.full(sizes[name], start, dtype) for name, start in starts.items()}
-    object.__setattr__(layer, "spec_params", params)
-    object.__setattr__(layer, "_bound", bound)
+    arrays = {
+        p: jnp.full(parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size), start, dtype)
+        for p, start in starts.items()
+    }
+    buffers = {p.buffer: x for p, x in arrays.items() if p.buffer}
+    if axis_name is not None and not buffers:
+        raise ValueError(
+            f"axis_name: got {axis_name!r}, expected None: {spec} has no running statistics"
+        )
+    running = None
+    if buffers:
+        running = equinox.nn.StateIndex({**buffers, BATCHES: jnp.zeros((), jnp.int32)})
+    params = {p.name: x for p, x in arrays.items() if not p.buffer}
+    attributes = {"spec_params": params, "running": running, "_bound": bound}
+    attributes |= {"axis_name": axis_name, "momentum": momentum}
+    for attribute, value in attributes.items():
+        object.__setattr__(layer, attribute, value)
 
 
 def convert(
@@ -273,6 +325,8 @@ def convert(
     backend: Choice = None,
     select: Callable[[str, MultiheadAttention], bool] | None = None,
     dropout_p: float | None = None,
+    momentum: float | None = MOMENTUM,
+    axis_name: str | None = None,
 ) -> Any:
     """Return a model with `PDMultiheadAttention` for each `equinox.nn.MultiheadAttention`.
 
@@ -282,8 +336,9 @@ def convert(
     ----------
     model : pytree
         A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
-    spec, backend
-        As in `PDMultiheadAttention`.
+    spec, backend, momentum, axis_name
+        As in `PDMultiheadAttention`. ``equinox.nn.State(model)`` makes the state of a model
+        with running statistics.
     select : callable, optional
         ``select(name, layer)`` says which layers to convert, by names such as ``.blocks[0].attn``;
         by default all.
@@ -328,7 +383,7 @@ def convert(
         if dropout_p is not None:
             dropout = equinox.nn.Dropout(dropout_p, layer.dropout.inference)
             object.__setattr__(new, "dropout", dropout)
-        _attach_spec(new, bound, name, "convert(dropout_p=0)")
+        _attach_spec(new, bound, momentum, axis_name, name, "convert(dropout_p=0)")
         return new
 
     result = jax.tree_util.tree_map_with_path(convert_node, model, is_leaf=_is_layer)

@@ -13,7 +13,7 @@ __all__ = ["SINK", "check_normaliser", "checked_sink", "normaliser_word", "read_
 NORMALISERS = ("sum", "count", "one")
 
 #: The parameter of ``h(sum,sink=param)``: s of every query head.
-SINK = Parameter("sink", (("Hq",),))
+SINK = Parameter("sink", (("Hq",),), start=0.0)
 
 
 def checked_sink(sink: Any) -> float | str | None:

@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from pdcore import AttentionSpec
 from pdcore.extend import finite_dropout
 
-from ..bound import BoundSpec, Choice, learned_parameters, refuse_dropout
-from .layer import APPENDED_KEY, PDMultiheadAttention, attach_spec
+from ..bound import MOMENTUM, BoundSpec, Choice, kept_arrays, refuse_dropout
+from .layer import APPENDED_KEY, PDMultiheadAttention
+from .state import attach_spec, check_running
 
 __all__ = ["Conversion", "convert"]
 
@@ -77,6 +78,8 @@ def convert(
     backend: Choice = None,
     select: Callable[[str, nn.MultiheadAttention], bool] | None = None,
     dropout: float | None = None,
+    momentum: float | None = MOMENTUM,
+    process_group: Any = None,
 ) -> Conversion:
     """Change every `nn.MultiheadAttention` of a model to a `PDMultiheadAttention`, in place.
 
@@ -87,7 +90,7 @@ def convert(
     ----------
     model : nn.Module
         A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
-    spec, backend
+    spec, backend, momentum, process_group
         As in `PDMultiheadAttention`.
     select : callable, optional
         ``select(name, layer)`` says which layers to convert; by default all.
@@ -117,7 +120,8 @@ def convert(
       self_attn
     """
     bound = BoundSpec(spec, backend)
-    learned_parameters(bound.spec)
+    kept_arrays(bound.spec)
+    check_running(bound.spec, momentum, process_group)
     layers: dict[Any, list[str]] = {}
     cross = set()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -151,7 +155,8 @@ def convert(
             layer.dropout = finite_dropout(dropout)
         _convert_layer(layer)
         layer.converted = True
-        parameters += [f"{names[0]}.{name}".lstrip(".") for name in attach_spec(layer, bound)]
+        new = attach_spec(layer, bound, momentum, process_group)
+        parameters += [f"{names[0]}.{name}".lstrip(".") for name in new]
     _let_transformers_save(model)
     nested = []
     for name, module in model.named_modules():

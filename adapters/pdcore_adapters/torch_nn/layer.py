@@ -10,10 +10,11 @@ from torch import fx, nn
 from torch.nn import functional
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.extend import Inputs, finite_dropout, parameter_shape
+from pdcore.extend import Inputs, finite_dropout
 
-from ..bound import BoundSpec, Choice, learned_parameters, refuse_dropout
+from ..bound import MOMENTUM, BoundSpec, Choice, refuse_dropout
 from .masks import check_addend, check_hides_only, check_mask, require, with_batch
+from .state import arrays_of, attach_spec, track
 from .words import wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
@@ -38,20 +39,25 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         and no place in the statistics.
     spec : str or AttentionSpec
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
-        ``sh(half=2)``. ``bn(beta=param)`` adds a parameter ``spec_beta`` (num_heads,), which starts
-        at 1, and ``h(sum,sink=param)`` a parameter ``spec_sink`` (num_heads,), which starts at 0;
-        other words do not change the keys of the state dict, but for those with parameters of a
-        plugin.
+        ``sh(half=2)``. A spec with arrays adds them to the state dict: ``bn(beta=param)`` a parameter
+        ``spec_beta`` (num_heads,), which starts at 1, ``h(sum,sink=param)`` a ``spec_sink``
+        (num_heads,), which starts at 0, ``bn(statistics=running)`` the buffers ``running_mean``,
+        ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
+    momentum : float or None
+        The weight of a batch in the running statistics, as in `torch.nn.BatchNorm1d`; None for
+        the mean over all batches.
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes whose keys together are the batch by which the running statistics are
+        updated; by default those of this process alone.
 
     Raises
     ------
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For `add_bias_kv`, `add_zero_attn`, running statistics, which the layer does not keep, and
-        dropout with a feature map.
+        For `add_bias_kv`, `add_zero_attn`, and dropout with a feature map.
 
     Notes
     -----
@@ -60,6 +66,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     - The attention of a query that sees no key is zero, with zero weights, so its output is the
       bias of the output projection; in PyTorch it is NaN if weights are requested.
     - The returned weights are those before dropout.
+    - With ``bn(statistics=running)``, a forward in training has the statistics of its batch and
+      then updates the buffers, unless the layer is causal, where those of the batch contain the
+      future: then it has the buffers as they were. In evaluation it has the buffers.
     - Nested tensors are refused. `torch.nn.TransformerEncoder` and its layer do not use their fast
       path, which would compute softmax attention without calling this layer.
     """
@@ -85,6 +94,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         *,
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
+        momentum: float | None = MOMENTUM,
+        process_group: Any = None,
         **unknown: Never,
     ) -> None:
         if unknown:
@@ -106,13 +117,19 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             dtype=dtype,
         )
         bound.spec.for_heads(num_heads, "heads of the layer")
-        attach_spec(self, bound)
+        attach_spec(self, bound, momentum, process_group)
 
     @property
     def spec(self) -> AttentionSpec:
         """The attention of the heads."""
         spec: AttentionSpec = self._bound.spec
         return spec
+
+    @property
+    def _mode(self) -> BoundSpec:
+        """What the layer computes in training, or in evaluation."""
+        bound: BoundSpec = self._bound
+        return bound.training if self.training else bound
 
     def extra_repr(self) -> str:
         """Return the arguments that differ from the defaults, and the spec, for `repr`."""
@@ -122,6 +139,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             ("kdim", self.embed_dim),
             ("vdim", self.embed_dim),
             ("batch_first", False),
+            ("momentum", MOMENTUM),
         ):
             if getattr(self, name) != default:
                 words.append(f"{name}={getattr(self, name)!r}")
@@ -203,7 +221,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)
-        bound = self._bound
+        bound = self._mode
         attend = bound.attention
         if is_causal:
             if attn_mask is None:
@@ -219,7 +237,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         mask, key_mask, bias = self._masks(attn_mask, key_padding_mask, q, k)
         call = {"mask": mask, "key_mask": key_mask, "bias": bias}
         call["segments"] = segments if batched else with_batch(segments)
-        call["params"] = {name: getattr(self, "spec_" + name) for name in self._learned}
+        call["params"] = arrays_of(self, attend.spec)
         p = self.dropout if self.training else 0.0
         out = attend(q, k, v, **call, dropout=p, layout="bnhd")
         out = out.transpose(0, 1) if batched and not self.batch_first else out
@@ -228,6 +246,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         if need_weights:
             weights = attend.weights(Inputs(q, k, v, **call), "bnhd")
             weights = weights.mean(1) if average_attn_weights else weights
+        track(self, k, key_mask, call["segments"])
         if not batched:
             out, weights = out[0], None if weights is None else weights[0]
         return out, weights
@@ -305,7 +324,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         Apart from refusals, no branch depends on values: a float mask is a bias even if its values
         are 0 and -inf only. `nn.TransformerEncoderLayer` converts every mask to such a mask.
         """
-        bound, mask, key_mask, bias = self._bound, None, None, None
+        bound, mask, key_mask, bias = self._mode, None, None, None
         (batch, n, heads, _), m = q.shape, k.shape[1]
         if attn_mask is not None:
             if attn_mask.dim() == 3:
@@ -319,10 +338,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                 bias = check_addend(attn_mask, "attn_mask", q)
             # A causal mask is the usual way to a causal layer in PyTorch, but statistics do not
             # depend on a mask, so they would leak the future.
-            if bound.causal_refusal and n == m and n > 1:
+            if bound.hiding_refusal and n == m and n > 1:
                 seen = mask if mask is not None else bias != -math.inf
                 later = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1)
-                message = f"attn_mask: it hides all later keys; {bound.causal_refusal}"
+                message = f"attn_mask: it hides all later keys; {bound.hiding_refusal}"
                 require((seen & later).any(), message)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.reshape(batch, m)
@@ -343,27 +362,6 @@ APPENDED_KEY = (
     "the key that it appends is no element of the sequence, with no position and no place in its "
     "statistics; use nn.MultiheadAttention for it"
 )
-
-
-def attach_spec(layer: Any, bound: BoundSpec) -> list[str]:
-    """Set the spec of a layer, and return the names of its new parameters."""
-    starts = learned_parameters(bound.spec)
-    for name in getattr(layer, "_learned", ()):
-        if name not in starts:
-            delattr(layer, "spec_" + name)
-    new = [name for name in starts if not hasattr(layer, "spec_" + name)]
-    like = next(layer.parameters())
-    for p in bound.spec.parameters():
-        if p.name in new:
-            shape = parameter_shape(p.shapes[0], layer.num_heads, layer.head_dim)
-            value = torch.full(shape, starts[p.name], dtype=like.dtype, device=like.device)
-            layer.register_parameter("spec_" + p.name, nn.Parameter(value))
-    layer._learned = tuple(starts)
-    layer._bound = bound
-    # Turns off the fast paths of `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`, which
-    # read the weights of this layer without calling it.
-    layer._qkv_same_embed_dim = False
-    return ["spec_" + name for name in new]
 
 
 def _as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any) -> Any:

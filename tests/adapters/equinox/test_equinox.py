@@ -272,8 +272,7 @@ def test_decoding_by_an_offset() -> None:
     [
         ("sofmax", SpecError, "did you mean 'softmax'"),
         ("sh(1,2)", ValueError, "spec: got 2 scales .* each of the 4 heads of the layer"),
-        ("bn(statistics=running)", UnsupportedError, "spec: .* takes 'mean' from each call"),
-        ("bn(statistics=running,with_std=false)", UnsupportedError, "takes 'mean' from each call"),
+        ("causal+bn", UnsupportedError, "the future leaks"),
     ],
 )
 def test_specs_that_do_not_fit(spec: str, error: Any, message: str) -> None:
