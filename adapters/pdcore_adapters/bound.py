@@ -13,7 +13,7 @@ __all__ = [
     "MOMENTUM",
     "BoundSpec",
     "Choice",
-    "check_momentum",
+    "check_running",
     "kept_arrays",
     "refuse_dropout",
 ]
@@ -128,27 +128,38 @@ def kept_arrays(spec: AttentionSpec) -> dict[Parameter, float]:
     return starts
 
 
-def check_momentum(spec: AttentionSpec, momentum: float | None) -> None:
-    """Check the weight of a batch in running statistics.
+def check_running(spec: AttentionSpec, momentum: float | None, **others: Any) -> None:
+    """Check the arguments of a layer that are about running statistics.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+    momentum : float or None
+        The weight of a batch in the running statistics.
+    **others
+        Other such arguments by name, which are None by default.
 
     Raises
     ------
     TypeError, ValueError
-        For another value than None or a number from 0 to 1, and for a spec without running
-        statistics, where only the default is no error.
+        For a momentum other than None or a number from 0 to 1, and for an argument that is not
+        the default, if the spec has no running statistics.
     """
-    if momentum is not None and (
-        isinstance(momentum, bool) or not isinstance(momentum, int | float)
-    ):
+    number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+    if momentum is not None and not number:
         raise TypeError(
             f"momentum: got {type(momentum).__name__}, expected a number from 0 to 1, or None"
         )
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum: got {momentum!r}, expected a number from 0 to 1, or None")
-    if momentum != MOMENTUM and not any(p.buffer for p in spec.parameters()):
+    if any(p.buffer for p in spec.parameters()):
+        return
+    changed = {name: x for name, x in others.items() if x is not None}
+    changed |= {"momentum": momentum} if momentum != MOMENTUM else {}
+    for name, x in changed.items():
         raise ValueError(
-            f"momentum: got {momentum!r}, and {spec} has no running statistics; leave it out, or "
-            "use bn(statistics=running)"
+            f"{name}: got {x!r}, and {spec} has no running statistics; leave it out, or use "
+            "bn(statistics=running)"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape
 
-from .bound import MOMENTUM, BoundSpec, Choice, check_momentum, kept_arrays, refuse_dropout
+from .bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays, refuse_dropout
 from .key_statistics import BATCHES, updated
 from .requirements import requires
 
@@ -293,7 +293,7 @@ def _attach_spec(
 ) -> None:
     """Set the spec on a new layer, with its parameters and running statistics."""
     spec, starts = bound.spec, kept_arrays(bound.spec)
-    check_momentum(spec, momentum)
+    check_running(spec, momentum, axis_name=axis_name)
     spec.for_heads(layer.num_heads, f"heads of {name}")
     p = layer.dropout.p
     if not layer.dropout.inference and isinstance(p, int | float):  # and no traced leaf
@@ -304,10 +304,6 @@ def _attach_spec(
         for p, start in starts.items()
     }
     buffers = {p.buffer: x for p, x in arrays.items() if p.buffer}
-    if axis_name is not None and not buffers:
-        raise ValueError(
-            f"axis_name: got {axis_name!r}, expected None: {spec} has no running statistics"
-        )
     running = None
     if buffers:
         running = equinox.nn.StateIndex({**buffers, BATCHES: jnp.zeros((), jnp.int32)})

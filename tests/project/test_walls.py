@@ -81,7 +81,7 @@ PLANTED = {
     DOOR: [
         ("backends/pdcore_backends/cupy/impl.py", "from pdcore.spec import Batch", "pdcore.spec"),
         (
-            "adapters/pdcore_adapters/flax.py",
+            "adapters/pdcore_adapters/flax/attention.py",
             "from pdcore.dispatch import choose",
             "pdcore.dispatch",
         ),

@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from pdcore import AttentionSpec
 from pdcore.extend import finite_dropout
 
-from ..bound import MOMENTUM, BoundSpec, Choice, kept_arrays, refuse_dropout
+from ..bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays, refuse_dropout
 from .layer import APPENDED_KEY, PDMultiheadAttention
-from .state import attach_spec, check_running
+from .state import attach_spec
 
 __all__ = ["Conversion", "convert"]
 
@@ -121,7 +121,7 @@ def convert(
     """
     bound = BoundSpec(spec, backend)
     kept_arrays(bound.spec)
-    check_running(bound.spec, momentum, process_group)
+    check_running(bound.spec, momentum, process_group=process_group)
     layers: dict[Any, list[str]] = {}
     cross = set()
     for name, module in model.named_modules(remove_duplicate=False):

@@ -39,10 +39,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         and no place in the statistics.
     spec : str or AttentionSpec
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
-        ``sh(half=2)``. A spec with arrays adds them to the state dict: ``bn(beta=param)`` a parameter
-        ``spec_beta`` (num_heads,), which starts at 1, ``h(sum,sink=param)`` a ``spec_sink``
-        (num_heads,), which starts at 0, ``bn(statistics=running)`` the buffers ``running_mean``,
-        ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``.
+        ``sh(half=2)``. A spec with arrays adds them to the state dict: ``bn(beta=param)`` a
+        parameter ``spec_beta`` (num_heads,), which starts at 1, ``h(sum,sink=param)`` one
+        ``spec_sink`` (num_heads,), which starts at 0, ``bn(statistics=running)`` the buffers
+        ``running_mean``, ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
     momentum : float or None

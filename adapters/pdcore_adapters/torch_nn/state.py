@@ -16,23 +16,13 @@ from torch import distributed, nn
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape, parse
 
-from ..bound import BoundSpec, check_momentum, kept_arrays
+from ..bound import BoundSpec, check_running, kept_arrays
 from ..key_statistics import merged, state_of_keys, statistics_of
 
-__all__ = ["arrays_of", "attach_spec", "check_running", "track"]
+__all__ = ["arrays_of", "attach_spec", "track"]
 
 #: The process groups of layers by name, as an operator takes no other objects.
 _GROUPS: dict[str, Any] = {}
-
-
-def check_running(spec: AttentionSpec, momentum: float | None, group: Any) -> None:
-    """Check the arguments that are about running statistics."""
-    check_momentum(spec, momentum)
-    if group is not None and not any(p.buffer for p in spec.parameters()):
-        raise UnsupportedError(
-            f"process_group: got a {type(group).__name__}, expected None: {spec} has no running "
-            "statistics to synchronize"
-        )
 
 
 def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any) -> list[str]:
@@ -41,7 +31,7 @@ def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any
     Parameters and buffers that the layer has already keep their values.
     """
     kept, like = kept_arrays(bound.spec), next(layer.parameters())
-    check_running(bound.spec, momentum, group)
+    check_running(bound.spec, momentum, process_group=group)
     layer.momentum = momentum
     names = {p.buffer or f"spec_{p.name}": (p, start) for p, start in kept.items()}
     tracks = any(p.buffer for p in kept)

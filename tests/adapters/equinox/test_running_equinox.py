@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
+from specs_of_words import SPECS
 
 import pdcore
 from pdcore_adapters.equinox import PDMultiheadAttention, convert
 
-B, N, E, H = 3, 6, 12, 3
+B, N, E, H = 3, 6, 12, 4
 D = E // H
 RUNNING = "bn(statistics=running)"
-SPECS = [RUNNING, f"{RUNNING}+sh(2,1,2)", f"causal+{RUNNING}"]
+TRACKED = [RUNNING, f"{RUNNING}+sh(2,1,2,1)", f"causal+{RUNNING}"]
 
 
 def layer_of(spec: str, **options: Any) -> tuple[Any, Any]:
@@ -47,7 +48,7 @@ def heads_of(layer: Any, x: Any) -> list[Any]:
     return [jnp.swapaxes(jax.vmap(jax.vmap(p))(x).reshape(B, N, H, D), 1, 2) for p in projections]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", TRACKED)
 def test_after_one_batch_of_momentum_1_the_state_has_its_statistics(spec: str) -> None:
     layer, state = layer_of(spec, momentum=1.0, axis_name="batch")
     x, real = drawn(B, N, E), jnp.arange(N) < jnp.asarray([[6], [3], [1]])
@@ -64,7 +65,7 @@ def test_after_one_batch_of_momentum_1_the_state_has_its_statistics(spec: str) -
     assert buffers["num_batches_tracked"] == 1
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", TRACKED)
 def test_inference_is_the_call_with_the_state(spec: str) -> None:
     layer, state = layer_of(spec, momentum=None, axis_name="batch")
     for seed in (1, 2):
@@ -98,7 +99,7 @@ def test_training_has_the_statistics_of_the_call_and_gradients_through_them() ->
 
 
 def test_a_causal_layer_does_not_see_the_future_in_training() -> None:
-    layer, state = layer_of(f"causal+{RUNNING}+sh(1,2,1)")
+    layer, state = layer_of(f"causal+{RUNNING}+sh(1,2,1,2)")
     _, state = layer(*(drawn(N, E, seed=3),) * 3, state=state)
     x = drawn(N, E)
 
@@ -124,8 +125,20 @@ def test_a_state_is_where_the_spec_needs_it() -> None:
         layer(x, x, x, jnp.tril(jnp.ones((N, N), bool)), state=state)
     layer(x, x, x, jnp.tril(jnp.ones((N, N), bool)), state=state, inference=True)
     for options, message in (({"momentum": 0.5}, "momentum"), ({"axis_name": "b"}, "axis_name")):
-        with pytest.raises(ValueError, match=f"{message}: got .* has no running statistics"):
+        with pytest.raises(ValueError, match=rf"{message}: got .* has no running statistics"):
             PDMultiheadAttention(H, E, spec="bn", key=jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_word_runs_in_a_layer(spec: str) -> None:
+    layer, state = layer_of(spec)
+    options = {} if layer.running is None else {"state": state}
+    for inference in (True, False):
+        result = eqx.filter_eval_shape(
+            lambda x, inference=inference: layer(x, x, x, **options, inference=inference),
+            jnp.ones((N, E)),
+        )
+        assert (result[0] if options else result).shape == (N, E)
 
 
 def test_converted_layers_have_a_state_and_parameters() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from specs_of_words import SPECS, needs_arrays
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
@@ -795,6 +796,15 @@ def test_specs_that_cannot_be_registered() -> None:
         register("pdcore_none", "sofmax")
     assert "pdcore_none" not in AttentionInterface()
     assert "pdcore_none" not in AttentionMaskInterface()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_word_is_registered_or_refused_by_name(spec: str) -> None:
+    if needs_arrays(spec):
+        with pytest.raises(pdcore.UnsupportedError, match=r"takes the arrays .* has no place for"):
+            register("pdcore_word", spec)
+    else:
+        register("pdcore_word", spec)
 
 
 def test_the_choice_of_backend_is_made_when_it_is_registered() -> None:

@@ -1,36 +1,21 @@
-"""pdcore attention in the attention layers of Flax, NNX and Linen.
-
->>> from flax import nnx
->>> attend = attention_fn("bn+sh(1,1,2,2)")
->>> layer = nnx.MultiHeadAttention(4, 16, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
->>> layer(jax.numpy.ones((2, 10, 16))).shape
-(2, 10, 16)
-
-Flax passes one mask to its attention. Padding, a causal pattern and unwritten entries of a cache
-are all part of it, and statistics have to tell them apart. This module interprets a mask by its
-shape, and refuses a mask whose shape is ambiguous; `attention_fn` lists the rules.
-
-Notation: *B leading axes, H query heads, Hkv key heads, N queries, M keys.
-"""
+"""`attention_fn`, the function that the attention layers of Flax call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+from flax import linen, nnx
+from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
+from jax import numpy as jnp
+
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs
 
-from .bound import BoundSpec, Choice, refuse_dropout
-from .requirements import requires
+from ..bound import BoundSpec, Choice, refuse_dropout
 
-with requires("flax"):
-    import jax
-    from flax import linen, nnx
-    from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
-    from jax import numpy as jnp
-
-__all__ = ["attention_fn"]
+__all__ = ["Attention", "attention_fn"]
 
 
 def attention_fn(
@@ -59,8 +44,8 @@ def attention_fn(
     SpecError
         For a spec that is wrong.
     UnsupportedError
-        For a spec with arrays as parameters, ``bn(beta=param)`` or ``bn(statistics=running)``,
-        which `attention_fn` cannot take.
+        For a spec with arrays as parameters, such as ``bn(beta=param)``, ``iebn`` or
+        ``bn(statistics=running)``: `SpecAttention` and `LinenSpecAttention` keep them.
 
     Notes
     -----
@@ -78,7 +63,14 @@ def attention_fn(
     causal, refuse such a mask unless `padding` is True. They accept one row for all queries,
     (*B, H or 1, 1, M). If ``causal`` is in the spec, a causal mask is unnecessary, but allowed.
     """
-    return _Attention(spec, backend, padding)
+    bound = BoundSpec(spec, backend)
+    if bound.spec.parameters():
+        names = ", ".join(p.name for p in bound.spec.parameters())
+        raise UnsupportedError(
+            f"spec: {bound.spec} takes the arrays {names}, and a function has no place for them; "
+            "use SpecAttention, or LinenSpecAttention in Linen, as the attention_fn"
+        )
+    return Attention(bound, padding)
 
 
 class _Keys(NamedTuple):
@@ -91,23 +83,17 @@ class _Keys(NamedTuple):
     invalid: Any
 
 
-class _Attention:
+class Attention:
     """The function that a layer of Flax calls, for one spec."""
 
     __slots__ = ("__weakref__", "_bound", "_by_position", "_needs_keys", "_padding", "_strict")
 
-    def __init__(self, spec: str | AttentionSpec, backend: Choice, padding: bool) -> None:
-        self._bound = BoundSpec(spec, backend)
+    def __init__(self, bound: BoundSpec, padding: bool) -> None:
+        self._bound = bound
         self._padding = padding
         spec = self.spec
-        if spec.parameters():
-            names = ", ".join(p.name for p in spec.parameters())
-            raise UnsupportedError(
-                f"spec: {spec} takes the arrays {names}, and an attention_fn has no place for "
-                "them; write numbers into the spec"
-            )
-        pools = spec.heads.largest > 1
-        self._needs_keys = pools or spec.normalization.statistics_state() is not None
+        pools, training = spec.heads.largest > 1, spec.normalization.training
+        self._needs_keys = pools or training.statistics_state() is not None
         self._by_position = spec.support.restricts or spec.prefix
         #: Whether the spec refuses masks that may be causal.
         self._strict = spec.support.ahead != 0 and (pools or spec.normalization.leaks)
@@ -123,7 +109,7 @@ class _Attention:
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, _Attention)
+            isinstance(other, Attention)
             and self._bound == other._bound
             and self._padding == other._padding
         )
@@ -132,7 +118,7 @@ class _Attention:
         return hash((self._bound, self._padding))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Attention, (self.spec, self._bound.attention.choice, self._padding)
+        return Attention, (self._bound, self._padding)
 
     # Linen passes only the arguments that are named in this signature, and silently drops others.
     def __call__(
@@ -155,6 +141,7 @@ class _Attention:
         einsum_dot_general: Any = None,
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
+        kept: Any = None,
     ) -> Any:
         """Attend, as `flax.nnx.dot_product_attention` and `flax.linen.dot_product_attention` do.
 
@@ -188,6 +175,8 @@ class _Attention:
             Refused for float64; no effect for 16- and 32-bit inputs, computed in float32 anyway.
         einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum : optional
             Refused, since the scores are not computed by one product.
+        kept : KeptArrays, optional
+            The arrays of the layer that the spec takes, and what the call's keys update.
 
         Returns
         -------
@@ -230,9 +219,12 @@ class _Attention:
             attend = self._bound.causal
         keys = self._keys(q, k, mask, bias, is_causal)
         masks = {"mask": keys.mask, "key_mask": keys.key_mask, "bias": bias, "offset": keys.offset}
+        params = {} if kept is None else kept.params(attend.spec, q.dtype)
         if module is not None:
-            _sow(module, attend.weights(Inputs(q, k, v, **masks), "bnhd"))
-        out = attend(q, k, v, **masks, layout="bnhd")
+            _sow(module, attend.weights(Inputs(q, k, v, **masks, params=params), "bnhd"))
+        out = attend(q, k, v, **masks, params=params, layout="bnhd")
+        if kept is not None:
+            kept.track(k, keys.key_mask)
         if keys.invalid is not None:
             out = jnp.where(keys.invalid[..., None, None, None], jnp.nan, out)
         return out

@@ -1,0 +1,49 @@
+"""A spec for each word of the grammar, for tests that every adapter runs or refuses each."""
+
+from __future__ import annotations
+
+from pdcore.extend import parse
+from pdcore.plugins import list_words
+
+#: Specs that fit calls of 4 heads and 6 keys, see `missing_words`.
+SPECS = (
+    "softmax(softcap=5)",
+    "gaussian(0.3)",
+    "cosine",
+    "polynomial",
+    "linear",
+    "relu",
+    "random_features(8)",
+    "identity",
+    "bn",
+    "bn(beta=param)",
+    "bn(statistics=batch)",
+    "bn(statistics=running)",
+    "bn(statistics=running,with_std=false)",
+    "causal+bn(statistics=prefix)",
+    "causal+bn(statistics=running)",
+    "iebn",
+    "iebn(beta=param)",
+    "mixture",
+    "conv1d",
+    "conv2d(2,3)",
+    "h(sum,sink=param)",
+    "h(count)",
+    "h(one)",
+    "sh(1,1,2,2)",
+    "bn+sh(half=2)",
+    "causal",
+    "sparse(2,2)",
+)
+
+
+def needs_arrays(spec: str) -> bool:
+    """Return whether a spec takes arrays of the call, which a function has no place for."""
+    return bool(parse(spec).parameters())
+
+
+def missing_words() -> set[str]:
+    """Return the words of pdcore that no spec here has."""
+    words = {entry["word"] for entry in list_words()["words"]}
+    used = {part.partition("(")[0] for spec in SPECS for part in spec.split("+")}
+    return words - used
