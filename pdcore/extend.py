@@ -63,6 +63,7 @@ from .dispatch import finite_dropout, parameter_shape, wrong_arguments
 from .errors import PluginError, SettingError, SpecError, UnsupportedError
 from .lowering import (
     BatchRows,
+    ConstantFeature,
     FeatureRows,
     Features,
     Fold,
@@ -173,6 +174,7 @@ __all__ = [
     "ScaledRows",
     "GaussianRows",
     "BatchRows",
+    "ConstantFeature",
     "Fold",
     "Normalize",
     "Pullback",

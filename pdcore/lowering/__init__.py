@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..moved import attribute as _attribute
-from .fold import BatchRows, Fold, Recentre, Unread
+from .fold import BatchRows, ConstantFeature, Fold, Recentre, Unread
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .rewrites import Signature, lower, restored
 from .scaled_rows import ScaledRows, largest_entry, largest_key, scaled
@@ -24,6 +24,7 @@ from .transforms import (
 
 __all__ = [
     "BatchRows",
+    "ConstantFeature",
     "FeatureRows",
     "Features",
     "Fold",

@@ -10,7 +10,7 @@ from ..spec import Batch
 from .plan import Transform
 from .transforms import Gradients, Pullback, Rows, first_real, sum_to
 
-__all__ = ["BatchRows", "Fold", "Recentre", "Unread"]
+__all__ = ["BatchRows", "ConstantFeature", "Fold", "Recentre", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,37 @@ class Recentre(BatchRows):
 
         constant = xp.sum(q * gap, axis=-1)
         return rows._replace(q=q, k=rows.k - shift, row_constant=constant), pullback
+
+
+@dataclass(frozen=True)
+class ConstantFeature:
+    """Statistics of each row, for kernels of s = T_p(q).T_p(k), by one more feature.
+
+    T differs from row to row, but s = q'.(k - c) + q'.(c - beta mu_p) is an inner product of rows
+    [q', q'.(c - beta mu_p)] and keys [k - c, 1]. The feature is as large as the scores, and 16 bits
+    do not hold it.
+
+    Attributes
+    ----------
+    rows : Transform
+        A `BatchRows`: q', k - c and the row constant q'.(c - beta mu_p), with tau = 1.
+    choice : Transform or None
+        A transform that a backend's `fuse` puts in place of this one.
+    """
+
+    rows: Transform
+    choice: Transform | None = None
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
+        inner, pull = self.rows(rows, state, params, xp=xp)
+        q = xp.concat([inner.q, inner.row_constant[..., None]], axis=-1)
+        k = xp.concat([inner.k, xp.ones_like(inner.k[..., :1])], axis=-1)
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            return pull(Rows(d.q[..., :-1], d.k[..., :-1], row_constant=d.q[..., -1]))
+
+        return inner._replace(q=q, k=k, row_constant=None), pullback
 
 
 @dataclass(frozen=True)

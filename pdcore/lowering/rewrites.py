@@ -28,7 +28,7 @@ from ..spec import (
     as_spec,
     default_scale,
 )
-from .fold import Fold, Recentre, Unread
+from .fold import ConstantFeature, Fold, Recentre, Unread
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .scaled_rows import ScaledRows
 from .transforms import FeatureRows, GaussianRows, Normalize, UnitRows
@@ -106,7 +106,8 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
         accumulate="float32" if signature.dtype in ("float16", "bfloat16") else signature.dtype,
         steps=tuple(steps),
         support=spec.support,
-        holds=spec.normalization.holds,
+        # A feature that holds a row constant is as large as scores.
+        holds="float32" if spec.prefix and not spec.plain_exponential else spec.normalization.holds,
         constants=tuple(p.name for p in spec.parameters() if not p.differentiable),
         sink=spec.sink,
         by_query_head=tuple(p.name for p in spec.parameters() if p.by_query_head),
@@ -157,7 +158,10 @@ def _contraction(
         transforms.append(_fold(spec, normalization, scale, signature.dtype, steps))
         steps.append(f"scores: log kappa = {scale:.6g} q'.k'")
         return tuple(transforms), Scores(scale=scale)
-    if spec.shift_cancels:
+    if spec.prefix:
+        assert isinstance(normalization, Batch)
+        transforms.append(ConstantFeature(_fold(spec, normalization, 1.0, signature.dtype, steps)))
+    elif spec.shift_cancels:
         learned = tuple(p.name for p in spec.parameters() if p.differentiable)
         transforms += [Unread(learned)] if learned else []
     elif not isinstance(normalization, Identity):
@@ -199,10 +203,14 @@ def _contraction(
 
 def _fold(
     spec: AttentionSpec, normalization: Batch, scale: float, dtype: str, steps: list[str]
-) -> Transform:
-    """Return the transform of Attention-BN under the exponential kernel, and describe it."""
+) -> Fold | Recentre:
+    """Return the transform of Attention-BN under a kernel of inner products, and describe it."""
     centre = "the first real key" if spec.prefix else "mu"
-    constant = "the row constant tau q'.(c - beta mu) goes to L"
+    constant = (
+        "the row constant tau q'.(c - beta mu) goes to L"
+        if spec.plain_exponential
+        else "one more feature, q'.(c - beta mu) of a row and 1 of a key"
+    )
     if not normalization.with_std:
         steps.append(f"recentre: q' = q - beta mu, k' = k - c, c = {centre}; {constant}")
         return Recentre(normalization, scale)

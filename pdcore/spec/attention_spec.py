@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import SpecError, UnsupportedError, nearest
 from .grammar import bind_arguments, build, read_arguments, read_words
 from .heads import HeadScaling
-from .kernel_base import FeatureMap, Kernel, Parameter
+from .kernel_base import FeatureMap, Kernel, Parameter, PointwiseKernel
 from .kernels import Cosine, Exponential, Gaussian, Polynomial
 from .normaliser import SINK, check_normaliser, checked_sink, normaliser_word, read_normaliser
 from .normalizations.base import Identity, Normalization
@@ -71,7 +71,7 @@ class AttentionSpec:
         When an argument does not make sense.
     UnsupportedError
         When the combination is not supported: statistics of the future under causal, prefix
-        statistics with another kernel than the plain exponential, a signed kernel with
+        statistics with a kernel that is no function of inner products, a signed kernel with
         ``h(sum)``, a sink with another normaliser or without log kappa, or windows of pooled keys
         wider than the support.
     """
@@ -106,10 +106,11 @@ class AttentionSpec:
 
     def _refuse(self) -> None:
         normalization, support = self.normalization, self.support
-        if self.prefix and not self.plain_exponential:
+        if self.prefix and not isinstance(self.kernel, PointwiseKernel):
             raise UnsupportedError(
-                f"{normalization.word}(statistics=prefix) needs the exponential kernel without "
-                f"softcap, where it folds into the query; got {_word(self.kernel)}"
+                f"{normalization.word}(statistics=prefix) needs a kernel of inner products, as T "
+                "differs from row to row: softmax, with softcap or without, polynomial, or one of "
+                f"your own; got {_word(self.kernel)}"
             )
         if support.ahead == 0 and normalization.leaks:
             other = normalization.causal_choice

@@ -157,7 +157,7 @@ WRONG_CALLS: dict[str, tuple[list[str], dict[str, Any], Exit, str]] = {
         ["cosine+bn(statistics=prefix)"],
         {},
         Exit.UNSUPPORTED,
-        "needs the exponential kernel",
+        "needs a kernel of inner products",
     ),
     "scales of other heads": (["sh(1,2)"], {}, Exit.INPUT, "2 scales"),
     "runs of other heads": (["sh(1*16,2*16)"], {}, Exit.INPUT, "32 scales"),

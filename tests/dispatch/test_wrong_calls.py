@@ -257,7 +257,7 @@ CALLS: dict[str, Wrong] = {
     "scales for query heads": wrong(ValueError, "4 scales", spec="sh(1,1,2,2)"),
     "leak": wrong(UnsupportedError, "future leaks", "allow_leak=true", spec="causal+bn"),
     "prefix statistics of another kernel": wrong(
-        UnsupportedError, "needs the exponential kernel", spec="linear+bn(statistics=prefix)"
+        UnsupportedError, "needs a kernel of inner products", spec="linear+bn(statistics=prefix)"
     ),
     "windows wider than the support": wrong(
         UnsupportedError, "never fits in sparse(1,0)", spec="sh(1,3)+sparse(1,0)"

@@ -20,6 +20,7 @@ from pdcore.spec import (
     Identity,
     Kernel,
     Normalization,
+    PointwiseKernel,
     Polynomial,
     RandomFeatures,
     Relu,
@@ -59,10 +60,10 @@ def specs(
 ) -> AttentionSpec:
     """Draw a valid spec for a number of key heads."""
     kernel, support = draw(kernels), draw(SUPPORTS)
-    plain = isinstance(kernel, Exponential) and kernel.softcap is None
+    inner = isinstance(kernel, PointwiseKernel)
     normalization: Normalization = Identity()
     if draw(st.booleans()):
-        scopes = ["sequence", "batch", "running", *(["prefix"] * 3 if plain else [])]
+        scopes = ["sequence", "batch", "running", *(["prefix"] * 3 if inner else [])]
         statistics = draw(st.sampled_from(scopes))
         normalization = Batch(
             beta=draw(st.sampled_from([1.0, 0.5, 0.0, "param"])),

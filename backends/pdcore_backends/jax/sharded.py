@@ -16,6 +16,7 @@ from jax import lax
 
 from pdcore.extend import (
     BatchRows,
+    ConstantFeature,
     Features,
     Fold,
     GaussianRows,
@@ -188,6 +189,8 @@ def _with_one_point(step: Transform, shards: Shards) -> Transform:
     """Return a transform that has the same point or scale on all shards."""
     if isinstance(step, Fold | Recentre) and step.of == "prefix":
         return replace(step, choice=_BatchRowsOfShards(step, shards))
+    if isinstance(step, ConstantFeature) and isinstance(step.rows, Fold | Recentre):
+        return replace(step, rows=_BatchRowsOfShards(step.rows, shards))
     if isinstance(step, GaussianRows):
         return replace(step, choice=_GaussianOfShards(step, shards))
     if isinstance(step, ScaledRows):

@@ -187,6 +187,7 @@ test_parameters_are_differentiated, test_autodiff_of_parameters = both(
             "bn(beta=param,statistics=running,with_std=false)",
             "causal+bn(beta=param,statistics=prefix,with_std=false)",
             "gaussian(gamma=0.3)+bn(beta=param,with_std=false)",
+            "softmax(softcap=2)+causal+bn(beta=param,eps=0.1,statistics=prefix)",
         )
     ),
     SMALL.but(spec="bn(statistics=running)"),

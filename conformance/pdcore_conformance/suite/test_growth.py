@@ -23,6 +23,7 @@ CALLS = [
         "causal+bn(statistics=prefix)",
         "causal+bn(statistics=running)",
         "causal+bn(statistics=prefix,with_std=false)",
+        "causal+softmax(softcap=2)+bn(eps=0.1,statistics=prefix)",
         "causal+sh(2,4)",
         "causal+sh(2,3,pool=first)",
         "causal+linear+sh(1,4)",

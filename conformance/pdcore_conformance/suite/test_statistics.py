@@ -97,6 +97,33 @@ test_convolution_is_computed = judged(
     *(SMALL.but(spec="conv1d", dtype=dtype, given=False) for dtype in DTYPES[:2]),
 )
 
+test_prefix_statistics_are_of_every_kernel_of_inner_products = judged(
+    "T of a row and of its keys differs from row to row, which is one more feature of the scores.",
+    *(
+        SMALL.but(spec=f"{kernel}+{text}", dtype=dtype, rows=11)
+        for dtype in DTYPES
+        for kernel in ("softmax(softcap=2)", "polynomial", "conformance_logistic")
+        for text in (
+            "causal+bn(eps=0.1,statistics=prefix)",
+            "bn(beta=param,statistics=prefix,with_std=false)",
+        )
+    ),
+    *(
+        SMALL.but(spec="softmax(softcap=2)+causal+bn(eps=0.1,statistics=prefix)", **how)
+        for how in (
+            {"key_mask": "holes"},
+            {"key_mask": "left"},
+            {"offset": "sequence"},
+            {"mask": "random"},
+            {"bias": "full"},
+            {"draw": "far"},
+            {"rows": 150, "keys": 150},
+            {"heads": 6},
+        )
+    ),
+    SMALL.but(spec="softmax(softcap=2)+bn(eps=0.1,statistics=prefix)+sh(2,3)", rows=11),
+)
+
 RECENTRED = "bn(with_std=false)"
 AWAY = SMALL.but(draw="away", rows=40, keys=64, dim=32, value_dim=32)
 

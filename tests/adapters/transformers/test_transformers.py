@@ -641,6 +641,7 @@ def call(spec: str = "softmax", mask: Any = None, **others: Any) -> Any:
             },
             "causal+sparse(2,0)",
         ),
+        (PREFIX, {"softcap": 2.0}, f"softmax(softcap=2)+{PREFIX}"),
     ],
 )
 def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str) -> None:
@@ -659,7 +660,12 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
         ("cosine", {"scaling": 1.0}, pdcore.UnsupportedError, "cosine has no scale"),
         ("linear", {"softcap": 2.0}, pdcore.UnsupportedError, "softcap: got 2, and linear"),
         ("softmax(softcap=3)", {"softcap": 2.0}, ValueError, "softcap: got 2 .*says 3"),
-        (PREFIX, {"softcap": 2.0}, pdcore.UnsupportedError, "Layer with .*without softcap"),
+        (
+            "gaussian(0.3)",
+            {"softcap": 2.0},
+            pdcore.UnsupportedError,
+            "softcap: got 2, and gaussian",
+        ),
         ("sh(1,8)", {"sliding_window": 3}, pdcore.UnsupportedError, "8 pooled keys never fits"),
         (
             "softmax",
