@@ -12,6 +12,7 @@ from .scaled_rows import ScaledRows, largest_entry, largest_key, scaled
 from .transforms import (
     FeatureRows,
     GaussianRows,
+    KeyShift,
     Normalize,
     Pullback,
     Rows,
@@ -29,6 +30,7 @@ __all__ = [
     "Features",
     "Fold",
     "GaussianRows",
+    "KeyShift",
     "Group",
     "Normalize",
     "Plan",

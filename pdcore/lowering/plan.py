@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Features", "Group", "Plan", "Scores", "Summary", "Transform"]
 
+#: The dtypes in the order of their ranges.
+RANGES = ("float16", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -196,6 +199,10 @@ class Plan:
     def prefix(self) -> bool:
         """Whether a row's statistics are those of the keys up to the row's position."""
         return self.summary is not None and self.summary.scope == "prefix"
+
+    def fits(self, dtype: str) -> bool:
+        """Return whether a dtype has the range of the transformed queries and keys."""
+        return RANGES.index(self.holds) <= RANGES.index(dtype)
 
     @property
     def pools(self) -> bool:

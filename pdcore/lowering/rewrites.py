@@ -31,7 +31,7 @@ from ..spec import (
 from .fold import ConstantFeature, Fold, Recentre, Unread
 from .plan import Features, Group, Plan, Scores, Summary, Transform
 from .scaled_rows import ScaledRows
-from .transforms import FeatureRows, GaussianRows, Normalize, UnitRows
+from .transforms import FeatureRows, GaussianRows, KeyShift, Normalize, UnitRows
 
 __all__ = ["Signature", "lower", "restored"]
 
@@ -192,6 +192,9 @@ def _contraction(
     if spec.plain_exponential:
         assert isinstance(kernel, Exponential)
         scale = default_scale(kernel.scale, signature.dim)
+        if transforms and signature.dtype in ("float16", "bfloat16"):
+            transforms.append(KeyShift(scale))
+            steps.append("16 bits round keys relative to a point c among them; tau q'.c goes to L")
         inner = "q'.k'" if transforms else "q.k"
         steps.append(f"scores: log kappa = {scale:.6g} {inner}")
         return tuple(transforms), Scores(scale=scale)

@@ -14,7 +14,7 @@ from ..arrays import overflow_as_nan, stop_gradient
 from ..spec import FeatureMap, Normalization
 from .plan import Transform
 
-__all__ = ["FeatureRows", "GaussianRows", "Normalize", "Pullback", "Rows", "UnitRows"]
+__all__ = ["FeatureRows", "GaussianRows", "KeyShift", "Normalize", "Pullback", "Rows", "UnitRows"]
 
 
 class Rows(NamedTuple):
@@ -153,6 +153,35 @@ class GaussianRows:
             row_constant=-self.gamma * xp.sum(q * q, axis=-1),
             key_mask=key_mask,
         ), pullback
+
+
+@dataclass(frozen=True)
+class KeyShift:
+    """tau x.y as tau x.(y - c) and a row constant tau x.c, for keys that are then rounded.
+
+    c is a point among the keys: what 16 bits round is k - c, which is small where k is far from 0.
+
+    Attributes
+    ----------
+    scale : float
+        tau.
+    choice : Transform or None
+        A transform that a backend's `fuse` puts in place of this one.
+    """
+
+    scale: float
+    choice: Transform | None = None
+
+    def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+        """Transform queries and keys, and return them with the pullback; see `Rows`."""
+        # The shift counts as a constant, as the result does not depend on it.
+        shift = stop_gradient(central(rows.k, rows.key_mask, xp=xp), xp)
+
+        def pullback(d: Rows) -> tuple[Rows, Gradients, Gradients]:
+            return Rows(d.q + self.scale * d.row_constant[..., None] * shift, d.k), {}, {}
+
+        constant = self.scale * xp.sum(rows.q * shift, axis=-1)
+        return rows._replace(k=rows.k - shift, row_constant=constant), pullback
 
 
 @dataclass(frozen=True)

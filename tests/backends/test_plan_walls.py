@@ -32,7 +32,7 @@ FORBIDDEN = {
 def offences(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         match node:
-            case ast.Attribute(attr="spec"):
+            case ast.Attribute(attr="spec" | "normalization"):
                 yield f"line {node.lineno}: {ast.unparse(node)}"
             case ast.ImportFrom(module=str(module)) if module.startswith("pdcore"):
                 names = {alias.name for alias in node.names} & FORBIDDEN
@@ -54,6 +54,7 @@ def test_a_backend_reads_no_spec(path: Path) -> None:
     [
         "causal = plan.spec.support.causal",
         "word = request.spec.kernel.word",
+        "if isinstance(step.normalization, own): pass",
         "from pdcore.spec import Batch, Moments",
         "from pdcore.extend import FeatureMap",
     ],

@@ -87,7 +87,7 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
             f"tensor cores are for D and Dv of {', '.join(map(str, WIDTHS))}, got "
             f"{request.q[-1]} and {request.v[-1]}"
         )
-    if plan.holds != "float16":
+    if not plan.fits(request.dtype):
         return f"transformed rows may leave the range of {request.dtype}"
     if request.weights:
         return "the weights are array operations"

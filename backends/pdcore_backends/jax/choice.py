@@ -97,7 +97,7 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
         return "weights that are no exp of an inner product"
     if request.axis_name is not None:
         return "shards merge by the log-sum-exp"
-    if plan.holds != "float16":
+    if not plan.fits(request.dtype):
         return "transformed queries and keys that 16 bit may not hold"
     if request.lse or request.vjp or request.weights or plan.rescales:
         return "the log-sum-exp is needed, and it has no gradient of that"

@@ -22,6 +22,7 @@ from pdcore.extend import (
     GaussianRows,
     Inputs,
     KeySet,
+    KeyShift,
     Normalize,
     Operands,
     Plan,
@@ -185,12 +186,18 @@ class _ScaleOfShards:
         return self.scale.below(largest, rows, xp=xp)
 
 
+def _unshifted(rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
+    return rows, lambda d: (d, {}, {})
+
+
 def _with_one_point(step: Transform, shards: Shards) -> Transform:
     """Return a transform that has the same point or scale on all shards."""
     if isinstance(step, Fold | Recentre) and step.of == "prefix":
         return replace(step, choice=_BatchRowsOfShards(step, shards))
     if isinstance(step, ConstantFeature) and isinstance(step.rows, Fold | Recentre):
         return replace(step, rows=_BatchRowsOfShards(step.rows, shards))
+    if isinstance(step, KeyShift):
+        return replace(step, choice=_unshifted)  # shards contract in float32
     if isinstance(step, GaussianRows):
         return replace(step, choice=_GaussianOfShards(step, shards))
     if isinstance(step, ScaledRows):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pdcore.extend import Fold, Normalize, Plan, Recentre, Request, Scores
+from pdcore.extend import Fold, Plan, Recentre, Request, Scores
 
 from . import device
 from .kernels import TILE, by_cudnn
@@ -123,7 +123,7 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
     choice = Fused(
         plan=plan.text,
         dtype=plan.accumulate if kind == "cpu" else _kernel_dtype(plan, request),
-        narrow=plan.accumulate if plan.holds == "float32" else request.dtype,
+        narrow=request.dtype if plan.fits(request.dtype) else plan.accumulate,
         causal=causal,
         whole=whole,
         plain=whole and kind == "cpu" and _plain(plan, request),
@@ -224,7 +224,7 @@ def _kernel_dtype(plan: Plan, request: Request) -> str:
     """Return the dtype in which a CUDA kernel reads transformed queries and keys."""
     # Rows that may leave the range of 16 bits are read in the accumulation dtype. So are those of
     # a pullback, which computes the weights again and must get the same.
-    narrow = plan.holds == "float16" and not (request.vjp or request.weights)
+    narrow = plan.fits(request.dtype) and not (request.vjp or request.weights)
     return request.dtype if narrow else plan.accumulate
 
 
@@ -233,8 +233,6 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     support = plan.support
     if c.weight != "log" or c.expression is not None:
         return "weights that are no exp of an inner product"
-    if why := _out_of_range(plan, request):
-        return why
     if request.dropout:
         return "dropout"
     if support.left != math.inf or (support.right != math.inf and not support.causal):
@@ -258,19 +256,6 @@ def _off_the_grid(request: Request) -> str:
     if max(math.prod(lead), heads) <= GRID_MOST:
         return ""
     return f"more than {GRID_MOST:,} sequences or heads, the most blocks of a grid along y and z"
-
-
-def _out_of_range(plan: Plan, request: Request) -> str:
-    """Return which normalization may leave the range of 16 bits; empty if none does."""
-    # Prefix statistics are folded in the accumulation dtype, see `Fused.narrow`.
-    if plan.holds == "float16" or plan.prefix or request.dtype == plan.accumulate:
-        return ""
-    names = [step.word for step in plan.transforms if isinstance(step, Normalize)]
-    if plan.holds == "float32":
-        return f"the normalization {names[0]}"
-    if request.dtype == "float16":
-        return f"{names[0]}, which may leave the range of float16"
-    return ""
 
 
 def _not_flex(c: Scores, request: Request) -> str:

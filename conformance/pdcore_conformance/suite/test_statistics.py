@@ -173,6 +173,15 @@ test_recentring_costs_no_digits_far_from_zero = judged(
     ),
 )
 
+test_any_normalization_is_rounded_near_zero = judged(
+    "A normalization that declares nothing runs in 16 bits, and its keys are rounded near 0.",
+    *(
+        SMALL.but(spec=text, dtype=dtype, draw="away", keys=40, dim=32, value_dim=32)
+        for dtype in DTYPES[2:]
+        for text in ("conformance_centred", "iebn", "mixture(eps=0.1)", "conv1d")
+    ),
+)
+
 test_variance_is_biased = judged(
     "The variance divides by n, not n - 1, which differ most with 2 or 3 keys.",
     *(SMALL.but(dtype=d, keys=n) for d in DTYPES for n in (2, 3)),

@@ -46,10 +46,11 @@ class Normalization(ABC):
     def holds(self) -> str:
         """The shortest dtype whose range T(x) never leaves, for rows and keys within that range.
 
-        ``"float16"``, ``"bfloat16"``, or ``"float32"``, which promises nothing about 16 bits: there
-        T(x) goes to no kernel that reads 16-bit rows.
+        ``"float16"``; ``"bfloat16"``, the default, where T(x) may leave the range of float16, so
+        that kernels read it in float32 for float16 inputs; or ``"float32"``, where T(x) goes to no
+        kernel that reads 16-bit rows.
         """
-        return "float32"
+        return "bfloat16"
 
     @property
     def leaks(self) -> bool:

@@ -28,11 +28,6 @@ class Convolution(Normalization):
     """
 
     @property
-    def holds(self) -> str:
-        """A sum over the taps may leave the range of float16."""
-        return "bfloat16"
-
-    @property
     @abstractmethod
     def taps(self) -> tuple[int, ...]:
         """The sizes of the filter."""

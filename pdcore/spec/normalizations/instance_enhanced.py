@@ -45,11 +45,6 @@ class InstanceEnhanced(Normalization):
     layer = "instance_enhanced_batch_norm"
     aliases = ("instance_enhanced",)
 
-    @property
-    def holds(self) -> str:
-        """A constant feature divided by sqrt(eps) may leave the range of float16."""
-        return "bfloat16"
-
     def __post_init__(self) -> None:
         check_weight(self.word, self.beta, self.eps)
 

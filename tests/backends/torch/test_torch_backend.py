@@ -191,8 +191,7 @@ def test_a_normalization_of_ones_own_runs_by_fused_kernels(
     spec = pdcore.AttentionSpec(**{"normalization": Recentre(), **more})
     [q] = draw(1, 4, 9, 8, count=1, dtype=dtype, grad=True)
     k, v = draw(1, 2, keys, 8, count=2, dtype=dtype, grad=True)
-    fused_ = "kernel: scaled_dot_product_attention" in str(pdcore.explain(q, k, v, spec))
-    assert fused_ == (dtype == torch.float32)
+    assert "kernel: scaled_dot_product_attention" in str(pdcore.explain(q, k, v, spec))
     out = pdcore.attention(q, k, v, spec)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     wanted = reference_attention(*wide, spec)
