@@ -153,10 +153,9 @@ class BackendInfo:
 
 
 class Inputs(NamedTuple):
-    """The validated arrays of a call, all of one library.
+    """The validated arrays of a call, all of one library: the arguments of `attention`.
 
-    `offset` is an int, an integer array () or (*B,), or ``"end"``; all arguments are those of
-    `attention`. A backend gets `segments` only where their ids are traced, see `Request.segments`.
+    `offset` is an int, an integer array () or (*B,), or ``"end"``; `segments` are traced ids.
     """
 
     q: Any
@@ -201,8 +200,8 @@ class Request(NamedTuple):
         Whether the call returns the log-sum-exp; is `attention_vjp`; is `attention_weights`.
     dropout : float
     axis_name : str or None
-    segments : {"values", "traced"} or None
-        Whether the ids have values, by which the call is cut into calls without segments.
+    segments : {"values", "traced", "compiled"} or None
+        Whether ids have values, or are traced, by PyTorch's compiler or by others.
     layout : str
         The layout of the caller's arrays, for messages only: the arrays of a backend, and the
         shapes here, are (*B, H, N, D) in any case.
@@ -311,6 +310,7 @@ class Backend(ABC):
     """The base class of backends. A plugin usually subclasses `ArrayBackend`, which is complete."""
 
     info: ClassVar[BackendInfo]
+    pads_segments: ClassVar[bool] = False  # to powers of two: fewer programs to compile
 
     def refusals(self, request: Request) -> list[str]:
         """Return why the backend cannot run a call; an empty list means that it can.
@@ -326,11 +326,12 @@ class Backend(ABC):
         kind = request.device.partition(":")[0]
         if kind not in self.info.devices:
             reasons.append(f"device {request.device}: runs on {', '.join(self.info.devices)}")
-        return reasons + (self.traced_segments(request) if request.segments == "traced" else [])
+        return reasons + self.traced_segments(request)
 
     def traced_segments(self, request: Request) -> list[str]:
-        """Return why the backend cannot run a call whose segments are traced, see `refusals`."""
-        return ["segments: their ids are traced, and must be values; pass them as NumPy arrays"]
+        """Return why the backend cannot run a call if its segments are traced, see `refusals`."""
+        traced = request.segments in ("traced", "compiled")
+        return ["segments: the ids are traced; pass them as NumPy arrays"] if traced else []
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Return a plan that computes the same and runs fastest on this backend.

@@ -1,8 +1,9 @@
 """Packed sequences: their segments cut out, run as calls of their own, and joined again.
 
 Segments of equal lengths are the sequences of one call. Under ``batch`` statistics, which are over
-all keys, all segments are, padded to the longest. Rows that see no key, those of padding and of
-segments without keys, are one more call, on no keys and without a normalization.
+all keys, all segments are, padded to the longest. For a backend that compiles a program for every
+shape, segments are padded to powers of two. Rows that see no key, those of padding and of segments
+without keys, are one more call, on no keys and without a normalization.
 
 All of it is slices and joins of the caller's arrays, which their library differentiates. The ids
 are values on the host.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import compiling, device_of
@@ -23,14 +23,13 @@ from ..spec import Identity
 from .arguments import check_given
 from .layout import Layout, heads_first
 from .segments import Segment, on_host, ranges, segments_kind, shares_statistics
+from .spans import Span, all_ranges, entries, power_of_two, split
 
 if TYPE_CHECKING:
     from .binding import BoundAttention
 
 __all__ = ["PackedCall", "packed_call"]
 
-#: A range of positions: the sequence, the first position, and the number of positions.
-Span = tuple[int, int, int]
 #: Arrays (H, n, ...) with the places of their axis 1.
 Parts = list[tuple[Span, Any]]
 
@@ -70,7 +69,7 @@ def packed_call(
     piece, blind = (
         cached_bind(spec, backend.info.name, device) for spec in (layer.spec, unnormalized)
     )
-    return inputs, PackedCall(piece, blind, at_hand)
+    return inputs, PackedCall(piece, blind, at_hand, pads=backend.pads_segments)
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,17 @@ class PackedCall:
         The attention of a segment, and the same without a normalization.
     inputs : Inputs
         q, k and v (*B, H, N, D), and the ids as arrays of NumPy.
+    pads : bool
+        Whether the sequences of a piece, and their lengths, are powers of two.
     """
 
-    def __init__(self, layer: BoundAttention, blind: BoundAttention, inputs: Inputs) -> None:
+    def __init__(
+        self, layer: BoundAttention, blind: BoundAttention, inputs: Inputs, *, pads: bool
+    ) -> None:
         from array_api_compat import array_namespace
 
         self.xp, self.inputs = array_namespace(inputs.q), inputs
+        self.size: Callable[[int], int] = power_of_two if pads else int
         self.lead = tuple(inputs.q.shape[:-3])
         self.q, self.k, self.v = (self._flat(x, 3) for x in inputs[:3])
         self.pieces = list(self._pieces(layer, blind, ranges(inputs.segments, self.lead)))
@@ -162,18 +166,19 @@ class PackedCall:
         seen: dict[int, list[Span]] = {s: [] for s in range(self.q.shape[0])}
         for s in segments:
             if s.keys and (s.rows or shared):
-                batches.setdefault(None if shared else (s.rows, s.keys), []).append(s)
+                lengths = self.size(s.rows), self.size(s.keys)
+                batches.setdefault(None if shared else lengths, []).append(s)
                 seen[s.sequence].append((s.sequence, s.first_row, s.rows))
         for batch in batches.values():
             yield self._piece(layer, batch)
         count = self.q.shape[-2]
-        rows = [(s, a, n) for s in seen for a, n, gap in _all_ranges(seen[s], count) if gap]
+        rows = [(s, a, n) for s in seen for a, n, gap in all_ranges(seen[s], count) if gap]
         if rows:
             yield self._blind_piece(blind, rows)
 
     def _piece(self, layer: BoundAttention, segments: list[Segment]) -> _Piece:
         """Return the call of some segments, padded to the longest where they differ."""
-        xp, inputs = self.xp, self.inputs
+        inputs = self.inputs
         rows = [(s.sequence, s.first_row, s.rows) for s in segments]
         keys = [(s.sequence, s.first_key, s.keys) for s in segments]
         q, k, v = (
@@ -184,11 +189,9 @@ class PackedCall:
         key_mask, offset = inputs.key_mask, inputs.offset
         if key_mask is not None:
             key_mask = self._stacked(self._cut(self._flat(key_mask, 1), keys, 0), 0)
-        elif len({s.keys for s in segments}) > 1:
-            device = device_of(inputs.q)
-            real = [xp.ones((s.keys,), dtype=xp.bool, device=device) for s in segments]
-            key_mask = self._stacked(real, 0)
-        if isinstance(offset, str) and len({s.rows for s in segments}) > 1:
+        elif any(s.keys != k.shape[-2] for s in segments) or len(segments) != k.shape[0]:
+            key_mask = self._real(segments)
+        if isinstance(offset, str) and any(s.rows != q.shape[-2] for s in segments):
             offset = self._ends(key_mask, segments)
         call = inputs._replace(
             q=q, k=k, v=v, mask=mask, key_mask=key_mask, bias=bias, offset=offset, segments=None
@@ -198,7 +201,7 @@ class PackedCall:
     def _blind_piece(self, layer: BoundAttention, rows: list[Span]) -> _Piece:
         """Return the call of rows that see no key; those of padding may be NaN, and are 0 here."""
         q, k, v, given = self.q, self.k, self.v, self.inputs.params
-        shape = (1, q.shape[1], sum(n for _, _, n in rows), q.shape[-1])
+        shape = (1, q.shape[1], self.size(sum(n for _, _, n in rows)), q.shape[-1])
         params = {p.name: given[p.name] for p in layer.spec.parameters() if p.name in given}
         call = Inputs(self._zeros(shape, q), k[:1, :, :0, :], v[:1, :, :0, :], params=params)
         return _Piece(layer, call, rows, [])
@@ -206,14 +209,18 @@ class PackedCall:
     def _ends(self, key_mask: Any, segments: list[Segment]) -> Any:
         """Return the offset of each segment that puts its last query on its last real key."""
         xp, device = self.xp, device_of(self.q)
-        rows, keys = (
-            xp.asarray(count, dtype=xp.int64, device=device)
-            for count in ([s.rows for s in segments], [s.keys for s in segments])
-        )
+        counts = [s.rows for s in segments]
+        counts += [0] * (self.size(len(counts)) - len(counts))
+        rows = xp.asarray(counts, dtype=xp.int64, device=device)
         if key_mask is None:
-            return keys - rows
+            return segments[0].keys - rows
         index = xp.arange(1, key_mask.shape[-1] + 1, dtype=xp.int64, device=device)
         return xp.max(xp.where(key_mask, index, xp.zeros_like(index)), axis=-1) - rows
+
+    def _real(self, segments: list[Segment]) -> Any:
+        """Return the key mask of segments that are padded."""
+        options = {"dtype": self.xp.bool, "device": device_of(self.q)}
+        return self._stacked([self.xp.ones((s.keys,), **options) for s in segments], 0)
 
     def _cut(self, x: Any, spans: Sequence[Span], axis: int) -> list[Any]:
         """Cut spans out of the sequences x[s], along an axis of x[s]."""
@@ -224,11 +231,11 @@ class PackedCall:
         sequences = self.xp.unstack(x, axis=0)
         parts: dict[Span, Any] = {}
         for s, found in places.items():
-            whole = _all_ranges(found, x.shape[axis + 1])
-            split = _split(sequences[s], [n for _, n, _ in whole], axis)
-            parts.update(((s, a, n), part) for (a, n, _), part in zip(whole, split, strict=True))
+            whole = all_ranges(found, x.shape[axis + 1])
+            pieces = split(sequences[s], [n for _, n, _ in whole], axis)
+            parts.update(((s, a, n), x) for (a, n, _), x in zip(whole, pieces, strict=True))
         for i, span in enumerate(spans):
-            cut[i] = parts[span] if span[2] else _slice(sequences[span[0]], 0, 0, axis)
+            cut[i] = parts[span] if span[2] else entries(sequences[span[0]], 0, 0, axis)
         return cut
 
     def _cut_mask(self, x: Any, rows: Sequence[Span], keys: Sequence[Span]) -> Any:
@@ -242,10 +249,10 @@ class PackedCall:
             sequences = self.xp.unstack(x, axis=0)
             cut = [sequences[s] for s, _, _ in rows]
         if x.shape[-1] != 1:
-            cut = [_slice(c, a, a + n, 2) for c, (_, a, n) in zip(cut, keys, strict=True)]
-            size = max(n for _, _, n in keys)
+            cut = [entries(c, a, a + n, 2) for c, (_, a, n) in zip(cut, keys, strict=True)]
+            size = self.size(max(n for _, _, n in keys))
             cut = [self._placed(c, 0, size, 2) for c in cut]
-        return self._stacked(cut, 1)
+        return self._stacked(cut, 1, x.shape[-2] == 1)
 
     def _with_all_axes(self, x: Any) -> Any:
         """Return a mask or bias as (sequences, H or 1, N or 1, M or 1)."""
@@ -259,10 +266,11 @@ class PackedCall:
             return x
         return self.xp.reshape(x, (math.prod(self.lead), *x.shape[x.ndim - axes :]))
 
-    def _stacked(self, parts: list[Any], axis: int) -> Any:
-        """Stack arrays, padded by zeros along an axis to the longest."""
-        size = max(part.shape[axis] for part in parts)
-        return self.xp.stack([self._placed(part, 0, size, axis) for part in parts], axis=0)
+    def _stacked(self, parts: list[Any], axis: int, one: bool = False) -> Any:
+        """Stack arrays, padded by zeros along an axis, unless all have one entry there."""
+        size = 1 if one else self.size(max(part.shape[axis] for part in parts))
+        stacked = self.xp.stack([self._placed(part, 0, size, axis) for part in parts], axis=0)
+        return self._placed(stacked, 0, self.size(len(parts)), 0)
 
     def _zeros(self, shape: tuple[int, ...], like: Any) -> Any:
         return self.xp.zeros(shape, dtype=like.dtype, device=device_of(self.inputs.q))
@@ -282,18 +290,22 @@ class PackedCall:
         """Return the parts of the result of a piece, with the places of their rows."""
         if piece.keys:
             return self._by_span(piece.rows, result)
-        parts = _split(result[0, ...], [n for _, _, n in piece.rows], 1)
+        counts = [n for _, _, n in piece.rows]
+        parts = split(entries(result[0, ...], 0, sum(counts), 1), counts, 1)
         return list(zip(piece.rows, parts, strict=True))
 
     def _by_span(self, spans: Sequence[Span], x: Any) -> Parts:
         """Return the sequences of an array, less the padding at their end, with their places."""
-        parts = self.xp.unstack(x, axis=0)
-        return [(span, _slice(p, 0, span[2], 1)) for span, p in zip(spans, parts, strict=True)]
+        parts = self.xp.unstack(x, axis=0)  # those of padding come last
+        return [(span, entries(p, 0, span[2], 1)) for span, p in zip(spans, parts, strict=False)]
 
     def _rows_of(self, d: Any, piece: _Piece) -> Any:
         """Return the cotangent of the result of a piece, the inverse of `_by_rows`."""
         cut = self._cut(d, piece.rows, 1)
-        return self._stacked(cut, 1) if piece.keys else self.xp.concat(cut, axis=1)[None, ...]
+        if piece.keys:
+            return self._stacked(cut, 1)
+        rows = self.xp.concat(cut, axis=1)
+        return self._placed(rows, 0, self.size(rows.shape[1]), 1)[None, ...]
 
     def _rows_joined(self, parts: Parts) -> Any:
         """Join results at their rows, with the leading axes of the caller."""
@@ -313,7 +325,7 @@ class PackedCall:
         for s, found in places.items():
             whole = [
                 self._zeros((like.shape[0], n, *like.shape[2:]), like) if gap else found[a]
-                for a, n, gap in _all_ranges(spans[s], length)
+                for a, n, gap in all_ranges(spans[s], length)
             ]
             sequences.append(self.xp.concat(whole, axis=1))
         return self.xp.stack(sequences, axis=0)
@@ -349,7 +361,7 @@ class PackedCall:
                 self._by_span(rows, gradient), piece.keys, strict=True
             ):
                 if by_key:
-                    x = self._placed(_slice(x, 0, n, 2), first, bias.shape[-1], 2)
+                    x = self._placed(entries(x, 0, n, 2), first, bias.shape[-1], 2)
                 parts.append((span, x))
         if not parts:
             return xp.zeros_like(bias)
@@ -366,37 +378,3 @@ class PackedCall:
             )
         whole = xp.reshape(whole, (*self.lead, *whole.shape[1:]))
         return sum_to(whole, bias.shape, xp=xp)
-
-
-def _all_ranges(spans: Sequence[Span], length: int) -> list[tuple[int, int, bool]]:
-    """Return (start, length, whether it is a gap) for all of 0..length, empty spans left out."""
-    whole, done = [], 0
-    for _, start, count in sorted(spans):
-        if count:
-            if done < start:
-                whole.append((done, start - done, True))
-            whole.append((start, count, False))
-            done = start + count
-    if done < length or not whole:
-        whole.append((done, length - done, True))
-    return whole
-
-
-def _split(x: Any, sizes: Sequence[int], axis: int) -> Sequence[Any]:
-    """Split an array into parts of the given sizes along an axis.
-
-    By one call where the array has that, as those of PyTorch do: the gradient of a slice is an
-    array as large as the whole.
-    """
-    if hasattr(x, "split"):
-        parts: Sequence[Any] = x.split(list(sizes), axis)
-        return parts
-    ends = accumulate(sizes)
-    return [_slice(x, end - n, end, axis) for end, n in zip(ends, sizes, strict=True)]
-
-
-def _slice(x: Any, start: int, stop: int, axis: int) -> Any:
-    """Return the entries start..stop along an axis; the array itself where those are all."""
-    if not start and stop == x.shape[axis]:
-        return x
-    return x[(*(slice(None),) * axis, slice(start, stop), ...)]

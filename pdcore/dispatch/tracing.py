@@ -83,7 +83,7 @@ def make_traced_selector(
             0.5 if dropped else 0.0,
             axis_name,
             layout,
-            "traced" if packed else None,
+            "compiled" if packed else None,
         )
         backend = selection.choose(request, choice).backend
         if backend.info.library != "torch":

@@ -19,6 +19,8 @@ __all__ = ["JaxBackend"]
 class JaxBackend(LocalJaxBackend):
     """Runs plans on JAX arrays, under jit, grad, vmap and jvp too."""
 
+    pads_segments = True
+
     def refusals(self, request: Request) -> list[str]:
         """Return why the backend cannot run a call, see `Backend.refusals`."""
         reasons = super().refusals(request)

@@ -33,6 +33,7 @@ from .flash import recorded, transformed
 from .flex import flex_scores
 from .fused import FusedCall, FusedRun, fused_inputs, fused_out, fused_scores, plain
 from .operators import BLOCKS
+from .packed import compiled_segments, segments_attention
 from .torchscript import with_fixed_lengths
 
 __all__ = ["TorchBackend"]
@@ -65,6 +66,12 @@ class TorchBackend(ArrayBackend):
             )
         return reasons
 
+    def traced_segments(self, request: Request) -> list[str]:
+        """Return why the backend cannot run traced segments, see `Backend.traced_segments`."""
+        if request.segments == "compiled":
+            return compiled_segments(request)
+        return super().traced_segments(request)
+
     def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
         """Return a dropout of weights, see `pdcore.backend.operands.Operands`."""
         return dropout(p)
@@ -75,6 +82,10 @@ class TorchBackend(ArrayBackend):
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
+        if inputs.segments is not None:
+            held = constants_held(plan, inputs, torch.Tensor.detach)
+            out, level = segments_attention(plan, held)
+            return out, level if lse else None
         c: Any = plan.contraction
         whole = isinstance(c.choice, Fused) and c.choice.whole and not (lse or transformed())
         if whole and c.choice.plain:

@@ -84,5 +84,54 @@ def test_traced_ids_are_refused_by_name():
     def packed(q, i):
         return pdcore.attention(q, q, q, segments=i, backend="torch")
 
-    with pytest.raises((UnsupportedError, NoBackendError), match="segments: their ids are traced"):
+    with pytest.raises((UnsupportedError, NoBackendError), match="segments: the ids are traced"):
         torch.vmap(packed)(x[:, None], ids[:, None])
+
+
+def test_compiled_calls_take_any_ids():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    beta, bias = torch.full((4,), 0.7, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
+    spec = "causal+bn(statistics=prefix,beta=param)"
+
+    def run(q, b, extra, ids):
+        params = {"beta": b}
+        return pdcore.attention(
+            q, q, q, spec, segments=ids, params=params, bias=extra, return_lse=True
+        )
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [3, 3, 3, 3, 3, 2, 2, 2]])
+    for i in (ids, ids.flip(1)):
+        results = []
+        for function in (run, compiled):
+            leaves = [a.clone().requires_grad_() for a in (x, beta, bias)]
+            out, lse = function(*leaves, i)
+            loss = (out * x).sum() + lse.masked_fill(torch.isinf(lse), 0.0).sum()
+            results.append((out, lse, *torch.autograd.grad(loss, leaves)))
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, eager)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.parametrize("offset", ["end", 2, torch.tensor(1)])
+def test_compiled_offsets_and_pairs(offset):
+    q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 8, 4)
+    ids = torch.tensor([[0, 0, 1, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0, 0, 0, -1]])
+
+    def run(q, k, q_ids, k_ids):
+        return pdcore.attention(q, k, k, "causal+sh(1,2)", offset=offset, segments=(q_ids, k_ids))
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, *ids), run(q, k, *ids))
+
+
+def test_what_compiled_calls_refuse():
+    x, ids = torch.randn(1, 2, 5, 4), torch.zeros(1, 5, dtype=torch.int64)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def dropped(q, i):
+        return pdcore.attention(q, q, q, dropout=0.5, segments=i)
+
+    with pytest.raises(Exception, match="dropout of segments inside of compiled code"):
+        dropped(x, ids)

@@ -1,0 +1,51 @@
+"""Ranges of positions, and arrays cut by them along an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+__all__ = ["Span", "all_ranges", "entries", "power_of_two", "split"]
+
+#: A range of positions: the sequence, the first position, and the number of positions.
+Span = tuple[int, int, int]
+
+
+def power_of_two(n: int) -> int:
+    """Return the least power of two from n on, at least 8; 0 for 0."""
+    return n and max(8, 1 << (n - 1).bit_length())
+
+
+def all_ranges(spans: Sequence[Span], length: int) -> list[tuple[int, int, bool]]:
+    """Return (start, length, whether it is a gap) for all of 0..length, empty spans left out."""
+    whole, done = [], 0
+    for _, start, count in sorted(spans):
+        if count:
+            if done < start:
+                whole.append((done, start - done, True))
+            whole.append((start, count, False))
+            done = start + count
+    if done < length or not whole:
+        whole.append((done, length - done, True))
+    return whole
+
+
+def split(x: Any, sizes: Sequence[int], axis: int) -> Sequence[Any]:
+    """Split an array into parts of the given sizes along an axis.
+
+    By one call where the array has that, as those of PyTorch do: the gradient of a slice is an
+    array as large as the whole.
+    """
+    if hasattr(x, "split"):
+        parts: Sequence[Any] = x.split(list(sizes), axis)
+        return parts
+    ends = accumulate(sizes)
+    return [entries(x, end - n, end, axis) for end, n in zip(ends, sizes, strict=True)]
+
+
+def entries(x: Any, start: int, stop: int, axis: int) -> Any:
+    """Return the entries start..stop along an axis; the array itself where those are all."""
+    if not start and stop == x.shape[axis]:
+        return x
+    return x[(*(slice(None),) * axis, slice(start, stop), ...)]
