@@ -122,10 +122,16 @@ def _one_for_all(ranges: Any) -> Any:
     def wrong(segments: Any, lead: Any) -> Any:
         first: dict[int, Any] = {}
         for s in ranges(segments, lead):
-            first.setdefault(s.sequence, s._replace(first_row=0, rows=17, first_key=0, keys=17))
+            ends = {"rows": _length(segments, 0), "keys": _length(segments, 1)}
+            first.setdefault(s.sequence, s._replace(first_row=0, first_key=0, **ends))
         return list(first.values())
 
     return wrong
+
+
+def _length(segments: Any, which: int) -> int:
+    ids = segments[which] if isinstance(segments, tuple) else segments
+    return int(ids.shape[-1])
 
 
 def _changed(change: Callable[[Any], Any]) -> Callable[[Any], Any]:

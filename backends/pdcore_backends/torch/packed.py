@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdcore import attention, attention_vjp
+import pdcore
 from pdcore.extend import Inputs, Plan, Request
 
 __all__ = ["compiled_segments", "segments_attention"]
@@ -82,7 +82,7 @@ def _call(arguments: Any) -> tuple[Any, ...]:
 )
 def _packed(*arguments: Any) -> tuple[Tensor, Tensor]:
     *arrays, named = _call(arguments)
-    out, lse = attention(*arrays, return_lse=True, **named)
+    out, lse = pdcore.attention(*arrays, return_lse=True, **named)
     return out.contiguous(), lse.contiguous()
 
 
@@ -101,7 +101,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _packed_backward(*arguments: Any) -> Any:
     *inputs, d_out, d_lse = arguments
     *arrays, named = _call(inputs)
-    _, _, pull = attention_vjp(*arrays, **named)
+    _, _, pull = pdcore.attention_vjp(*arrays, **named)
     d = {name: x.contiguous() for name, x in pull(d_out, d_lse).items()}
     bias = d.get("bias", d_out.new_empty(0))
     return d["q"], d["k"], d["v"], bias, [d[name] for name in named["params"]]
