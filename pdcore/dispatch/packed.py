@@ -23,7 +23,7 @@ from ..spec import Identity
 from .arguments import check_given
 from .layout import Layout, heads_first
 from .segments import Segment, on_host, ranges, segments_kind, shares_statistics
-from .spans import Span, all_ranges, entries, power_of_two, split
+from .spans import Span, all_ranges, entries, power_of_two, split, tiles
 
 if TYPE_CHECKING:
     from .binding import BoundAttention
@@ -182,7 +182,7 @@ class PackedCall:
         rows = [(s.sequence, s.first_row, s.rows) for s in segments]
         keys = [(s.sequence, s.first_key, s.keys) for s in segments]
         q, k, v = (
-            self._stacked(self._cut(x, spans, 1), 1)
+            self._gathered(x, spans)
             for x, spans in ((self.q, rows), (self.k, keys), (self.v, keys))
         )
         mask, bias = (self._cut_mask(x, rows, keys) for x in (inputs.mask, inputs.bias))
@@ -237,6 +237,17 @@ class PackedCall:
         for i, span in enumerate(spans):
             cut[i] = parts[span] if span[2] else entries(sequences[span[0]], 0, 0, axis)
         return cut
+
+    def _gathered(self, x: Any, spans: Sequence[Span]) -> Any:
+        """Return spans of the sequences x as sequences; a view where x is made of them."""
+        start, count, length = tiles(spans, x.shape[0])
+        if not count or self.size(length) != length or self.size(len(spans)) != len(spans):
+            return self._stacked(self._cut(x, spans, 1), 1)
+        x = entries(x, start, start + count * length, 2)
+        sequences, heads, _, *rest = x.shape
+        x = self.xp.reshape(x, (sequences, heads, count, length, *rest))
+        x = self.xp.permute_dims(x, (0, 2, 1, *range(3, x.ndim)))
+        return self.xp.reshape(x, (len(spans), heads, length, *rest))
 
     def _cut_mask(self, x: Any, rows: Sequence[Span], keys: Sequence[Span]) -> Any:
         """Cut a mask or bias along the axes of queries and keys, where it has them."""
@@ -301,10 +312,9 @@ class PackedCall:
 
     def _rows_of(self, d: Any, piece: _Piece) -> Any:
         """Return the cotangent of the result of a piece, the inverse of `_by_rows`."""
-        cut = self._cut(d, piece.rows, 1)
         if piece.keys:
-            return self._stacked(cut, 1)
-        rows = self.xp.concat(cut, axis=1)
+            return self._gathered(d, piece.rows)
+        rows = self.xp.concat(self._cut(d, piece.rows, 1), axis=1)
         return self._placed(rows, 0, self.size(rows.shape[1]), 1)[None, ...]
 
     def _rows_joined(self, parts: Parts) -> Any:

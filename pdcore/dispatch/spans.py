@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-__all__ = ["Span", "all_ranges", "entries", "power_of_two", "split"]
+__all__ = ["Span", "all_ranges", "entries", "power_of_two", "split", "tiles"]
 
 #: A range of positions: the sequence, the first position, and the number of positions.
 Span = tuple[int, int, int]
@@ -29,6 +29,17 @@ def all_ranges(spans: Sequence[Span], length: int) -> list[tuple[int, int, bool]
     if done < length or not whole:
         whole.append((done, length - done, True))
     return whole
+
+
+def tiles(spans: Sequence[Span], sequences: int) -> tuple[int, int, int]:
+    """Return the start, number and length of spans that follow one another alike in all sequences.
+
+    The number is 0 for other spans.
+    """
+    _, start, length = spans[0]
+    count = len(spans) // sequences
+    alike = [(s, start + i * length, length) for s in range(sequences) for i in range(count)]
+    return start, count if length and list(spans) == alike else 0, length
 
 
 def split(x: Any, sizes: Sequence[int], axis: int) -> Sequence[Any]:

@@ -215,3 +215,19 @@ def test_ids_from_lengths():
         pdcore.segments_from_cu_seqlens([3, 5])
     with pytest.raises(TypeError, match="expected integers"):
         pdcore.segments_from_lengths([0.5])
+
+
+def test_equal_segments_that_tile_the_sequences_are_no_copies(monkeypatch):
+    seen = []
+    call = pdcore.BoundAttention.__call__
+
+    def spy(self, *args, **named):
+        seen.append(named.get("q", args[0] if args else None))
+        return call(self, *args, **named)
+
+    monkeypatch.setattr(pdcore.BoundAttention, "__call__", spy)
+    x = np.random.default_rng(0).standard_normal((1, 2, 12, 4))
+    ids = pdcore.segments_from_lengths([4, 4, 4])[None]
+    pdcore.attention(x, x, x, segments=ids)
+    assert [q.shape for q in seen] == [(1, 2, 12, 4), (3, 2, 4, 4)]
+    assert np.shares_memory(seen[1], x)
