@@ -271,8 +271,7 @@ class Request(NamedTuple):
             "count": spec.normaliser != "sum",
             "sink": spec.sink is not None,
             "causal": spec.support.causal,
-            "window": spec.support.left + spec.support.right < float("inf")
-            or min(spec.support.left, spec.support.right) < float("inf"),
+            "window": min(spec.support.left, spec.support.right) < float("inf"),
             "mask": self.mask is not None,
             "key_mask": self.key_mask is not None,
             "bias": self.bias is not None,
@@ -389,8 +388,7 @@ class Backend(ABC):
     def stream_of(self, array: Any) -> AbstractContextManager[Any]:
         """Return a context that runs on the stream another library currently uses for an array.
 
-        The context is entered around a call on arrays from `exchange`, and around `give` for the
-        results, so that neither library has to wait for the other. The default does nothing.
+        Entered around a call on arrays from `exchange`, and `give`, so that neither library waits.
         """
         return nullcontext()
 

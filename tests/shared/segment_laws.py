@@ -35,6 +35,7 @@ SPECS = (
     "gaussian(0.3)+iebn",
     "mixture(2,eps=0.1)",
     "softmax+h(count)",
+    "bn(with_std=false)+h(sum,sink=param)",
 )
 CALLS = {
     "plain": {},
@@ -48,7 +49,7 @@ CALLS = {
 def params_of(spec: str) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     names = {p.name: p.shapes[-1] for p in pdcore.parse(spec).parameters()}
-    sizes = {"H": 2, "D": 8}
+    sizes = {"H": 2, "Hq": 4, "D": 8}
     return {n: 0.5 + rng.random([sizes.get(s, s) for s in shape]) for n, shape in names.items()}
 
 
@@ -78,6 +79,7 @@ def check_gradients(backend: str, spec: str, asarray: Callable[[Any], Any]) -> N
     """Compare the gradients of a call with those of separate calls."""
     params = params_of(spec)
     d_out, d_lse = RNG.standard_normal(Q.shape), RNG.standard_normal(Q.shape[:-1])
+    d_lse *= (IDS >= 0)[:, None]  # a row of padding has the sink as its lse
     arrays = [asarray(x) for x in (Q, K, V)]
     there = converted({"params": params}, asarray) | {"backend": backend}
     _, _, pull = pdcore.attention_vjp(*arrays, spec, segments=asarray(IDS), **there)
