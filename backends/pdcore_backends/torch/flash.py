@@ -24,6 +24,8 @@ __all__ = ["attend", "attend_with_lse", "biased", "on_cpu", "recorded", "transfo
 # Called by name, half the time of `scaled_dot_product_attention` on a small call.
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+#: The least |d_out|^2 by which a cotangent of the log-sum-exp is divided.
+SHORTEST = 1e-20
 #: Query rows of a block where gradients are computed without a fused kernel.
 ROWS = 256
 
@@ -187,7 +189,11 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
         if not torch.is_grad_enabled():
             dims = q.shape[-1]
             if d_lse is not None:
-                q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, 1)
+                shifted = _shifted(out, d_out, d_lse)
+                if shifted is not None:
+                    out = shifted
+                else:
+                    q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, 1)
             grads = _backward(
                 d_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
             )
@@ -195,6 +201,23 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
         else:
             grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
         return (*grads, None, None, None)
+
+
+def _shifted(out: Tensor, d_out: Tensor | None, d_lse: Tensor) -> Tensor | None:
+    """Return what the backward must read as out to compute d_out.out - d_lse in place of d_out.out.
+
+    The backward reads out in this product only, so out may move along d_out, which costs a pass
+    over out where `with_lse` adds a feature to all arrays. None where d_out of a row is too short.
+    """
+    # A tensor of a subclass, such as a fake one, may have no values to read.
+    if d_out is None or type(d_lse) is not Tensor:
+        return None
+    square = (d_out * d_out).sum(-1)
+    none = d_lse == 0
+    if not bool((none | (square > SHORTEST)).all()):
+        return None
+    step = torch.where(none, 0.0, d_lse / torch.where(none, 1.0, square))
+    return torch.addcmul(out, d_out, step[..., None], value=-1.0)
 
 
 def _gradients(

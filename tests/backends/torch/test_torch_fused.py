@@ -32,6 +32,23 @@ def test_the_gradient_of_the_log_sum_exp_is_a_feature(
         assert error(ours[..., :8], exact) < 1e-13
 
 
+@pytest.mark.parametrize("length", [1.0, 1e-9, 1e-30, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_log_sum_exp_moves_out(length: float, dtype: Any) -> None:
+    x = [draw(1, 4, 13, 8, seed=i).to(dtype).requires_grad_() for i in range(3)]
+    out, lse = flash.attend_with_lse(*x, scale=0.3)
+    d_out, d_lse = draw(*out.shape, seed=4).to(dtype), draw(*lse.shape, seed=5).to(dtype)
+    d_out[..., :5, :] *= length
+    moved = flash._shifted(out.detach(), d_out, d_lse)
+    assert (moved is None) == (length < 1e-10)  # then by one more feature
+    d_lse[..., :2] = 0.0  # a row whose two cotangents are 0 has no need of it
+    grads = torch.autograd.grad((out, lse), x, (d_out, d_lse))
+    arrays = [a.detach().double() for a in (*x, out, lse, d_out, d_lse)]
+    wanted = flash._gradients(*arrays[:3], None, 0.3, False, *arrays[3:])
+    for ours, exact in zip(grads, wanted, strict=True):
+        assert error(ours.double(), exact) < (1e-5 if dtype == torch.float32 else 1e-13)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [2, 4])
