@@ -215,7 +215,7 @@ def _arguments(arrays: Mapping[str, Any], piece: Piece) -> dict[str, Any]:
     for name, value in call.items():
         if name == "params":
             if piece.heads is not None:
-                # A parameter always has the head axis first.
+                # Every parameter of features has the axis of the key heads first.
                 call[name] = {n: p[piece.heads] for n, p in value.items()}
             continue
         if name == "segments" and piece.lead is not None:

@@ -99,6 +99,7 @@ class AttentionSpec:
             _check_scalars(value)
         object.__setattr__(self, "sink", checked_sink(self.sink))
         check_normaliser(self.normaliser, self.sink, self.kernel)
+        _check_head_axes(self.kernel, self.normalization)
         names = [p.name for p in self.parameters()]
         if len(set(names)) != len(names):
             raise SpecError(f"the words of {self} declare a parameter of the same name: {names}")
@@ -352,6 +353,17 @@ def _check_final(name: str, part: Any) -> None:
                 f"{name}: {type(part).__name__} is a subclass of {cls.__name__}, whose "
                 f"formula is fixed; subclass {base} instead"
             )
+
+
+def _check_head_axes(*parts: Kernel | Normalization) -> None:
+    """Raise for a parameter of T or Phi by query heads, as queries share both with their keys."""
+    for part in parts:
+        for p in part.parameters():
+            if p.by_query_head:
+                raise UnsupportedError(
+                    f"{part.word}: parameter {p.name!r} has shapes {p.shapes}, and queries share "
+                    "T and Phi with their keys; expected the axis of the key heads, 'H', first"
+                )
 
 
 def _check_scalars(part: Any) -> None:

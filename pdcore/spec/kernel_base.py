@@ -48,7 +48,7 @@ class Parameter:
     @property
     def by_query_head(self) -> bool:
         """Whether the first axis is that of the query heads."""
-        return self.shapes[0][0] == "Hq"
+        return any(shape[:1] == ("Hq",) for shape in self.shapes)
 
 
 class Kernel(ABC):

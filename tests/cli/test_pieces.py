@@ -23,6 +23,7 @@ SPECS = [
     "bn",
     "bn(statistics=batch)",
     "bn(beta=param)",
+    "h(sum,sink=param)",
     "causal+bn(statistics=prefix)",
     "sh(1,2)",
     "linear+sh(half=3)",
@@ -69,7 +70,8 @@ def test_pieces_equal_the_whole(
 ) -> None:
     arrays = drawn(*lead)
     if "param" in spec:
-        arrays["params"] = {"beta": np.array([0.5, 2.0])}
+        params = {"beta": np.array([0.5, 2.0]), "sink": np.array([0.5, 2.0, -1.0, 0.0])}
+        arrays["params"] = {name: params[name] for name in params if name in spec}
     assert check(spec, arrays, monkeypatch) > 1
 
 

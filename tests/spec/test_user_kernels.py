@@ -791,6 +791,18 @@ def test_a_parameter_name_is_declared_once() -> None:
         AttentionSpec(Sigmoid(), normalization=Sloped())
 
 
+def test_a_parameter_of_a_kernel_has_the_axis_of_the_key_heads() -> None:
+    @dataclass(frozen=True)
+    class Sloped(Scaled):
+        word = "sloped"
+
+        def parameters(self) -> tuple[Parameter, ...]:
+            return (Parameter("slope", (("Hq", "D"),)),)
+
+    with pytest.raises(UnsupportedError, match=r"sloped: parameter 'slope'.*'H', first"):
+        AttentionSpec(normalization=Sloped())
+
+
 def test_a_user_normalization_may_use_moments() -> None:
     @dataclass(frozen=True)
     class Standard(Normalization):
