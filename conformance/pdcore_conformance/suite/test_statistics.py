@@ -169,6 +169,7 @@ test_recentring_costs_no_digits_far_from_zero = judged(
             "bn(statistics=batch,with_std=false)",
             "causal+bn(statistics=prefix,with_std=false)",
             "bn(with_std=false)+sh(1,2)",
+            "bn(with_std=false)+h(sum,sink=5)",
         )
     ),
 )

@@ -43,6 +43,13 @@ class ConstantOfUnroundedQueries(ChangedInputs):
         return replace(plan, transforms=steps), inputs
 
 
+@planted(
+    f"statistics::recentring_costs_no_digits_far_from_zero[bn(with_std=false)+h(sum,sink=5)-{_AWAY}]"
+)
+class UnroundedQueriesBehindASink(ConstantOfUnroundedQueries):
+    """The same, where a sink lets the error of lse into out."""
+
+
 class OwnKeys:
     """`Recentre` with c = 0 for a kernel that reads queries in 16 bits."""
 
