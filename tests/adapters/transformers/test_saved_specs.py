@@ -188,8 +188,9 @@ def test_converted_layers_are_loaded_converted(
 ) -> None:
     register("pdcore_g", "gaussian(gamma=0.4)")
     model = siglip()
-    convert(model, "bn(beta=param)")
+    convert(model, "bn(beta=param,statistics=running)")
     head = model.vision_model.head.attention
+    torch.nn.init.normal_(head.running_mean)
     torch.nn.init.constant_(head.spec_beta, 0.3)
     torch.nn.init.normal_(head.in_proj_weight)
     if attention:
@@ -199,8 +200,9 @@ def test_converted_layers_are_loaded_converted(
 
     for kind in (transformers.SiglipModel, transformers.AutoModel):
         loaded = kind.from_pretrained(tmp_path)
-        assert check(loaded).calls["vision_model.head.attention"] == "softmax+bn(beta=param)"
+        assert check(loaded).calls["vision_model.head.attention"] == str(head.spec)
         torch.testing.assert_close(loaded.vision_model.head.attention.spec_beta, head.spec_beta)
+        assert torch.equal(loaded.vision_model.head.attention.running_mean, head.running_mean)
         torch.testing.assert_close(compute(loaded, INPUTS), expected)
         loaded.save_pretrained(tmp_path / "again")
     again = transformers.SiglipVisionModel.from_pretrained(tmp_path / "again")  # a part
