@@ -101,6 +101,7 @@ MODULES = {
 NAMES = {
     "pdcore.call.Normaliser": "pdcore.backend.normaliser.Normaliser",
     "pdcore.lowering.lower_request": "pdcore.backend.Request.lower",
+    "pdcore.transform.Fold": "pdcore.lowering.fold.Fold",
     "pdcore_conformance.plugin.SUITE": "pdcore_conformance.runner.cases.SUITE",
 }
 
