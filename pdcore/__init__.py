@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from .spec import (
         PRESETS,
+        Alibi,
         AttentionSpec,
         Cosine,
         Elu,
@@ -113,6 +114,7 @@ _LAZY = {
     ),
     "spec": (
         "PRESETS",
+        "Alibi",
         "AttentionSpec",
         "Cosine",
         "Elu",
@@ -141,6 +143,7 @@ _ROOM_OF = {name: room for room, names in _LAZY.items() for name in names}
 __all__ = [
     "PRESETS",
     "SPEC_VERSION",
+    "Alibi",
     "AttentionSpec",
     "Backend",
     "BackendInfo",

@@ -118,6 +118,8 @@ def kept_arrays(spec: AttentionSpec) -> dict[Parameter, float]:
     starts = {}
     for p in spec.parameters():
         start = p.default if p.start is None else p.start
+        if callable(start):
+            continue  # every call of the layer has the default
         if start is None:
             raise UnsupportedError(
                 f"spec: {spec} takes {p.name!r} from each call, and its declaration has no value "

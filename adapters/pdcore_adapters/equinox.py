@@ -223,7 +223,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         buffers = {} if state is None else state.get(self.running)
         params = {
             p.name: buffers[p.buffer] if p.buffer else self.spec_params[p.name]
-            for p in bound.spec.parameters()
+            for p in kept_arrays(bound.spec)
         }
         out = bound.attention(
             *heads,

@@ -123,7 +123,11 @@ class GroupRun:
             bias = call.read_by("contraction", cut_heads(bias, self.group.heads, -4, self.xp))
         scalars: dict[str, Any] = {}
         if isinstance(c, Scores) and c.scalars:
-            scalars = {name: self.params[name][..., None] for name in c.scalars}
+            by_query_head = call.plan.by_query_head
+            scalars = {
+                name: self.params[name][(..., *(None,) * (1 + (name in by_query_head)))]
+                for name in c.scalars
+            }
         p = call.inputs.dropout
         keep = self.backend.dropout(p) if p else None
         v = call.read_by("contraction", v)

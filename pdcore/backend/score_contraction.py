@@ -12,7 +12,7 @@ from typing import Any
 
 from ..arrays import constant, overflow_as_nan, stop_gradient
 from ..lowering import Scores, sum_to
-from ..spec import Visibility
+from ..spec import DISTANCE, Visibility
 from .feature_contraction import shifted_features
 from .operands import Operands, blocks
 
@@ -20,6 +20,7 @@ __all__ = [
     "ORDINARY",
     "divide",
     "finite",
+    "inputs",
     "log_weight",
     "relative_features",
     "scores",
@@ -48,11 +49,22 @@ def tile(x: Any, start: int, stop: int, first: int, last: int) -> Any:
     return x if x.shape[-1] == 1 else x[..., first:last]
 
 
+def inputs(
+    c: Scores, s: Any, o: Operands, at: tuple[int, int, int, int], *, xp: Any
+) -> dict[str, Any]:
+    """Return the inputs of the expression of log kappa for queries and keys of a block."""
+    values = {"s": s, **o.values}
+    if c.by_position:
+        values[DISTANCE] = xp.astype(o.visibility.distances(*at), s.dtype)
+    return values
+
+
 def log_weight(
     c: Scores, s: Any, o: Operands, start: int, stop: int, first: int, last: int, *, xp: Any
 ) -> Any:
     """Compute log kappa, biases included, -inf where a key is not visible."""
-    logits = c.scale * s if c.expression is None else c.expression({"s": s, **o.values}, xp)
+    at = (start, stop, first, last)
+    logits = c.scale * s if c.expression is None else c.expression(inputs(c, s, o, at, xp=xp), xp)
     if isinstance(logits, float):  # a kernel that does not depend on s
         logits = xp.full_like(s, logits)
     if o.key_bias is not None:
@@ -308,12 +320,20 @@ def _weight_vjp(
         steps.add_bias(at, dlogit)
     if c.expression is None:
         return p, c.scale * dlogit
-    arguments = {"s": s, **o.values}
+    arguments = inputs(c, s, o, at, xp=xp)
     for name in o.values:
         slope = c.expression.derivative(name)(arguments, xp)
         steps.add_value(name, xp.where(none, zero, dlogit * slope))
     slope = c.expression.derivative("s")(arguments, xp)
     return p, xp.where(none, zero, dlogit * slope)
+
+
+def sum_in_pairs(parts: list[Any]) -> Any:
+    """Sum arrays by a binary tree, in a fixed order."""
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [*(a + b for a, b in pairs), *parts[len(parts) - len(parts) % 2 :]]
+    return parts[0]
 
 
 class _Cotangents:
@@ -324,7 +344,7 @@ class _Cotangents:
         self.dq: list[Any] = []
         self.keys: dict[str, dict[int, Any]] = {"k": {}, "v": {}, "key_bias": {}}
         self.bias: dict[tuple[int, int], Any] = {}
-        self.values: dict[str, Any] = {n: xp.zeros_like(v) for n, v in o.values.items()}
+        self.values: dict[str, list[Any]] = {n: [xp.zeros_like(v)] for n, v in o.values.items()}
 
     def add(self, name: str, first: int, block: Any) -> None:
         """Add a block at key `first`, summed over the query heads of a key head."""
@@ -342,13 +362,14 @@ class _Cotangents:
         self.bias[place] = self.bias[place] + part if place in self.bias else part
 
     def add_value(self, name: str, block: Any) -> None:
-        """Add to the cotangent of a scalar per head."""
-        self.values[name] = self.values[name] + sum_to(block, self.values[name].shape, xp=self.xp)
+        """Add a block to the cotangent of a scalar per head."""
+        self.values[name].append(sum_to(block, self.o.values[name].shape, xp=self.xp))
 
     def result(self, query_block: int, key_block: int) -> dict[str, Any]:
         """Join the blocks; a block that no query sees is zero."""
         o, xp = self.o, self.xp
-        grads = dict(self.values)
+        # In pairs: a running sum over many blocks would lose digits.
+        grads = {name: sum_in_pairs(parts) for name, parts in self.values.items()}
         grads["q"] = xp.concat(self.dq, axis=-2) if self.dq else xp.zeros_like(o.q)
         grid = blocks(0, o.k.shape[-2], key_block)
         for name, like in (("k", o.k), ("v", o.v), ("key_bias", o.key_bias)):

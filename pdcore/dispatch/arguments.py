@@ -27,6 +27,7 @@ _MASK = (
     "hides); scores to be added go in bias=, causality in spec"
 )
 _BIAS = "use bias=, floating-point, which is added to the scores of a spec with log kappa"
+_ALIBI = 'alibi is a word of spec: spec="alibi"; other slopes go in params={"slopes": ...}, (Hq,)'
 _PADDING = (
     "use key_mask=, bool (*B, M), which is the inverse: True for a real key, such as "
     "key_mask=~key_padding_mask; spec stays as it is"
@@ -69,7 +70,8 @@ WORDS: Mapping[str, str] = {
         ("window_size window local_window_size sliding_window", _WINDOW),
         ("left_window_size right_window_size", _WINDOW),
         ("attn_mask attention_mask mask_mod block_mask masks", _MASK),
-        ("attn_bias attention_bias position_bias alibi_slopes score_mod", _BIAS),
+        ("attn_bias attention_bias position_bias score_mod", _BIAS),
+        ("alibi_slopes", _ALIBI),
         ("key_padding_mask padding_mask", _PADDING),
         ("query_seq_lengths key_value_seq_lengths seqused_k seq_lens lengths", _LENGTHS),
         ("cu_seqlens cu_seqlens_q cu_seqlens_k cu_seq_q cu_seq_k cu_seq_lens_q", _PACKED),

@@ -348,5 +348,5 @@ def _complete(spec: AttentionSpec, inputs: Inputs, backend: Backend) -> Inputs:
     for p in missing:
         shape = parameter_shape(p.shapes[0], inputs.k.shape[-3], q.shape[-1], q.shape[-3])
         # In the accumulation dtype, since a 16-bit dtype would round the default.
-        params[p.name] = xp.full(shape, p.default, dtype=accumulation(q, xp), device=device_of(q))
+        params[p.name] = p.filled(shape, xp=xp, dtype=accumulation(q, xp), device=device_of(q))
     return inputs._replace(params=params)

@@ -231,6 +231,7 @@ def in_words(spec: AttentionSpec) -> str:
     ]
     name = "exponential" if isinstance(kernel, Exponential) else kernel.word
     parts = [f"{name} kernel" + (f" ({', '.join(arguments)})" if arguments else "")]
+    parts += [term.word for term in spec.terms]
     if h := normaliser_word(spec.normaliser, spec.sink):
         parts.append(h)
     if isinstance(spec.normalization, Batch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..spec import Expression, Statistics, Support
+from ..spec import DISTANCE, Expression, Statistics, Support
 
 if TYPE_CHECKING:
     from ..spec import AttentionSpec, FeatureMap
@@ -84,7 +84,7 @@ class Scores:
     signed : bool
         Whether w may be negative; then (out, L) = (sum_j w v_j, 0).
     scalars : tuple of str
-        The parameters that `expression` reads, one scalar a head.
+        The parameters that `expression` reads, one scalar a head, of `Plan.by_query_head` or not.
     choice : object or None
         The slot of the step.
     """
@@ -95,6 +95,11 @@ class Scores:
     signed: bool = False
     scalars: tuple[str, ...] = ()
     choice: Any = None
+
+    @property
+    def by_position(self) -> bool:
+        """Whether `expression` reads p_j - p_i, the input `pdcore.spec.DISTANCE`."""
+        return self.expression is not None and DISTANCE in self.expression.inputs
 
 
 @dataclass(frozen=True)

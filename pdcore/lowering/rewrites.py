@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from ..spec import (
     Cosine,
     Elu,
     Exponential,
+    Expression,
     FeatureMap,
     Gaussian,
     Identity,
@@ -89,6 +91,9 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
     ]
     summary = _summary(spec, steps)
     transforms, contraction = _contraction(spec, signature, steps)
+    if spec.terms:
+        assert isinstance(contraction, Scores)
+        contraction = _with_terms(spec, contraction, steps)
     if spec.normaliser != "sum":
         steps.append(
             "h(count): out exp(L - log n)" if spec.normaliser == "count" else "h(one): out exp(L)"
@@ -228,6 +233,19 @@ def _fold(
     if spec.prefix and dtype in ("float16", "bfloat16"):
         steps.append(f"{dtype} rows are computed in float32: q' of a short prefix leaves its range")
     return Fold(normalization, scale, split, closed)
+
+
+def _with_terms(spec: AttentionSpec, c: Scores, steps: list[str]) -> Scores:
+    """Return a contraction whose log kappa has the terms of positions too."""
+    expression = c.expression
+    if expression is None:
+        expression = c.scale * Expression("input", (), "s")
+    scalars = c.scalars
+    for term in spec.terms:
+        expression = expression + term.expression()
+        scalars = (*scalars, *(p.name for p in term.parameters()))
+        steps.append(f"{term.word}: log kappa + {term.expression()}, of positions, block by block")
+    return replace(c, expression=expression, scalars=scalars)
 
 
 def _features(

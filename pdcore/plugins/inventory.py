@@ -81,6 +81,7 @@ _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
             ("half", "in place of scales, that of the last half of the key heads", False, None),
         ],
     ),
+    ("alibi", [], "terms", "a term -m |p_j - p_i| of log kappa, m for each query head", []),
     ("causal", [], "support", "keys at positions up to the query's only", []),
     (
         "sparse",

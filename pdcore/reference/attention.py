@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..spec import AttentionSpec
+from ..errors import UnsupportedError
+from ..spec import Alibi, AttentionSpec, Term
 from .inputs import ReferenceCall, prepare, select
 from .kernels import kappa_of, pointwise
 from .normalizations import prefix_inner_products, transform_of
@@ -235,9 +236,19 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
                 has_log, kappa, units = kappa_of(spec.kernel, x, y, visible, call, params)
             if bias is not None:
                 kappa = kappa + bias
+            for term in spec.terms:
+                kappa = kappa + _of_positions(term, call, first, i)
             sink = call.params["sink"][i, ...] if spec.sink == "param" else spec.sink
             weights, lse = _normalise(kappa, has_log, units, visible, spec.normaliser, sink, xp)
             yield _Head(call.rounded(weights), visible, lse, values, pooled)
+
+
+def _of_positions(term: Term, call: ReferenceCall, first: Any, head: int) -> Any:
+    """Return a term of log kappa by the positions of queries and keys, (N, M) or (*B, N, M)."""
+    if not isinstance(term, Alibi):
+        raise UnsupportedError(f"{term.word}: the reference has no formula for it")
+    apart = call.xp.astype(call.xp.abs(first - call.position), call.dtype)
+    return -call.params["slopes"][head, ...] * apart
 
 
 def _allowed_by_position(call: ReferenceCall, first: Any, last: Any) -> Any:

@@ -208,7 +208,7 @@ def _check_params(
         elif p.default is None:
             raise ValueError(f"params: {name!r} is missing; {spec} needs it")
         else:
-            checked[name] = xp.full(shapes[0], p.default, dtype=dtype, device=q_device)
+            checked[name] = p.filled(shapes[0], xp=xp, dtype=dtype, device=q_device)
     return checked
 
 

@@ -39,6 +39,7 @@ from .normalizations.convolution import convolve
 from .normalizations.mixture import uniform_draws
 from .statistics import KeySet, Mean, Moments, Statistics, prefix_states, reduce_axis
 from .support import Support, Visibility, all_of
+from .terms import DISTANCE, Alibi, Term
 from .vocabulary import (
     find_kernel,
     kernel_words,
@@ -108,6 +109,10 @@ __all__ = [
     "reduce_axis",
     # the normaliser
     "normaliser_word",
+    # terms of log kappa by positions
+    "Alibi",
+    "DISTANCE",
+    "Term",
     # head scaling
     "HeadScaling",
     "pool",

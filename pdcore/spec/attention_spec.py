@@ -26,7 +26,9 @@ from .kernels import Cosine, Exponential, Gaussian, Polynomial
 from .normaliser import SINK, check_normaliser, checked_sink, normaliser_word, read_normaliser
 from .normalizations.base import Identity, Normalization
 from .normalizations.batch import Batch
+from .parts import check_final, check_head_axes, check_scalars
 from .support import Support
+from .terms import Alibi, Term, check_terms
 from .vocabulary import find_kernel, find_normalization, kernel_words, normalization_words
 
 __all__ = ["PRESETS", "AttentionSpec", "as_spec", "parse", "positive_semidefinite"]
@@ -64,6 +66,8 @@ class AttentionSpec:
     sink : float, "param" or None
         s of ``h(sum)``, which adds exp(s) to the sum: a number for all query heads, or
         ``params["sink"]`` (Hq,). None adds nothing.
+    terms : tuple of Term
+        Terms of log kappa that are functions of positions, such as `Alibi`.
 
     Raises
     ------
@@ -82,6 +86,7 @@ class AttentionSpec:
     heads: HeadScaling = field(default_factory=HeadScaling)
     support: Support = field(default_factory=Support)
     sink: float | str | None = None
+    terms: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
         for name, base in (
@@ -95,11 +100,12 @@ class AttentionSpec:
                 raise TypeError(
                     f"{name}: got {type(value).__name__}, expected pdcore.{base.__name__}"
                 )
-            _check_final(name, value)
-            _check_scalars(value)
+            check_final(name, value)
+            check_scalars(value)
         object.__setattr__(self, "sink", checked_sink(self.sink))
         check_normaliser(self.normaliser, self.sink, self.kernel)
-        _check_head_axes(self.kernel, self.normalization)
+        check_head_axes(self.kernel, self.normalization)
+        object.__setattr__(self, "terms", check_terms(self.terms, self.kernel, self.heads))
         names = [p.name for p in self.parameters()]
         if len(set(names)) != len(names):
             raise SpecError(f"the words of {self} declare a parameter of the same name: {names}")
@@ -150,7 +156,8 @@ class AttentionSpec:
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the declarations of the arrays that a call passes in `params`."""
         sink = (SINK,) if self.sink == "param" else ()
-        return (*self.kernel.parameters(), *self.normalization.parameters(), *sink)
+        parts: tuple[Any, ...] = (self.kernel, self.normalization, *self.terms)
+        return (*(p for part in parts for p in part.parameters()), *sink)
 
     def for_heads(self, heads: int, of: str = "heads of k") -> AttentionSpec:
         """Return the spec for a number of key heads: ``sh(half=2)`` with a scale for each of them.
@@ -197,7 +204,7 @@ class AttentionSpec:
                 raise ValueError(f"{error}{pooled}") from error
 
     def __str__(self) -> str:
-        words = [_word(self.kernel)]
+        words = [_word(self.kernel), *map(_word, self.terms)]
         if h := normaliser_word(self.normaliser, self.sink):
             words.append(h)
         if not isinstance(self.normalization, Identity):
@@ -252,6 +259,7 @@ _AXES = {
     "causal": "causal",
     "h": "normaliser",
 }
+_TERMS = {cls.word: cls for cls in (Alibi,)}
 
 
 @lru_cache(maxsize=1024)
@@ -293,19 +301,22 @@ def parse(text: str) -> AttentionSpec:
         heads=values.get("head scaling", HeadScaling()),
         support=Support("causal" in values, left, right),
         sink=sink,
+        terms=tuple(values[word] for word in _TERMS if word in values),
     )
 
 
 def _read_axis(word: str, arguments: str | None) -> tuple[str, Any]:
     """Return the axis that a word sets, and its value there."""
     axis = _AXES.get(word)
+    if word in _TERMS:
+        return word, build(word, _TERMS[word], arguments)
     if axis is None:
         kernel, normalization = find_kernel(word), find_normalization(word)
         if kernel is not None:
             return "kernel", build(word, kernel, arguments)
         if normalization is not None:
             return "normalization", build(word, normalization, arguments)
-        known = {*_AXES, *kernel_words(), *normalization_words()}
+        known = {*_AXES, *_TERMS, *kernel_words(), *normalization_words()}
         raise SpecError(f"unknown word {word!r}; {nearest(word, known)}")
     positional, named = read_arguments(word, arguments, runs=axis == "head scaling")
     if axis == "causal":
@@ -339,44 +350,6 @@ def _bound(word: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise SpecError(f"{word}: {value!r}, expected a whole number >= 0 or inf")
     return value
-
-
-#: Lowering recognises these classes, and would not call a method that a subclass overrides.
-_FINAL = (Exponential, Gaussian, Cosine, Batch, Identity)
-
-
-def _check_final(name: str, part: Any) -> None:
-    for cls in _FINAL:
-        if isinstance(part, cls) and type(part) is not cls:
-            base = "Normalization" if name == "normalization" else "PointwiseKernel or FeatureMap"
-            raise TypeError(
-                f"{name}: {type(part).__name__} is a subclass of {cls.__name__}, whose "
-                f"formula is fixed; subclass {base} instead"
-            )
-
-
-def _check_head_axes(*parts: Kernel | Normalization) -> None:
-    """Raise for a parameter of T or Phi by query heads, as queries share both with their keys."""
-    for part in parts:
-        for p in part.parameters():
-            if p.by_query_head:
-                raise UnsupportedError(
-                    f"{part.word}: parameter {p.name!r} has shapes {p.shapes}, and queries share "
-                    "T and Phi with their keys; expected the axis of the key heads, 'H', first"
-                )
-
-
-def _check_scalars(part: Any) -> None:
-    """Raise for arrays and other objects in fields, which could not be hashed or printed."""
-    for f in fields(part):
-        value = getattr(part, f.name)
-        values = value if isinstance(value, tuple) else (value,)
-        for v in values:
-            if not (v is None or type(v) in (bool, int, float, str)):
-                raise TypeError(
-                    f"{type(part).__name__}.{f.name}: got {type(v).__name__}, expected a plain "
-                    "number or name (arrays go in params)"
-                )
 
 
 def _text(value: Any) -> str:

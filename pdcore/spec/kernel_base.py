@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
@@ -26,9 +26,9 @@ class Parameter:
         The shapes it may have; ``"H"`` stands for the number of key heads, ``"Hq"`` for that of
         query heads, ``"D"`` for the feature count, an int for itself. A parameter always has a
         head axis first, the same in all of its shapes.
-    default : float or None
-        The value of every entry when the call does not pass the parameter; None makes the
-        parameter required.
+    default : float, callable or None
+        The value of every entry when the call does not pass the parameter, or a function from the
+        length of its head axis to the values along that axis; None makes the parameter required.
     differentiable : bool
         False for running statistics, which are constants of a call.
     start : float or None
@@ -40,7 +40,7 @@ class Parameter:
 
     name: str
     shapes: tuple[tuple[str | int, ...], ...]
-    default: float | None = None
+    default: float | Callable[[int], tuple[float, ...]] | None = None
     differentiable: bool = True
     start: float | None = None
     buffer: str = ""
@@ -49,6 +49,13 @@ class Parameter:
     def by_query_head(self) -> bool:
         """Whether the first axis is that of the query heads."""
         return any(shape[:1] == ("Hq",) for shape in self.shapes)
+
+    def filled(self, shape: tuple[int, ...], *, xp: Any, **how: Any) -> Any:
+        """Return an array of the default; `how` are its dtype and device."""
+        if not callable(self.default):
+            return xp.full(shape, self.default, **how)
+        values = xp.asarray(self.default(shape[0]), **how)
+        return xp.broadcast_to(xp.reshape(values, (-1, *(1 for _ in shape[1:]))), shape)
 
 
 class Kernel(ABC):

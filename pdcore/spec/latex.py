@@ -94,7 +94,8 @@ class _Derivation:
             self.transform = ""  # a convolution leaves queries unchanged
         else:
             self.transform = "T_p" if spec.prefix else "T"
-        self.tau = _tau(spec)
+        scale = getattr(spec.kernel, "scale", None)
+        self.tau = "D^{-1/2}" if scale is None else latex_number(scale)
 
     def key(self, index: str) -> str:
         """Write a training input."""
@@ -192,6 +193,8 @@ class _Derivation:
             yield rf"\quad {self.t('x')} = {tidy_numbers(spec.normalization.latex())}"
             yield from (rf"\quad {line}" for line in self._statistics())
         yield rf"\quad \kappa(x, y) = \Phi(x)^\top \Phi(y) = {tidy_numbers(spec.kernel.latex())}"
+        for term in spec.terms:
+            yield rf"\quad \text{{times }} e^{{{term.latex()}}}, \quad p = i + \text{{offset}}"
         if isinstance(spec.kernel, RandomFeatures):
             yield (
                 rf"\quad \tau = {self.tau}, \quad \Omega_{{fd}} \sim N(0, 1) "
@@ -344,7 +347,8 @@ class _Derivation:
                 rf"o_i^\top = \frac{{{above}}}{{{divisor}}}" if divisor else rf"o_i^\top = {above}"
             )
             return
-        if not spec.plain_exponential or spec.normaliser != "sum" or spec.sink is not None:
+        plain = spec.plain_exponential and spec.normaliser == "sum"
+        if not plain or spec.sink is not None or spec.terms:
             return
         softmax = rf"\mathrm{{softmax}}_{{j \in {seen}}}"
         if not self.transform:
@@ -377,6 +381,7 @@ class _Derivation:
             choices.append("softcap")
         if spec.sink is not None:
             choices.append("a sink in h, the term of a point that is no support vector")
+        choices += [f"{term.word}, a factor of kappa by positions" for term in spec.terms]
         choices += normalization.choices(pooled=bool(self.pooled))
         if self.pooled:
             if spec.heads.pool == "mean":
@@ -392,8 +397,3 @@ def _never_zero(spec: AttentionSpec) -> bool:
     """Return whether h is positive wherever a key is visible."""
     always = isinstance(spec.kernel, (Exponential, Gaussian, Cosine))
     return always or spec.normaliser != "sum" or spec.sink is not None
-
-
-def _tau(spec: AttentionSpec) -> str:
-    scale = getattr(spec.kernel, "scale", None)
-    return "D^{-1/2}" if scale is None else latex_number(scale)

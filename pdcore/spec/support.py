@@ -150,6 +150,14 @@ class Visibility:
         index = self.xp.arange(start, stop, dtype=self.xp.int64, device=self.device)
         return index[:, None] + self.offset
 
+    def distances(self, start: int, stop: int, first: int, last: int) -> Any:
+        """Return p_j - p_i of a block, integers (rows, keys) or (*B, 1, 1, rows, keys).
+
+        The position of a key is that of the first key of its window.
+        """
+        begin = self.xp.arange(first, last, dtype=self.xp.int64, device=self.device) * self.scale
+        return begin - self.positions(start, stop)
+
     def prefix_counts(self, start: int, stop: int, ahead: int = 0) -> Any:
         """Count the keys whose whole span lies at positions up to ``p + ahead``.
 

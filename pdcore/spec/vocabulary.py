@@ -15,7 +15,7 @@ from .normalizations.batch import Batch
 __all__ = ["find_kernel", "find_normalization", "register_kernel", "register_normalization"]
 
 # Words of the other axes, which a kernel or normalization cannot have.
-RESERVED = frozenset({"sh", "scaling", "sparse", "window", "causal", "h"})
+RESERVED = frozenset({"sh", "scaling", "sparse", "window", "causal", "h", "alibi"})
 
 _KERNELS: dict[str, type[Kernel]] = {}
 _NORMALIZATIONS: dict[str, type[Normalization]] = {}

@@ -107,6 +107,11 @@ def check_regression(spec: AttentionSpec) -> None:
             f"spec: {spec} has a softcap, and exp(cap tanh(.)) is not positive definite, so no "
             "Phi has it as Phi(x).Phi(y); leave softcap out"
         )
+    if spec.terms:
+        raise UnsupportedError(
+            f"spec: under {spec} kappa goes by positions too, which the points of a regression "
+            f"do not have here; leave {spec.terms[0].word} out"
+        )
     if kernel.signed:
         raise UnsupportedError(
             f"spec: the kernel {kernel.word} of {spec} is declared signed, and the regression "

@@ -148,7 +148,12 @@ def test_attend_refuses_to_overwrite(source: Path, tmp_path: Path) -> None:
 
 
 WRONG_CALLS: dict[str, tuple[list[str], dict[str, Any], Exit, str]] = {
-    "unknown spec word": (["sofmax"], {}, Exit.USAGE, "did you mean 'softmax'? known: batch, bn"),
+    "unknown spec word": (
+        ["sofmax"],
+        {},
+        Exit.USAGE,
+        "did you mean 'softmax'? known: alibi, batch, bn",
+    ),
     "unknown spec argument": (["bn(epsilon=1)"], {}, Exit.USAGE, "did you mean 'eps'?"),
     "unreadable spec": (["bn("], {}, Exit.USAGE, "cannot read it at column"),
     "two words for one axis": (["bn+identity"], {}, Exit.USAGE, "both set the normalization"),

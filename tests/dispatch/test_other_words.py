@@ -53,7 +53,7 @@ OTHERS = {
         "causal": ('spec="causal"',),
         "window_size": ("sparse(left,right)",),
         "softcap": ("softmax(softcap=...)",),
-        "alibi_slopes": ("bias=",),
+        "alibi_slopes": ('spec="alibi"', "slopes"),
         "deterministic": ("leave it out",),
         "return_attn_probs": ("return_lse=True",),
         "cu_seqlens_q": ("segments=", "segments_from_cu_seqlens"),

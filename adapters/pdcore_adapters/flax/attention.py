@@ -64,8 +64,8 @@ def attention_fn(
     (*B, H or 1, 1, M). If ``causal`` is in the spec, a causal mask is unnecessary, but allowed.
     """
     bound = BoundSpec(spec, backend)
-    if bound.spec.parameters():
-        names = ", ".join(p.name for p in bound.spec.parameters())
+    if needed := [p.name for p in bound.spec.parameters() if not callable(p.default)]:
+        names = ", ".join(needed)
         raise UnsupportedError(
             f"spec: {bound.spec} takes the arrays {names}, and a function has no place for them; "
             "use SpecAttention, or LinenSpecAttention in Linen, as the attention_fn"

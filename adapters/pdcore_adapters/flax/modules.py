@@ -47,7 +47,7 @@ class KeptArrays:
     def params(self, spec: AttentionSpec, dtype: Any) -> dict[str, Any]:
         """Return the arrays that a call of a spec takes, for queries of a dtype."""
         dtype = jnp.promote_types(dtype, jnp.float32)
-        return {p.name: jnp.asarray(self.read(_name(p)), dtype) for p in spec.parameters()}
+        return {p.name: jnp.asarray(self.read(_name(p)), dtype) for p in kept_arrays(spec)}
 
     def track(self, k: Any, key_mask: Any) -> None:
         """Update the running statistics by the keys (*B, M, H, D) of a call."""

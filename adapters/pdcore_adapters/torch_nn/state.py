@@ -66,7 +66,11 @@ def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any
 
 def arrays_of(layer: Any, spec: AttentionSpec) -> dict[str, Any]:
     """Return the arrays of a layer that a call of a spec takes as `params`."""
-    arrays = {p.name: getattr(layer, p.buffer or f"spec_{p.name}") for p in spec.parameters()}
+    arrays = {
+        p.name: getattr(layer, p.buffer or f"spec_{p.name}")
+        for p in spec.parameters()
+        if not callable(p.default)  # every call has such a default
+    }
     if layer.training:
         # Copies of what `track` writes to, since autograd may keep the arrays of a call.
         buffers = [p.name for p in spec.parameters() if p.buffer]

@@ -121,8 +121,8 @@ class LayerAttention:
         self.name = name
         self.spec = bound.spec
         self.words = str(bound.spec)
-        if self.spec.parameters():
-            names = ", ".join(p.name for p in self.spec.parameters())
+        if needed := [p.name for p in self.spec.parameters() if not callable(p.default)]:
+            names = ", ".join(needed)
             raise UnsupportedError(
                 f"spec: {self.spec} takes the arrays {names}, and an attention that is registered "
                 "by name has no place for them; write numbers into the spec"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.extend import Operands, Scores, Visibility, all_of, log_weight
+from pdcore.extend import Operands, Scores, Visibility, all_of, log_weight, score_contraction
 
 from .blocks import Arrays
 from .namespace import NAMESPACE as xp
@@ -15,6 +15,7 @@ from .namespace import NAMESPACE as xp
 __all__ = [
     "BlockVisibility",
     "along_rows",
+    "block_inputs",
     "block_logits",
     "block_operands",
     "features_first",
@@ -37,6 +38,13 @@ class BlockVisibility(NamedTuple):
     mask: Any
     rows: int = 1
     transposed: bool = False
+    place: Visibility | None = None
+
+    def distances(self, start: int, stop: int, first: int, last: int) -> Any:
+        """Return p_j - p_i of the block, see `Visibility.distances`; the bounds are ignored."""
+        assert self.place is not None
+        apart = self.place.distances(0, self.place.rows, 0, self.place.keys)
+        return keys_first(apart, self.rows) if self.transposed else apart
 
     def block(self, start: int, stop: int, first: int, last: int) -> Any:
         """Return which queries see which keys, see `Visibility.block`; the bounds are ignored."""
@@ -70,10 +78,11 @@ def block_operands(
     if key_bias is not None:
         bias = key_bias if bias is None else key_bias + bias
     seen: Any = BlockVisibility(
-        None if whole else visibility, key_mask, cut.get("mask"), rows, transposed
+        None if whole else visibility, key_mask, cut.get("mask"), rows, transposed, visibility
     )
-    if transposed and bias is not None:
-        bias = keys_first(bias, rows)
+    if transposed:
+        bias = None if bias is None else keys_first(bias, rows)
+        values = {name: keys_first(x, rows) for name, x in values.items()}
     return Operands(cut["q"], cut["k"], cut["v"], None, bias, values, seen)
 
 
@@ -97,6 +106,11 @@ def features_first(x: Any, rows: int) -> Any:
     """
     turned = jnp.moveaxis(x, -1, -1 - rows)
     return turned if x.ndim > 1 + rows else lax.optimization_barrier(turned)
+
+
+def block_inputs(c: Scores, s: Any, o: Operands) -> Any:
+    """Return the inputs of the expression of log kappa in a block."""
+    return score_contraction.inputs(c, s, o, (0, 0, 0, 0), xp=xp)
 
 
 def block_logits(c: Scores, s: Any, o: Operands) -> Any:

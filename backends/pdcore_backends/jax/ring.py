@@ -112,14 +112,15 @@ class Ring:
         """Return the contraction with the keys of the shard `by` places before."""
         call = self.call
         block = {name: x for name, x in arrays.items() if name != "offset"}
-        if kind == _ALL:
+        if kind == _ALL and not call.contraction.by_position:
             return replace(call, support=Support(), offset=0), block
         rank = self.shards.rank
         source = (rank - by) % self.shards.count
         distance = jnp.asarray(rank * call.rows - source * self.length, xp.int64)
         base: Any = arrays["offset"] if call.offset is None else call.offset
         block["offset"] = distance + base
-        return replace(call, offset=None), block
+        support = Support() if kind == _ALL else call.support
+        return replace(call, support=support, offset=None), block
 
     def add(self, total: Pair, by: Any, arrays: Arrays, more: More) -> Pair:
         """Add the result for the keys of the shard `by` places before, if any is visible."""

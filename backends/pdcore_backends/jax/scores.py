@@ -37,6 +37,7 @@ from .namespace import in_full
 from .products import (
     BlockVisibility,
     along_rows,
+    block_inputs,
     block_logits,
     block_operands,
     features_first,
@@ -101,7 +102,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
     if not seen.static:
         arrays["offset"] = jnp.asarray(seen.offset)
     for name, x in o.values.items():
-        arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, 1, 1, 1))
+        arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, x.shape[-3], 1, 1))
     if group == 1:
         arrays = ungrouped(arrays)
     call = StaticCall(
@@ -360,7 +361,7 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
         slopes.append(_slope(c, "s", s, o, p) * sum(ds[1:], ds[0]))
     for name in o.values:
         if f"d_value {name}" in cut:
-            slopes.append(_slope(c, name, s, o, p) * cut[f"d_value {name}"])
+            slopes.append(_slope(c, name, s, o, p) * keys_first(cut[f"d_value {name}"], rows))
     if "d_key_bias" in cut:
         slopes.append(p * keys_first(along_rows(cut["d_key_bias"], rows), rows))
     if "d_bias" in cut:
@@ -376,5 +377,5 @@ def _slope(c: Scores, name: str, s: Any, o: Operands, p: Any) -> Any:
     # the weight is 0 there, as if kappa itself were differentiated.
     zero = p == 0
     safe = jnp.where(zero, 1.0, s)
-    slope = c.expression.derivative(name)({"s": safe, **o.values}, xp)
+    slope = c.expression.derivative(name)(block_inputs(c, safe, o), xp)
     return jnp.where(zero, 0.0, p * slope)

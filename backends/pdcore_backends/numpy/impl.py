@@ -42,8 +42,9 @@ class NumpyBackend(SilentBackend):
         return replace(plan, transforms=kept, contraction=replace(c, raw=True))
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
-        """Contract by scores in tiles."""
-        return super().scores(c, o) if c.weight == "log_features" else scores.scores(c, o)
+        """Contract by scores in tiles, or by `ArrayBackend` with terms of positions."""
+        generic = c.weight == "log_features" or c.by_position
+        return super().scores(c, o) if generic else scores.scores(c, o)
 
     def scores_vjp(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any

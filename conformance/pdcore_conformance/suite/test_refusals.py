@@ -31,6 +31,7 @@ CALLS: Mapping[str, Call] = {
     "head_scaling": SMALL.but(spec="sh(1,2)"),
     "count": SMALL.but(spec="softmax+h(count)"),
     "sink": SMALL.but(spec="h(sum,sink=param)"),
+    "alibi": SMALL.but(spec="alibi"),
     "causal": SMALL.but(spec="causal"),
     "window": SMALL.but(spec="sparse(2,2)"),
     "mask": SMALL.but(mask="random"),

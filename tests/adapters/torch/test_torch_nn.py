@@ -384,6 +384,17 @@ def test_a_learned_beta_that_cancels_has_gradient_zero() -> None:
     assert torch.equal(layer.spec_beta.grad, torch.zeros(H))
 
 
+def test_alibi_has_its_default_slopes() -> None:
+    layer = PDMultiheadAttention(E, H, batch_first=True, spec="alibi")
+    plain = PDMultiheadAttention(E, H, batch_first=True)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(B, N, E)
+    distance = (torch.arange(N) - torch.arange(N)[:, None]).abs()
+    slopes = torch.tensor([2.0 ** (-8 * h / H) for h in range(1, H + 1)])
+    bias = (-slopes[:, None, None] * distance).repeat(B, 1, 1)
+    close(layer(x, x, x), plain(x, x, x, attn_mask=bias))
+
+
 def test_a_learned_sink() -> None:
     layer = PDMultiheadAttention(E, H, batch_first=True, spec="bn+h(sum,sink=param)")
     assert layer.state_dict()["spec_sink"].tolist() == [0.0] * H

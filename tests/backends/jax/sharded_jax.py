@@ -167,6 +167,8 @@ def agree(results: dict[str, Any], wanted: dict[str, Any], relative: float) -> N
         Case("causal+sh(1,2)"),
         Case("causal+h(sum,sink=param)", ("late", "sink"), heads=4),
         Case("bn+h(sum,sink=0)", ("key_mask",)),
+        Case("causal+alibi", ("key_mask",), heads=4),
+        Case("alibi+bn", rows=8, offset=np.array([3, -30])),
     ],
     ids=lambda case: "-".join(map(str, (case.spec, *case.extras))),
 )

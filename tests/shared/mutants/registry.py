@@ -70,6 +70,7 @@ def register() -> None:
         blocks,
         calls,
         forward,
+        positions,
         shapes,
         sinks,
         statistics,
