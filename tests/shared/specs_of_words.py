@@ -34,6 +34,7 @@ SPECS = (
     "bn+sh(half=2)",
     "causal",
     "sparse(2,2)",
+    "alibi",
 )
 
 
