@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pdcore_conformance.record.compact import compacted, expanded
 from pdcore_conformance.record.writing import load, save
 from pdcore_conformance.report import summary
 from pdcore_conformance.report.view import end_of
-from pdcore_conformance.runner.watching import conform_watched
+from pdcore_conformance.runner.watching import Journal, conform_watched
 
 BEFORE = "declaration::core_feature_is_declared[float32]"
 ENDING = "kernels::kernel_is_computed[softmax-float32]"
@@ -198,3 +199,46 @@ def test_the_command_shows_the_end(site, tmp_path):
     assert process.returncode == Exit.NUMERICS, out + errors
     assert f"the process ended exit code 0, in {ENDING}" in out
     assert "1 of 1 cases failed" in errors
+
+
+class Growing(io.BytesIO):
+    """A file to which a child writes the rest of a line as soon as its end has been read."""
+
+    def __init__(self, rests: list[bytes]) -> None:
+        super().__init__(rests[0])
+        self.rests = rests[1:]
+
+    def grow(self) -> None:
+        at = self.tell()
+        if self.rests and at == len(self.getvalue()):
+            self.write(self.rests.pop(0))
+            self.seek(at)
+
+    def read(self, size: int | None = -1) -> bytes:
+        text = super().read(size)
+        self.grow()
+        return text
+
+    def readline(self, size: int | None = -1) -> bytes:
+        text = super().readline(size)
+        self.grow()
+        return text
+
+    def __next__(self) -> bytes:
+        line = self.readline()
+        if not line:
+            raise StopIteration
+        return line
+
+
+def test_a_line_that_is_written_in_parts_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [b'{"began": "a"}\n{"began', b'": "b"}\n{"be', b'gan": "c"}\n']
+    (tmp_path / "journal").touch()
+    for count in (1, 2, 3):
+        journal = Journal(tmp_path / "journal")
+        monkeypatch.setattr(Path, "open", lambda *_, count=count: Growing(parts[:count]))
+        seen = [entry["began"] for entry in journal.read()]
+        monkeypatch.setattr(Path, "open", lambda *_: io.BytesIO(b"".join(parts)))
+        assert seen + [entry["began"] for entry in journal.read()] == ["a", "b", "c"]

@@ -129,9 +129,11 @@ class Journal:
             return []
         with self.path.open("rb") as stream:
             stream.seek(self._read)
-            lines = [line for line in stream if line.endswith(b"\n")]
-        self._read += sum(map(len, lines))
-        entries = [json.loads(line) for line in lines]
+            # By one call: the child may write the rest of a line after its start was read.
+            written = stream.read()
+        whole = written[: written.rfind(b"\n") + 1]
+        self._read += len(whole)
+        entries = [json.loads(line) for line in whole.splitlines()]
         for entry in entries:
             self._take(entry)
         return entries
