@@ -19,7 +19,18 @@ from strategies import cases
 
 from pdcore.backend import Operands
 from pdcore.lowering import Features, Fold, Plan, Rows, Scores
-from pdcore.spec import AttentionSpec, FeatureMap, Moments, Support, Visibility, parse
+from pdcore.spec import (
+    AttentionSpec,
+    FeatureMap,
+    Moments,
+    Polynomial,
+    Support,
+    Visibility,
+    parse,
+)
+
+#: log kappa of a polynomial whose base is a rounding error.
+LOST = -60.0
 
 
 class Recording(PlainNumpy):
@@ -63,6 +74,14 @@ def cut_keys(o: Operands, first: int, last: int) -> Operands:
     )
 
 
+def but_for_rounding_errors(case: Case, got: Any, want: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Replace rows of powers whose base is 0 but for rounding, which differs with the shapes."""
+    if not isinstance(case.spec.kernel, Polynomial):
+        return got
+    lost = (got[1] < LOST) & (want[1] < LOST)
+    return np.where(lost[..., None], want[0], got[0]), np.where(lost, want[1], got[1])
+
+
 @examples(150)
 @given(cases(smallest=1), st.integers(1, 8))
 def test_contractions_merge_over_blocks_of_keys(case: Case, size: int) -> None:
@@ -73,7 +92,7 @@ def test_contractions_merge_over_blocks_of_keys(case: Case, size: int) -> None:
             contract = PlainNumpy().scores if isinstance(c, Scores) else PlainNumpy().features
             edges = range(0, o.k.shape[-2], size)
             parts = [contract(c, cut_keys(o, a, min(a + size, o.k.shape[-2]))) for a in edges]
-            again, total = merge(parts)
+            again, total = but_for_rounding_errors(case, merge(parts), (out, level))
             scale = np.max(np.abs(np.where(np.isfinite(o.v), o.v, 0.0)), initial=1.0)
             assert_close(again, out, scale, 1e-11, "out")
             finite = np.where(np.isfinite(level), level, 0.0)
@@ -103,11 +122,12 @@ def test_contractions_fall_apart_into_blocks_of_queries(case: Case, size: int) -
                     ),
                 )
                 got = contract(c, part)
+                want = out[..., rows, :], level[..., rows]
+                got = but_for_rounding_errors(case, got, want)
                 scale = np.max(np.abs(np.where(np.isfinite(o.v), o.v, 0.0)), initial=1.0)
-                assert_close(got[0], out[..., rows, :], scale, 1e-11, "out")
-                want = level[..., rows]
-                scale = 1.0 + np.abs(np.where(np.isfinite(want), want, 0.0))
-                assert_close(got[1], want, scale, 1e-11, "L")
+                assert_close(got[0], want[0], scale, 1e-11, "out")
+                scale = 1.0 + np.abs(np.where(np.isfinite(want[1]), want[1], 0.0))
+                assert_close(got[1], want[1], scale, 1e-11, "L")
 
 
 @dataclass(frozen=True)
