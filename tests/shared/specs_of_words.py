@@ -39,8 +39,11 @@ SPECS = (
 
 
 def needs_arrays(spec: str) -> bool:
-    """Return whether a spec takes arrays of the call, which a function has no place for."""
-    return bool(parse(spec).parameters())
+    """Return whether a spec takes arrays of the call, which a function has no place for.
+
+    A default that depends on the heads alone, as the slopes of ``alibi``, needs no place.
+    """
+    return any(not callable(p.default) for p in parse(spec).parameters())
 
 
 def missing_words() -> set[str]:

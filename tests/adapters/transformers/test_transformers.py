@@ -684,7 +684,7 @@ def test_what_a_layer_says_joins_the_spec(spec: str, others: Any, expected: str)
         ("h(count)", {"s_aux": torch.zeros(4)}, pdcore.UnsupportedError, "Layer with .*sink"),
         ("h(sum,sink=0)", {"s_aux": torch.zeros(4)}, ValueError, "s_aux: got sinks"),
         ("softmax", {"cache": object()}, pdcore.UnsupportedError, "cache: got a object"),
-        ("softmax", {"cu_seq_lens_q": torch.zeros(1)}, pdcore.UnsupportedError, "pad the seq"),
+        ("softmax", {"cu_seq_lens_q": torch.zeros(1)}, pdcore.UnsupportedError, "position_ids"),
         ("softmax", {"head_mask": torch.zeros(1)}, pdcore.UnsupportedError, "head_mask"),
         ("softmax", {"mask": torch.ones(B, 7)}, ValueError, r"got shape \(3, 7\)"),
         ("softmax", {"mask": torch.ones(B, 1, 5, 6)}, ValueError, r"broadcasts to \(3, 4, 5, 7\)"),
