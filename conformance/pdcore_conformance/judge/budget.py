@@ -15,9 +15,10 @@ than their own maximum, for a reason each:
   normalized (or of unit length, for cosine) or pooled queries and keys are rounded to 16 bits
   before the kernel.
 - Gradients cancel, to 0 in a row that sees one key, so their scale is the largest gradient of the
-  call. A backend that does not keep the weights computes them again from lse, whose rounding is
-  relative to its size, so the scale of gradients and of weights is multiplied by max|lse| where
-  that is over 1; for 16 bits by what that is in units of their eps.
+  call; without a cotangent of lse, that of the same call with one, in which the slopes that cancel
+  in all rows do not. A backend that does not keep the weights computes them again from lse, whose
+  rounding is relative to its size, so the scale of gradients and of weights is multiplied by
+  max|lse| where that is over 1; for 16 bits by what that is in units of their eps.
 """
 
 from __future__ import annotations
@@ -70,12 +71,21 @@ class Expected(NamedTuple):
         The outputs of the reference in the tested dtype.
     lse_dtype : str
         The dtype by whose eps and factor lse is judged.
+    slope : float
+        The least scale of the gradients, of the same call with a cotangent of lse.
     """
 
     dtype: str
     oracle: Mapping[str, Array]
     low: Mapping[str, Array]
     lse_dtype: str
+    slope: float = 0.0
+
+    @property
+    def largest_gradient(self) -> float:
+        """The largest gradient of the call, by which errors of all gradients are scaled."""
+        gradients = (x for name, x in self.oracle.items() if name.startswith("d_"))
+        return max(self.slope, *map(_largest, gradients))
 
 
 class Verdict(NamedTuple):
@@ -335,7 +345,7 @@ def _scale(name: str, expected: Expected) -> float:
     level = max(1.0, rounding * _largest(oracle["lse"]))
     if name == "weights":
         return level * _largest(oracle["weights"])
-    return level * max(_largest(x) for n, x in oracle.items() if n.startswith("d_"))
+    return level * expected.largest_gradient
 
 
 def _largest(x: Array) -> float:

@@ -141,16 +141,24 @@ class Subject:
         # A way that fails must not stay open, or the next cases would be watched by it too.
         with closing(ways.run(self, call, arrays, through)) as results:
             while (result := self.accepts(lambda: next(results, None))) is not None:
-                if result.d_lse not in expected:
-                    expected[result.d_lse] = self.expected(call, arrays, through, result.d_lse)
+                for d_lse in (True, result.d_lse):
+                    if d_lse not in expected:
+                        expected[d_lse] = self.expected(
+                            call, arrays, through, d_lse, expected.get(True)
+                        )
                 self.evidence.add(judge(result.outputs, expected[result.d_lse]), result.way)
 
     def expected(
-        self, call: Call, arrays: Arrays, through: str = "forward", d_lse: bool = True
+        self,
+        call: Call,
+        arrays: Arrays,
+        through: str = "forward",
+        d_lse: bool = True,
+        with_lse: Expected | None = None,
     ) -> Expected:
         """Compute the oracle's results for a call, and their budgets.
 
-        Without `d_lse` the gradients are those of out alone.
+        Without `d_lse` the gradients are those of out alone; `with_lse` has those of lse too.
         """
         outputs: dict[str, Any] = {}
         if through in ("vjp", "autodiff"):
@@ -159,7 +167,8 @@ class Subject:
                 del outputs["d_lse"]
         elif through == "weights":
             outputs = {"weights": True}
-        return expect(arrays.q, arrays.k, arrays.v, call.spec, **arrays.options, **outputs)
+        expected = expect(arrays.q, arrays.k, arrays.v, call.spec, **arrays.options, **outputs)
+        return expected if with_lse is None else expected._replace(slope=with_lse.largest_gradient)
 
     def compute(
         self, arrays: Arrays, spec: str, *, lse: bool = True, **more: Any
