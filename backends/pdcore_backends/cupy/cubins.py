@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -75,21 +74,17 @@ def save(folder: Path, kernels: list[tuple[str, str]], architecture: str) -> Non
     """Compile kernels, each a source and a name, on all cores, into a folder."""
     from concurrent.futures import ThreadPoolExecutor
 
-    symbols: dict[str, str] = {}
-    lock = threading.Lock()
-
-    def compile_(kernel: tuple[str, str]) -> None:
+    def compile_(kernel: tuple[str, str]) -> tuple[str, str]:
         cubin, symbol, _ = assemble(*kernel, architecture)
         key = _key(*kernel, architecture)
         (folder / f"{key}.cubin").write_bytes(cubin)
-        with lock:
-            symbols[key] = symbol
+        return key, symbol
 
     folder.mkdir(parents=True, exist_ok=True)
-    for kernel in kernels[:1]:
-        compile_(kernel)  # loads the libraries of the compiler, which two threads cannot do
+    # The first compilation loads the libraries of the compiler, which two threads cannot do.
+    symbols = dict(map(compile_, kernels[:1]))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(compile_, kernels[1:]))
+        symbols |= threads.map(compile_, kernels[1:])
     (folder / _SYMBOLS).write_text(json.dumps(symbols, indent=0), encoding="utf-8")
 
 

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from pdcore_backends.cupy import cubins
+
 from .prepared import FOLDER
 
 __all__ = ["core_count", "process_environment"]
@@ -40,8 +42,8 @@ def process_environment(device: str, *, threads: int | None = None) -> dict[str,
     if device.partition(":")[0] != "cuda":
         return variables
     # Kernels that were compiled at home; one that is not there is compiled.
-    if (cubins := FOLDER / "cubins").is_dir():
-        variables.setdefault("PDCORE_CUPY_CUBINS", str(cubins))
+    if (compiled := FOLDER / "cubins").is_dir():
+        variables.setdefault(cubins.FOLDER, str(compiled))
     # Processes share the GPU: none may allocate all of its memory at the start.
     variables.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # The programs that JAX has compiled are there for a resumed run.
