@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pytest
 
 from ..judge.budget import judge
-from ..judge.calls import Arrays, Call
+from ..judge.calls import Array, Arrays, Call
 from ..judge.judging import DTYPES, each, judged
 from ..judge.subject import Subject
 
@@ -56,6 +58,13 @@ MERGED = [
 ]
 
 
+def merged_by_lse(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Merge the results over disjoint sets of keys."""
+    outs, levels = (np.stack([part[name] for part in parts]) for name in ("out", "lse"))
+    lse = np.logaddexp.reduce(levels, axis=0)
+    return {"out": (np.exp(levels - lse)[..., None] * outs).sum(0), "lse": lse}
+
+
 @each(MERGED)
 def test_blocks_of_keys_merge(call: Call, subject: Subject) -> None:
     """Results over disjoint keys merge by lse (h sum, count), or by addition (h one)."""
@@ -69,12 +78,10 @@ def test_blocks_of_keys_merge(call: Call, subject: Subject) -> None:
             arrays.q, arrays.k[..., first:last, :], arrays.v[..., first:last, :], arrays.options
         )
         parts.append(subject.compute(part, call.spec))
-    outs, levels = (np.stack([part[name] for part in parts]) for name in ("out", "lse"))
     if call.spec.endswith("h(one)"):
-        merged = {"out": outs.sum(0)}
+        merged = {"out": np.stack([part["out"] for part in parts]).sum(0)}
     else:
-        lse = np.logaddexp.reduce(levels, axis=0)
-        merged = {"out": (np.exp(levels - lse)[..., None] * outs).sum(0), "lse": lse}
+        merged = merged_by_lse(parts)
     subject.evidence.add(judge(merged, subject.expected(call, arrays)))
 
 

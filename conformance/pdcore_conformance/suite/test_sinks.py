@@ -11,6 +11,7 @@ from ..judge.calls import Arrays, Call
 from ..judge.judging import DTYPES, each, full, judged, specs
 from ..judge.subject import Subject
 from .test_gradients import both
+from .test_lse import merged_by_lse
 
 SMALL = Call(spec="h(sum,sink=param)")
 
@@ -122,7 +123,4 @@ def test_sink_enters_one_part(call: Call, subject: Subject) -> None:
             options["params"] = {name: x for name, x in params.items() if name != "sink"}
         keys, values = (x[..., first:last, :] for x in (arrays.k, arrays.v))
         parts.append(subject.compute(Arrays(arrays.q, keys, values, options), spec))
-    outs, levels = (np.stack([part[name] for part in parts]) for name in ("out", "lse"))
-    lse = np.logaddexp.reduce(levels, axis=0)
-    merged = {"out": (np.exp(levels - lse)[..., None] * outs).sum(0), "lse": lse}
-    subject.evidence.add(judge(merged, subject.expected(call, arrays)))
+    subject.evidence.add(judge(merged_by_lse(parts), subject.expected(call, arrays)))
