@@ -79,6 +79,7 @@ def attention(
     bias: Any = None,
     offset: Any = 0,
     segments: Any = None,
+    labels: Any = None,
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     dropout: float = NO_DROPOUT,
@@ -115,6 +116,8 @@ def attention(
         The ids of the packed sequences that queries and keys belong to, negative for padding;
         see `segments_from_lengths`. Each is computed as a call of its own, with positions, and
         an `offset` for all, that begin with it; only ``batch`` statistics are over all of them.
+    labels : integer array (*B, N), or pair of integer arrays (*B, N) and (*B, M), optional
+        The labels of queries and keys, for a spec that reads them, such as ``"labels(4)"``.
     params : mapping of str to array, optional
         The arrays that the spec declares, such as ``beta`` for ``bn(beta=param)``.
     return_lse : bool
@@ -167,6 +170,7 @@ def attention(
         bias=bias,
         offset=offset,
         segments=segments,
+        labels=labels,
         params=params,
         return_lse=return_lse,
         dropout=dropout,
@@ -187,6 +191,7 @@ def attention_vjp(
     bias: Any = None,
     offset: Any = 0,
     segments: Any = None,
+    labels: Any = None,
     params: Mapping[str, Any] | None = None,
     backend: Choice = None,
     device: str | None = None,
@@ -197,7 +202,7 @@ def attention_vjp(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, segments, params, backend, device, layout
+    q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, backend, device, layout
         As in `attention`.
 
     Returns
@@ -220,7 +225,7 @@ def attention_vjp(
     if extra or unknown:
         raise wrong_arguments(attention_vjp, extra, unknown)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments)
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments, labels=labels)
     out, lse, pullback = cached_bind(spec, backend, device).vjp(inputs, layout)
     from .dispatch import check_cotangent
 
@@ -246,6 +251,7 @@ def attention_weights(
     bias: Any = None,
     offset: Any = 0,
     segments: Any = None,
+    labels: Any = None,
     params: Mapping[str, Any] | None = None,
     backend: Choice = None,
     device: str | None = None,
@@ -256,7 +262,7 @@ def attention_weights(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, segments, params, backend, device, layout
+    q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, backend, device, layout
         As in `attention`.
 
     Returns
@@ -268,7 +274,7 @@ def attention_weights(
     if extra or unknown:
         raise wrong_arguments(attention_weights, extra, unknown)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments)
+    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments, labels=labels)
     return cached_bind(spec, backend, device).weights(inputs, layout)
 
 
@@ -284,6 +290,7 @@ def explain(
     bias: Any = None,
     offset: Any = 0,
     segments: Any = None,
+    labels: Any = None,
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     dropout: float = NO_DROPOUT,
@@ -297,8 +304,8 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, segments, params, return_lse, dropout, axis_name, \
-backend, device, layout
+    q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, return_lse, dropout, \
+axis_name, backend, device, layout
         As in `attention`.
 
     Returns
@@ -312,6 +319,7 @@ backend, device, layout
 
     layer = cached_bind(spec, backend, device)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name, segments)
+    given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels)
+    inputs = Inputs(q, k, v, *given)
     request = layer.request(heads_first(inputs, layout), lse=return_lse, layout=layout)
     return explain_request(request, layer.choice, request.lower())

@@ -50,6 +50,7 @@ from .backend import (
     divide,
     feature_contraction,
     finite,
+    log_kappa,
     log_weight,
     mapped,
     relative_features,
@@ -58,6 +59,7 @@ from .backend import (
     scores_vjp,
     shifted_features,
     spacing,
+    tables,
 )
 from .dispatch import finite_dropout, parameter_shape, wrong_arguments
 from .errors import PluginError, SettingError, SpecError, UnsupportedError
@@ -199,11 +201,13 @@ __all__ = [
     "first_real",
     "largest_entry",
     "largest_key",
+    "log_kappa",
     "log_weight",
     "mapped",
     "relative_features",
     "scaled",
     "score_contraction",
+    "tables",
     "scores",
     "scores_vjp",
     "shifted_features",

@@ -16,9 +16,10 @@ from .contract import (
 )
 from .feature_contraction import chunks, shifted_features
 from .group_run import GroupRun
+from .log_kappa import log_weight
 from .operands import Contracted, Operands
 from .raw_features import mapped
-from .score_contraction import divide, finite, log_weight, relative_features, scores, scores_vjp
+from .score_contraction import divide, finite, relative_features, scores, scores_vjp
 from .silent_backend import SilentBackend
 
 __all__ = [

@@ -49,6 +49,11 @@ class Call:
         self.mask = None if inputs.mask is None else self._with_all_axes(inputs.mask)
         self.bias = None if inputs.bias is None else self._with_all_axes(inputs.bias)
         self.offset = inputs.offset if isinstance(inputs.offset, int) else self._offset()
+        labels = inputs.labels
+        if labels is not None:
+            pair = labels if isinstance(labels, tuple | list) else (labels, labels)
+            labels = tuple(x[..., None, None, :] for x in pair)
+        self.labels = labels
 
     def cast(self, x: Any) -> Any:
         """Cast an array to the accumulation dtype."""
@@ -108,7 +113,8 @@ class Call:
         xp, shaped = self.xp, {}
         for name, x in self.inputs.params.items():
             if name in self.plan.by_query_head:
-                x = xp.reshape(x, (*self.grouped[-2:], *x.shape[1:]))
+                heads = self.grouped[-2:] if x.shape[0] != 1 else (1, 1)
+                x = xp.reshape(x, (*heads, *x.shape[1:]))
                 shaped[name] = self.cast(cut_heads(x, group.heads, 0, xp))
                 continue
             x = self.cast(cut_heads(x, group.heads, 0, xp) if self.several else x)
@@ -133,6 +139,7 @@ class Call:
             self.inputs.key_mask,
             mask,
             self.device,
+            self.labels,
         )
 
     def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from ..errors import PluginError, nearest
 from ..lowering import Plan, Signature, lower
 from ..spec import (
+    DISTANCE,
     AttentionSpec,
     Batch,
     Cosine,
@@ -58,6 +59,8 @@ FEATURES: Mapping[str, str] = {
     "count": "the normalisers h(count) and h(one)",
     "sink": "a sink in the normaliser h(sum)",
     "alibi": "a bias linear in the distance of positions",
+    "relative": "log kappa by the distance of positions",
+    "labels": "log kappa by labels of positions",
     "causal": "causal support",
     "window": "windows of positions",
     "mask": "boolean masks",
@@ -156,7 +159,8 @@ class BackendInfo:
 class Inputs(NamedTuple):
     """The validated arrays of a call, all of one library: the arguments of `attention`.
 
-    `offset` is an int, an integer array () or (*B,), or ``"end"``; `segments` are traced ids.
+    `offset` is an int, an integer array () or (*B,), or ``"end"``; `segments` are traced ids;
+    `labels` are integers (*B, N), or a pair of those of queries and of keys.
     """
 
     q: Any
@@ -170,6 +174,7 @@ class Inputs(NamedTuple):
     dropout: float = 0.0
     axis_name: str | None = None
     segments: Any = None
+    labels: Any = None
 
 
 #: The layouts of q, k and v, by name.
@@ -267,11 +272,14 @@ class Request(NamedTuple):
                 needed.append(batch.statistics)
             case _:
                 needed.append("user_normalization")
+        terms = {term.word for term in spec.terms}
         optional = {
             "head_scaling": spec.heads.largest > 1,
             "count": spec.normaliser != "sum",
             "sink": spec.sink is not None,
-            **{term.word: True for term in spec.terms},
+            "alibi": "alibi" in terms,
+            "relative": "relative" in terms or DISTANCE in spec.kernel.places,
+            "labels": spec.by_label,
             "causal": spec.support.causal,
             "window": min(spec.support.left, spec.support.right) < float("inf"),
             "mask": self.mask is not None,

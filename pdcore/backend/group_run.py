@@ -123,15 +123,18 @@ class GroupRun:
             bias = call.read_by("contraction", cut_heads(bias, self.group.heads, -4, self.xp))
         scalars: dict[str, Any] = {}
         if isinstance(c, Scores) and c.scalars:
-            by_query_head = call.plan.by_query_head
-            scalars = {
-                name: self.params[name][(..., *(None,) * (1 + (name in by_query_head)))]
-                for name in c.scalars
-            }
+            scalars = {name: self._scalar(name) for name in c.scalars}
         p = call.inputs.dropout
         keep = self.backend.dropout(p) if p else None
         v = call.read_by("contraction", v)
         return Operands(q, k, v, key_bias, bias, scalars, self.visibility, keep, fold, call.level)
+
+    def _scalar(self, name: str) -> Any:
+        """Return a parameter of log kappa as `Operands.values` has it."""
+        x = self.params[name]
+        if name not in self.call.plan.by_query_head:
+            return x[..., None]
+        return self.xp.reshape(x, (*x.shape[:2], *((1, 1), (1,), ())[x.ndim - 2], *x.shape[2:]))
 
     def finish(self, out: Any, level: Any) -> None:
         """Turn (out, L) of the contraction into the group's results."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ..lowering import Features, Plan, Scores, sum_to
-from . import score_contraction
+from . import log_kappa, score_contraction
 from .operands import Operands
 from .raw_features import mapped
 
@@ -48,14 +49,17 @@ class Normaliser:
         self.level = level if constant is None else xp.where(empty, level, level + constant)
         self.lse = self.level
         if plan.normaliser != "sum":
-            self._divide_by_count(plan.normaliser, level, constant)
+            self._divide_by_count(plan, level, constant)
         elif sink is not None:
             self._add_sink(empty)
 
-    def _divide_by_count(self, h: str, level: Any, constant: Any) -> None:
+    def _divide_by_count(self, plan: Plan, level: Any, constant: Any) -> None:
         """Replace the sum of weights by the number of visible keys, or by 1."""
-        xp, o = self.xp, self.o
-        counts = o.visibility.counts(o.bias)
+        xp, o, h = self.xp, self.o, plan.normaliser
+        c, terms = plan.contraction, None
+        if isinstance(c, Scores) and c.removing:
+            terms = partial(log_kappa.terms_of, c, o, dtype=level.dtype, xp=xp)
+        counts = o.visibility.counts(o.bias, terms)
         if self.alive is not None:
             counts = xp.where(self.alive, counts, xp.zeros_like(counts))
         counts = xp.broadcast_to(counts, level.shape)

@@ -24,8 +24,8 @@ class Operands(NamedTuple):
     v : array (*B, H, M, Dv)
     key_bias : array (*B, H, M) or None
     bias : array broadcastable to (*B, H, G, N, M) or None, of the same rank
-    values : mapping of str to array (H, 1, 1, 1) or (H, G, 1, 1)
-        Scalars per key head or query head of the log kappa expression.
+    values : mapping of str to array (H, 1, 1, 1), (H, G, 1, 1) or (H, G, n, m)
+        Scalars per key head or query head, and tables, of the log kappa expression.
     visibility : Visibility
     keep : callable or None
         Dropout: ``keep(start, stop, first, last, like)`` returns the factors for the weights of a

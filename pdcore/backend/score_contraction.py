@@ -12,16 +12,16 @@ from typing import Any
 
 from ..arrays import constant, overflow_as_nan, stop_gradient
 from ..lowering import Scores, sum_to
-from ..spec import DISTANCE, Visibility
+from ..spec import Visibility
 from .feature_contraction import shifted_features
+from .log_kappa import inputs, log_weight, places_of
 from .operands import Operands, blocks
+from .tables import entry_sums
 
 __all__ = [
     "ORDINARY",
     "divide",
     "finite",
-    "inputs",
-    "log_weight",
     "relative_features",
     "scores",
     "scores_vjp",
@@ -36,45 +36,6 @@ def key_blocks(visibility: Visibility, start: int, stop: int, size: int) -> list
     """Return the key blocks, of a fixed grid, that queries ``start:stop`` may see."""
     first, last = visibility.key_range(start, stop)
     return [b for b in blocks(0, visibility.keys, size) if b[1] > first and b[0] < last]
-
-
-def rows_of(x: Any, start: int, stop: int) -> Any:
-    """Cut the row axis (-2) of an array that may be broadcast along it."""
-    return x if x.shape[-2] == 1 else x[..., start:stop, :]
-
-
-def tile(x: Any, start: int, stop: int, first: int, last: int) -> Any:
-    """Cut the last two axes of an array that may be broadcast along either."""
-    x = rows_of(x, start, stop)
-    return x if x.shape[-1] == 1 else x[..., first:last]
-
-
-def inputs(
-    c: Scores, s: Any, o: Operands, at: tuple[int, int, int, int], *, xp: Any
-) -> dict[str, Any]:
-    """Return the inputs of the expression of log kappa for queries and keys of a block."""
-    values = {"s": s, **o.values}
-    if c.by_position:
-        values[DISTANCE] = xp.astype(o.visibility.distances(*at), s.dtype)
-    return values
-
-
-def log_weight(
-    c: Scores, s: Any, o: Operands, start: int, stop: int, first: int, last: int, *, xp: Any
-) -> Any:
-    """Compute log kappa, biases included, -inf where a key is not visible."""
-    at = (start, stop, first, last)
-    logits = c.scale * s if c.expression is None else c.expression(inputs(c, s, o, at, xp=xp), xp)
-    if isinstance(logits, float):  # a kernel that does not depend on s
-        logits = xp.full_like(s, logits)
-    if o.key_bias is not None:
-        logits = logits + o.key_bias[..., None, None, first:last]
-    if o.bias is not None:
-        logits = logits + tile(o.bias, start, stop, first, last)
-    seen = o.visibility.block(start, stop, first, last)
-    if seen is None:
-        return logits
-    return xp.where(seen, logits, xp.full_like(logits, -xp.inf))
 
 
 def scores(
@@ -321,9 +282,16 @@ def _weight_vjp(
     if c.expression is None:
         return p, c.scale * dlogit
     arguments = inputs(c, s, o, at, xp=xp)
-    for name in o.values:
-        slope = c.expression.derivative(name)(arguments, xp)
-        steps.add_value(name, xp.where(none, zero, dlogit * slope))
+    for name, value in o.values.items():
+        entries = [e for e in c.expression.entries if e.table == name]
+        found: list[Any] = entries or [name]
+        for of in found:
+            slope = c.expression.derivative(of)(arguments, xp)
+            block = xp.where(none, zero, dlogit * slope)
+            if entries:
+                places = places_of(c, o, at, s.dtype, xp=xp)
+                block = entry_sums(of, block, places, value.shape, xp=xp)
+            steps.add_value(name, block)
     slope = c.expression.derivative("s")(arguments, xp)
     return p, xp.where(none, zero, dlogit * slope)
 

@@ -41,8 +41,8 @@ def attend(
     """Compute attention over your own arrays.
 
     IN holds q, k and v, and may hold mask, key_mask, bias, offset, segments (or q_segments and
-    k_segments) and params.NAME; OUT, .npz or .safetensors by its extension, will hold out (and
-    lse). OUT appears when it is complete, or not at all.
+    k_segments), labels (or q_labels and k_labels) and params.NAME; OUT, .npz or .safetensors by
+    its extension, will hold out (and lse). OUT appears when it is complete, or not at all.
     """
     parsed, names = parse(spec), parse_backends(backend)
     file_kind(out)

@@ -218,10 +218,14 @@ def _arguments(arrays: Mapping[str, Any], piece: Piece) -> dict[str, Any]:
                 # Every parameter of features has the axis of the key heads first.
                 call[name] = {n: p[piece.heads] for n, p in value.items()}
             continue
-        if name == "segments" and piece.lead is not None:
-            cut = (*(slice(None),) * piece.axis, piece.lead)
-            call[name] = tuple(i[cut] for i in value) if isinstance(value, tuple) else value[cut]
-        if not isinstance(value, np.ndarray) or not value.ndim or name == "segments":
+        if name in ("segments", "labels"):
+            pair = value if isinstance(value, tuple) else (value, value)
+            if piece.lead is not None:
+                pair = tuple(x[(*(slice(None),) * piece.axis, piece.lead)] for x in pair)
+            of_rows = pair[0] if piece.rows is None else pair[0][..., piece.rows]
+            call[name] = (of_rows, pair[1])
+            continue
+        if not isinstance(value, np.ndarray) or not value.ndim:
             continue
         # Masks and biases broadcast, so their axes count from the right.
         missing = q.ndim - value.ndim if name in ("q", "k", "v", "mask", "bias") else 0

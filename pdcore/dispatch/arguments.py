@@ -97,7 +97,8 @@ WORDS: Mapping[str, str] = {
 _ELSEWHERE = {
     **dict.fromkeys(("spec", "backend", "device"), "it is an argument of bind"),
     **dict.fromkeys(
-        ("q", "k", "v", "mask", "key_mask", "bias", "offset", "segments", "params", "layout"),
+        ("q", "k", "v", "mask", "key_mask", "bias", "offset", "segments", "labels", "params")
+        + ("layout",),
         "bind takes no arrays; it belongs to the call of what bind returns",
     ),
     "return_lse": "attention and a bound spec take it; attention_vjp returns lse in any case",

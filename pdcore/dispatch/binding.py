@@ -25,6 +25,7 @@ from ..spec import AttentionSpec, as_spec
 from . import selection
 from .arguments import check_given, explains_arguments, wrong_arguments
 from .exchange import exchange
+from .labels import check_label_values
 from .layout import HEADS_FIRST, Layout, heads_first, swap_axes, swap_pullback
 from .offsets import LARGE, near_offset
 from .packed import packed_call
@@ -53,6 +54,7 @@ class BoundAttention:
     # `jax.jit` keeps weak references to what it compiles.
     __slots__ = (
         "__weakref__",
+        "_by_label",
         "_choice",
         "_device",
         "_has_parameters",
@@ -74,6 +76,7 @@ class BoundAttention:
             self._choice = selection.ambient() or selection.BY_LIBRARY
         self._device = device
         self._has_parameters = bool(self.spec.parameters())
+        self._by_label = self.spec.by_label
         # Signature of a call -> backend, plan, library and device for such calls.
         self._prepared: dict[Any, tuple[Backend, Plan, str, str | None]] = {}
         self._traced = TracedSelections()
@@ -106,6 +109,7 @@ class BoundAttention:
         bias: Any = None,
         offset: Any = 0,
         segments: Any = None,
+        labels: Any = None,
         params: Mapping[str, Any] | None = None,
         return_lse: bool = False,
         dropout: float = NO_DROPOUT,
@@ -117,7 +121,8 @@ class BoundAttention:
         if extra or unknown:
             raise wrong_arguments(BoundAttention.__call__, extra, unknown)
         params = NO_PARAMS if params is None else params
-        inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name, segments)
+        given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels)
+        inputs = Inputs(q, k, v, *given)
         inputs, packed = packed_call(self, inputs, lse=return_lse, layout=layout)
         if packed is not None:
             out, lse = packed.attention(lse=return_lse)
@@ -210,6 +215,8 @@ class BoundAttention:
             inputs, back = exchange(backend, inputs, library, device)
         if self._has_parameters:
             inputs = _complete(self.spec, inputs, backend)
+        if self._by_label:
+            check_label_values(self.spec, inputs, backend.info.library)
         return backend, plan, inputs, back
 
     def entry(
@@ -224,11 +231,12 @@ class BoundAttention:
         key: Any = None
         entry = None
         try:
-            q, k, v, mask, key_mask, bias, offset, params, dropout, axis_name, segments = inputs
+            q, k, v, mask, key_mask, bias, offset, params, *more = inputs
+            dropout, axis_name, segments, labels = more
             key = (lse, vjp, weights, signature(q), signature(k), signature(v))
             plain = mask is None and key_mask is None and bias is None and type(offset) is int
             plain = plain and type(params) is dict and not params
-            plain = plain and segments is None
+            plain = plain and segments is None and labels is None
             if not (plain and dropout is NO_DROPOUT and axis_name is None):
                 key = (*key, *map(signature, inputs[3:]), dropout)
             entry = self._prepared.get(key)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arrays import compiling
 from ..plugins import registry as plugins
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, vocabulary
 from . import selection
 from .binding import BoundAttention, Choice
 
@@ -52,14 +52,14 @@ def _cached_bind(spec: str | AttentionSpec, backend: Choice, device: str | None)
         choice = tuple(backend)
     try:
         ambient = selection.ambient() if choice is None else None
-        key = (spec, choice, device, ambient, plugins.generation())
+        key = (spec, choice, device, ambient, plugins.generation(), vocabulary.changes())
         layer = _BOUND.get(key)
     except TypeError:
         return BoundAttention(spec, choice, device)
     if layer is None:
         # Discovery counts as a change of the registry, which would make this entry stale at once.
         plugins.discover()
-        key = (*key[:-1], plugins.generation())
+        key = (*key[:-2], plugins.generation(), vocabulary.changes())
         layer = BoundAttention(spec, choice, device)
         if len(_BOUND) >= 1024:  # a loop over new specs must not grow the cache without end
             _BOUND.clear()

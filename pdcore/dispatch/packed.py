@@ -22,7 +22,7 @@ from ..lowering import sum_to
 from ..spec import Identity
 from .arguments import check_given
 from .layout import Layout, heads_first
-from .segments import Segment, on_host, ranges, segments_kind, shares_statistics
+from .segments import Segment, on_host, pair_of, ranges, segments_kind, shares_statistics
 from .spans import Span, all_ranges, entries, power_of_two, split, tiles
 
 if TYPE_CHECKING:
@@ -191,11 +191,17 @@ class PackedCall:
             key_mask = self._stacked(self._cut(self._flat(key_mask, 1), keys, 0), 0)
         elif any(s.keys != k.shape[-2] for s in segments) or len(segments) != k.shape[0]:
             key_mask = self._real(segments)
+        labels = inputs.labels
+        if labels is not None:
+            labels = tuple(
+                self._stacked(self._cut(self._flat(x, 1), spans, 0), 0)
+                for x, spans in zip(pair_of(labels), (rows, keys), strict=True)
+            )
         if isinstance(offset, str) and any(s.rows != q.shape[-2] for s in segments):
             offset = self._ends(key_mask, segments)
         call = inputs._replace(
-            q=q, k=k, v=v, mask=mask, key_mask=key_mask, bias=bias, offset=offset, segments=None
-        )
+            q=q, k=k, v=v, mask=mask, key_mask=key_mask, bias=bias, offset=offset, labels=labels
+        )._replace(segments=None)
         return _Piece(layer, call, rows, keys)
 
     def _blind_piece(self, layer: BoundAttention, rows: list[Span]) -> _Piece:
@@ -204,6 +210,9 @@ class PackedCall:
         shape = (1, q.shape[1], self.size(sum(n for _, _, n in rows)), q.shape[-1])
         params = {p.name: given[p.name] for p in layer.spec.parameters() if p.name in given}
         call = Inputs(self._zeros(shape, q), k[:1, :, :0, :], v[:1, :, :0, :], params=params)
+        if layer.spec.by_label:
+            of_rows = self.xp.zeros((1, shape[2]), dtype=self.xp.int64, device=device_of(q))
+            call = call._replace(labels=(of_rows, of_rows[:, :0]))
         return _Piece(layer, call, rows, [])
 
     def _ends(self, key_mask: Any, segments: list[Segment]) -> Any:

@@ -147,34 +147,37 @@ def pair_of(segments: Any) -> tuple[Any, Any]:
     return segments, segments
 
 
-def check_segments(segments: Any, q: Any, k: Any, offset: Any, axis_name: Any) -> None:
-    """Check the shapes and dtypes of ids, and that the other arguments have a meaning with them."""
+def check_pair(argument: str, what: str, pair: Any, q: Any, k: Any) -> None:
+    """Check the shapes and dtypes of integers of queries and keys, one array or a pair."""
     lead, rows, keys = tuple(q.shape[:-3]), q.shape[-2], k.shape[-2]
-    expected = f"integer ids {(*lead, rows)} for queries and keys alike" + (
+    of_both = f"the {what} of queries {(*lead, rows)} and those of keys {(*lead, keys)}"
+    expected = f"integer {what} {(*lead, rows)} for queries and keys alike" + (
         "" if rows == keys else f", or a pair, {(*lead, rows)} and {(*lead, keys)}"
     )
-    if isinstance(segments, tuple | list) and len(segments) != 2:
+    two = isinstance(pair, tuple | list)
+    if two and len(pair) != 2:
+        raise ValueError(f"{argument}: got {len(pair)} arrays, expected one, or a pair: {of_both}")
+    if not two and rows != keys:
         raise ValueError(
-            f"segments: got {len(segments)} arrays, expected one, or a pair: the ids of queries "
-            f"{(*lead, rows)} and those of keys {(*lead, keys)}"
+            f"{argument}: got one array for {rows} queries and {keys} keys, expected a pair: "
+            f"{of_both}"
         )
-    pair = isinstance(segments, tuple | list)
-    if not pair and rows != keys:
-        raise ValueError(
-            f"segments: got one array for {rows} queries and {keys} keys, expected a pair: the ids "
-            f"of queries {(*lead, rows)} and those of keys {(*lead, keys)}"
-        )
-    for name, ids, length in zip(("q", "k"), pair_of(segments), (rows, keys), strict=True):
-        if not hasattr(ids, "dtype"):
-            raise TypeError(f"segments: got {type(ids).__name__}, expected {expected}")
-        whose = f"segments ({name})" if pair else "segments"
-        if not dtype_name(ids).startswith(("int", "uint")):
-            raise TypeError(f"{whose}: got dtype {dtype_name(ids)}, expected an integer dtype")
-        if tuple(ids.shape) != (*lead, length):
+    for name, x, length in zip(("q", "k"), pair_of(pair), (rows, keys), strict=True):
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{argument}: got {type(x).__name__}, expected {expected}")
+        whose = f"{argument} ({name})" if two else argument
+        if not dtype_name(x).startswith(("int", "uint")):
+            raise TypeError(f"{whose}: got dtype {dtype_name(x)}, expected an integer dtype")
+        if tuple(x.shape) != (*lead, length):
             raise ValueError(
-                f"{whose}: got shape {tuple(ids.shape)}, expected {(*lead, length)}, the ids of "
+                f"{whose}: got shape {tuple(x.shape)}, expected {(*lead, length)}, the {what} of "
                 "each sequence"
             )
+
+
+def check_segments(segments: Any, q: Any, k: Any, offset: Any, axis_name: Any) -> None:
+    """Check the shapes and dtypes of ids, and that the other arguments have a meaning with them."""
+    check_pair("segments", "ids", segments, q, k)
     if getattr(offset, "ndim", 0):
         raise ValueError(
             f"offset: got shape {tuple(offset.shape)} with segments, expected an int, an integer "

@@ -16,7 +16,8 @@ from ..backend import LAYOUTS, Inputs, shape_in
 from ..errors import UnsupportedError, nearest
 from ..plugins import registered
 from ..spec import AttentionSpec, Parameter
-from .segments import check_segments
+from .labels import check_labels
+from .segments import check_segments, pair_of
 
 __all__ = ["validate"]
 
@@ -71,6 +72,9 @@ def validate(
         spec.check_keys(k.shape[-2])
     else:
         check_segments(inputs.segments, q, k, inputs.offset, inputs.axis_name)
+    check_labels(spec, inputs)
+    for x in () if inputs.labels is None else pair_of(inputs.labels):
+        _same_library(x, "labels", library)
     lead = tuple(q.shape[:-3])
     if inputs.key_mask is not None:
         _boolean(inputs.key_mask, "key_mask")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..spec import DISTANCE, Expression, Statistics, Support
+from ..spec import PLACES, Expression, Statistics, Support
 
 if TYPE_CHECKING:
     from ..spec import AttentionSpec, FeatureMap
@@ -80,11 +80,14 @@ class Scores:
     scale : float
         log w = scale * s, where `expression` is None.
     expression : Expression or None
-        log w as a function of s and of scalars per head.
+        log w as a function of s, of scalars per head, of places and of entries of tables.
     signed : bool
         Whether w may be negative; then (out, L) = (sum_j w v_j, 0).
     scalars : tuple of str
-        The parameters that `expression` reads, one scalar a head, of `Plan.by_query_head` or not.
+        The parameters that `expression` reads: one scalar a head, of `Plan.by_query_head` or not,
+        or a table.
+    removing : tuple of Expression
+        The entries of tables that terms add to log w; one of -inf removes its key.
     choice : object or None
         The slot of the step.
     """
@@ -94,12 +97,14 @@ class Scores:
     expression: Expression | None = None
     signed: bool = False
     scalars: tuple[str, ...] = ()
+    removing: tuple[Expression, ...] = ()
     choice: Any = None
 
     @property
-    def by_position(self) -> bool:
-        """Whether `expression` reads p_j - p_i, the input `pdcore.spec.DISTANCE`."""
-        return self.expression is not None and DISTANCE in self.expression.inputs
+    def places(self) -> tuple[str, ...]:
+        """Which of `pdcore.spec.PLACES`, distance and labels, `expression` reads."""
+        reads = frozenset() if self.expression is None else self.expression.inputs
+        return tuple(name for name in PLACES if name in reads)
 
 
 @dataclass(frozen=True)

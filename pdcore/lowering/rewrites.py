@@ -120,11 +120,14 @@ def lower(spec: AttentionSpec, signature: Signature) -> Plan:
     )
 
 
-@lru_cache(maxsize=256)
 def restored(text: str) -> Plan:
     """Lower a plan again from its `Plan.text`, for a compiler that passes only text."""
     dim, heads, dtype, masked, spec = text.split(" ", 4)
-    return lower(as_spec(spec), Signature(int(dim), int(heads), dtype, bool(int(masked))))
+    # By the spec, not its text: a word may be defined anew.
+    return _lowered(as_spec(spec), Signature(int(dim), int(heads), dtype, bool(int(masked))))
+
+
+_lowered = lru_cache(maxsize=256)(lower)
 
 
 def _summary(spec: AttentionSpec, steps: list[str]) -> Summary | None:
@@ -236,16 +239,17 @@ def _fold(
 
 
 def _with_terms(spec: AttentionSpec, c: Scores, steps: list[str]) -> Scores:
-    """Return a contraction whose log kappa has the terms of positions too."""
+    """Return a contraction whose log kappa has the terms too."""
     expression = c.expression
     if expression is None:
         expression = c.scale * Expression("input", (), "s")
-    scalars = c.scalars
+    scalars, removing = c.scalars, c.removing
     for term in spec.terms:
         expression = expression + term.expression()
+        removing = (*removing, *term.expression().entries)
         scalars = (*scalars, *(p.name for p in term.parameters()))
-        steps.append(f"{term.word}: log kappa + {term.expression()}, of positions, block by block")
-    return replace(c, expression=expression, scalars=scalars)
+        steps.append(f"{term.word}: log kappa + {term.expression()}, block by block")
+    return replace(c, expression=expression, scalars=scalars, removing=removing)
 
 
 def _features(

@@ -82,6 +82,20 @@ _OTHERS: list[tuple[str, list[str], str, str, list[Any]]] = [
         ],
     ),
     ("alibi", [], "terms", "a term -m |p_j - p_i| of log kappa, m for each query head", []),
+    (
+        "relative",
+        [],
+        "terms",
+        "a term of log kappa for each distance, from a table for each query head",
+        [("reach", "the largest distance with an entry of its own, a whole number", True, None)],
+    ),
+    (
+        "labels",
+        [],
+        "terms",
+        "a term of log kappa for each pair of labels of query and key, from a table",
+        [("count", "the number of labels, a whole number >= 1", True, None)],
+    ),
     ("causal", [], "support", "keys at positions up to the query's only", []),
     (
         "sparse",

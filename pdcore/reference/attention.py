@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnsupportedError
-from ..spec import Alibi, AttentionSpec, Term
+from ..spec import Alibi, AttentionSpec, Labels, Relative, Term
 from .inputs import ReferenceCall, prepare, select
-from .kernels import kappa_of, pointwise
+from .kernels import entry, kappa_of, pointwise
 from .normalizations import prefix_inner_products, transform_of
 from .pooling import pool, pooled_keys, windows
 from .segments import over_segments
@@ -42,6 +42,7 @@ def reference_attention(
     bias: Any = None,
     offset: Any = 0,
     segments: Any = None,
+    labels: Any = None,
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     round_intermediates: Any = None,
@@ -75,6 +76,8 @@ def reference_attention(
     segments : integer array (*B, N), or pair of integer arrays (*B, N) and (*B, M), optional
         The ids of the segments of queries and keys, negative for padding; each segment is a call
         of its own, but for ``batch`` statistics.
+    labels : integer array (*B, N), or pair of integer arrays (*B, N) and (*B, M), optional
+        The labels of queries and keys, for specs that read them.
     params : mapping of str to array, optional
         The arrays that the spec's kernel and normalization declare.
     return_lse : bool
@@ -112,7 +115,7 @@ def reference_attention(
     with np.errstate(all="ignore"):
         masks, rounded = (mask, key_mask, bias), round_intermediates
         packed = segments is not None
-        call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed)
+        call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed, labels)
         results = over_segments(call, segments, offset, _attend) if packed else _attend(call)
         out = call.xp.astype(call.rounded(results[0]), q.dtype)
         return (out, results[1]) if return_lse else out
@@ -129,6 +132,7 @@ def reference_weights(
     bias: Any = None,
     offset: Any = 0,
     segments: Any = None,
+    labels: Any = None,
     params: Mapping[str, Any] | None = None,
     round_intermediates: Any = None,
 ) -> Any:
@@ -136,7 +140,7 @@ def reference_weights(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, segments, params, round_intermediates
+    q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, round_intermediates
         As in `reference_attention`.
 
     Returns
@@ -154,7 +158,7 @@ def reference_weights(
     with np.errstate(all="ignore"):
         masks, rounded = (mask, key_mask, bias), round_intermediates
         packed = segments is not None
-        call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed)
+        call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed, labels)
         if packed:
             [weights] = over_segments(call, segments, offset, _spread, at_keys=True)
         else:
@@ -201,6 +205,7 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
     key_heads = call.k.shape[-3]
     group = call.q.shape[-3] // key_heads
     by_key_head = [p.name for p in spec.parameters() if not p.by_query_head]
+    by_query_head = [p.name for p in spec.parameters() if p.by_query_head]
     for g in range(key_heads):
         keys, in_window, pooled = pooled_keys(call, g)
         scale = pooled.shape[-1]
@@ -227,28 +232,48 @@ def _heads(call: ReferenceCall) -> Iterator[_Head]:
                 visible = visible & (bias != -INF)
             query = call.q[..., i, :, :]
             units: tuple[Any, ...] = ()
+            for name in by_query_head:
+                x = call.params[name]
+                params[name] = x[i : i + 1, ...] if x.shape[0] > 1 else x
+            places = _places(call, first)
             if transform is None:
                 visible = visible & xp.any(counted, axis=-1, keepdims=True)
                 inner = prefix_inner_products(call, query, keys, counted, params)
-                has_log, kappa = True, pointwise(spec.kernel, inner, visible, call, params)
+                has_log, kappa = True, pointwise(spec.kernel, inner, visible, call, params, places)
             else:
                 x = call.rounded(transform(query))
-                has_log, kappa, units = kappa_of(spec.kernel, x, y, visible, call, params)
+                has_log, kappa, units = kappa_of(spec.kernel, x, y, visible, call, params, places)
             if bias is not None:
                 kappa = kappa + bias
             for term in spec.terms:
-                kappa = kappa + _of_positions(term, call, first, i)
+                added = _of_places(term, places, params, xp)
+                visible = visible & (added != -INF)
+                kappa = kappa + added
             sink = call.params["sink"][i, ...] if spec.sink == "param" else spec.sink
             weights, lse = _normalise(kappa, has_log, units, visible, spec.normaliser, sink, xp)
             yield _Head(call.rounded(weights), visible, lse, values, pooled)
 
 
-def _of_positions(term: Term, call: ReferenceCall, first: Any, head: int) -> Any:
-    """Return a term of log kappa by the positions of queries and keys, (N, M) or (*B, N, M)."""
-    if not isinstance(term, Alibi):
-        raise UnsupportedError(f"{term.word}: the reference has no formula for it")
-    apart = call.xp.astype(call.xp.abs(first - call.position), call.dtype)
-    return -call.params["slopes"][head, ...] * apart
+def _places(call: ReferenceCall, first: Any) -> dict[str, Any]:
+    """Return p_j - p_i and the labels of queries and keys, each broadcastable to (*B, N, M)."""
+    places = {"distance": first - call.position}
+    if call.labels is not None:
+        of_queries, of_keys = call.labels
+        places["query_label"] = of_queries[..., :, None]
+        places["key_label"] = of_keys[..., None, :]
+    return {name: call.xp.astype(x, call.dtype) for name, x in places.items()}
+
+
+def _of_places(term: Term, places: Mapping[str, Any], params: Mapping[str, Any], xp: Any) -> Any:
+    """Return a term of log kappa by positions or labels, (N, M) or (*B, N, M)."""
+    if isinstance(term, Alibi):
+        return -params["slopes"][0, ...] * xp.abs(places["distance"])
+    if isinstance(term, Relative):
+        apart = xp.clip(places["distance"], -float(term.reach), float(term.reach))
+        return entry(params["relative"], (apart + float(term.reach),), xp)
+    if isinstance(term, Labels):
+        return entry(params["influence"], (places["query_label"], places["key_label"]), xp)
+    raise UnsupportedError(f"{term.word}: the reference has no formula for it")
 
 
 def _allowed_by_position(call: ReferenceCall, first: Any, last: Any) -> Any:

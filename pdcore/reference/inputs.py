@@ -34,6 +34,7 @@ class ReferenceCall:
     position: Any  # integer (N, 1) or (*B, N, 1)
     params: Mapping[str, Any]  # (Hkv, ...) or (Hq, ...) each
     rounded: Callable[[Any], Any]  # rounds to the dtype `round_intermediates`
+    labels: Any = None  # integers (*B, N) and (*B, M)
 
 
 def select(condition: Any, x: Any, y: Any, xp: Any) -> Any:
@@ -57,6 +58,7 @@ def prepare(
     params: Mapping[str, Any] | None,
     round_intermediates: Any,
     packed: bool = False,
+    labels: Any = None,
 ) -> ReferenceCall:
     """Check the arguments, and cast them to the accumulation dtype; `packed`: with segments."""
     from array_api_compat import array_namespace, device
@@ -95,6 +97,13 @@ def prepare(
     if bias is not None:
         _check_bias(bias, fitted, name)
         bias = xp.broadcast_to(accumulated(bias), full)
+    if labels is not None:
+        labels = labels if isinstance(labels, tuple | list) else (labels, labels)
+        shapes = [tuple(x.shape) for x in labels]
+        if shapes != [(*lead, rows), (*lead, length)]:
+            raise ValueError(f"labels: got {shapes}, expected {(*lead, rows)}, {(*lead, length)}")
+    elif fitted.by_label:
+        raise ValueError(f"labels: {spec} reads them")
     return ReferenceCall(
         xp=xp,
         spec=spec,
@@ -109,6 +118,7 @@ def prepare(
         position=positions(offset, real, rows, key_mask is None, xp, q_device),
         params=_check_params(params, spec, (key_heads, dim, query_heads), dtype, xp, q_device),
         rounded=accumulated if round_intermediates is None else rounded,
+        labels=labels,
     )
 
 

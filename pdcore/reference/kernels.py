@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..spec import kernels
 from .inputs import ReferenceCall, hook_params, select
 
-__all__ = ["kappa_of", "pointwise"]
+__all__ = ["entry", "kappa_of", "pointwise"]
 
 INF = math.inf
 
@@ -28,6 +28,7 @@ def kappa_of(
     visible: Any,
     call: ReferenceCall,
     params: Mapping[str, Any],
+    places: Mapping[str, Any],
 ) -> tuple[bool, Any, tuple[Any, ...]]:
     """Evaluate a kernel on every pair of a query x and a key y.
 
@@ -47,7 +48,7 @@ def kappa_of(
         # x <= 0, not x > 0, so that a NaN stays a NaN. The gradient at 0 is 0.
         x, y = (call.xp.where(z <= 0, call.xp.zeros_like(z), z) for z in (x, y))
         return False, *_in_units(x, y, visible, call)
-    return *_plain_kappa(kernel, x, y, visible, call, params), ()
+    return *_plain_kappa(kernel, x, y, visible, call, params, places), ()
 
 
 def _plain_kappa(
@@ -57,6 +58,7 @@ def _plain_kappa(
     visible: Any,
     call: ReferenceCall,
     params: Mapping[str, Any],
+    places: Mapping[str, Any],
 ) -> tuple[bool, Any]:
     """Evaluate a kernel without units, see `kappa_of`."""
     xp = call.xp
@@ -88,11 +90,26 @@ def _plain_kappa(
         if kernel.log_domain:
             return True, _log_sum_of_products(phi_x, phi_y, xp)
         return False, _inner(phi_x, phi_y, xp)
-    return True, pointwise(kernel, _inner(x, y, xp), visible, call, params)
+    return True, pointwise(kernel, _inner(x, y, xp), visible, call, params, places)
+
+
+def entry(table: Any, indices: tuple[Any, ...], xp: Any) -> Any:
+    """Return the entries (..., N, W) of the table of one head, (1, n) or (1, n, m)."""
+    flat: Any = 0
+    for index, size in zip(indices, table.shape[1:], strict=True):
+        inside = xp.clip(xp.floor(index), 0.0, float(size - 1))
+        flat = flat * size + xp.astype(inside, xp.int64)
+    picked = xp.take(xp.reshape(table, (-1,)), xp.reshape(flat, (-1,)), axis=0)
+    return xp.reshape(picked, flat.shape)
 
 
 def pointwise(
-    kernel: kernels.Kernel, s: Any, visible: Any, call: ReferenceCall, params: Mapping[str, Any]
+    kernel: kernels.Kernel,
+    s: Any,
+    visible: Any,
+    call: ReferenceCall,
+    params: Mapping[str, Any],
+    places: Mapping[str, Any],
 ) -> Any:
     """Evaluate log kappa from s = x.y, (*B, N, W)."""
     xp = call.xp
@@ -111,9 +128,15 @@ def pointwise(
             "neither a PointwiseKernel nor a FeatureMap"
         )
 
+    expression = kernel.expression(dim)
+
     def log_kappa(s: Any) -> Any:
-        values = {"s": s, **{p.name: params[p.name][0, ...] for p in kernel.parameters()}}
-        return xp.zeros_like(s) + kernel.expression(dim)(values, xp)
+        values: dict[Any, Any] = {"s": s, **places}
+        values |= {p.name: params[p.name][0, ...] for p in kernel.parameters()}
+        for read in expression.entries:
+            at = tuple(index(places, xp) for index in read.args[1:])
+            values[read] = entry(params[read.table], at, xp)
+        return xp.zeros_like(s) + expression(values, xp)
 
     if 0 in s.shape:
         return xp.zeros_like(s)

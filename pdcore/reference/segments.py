@@ -134,6 +134,8 @@ def _cut(
         real=real,
         mask=None if call.mask is None else call.mask[(*index, every, rows, keys)],
         bias=None if call.bias is None else call.bias[(*index, every, rows, keys)],
+        labels=call.labels
+        and tuple(x[(*index, at)] for x, at in zip(call.labels, (rows, keys), strict=True)),
         position=positions(offset, real, q.shape[-2], False, call.xp, call.device),
     )
 

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from .attention_spec import PRESETS, AttentionSpec, as_spec, parse, positive_semidefinite
-from .expression import Expression, exp, log, maximum, tanh, trace, where
+from .expression import (
+    DISTANCE,
+    KEY_LABEL,
+    PLACES,
+    QUERY_LABEL,
+    Expression,
+    exp,
+    log,
+    maximum,
+    tanh,
+    trace,
+    where,
+)
+from .function_kernel import score_kernel
 from .grammar import instantiate, read_arguments, read_words
 from .heads import HeadScaling, pool, pooling_weights, scales_text, windows
 from .kernels import (
@@ -39,7 +52,7 @@ from .normalizations.convolution import convolve
 from .normalizations.mixture import uniform_draws
 from .statistics import KeySet, Mean, Moments, Statistics, prefix_states, reduce_axis
 from .support import Support, Visibility, all_of
-from .terms import DISTANCE, Alibi, Term
+from .terms import Alibi, Labels, Place, Relative, Term
 from .vocabulary import (
     find_kernel,
     kernel_words,
@@ -64,6 +77,7 @@ __all__ = [
     "normalization_words",
     "register_kernel",
     "register_normalization",
+    "score_kernel",
     "unregister",
     # kernels
     "Kernel",
@@ -109,10 +123,16 @@ __all__ = [
     "reduce_axis",
     # the normaliser
     "normaliser_word",
-    # terms of log kappa by positions
-    "Alibi",
-    "DISTANCE",
+    # terms of log kappa by positions and labels
     "Term",
+    "Place",
+    "Alibi",
+    "Labels",
+    "Relative",
+    "DISTANCE",
+    "QUERY_LABEL",
+    "KEY_LABEL",
+    "PLACES",
     # head scaling
     "HeadScaling",
     "pool",

@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import SpecError, UnsupportedError, nearest
+from .expression import KEY_LABEL, QUERY_LABEL
 from .grammar import bind_arguments, build, read_arguments, read_words
 from .heads import HeadScaling
 from .kernel_base import FeatureMap, Kernel, Parameter, PointwiseKernel
@@ -28,7 +29,7 @@ from .normalizations.base import Identity, Normalization
 from .normalizations.batch import Batch
 from .parts import check_final, check_head_axes, check_scalars
 from .support import Support
-from .terms import Alibi, Term, check_terms
+from .terms import TERMS, Term, check_terms
 from .vocabulary import find_kernel, find_normalization, kernel_words, normalization_words
 
 __all__ = ["PRESETS", "AttentionSpec", "as_spec", "parse", "positive_semidefinite"]
@@ -67,7 +68,7 @@ class AttentionSpec:
         s of ``h(sum)``, which adds exp(s) to the sum: a number for all query heads, or
         ``params["sink"]`` (Hq,). None adds nothing.
     terms : tuple of Term
-        Terms of log kappa that are functions of positions, such as `Alibi`.
+        Terms of log kappa that are functions of positions or labels, such as `Alibi`.
 
     Raises
     ------
@@ -152,6 +153,13 @@ class AttentionSpec:
         """
         shifts = isinstance(self.normalization, Batch) and not self.normalization.with_std
         return shifts and isinstance(self.kernel, Gaussian)
+
+    @property
+    def by_label(self) -> bool:
+        """Whether log kappa depends on the labels that a call passes."""
+        labels = {QUERY_LABEL, KEY_LABEL}
+        parts: tuple[Any, ...] = (self.kernel, *self.terms)
+        return any(labels & set(part.places) for part in parts)
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the declarations of the arrays that a call passes in `params`."""
@@ -259,7 +267,6 @@ _AXES = {
     "causal": "causal",
     "h": "normaliser",
 }
-_TERMS = {cls.word: cls for cls in (Alibi,)}
 
 
 @lru_cache(maxsize=1024)
@@ -301,22 +308,22 @@ def parse(text: str) -> AttentionSpec:
         heads=values.get("head scaling", HeadScaling()),
         support=Support("causal" in values, left, right),
         sink=sink,
-        terms=tuple(values[word] for word in _TERMS if word in values),
+        terms=tuple(values[word] for word in TERMS if word in values),
     )
 
 
 def _read_axis(word: str, arguments: str | None) -> tuple[str, Any]:
     """Return the axis that a word sets, and its value there."""
     axis = _AXES.get(word)
-    if word in _TERMS:
-        return word, build(word, _TERMS[word], arguments)
+    if word in TERMS:
+        return word, build(word, TERMS[word], arguments)
     if axis is None:
         kernel, normalization = find_kernel(word), find_normalization(word)
         if kernel is not None:
             return "kernel", build(word, kernel, arguments)
         if normalization is not None:
             return "normalization", build(word, normalization, arguments)
-        known = {*_AXES, *_TERMS, *kernel_words(), *normalization_words()}
+        known = {*_AXES, *TERMS, *kernel_words(), *normalization_words()}
         raise SpecError(f"unknown word {word!r}; {nearest(word, known)}")
     positional, named = read_arguments(word, arguments, runs=axis == "head scaling")
     if axis == "causal":

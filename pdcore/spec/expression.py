@@ -1,8 +1,7 @@
 """Pointwise functions of a few scalars, traced into expressions.
 
 A pointwise kernel defines log kappa as a Python function of s = x.y. Calling the function once on
-a symbol returns an `Expression`, which provides what every backend needs: evaluation in any array
-library, the exact derivative, and CUDA source text.
+a symbol returns an `Expression`: evaluation in any array library, derivative, and CUDA text.
 
 >>> from pdcore.spec.expression import trace, tanh
 >>> bounded = trace(lambda s: tanh(s) + 2.0, ("s",))
@@ -21,9 +20,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UnsupportedError
+from .expression_arrays import apply_operation
 from .expression_cuda import INFIX, cuda_source
 
-__all__ = ["Expression", "exp", "log", "maximum", "tanh", "trace", "where"]
+__all__ = [
+    "DISTANCE",
+    "KEY_LABEL",
+    "PLACES",
+    "QUERY_LABEL",
+    "Expression",
+    "exp",
+    "log",
+    "maximum",
+    "tanh",
+    "trace",
+    "where",
+]
+
+#: The inputs of an expression that belong to a pair of a query and a key: the position of the key
+#: less that of the query, and their labels.
+DISTANCE, QUERY_LABEL, KEY_LABEL = PLACES = ("distance", "query_label", "key_label")
 
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "lt": operator.lt,
@@ -103,6 +119,27 @@ class Expression:
     def __ge__(self, other: Expression | float) -> Expression:
         return _binary("ge", self, other)
 
+    def __getitem__(self, index: Any) -> Expression:
+        """Return an entry of a table: a parameter with one axis or two after that of heads.
+
+        The index is a function of ``distance``, of ``query_label`` or of ``key_label``; of a table
+        with two axes, of ``query_label`` and of ``key_label``. It is rounded down, and beyond the
+        ends of the table it is that of the end.
+        """
+        if self.op != "input":
+            raise TypeError(f"{self} is no parameter, and only a parameter has entries")
+        places = tuple(map(_as_expression, index if isinstance(index, tuple) else (index,)))
+        reads = [tuple(place.inputs) for place in places]
+        if reads not in ([(QUERY_LABEL,), (KEY_LABEL,)], *([(name,)] for name in PLACES)):
+            raise TypeError(
+                f"{self}[{', '.join(map(str, places))}]: the index of a table is a function of one "
+                "of distance, query_label and key_label; that of a table with two axes is one of "
+                "query_label, and one of key_label"
+            )
+        return Expression("entry", (self, *places))
+
+    __iter__ = None  # the entries of a table are read one by one
+
     def __bool__(self) -> bool:
         raise TypeError(
             "the truth of a traced value is not known: use pdcore.spec.expression.where"
@@ -118,6 +155,8 @@ class Expression:
             return str(self.value)
         if self.op in INFIX:
             return f"({self.args[0]} {INFIX[self.op]} {self.args[1]})"
+        if self.op == "entry":
+            return f"{self.args[0]}[{', '.join(map(str, self.args[1:]))}]"
         return f"{self.op}({', '.join(map(str, self.args))})"
 
     def __repr__(self) -> str:
@@ -130,13 +169,25 @@ class Expression:
             return frozenset((str(self.value),))
         return frozenset().union(*(a.inputs for a in self.args))
 
-    def __call__(self, values: Mapping[str, Any], xp: Any) -> Any:
+    @property
+    def table(self) -> str:
+        """The name of the table that an entry is read from."""
+        return str(self.args[0].value)
+
+    @property
+    def entries(self) -> tuple[Expression, ...]:
+        """The entries of tables that the expression reads, each once."""
+        if self.op == "entry":
+            return (self,)
+        return tuple(dict.fromkeys(entry for a in self.args for entry in a.entries))
+
+    def __call__(self, values: Mapping[Any, Any], xp: Any) -> Any:
         """Evaluate the expression on arrays.
 
         Parameters
         ----------
-        values : mapping of str to array
-            One array for each input; they broadcast together.
+        values : mapping of str or Expression to array
+            One array for each input, and for each of `entries`; they broadcast together.
         xp : namespace
             An array-API namespace.
 
@@ -147,9 +198,9 @@ class Expression:
         """
         return _evaluate(self, values, xp, {})
 
-    def derivative(self, name: str) -> Expression:
-        """Return the derivative with respect to the input `name`."""
-        return _derive(self, name, {})
+    def derivative(self, of: str | Expression) -> Expression:
+        """Return the derivative with respect to an input, by its name, or to one of `entries`."""
+        return _derive(self, Expression("input", (), of) if isinstance(of, str) else of, {})
 
     def cuda(self, dtype: str = "float") -> str:
         """Return the expression as CUDA C++.
@@ -196,8 +247,8 @@ def trace(
     except (TypeError, AttributeError) as error:
         raise UnsupportedError(
             f"{title} cannot be traced ({error}): a "
-            "pointwise kernel may use + - * / **, abs, comparisons and exp, log, tanh, maximum, "
-            "where of pdcore.spec.expression; write anything else as a FeatureMap"
+            "pointwise kernel may use + - * / **, abs, comparisons, entries of tables, and exp, "
+            "log, tanh, maximum, where of pdcore.extend; write anything else as a FeatureMap"
         ) from error
     if not isinstance(result, (Expression, int, float)):
         raise UnsupportedError(
@@ -291,59 +342,26 @@ def _binary(op: str, x: Expression | float, y: Expression | float) -> Expression
     return Expression(op, (a, b))
 
 
-def _evaluate(e: Expression, values: Mapping[str, Any], xp: Any, seen: dict[int, Any]) -> Any:
+def _evaluate(e: Expression, values: Mapping[Any, Any], xp: Any, seen: dict[int, Any]) -> Any:
     if e.op == "const":
         return e.value
     if e.op == "input":
         return values[str(e.value)]
+    if e.op == "entry":
+        return values[e]
     key = id(e)
     if key not in seen:
         args = [_evaluate(a, values, xp, seen) for a in e.args]
-        seen[key] = _apply(e.op, args, next(iter(values.values())), xp)
+        seen[key] = apply_operation(e.op, args, next(iter(values.values())), xp)
     return seen[key]
 
 
-def _apply(op: str, args: list[Any], like: Any, xp: Any) -> Any:
-    if op in ("where", "maximum"):
-        # Unlike + and *, these two functions do not take Python floats.
-        args = [xp.full_like(like, a) if isinstance(a, float) else a for a in args]
-        return xp.where(*args) if op == "where" else xp.maximum(*args)
-    a, *rest = args
-    if op == "log" and not isinstance(a, float):
-        # Both branches are finite, so that automatic differentiation computes the derivative 0
-        # of a kernel that is 0 there, and not 0 times infinity.
-        zero = a == 0
-        inner = xp.log(xp.where(zero, xp.ones_like(a), a))
-        return xp.where(zero, xp.full_like(a, -xp.inf), inner)
-    if not rest:
-        return getattr(xp, op)(a)
-    b = rest[0]
-    match op:
-        case "add":
-            return a + b
-        case "sub":
-            return a - b
-        case "mul":
-            return a * b
-        case "div":
-            return a / b
-        case "pow":
-            return a**b
-        case "lt":
-            return a < b
-        case "le":
-            return a <= b
-        case "gt":
-            return a > b
-    return a >= b
-
-
-def _derive(e: Expression, name: str, seen: dict[int, Expression]) -> Expression:
-    if e.op in ("const", "input"):
-        return _as_expression(1.0 if e.op == "input" and e.value == name else 0.0)
+def _derive(e: Expression, of: Expression, seen: dict[int, Expression]) -> Expression:
+    if e.op in ("const", "input", "entry"):
+        return _as_expression(1.0 if e == of else 0.0)
     key = id(e)
     if key not in seen:
-        seen[key] = _differentiate(e, [_derive(a, name, seen) for a in e.args])
+        seen[key] = _differentiate(e, [_derive(a, of, seen) for a in e.args])
     return seen[key]
 
 

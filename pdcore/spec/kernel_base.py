@@ -71,12 +71,15 @@ class Kernel(ABC):
         Whether a bias can be added to log kappa.
     signed : bool
         Whether kappa may be negative; such a kernel needs ``h(one)`` or ``h(count)``.
+    places : tuple of str
+        Which of ``distance``, ``query_label`` and ``key_label`` a `PointwiseKernel` reads.
     """
 
     word: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     has_log: ClassVar[bool]
     signed: ClassVar[bool] = False
+    places: ClassVar[tuple[str, ...]] = ()
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the declarations of the arrays that the kernel takes from `params`."""
@@ -88,7 +91,7 @@ class Kernel(ABC):
 
 
 class PointwiseKernel(Kernel):
-    """A kernel whose logarithm is a function of s = x.y."""
+    """A kernel whose logarithm is a function of s = x.y, and maybe of positions and labels."""
 
     has_log = True
 
@@ -103,7 +106,11 @@ class PointwiseKernel(Kernel):
         dim : int
             The feature count D.
         **params : Expression
-            The declared parameters, each one scalar per head, shape ``("H",)``.
+            The declared parameters: one scalar per head, of shape ``("H",)`` or ``("Hq",)``, or a
+            table for each query head, ``("Hq", n)`` or ``("Hq", n, m)``, of which ``t[index]`` and
+            ``t[query_label, key_label]`` are entries. Those of `places` too: ``distance``, the
+            position of the key less that of the query, and ``query_label`` and ``key_label``, from
+            the `labels` of the call.
         """
 
     def expression(self, dim: int) -> Expression:
@@ -113,18 +120,35 @@ class PointwiseKernel(Kernel):
 
 @lru_cache(maxsize=1024)
 def _trace_log_kappa(kernel: PointwiseKernel, dim: int) -> Expression:
-    names = tuple(p.name for p in kernel.parameters())
+    names = (*kernel.places, *(p.name for p in kernel.parameters()))
     for p in kernel.parameters():
-        if p.shapes != (("H",),):
+        if any(s not in (("H",), ("Hq",)) and not _of_table(s) for s in p.shapes):
             raise UnsupportedError(
                 f"{kernel.word}: parameter {p.name!r} of a pointwise kernel has shapes "
-                f"{p.shapes}, expected (('H',),): one scalar a head"
+                f"{p.shapes}, expected (('H',),) or (('Hq',),), one scalar a head, or (('Hq', n),) "
+                "or (('Hq', n, m),), a table for each query head"
             )
-    return trace(
+    expression = trace(
         lambda s, *values: kernel.log_kappa(s, dim, **dict(zip(names, values, strict=True))),
         ("s", *names),
         f"{type(kernel).__name__}.log_kappa",
     )
+    tables = {entry.table: len(entry.args) for entry in expression.entries}
+    for p in kernel.parameters():
+        axes = len(p.shapes[0])
+        if p.name in expression.inputs and tables.get(p.name, 1) != axes:
+            raise UnsupportedError(
+                f"{kernel.word}: parameter {p.name!r} has shapes {p.shapes}, and log_kappa reads "
+                f"{'it whole' if p.name not in tables else f'{tables[p.name] - 1} axes of it'}; a "
+                "table is read entry by entry, t[index] or t[query_label, key_label]"
+            )
+    return expression
+
+
+def _of_table(shape: tuple[str | int, ...]) -> bool:
+    """Return whether a declared shape is that of a table for each query head."""
+    head, *sizes = shape
+    return head in ("Hq", 1) and len(sizes) in (1, 2) and all(type(n) is int for n in sizes)
 
 
 class FeatureScale(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import UnsupportedError
-from .kernel_base import Kernel
+from .kernel_base import Kernel, PointwiseKernel
 from .kernels import Cosine, Exponential, Gaussian
 from .normalizations.base import Identity, Normalization
 from .normalizations.batch import Batch
@@ -29,9 +29,10 @@ def check_final(name: str, part: Any) -> None:
 
 
 def check_head_axes(*parts: Kernel | Normalization) -> None:
-    """Raise for a parameter of T or Phi by query heads, as queries share both with their keys."""
+    """Raise for a parameter of T or Phi by query heads, as queries share both with keys."""
     for part in parts:
-        for p in part.parameters():
+        pairs = isinstance(part, PointwiseKernel)  # log kappa is of a query and a key
+        for p in () if pairs else part.parameters():
             if p.by_query_head:
                 raise UnsupportedError(
                     f"{part.word}: parameter {p.name!r} has shapes {p.shapes}, and queries share "

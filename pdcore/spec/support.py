@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from ..arrays import clip_integers
 from ..errors import SpecError
+from .expression import DISTANCE, QUERY_LABEL
 from .heads import windows
 
 __all__ = ["Support", "Visibility", "all_of"]
@@ -90,6 +92,8 @@ class Visibility:
         The caller's mask, before pooling, of the same rank.
     device : object
         The device on which arrays are created.
+    labels : pair of integer arrays (*B, 1, 1, N) and (*B, 1, 1, M), or None
+        The labels of queries and keys.
     """
 
     support: Support
@@ -102,6 +106,7 @@ class Visibility:
     real: Any
     mask: Any
     device: Any
+    labels: Any = None
 
     @property
     def keys(self) -> int:
@@ -158,6 +163,19 @@ class Visibility:
         begin = self.xp.arange(first, last, dtype=self.xp.int64, device=self.device) * self.scale
         return begin - self.positions(start, stop)
 
+    def place(self, name: str, start: int, stop: int, first: int, last: int) -> Any:
+        """Return an input of log kappa by its name, one of `PLACES`, for a block of integers."""
+        if name == DISTANCE:
+            return self.distances(start, stop, first, last)
+        q_labels, k_labels = self.labels
+        if name == QUERY_LABEL:
+            return q_labels[..., start:stop, None]
+        return k_labels[..., None, first:last]
+
+    def oriented(self, x: Any) -> Any:
+        """Return an array (..., rows, keys) with the axes of the scores, which are the same."""
+        return x
+
     def prefix_counts(self, start: int, stop: int, ahead: int = 0) -> Any:
         """Count the keys whose whole span lies at positions up to ``p + ahead``.
 
@@ -181,20 +199,22 @@ class Visibility:
         end = (xp.arange(self.keys, dtype=xp.int64, device=self.device) + 1) * self.scale - 1
         return clip_integers(self.rows - (end[:, None] - self.offset), self.rows, xp)
 
-    def counts(self, bias: Any = None) -> Any:
+    def counts(self, bias: Any = None, terms: Callable[..., Any] | None = None) -> Any:
         """Count the visible keys of each query.
 
         Parameters
         ----------
         bias : array broadcastable to (*B, H, G, N, M), optional
             A bias of -inf removes a key.
+        terms : callable, optional
+            ``terms(start, stop, first, last)`` returns a block of another bias.
 
         Returns
         -------
         integer array broadcastable to (*B, H, G, N)
         """
         xp = self.xp
-        if self.mask is None and bias is None:
+        if self.mask is None and bias is None and terms is None:
             return self._counts_by_position()
         parts = []
         for start in range(0, self.rows, 256):
@@ -209,6 +229,8 @@ class Visibility:
                     part = bias if bias.shape[-2] == 1 else bias[..., start:stop, :]
                     part = part if part.shape[-1] == 1 else part[..., first:last]
                     seen = seen & (part != -xp.inf)
+                if terms is not None:
+                    seen = seen & (terms(start, stop, first, last) != -xp.inf)
                 shape = (*seen.shape[:-2], stop - start, last - first)
                 seen = xp.broadcast_to(seen, shape)
                 total = total + xp.sum(xp.astype(seen, xp.int64), axis=-1)

@@ -15,10 +15,13 @@ from .normalizations.batch import Batch
 __all__ = ["find_kernel", "find_normalization", "register_kernel", "register_normalization"]
 
 # Words of the other axes, which a kernel or normalization cannot have.
-RESERVED = frozenset({"sh", "scaling", "sparse", "window", "causal", "h", "alibi"})
+RESERVED = frozenset(
+    {"sh", "scaling", "sparse", "window", "causal", "h", "alibi", "relative", "labels"}
+)
 
 _KERNELS: dict[str, type[Kernel]] = {}
 _NORMALIZATIONS: dict[str, type[Normalization]] = {}
+_changes = 0
 
 #: Functions that register further words; called before a word is declared unknown.
 sources: list[Callable[[], None]] = []
@@ -95,6 +98,9 @@ def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
         if not isinstance(word, str) or not word.isidentifier():
             raise PluginError(f"{name}: its word is {word!r}, expected an identifier")
         taken = _KERNELS.get(word) or _NORMALIZATIONS.get(word)
+        if taken is not None and _again(taken, cls):
+            unregister(word)
+            taken = None
         if word in RESERVED or (taken is not None and taken is not cls):
             owner = f"{taken.__module__}.{taken.__qualname__}" if taken else "the grammar"
             raise PluginError(f"{name}: the word {word!r} is taken by {owner}")
@@ -106,7 +112,23 @@ def _register(cls: _T, base: type, table: dict[str, _T]) -> _T:
     return cls
 
 
+def _again(old: type, new: type) -> bool:
+    """Return whether a class is made by `score_kernel` of a function that is defined anew."""
+    function = getattr(new, "of_function", False) and getattr(old, "of_function", False)
+    return bool(function) and (old.__module__, old.__qualname__) == (
+        new.__module__,
+        new.__qualname__,
+    )
+
+
+def changes() -> int:
+    """Return how often words were added or removed: a key of caches that hold parsed specs."""
+    return _changes
+
+
 def _clear_parse_cache() -> None:
+    global _changes
+    _changes += 1
     # A cached spec may hold the class that a word named before.
     spec = sys.modules.get("pdcore.spec.attention_spec")
     if spec is not None and hasattr(spec, "parse"):

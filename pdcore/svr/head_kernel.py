@@ -107,10 +107,11 @@ def check_regression(spec: AttentionSpec) -> None:
             f"spec: {spec} has a softcap, and exp(cap tanh(.)) is not positive definite, so no "
             "Phi has it as Phi(x).Phi(y); leave softcap out"
         )
-    if spec.terms:
+    parts: tuple[Any, ...] = (*spec.terms, kernel)
+    if placed := [part.word for part in parts if part.places]:
         raise UnsupportedError(
-            f"spec: under {spec} kappa goes by positions too, which the points of a regression "
-            f"do not have here; leave {spec.terms[0].word} out"
+            f"spec: under {spec} kappa goes by positions or labels too, which the points of a "
+            f"regression do not have here; leave {placed[0]} out"
         )
     if kernel.signed:
         raise UnsupportedError(

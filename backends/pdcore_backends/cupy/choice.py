@@ -126,8 +126,8 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
     c = plan.contraction
     if isinstance(c, Scores) and c.weight == "log_features":
         return "no kernel takes log features, whose maxima differ from block to block"
-    if isinstance(c, Scores) and c.by_position:
-        return "no kernel has terms of positions yet"
+    if isinstance(c, Scores) and c.places:
+        return "no kernel has terms of positions or labels yet"
     if not request.q[-1]:
         return "got D = 0, and a tile takes one feature at least"
     if why := too_old(capability):

@@ -171,7 +171,7 @@ def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     return inputs.offset, arrays
 
 
-_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params"})
+_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params", "labels"})
 
 
 def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from pdcore.extend import Operands, Scores, Visibility, all_of, log_weight, score_contraction
+from pdcore.extend import (
+    Operands,
+    Scores,
+    Visibility,
+    all_of,
+    log_kappa,
+    log_weight,
+    tables,
+)
 
 from .blocks import Arrays
 from .namespace import NAMESPACE as xp
@@ -18,6 +27,7 @@ __all__ = [
     "block_inputs",
     "block_logits",
     "block_operands",
+    "block_values",
     "features_first",
     "keys_first",
     "product",
@@ -38,13 +48,16 @@ class BlockVisibility(NamedTuple):
     mask: Any
     rows: int = 1
     transposed: bool = False
-    place: Visibility | None = None
+    whole: Visibility | None = None
 
-    def distances(self, start: int, stop: int, first: int, last: int) -> Any:
-        """Return p_j - p_i of the block, see `Visibility.distances`; the bounds are ignored."""
-        assert self.place is not None
-        apart = self.place.distances(0, self.place.rows, 0, self.place.keys)
-        return keys_first(apart, self.rows) if self.transposed else apart
+    def place(self, name: str, start: int, stop: int, first: int, last: int) -> Any:
+        """Return a place of the block, see `Visibility.place`; the bounds are ignored."""
+        assert self.whole is not None
+        return self.whole.place(name, 0, self.whole.rows, 0, self.whole.keys)
+
+    def oriented(self, x: Any) -> Any:
+        """Return an array (..., rows, keys) with the axes of the scores."""
+        return keys_first(x, self.rows) if self.transposed else x
 
     def block(self, start: int, stop: int, first: int, last: int) -> Any:
         """Return which queries see which keys, see `Visibility.block`; the bounds are ignored."""
@@ -65,7 +78,8 @@ def block_operands(
 ) -> Operands:
     """Return the operands of a block; the key bias is added to `bias`.
 
-    With `transposed` the axis of keys is before those of rows in masks and biases.
+    With `transposed` the axis of keys is before those of rows in masks and biases, and in what
+    `BlockVisibility.oriented` returns.
     """
     prefix = "value "
     values = {n.removeprefix(prefix): x for n, x in cut.items() if n.startswith(prefix)}
@@ -74,6 +88,9 @@ def block_operands(
         None if (x := cut.get(name)) is None else along_rows(x, rows)
         for name in ("key_bias", "key_mask")
     )
+    if "q_labels" in cut:
+        labels = cut["q_labels"], along_rows(cut["k_labels"], rows)[..., 0, :]
+        visibility = replace(visibility, labels=labels)
     bias = cut.get("bias")
     if key_bias is not None:
         bias = key_bias if bias is None else key_bias + bias
@@ -82,7 +99,6 @@ def block_operands(
     )
     if transposed:
         bias = None if bias is None else keys_first(bias, rows)
-        values = {name: keys_first(x, rows) for name, x in values.items()}
     return Operands(cut["q"], cut["k"], cut["v"], None, bias, values, seen)
 
 
@@ -110,7 +126,19 @@ def features_first(x: Any, rows: int) -> Any:
 
 def block_inputs(c: Scores, s: Any, o: Operands) -> Any:
     """Return the inputs of the expression of log kappa in a block."""
-    return score_contraction.inputs(c, s, o, (0, 0, 0, 0), xp=xp)
+    return log_kappa.inputs(c, s, o, (0, 0, 0, 0), xp=xp)
+
+
+def block_values(c: Scores, name: str, value: Any, o: Operands) -> list[tuple[Any, Any]]:
+    """Return what a parameter of log kappa is in a block: its entries, or itself, each with it."""
+    assert c.expression is not None
+    entries = [e for e in c.expression.entries if e.table == name]
+    if not entries:
+        return [(name, o.visibility.oriented(value))]
+    places = log_kappa.places_of(c, o, (0, 0, 0, 0), value.dtype, xp=xp)
+    return [
+        (e, o.visibility.oriented(tables.entry_values(e, value, places, xp=xp))) for e in entries
+    ]
 
 
 def block_logits(c: Scores, s: Any, o: Operands) -> Any:

@@ -112,7 +112,7 @@ class Ring:
         """Return the contraction with the keys of the shard `by` places before."""
         call = self.call
         block = {name: x for name, x in arrays.items() if name != "offset"}
-        if kind == _ALL and not call.contraction.by_position:
+        if kind == _ALL and not call.contraction.places:
             return replace(call, support=Support(), offset=0), block
         rank = self.shards.rank
         source = (rank - by) % self.shards.count

@@ -40,6 +40,7 @@ from .products import (
     block_inputs,
     block_logits,
     block_operands,
+    block_values,
     features_first,
     keys_first,
     product,
@@ -102,7 +103,9 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
     if not seen.static:
         arrays["offset"] = jnp.asarray(seen.offset)
     for name, x in o.values.items():
-        arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, x.shape[-3], 1, 1))
+        arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, *x.shape[-3:]))
+    if seen.labels is not None:
+        arrays["q_labels"], arrays["k_labels"] = seen.labels[0], seen.labels[1][..., 0, :]
     if group == 1:
         arrays = ungrouped(arrays)
     call = StaticCall(
@@ -361,7 +364,8 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
         slopes.append(_slope(c, "s", s, o, p) * sum(ds[1:], ds[0]))
     for name in o.values:
         if f"d_value {name}" in cut:
-            slopes.append(_slope(c, name, s, o, p) * keys_first(cut[f"d_value {name}"], rows))
+            for of, value in block_values(c, name, cut[f"d_value {name}"], o):
+                slopes.append(_slope(c, of, s, o, p) * value)
     if "d_key_bias" in cut:
         slopes.append(p * keys_first(along_rows(cut["d_key_bias"], rows), rows))
     if "d_bias" in cut:
@@ -369,13 +373,13 @@ def _linearised(c: Scores, cut: Arrays, o: Operands, level: Any, rows: int) -> t
     return p, sum(slopes[1:], slopes[0]) if slopes else None
 
 
-def _slope(c: Scores, name: str, s: Any, o: Operands, p: Any) -> Any:
-    """Compute the derivative of the weight by `name`, relative to the sum of the row."""
+def _slope(c: Scores, of: Any, s: Any, o: Operands, p: Any) -> Any:
+    """Compute the derivative of the weight by an input or entry, relative to the sum of the row."""
     if c.expression is None:
         return p
     # Where kappa is 0 the derivatives of log kappa, of any order, may be infinite; the gradient of
     # the weight is 0 there, as if kappa itself were differentiated.
     zero = p == 0
     safe = jnp.where(zero, 1.0, s)
-    slope = c.expression.derivative(name)(block_inputs(c, safe, o), xp)
+    slope = c.expression.derivative(of)(block_inputs(c, safe, o), xp)
     return jnp.where(zero, 0.0, p * slope)

@@ -135,6 +135,12 @@ def _aligned(plan: Plan) -> str | None:
 
 
 def _check(plan: Plan, inputs: Inputs) -> None:
+    c = plan.contraction
+    if plan.normaliser != "sum" and isinstance(c, Scores) and c.removing:
+        raise UnsupportedError(
+            f"{plan.spec}: h({plan.normaliser}) does not count keys of other shards that a table "
+            f"removes by -inf; use h(sum) with axis_name={inputs.axis_name!r}"
+        )
     # A request does not hold the value of an offset.
     what = _aligned(plan)
     if what is not None and isinstance(inputs.offset, int) and inputs.offset:

@@ -163,7 +163,7 @@ class ShardCall(Call):
         return _ShardVisibility(**values, shards=self.shards)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _ShardVisibility(Visibility):
     """The keys of a shard that its queries see; `counts` counts the keys of all shards.
 
@@ -174,7 +174,7 @@ class _ShardVisibility(Visibility):
 
     shards: Shards
 
-    def counts(self, bias: Any = None) -> Any:
+    def counts(self, bias: Any = None, terms: Any = None) -> Any:
         """Count the visible keys of all shards, see `Visibility.counts`."""
         shards, real = self.shards, self.key_mask
         if real is not None:

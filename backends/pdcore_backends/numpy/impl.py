@@ -43,7 +43,7 @@ class NumpyBackend(SilentBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores in tiles, or by `ArrayBackend` with terms of positions."""
-        generic = c.weight == "log_features" or c.by_position
+        generic = c.weight == "log_features" or c.places
         return super().scores(c, o) if generic else scores.scores(c, o)
 
     def scores_vjp(

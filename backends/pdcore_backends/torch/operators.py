@@ -25,7 +25,8 @@ BLOCKS = (256, 512)
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? bias, Tensor[] values, "
-    "Tensor? key_mask, Tensor? real, Tensor? mask, Tensor? positions, Tensor? seed, "
+    "Tensor? key_mask, Tensor? real, Tensor? mask, Tensor? positions, Tensor? q_labels, "
+    "Tensor? k_labels, Tensor? seed, "
     "SymInt offset, SymInt length, int scale, float p, str plan"
 )
 
@@ -45,6 +46,7 @@ def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tupl
         seen.real,
         seen.mask,
         None if static else seen.offset,
+        *(seen.labels or (None, None)),
         seed,
         seen.offset if static else 0,
         seen.length,
@@ -78,6 +80,8 @@ def _operands(
     real: Any,
     mask: Any,
     positions: Any,
+    q_labels: Any,
+    k_labels: Any,
     seed: Any,
     offset: int,
     length: int,
@@ -100,6 +104,7 @@ def _operands(
         real,
         mask,
         q.device,
+        None if q_labels is None else (q_labels, k_labels),
     )
     keep = None if seed is None else keeper(p, int(seed))
     return contraction, Operands(
@@ -161,7 +166,7 @@ def _keep_for_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, d_out: Any, d_level: Any) -> Any:
     saved = ctx.saved_tensors
-    arrays, more = saved[:10], saved[10:]
+    arrays, more = saved[:12], saved[12:]
     values, (out, level) = list(more[: ctx.count]), more[ctx.count :]
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_level = torch.zeros_like(level) if d_level is None else d_level
@@ -169,7 +174,7 @@ def _backward(ctx: Any, d_out: Any, d_level: Any) -> Any:
         *arrays[:5], values, *arrays[5:], *ctx.rest, out, level, d_out, d_level
     )
     first = [g if x is not None else None for g, x in zip(first, arrays[:5], strict=True)]
-    return (*first, of_values, *(None,) * 10)
+    return (*first, of_values, *(None,) * 12)
 
 
 torch.library.register_autograd("pdcore::scores", _backward, setup_context=_keep_for_backward)

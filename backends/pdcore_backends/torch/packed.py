@@ -19,7 +19,8 @@ __all__ = ["compiled_segments", "segments_attention"]
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor[] params, Tensor? mask, Tensor? key_mask, "
-    "Tensor? positions, Tensor q_ids, Tensor k_ids, SymInt offset, str words"
+    "Tensor? positions, Tensor q_ids, Tensor k_ids, Tensor? q_labels, Tensor? k_labels, "
+    "SymInt offset, str words"
 )
 
 
@@ -38,6 +39,7 @@ def segments_attention(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Run a traced call with segments; return out and the log-sum-exp."""
     offset, ids = inputs.offset, inputs.segments
     pair = ids if isinstance(ids, tuple | list) else (ids, ids)
+    labels = inputs.labels if isinstance(inputs.labels, tuple | list) else (inputs.labels,) * 2
     kind = "array"
     if isinstance(offset, str):
         kind = "end"
@@ -54,6 +56,7 @@ def segments_attention(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
         offset if kind == "array" else None,
         pair[0],
         pair[1],
+        *labels,
         offset if kind == "int" else 0,
         " ".join([kind, ",".join(inputs.params), plan.text]),
     )
@@ -62,7 +65,8 @@ def segments_attention(plan: Plan, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _call(arguments: Any) -> tuple[Any, ...]:
     """Return q, k, v, the spec and the named arguments of a call from those of the operator."""
-    q, k, v, bias, params, mask, key_mask, positions, q_ids, k_ids, offset, words = arguments
+    q, k, v, bias, params, mask, key_mask, positions, *rest = arguments
+    q_ids, k_ids, q_labels, k_labels, offset, words = rest
     # The text of a plan ends with its spec, behind the four words of its signature.
     kind, names, _, _, _, _, spec = words.split(" ", 6)
     named = {
@@ -72,6 +76,7 @@ def _call(arguments: Any) -> tuple[Any, ...]:
         "key_mask": key_mask,
         "offset": {"end": "end", "int": offset, "array": positions}[kind],
         "segments": (q_ids, k_ids),
+        "labels": None if q_labels is None else (q_labels, k_labels),
         "backend": "torch",
     }
     return q, k, v, spec, named
@@ -133,7 +138,7 @@ def _backward(ctx: Any, d_out: Any, d_lse: Any) -> Any:
     )
     if arrays[3] is None:
         first[3] = None
-    return (*first, of_params, *(None,) * 7)
+    return (*first, of_params, *(None,) * 9)
 
 
 torch.library.register_autograd("pdcore::packed", _backward, setup_context=_keep_for_backward)

@@ -19,11 +19,10 @@ from pdcore.backend import Request
 from pdcore.dispatch import parameter_shape
 from pdcore.spec import AttentionSpec, Parameter, parse
 
+from .layouts import Array, laid_out, swap_axes
 from .packing import ids_of
 
-__all__ = ["Array", "Arrays", "Call", "drawn", "dtype_of", "laid_out", "swap_axes"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["Arrays", "Call", "drawn", "dtype_of"]
 
 
 def dtype_of(name: str) -> Any:
@@ -47,7 +46,8 @@ class Arrays:
     ----------
     q, k, v : array (*B, Hq, N, D), (*B, Hkv, M, D), (*B, Hkv, M, Dv)
     options : mapping
-        The mask, key_mask, bias, offset, segments and params of the call, those that it has.
+        The mask, key_mask, bias, offset, segments, labels and params of the call, those that it
+        has.
     """
 
     q: Array
@@ -69,11 +69,6 @@ class Arrays:
             return self
         q, k, v = (swap_axes(x) for x in (self.q, self.k, self.v))
         return Arrays(q, k, v, {**self.options, "layout": axes})
-
-
-def swap_axes(x: Array) -> Array:
-    """Return an array (*B, H, N, D) as (*B, N, H, D), contiguous, or back."""
-    return np.ascontiguousarray(np.swapaxes(x, -2, -3))
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class Call:
         name of this field.)
     draw : {"normal", "far", "away", "constant", "outlier", "loud", "zeros", "equal", "growing",
             "tiny", "negative", "rising", "opposed", "nan", "positive", "vast", "vast_keys",
-            "largest"}
+            "largest", "removed"}
         The distribution of queries and keys: standard normal; mean 100 and deviation 0.1; mean 100
         and deviation 1; with a constant feature; with an outlier as the first key; logits in the
         hundreds; with rows of zeros; all keys equal; norms growing along the sequence; of size
@@ -123,7 +118,7 @@ class Call:
         below 0; with a NaN in one real key and in one real value, of different sequences and key
         heads; standard normal with positive values and cotangents, whose sums do not cancel; of a
         size whose square overflows, in queries and keys or in keys alone; up to the largest number
-        of the dtype.
+        of the dtype; standard normal with -inf in every third entry of tables.
     layout : {"", "transposed", "sliced", "reversed", "broadcast", "packed", "readonly"}
         How the arrays lie in memory.
     axes : {"", "bnhd"}
@@ -277,6 +272,8 @@ class Call:
                 np.where((ids < 0)[..., None, :, None], math.nan, x)
                 for ids, x in ((q_ids, q), (k_ids, k), (k_ids, v))
             )
+        if self.parsed.by_label:
+            options["labels"] = self._labels(rng, options)
         params = {
             p.name: self._parameter(rng, p).astype(dtype)
             for p in self.parsed.parameters()
@@ -296,7 +293,7 @@ class Call:
     def _queries_and_keys(self, rng: np.random.Generator) -> tuple[Array, Array]:
         q, k = (rng.standard_normal(self.shapes[name]) for name in "qk")
         match self.draw:
-            case "normal" | "nan" | "positive":
+            case "normal" | "nan" | "positive" | "removed":
                 pass
             case "far":
                 q, k = 100 + 0.1 * q, 100 + 0.1 * k
@@ -360,6 +357,14 @@ class Call:
                 raise ValueError(f"key_mask: got {self.key_mask!r}, expected what Call describes")
         return real
 
+    def _labels(self, rng: np.random.Generator, options: Mapping[str, Any]) -> Any:
+        """Draw labels 0..2, but for those of padding, which are not looked at."""
+        shapes = ((*self.lead, self.rows), (*self.lead, self.keys))
+        of_queries, of_keys = (rng.integers(0, 3, shape) for shape in shapes)
+        if self.key_mask:
+            of_keys = np.where(options["key_mask"], of_keys, -7)
+        return (of_queries, of_keys)
+
     def _parameter(self, rng: np.random.Generator, p: Parameter) -> Array:
         shape = parameter_shape(p.shapes[-1], self.key_heads, self.dim, self.heads)
         if p.name == "slopes":  # far keys have small weights, also where h is no sum
@@ -369,35 +374,9 @@ class Call:
         value = rng.standard_normal(shape)
         if p.name == "sink" and len(value) > 3:
             value[-1] = -math.inf  # no sink
+        if self.draw == "removed" and value.ndim > 1:
+            value.reshape(-1)[::3] = -math.inf
         return value
-
-
-def laid_out(x: Array, layout: str) -> Array:
-    """Return an array of equal values with this layout in memory."""
-    match layout:
-        case "":
-            return x
-        case "strided":  # the transpose of (..., M, N)
-            return np.ascontiguousarray(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-        case "transposed":  # (*B, N, H, D) in memory, as projections leave it
-            return np.ascontiguousarray(x.swapaxes(-2, -3)).swapaxes(-2, -3)
-        case "sliced":
-            wide = np.full((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), math.nan, x.dtype)
-            wide[..., ::2, :] = x
-            return wide[..., ::2, :]
-        case "reversed":
-            return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
-        case "broadcast":  # the first sequence repeated, with stride 0
-            return np.broadcast_to(x[:1], x.shape)
-        case "packed":  # a slice of one array that holds q, k and v
-            wide = np.full((*x.shape[:-1], 3 * x.shape[-1]), math.nan, x.dtype)
-            wide[..., x.shape[-1] : 2 * x.shape[-1]] = x
-            return wide[..., x.shape[-1] : 2 * x.shape[-1]]
-        case "readonly":
-            x.setflags(write=False)
-            return x
-        case _:
-            raise ValueError(f"layout: got {layout!r}, expected one that Call describes")
 
 
 @lru_cache(maxsize=8)

@@ -51,7 +51,7 @@ AXES: Mapping[str, tuple[Any, ...]] = {
         # With few keys a component may have one key, and its variance no digit.
         {"word": "mixture(eps=0.1)", "keys": 40},
     ),
-    "terms": ("alibi",),
+    "terms": ("alibi", "relative(3)", "labels(3)"),
     "normaliser": ("h(count)", "h(one)", "h(sum,sink=param)"),
     "scales": ("sh(1,2)", "sh(2,3,pool=first)", {"word": "sh(1,1,2,2)", **FOUR}),
     "support": ("causal", "sparse(3,2)", "causal+sparse(4,inf)"),

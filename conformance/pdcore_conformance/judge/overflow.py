@@ -10,7 +10,8 @@ import numpy as np
 from pdcore.reference import reference_attention
 
 from .budget import EPS, Expected, expect, widened
-from .calls import Array, Call, drawn
+from .calls import Call, drawn
+from .layouts import Array
 
 __all__ = ["expect_nearby", "overflow_excused"]
 

@@ -17,7 +17,8 @@ from pdcore.plugins import registry as plugins
 from ..frameworks import framework
 from . import ways
 from .budget import Expected, Verdict, expect, judge
-from .calls import Array, Arrays, Call, drawn
+from .calls import Arrays, Call, drawn
+from .layouts import Array
 from .nonconforming import Nonconforming, no_excuses
 
 __all__ = ["CORE", "PROPERTIES", "Evidence", "Nonconforming", "Subject"]
@@ -227,7 +228,9 @@ class Subject:
     # --- to the backend and back ------------------------------------------------------------------
 
     def there(self, x: Any) -> Any:
-        """Return a NumPy array as an array of the backend's library, on its device."""
+        """Return a NumPy array, or a pair, as arrays of the backend's library, on its device."""
+        if isinstance(x, tuple):
+            return tuple(self.there(part) for part in x)
         if x is None or not isinstance(x, np.ndarray):
             return x
         return self.framework.asarray(x, self.device)

@@ -26,7 +26,7 @@ from pdcore.spec import (
     register_normalization,
 )
 
-__all__ = ["Centred", "Dot", "Logistic", "Square", "register"]
+__all__ = ["Centred", "Dot", "Logistic", "Placed", "Square", "register"]
 
 State = Mapping[str, Any]
 
@@ -50,6 +50,33 @@ class Logistic(PointwiseKernel):
     def latex(self) -> str:
         """Return kappa as LaTeX."""
         return r"\sigma(\tau x^\top y + c)"
+
+
+@dataclass(frozen=True)
+class Placed(PointwiseKernel):
+    """kappa = exp(tau x.y + kinds[l_i, l_j] near[j - p] - slope |j - p|)."""
+
+    word = "conformance_placed"
+    places = ("distance", "query_label", "key_label")
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Return a slope and two tables for each query head."""
+        return (
+            Parameter("slope", (("Hq",),), default=0.1),
+            Parameter("near", (("Hq", 5),), default=1.0),
+            Parameter("kinds", (("Hq", 3, 3),)),
+        )
+
+    def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
+        """Return log kappa."""
+        distance = params["distance"]
+        kinds = params["kinds"][params["query_label"], params["key_label"]]
+        far = params["slope"] * abs(distance)
+        return default_scale(None, dim) * s + kinds * params["near"][distance + 2] - far
+
+    def latex(self) -> str:
+        """Return kappa as LaTeX."""
+        return r"\exp(\tau x^\top y + K_{l_i l_j} n_{j - p} - m |j - p|)"
 
 
 @dataclass(frozen=True)
@@ -135,6 +162,6 @@ class Centred(Normalization):
 def register() -> None:
     """Register the words, once in a process."""
     if find_kernel(Logistic.word) is None:
-        for kernel in (Logistic, Square, Dot):
+        for kernel in (Logistic, Placed, Square, Dot):
             register_kernel(kernel)
         register_normalization(Centred)

@@ -15,7 +15,8 @@ import numpy as np
 
 from pdcore import attention, attention_vjp, attention_weights, bind
 
-from .calls import Array, Arrays, Call, dtype_of, laid_out, swap_axes
+from .calls import Arrays, Call, dtype_of
+from .layouts import Array, laid_out, swap_axes
 
 if TYPE_CHECKING:
     from .subject import Subject

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ..judge.budget import judge
-from ..judge.calls import Array, Arrays, Call
+from ..judge.calls import Arrays, Call
 from ..judge.judging import DTYPES, each, judged
+from ..judge.layouts import Array
 from ..judge.subject import Subject
 
 SMALL = Call()

@@ -32,6 +32,8 @@ CALLS: Mapping[str, Call] = {
     "count": SMALL.but(spec="softmax+h(count)"),
     "sink": SMALL.but(spec="h(sum,sink=param)"),
     "alibi": SMALL.but(spec="alibi"),
+    "relative": SMALL.but(spec="relative(3)"),
+    "labels": SMALL.but(spec="labels(3)"),
     "causal": SMALL.but(spec="causal"),
     "window": SMALL.but(spec="sparse(2,2)"),
     "mask": SMALL.but(mask="random"),

@@ -47,7 +47,7 @@ def read_arrays(path: Path, *, headers_only: bool = False) -> dict[str, Any]:
     path : Path
         A ``.npz`` file, plain or compressed, or a ``.safetensors`` file, with ``q``, ``k`` and
         ``v``, and optionally ``mask``, ``key_mask``, ``bias``, ``offset``, ``segments`` (or
-        ``q_segments`` and ``k_segments``) and ``params.NAME``.
+        ``q_segments`` and ``k_segments``), ``labels`` (likewise) and ``params.NAME``.
     headers_only : bool
         Whether to return zeros of the shapes and dtypes in the headers, which take no memory, in
         place of the values: a call can be checked before a compressed file is inflated.
@@ -57,7 +57,8 @@ def read_arrays(path: Path, *, headers_only: bool = False) -> dict[str, Any]:
     dict
         Arrays by argument of `pdcore.attention`, in native byte order; ``offset`` an int where
         the file has a scalar (or ``"end"``, which a ``.npz`` may hold as text); ``params`` a dict
-        of arrays; ``segments`` a pair where the file has ``q_segments`` and ``k_segments``.
+        of arrays; ``segments`` a pair where the file has ``q_segments`` and ``k_segments``, and
+        ``labels`` likewise.
 
     Raises
     ------
@@ -82,14 +83,15 @@ def read_arrays(path: Path, *, headers_only: bool = False) -> dict[str, Any]:
             raise FileError(f"{path}: {name} is missing; it holds {listed(arrays)}")
     call: dict[str, Any] = {n: a for n, a in arrays.items() if not n.startswith("params.")}
     call["params"] = {n.removeprefix("params."): a for n, a in arrays.items() if n not in call}
-    pair = [call.pop(name, None) for name in ("q_segments", "k_segments")]
-    if any(ids is not None for ids in pair):
-        if any(ids is None for ids in pair) or "segments" in call:
-            raise FileError(
-                f"{path}: expected both q_segments and k_segments, or segments for queries and "
-                f"keys alike; it holds {listed(arrays)}"
-            )
-        call["segments"] = tuple(pair)
+    for argument in ("segments", "labels"):
+        pair = [call.pop(f"{side}_{argument}", None) for side in ("q", "k")]
+        if any(x is not None for x in pair):
+            if any(x is None for x in pair) or argument in call:
+                raise FileError(
+                    f"{path}: expected both q_{argument} and k_{argument}, or {argument} for "
+                    f"queries and keys alike; it holds {listed(arrays)}"
+                )
+            call[argument] = tuple(pair)
     if "offset" in call and call["offset"].ndim == 0:
         call["offset"] = call["offset"].item()
     return call

@@ -23,9 +23,7 @@ KNOWN = {
     "key_mask": "bool",
     "bias": "float",
     "offset": "int",
-    "segments": "int",
-    "q_segments": "int",
-    "k_segments": "int",
+    **{f"{side}{name}": "int" for name in ("segments", "labels") for side in ("", "q_", "k_")},
 }
 _PARAM = re.compile(r"params\.[A-Za-z_]\w*\Z", re.ASCII)
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
