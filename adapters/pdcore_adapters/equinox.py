@@ -19,7 +19,7 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import parameter_shape
 
 from .bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays, refuse_dropout
-from .key_statistics import BATCHES, updated
+from .key_statistics import BATCHES, real_keys, updated
 from .requirements import requires
 
 with requires("equinox"):
@@ -146,6 +146,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         key_mask: Any = None,
         offset: Any = None,
         state: Any = None,
+        segments: Any = None,
     ) -> Any:
         """Attend from `query` to `key_` and `value`.
 
@@ -172,6 +173,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             not as many queries as keys, by specs that depend on positions.
         state : equinox.nn.State, optional
             The state of the model, for a layer with running statistics, and only for such.
+        segments : integer array (N,), or a pair, (N,) and (M,), optional
+            Ids of the packed sequences of queries and keys, negative for padding, as in
+            `pdcore.attention`.
 
         Returns
         -------
@@ -230,6 +234,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             mask=mask,
             key_mask=key_mask,
             offset=self._offset(offset, query.shape[0], key_.shape[0]),
+            segments=segments,
             params=params,
             layout="bnhd",
         )
@@ -238,7 +243,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             return out
         if not inference:
             how = (self.momentum, self.axis_name)
-            state = state.set(self.running, updated(self.spec, buffers, heads[1], key_mask, *how))
+            real = real_keys(self.spec, key_mask, segments, xp=jnp)
+            state = state.set(self.running, updated(self.spec, buffers, heads[1], real, *how))
         return out, state
 
     def _check_state(self, state: Any) -> None:
@@ -308,9 +314,8 @@ def _attach_spec(
     if buffers:
         running = equinox.nn.StateIndex({**buffers, BATCHES: jnp.zeros((), jnp.int32)})
     params = {p.name: x for p, x in arrays.items() if not p.buffer}
-    attributes = {"spec_params": params, "running": running, "_bound": bound}
-    attributes |= {"axis_name": axis_name, "momentum": momentum}
-    for attribute, value in attributes.items():
+    how = {"_bound": bound, "axis_name": axis_name, "momentum": momentum}
+    for attribute, value in {"spec_params": params, "running": running, **how}.items():
         object.__setattr__(layer, attribute, value)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pdcore import AttentionSpec
+from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Statistics, pool, pooling_weights, reduce_axis
 
-__all__ = ["BATCHES", "merged", "state_of_keys", "statistics_of", "updated"]
+__all__ = ["BATCHES", "merged", "real_keys", "state_of_keys", "statistics_of", "updated"]
 
 #: The name of the number of updates.
 BATCHES = "num_batches_tracked"
@@ -24,6 +24,36 @@ def _statistics(spec: AttentionSpec) -> Statistics:
     statistics = spec.normalization.training.statistics_state()
     assert statistics is not None
     return statistics
+
+
+def real_keys(spec: AttentionSpec, key_mask: Any, segments: Any, *, xp: Any) -> Any:
+    """Return the mask of the real keys of a call, those of packed sequences included.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+    key_mask : bool array (*B, M) or None
+        True for a real key.
+    segments : integer array (*B, M), a pair of those of queries and keys, or None
+        The ids of packed sequences, negative for padding; also as arrays of NumPy.
+    xp : namespace
+        The array-API namespace of `key_mask`.
+
+    Raises
+    ------
+    UnsupportedError
+        For packed sequences whose keys are pooled.
+    """
+    if segments is None:
+        return key_mask
+    if spec.heads.largest > 1:
+        raise UnsupportedError(
+            f"segments: {spec} pools the keys of each segment, whose running statistics "
+            "the layer does not keep; use scales of 1, or pad the sequences"
+        )
+    ids = segments[1] if isinstance(segments, tuple | list) else segments
+    real = xp.asarray(ids) >= 0
+    return real if key_mask is None else key_mask & real
 
 
 def state_of_keys(spec: AttentionSpec, k: Any, key_mask: Any, *, xp: Any) -> State:

@@ -20,7 +20,7 @@ from ..requirements import requires
 with requires("flax"):
     import jax  # noqa: F401 - the example above uses it
 
-    from .attention import attention_fn
+    from .attention import PackedMask, attention_fn
     from .modules import LinenSpecAttention, SpecAttention
 
-__all__ = ["LinenSpecAttention", "SpecAttention", "attention_fn"]
+__all__ = ["LinenSpecAttention", "PackedMask", "SpecAttention", "attention_fn"]

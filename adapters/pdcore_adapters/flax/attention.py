@@ -15,7 +15,7 @@ from pdcore.extend import Inputs
 
 from ..bound import BoundSpec, Choice, refuse_dropout
 
-__all__ = ["Attention", "attention_fn"]
+__all__ = ["Attention", "PackedMask", "attention_fn"]
 
 
 def attention_fn(
@@ -62,6 +62,9 @@ def attention_fn(
     the sequence, which would then depend on the future, and specs that pool keys without being
     causal, refuse such a mask unless `padding` is True. They accept one row for all queries,
     (*B, H or 1, 1, M). If ``causal`` is in the spec, a causal mask is unnecessary, but allowed.
+
+    Packed sequences are the argument `segments`, or `PackedMask` in place of a mask. The rules then
+    hold in each segment.
     """
     bound = BoundSpec(spec, backend)
     if needed := [p.name for p in bound.spec.parameters() if not callable(p.default)]:
@@ -71,6 +74,32 @@ def attention_fn(
             "use SpecAttention, or LinenSpecAttention in Linen, as the attention_fn"
         )
     return Attention(bound, padding)
+
+
+class PackedMask(NamedTuple):
+    """The ids of packed sequences, in place of the `mask` of a layer of Flax.
+
+    The layers pass on nothing but a mask, which this is for `attention_fn` and `SpecAttention`.
+
+    Attributes
+    ----------
+    segments : integer array (*B, N), or a pair, (*B, N) and (*B, M)
+        As in `pdcore.attention`: ids of the segments of queries and keys, negative for padding.
+    mask : array broadcastable to (*B, H, N, M), optional
+        The mask within the segments.
+
+    Examples
+    --------
+    >>> import pdcore
+    >>> ids = pdcore.segments_from_lengths([6, 3], total=10)[None]
+    >>> attend = attention_fn("bn")
+    >>> layer = nnx.MultiHeadAttention(4, 16, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((1, 10, 16)), mask=PackedMask(ids)).shape
+    (1, 10, 16)
+    """
+
+    segments: Any
+    mask: Any = None
 
 
 class _Keys(NamedTuple):
@@ -141,6 +170,7 @@ class Attention:
         einsum_dot_general: Any = None,
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
+        segments: Any = None,
         kept: Any = None,
     ) -> Any:
         """Attend, as `flax.nnx.dot_product_attention` and `flax.linen.dot_product_attention` do.
@@ -152,7 +182,7 @@ class Attention:
         value : array (*B, M, Hkv, Dv)
         bias : array broadcastable to (*B, H, N, M), optional
             Added to log kappa; -inf removes a key, but it stays in statistics.
-        mask : array broadcastable to (*B, H, N, M), optional
+        mask : array broadcastable to (*B, H, N, M), or PackedMask, optional
             Of any dtype; a query may attend to a key where it is not zero.
         broadcast_dropout, dropout_rng : optional
             Ignored, since there is no dropout.
@@ -175,6 +205,9 @@ class Attention:
             Refused for float64; no effect for 16- and 32-bit inputs, computed in float32 anyway.
         einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum : optional
             Refused, since the scores are not computed by one product.
+        segments : integer array (*B, N), or a pair, (*B, N) and (*B, M), optional
+            Ids of the packed sequences of queries and keys, negative for padding, as in
+            `pdcore.attention`.
         kept : KeptArrays, optional
             The arrays of the layer that the spec takes, and what the call's keys update.
 
@@ -217,19 +250,24 @@ class Attention:
             if self._bound.causal_refusal:
                 raise UnsupportedError(f"is_causal: {self._bound.causal_refusal}")
             attend = self._bound.causal
-        keys = self._keys(q, k, mask, bias, is_causal)
+        if isinstance(mask, PackedMask):
+            if segments is not None:
+                raise TypeError("mask: got a PackedMask beside segments=, expected one of the two")
+            segments, mask = mask
+        keys = self._keys(q, k, mask, bias, is_causal, segments)
         masks = {"mask": keys.mask, "key_mask": keys.key_mask, "bias": bias, "offset": keys.offset}
+        masks["segments"] = segments
         params = {} if kept is None else kept.params(attend.spec, q.dtype)
         if module is not None:
             _sow(module, attend.weights(Inputs(q, k, v, **masks, params=params), "bnhd"))
         out = attend(q, k, v, **masks, params=params, layout="bnhd")
         if kept is not None:
-            kept.track(k, keys.key_mask)
+            kept.track(k, keys.key_mask, segments)
         if keys.invalid is not None:
             out = jnp.where(keys.invalid[..., None, None, None], jnp.nan, out)
         return out
 
-    def _keys(self, q: Any, k: Any, mask: Any, bias: Any, is_causal: bool) -> _Keys:
+    def _keys(self, q: Any, k: Any, mask: Any, bias: Any, is_causal: bool, segments: Any) -> _Keys:
         """Interpret the mask of a call."""
         *lead, n, heads, _ = q.shape
         m = k.shape[-3]
@@ -264,8 +302,9 @@ class Attention:
                 f"causal+bn(statistics=prefix) there), give a mask (..., 1, {m}) of the real "
                 "keys, or say attention_fn(padding=True)"
             )
-        key_mask = jnp.any(full, (-3, -2))
-        invalid = _not_padding(full, key_mask) if self._padding else None
+        together = True if segments is None else _together(segments)
+        key_mask = jnp.any(full & together, (-3, -2))
+        invalid = _not_padding(full, key_mask, together) if self._padding else None
         if not (self._needs_keys or decoding):
             return _Keys(mask, None, 0, invalid)
         key_mask = jnp.broadcast_to(key_mask, (*lead, m))
@@ -273,9 +312,17 @@ class Attention:
         return _Keys(None if one_row else mask, key_mask, "end" if decoding else 0, invalid)
 
 
-def _not_padding(mask: Any, key_mask: Any) -> Any:
+def _together(segments: Any) -> Any:
+    """Return which queries and keys are of one segment, (*B, 1, N, M)."""
+    pair = isinstance(segments, tuple | list)
+    q, k = (jnp.asarray(x) for x in (segments if pair else (segments, segments)))
+    return (q[..., None, :, None] == k[..., None, None, :]) & (q >= 0)[..., None, :, None]
+
+
+def _not_padding(mask: Any, key_mask: Any, together: Any) -> Any:
     """Return the sequences (*B,) whose queries see different keys; raise unless it is traced."""
-    same = jnp.all(mask == key_mask[..., None, None, :], -1) | ~jnp.any(mask, -1)
+    seen = mask & together
+    same = jnp.all(seen == (key_mask[..., None, None, :] & together), -1) | ~jnp.any(seen, -1)
     invalid = ~jnp.all(same, (-2, -1))
     if isinstance(invalid, jax.core.Tracer):
         return invalid

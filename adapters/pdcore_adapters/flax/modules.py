@@ -12,7 +12,7 @@ from pdcore import AttentionSpec
 from pdcore.extend import parameter_shape
 
 from ..bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays
-from ..key_statistics import BATCHES, updated
+from ..key_statistics import BATCHES, real_keys, updated
 from .attention import Attention
 
 __all__ = ["LinenSpecAttention", "SpecAttention"]
@@ -49,11 +49,12 @@ class KeptArrays:
         dtype = jnp.promote_types(dtype, jnp.float32)
         return {p.name: jnp.asarray(self.read(_name(p)), dtype) for p in kept_arrays(spec)}
 
-    def track(self, k: Any, key_mask: Any) -> None:
+    def track(self, k: Any, key_mask: Any, segments: Any) -> None:
         """Update the running statistics by the keys (*B, M, H, D) of a call."""
         names = [p.buffer for p in self.spec.parameters() if p.buffer]
         if not names or self.write is None:
             return
+        key_mask = real_keys(self.spec, key_mask, segments, xp=jnp)
         buffers = {name: self.read(name) for name in (*names, BATCHES)}
         new = updated(self.spec, buffers, k, key_mask, self.momentum, self.axis_name)
         for name, x in new.items():
@@ -138,7 +139,7 @@ class SpecAttention(nnx.Module):  # type: ignore[misc]
             setattr(self, name, nnx.Param(x) if learned else nnx.BatchStat(x))
 
     def __call__(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
-        """Attend, with the arguments of `flax.nnx.dot_product_attention`."""
+        """Attend, with the arguments of `attention_fn`."""
 
         def read(name: str) -> Any:
             return getattr(self, name)[...]
@@ -188,8 +189,9 @@ class LinenSpecAttention(linen.Module):  # type: ignore[misc]
         force_fp32_for_softmax: bool = False,
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
+        segments: Any = None,
     ) -> Any:
-        """Attend, with the arguments of `flax.linen.dot_product_attention`."""
+        """Attend, with the arguments of `flax.linen.dot_product_attention` and `segments`."""
         bound = BoundSpec(self.spec, self.backend)
         check_running(bound.spec, self.momentum, axis_name=self.axis_name)
         variables: dict[str, Any] = {}
@@ -224,5 +226,6 @@ class LinenSpecAttention(linen.Module):  # type: ignore[misc]
             force_fp32_for_softmax=force_fp32_for_softmax,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
+            segments=segments,
             kept=kept,
         )

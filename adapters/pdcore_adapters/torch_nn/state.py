@@ -13,11 +13,11 @@ import torch
 from array_api_compat import torch as xp
 from torch import distributed, nn
 
-from pdcore import AttentionSpec, UnsupportedError
+from pdcore import AttentionSpec
 from pdcore.extend import parameter_shape, parse
 
 from ..bound import BoundSpec, check_running, kept_arrays
-from ..key_statistics import merged, state_of_keys, statistics_of
+from ..key_statistics import merged, real_keys, state_of_keys, statistics_of
 
 __all__ = ["arrays_of", "attach_spec", "track"]
 
@@ -91,16 +91,10 @@ def track(layer: Any, k: Any, key_mask: Any, segments: Any) -> None:
     buffers = [getattr(layer, p.buffer) for p in layer.spec.parameters() if p.buffer]
     if not (layer.training and buffers):
         return
-    if segments is not None:
-        if layer.spec.heads.largest > 1:
-            raise UnsupportedError(
-                f"segments: {layer.spec} pools the keys of each segment, whose running statistics "
-                "the layer does not keep; use scales of 1, or pad the sequences"
-            )
-        ids = segments[1] if isinstance(segments, tuple | list) else segments
-        key_mask = ids >= 0 if key_mask is None else key_mask & (ids >= 0)
+    real = real_keys(layer.spec, key_mask, segments, xp=xp)
+    real = None if real is None else real.to(k.device)
     keys, spec = k.detach().transpose(-3, -2), str(layer.spec)
-    update(buffers, layer.num_batches_tracked, keys, key_mask, spec, layer.momentum, layer._group)
+    update(buffers, layer.num_batches_tracked, keys, real, spec, layer.momentum, layer._group)
 
 
 @torch.library.custom_op("pdcore_adapters::update_running", mutates_args=("buffers", "batches"))  # type: ignore[untyped-decorator]

@@ -276,6 +276,9 @@ def test_packed_sequences_count_each_real_key_once() -> None:
     run(layer, x, segments=segments)
     run(other, x, key_padding_mask=segments < 0)
     torch.testing.assert_close(layer.state_dict(), other.state_dict())
+    run(layer, x, segments=segments.numpy())
+    run(other, x, key_padding_mask=segments < 0)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict())
     with pytest.raises(UnsupportedError, match=r"segments: .* pools the keys of each segment"):
         run(layer_of(POOLED[1]), x, segments=segments)
 
