@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdcore import AttentionSpec, Parameter, UnsupportedError, bind
-from pdcore.extend import FeatureMap
+from pdcore.extend import FeatureMap, parameter_shape
 
 __all__ = [
     "MOMENTUM",
@@ -15,6 +15,7 @@ __all__ = [
     "Choice",
     "check_running",
     "kept_arrays",
+    "new_arrays",
     "refuse_dropout",
 ]
 
@@ -107,27 +108,52 @@ def _in_training(spec: AttentionSpec) -> AttentionSpec:
     return spec if leaks else replace(spec, normalization=normalization)
 
 
-def kept_arrays(spec: AttentionSpec) -> dict[Parameter, float]:
-    """Return the parameters that a layer keeps, learned ones and buffers, with their start.
+def kept_arrays(spec: AttentionSpec) -> list[Parameter]:
+    """Return the parameters that a layer keeps, learned ones and buffers.
+
+    Their `default` is what they have in a new layer.
 
     Raises
     ------
     UnsupportedError
         For a parameter whose declaration has neither a start nor a default.
     """
-    starts = {}
+    kept = []
     for p in spec.parameters():
         start = p.default if p.start is None else p.start
-        if callable(start):
-            continue  # every call of the layer has the default
         if start is None:
             raise UnsupportedError(
                 f"spec: {spec} takes {p.name!r} from each call, and its declaration has no value "
                 "with which a layer would begin; declare it with start= or default=, or use "
                 "pdcore.attention"
             )
-        starts[p] = start
-    return starts
+        kept.append(replace(p, default=start))
+    return kept
+
+
+def new_arrays(
+    spec: AttentionSpec, sizes: tuple[int, int, int], *, xp: Any, dtype: Any, **where: Any
+) -> dict[Parameter, Any]:
+    """Return the arrays that a new layer keeps.
+
+    Parameters
+    ----------
+    spec : AttentionSpec
+    sizes : tuple of int
+        The numbers of key heads, features and query heads.
+    xp : namespace
+        The array-API namespace of the layer.
+    dtype : dtype
+        That of the layer. Values that differ along the heads are not rounded to 16 bits, as those
+        of a call are not.
+    **where
+        The device.
+    """
+    arrays = {}
+    for p in kept_arrays(spec):
+        wide = xp.result_type(dtype, xp.float32) if callable(p.default) else dtype
+        arrays[p] = p.filled(parameter_shape(p.shapes[0], *sizes), xp=xp, dtype=wide, **where)
+    return arrays
 
 
 def check_running(spec: AttentionSpec, momentum: float | None, **others: Any) -> None:
@@ -154,7 +180,7 @@ def check_running(spec: AttentionSpec, momentum: float | None, **others: Any) ->
         )
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum: got {momentum!r}, expected a number from 0 to 1, or None")
-    if any(p.buffer for p in spec.parameters()):
+    if any(p.running for p in spec.parameters()):
         return
     changed = {name: x for name, x in others.items() if x is not None}
     changed |= {"momentum": momentum} if momentum != MOMENTUM else {}

@@ -16,9 +16,8 @@ from dataclasses import fields
 from typing import Any
 
 from pdcore import AttentionSpec, UnsupportedError
-from pdcore.extend import parameter_shape
 
-from .bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays, refuse_dropout
+from .bound import MOMENTUM, BoundSpec, Choice, check_running, new_arrays, refuse_dropout
 from .key_statistics import BATCHES, real_keys, updated
 from .requirements import requires
 
@@ -51,7 +50,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
         ``sh(half=2)``.
         A spec with learned arrays adds leaves: ``bn(beta=param)`` has ``spec_params["beta"]``
-        (num_heads,), which starts at 1. ``bn(statistics=running)`` has a state, see Notes.
+        (num_heads,), which starts at 1. ``alibi`` adds its default slopes,
+        ``spec_params["slopes"]`` (num_heads,), which have no gradient. ``bn(statistics=running)``
+        has a state, see Notes.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
     momentum : float or None
@@ -108,23 +109,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         axis_name: str | None = None,
     ) -> None:
         bound = BoundSpec(spec, backend)
-        super().__init__(
-            num_heads,
-            query_size,
-            key_size,
-            value_size,
-            output_size,
-            qk_size,
-            vo_size,
-            use_query_bias,
-            use_key_bias,
-            use_value_bias,
-            use_output_bias,
-            dropout_p,
-            inference,
-            dtype,
-            key=key,
-        )
+        sizes = (num_heads, query_size, key_size, value_size, output_size, qk_size, vo_size)
+        biases = (use_query_bias, use_key_bias, use_value_bias, use_output_bias)
+        super().__init__(*sizes, *biases, dropout_p, inference, dtype, key=key)
         _attach_spec(self, bound, momentum, axis_name)
 
     @property
@@ -225,10 +212,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                     f"{shapes}: it must not change them"
                 )
         buffers = {} if state is None else state.get(self.running)
-        params = {
-            p.name: buffers[p.buffer] if p.buffer else self.spec_params[p.name]
-            for p in kept_arrays(bound.spec)
-        }
+        params = self._params(bound.spec, buffers, heads[0].dtype)
         out = bound.attention(
             *heads,
             mask=mask,
@@ -246,6 +230,14 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             real = real_keys(self.spec, key_mask, segments, xp=jnp)
             state = state.set(self.running, updated(self.spec, buffers, heads[1], real, *how))
         return out, state
+
+    def _params(self, spec: AttentionSpec, buffers: Any, dtype: Any) -> dict[str, Any]:
+        """Return the arrays that a call of a spec takes, for queries of a dtype."""
+        arrays, dtype = {}, jnp.promote_types(dtype, jnp.float32)
+        for p in spec.parameters():
+            x = buffers[p.buffer] if p.running else self.spec_params[p.name]
+            arrays[p.name] = jnp.asarray(jax.lax.stop_gradient(x) if p.buffer else x, dtype)
+        return arrays
 
     def _check_state(self, state: Any) -> None:
         """Raise unless there is a state exactly where the layer has running statistics."""
@@ -298,22 +290,18 @@ def _attach_spec(
     advice: str = "dropout_p=0",
 ) -> None:
     """Set the spec on a new layer, with its parameters and running statistics."""
-    spec, starts = bound.spec, kept_arrays(bound.spec)
+    spec = bound.spec
     check_running(spec, momentum, axis_name=axis_name)
     spec.for_heads(layer.num_heads, f"heads of {name}")
     p = layer.dropout.p
     if not layer.dropout.inference and isinstance(p, int | float):  # and no traced leaf
         refuse_dropout(spec, "dropout_p", p, advice, name)
-    dtype = layer.query_proj.weight.dtype
-    arrays = {
-        p: jnp.full(parameter_shape(p.shapes[0], layer.num_heads, layer.qk_size), start, dtype)
-        for p, start in starts.items()
-    }
-    buffers = {p.buffer: x for p, x in arrays.items() if p.buffer}
-    running = None
-    if buffers:
-        running = equinox.nn.StateIndex({**buffers, BATCHES: jnp.zeros((), jnp.int32)})
-    params = {p.name: x for p, x in arrays.items() if not p.buffer}
+    sizes = (layer.num_heads, layer.qk_size, layer.num_heads)
+    arrays = new_arrays(spec, sizes, xp=jnp, dtype=layer.query_proj.weight.dtype)
+    buffers = {p.buffer: x for p, x in arrays.items() if p.running}
+    counter = {BATCHES: jnp.zeros((), jnp.int32)}
+    running = equinox.nn.StateIndex(buffers | counter) if buffers else None
+    params = {p.name: x for p, x in arrays.items() if not p.running}
     how = {"_bound": bound, "axis_name": axis_name, "momentum": momentum}
     for attribute, value in {"spec_params": params, "running": running, **how}.items():
         object.__setattr__(layer, attribute, value)

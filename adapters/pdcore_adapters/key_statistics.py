@@ -111,7 +111,7 @@ def merged(spec: AttentionSpec, states: Sequence[State], *, xp: Any) -> State:
 def statistics_of(spec: AttentionSpec, state: State, *, xp: Any) -> State:
     """Return what the state says about each buffer (H, D), by the name of the parameter."""
     final = _statistics(spec).finalize(state, xp=xp)
-    names = [p.name for p in spec.parameters() if p.buffer]
+    names = [p.name for p in spec.parameters() if p.running]
     return {name: final[name][:, 0, :] for name in names}
 
 
@@ -153,7 +153,7 @@ def updated(
     new = statistics_of(spec, state, xp=jnp)
     result = {BATCHES: batches}
     for p in spec.parameters():
-        if p.buffer:
+        if p.running:
             old = buffers[p.buffer]
             value = jnp.where(state["n"][:, 0] > 0, jnp.asarray(new[p.name], old.dtype), old)
             result[p.buffer] = jnp.asarray(old + share * (value - old), old.dtype)

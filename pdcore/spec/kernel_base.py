@@ -31,8 +31,8 @@ class Parameter:
         length of its head axis to the values along that axis; None makes the parameter required.
     differentiable : bool
         False for running statistics, which are constants of a call.
-    start : float or None
-        The value of every entry in a new layer; None for `default`.
+    start : float, callable or None
+        As `default`, for a new layer; None for `default` itself.
     buffer : str
         The name of the buffer in which a layer keeps the parameter; empty for a parameter that
         the layer learns.
@@ -42,8 +42,13 @@ class Parameter:
     shapes: tuple[tuple[str | int, ...], ...]
     default: float | Callable[[int], tuple[float, ...]] | None = None
     differentiable: bool = True
-    start: float | None = None
+    start: float | Callable[[int], tuple[float, ...]] | None = None
     buffer: str = ""
+
+    @property
+    def running(self) -> bool:
+        """Whether a layer updates its buffer in training, by the statistics of each call."""
+        return bool(self.buffer) and not self.differentiable
 
     @property
     def by_query_head(self) -> bool:

@@ -76,7 +76,7 @@ class Alibi(Term):
 
     def parameters(self) -> tuple[Parameter, ...]:
         """Return the slopes m (Hq,), which a call may leave out."""
-        return (Parameter("slopes", (("Hq",),), default=alibi_slopes),)
+        return (Parameter("slopes", (("Hq",),), default=alibi_slopes, buffer="slopes"),)
 
     def log_kappa(self, at: Place, **params: Expression) -> Expression:
         """Return -m |p_j - p_i|."""

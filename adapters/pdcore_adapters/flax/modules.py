@@ -9,9 +9,8 @@ from flax import linen, nnx
 from jax import numpy as jnp
 
 from pdcore import AttentionSpec
-from pdcore.extend import parameter_shape
 
-from ..bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays
+from ..bound import MOMENTUM, BoundSpec, Choice, check_running, new_arrays
 from ..key_statistics import BATCHES, real_keys, updated
 from .attention import Attention
 
@@ -47,11 +46,11 @@ class KeptArrays:
     def params(self, spec: AttentionSpec, dtype: Any) -> dict[str, Any]:
         """Return the arrays that a call of a spec takes, for queries of a dtype."""
         dtype = jnp.promote_types(dtype, jnp.float32)
-        return {p.name: jnp.asarray(self.read(_name(p)), dtype) for p in kept_arrays(spec)}
+        return {p.name: jnp.asarray(self.read(_name(p)), dtype) for p in spec.parameters()}
 
     def track(self, k: Any, key_mask: Any, segments: Any) -> None:
         """Update the running statistics by the keys (*B, M, H, D) of a call."""
-        names = [p.buffer for p in self.spec.parameters() if p.buffer]
+        names = [p.buffer for p in self.spec.parameters() if p.running]
         if not names or self.write is None:
             return
         key_mask = real_keys(self.spec, key_mask, segments, xp=jnp)
@@ -72,11 +71,9 @@ def _starts(
 
     The sizes are the numbers of key heads, features and query heads.
     """
-    arrays = {
-        _name(p): (not p.buffer, jnp.full(parameter_shape(p.shapes[0], *sizes), start, dtype))
-        for p, start in kept_arrays(spec).items()
-    }
-    if not all(learned for learned, _ in arrays.values()):
+    made = new_arrays(spec, sizes, xp=jnp, dtype=dtype)
+    arrays = {_name(p): (not p.buffer, x) for p, x in made.items()}
+    if any(p.running for p in made):
         arrays[BATCHES] = (False, jnp.zeros((), jnp.int32))
     return arrays
 
@@ -84,7 +81,8 @@ def _starts(
 class SpecAttention(nnx.Module):  # type: ignore[misc]
     """The `attention_fn` of `flax.nnx.MultiHeadAttention` for a spec with arrays.
 
-    Learned arrays are `flax.nnx.Param` ``spec_<name>``, such as ``spec_beta``. Running statistics
+    Learned arrays are `flax.nnx.Param` ``spec_<name>``, such as ``spec_beta``. The slopes of
+    ``alibi``, which are not learned, are a `flax.nnx.BatchStat` ``slopes``. Running statistics
     are `flax.nnx.BatchStat` ``running_mean``, ``running_var`` and ``num_batches_tracked``: in
     training, a call has the statistics of its batch and then updates them, unless the spec is
     causal, where it has the running ones as they were.
@@ -156,8 +154,8 @@ class SpecAttention(nnx.Module):  # type: ignore[misc]
 class LinenSpecAttention(linen.Module):  # type: ignore[misc]
     """The `attention_fn` of Linen's attention layers for a spec with arrays.
 
-    As `SpecAttention`. Learned arrays are in the collection ``params``, running statistics in
-    ``batch_stats``, which a call in training needs to be mutable.
+    As `SpecAttention`. Learned arrays are in the collection ``params``, others in ``batch_stats``,
+    which a call in training needs to be mutable for running statistics.
 
     Attributes
     ----------

@@ -42,7 +42,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         ``sh(half=2)``. A spec with arrays adds them to the state dict: ``bn(beta=param)`` a
         parameter ``spec_beta`` (num_heads,), which starts at 1, ``h(sum,sink=param)`` one
         ``spec_sink`` (num_heads,), which starts at 0, ``bn(statistics=running)`` the buffers
-        ``running_mean``, ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``.
+        ``running_mean``, ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``,
+        ``alibi`` a buffer ``slopes`` (num_heads,) of its default slopes.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
     momentum : float or None

@@ -13,10 +13,10 @@ import torch
 from array_api_compat import torch as xp
 from torch import distributed, nn
 
-from pdcore import AttentionSpec
-from pdcore.extend import parameter_shape, parse
+from pdcore import AttentionSpec, Parameter
+from pdcore.extend import parse
 
-from ..bound import BoundSpec, check_running, kept_arrays
+from ..bound import BoundSpec, check_running, new_arrays
 from ..key_statistics import merged, real_keys, state_of_keys, statistics_of
 
 __all__ = ["arrays_of", "attach_spec", "track"]
@@ -30,21 +30,20 @@ def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any
 
     Parameters and buffers that the layer has already keep their values.
     """
-    kept, like = kept_arrays(bound.spec), next(layer.parameters())
+    like, sizes = next(layer.parameters()), (layer.num_heads, layer.head_dim, layer.num_heads)
+    made = new_arrays(bound.spec, sizes, xp=xp, dtype=like.dtype, device=like.device)
     check_running(bound.spec, momentum, process_group=group)
     layer.momentum = momentum
-    names = {p.buffer or f"spec_{p.name}": (p, start) for p, start in kept.items()}
-    tracks = any(p.buffer for p in kept)
+    names = {_name(p): (p, x.contiguous()) for p, x in made.items()}
+    tracks = any(p.running for p in made)
     counter = ["num_batches_tracked"] * tracks
     for name in getattr(layer, "_kept", ()):
         if name not in names and name not in counter:
             delattr(layer, name)
     new = []
-    for name, (p, start) in names.items():
+    for name, (p, value) in names.items():
         if hasattr(layer, name):
             continue
-        shape = parameter_shape(p.shapes[0], layer.num_heads, layer.head_dim)
-        value = torch.full(shape, start, dtype=like.dtype, device=like.device)
         if p.buffer:
             layer.register_buffer(name, value)
         else:
@@ -64,16 +63,17 @@ def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any
     return new
 
 
+def _name(parameter: Parameter) -> str:
+    """Return the name of an array in the state dict."""
+    return parameter.buffer or f"spec_{parameter.name}"
+
+
 def arrays_of(layer: Any, spec: AttentionSpec) -> dict[str, Any]:
     """Return the arrays of a layer that a call of a spec takes as `params`."""
-    arrays = {
-        p.name: getattr(layer, p.buffer or f"spec_{p.name}")
-        for p in spec.parameters()
-        if not callable(p.default)  # every call has such a default
-    }
+    arrays = {p.name: getattr(layer, _name(p)) for p in spec.parameters()}
     if layer.training:
         # Copies of what `track` writes to, since autograd may keep the arrays of a call.
-        buffers = [p.name for p in spec.parameters() if p.buffer]
+        buffers = [p.name for p in spec.parameters() if p.running]
         arrays |= {name: arrays[name].clone() for name in buffers}
     return arrays
 
@@ -88,7 +88,7 @@ def track(layer: Any, k: Any, key_mask: Any, segments: Any) -> None:
     UnsupportedError
         For packed sequences whose keys are pooled.
     """
-    buffers = [getattr(layer, p.buffer) for p in layer.spec.parameters() if p.buffer]
+    buffers = [getattr(layer, p.buffer) for p in layer.spec.parameters() if p.running]
     if not (layer.training and buffers):
         return
     real = real_keys(layer.spec, key_mask, segments, xp=xp)

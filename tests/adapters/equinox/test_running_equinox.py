@@ -141,6 +141,27 @@ def test_every_word_runs_in_a_layer(spec: str) -> None:
         assert (result[0] if options else result).shape == (N, E)
 
 
+def test_the_slopes_of_alibi_are_kept_and_have_no_gradient() -> None:
+    layers = [PDMultiheadAttention(H, E, spec="alibi", key=jax.random.key(i)) for i in range(2)]
+    x = drawn(N, E)
+    layer = eqx.tree_at(lambda y: y.spec_params["slopes"], layers[0], jnp.asarray([0.3, 0.2, 0, 1]))
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, layer)
+    file.seek(0)
+    other = eqx.tree_deserialise_leaves(file, layers[1])
+    np.testing.assert_array_equal(other(x, x, x), layer(x, x, x))
+    heads = (
+        jax.vmap(p)(x).reshape(N, H, D)
+        for p in (other.query_proj, other.key_proj, other.value_proj)
+    )
+    out = pdcore.attention(*heads, "alibi", params=other.spec_params, layout="bnhd")
+    want = jax.vmap(other.output_proj)(out.reshape(N, E))
+    np.testing.assert_allclose(other(x, x, x), want, atol=2e-6)
+    gradient = eqx.filter_grad(lambda layer: jnp.sum(jnp.sin(layer(x, x, x))))(other)
+    assert not jnp.any(gradient.spec_params["slopes"])
+    assert jnp.any(gradient.query_proj.weight)
+
+
 def test_converted_layers_have_a_state_and_parameters() -> None:
     plain = eqx.nn.MultiheadAttention(H, E, key=jax.random.key(0))
     layer = convert(plain, "bn(beta=param,statistics=running)", momentum=0.5)

@@ -145,6 +145,28 @@ def test_linen_equals_nnx() -> None:
     np.testing.assert_allclose(out, layer(x, mask=MASK), atol=2e-6)
 
 
+def test_the_slopes_of_alibi_are_kept_and_not_learned() -> None:
+    layer, module, x = layer_of("alibi"), linen_of("alibi"), drawn()
+    kept = layer.attention_fn.slopes
+    assert isinstance(kept, nnx.BatchStat)
+    kept[...] = kept[...] * 1.5
+    attend = SpecAttention("alibi", 2, D, query_heads=12, param_dtype=jnp.bfloat16)
+    assert attend.slopes.shape == (12,)
+    assert attend.slopes.dtype == jnp.float32  # as in a call: 2^-0.5 has no 16 bits
+    other = layer_of("alibi")
+    nnx.update(other, nnx.state(layer))
+    np.testing.assert_array_equal(other(x), layer(x))
+    q, k, v = layer.query(x), layer.key(x), layer.value(x)
+    out = pdcore.attention(q, k, v, "alibi", params={"slopes": kept[...]}, layout="bnhd")
+    np.testing.assert_allclose(layer(x), layer.out(out), atol=2e-6)
+    variables = module.init(jax.random.key(0), x)
+    assert "attention_fn" not in variables["params"]
+    np.testing.assert_array_equal(
+        variables["batch_stats"]["attention_fn"]["slopes"] * 1.5, kept[...]
+    )
+    assert module.apply(variables, x).shape == x.shape
+
+
 def test_an_axis_joins_the_batch() -> None:
     layer, whole, x = layer_of(RUNNING, axis_name="devices"), layer_of(RUNNING), drawn(4, N, E)
 

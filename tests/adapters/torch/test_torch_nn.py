@@ -387,12 +387,30 @@ def test_a_learned_beta_that_cancels_has_gradient_zero() -> None:
 def test_alibi_has_its_default_slopes() -> None:
     layer = PDMultiheadAttention(E, H, batch_first=True, spec="alibi")
     plain = PDMultiheadAttention(E, H, batch_first=True)
-    layer.load_state_dict(plain.state_dict())
+    missing, _ = layer.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["slopes"]
     x = torch.randn(B, N, E)
     distance = (torch.arange(N) - torch.arange(N)[:, None]).abs()
     slopes = torch.tensor([2.0 ** (-8 * h / H) for h in range(1, H + 1)])
     bias = (-slopes[:, None, None] * distance).repeat(B, 1, 1)
     close(layer(x, x, x), plain(x, x, x, attn_mask=bias))
+
+
+def test_the_slopes_of_alibi_are_a_buffer_that_a_state_dict_keeps() -> None:
+    layer = PDMultiheadAttention(12, 12, spec="alibi", dtype=torch.bfloat16)
+    assert layer.slopes.dtype == torch.float32  # as in a call: 2^-0.5 has no 16 bits
+    layer = PDMultiheadAttention(E, H, batch_first=True, spec="alibi")
+    assert "slopes" not in dict(layer.named_parameters())
+    layer.slopes *= 1.5
+    other = PDMultiheadAttention(E, H, batch_first=True, spec="alibi")
+    x = torch.randn(B, N, E)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x, x, x)[0], layer(x, x, x)[0])
+    q, k, v = layer._project(x, x, x, batched=True)
+    own = pdcore.attention(q, k, v, "alibi", params={"slopes": layer.slopes}, layout="bnhd")
+    close(other(x, x, x)[0], layer.out_proj(own.flatten(-2)))
+    convert(other, "softmax")
+    assert not hasattr(other, "slopes")
 
 
 def test_a_learned_sink() -> None:
