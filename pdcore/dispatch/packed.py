@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..arrays import compiling, device_of
@@ -22,8 +23,16 @@ from ..lowering import sum_to
 from ..spec import Identity
 from .arguments import check_given
 from .layout import Layout, heads_first
-from .segments import Segment, on_host, pair_of, ranges, segments_kind, shares_statistics
-from .spans import Span, all_ranges, entries, power_of_two, split, tiles
+from .segments import (
+    Segment,
+    on_host,
+    pair_of,
+    places,
+    ranges,
+    segments_kind,
+    shares_statistics,
+)
+from .spans import Cut, Span, all_ranges, entries, power_of_two, split, tiles
 
 if TYPE_CHECKING:
     from .binding import BoundAttention
@@ -110,6 +119,7 @@ class PackedCall:
         from array_api_compat import array_namespace
 
         self.xp, self.inputs = array_namespace(inputs.q), inputs
+        self.cut = partial(Cut, xp=self.xp)
         self.size: Callable[[int], int] = power_of_two if pads else int
         self.lead = tuple(inputs.q.shape[:-3])
         self.q, self.k, self.v = (self._flat(x, 3) for x in inputs[:3])
@@ -137,10 +147,14 @@ class PackedCall:
             pullbacks.append(pullback)
 
         def pull(d_out: Any, d_lse: Any = None) -> dict[str, Any]:
+            rows = [span for piece in self.pieces for span in piece.rows]
+            d = [
+                None if x is None else self.cut(self._flat(x, axes), rows, 1)
+                for x, axes in ((d_out, 3), (d_lse, 2))
+            ]
             gradients = []
             for piece, pullback in zip(self.pieces, pullbacks, strict=True):
-                of_lse = None if d_lse is None else self._rows_of(self._flat(d_lse, 2), piece)
-                gradients.append(pullback(self._rows_of(self._flat(d_out, 3), piece), of_lse))
+                gradients.append(pullback(*(self._rows_of(x, piece) for x in d)))
             return self._gradients(gradients)
 
         return self._rows_joined(outs), self._rows_joined(lses), pull
@@ -169,33 +183,48 @@ class PackedCall:
                 lengths = self.size(s.rows), self.size(s.keys)
                 batches.setdefault(None if shared else lengths, []).append(s)
                 seen[s.sequence].append((s.sequence, s.first_row, s.rows))
+        self.one = len(batches) == 1
+        cuts = self._cuts([s for batch in batches.values() for s in batch])
         for batch in batches.values():
-            yield self._piece(layer, batch)
+            yield self._piece(layer, batch, cuts)
         count = self.q.shape[-2]
         rows = [(s, a, n) for s in seen for a, n, gap in all_ranges(seen[s], count) if gap]
         if rows:
             yield self._blind_piece(blind, rows)
 
-    def _piece(self, layer: BoundAttention, segments: list[Segment]) -> _Piece:
+    def _cuts(self, segments: list[Segment]) -> dict[str, Cut]:
+        """Return the arrays of the call, cut at all segments that are run."""
+        rows, keys = places(segments)
+        cuts = {"q": self.cut(self.q, rows, 1)}
+        cuts |= {"k": self.cut(self.k, keys, 1), "v": self.cut(self.v, keys, 1)}
+        for name in ("mask", "bias"):
+            if (x := getattr(self.inputs, name)) is not None:
+                cuts[name] = self.cut(self._with_all_axes(x), rows, 1)
+        if self.inputs.key_mask is not None:
+            cuts["key_mask"] = self.cut(self._flat(self.inputs.key_mask, 1), keys, 0)
+        if self.inputs.labels is not None:
+            of_rows, of_keys = (self._flat(x, 1) for x in pair_of(self.inputs.labels))
+            cuts |= {"q_labels": self.cut(of_rows, rows, 0), "k_labels": self.cut(of_keys, keys, 0)}
+        return cuts
+
+    def _piece(
+        self, layer: BoundAttention, segments: list[Segment], cuts: dict[str, Cut]
+    ) -> _Piece:
         """Return the call of some segments, padded to the longest where they differ."""
-        inputs = self.inputs
-        rows = [(s.sequence, s.first_row, s.rows) for s in segments]
-        keys = [(s.sequence, s.first_key, s.keys) for s in segments]
-        q, k, v = (
-            self._gathered(x, spans)
-            for x, spans in ((self.q, rows), (self.k, keys), (self.v, keys))
-        )
-        mask, bias = (self._cut_mask(x, rows, keys) for x in (inputs.mask, inputs.bias))
-        key_mask, offset = inputs.key_mask, inputs.offset
-        if key_mask is not None:
-            key_mask = self._stacked(self._cut(self._flat(key_mask, 1), keys, 0), 0)
+        inputs, (rows, keys) = self.inputs, places(segments)
+        q = self._gathered(cuts["q"], rows)
+        k, v = (self._gathered(cuts[name], keys) for name in "kv")
+        mask, bias = (self._cut_mask(cuts.get(name), rows, keys) for name in ("mask", "bias"))
+        key_mask, offset = None, inputs.offset
+        if "key_mask" in cuts:
+            key_mask = self._stacked(cuts["key_mask"].of(keys), 0)
         elif any(s.keys != k.shape[-2] for s in segments) or len(segments) != k.shape[0]:
             key_mask = self._real(segments)
-        labels = inputs.labels
-        if labels is not None:
+        labels = None
+        if "q_labels" in cuts:
             labels = tuple(
-                self._stacked(self._cut(self._flat(x, 1), spans, 0), 0)
-                for x, spans in zip(pair_of(labels), (rows, keys), strict=True)
+                self._stacked(cuts[name].of(spans), 0)
+                for name, spans in (("q_labels", rows), ("k_labels", keys))
             )
         if isinstance(offset, str) and any(s.rows != q.shape[-2] for s in segments):
             offset = self._ends(key_mask, segments)
@@ -231,40 +260,26 @@ class PackedCall:
         options = {"dtype": self.xp.bool, "device": device_of(self.q)}
         return self._stacked([self.xp.ones((s.keys,), **options) for s in segments], 0)
 
-    def _cut(self, x: Any, spans: Sequence[Span], axis: int) -> list[Any]:
-        """Cut spans out of the sequences x[s], along an axis of x[s]."""
-        cut: list[Any] = [None] * len(spans)
-        places: dict[int, list[Span]] = {}
-        for span in spans:
-            places.setdefault(span[0], []).append(span)
-        sequences = self.xp.unstack(x, axis=0)
-        parts: dict[Span, Any] = {}
-        for s, found in places.items():
-            whole = all_ranges(found, x.shape[axis + 1])
-            pieces = split(sequences[s], [n for _, n, _ in whole], axis)
-            parts.update(((s, a, n), x) for (a, n, _), x in zip(whole, pieces, strict=True))
-        for i, span in enumerate(spans):
-            cut[i] = parts[span] if span[2] else entries(sequences[span[0]], 0, 0, axis)
-        return cut
-
-    def _gathered(self, x: Any, spans: Sequence[Span]) -> Any:
-        """Return spans of the sequences x as sequences; a view where x is made of them."""
+    def _gathered(self, cut: Cut, spans: Sequence[Span]) -> Any:
+        """Return spans of sequences as sequences; a view where all are of one piece, alike."""
+        x = cut.x
         start, count, length = tiles(spans, x.shape[0])
-        if not count or self.size(length) != length or self.size(len(spans)) != len(spans):
-            return self._stacked(self._cut(x, spans, 1), 1)
+        whole = self.one and count and self.size(length) == length
+        if not whole or self.size(len(spans)) != len(spans):
+            return self._stacked(cut.of(spans), 1)
         x = entries(x, start, start + count * length, 2)
         sequences, heads, _, *rest = x.shape
         x = self.xp.reshape(x, (sequences, heads, count, length, *rest))
         x = self.xp.permute_dims(x, (0, 2, 1, *range(3, x.ndim)))
         return self.xp.reshape(x, (len(spans), heads, length, *rest))
 
-    def _cut_mask(self, x: Any, rows: Sequence[Span], keys: Sequence[Span]) -> Any:
+    def _cut_mask(self, whole: Cut | None, rows: Sequence[Span], keys: Sequence[Span]) -> Any:
         """Cut a mask or bias along the axes of queries and keys, where it has them."""
-        if x is None:
+        if whole is None:
             return None
-        x = self._with_all_axes(x)
+        x = whole.x
         if x.shape[-2] != 1:
-            cut = self._cut(x, rows, 1)
+            cut = whole.of(rows)
         else:
             sequences = self.xp.unstack(x, axis=0)
             cut = [sequences[s] for s, _, _ in rows]
@@ -289,8 +304,12 @@ class PackedCall:
     def _stacked(self, parts: list[Any], axis: int, one: bool = False) -> Any:
         """Stack arrays, padded by zeros along an axis, unless all have one entry there."""
         size = 1 if one else self.size(max(part.shape[axis] for part in parts))
-        stacked = self.xp.stack([self._placed(part, 0, size, axis) for part in parts], axis=0)
+        stacked = self._stack([self._placed(part, 0, size, axis) for part in parts])
         return self._placed(stacked, 0, self.size(len(parts)), 0)
+
+    def _stack(self, parts: list[Any]) -> Any:
+        """Stack arrays; one alone is not copied."""
+        return parts[0][None, ...] if len(parts) == 1 else self.xp.stack(parts, axis=0)
 
     def _zeros(self, shape: tuple[int, ...], like: Any) -> Any:
         return self.xp.zeros(shape, dtype=like.dtype, device=device_of(self.inputs.q))
@@ -319,11 +338,13 @@ class PackedCall:
         parts = self.xp.unstack(x, axis=0)  # those of padding come last
         return [(span, entries(p, 0, span[2], 1)) for span, p in zip(spans, parts, strict=False)]
 
-    def _rows_of(self, d: Any, piece: _Piece) -> Any:
+    def _rows_of(self, d: Cut | None, piece: _Piece) -> Any:
         """Return the cotangent of the result of a piece, the inverse of `_by_rows`."""
+        if d is None:
+            return None
         if piece.keys:
             return self._gathered(d, piece.rows)
-        rows = self.xp.concat(self._cut(d, piece.rows, 1), axis=1)
+        rows = self.xp.concat(d.of(piece.rows), axis=1)
         return self._placed(rows, 0, self.size(rows.shape[1]), 1)[None, ...]
 
     def _rows_joined(self, parts: Parts) -> Any:
@@ -346,8 +367,8 @@ class PackedCall:
                 self._zeros((like.shape[0], n, *like.shape[2:]), like) if gap else found[a]
                 for a, n, gap in all_ranges(spans[s], length)
             ]
-            sequences.append(self.xp.concat(whole, axis=1))
-        return self.xp.stack(sequences, axis=0)
+            sequences.append(whole[0] if len(whole) == 1 else self.xp.concat(whole, axis=1))
+        return self._stack(sequences)
 
     def _gradients(self, found: list[dict[str, Any]]) -> dict[str, Any]:
         """Join the gradients of the pieces."""

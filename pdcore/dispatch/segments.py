@@ -11,12 +11,14 @@ from ..arrays import dtype_name, host_values, library_of
 from ..backend import Inputs
 from ..errors import UnsupportedError
 from ..spec import AttentionSpec, Batch
+from .spans import Span
 
 __all__ = [
     "Segment",
     "check_segments",
     "pair_of",
     "on_host",
+    "places",
     "ranges",
     "segments_from_cu_seqlens",
     "segments_from_lengths",
@@ -236,6 +238,12 @@ def ranges(segments: Any, lead: tuple[int, ...]) -> list[Segment]:
         for i in (*rows, *(i for i in keys if i not in rows)):
             found.append(Segment(sequence, *rows.get(i, (0, 0)), *keys.get(i, (0, 0))))
     return found
+
+
+def places(segments: list[Segment]) -> tuple[list[Span], list[Span]]:
+    """Return the ranges of the queries and those of the keys of segments."""
+    rows = [(s.sequence, s.first_row, s.rows) for s in segments]
+    return rows, [(s.sequence, s.first_key, s.keys) for s in segments]
 
 
 def _runs(ids: Any, sequence: int, whose: str) -> dict[int, tuple[int, int]]:

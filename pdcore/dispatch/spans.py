@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-__all__ = ["Span", "all_ranges", "entries", "power_of_two", "split", "tiles"]
+__all__ = ["Cut", "Span", "all_ranges", "entries", "power_of_two", "split", "tiles"]
 
 #: A range of positions: the sequence, the first position, and the number of positions.
 Span = tuple[int, int, int]
@@ -53,6 +53,47 @@ def split(x: Any, sizes: Sequence[int], axis: int) -> Sequence[Any]:
         return parts
     ends = accumulate(sizes)
     return [entries(x, end - n, end, axis) for end, n in zip(ends, sizes, strict=True)]
+
+
+class Cut:
+    """Sequences x[s] cut along an axis of theirs into spans and the gaps between them.
+
+    All of a sequence is split at once: the gradient of one span alone is an array as large as the
+    whole.
+
+    Parameters
+    ----------
+    x : array (sequences, ...)
+    spans : sequence of Span
+        All spans that are asked for, each in one run with its neighbours.
+    axis : int
+        The axis of x[s].
+    xp : namespace
+        The array-API namespace of `x`.
+    """
+
+    def __init__(self, x: Any, spans: Sequence[Span], axis: int, *, xp: Any) -> None:
+        self.x, self._spans, self._axis, self._xp = x, spans, axis, xp
+        self._parts: dict[Span, Any] = {}
+
+    def of(self, spans: Sequence[Span]) -> list[Any]:
+        """Return the parts of some spans."""
+        if not self._parts:
+            self._split()
+        return [self._parts[span] for span in spans]
+
+    def _split(self) -> None:
+        places: dict[int, list[Span]] = {}
+        for span in self._spans:
+            places.setdefault(span[0], []).append(span)
+        sequences = self._xp.unstack(self.x, axis=0)
+        for s, found in places.items():
+            whole = all_ranges(found, self.x.shape[self._axis + 1])
+            pieces = split(sequences[s], [n for _, n, _ in whole], self._axis)
+            parts = zip(whole, pieces, strict=True)
+            self._parts.update(((s, a, n), x) for (a, n, _), x in parts)
+            nothing = entries(sequences[s], 0, 0, self._axis)
+            self._parts.update((span, nothing) for span in found if not span[2])
 
 
 def entries(x: Any, start: int, stop: int, axis: int) -> Any:

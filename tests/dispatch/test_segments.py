@@ -48,7 +48,7 @@ def test_permuted_segments_permute_the_result(spec):
 @pytest.mark.parametrize("spec", ["softmax", "causal+bn(statistics=prefix)", "sh(2,3)+bn"])
 def test_a_planted_defect_breaks_the_laws(monkeypatch, defect, spec):
     plant(monkeypatch, defect)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ValueError)):  # segments that overlap cannot be cut
         check_forward("numpy", spec, "plain", np.asarray)
 
 
