@@ -85,7 +85,9 @@ class Fused(Blocked):
     narrow : str
         The same for a `.fused.FusedCall`, where L is not read.
     causal : bool
-        Whether keys after a row's position are hidden.
+        Whether keys after a row's position are hidden, and no others.
+    window : tuple of int or inf, or None
+        How many positions before and after its own a row sees; None without a window.
     whole : bool
         Whether L is not read, so that the call may be a `.fused.FusedCall`.
     plain : bool
@@ -97,6 +99,7 @@ class Fused(Blocked):
     dtype: str
     narrow: str
     causal: bool
+    window: tuple[float, float] | None
     whole: bool
     plain: bool
     fold: OnePass | None
@@ -118,18 +121,26 @@ def chosen(plan: Plan, request: Request) -> Plan:
 
 
 def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
-    causal, kind = plan.support.causal, device.kind(request.device)
+    support, kind = plan.support, device.kind(request.device)
+    window = (support.left, support.ahead) if _window(plan) else None
+    causal = support.causal and window is None
     whole = not (request.lse or request.vjp or request.weights) and not plan.rescales
     choice = Fused(
         plan=plan.text,
         dtype=plan.accumulate if kind == "cpu" else _kernel_dtype(plan, request),
         narrow=request.dtype if plan.fits(request.dtype) else plan.accumulate,
         causal=causal,
+        window=window,
         whole=whole,
         plain=whole and kind == "cpu" and _plain(plan, request),
         fold=_one_pass(plan),
     )
     steps = [f"kernel: scaled_dot_product_attention ({_fused_kernels(request, kind)})"]
+    if window is not None:
+        steps.append(
+            "a window: blocks of rows with the keys that they see; in a trace and in torch.func "
+            "blocks of our own"
+        )
     if kind == "cuda" and whole and _by_cudnn(request):
         steps.append(
             f"gradients not by cuDNN unless queries and keys are multiples of {TILE}: in a tile "
@@ -193,7 +204,7 @@ def _plain(plan: Plan, request: Request) -> bool:
     return (
         not plan.transforms
         and not plan.pools
-        and not plan.support.causal
+        and not plan.support.restricts
         and request.mask is None
         and request.key_mask is None
         and request.bias is None
@@ -230,24 +241,39 @@ def _kernel_dtype(plan: Plan, request: Request) -> str:
 
 def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     """Return what no fused kernel computes of a plan; empty if one computes the plan."""
-    support = plan.support
     if c.weight != "log" or c.expression is not None:
         return "weights that are no exp of an inner product"
     if request.dropout:
         return "dropout"
-    if support.left != math.inf or (support.right != math.inf and not support.causal):
-        return "a window"
-    if plan.pools and support.causal:
+    if _window(plan) and (why := _no_blocks(plan, request)):
+        return why
+    if plan.pools and plan.support.causal:
         return "pooled keys under causal"
     if plan.pools and plan.prefix:
         return "prefix statistics of pooled keys"
     if plan.pools and request.mask is not None:
         return "a mask over pooled keys"
-    if (support.causal or plan.prefix) and _arrays(request):
+    if (plan.support.restricts or plan.prefix) and _arrays(request):
         return "positions that are arrays"
     if device.kind(request.device) == "cpu":
         return ""
     return "float64 on this device" if request.dtype == "float64" else _off_the_grid(request)
+
+
+def _window(plan: Plan) -> bool:
+    """Check whether keys are hidden otherwise than by causal."""
+    support = plan.support
+    return support.left != math.inf or (support.right != math.inf and not support.causal)
+
+
+def _no_blocks(plan: Plan, request: Request) -> str:
+    """Return why `.windows` does not run a plan with a window; empty if it does."""
+    if device.kind(request.device) != "cpu":
+        return "a window"
+    if plan.pools:
+        return "a window over pooled keys"
+    names = [name for name in ("mask", "bias") if getattr(request, name) is not None]
+    return f"a window with a {names[0]}" if names else ""
 
 
 def _off_the_grid(request: Request) -> str:

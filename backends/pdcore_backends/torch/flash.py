@@ -18,12 +18,23 @@ from . import namespace as xp
 from .inner import Inner, run_inner
 from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
 
-__all__ = ["attend", "attend_with_lse", "biased", "on_cpu", "recorded", "transformed"]
+__all__ = [
+    "attend",
+    "attend_with_lse",
+    "biased",
+    "on_cpu",
+    "one_width",
+    "pull_back_on_cpu",
+    "recorded",
+    "transformed",
+    "with_cotangents",
+]
 
 
 # Called by name, half the time of `scaled_dot_product_attention` on a small call.
 _forward = torch._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+#: The gradient of the fused CPU kernel.
+pull_back_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 #: The least |d_out|^2 by which a cotangent of the log-sum-exp is divided.
 SHORTEST = 1e-20
 #: Query rows of a block where gradients are computed without a fused kernel.
@@ -73,7 +84,7 @@ def attend(
         Zeros in a row that sees no key.
     """
     width = v.shape[-1]
-    q, k, v = _pad_to_one_width(q, k, v)
+    q, k, v = one_width(q, k, v)
     if q.device.type == "cpu" and not compiling():
         if recorded(q, k, v):
             out = _OnCpu.apply(q, k, v, mask, scale, causal)[0]
@@ -100,7 +111,7 @@ def attend_with_lse(
     The log-sum-exp of a row that sees no key is not defined.
     """
     width = v.shape[-1]
-    q, k, v = _pad_to_one_width(q, k, v)
+    q, k, v = one_width(q, k, v)
     if q.device.type != "cpu":
         if recorded(q, k, v):
             out, lse = _WithLse.apply(q, k, v, mask, scale, causal)
@@ -155,7 +166,7 @@ def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tens
     return torch.cat([q, *columns], -1), torch.cat([k, torch.stack(parts, -1)], -1)
 
 
-def _pad_to_one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Append zeros where the numbers of features differ, which changes no product."""
     width = q.shape[-1]
     fits = v.shape[-1] == width and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -188,19 +199,30 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
             return (None,) * 6
         if not torch.is_grad_enabled():
             dims = q.shape[-1]
-            if d_lse is not None:
-                shifted = _shifted(out, d_out, d_lse)
-                if shifted is not None:
-                    out = shifted
-                else:
-                    q, k, v, out, d_out = with_lse(q, k, v, out, d_out, d_lse, 1)
-            grads = _backward(
+            q, k, v, out, d_out = with_cotangents(q, k, v, out, d_out, d_lse)
+            grads = pull_back_on_cpu(
                 d_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
             )
             grads = tuple(x[..., :dims] for x in grads)
         else:
             grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
         return (*grads, None, None, None)
+
+
+def with_cotangents(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Return q, k, v, out and d_out such that their gradient is that of both cotangents.
+
+    The arrays may have one more feature, whose gradient the caller drops.
+    """
+    if d_lse is None:
+        assert d_out is not None
+        return q, k, v, out, d_out
+    shifted = _shifted(out, d_out, d_lse)
+    if shifted is None:
+        return with_lse(q, k, v, out, d_out, d_lse, 1)
+    return q, k, v, shifted, d_out
 
 
 def _shifted(out: Tensor, d_out: Tensor | None, d_lse: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from pdcore.extend import (
     Operands,
     Plan,
     Scores,
+    Visibility,
     compiling,
     pool,
     pooling_weights,
@@ -27,6 +28,7 @@ from . import namespace as xp
 from .flash import attend, attend_with_lse, biased, on_cpu, recorded
 from .fold import fold, fold_prefix, fold_running
 from .recentre import mean_of_keys, prefix_means, recentred
+from .windows import Window, attend_in_window
 
 __all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores", "plain"]
 
@@ -43,14 +45,17 @@ def fused_inputs(plan: Plan, inputs: Inputs) -> Inputs | None:
     -------
     Inputs or None
         With one leading axis, and the offset an int. None where the kernel cannot compute the
-        call: an empty array, a bias with a gradient, or causal rows at an offset other than 0 that
-        do not all see every key.
+        call: an empty array, a bias with a gradient, a window in a trace, or causal rows at an
+        offset other than 0 that do not all see every key.
     """
     q, k, v, _, _, bias, offset, *_ = inputs
     if not all(q.shape) or not all(k.shape) or not v.shape[-1] or recorded(bias):
         return None
     causal, prefix = plan.contraction.choice.causal, plan.prefix
-    if causal or prefix:
+    window = plan.contraction.choice.window is not None
+    if window and compiling():
+        return None
+    if causal or prefix or window:
         keys = k.shape[-2]
         if isinstance(offset, str):
             offset = keys - q.shape[-2]
@@ -183,7 +188,10 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
         q, k = biased(q, k, bias, dtype)
     q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
-    if seen.key_mask is None:
+    if c.choice.window is not None:
+        out, level = _in_window(c, q, k, v, seen)
+        level = torch.where(seen.counts() > 0, level.reshape(shape[:-1]), -torch.inf)
+    elif seen.key_mask is None:
         out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal)
     else:
         real = seen.key_mask.reshape(-1, 1, seen.key_mask.shape[-1])
@@ -199,6 +207,16 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     return out.reshape(*shape[:-1], v.shape[-1]), level.reshape(shape[:-1]).to(wide)
 
 
+def _in_window(
+    c: Scores, q: Tensor, k: Tensor, v: Tensor, seen: Visibility
+) -> tuple[Tensor, Tensor]:
+    """Attend over the keys of a window, see `.windows.attend_in_window`."""
+    real = None if seen.key_mask is None else seen.key_mask.reshape(-1, seen.keys)
+    left, ahead = c.choice.window
+    window = Window(left, ahead, seen.offset)
+    return attend_in_window(q, k, v, real, scale=c.scale, window=window)
+
+
 def fused_out(c: Scores, o: Operands) -> Tensor:
     """Contract a `FusedCall` by scores without L; rows that see no key become zeros."""
     q, k, v, seen = o.q, o.k, o.v, o.visibility
@@ -208,6 +226,8 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
     q = q if q.dtype == dtype else q.to(dtype)
     k = k if k.dtype == dtype else k.to(dtype)
     v = v if v.dtype == dtype else v.to(dtype)
+    if c.choice.window is not None:
+        return _in_window(c, q.flatten(1, 2), k, v, seen)[0].unflatten(1, q.shape[1:3])
     allowed = None if seen.mask is None else seen.mask.flatten(1, 2)
     if seen.key_mask is not None:
         real = seen.key_mask[:, :, None, :]

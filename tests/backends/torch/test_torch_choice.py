@@ -67,7 +67,7 @@ def test_the_choice_is_a_step_of_the_plan(gpu: None, spec: str, more: dict, word
 def test_what_a_device_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in (device.without_flex, device.without_triton):
         function.cache_clear()
-    assert "not FlexAttention: PyTorch has no gradients of it on cpu" in steps("sparse(2,2)", "cpu")
+    assert "not FlexAttention: PyTorch has no gradients of it on cpu" in steps("polynomial", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda name: (7, 5))
     monkeypatch.setattr(device, "find_spec", lambda name: None)
     assert "not Triton: the package triton is not installed" in steps("bn")
