@@ -272,10 +272,10 @@ def _signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(title: str, *, patience: float | None = None) -> Iterator[Callable[[float], None]]:
+def progress(title: str, *, patience: float | None = None) -> Iterator[Callable[..., None]]:
     """Show a bar with the time left on stderr, once the block has taken a while.
 
-    Nothing is shown where stderr is no terminal.
+    Where stderr is no terminal, the steps that are named are lines, and nothing else is shown.
 
     Parameters
     ----------
@@ -287,11 +287,12 @@ def progress(title: str, *, patience: float | None = None) -> Iterator[Callable[
     Yields
     ------
     callable
-        A function to call with the share of the work that is done, up to 1.
+        A function to call with the share of the work that is done, up to 1, and before a long
+        step with the step's name.
     """
     console = stderr()
     if not console.is_terminal:
-        yield lambda share: None
+        yield lambda share, step="": note(f"{title}: {share:.0%}, {step}") if step else None
         return
     from rich.progress import (  # for those who wait; the help need not load it
         BarColumn,
@@ -321,7 +322,9 @@ def progress(title: str, *, patience: float | None = None) -> Iterator[Callable[
     timer.daemon = True
     timer.start()
     try:
-        yield lambda share: bar.update(task, completed=share)
+        yield lambda share, step="": bar.update(
+            task, completed=share, description=escape(f"{title}: {step}" if step else title)
+        )
     finally:
         timer.cancel()
         timer.join()  # or the bar might start after it was stopped

@@ -289,7 +289,7 @@ def test_a_bar_appears_on_a_terminal_and_only_after_a_while() -> None:
         text = on_a_terminal(code.format(patience=patience))
         assert ("attention" in text) is shown, text
         assert ("left:" in text) is shown
-    # Without a terminal nobody would see progress.
+    # Without a terminal nobody would see a bar: the steps with names are lines.
     silent = subprocess.run(
         [sys.executable, "-c", code.format(patience="0.1")],
         capture_output=True,
@@ -297,6 +297,13 @@ def test_a_bar_appears_on_a_terminal_and_only_after_a_while() -> None:
         check=True,
     )
     assert silent.stderr == silent.stdout == ""
+    named = code.format(patience="0.1").replace("done(share)", "done(share, 'bn')")
+    assert "bn" in on_a_terminal(named)
+    lines = subprocess.run(
+        [sys.executable, "-c", named], capture_output=True, text=True, check=True
+    )
+    assert lines.stdout == ""
+    assert lines.stderr.splitlines()[0] == "attention: 25%, bn"
 
 
 def on_a_terminal(code: str) -> str:

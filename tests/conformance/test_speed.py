@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from pdcore.cli.commands import app
 from pdcore.errors import Exit
 from pdcore_backends.numpy.impl import NumpyBackend
-from pdcore_conformance.bench import figures, rates, speed
+from pdcore_conformance.bench import figures, measurements, rates, rows, speed
 from pdcore_conformance.bench import grid as bench_grid
 from pdcore_conformance.bench.measurements import FUSED, Bench
 from pdcore_conformance.bench.memory import WAYS, peak_memory
@@ -377,3 +379,149 @@ def test_peers_are_listed() -> None:
     listed = json.loads(result.output)["peers"]
     assert [entry["peer"] for entry in listed] == list(PEERS)
     assert framework("numpy").available("cpu") is None
+
+
+# --- the table of goals ---------------------------------------------------------------------------
+
+SMALL = (1, 4, 32, 8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax", "numpy", "strict"])
+def test_every_goal_belongs_to_a_row(backend: str) -> None:
+    chosen = rows.choose(backend)
+    assert len(chosen) == len(set(chosen))
+    stated = {
+        (row.name, row.by)
+        for row, workload in chosen
+        if rows.goal(backend, "cpu", row, workload) is not None
+    }
+    assert stated == set(rows._FORWARD.get(f"{backend}:cpu", {}))
+    for row, workload in chosen:
+        for name in row.by:
+            other = workload._replace(spec=row.over, segments=0, direction="forward")
+            assert PEERS[name].takes(other)
+
+
+def test_goals_are_those_of_the_issue() -> None:
+    goals = {
+        (row.name, workload.shape, workload.direction): rows.goal("torch", "cpu:0", row, workload)
+        for row, workload in rows.choose("torch")
+    }
+    assert goals["bn", (1, 8, 1024, 64), "forward"] == 1.05
+    assert goals["bn", (1, 8, 1024, 64), "forward+backward"] == pytest.approx(1.15 * 1.05)
+    assert goals["softmax segments=8", (1, 8, 1024, 64), "forward"] is None
+    [(row, workload)] = rows.choose("jax", "softmax", (32, 8, 128, 64), "forward+backward")
+    assert rows.goal("jax", "cpu", row, workload) == pytest.approx(1 / 1.1)
+    assert rows.goal("jax", "cuda:0", row, workload) is None
+    assert rows.goal("jax", "cpu", row, workload._replace(shape=SMALL)) is None
+
+
+def test_a_row_is_chosen_by_any_form_of_its_spec() -> None:
+    names = {row.name for row, _ in rows.choose("torch", "softmax+bn(statistics=prefix)+causal")}
+    assert names == {"causal+bn(statistics=prefix)"}
+    with pytest.raises(ValueError, match=r"no row 'gausian.*did you mean 'gaussian"):
+        rows.choose("torch", "gausian(0.1)")
+    with pytest.raises(ValueError, match=r"no row 'polynomial'"):
+        rows.choose("torch", "polynomial")
+    assert [row.by for row, _ in rows.choose("numpy", "softmax", SMALL, "forward")] == [
+        ("onnxruntime Attention",),
+        ("textbook NumPy", "in place NumPy", "head by head NumPy"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "direction", "words"),
+    [
+        ("numpy", "forward", ("",)),
+        ("torch", "forward", ("",)),
+        ("torch", "forward+backward", ("sink", "alibi", "segments=4")),
+        ("jax", "forward+backward", ("segments=4",)),
+    ],
+)
+def test_every_row_is_measured_once_its_numbers_are_right(
+    backend: str, direction: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "SECONDS", 0.0)
+    chosen = [
+        (row, workload)
+        for row, workload in rows.choose(backend, shape=SMALL, direction=direction)
+        if any(word in row.name for word in words)
+    ]
+    measured = speed.measure(
+        backend, grid="table", peers=["torch SDPA"], listed=lambda b: rows.steps(b, chosen)
+    )
+    assert not measured["red"], measured["numerics"]
+    absent = {entry["peer"] for entry in measured["missing_peers"]}
+    expected = {
+        (row.name, workload.direction)
+        for row, workload in chosen
+        if not set(row.by) <= absent | {"textbook NumPy"}
+    }
+    assert {(entry["spec"], entry["direction"]) for entry in measured["ratios"]} >= expected
+
+
+def test_segments_are_compared_with_a_batch_of_them() -> None:
+    whole = Workload("softmax", (2, 3, 16, 4), segments=4)
+    assert whole.apart() == Workload("softmax", (8, 3, 4, 4))
+    assert whole.segment_ids()[1].tolist() == [i // 4 for i in range(16)]
+    assert operations(whole) == operations(whole.apart())
+
+
+def table(*arguments: str) -> Any:
+    return CliRunner().invoke(
+        app, ["bench", "numpy", "--shape", "1,4,32,8", *arguments], catch_exceptions=False
+    )
+
+
+def test_the_command_prints_a_row_and_keeps_it(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "SECONDS", 0.0)
+    path = tmp_path / "record.json"
+    result = table("--spec", "bn", "--direction", "both", "--report", str(path))
+    assert result.exit_code == 0, result.output
+    assert "bn" in result.stdout
+    assert "spec softmax" in result.stdout
+    assert "bench of numpy:cpu: 0%, bn (1, 4, 32, 8) float32 forward+backward" in result.stderr
+    [saved] = json.loads(path.read_text())["runs"]
+    assert [entry["peer"] for entry in saved["speed"]["ratios"]] == ["spec softmax"]
+    result = table("--spec", "bn", "--direction", "forward", "--json")
+    assert json.loads(result.stdout)["speed"]["ratios"][0]["spec"] == "bn"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--spec", "gausian(0.1)"], "did you mean 'gaussian(0.1)'"),
+        (["--direction", "back"], "expected forward or both"),
+        (["--shape", "1,8,64"], "expected B,H,N,D"),
+        (["--table", "--grid", "full"], "no --against, no --grid"),
+    ],
+)
+def test_wrong_rows(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "numpy", *arguments])
+    assert result.exit_code == Exit.USAGE
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX only")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_rows_that_are_finished(
+    number: int, code: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "SECONDS", 0.0)
+    measure = rows._measure
+
+    def ended(bench: Bench, row: Any, workload: Workload) -> None:
+        if bench.speed["ratios"]:
+            signal.raise_signal(number)
+        measure(bench, row, workload)
+
+    monkeypatch.setattr(rows, "_measure", ended)
+    path = tmp_path / "record.json"
+    result = table("--table", "--report", str(path))
+    assert result.exit_code == code, result.output
+    assert "times, less is faster" in result.stdout
+    [saved] = json.loads(path.read_text())["runs"]
+    assert len(saved["speed"]["ratios"]) == 1
+    assert any("the process was ended" in note for note in saved["speed"]["notes"])

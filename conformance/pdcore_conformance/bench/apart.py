@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from pdcore.plugins import registered
 
@@ -22,7 +21,7 @@ from ..record.environment import environment
 from .measurements import Bench
 from .peers import PEERS
 from .timing import interval, quartiles
-from .workload import DIRECTIONS, Workload
+from .workload import DIRECTIONS, Shape, Workload, parsed_shape
 
 __all__ = ["main", "time_here", "times_apart"]
 
@@ -103,11 +102,11 @@ def _options(workload: Workload) -> list[str]:
     ]
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(part) for part in text.split(","))
-    if len(shape) != 4:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected B,H,N,D")
-    return shape
+def _shape(text: str) -> Shape:
+    try:
+        return parsed_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,8 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: print the ratio, and the machine on which it was measured."""
     options = _parser().parse_args(arguments)
-    shape: Any = options.shape
-    workload = Workload(options.spec, shape, options.dtype, options.direction)
+    workload = Workload(options.spec, options.shape, options.dtype, options.direction)
     if options.worker:
         print(json.dumps(time_here(options.worker, workload, options.repeat, options.threads)))
         return 0

@@ -1,4 +1,7 @@
-"""Figures of a backend without a peer: growth, memory, overhead of a call, time of import."""
+"""Figures of a backend without a peer.
+
+These are its specs beside each other, growth, memory, overhead of a call, and time of import.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,41 @@ from typing import Any
 from pdcore import attention, bind
 from pdcore.backend import Inputs
 
-from .grid import GROWTH, lengths, long_shape
+from .grid import GROWTH, lengths, long_shape, workloads
 from .measurements import Bench
 from .memory import WAYS, peak_memory, run_python
 from .rates import rates
 from .timing import interleaved, interval, judged, quartiles
-from .workload import Workload
+from .workload import Workload, half_pooled
 
 __all__ = ["FIGURES"]
 
 MIB = 2.0**20
+
+
+def against_softmax(bench: Bench) -> None:
+    """Time Attention-BN and Attention-SH against softmax."""
+    first = workloads(bench.backend, bench.device, bench.grid)[0]
+    half = half_pooled(first.shape[1])
+    by_spec = {spec: Workload(spec, first.shape, first.dtype) for spec in ("softmax", "bn", half)}
+    with bench.framework.precision(first.dtype):
+        if not all(bench.check_backend(workload) for workload in by_spec.values()):
+            return
+        times = bench.timed(
+            {
+                spec: bench.call(workload, *bench.arrays(workload, bench.framework))
+                for spec, workload in by_spec.items()
+            }
+        )
+    least = bench.targets.specs if bench.targets and bench.grid == "full" else {}
+    for spec in ("bn", half):
+        bench.ratio(
+            by_spec[spec],
+            "spec softmax",
+            times["softmax"],
+            times[spec],
+            (least.get(spec), None),
+        )
 
 
 def growth(bench: Bench) -> None:
@@ -165,6 +193,7 @@ def _leaves(result: Any) -> list[Any]:
 
 #: The functions that measure a figure, by title.
 FIGURES: Mapping[str, Callable[[Bench], None]] = {
+    "bn and sh against softmax": against_softmax,
     "rates of the device": rates,
     "growth with the length": growth,
     "memory": memory,

@@ -21,11 +21,11 @@ from pdcore.plugins import load_backend, registered
 from ..frameworks import framework
 from ..judge.budget import Verdict, judge
 from ..record.environment import environment
-from .grid import Target, Targets, targets, workloads
+from .grid import Target, Targets, targets
 from .peers import Peer
-from .sample import draw, sampled
+from .sample import draw, required, sampled
 from .timing import Clock, interleaved, interval, judged, quartiles, threads_limited
-from .workload import Workload, half_pooled, operations
+from .workload import Workload, operations
 
 if TYPE_CHECKING:
     from ..record.writing import Speed
@@ -36,6 +36,8 @@ __all__ = ["FUSED", "Bench", "left_out", "unmeasured"]
 BACK_TO_BACK = 0.03
 #: The rounds of a comparison on a GPU.
 ON_GPU = 7
+#: The most rounds of a comparison of a table on the CPU, and the seconds after which it ends.
+MOST, SECONDS = 101, 4.0
 #: The calls that the host issues in a row where its time is measured.
 ISSUED = 10
 _NOT_MEASURED = re.compile(r"not measured, for [^:]*: (.*)")
@@ -64,7 +66,7 @@ class Bench:
         self.grid, self.peers, self.threads = grid, peers, threads
         self.targets: Targets | None = targets(backend, self.device)
         self.speed: Any = {
-            "grid": "full" if grid == "full" else "quick",
+            "grid": "quick" if grid == "quick" else "full",
             "threads": threads,
             "notes": [],
             "seconds": 0.0,
@@ -115,13 +117,23 @@ class Bench:
 
     def issue(self, workload: Workload, x: Mapping[str, Any], d: Any) -> Callable[[], Any]:
         """Return a call of the backend that may end before a device has computed its results."""
-        layer = bind(workload.spec, backend=self.backend)
+        layer, named = bind(workload.spec, backend=self.backend), dict[str, Any]()
+        if workload.segments:
+            named["segments"] = self.framework.asarray(workload.segment_ids(), self.device)
+        if params := required(workload):
+            named["params"] = {n: self.framework.asarray(p, self.device) for n, p in params.items()}
+
+        def attend(a: Mapping[str, Any]) -> Any:
+            return layer(a["q"], a["k"], a["v"], **named)
+
         if workload.direction == "forward" or self.differentiates:
-            function = self._step(self.framework, lambda a: layer(a["q"], a["k"], a["v"]), workload)
+            function = self._step(self.framework, attend, workload)
             return lambda: function(x, d)
 
         def both() -> Any:
-            out, _, vjp = attention_vjp(x["q"], x["k"], x["v"], workload.spec, backend=self.backend)
+            out, _, vjp = attention_vjp(
+                x["q"], x["k"], x["v"], workload.spec, backend=self.backend, **named
+            )
             return out, vjp(d)
 
         return both
@@ -169,8 +181,9 @@ class Bench:
         result = make(x, library.asarray(sample.cotangent, self.device))()
         out, gradients = (result, {}) if workload.direction == "forward" else result
         results = {"out": sample.of(library.asnumpy(out), rows=True)}
-        for name, gradient in gradients.items():
-            results[f"d_{name}"] = sample.of(library.asnumpy(gradient), rows=name == "q")
+        for name in gradients.keys() & set("qkv"):  # parameters have their defaults
+            gradient = library.asnumpy(gradients[name])
+            results[f"d_{name}"] = sample.of(gradient, rows=name == "q")
         verdicts = judge(results, sample.expected)
         self._note(by, workload, verdicts)
         good = all(verdict.ok for verdict in verdicts.values())
@@ -181,7 +194,7 @@ class Bench:
     def _note(self, by: str, workload: Workload, verdicts: Mapping[str, Verdict]) -> None:
         self.speed["numerics"].append(
             {
-                "spec": workload.spec,
+                "spec": workload.name,
                 "shape": list(workload.shape),
                 "dtype": workload.dtype,
                 "by": by,
@@ -232,15 +245,23 @@ class Bench:
         self, workload: Workload, calls: Mapping[str, Callable[[], Any]], library: Any = None
     ) -> None:
         """Time a call of the backend in turn with others, of one library; record the ratios."""
-        clocks = dict.fromkeys(calls, self._clock(library or self.framework))
-        clocks[self.backend] = self._clock(self.framework)
-        once = {name: min(t) for name, t in interleaved(calls, 1, clocks=clocks).items()}
-        repeat = {name: self._repeat(seconds) for name, seconds in once.items()}
-        rounds = self._rounds(sum(repeat[name] * seconds for name, seconds in once.items()))
-        times = interleaved(calls, rounds, warm_up=0, repeat=repeat, clocks=clocks)
+        times = self.timed(calls, library)
         self._ratios(workload, times)
         if self.on_gpu:
             self._rates(workload, times)
+
+    def timed(
+        self, calls: Mapping[str, Callable[[], Any]], library: Any = None
+    ) -> dict[str, list[float]]:
+        """Time a call of the backend in turn with others, of one library."""
+        clocks = dict.fromkeys(calls, self._clock(library or self.framework))
+        clocks[self.backend] = self._clock(self.framework)
+        if self.grid == "table" and not self.on_gpu:
+            return interleaved(calls, MOST, clocks=clocks, seconds=SECONDS)
+        once = {name: min(t) for name, t in interleaved(calls, 1, clocks=clocks).items()}
+        repeat = {name: self._repeat(seconds) for name, seconds in once.items()}
+        rounds = self._rounds(sum(repeat[name] * seconds for name, seconds in once.items()))
+        return interleaved(calls, rounds, warm_up=0, repeat=repeat, clocks=clocks)
 
     @property
     def on_gpu(self) -> bool:
@@ -322,7 +343,7 @@ class Bench:
         value = statistics.median(ratios)
         self.speed["ratios"].append(
             {
-                "spec": workload.spec,
+                "spec": workload.name,
                 "shape": list(workload.shape),
                 "dtype": workload.dtype,
                 "direction": workload.direction,
@@ -334,31 +355,6 @@ class Bench:
                 **judged(value, target),
             }
         )
-
-    def against_softmax(self) -> None:
-        """Time Attention-BN and Attention-SH against softmax."""
-        shape = workloads(self.backend, self.device, self.grid)[0].shape
-        dtype = workloads(self.backend, self.device, self.grid)[0].dtype
-        half = half_pooled(shape[1])
-        by_spec = {spec: Workload(spec, shape, dtype) for spec in ("softmax", "bn", half)}
-        with self.framework.precision(dtype):
-            if not all(self.check_backend(workload) for workload in by_spec.values()):
-                return
-            calls = {
-                spec: self.call(workload, *self.arrays(workload, self.framework))
-                for spec, workload in by_spec.items()
-            }
-            once = sum(min(t) for t in interleaved(calls, 1).values())
-            times = interleaved(calls, self._rounds(once), warm_up=0)
-        least = self.targets.specs if self.targets and self.grid == "full" else {}
-        for spec in ("bn", half):
-            self.ratio(
-                by_spec[spec],
-                "spec softmax",
-                times["softmax"],
-                times[spec],
-                (least.get(spec), None),
-            )
 
     def figure(self, name: str, values: list[float], unit: str, target: Target) -> None:
         """Record the median of some values, and its target."""

@@ -7,7 +7,7 @@ the oracle before it times the peer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -94,12 +94,12 @@ class Peer:
         return workload._replace(spec=self.instead) if self.instead else workload
 
 
-def choose_peers(names: list[str] | None) -> list[Peer]:
+def choose_peers(names: Sequence[str] | None) -> list[Peer]:
     """Return the peers with some names, or all peers.
 
     Parameters
     ----------
-    names : list of str or None
+    names : sequence of str or None
         Names of `PEERS`, or ``"backend NAME"`` for another backend of pdcore.
 
     Raises
@@ -107,7 +107,7 @@ def choose_peers(names: list[str] | None) -> list[Peer]:
     ValueError
         For an unknown name, with the nearest one.
     """
-    if not names:
+    if names is None:
         return list(PEERS.values())
     others = {f"backend {name}": info for name, info in registered().items()}
     for name in names:

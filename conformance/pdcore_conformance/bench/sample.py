@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pdcore.extend import parameter_shape
 from pdcore.spec import as_spec
 
 from ..judge.budget import Expected, expect
 from ..judge.calls import dtype_of
 from .workload import Shape, Workload
 
-__all__ = ["Sample", "draw", "sampled"]
+__all__ = ["Sample", "draw", "required", "sampled"]
 
 Array = np.ndarray[Any, Any]
 #: The number of rows that are compared.
@@ -38,6 +39,16 @@ def _drawn(shape: Shape, dtype: str) -> dict[str, Array]:
     return {
         name: rng.standard_normal(shape, dtype=np.float32).astype(dtype_of(dtype))
         for name in "qkvd"
+    }
+
+
+def required(workload: Workload) -> dict[str, Array]:
+    """Return the parameters without a default as NumPy arrays, as they start in a layer, or 0."""
+    _, heads, _, dim = workload.shape
+    return {
+        p.name: np.full(parameter_shape(p.shapes[0], heads, dim), p.start or 0.0, np.float32)
+        for p in as_spec(workload.spec).parameters()
+        if p.default is None
     }
 
 
@@ -76,13 +87,18 @@ def sampled(workload: Workload) -> Sample:
     drawn = draw(workload)
     batch, count, length, _ = workload.shape
     rows, call = np.unique(np.linspace(0, length - 1, SAMPLE).astype(int)), dict[str, Any]()
-    if "causal" in workload.spec:  # adjacent rows, whose position one offset describes
+    heads, spec = None, as_spec(workload.spec)
+    if spec.support.restricts:  # adjacent rows, whose position one offset describes
         rows = np.arange(length // 2, min(length, length // 2 + SAMPLE))
         call["offset"] = int(rows[0])
     cotangent = np.zeros_like(drawn["d"])
     cotangent[..., rows, :] = drawn["d"][..., rows, :]
-    heads, spec = None, as_spec(workload.spec)
-    if batch * count * length > ALL_HEADS:
+    if params := required(workload):
+        call["params"] = params
+    if workload.segments:
+        ids = workload.segment_ids()[0]
+        call["mask"] = ids[rows, None] == ids
+    if batch * count * length > ALL_HEADS and not spec.parameters():
         heads = [0, batch - 1], [0, count - 1]
         spec = spec.for_heads(count)
         if spec.heads.scales:

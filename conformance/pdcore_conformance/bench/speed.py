@@ -14,7 +14,10 @@ from .peers import choose_peers
 if TYPE_CHECKING:
     from ..record.writing import Speed
 
-__all__ = ["measure", "steps", "unmeasured"]
+__all__ = ["Steps", "measure", "steps", "unmeasured"]
+
+#: The steps of a measurement, in order, by title.
+Steps = list[tuple[str, Callable[[], None]]]
 
 
 def measure(
@@ -28,6 +31,7 @@ def measure(
     keep: Callable[[Speed], None] = lambda speed: None,
     deadline: float | None = None,
     earlier: Speed | None = None,
+    listed: Callable[[Bench], Steps] | None = None,
 ) -> Speed:
     """Measure a backend: against peers, against softmax, growth, memory, overhead and import.
 
@@ -37,9 +41,9 @@ def measure(
         The name of the backend.
     device : str, optional
         The device; by default the first that the backend declares.
-    grid : {"quick", "full"}
+    grid : {"quick", "full", "table"}
         Shorter sequences and fewer rounds, or all of it. Most targets are stated for the full
-        length, and not judged on the quick grid.
+        length, and not judged on the quick grid. The steps of a `.rows` table are of "table".
     peers : sequence of str, optional
         Names of `pdcore_conformance.bench.peers.PEERS`; all of them by default.
     threads : int
@@ -54,16 +58,18 @@ def measure(
     earlier : Speed, optional
         The result of an earlier call with the same arguments. Only the steps that its ``notes``
         list as not measured are run, and added to it.
+    listed : callable, optional
+        From the `Bench` to the steps; `steps` by default.
 
     Returns
     -------
     Speed
         See `pdcore_conformance.record`. There are no figures where ``red`` is true.
     """
-    bench = Bench(backend, device, grid, choose_peers(list(peers or [])), threads)
+    bench = Bench(backend, device, grid, choose_peers(peers), threads)
     started = time.perf_counter()
     with bench.limited_threads():
-        todo = steps(bench)
+        todo = (listed or steps)(bench)
         if earlier is not None:
             rest = unmeasured(earlier)
             todo = [step for step in todo if step[0] in rest]
@@ -81,14 +87,10 @@ def measure(
     return bench.so_far([], started)
 
 
-def steps(bench: Bench) -> list[tuple[str, Callable[[], None]]]:
+def steps(bench: Bench) -> Steps:
     """List the steps of a measurement, by title, in order."""
-    listed: list[tuple[str, Callable[[], None]]] = []
+    listed: Steps = []
     for workload in workloads(bench.backend, bench.device, bench.grid):
         if bench.runs(workload):
             listed.append((str(workload), lambda w=workload: bench.against_peers(w)))  # type: ignore[misc]
-    listed += [
-        ("bn and sh against softmax", bench.against_softmax),
-        *((title, lambda f=figure: f(bench)) for title, figure in FIGURES.items()),
-    ]
-    return listed
+    return listed + [(title, lambda f=figure: f(bench)) for title, figure in FIGURES.items()]

@@ -11,11 +11,51 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..record.writing import Run
 
-__all__ = ["show"]
+__all__ = ["show", "show_rows"]
+
+
+#: The columns of a table that is printed elsewhere than on a terminal.
+WIDTH = 140
+
+
+def show_rows(run: Run, console: Any) -> None:
+    """Print the rows of `pdcore_conformance.bench.rows` in a run, with a column for each shape."""
+    speed: Any = run["speed"]
+    _circumstances(run, console)
+    shapes = dict.fromkeys(tuple(entry["shape"]) for entry in speed["ratios"])
+    cells: dict[tuple[str, str, str], dict[tuple[int, ...], str]] = {}
+    for entry in speed["ratios"]:
+        row = cells.setdefault((entry["spec"], entry["peer"], entry["direction"]), {})
+        row[tuple(entry["shape"])] = _time(entry)
+    table = Table("call", "over the time of", "direction", *(escape(str(s)) for s in shapes))
+    for labels, row in cells.items():
+        table.add_row(*map(escape, labels), *(row.get(shape, "") for shape in shapes))
+    if cells:
+        console.print(table, width=None if console.is_terminal else WIDTH)
+        console.print("times, less is faster: <= a goal that is met, > a goal that is not met")
+    _absent(speed, console)
+
+
+def _time(entry: Mapping[str, Any]) -> str:
+    """Return the time of a call over the other's, and its goal."""
+    time, least = 1 / entry["ratio"], entry["at_least"]
+    if least is None:
+        return f"{time:.3g}"
+    text = f"{time:.3g} {'<=' if entry['met'] else '>'} {1 / least:.3g}"
+    return text if entry["met"] else f"[bold red]{text}"
 
 
 def show(run: Run, console: Any) -> None:
     """Print the speed of a run on a rich console."""
+    speed: Any = run["speed"]
+    _circumstances(run, console)
+    _numerics(speed["numerics"], console)
+    _measured(speed, console)
+    _absent(speed, console)
+
+
+def _circumstances(run: Run, console: Any) -> None:
+    """Print on which machine, with which libraries and how a run was measured."""
     speed: Any = run["speed"]
     machine = run["environment"]
     versions = ", ".join(f"{name} {text}" for name, text in run["versions"].items())
@@ -27,7 +67,9 @@ def show(run: Run, console: Any) -> None:
         *speed["notes"],
     ]
     console.print(escape("\n".join(lines)), soft_wrap=True)
-    _numerics(speed["numerics"], console)
+
+
+def _measured(speed: Any, console: Any) -> None:
     ratios = Table("call", "against", "times as fast", "95 % interval", "target", "")
     for entry in speed["ratios"]:
         ratios.add_row(
@@ -70,6 +112,9 @@ def show(run: Run, console: Any) -> None:
     for table in (ratios, growth, memory, figures):
         if table.row_count:
             console.print(table)
+
+
+def _absent(speed: Any, console: Any) -> None:
     for absent in speed["missing_peers"]:
         console.print(
             escape(f"not compared with {absent['peer']}: {absent['reason']}"), soft_wrap=True

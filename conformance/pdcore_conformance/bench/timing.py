@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "LEAST",
     "Clock",
     "interleaved",
     "interval",
@@ -20,7 +21,8 @@ __all__ = [
     "wall_clock",
 ]
 
-
+#: The rounds of a comparison that ends after some seconds, at least.
+LEAST = 3
 #: From a call and a number of repetitions to the seconds of one repetition.
 Clock = Callable[[Callable[[], Any], int], float]
 
@@ -40,6 +42,7 @@ def interleaved(
     warm_up: int = 1,
     repeat: int | Mapping[str, int] = 1,
     clocks: Mapping[str, Clock] | None = None,
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
     """Time calls in turn, so that other work of the machine slows all of them alike.
 
@@ -55,6 +58,8 @@ def interleaved(
         Calls in one measurement, for calls that are too short for the clock; for all, or by name.
     clocks : mapping of str to callable, optional
         How to time each call, by name; `wall_clock` by default.
+    seconds : float, optional
+        The seconds after which no more rounds are started, once there are `LEAST`.
 
     Returns
     -------
@@ -70,9 +75,12 @@ def interleaved(
             order = list(calls.items())
             for name, call in order if turn % 2 else reversed(order):
                 count = repeat if isinstance(repeat, int) else repeat[name]
-                seconds = (wall_clock if clocks is None else clocks[name])(call, count)
+                taken = (wall_clock if clocks is None else clocks[name])(call, count)
                 if turn >= 0:
-                    times[name].append(seconds)
+                    times[name].append(taken)
+            spent = sum(map(sum, times.values()))
+            if seconds is not None and turn + 1 >= LEAST and spent > seconds:
+                break
     finally:
         if enabled:
             gc.enable()

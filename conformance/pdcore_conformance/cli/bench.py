@@ -17,7 +17,7 @@ from pdcore.errors import Exit
 from .extra import extra_needed
 
 if TYPE_CHECKING:
-    from ..record.writing import Run
+    from ..record.writing import Run, Speed
 
 __all__ = ["bench"]
 
@@ -44,22 +44,42 @@ def bench(
     list_peers: Annotated[
         bool, typer.Option("--list-peers", help="List the peers, and why one cannot be had here.")
     ] = False,
+    table: Annotated[
+        bool,
+        typer.Option("--table", help="Times over those of the usual attention, with their goals."),
+    ] = False,
+    spec: Annotated[
+        str | None, typer.Option(help="Only this row of the table, such as bn.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="B,H,N,D", help="Only this column of the table.")
+    ] = None,
+    direction: Annotated[
+        str | None, typer.Option(help="Only the result (forward), or with gradients (both).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed, growth and memory, interleaved with the peers that compute the same.
 
     Nothing is timed before the numbers are right, and a peer that is missing is named.
+    What is measured when the command is ended by a signal is printed and kept.
     """
     if grid not in ("quick", "full"):
         raise typer.BadParameter(f"got {grid!r}, expected quick or full", param_hint="--grid")
     with extra_needed("pytest", "hypothesis", "autograd"):
-        from ..bench import peers, speed
+        from ..bench import peers
         from ..bench import table as speed_table
         from ..judge import gradients, subject  # noqa: F401 - without autograd, say so at once
         from ..runner import plugin
+    in_table = table or bool(spec or shape or direction)
     try:
         name, device = plugin.parse_backend(backend)
-        peers.choose_peers(against)
+        peers.choose_peers(against or None)
+        options = {"grid": grid, "peers": against or None}
+        if in_table:
+            if against or grid != "quick":
+                raise ValueError("--table has peers and a grid of its own: no --against, no --grid")
+            options = _table_options(name, spec, shape, direction)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if list_peers:
@@ -69,19 +89,53 @@ def bench(
         raise OutputError(f"--report: there is no folder {report.parent}")
     run, others = _run_and_others(name, device, report)
     run |= _circumstances(name, device)
-    with progress(f"bench of {name}:{device}") as bar:
-        run["speed"] = measured = speed.measure(
-            name,
-            device,
-            grid=grid,
-            peers=against,
-            threads=threads,
-            say=lambda title, share: bar(share),
-        )
-    if report is not None:
-        _save(report, [*others, run])
-    emit(run) if as_json else speed_table.show(run, stdout())
+    try:
+        measured = _measured(run, threads=threads, **options)
+    finally:  # a signal leaves what is measured by then
+        if run["speed"] is not None:
+            if report is not None:
+                _save(report, [*others, run])
+            show = speed_table.show_rows if in_table else speed_table.show
+            emit(run) if as_json else show(run, stdout())
     _check(measured, strict=strict)
+
+
+def _measured(run: Run, **options: Any) -> Speed:
+    """Measure the speed of a run; before each step, add to the run what is measured by then."""
+    from ..bench import speed
+
+    def keep(so_far: Speed) -> None:
+        run["speed"] = so_far
+
+    run["speed"] = None
+    with progress(f"bench of {run['backend']}:{run['device']}") as show:
+        run["speed"] = measured = speed.measure(
+            run["backend"],
+            run["device"],
+            say=lambda title, share: show(share, title),
+            keep=keep,
+            **options,
+        )
+    return measured
+
+
+def _table_options(
+    backend: str, spec: str | None, shape: str | None, direction: str | None
+) -> dict[str, Any]:
+    """Return the options of `speed.measure` for a table, or for some of its rows."""
+    from ..bench import rows
+    from ..bench.workload import DIRECTIONS, parsed_shape
+
+    ways = dict(zip(("forward", "both"), DIRECTIONS, strict=True))
+    if direction is not None and direction not in ways:
+        raise ValueError(f"--direction: got {direction!r}, expected {' or '.join(ways)}")
+    column = None if shape is None else parsed_shape(shape)
+    chosen = rows.choose(backend, spec, column, None if direction is None else ways[direction])
+    return {
+        "grid": "table",
+        "peers": rows.peers_of([row for row, _ in chosen]),
+        "listed": lambda bench: rows.steps(bench, chosen),
+    }
 
 
 def _circumstances(name: str, device: str) -> Any:
