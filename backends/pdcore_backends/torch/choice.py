@@ -90,8 +90,8 @@ class Fused(Blocked):
         How many positions before and after its own a row sees; None without a window.
     whole : bool
         Whether L is not read, so that the call may be a `.fused.FusedCall`.
-    plain : bool
-        Whether `.fused.plain` computes the call.
+    direct : bool
+        Whether `.fused.direct` may compute the call.
     fold : OnePass or None
         The fold, if it is the only transform of the plan.
     """
@@ -101,7 +101,7 @@ class Fused(Blocked):
     causal: bool
     window: tuple[float, float] | None
     whole: bool
-    plain: bool
+    direct: bool
     fold: OnePass | None
 
 
@@ -132,7 +132,7 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
         causal=causal,
         window=window,
         whole=whole,
-        plain=whole and kind == "cpu" and _plain(plan, request),
+        direct=whole and kind == "cpu" and _direct(plan, request),
         fold=_one_pass(plan),
     )
     steps = [f"kernel: scaled_dot_product_attention ({_fused_kernels(request, kind)})"]
@@ -199,12 +199,18 @@ def _one_pass(plan: Plan) -> OnePass | None:
     return OnePass(step.of, step.beta, step.eps, step.split, step.closed)
 
 
-def _plain(plan: Plan, request: Request) -> bool:
-    """Check whether PyTorch's function computes the call from q, k and v as they are."""
+def _direct(plan: Plan, request: Request) -> bool:
+    """Check whether nothing but a fold without parameters comes before PyTorch's function."""
+    fold = _one_pass(plan)
+    if fold is None:
+        alone = not plan.transforms
+    else:
+        alone = fold.beta is not None and fold.of != "running"
     return (
-        not plan.transforms
+        alone
         and not plan.pools
-        and not plan.support.restricts
+        and not _window(plan)
+        and request.offset == "int"
         and request.mask is None
         and request.key_mask is None
         and request.bias is None

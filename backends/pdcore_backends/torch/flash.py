@@ -37,6 +37,8 @@ _forward = torch._scaled_dot_product_flash_attention_for_cpu
 pull_back_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 #: The least |d_out|^2 by which a cotangent of the log-sum-exp is divided.
 SHORTEST = 1e-20
+#: Scores below this do not overflow.
+OVERFLOW = 1e38
 #: Query rows of a block where gradients are computed without a fused kernel.
 ROWS = 256
 
@@ -137,15 +139,27 @@ def on_cpu(
     # A tensor of a subclass, such as a fake one, may have no values to read.
     if type(lse) is not Tensor or not lse.numel():
         return out, lse
-    size = lse.detach().abs()
-    least, most = size.aminmax()
-    if least.item() > 0 and most.item() <= score_contraction.ORDINARY:
+    ends = lse.aminmax()
+    least, most = ends[0].item(), ends[1].item()
+    if max(-least, most) <= score_contraction.ORDINARY and (
+        least > 0 or most < 0 or bool((lse != 0).all())
+    ):
         return out, lse
+    factor = max(1.0, abs(scale))
+    if factor * q.shape[-1] * _largest(q) * _largest(k) < OVERFLOW:
+        return out, lse
+    size = lse.abs()
     rows, keys = (x.detach().to(lse.dtype).abs() for x in (q, k))
     reach = keys.amax(-2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
-    bound = max(1.0, abs(scale)) * (rows @ reach.mT)[..., 0]
+    bound = factor * (rows @ reach.mT)[..., 0]
     lost = ((size == 0) | (size > score_contraction.ORDINARY)) & ~(bound < torch.inf)
     return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
+
+
+def _largest(x: Tensor) -> float:
+    """Return the largest absolute value, NaN where there is one."""
+    ends = x.detach().aminmax()
+    return max(-ends[0].item(), ends[1].item())
 
 
 def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,7 @@
 Shapes: q (B, H, G, N, D), with the G query heads of a key head on an axis; k (B, H, M, D);
 statistics (B, H, 1, D), (1, H, 1, D) over a batch, or (B, H, N, D) for prefixes.
 
-Sums over the sequence are matrix products with a row of ones, as PyTorch's own reductions along
-that axis took 10 to 100 times as long on the CPU.
+Masked sums over the sequence are matrix products with a row of ones for the real keys.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pdcore.extend import Moments, compiling, first_real, overflow_as_nan
+from pdcore.extend import Moments, compiling, first_real
 
 from . import device
 from . import namespace as xp
@@ -42,15 +41,15 @@ class _Sums(NamedTuple):
         1 / (var + eps), 0 where there are fewer than two keys.
     centred : Tensor
         k - c, c the mean as computed first.
-    rest : Tensor
-        mean - c, the rounding error of c.
+    rest : Tensor or None
+        mean - c, the rounding error of c; None where c is the mean.
     """
 
     n: Any
     mean: Tensor
     inverse: Tensor
     centred: Tensor
-    rest: Tensor
+    rest: Tensor | None
 
 
 def fold(
@@ -113,40 +112,51 @@ def row_of_ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
 
 def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums:
     wide = xp.accumulation(k)
-    k = k.to(wide)
-    one = row_of_ones(real, k, wide)
-    n: Any = k.shape[-2] if real is None else one.sum(-1, keepdim=True)
-
-    if over_batch:
-        n = n * k.shape[0] if real is None else n.sum(0, keepdim=True)
-    count = n if real is None else torch.where(n > 0, n, 1.0)
-    total = one @ k
-    mean = (total.sum(0, keepdim=True) if over_batch else total) / count
-    centred = k - mean
-    total = one @ centred
-    rest = (total.sum(0, keepdim=True) if over_batch else total) / count
-    total = one @ (centred * centred)
-    square = (total.sum(0, keepdim=True) if over_batch else total) / count
-    # square - rest^2 does not cancel, as `rest` is of the size of a rounding error.
-    inverse = _inverse(square - rest * rest, eps)
+    k = k if k.dtype == wide else k.to(wide)
     if real is not None:
-        inverse = torch.where(n > 1, inverse, 0.0)
-    elif n == 1:
-        inverse = torch.zeros_like(inverse)
+        return _masked_sums(k, real, eps, over_batch)
+    n = k.shape[-2] * (k.shape[0] if over_batch else 1)
+    if n == 1:
+        return _Sums(n, k, torch.zeros_like(k), k - k, None)
+    axes = (0, 2) if over_batch else 2
+    mean = k.mean(axes, keepdim=True)
+    centred = k - mean
+    var = (centred * centred).mean(axes, keepdim=True)
+    return _Sums(n, mean, _inverse(var, eps), centred, None)
+
+
+def _masked_sums(k: Tensor, real: Tensor, eps: float, over_batch: bool) -> _Sums:
+    one = row_of_ones(real, k, k.dtype)
+    n = one.sum(-1, keepdim=True)
+    n = n.sum(0, keepdim=True) if over_batch else n
+    count = torch.where(n > 0, n, 1.0)
+
+    def averaged(x: Tensor) -> Tensor:
+        total = one @ x
+        return (total.sum(0, keepdim=True) if over_batch else total) / count
+
+    mean = averaged(k)
+    centred = k - mean
+    rest = averaged(centred)
+    # The difference does not cancel, as `rest` is of the size of a rounding error.
+    var = averaged(centred * centred) - rest * rest
+    inverse = torch.where(n > 1, _inverse(var, eps), 0.0)
     return _Sums(n, mean + rest, inverse, centred, rest)
 
 
 def _inverse(var: Tensor, eps: float) -> Tensor:
     """Return 1 / (var + eps); NaN, not 0, for a variance beyond the range of its dtype."""
-    return 1.0 / (overflow_as_nan(var, xp) + eps)
+    return torch.add((var + eps).reciprocal_(), var, alpha=0.0)  # 0 times infinity is NaN
 
 
 def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]:
     factor = s.inverse.sqrt() if split else s.inverse
-    shift = -beta * s.mean * factor
+    shift = s.mean * factor * -beta
     wide = q if q.dtype == factor.dtype else q.to(factor.dtype)
     folded = torch.addcmul(shift[:, :, None], wide, factor[:, :, None])
     keys = s.centred * factor if split else s.centred
+    if folded.dtype == q.dtype:
+        return folded, keys
     return folded.to(q.dtype), keys.to(q.dtype)
 
 
@@ -224,7 +234,8 @@ def _pull_back(
     d_mean = -beta * moved
     count = s.n if not isinstance(s.n, Tensor) else torch.where(s.n > 0, s.n, 1.0)
     steep = 2.0 / count * d_var
-    more = torch.addcmul(d_mean / count - steep * s.rest, steep, s.centred)
+    level = d_mean / count if s.rest is None else d_mean / count - steep * s.rest
+    more = torch.addcmul(level, steep, s.centred)
     if real is not None:
         more = more * real[:, :, :, None]
     d_beta = beta_cotangent(-s.mean * moved, beta) if isinstance(beta, Tensor) else None

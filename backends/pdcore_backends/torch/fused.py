@@ -30,12 +30,73 @@ from .fold import fold, fold_prefix, fold_running
 from .recentre import mean_of_keys, prefix_means, recentred
 from .windows import Window, attend_in_window
 
-__all__ = ["FusedCall", "FusedRun", "fused_inputs", "fused_out", "fused_scores", "plain"]
+__all__ = ["FusedCall", "FusedRun", "direct", "fused_inputs", "fused_out", "fused_scores"]
 
 
-def plain(c: Scores, inputs: Inputs) -> Tensor:
-    """Run a call without transforms, pooling, masks and gradients by one call of PyTorch."""
-    return on_cpu(inputs.q, inputs.k, inputs.v, None, c.scale, False)[0]
+def direct(c: Scores, inputs: Inputs) -> Tensor | None:
+    """Run a call without pooling, masks and parameters by a fold and one call of PyTorch.
+
+    These are the steps of `FusedRun`, without the objects that other calls need: a small call takes
+    as long for them as for the rest.
+
+    Returns
+    -------
+    Tensor or None
+        None for causal rows or prefix statistics at another offset than 0.
+    """
+    q, k, v = inputs[:3]
+    choice, step = c.choice, c.choice.fold
+    if (choice.causal or (step is not None and step.of == "prefix")) and inputs.offset != 0:
+        return None
+    if step is not None:
+        groups = q.shape[1] // k.shape[1]
+        q = q[:, :, None] if groups == 1 else q.unflatten(1, (-1, groups))
+        q, k, _ = folded(step, q, k, None, {}, 0)
+        q = q.flatten(1, 2)
+        dtype = getattr(torch, choice.narrow)
+        if q.dtype != dtype or v.dtype != dtype:
+            q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
+    if recorded(q, k, v):
+        return attend(q, k, v, scale=c.scale, causal=choice.causal)
+    return on_cpu(q, k, v, None, c.scale, choice.causal)[0]
+
+
+def folded(
+    step: Any, q: Tensor, k: Tensor, real: Tensor | None, params: Any, offset: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute the statistics of the keys and fold them, see `.fold` and `.recentre`.
+
+    Returns
+    -------
+    q', k' : Tensor
+    alive : bool Tensor (B, 1, N), or None
+        Whether a row's prefix has a real key; None where every row has one.
+    """
+    alive = None
+    beta = params["beta"] if step.beta is None else step.beta
+    if step.eps is None:
+        mean, alive = _means(step.of, q, k, real, params, offset)
+        q, k = recentred(q, k, real, mean, beta, of=step.of)
+    elif step.of == "running":
+        mean, var = params["mean"], params["var"]
+        q, k = fold_running(q, k, mean, var, beta, eps=step.eps, split=step.split)
+    elif step.of == "prefix":
+        q, k, alive = fold_prefix(q, k, real, beta, offset, eps=step.eps, closed=step.closed)
+    else:
+        over_batch = step.of == "batch"
+        q, k = fold(q, k, real, beta, eps=step.eps, split=step.split, over_batch=over_batch)
+    return q, k, alive
+
+
+def _means(
+    of: str, q: Tensor, k: Tensor, real: Tensor | None, params: Any, offset: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the mean that each row subtracts and, of a prefix, whether a row has one."""
+    if of == "running":
+        return params["mean"].to(xp.accumulation(k)), None
+    if of == "prefix":
+        return prefix_means(k, real, offset, q.shape[-2])
+    return mean_of_keys(k, real, over_batch=of == "batch"), None
 
 
 def fused_inputs(plan: Plan, inputs: Inputs) -> Inputs | None:
@@ -107,32 +168,11 @@ class FusedRun(GroupRun):
         if step is None:
             super().transform()
             return
-        q, k, real = self.q, self.k, self.key_mask
-        beta = self.params["beta"] if step.beta is None else step.beta
-        if step.eps is None:
-            q, k = recentred(q, k, real, self._means(step.of), beta, of=step.of)
-        elif step.of == "running":
-            mean, var = self.params["mean"], self.params["var"]
-            q, k = fold_running(q, k, mean, var, beta, eps=step.eps, split=step.split)
-        elif step.of == "prefix":
-            q, k, alive = fold_prefix(
-                q, k, real, beta, self.call.offset, eps=step.eps, closed=step.closed
-            )
-            self.alive = None if alive is None else alive[:, :, None]
-        else:
-            over_batch = step.of == "batch"
-            q, k = fold(q, k, real, beta, eps=step.eps, split=step.split, over_batch=over_batch)
+        real, offset = self.key_mask, self.call.offset
+        q, k, alive = folded(step, self.q, self.k, real, self.params, offset)
+        if alive is not None:
+            self.alive = alive[:, :, None]
         self.operands = self.operands_of(q, k, self.v)
-
-    def _means(self, of: str) -> Tensor:
-        """Return the mean that each row subtracts; of a prefix, set which rows have one."""
-        if of == "running":
-            return self.params["mean"].to(xp.accumulation(self.k))
-        if of == "prefix":
-            mean, alive = prefix_means(self.k, self.key_mask, self.call.offset, self.q.shape[-2])
-            self.alive = None if alive is None else alive[:, :, None]
-            return mean
-        return mean_of_keys(self.k, self.key_mask, over_batch=of == "batch")
 
 
 def _window_means(x: Tensor, scale: int) -> Tensor:

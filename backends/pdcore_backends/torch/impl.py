@@ -29,9 +29,9 @@ from . import INFO, namespace
 from .blocked import blocked_scores, dropout
 from .choice import Flexed, Fused, chosen
 from .features import chosen_features, features
-from .flash import recorded, transformed
+from .flash import transformed
 from .flex import flex_scores
-from .fused import FusedCall, FusedRun, fused_inputs, fused_out, fused_scores, plain
+from .fused import FusedCall, FusedRun, direct, fused_inputs, fused_out, fused_scores
 from .operators import BLOCKS
 from .packed import compiled_segments, segments_attention
 from .torchscript import with_fixed_lengths
@@ -88,13 +88,13 @@ class TorchBackend(ArrayBackend):
             return out, level if lse else None
         c: Any = plan.contraction
         whole = isinstance(c.choice, Fused) and c.choice.whole and not (lse or transformed())
-        if whole and c.choice.plain:
+        if whole and c.choice.direct and not (compiling() or torch.is_autocast_enabled("cpu")):
             q, k, v = inputs[:3]
-            eager = not (compiling() or torch.is_autocast_enabled("cpu"))
-            packed = q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-            if eager and packed and not recorded(q, k, v):
+            if q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
                 _check_precision(q)
-                return plain(c, inputs), None
+                out = direct(c, inputs)
+                if out is not None:
+                    return out, None
         inputs = constants_held(plan, with_fixed_lengths(plan, inputs), torch.Tensor.detach)
         with _without_autocast(inputs.q):
             prepared = fused_inputs(plan, inputs) if whole else None

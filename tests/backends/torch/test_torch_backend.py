@@ -21,7 +21,7 @@ from torch_cases import draw, relative
 import pdcore
 from pdcore.reference import reference_attention
 from pdcore.spec import HeadScaling, Moments, Support
-from pdcore_backends.torch import blocked, flash, fused
+from pdcore_backends.torch import blocked, flash
 
 FUSED = "scaled_dot_product_attention (flash)"
 OWN = "blocks of our own"
@@ -218,11 +218,11 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_stays_16_bit(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    attend = fused.attend
+    kernel = flash._forward
     monkeypatch.setattr(
-        fused,
-        "attend",
-        lambda q, k, v, *a, **n: (seen.append(k.dtype), attend(q, k, v, *a, **n))[1],
+        flash,
+        "_forward",
+        lambda q, k, v, *a, **n: (seen.append(k.dtype), kernel(q, k, v, *a, **n))[1],
     )
     x = draw(1, 2, 6, 4, dtype=dtype)
     pdcore.attention(*x, "bn")

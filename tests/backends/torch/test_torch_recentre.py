@@ -17,7 +17,7 @@ from recentre_laws import (  # noqa: F401 - collected here too
 from torch_cases import draw
 
 import pdcore
-from pdcore_backends.torch import fused
+from pdcore_backends.torch import flash
 
 PREFIX = "causal+bn(statistics=prefix,with_std=false)"
 
@@ -31,11 +31,11 @@ def kernels_keys(monkeypatch: pytest.MonkeyPatch, q: Any, k: Any, v: Any, spec: 
     """Return the keys that PyTorch's kernel reads in a call without the log-sum-exp."""
     seen = []
 
-    def attend(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
+    def forward(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> Any:
         seen.append(k)
-        return q[..., : v.shape[-1]]
+        return v[:, :, :1].expand(q.shape), torch.ones(q.shape[:-1])
 
-    monkeypatch.setattr(fused, "attend", attend)
+    monkeypatch.setattr(flash, "_forward", forward)
     pdcore.attention(q, k, v, spec)
     [keys] = seen
     return keys
