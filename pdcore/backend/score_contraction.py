@@ -123,7 +123,7 @@ def with_overflow(c: Scores, total: Any, peak: Any, q: Any, reach: Any, *, xp: A
     xp : namespace
         The array-API namespace.
     """
-    bound = xp.sum(xp.abs(constant(q, xp)) * reach, axis=-1, keepdims=True)
+    bound = xp.matmul(xp.abs(constant(q, xp)), xp.matrix_transpose(reach))
     bound = max(1.0, abs(c.scale)) * bound  # the scale may come before the product or after it
     lost = ~(bound < math.inf)
     if c.expression is None:

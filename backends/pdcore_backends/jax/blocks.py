@@ -23,7 +23,6 @@ __all__ = [
     "Arrays",
     "StaticCall",
     "BlockSizes",
-    "flat",
     "over_heads",
     "over_keys",
     "over_rows",
@@ -45,10 +44,9 @@ _BROADCAST = ("bias", "mask")
 _BLOCK = 1 << 21
 _KEY_BLOCK = 4096
 _ROW_BLOCK = 1024
-#: Weights that a derivative may keep, 16 MiB in float32, and so does not compute again.
-_KEPT = 1 << 22
-#: Heads with at most this many scores run as one batch, not one after the other.
-_SMALL = 1 << 15
+#: Scores of the heads that run as one batch, 1 MiB in float32: what all steps of a small batch
+#: write stays in the caches, and its memory is not mapped anew in every call.
+_BATCH = 1 << 18
 #: Causal rows run in at most _BANDS bands, each with the keys that its last row sees; XLA compiles
 #: each band separately. With more than _BANDED_KEYS keys, or more than one block of keys, one
 #: program for all rows skips the blocks of keys that no row sees.
@@ -62,18 +60,15 @@ class BlockSizes(NamedTuple):
 
     Attributes
     ----------
-    mapped : bool
-        Whether key heads run one after the other; otherwise they are an axis of every array.
+    heads : int or None
+        The key heads of a batch, batches run one after the other; None for all heads at once.
     rows, keys : int
         The most rows and keys of a block.
-    kept : bool
-        Whether a derivative may keep all weights, which form one block.
     """
 
-    mapped: bool
+    heads: int | None
     rows: int
     keys: int
-    kept: bool = False
 
 
 def sizes(
@@ -81,9 +76,9 @@ def sizes(
 ) -> BlockSizes:
     """Choose the sizes of the blocks by shape.
 
-    Matrix products of XLA on a CPU are fast if they are large, so large heads run one after the
-    other, and many small heads as one batch. Heads that may be on several devices always run as
-    one batch, and so do heads on a GPU, where that is fast.
+    Matrix products of XLA on a CPU are fast if they are large and if they stay in its caches, so
+    large heads run one after the other, and small heads in batches. Heads that may be on several
+    devices always run as one batch, and so do heads on a GPU, where that is fast.
 
     Parameters
     ----------
@@ -96,16 +91,12 @@ def sizes(
     restricts : bool
         Whether rows do not see all keys by their positions.
     """
-    scores = heads * group * rows * keys
-    if group * rows * keys <= _SMALL and scores <= 8 * _BLOCK:
-        return BlockSizes(False, max(rows, 1), max(keys, 1), scores <= _KEPT)
-    mapped = turns and heads > 1
+    batch = max(1, _BATCH // max(1, group * rows * keys)) if turns and heads > 1 else None
     key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
     if restricts and keys > _BANDED_KEYS:
         key_block = _SKIPPED_KEYS
-    at_once = group * (1 if mapped else heads)
-    fit = max(16, _BLOCK // (at_once * key_block))
-    return BlockSizes(mapped, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
+    fit = max(16, _BLOCK // (group * (batch or heads) * key_block))
+    return BlockSizes(batch, min(max(rows, 1), fit, _ROW_BLOCK), key_block)
 
 
 @dataclass(frozen=True)
@@ -152,11 +143,14 @@ def ungrouped(arrays: Arrays) -> Arrays:
 
 
 def over_heads(call: StaticCall, body: Callable[[Arrays], Arrays], arrays: Arrays) -> Arrays:
-    """Run `body` for one key head at a time.
+    """Run `body`, a function of the arrays of one key head, on batches of key heads.
 
     An array without an axis of heads, or that is broadcast along some of several leading axes, is
     indexed for each head; a copy for every head could be as large as all scores.
     """
+    size = call.sizes.heads
+    if size is None:
+        return body(arrays)
     lead = arrays["k"].shape[:-2]
     count = math.prod(lead)
     turns: Arrays = {}
@@ -182,20 +176,9 @@ def over_heads(call: StaticCall, body: Callable[[Arrays], Arrays], arrays: Array
             cut = {**cut, name: lax.dynamic_index_in_dim(x, place, keepdims=False)}
         return body(cut)
 
-    results = lax.map(turn, (jnp.arange(count), turns))
+    batch_size = None if size == 1 else size
+    results = lax.map(turn, (jnp.arange(count), turns), batch_size=batch_size)
     return {name: jnp.reshape(x, (*lead, *x.shape[1:])) for name, x in results.items()}
-
-
-def flat(arrays: Arrays) -> Arrays:
-    """Return all arrays with one leading axis; unchanged if one is partly broadcast."""
-    lead = arrays["k"].shape[:-2]
-    flattened = {}
-    for name, x in arrays.items():
-        leading = x.shape[: x.ndim - _axes(name, arrays)]
-        if leading != lead and math.prod(leading) != 1:
-            return arrays
-        flattened[name] = jnp.reshape(x, (math.prod(leading), *x.shape[len(leading) :]))
-    return flattened
 
 
 def _axes(name: str, arrays: Arrays) -> int:

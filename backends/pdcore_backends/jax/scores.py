@@ -2,9 +2,8 @@
 
 The derivative is written as a tangent, d_out = sum_j p_j (dl_j v_j + dv_j) - out sum_j p_j dl_j
 with p_j = exp(l_j - L), which recomputes p by blocks. JAX transposes the tangent for reverse mode;
-`jax.checkpoint` on every block keeps its memory at O(N + M). Small heads, whose weights are one
-block, keep the weights instead. Because p is computed from the primal inputs and from L, and L has
-a tangent too, derivatives of any order, `vmap` and `jvp` follow.
+`jax.checkpoint` on every block keeps its memory at O(N + M). Because p is computed from the primal
+inputs and from L, and L has a tangent too, derivatives of any order, `vmap` and `jvp` follow.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from pdcore.extend import (
     shifted_features,
 )
 
-from .blocks import Arrays, StaticCall, flat, over_heads, over_keys, over_rows, sizes, ungrouped
+from .blocks import Arrays, StaticCall, over_heads, over_keys, over_rows, sizes, ungrouped
 from .namespace import NAMESPACE as xp
 from .namespace import in_full
 from .products import (
@@ -83,9 +82,7 @@ def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     if not (o.q.size and o.k.size and o.v.shape[-1]):
         return score_contraction.scores(c, o, xp=xp)
     call, arrays = prepared(c, o, turns=turns)
-    plain = c.weight == "log" and c.expression is None
-    contracted = _contract_kept if plain and call.sizes.kept else contract
-    out, level = contracted(call, arrays)
+    out, level = contract(call, arrays)
     return jnp.reshape(out, (*o.q.shape[:-1], -1)), jnp.reshape(level, o.q.shape[:-1])
 
 
@@ -117,9 +114,6 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
         seen.offset if seen.static else None,
         sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=seen.support.restricts),
     )
-    if turns and not call.sizes.mapped:
-        # XLA multiplies many small matrices several times as fast with one axis of heads.
-        arrays = flat(arrays)
     return call, arrays
 
 
@@ -130,25 +124,8 @@ def contract(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
     def rows(block: Arrays) -> Arrays:
         return over_rows(call, partial(_forward, call), block)
 
-    results = over_heads(call, rows, arrays) if call.sizes.mapped else rows(arrays)
+    results = over_heads(call, rows, arrays)
     return results["out"], results["level"]
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _contract_kept(call: StaticCall, arrays: Arrays) -> tuple[Any, Any]:
-    """Contract heads that are small enough that a derivative may keep all weights."""
-    result: tuple[Any, Any] = contract(call, arrays)
-    return result
-
-
-@partial(_contract_kept.defjvp, symbolic_zeros=False)
-@in_full()
-def _contract_kept_jvp(call: StaticCall, primals: tuple[Arrays], tangents: tuple[Arrays]) -> Any:
-    def run(arrays: Arrays) -> tuple[Any, Any]:
-        results = over_rows(call, partial(_forward, call, derived=True), arrays)
-        return results["out"], results["level"]
-
-    return jax.jvp(run, primals, tangents)
 
 
 class _WeightedSums(NamedTuple):
@@ -159,17 +136,15 @@ class _WeightedSums(NamedTuple):
     peak: Any
 
 
-def _forward(
-    call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool, *, derived: bool = False
-) -> Arrays:
-    """Contract a block of rows with its visible keys; `derived`: JAX differentiates this code."""
+def _forward(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bool) -> Arrays:
+    """Contract a block of rows with its visible keys."""
     c, arrays = _scaled(call.contraction, arrays)
 
     def body(cut: Arrays, seen: Visibility) -> _WeightedSums:
         o = block_operands(cut, seen, whole)
         if c.weight == "log":
             logits = block_logits(c, rows_by_keys(o.q, o.k), o)
-            peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+            peak = jnp.max(logits, axis=-1, keepdims=True)
             # Without the barrier XLA computes exp twice, for the sum and for the product.
             p = lax.optimization_barrier(jnp.exp(logits - _base(peak)))
         else:
@@ -193,14 +168,10 @@ def _forward(
         reach = jnp.max(jnp.abs(arrays["k"]), axis=-2, keepdims=True)
         if arrays["q"].ndim > reach.ndim:
             reach = reach[..., None, :, :]
-        total = score_contraction.with_overflow(
-            c, sums.total, sums.peak, arrays["q"], lax.stop_gradient(reach), xp=xp
-        )
-        sums = sums._replace(total=total)
-    if c.weight == "log" and not derived:
+        total = score_contraction.with_overflow(c, sums.total, sums.peak, arrays["q"], reach, xp=xp)
         # The total is 0 if no key is visible, otherwise at least 1.
-        total = jnp.maximum(sums.total, jnp.finfo(sums.total.dtype).tiny)
-        level = jnp.log(sums.total) + _base(sums.peak)
+        level = jnp.log(total) + _base(sums.peak)
+        total = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
         return {"out": sums.values / total, "level": level[..., 0]}
     out, level = divide(sums.values, sums.total, finite(sums.peak, xp), xp=xp)
     return {"out": out, "level": level}
@@ -286,7 +257,7 @@ def _tangents(call: StaticCall, arrays: Arrays, moved: Arrays) -> Arrays:
         return over_rows(call, block, part)
 
     both = {**arrays, **moved}
-    if not call.sizes.mapped:
+    if call.sizes.heads is None:
         return rows(both)
     return over_heads(call, partial(checkpointed, rows), both)
 
