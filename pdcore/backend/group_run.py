@@ -235,11 +235,15 @@ def _at_rows(
     final: Arrays, visibility: Visibility, shape: tuple[int, ...], xp: Any
 ) -> dict[str, Any]:
     """Return the prefix state of each query row, (*B, H, G N, D)."""
-    counts = visibility.prefix_counts(0, visibility.rows)
+    rows = visibility.rows
+    counts = visibility.prefix_counts(0, rows)
+    first, last = visibility.first_prefix(0), visibility.first_prefix(rows - 1)
     lead = (*shape[:-3], shape[-3] * shape[-2])
     state = {}
     for name, value in final.items():
-        if visibility.static:
+        if first is not None and last == first + rows - 1:  # counts grow by at most one a row
+            picked = value[..., first : first + rows, :]
+        elif visibility.static:
             picked = xp.take(value, counts[:, 0], axis=-2)
         else:
             index = xp.broadcast_to(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +11,21 @@ import numpy as np
 from pdcore.extend import (
     FeatureRows,
     Features,
+    Fold,
+    Mean,
+    Moments,
     Operands,
     Plan,
+    Recentre,
     Request,
     ScaledRows,
     Scores,
     SilentBackend,
+    Summary,
 )
 
-from . import INFO, features, scores, threads
+from . import INFO, features, prefix, scores, threads
+from .by_heads import ByHeads
 
 __all__ = ["NumpyBackend"]
 
@@ -32,7 +39,15 @@ class NumpyBackend(SilentBackend):
     info = INFO
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
-        """Let the contraction apply phi: allocating phi(q) and phi(k) costs more than phi."""
+        """Choose parts of heads for Attention-BN, and a contraction that applies phi.
+
+        Allocating phi(q) and phi(k) costs more than phi.
+        """
+        steps = (
+            replace(t, choice=ByHeads(t)) if isinstance(t, Fold | Recentre) else t
+            for t in plan.transforms
+        )
+        plan = replace(plan, transforms=tuple(steps))
         c = plan.contraction
         if not isinstance(c, Features) or c.kernel.parameters():
             return plan
@@ -40,6 +55,14 @@ class NumpyBackend(SilentBackend):
         own = FeatureRows | ScaledRows if plan.normaliser == "sum" else FeatureRows
         kept = tuple(t for t in plan.transforms if not isinstance(t, own))
         return replace(plan, transforms=kept, contraction=replace(c, raw=True))
+
+    def statistics(self, summary: Summary, keys: Any, mask: Any) -> Mapping[str, Any]:
+        """Compute the statistics of keys; moments of prefixes by `.prefix`."""
+        stats = summary.statistics
+        if summary.scope != "prefix" or type(stats) not in (Mean, Moments) or not keys.size:
+            return super().statistics(summary, keys, mask)
+        origin = self.first_key(keys, None if mask is None else mask[..., 0])
+        return prefix.prefix_moments(stats, keys, mask, origin)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores in tiles, or by `ArrayBackend` with terms of positions."""
