@@ -134,6 +134,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         offset: Any = None,
         state: Any = None,
         segments: Any = None,
+        labels: Any = None,
     ) -> Any:
         """Attend from `query` to `key_` and `value`.
 
@@ -163,6 +164,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         segments : integer array (N,), or a pair, (N,) and (M,), optional
             Ids of the packed sequences of queries and keys, negative for padding, as in
             `pdcore.attention`.
+        labels : integer array (N,), or a pair, (N,) and (M,), optional
+            The labels of queries and keys, for a spec such as ``labels(4)``.
 
         Returns
         -------
@@ -219,6 +222,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             key_mask=key_mask,
             offset=self._offset(offset, query.shape[0], key_.shape[0]),
             segments=segments,
+            labels=labels,
             params=params,
             layout="bnhd",
         )

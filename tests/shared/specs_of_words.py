@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from pdcore.extend import parse
 from pdcore.plugins import list_words
 
@@ -35,6 +39,8 @@ SPECS = (
     "causal",
     "sparse(2,2)",
     "alibi",
+    "relative(2)",
+    "labels(3)",
 )
 
 
@@ -44,6 +50,11 @@ def needs_arrays(spec: str) -> bool:
     A default that depends on the heads alone, as the slopes of ``alibi``, needs no place.
     """
     return any(not callable(p.default) for p in parse(spec).parameters())
+
+
+def labels_of(spec: str, asarray: Any, shape: tuple[int, ...]) -> Any:
+    """Return the labels that a call of a spec needs, all 0, or None."""
+    return asarray(np.zeros(shape, int)) if parse(spec).by_label else None
 
 
 def missing_words() -> set[str]:

@@ -77,16 +77,18 @@ def attention_fn(
 
 
 class PackedMask(NamedTuple):
-    """The ids of packed sequences, in place of the `mask` of a layer of Flax.
+    """Ids of packed sequences, and labels, in place of the `mask` of a layer of Flax.
 
     The layers pass on nothing but a mask, which this is for `attention_fn` and `SpecAttention`.
 
     Attributes
     ----------
-    segments : integer array (*B, N), or a pair, (*B, N) and (*B, M)
+    segments : integer array (*B, N), or a pair, (*B, N) and (*B, M), optional
         As in `pdcore.attention`: ids of the segments of queries and keys, negative for padding.
     mask : array broadcastable to (*B, H, N, M), optional
         The mask within the segments.
+    labels : integer array (*B, N), or a pair, (*B, N) and (*B, M), optional
+        As in `pdcore.attention`: the labels of queries and keys.
 
     Examples
     --------
@@ -98,8 +100,9 @@ class PackedMask(NamedTuple):
     (1, 10, 16)
     """
 
-    segments: Any
+    segments: Any = None
     mask: Any = None
+    labels: Any = None
 
 
 class _Keys(NamedTuple):
@@ -171,6 +174,7 @@ class Attention:
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
         segments: Any = None,
+        labels: Any = None,
         kept: Any = None,
     ) -> Any:
         """Attend, as `flax.nnx.dot_product_attention` and `flax.linen.dot_product_attention` do.
@@ -208,6 +212,8 @@ class Attention:
         segments : integer array (*B, N), or a pair, (*B, N) and (*B, M), optional
             Ids of the packed sequences of queries and keys, negative for padding, as in
             `pdcore.attention`.
+        labels : integer array (*B, N), or a pair, (*B, N) and (*B, M), optional
+            The labels of queries and keys, for a spec such as ``labels(4)``.
         kept : KeptArrays, optional
             The arrays of the layer that the spec takes, and what the call's keys update.
 
@@ -251,12 +257,15 @@ class Attention:
                 raise UnsupportedError(f"is_causal: {self._bound.causal_refusal}")
             attend = self._bound.causal
         if isinstance(mask, PackedMask):
-            if segments is not None:
-                raise TypeError("mask: got a PackedMask beside segments=, expected one of the two")
-            segments, mask = mask
+            for name, x in (("segments", segments), ("labels", labels)):
+                if x is not None:
+                    raise TypeError(
+                        f"mask: got a PackedMask beside {name}=, expected one of the two"
+                    )
+            segments, mask, labels = mask
         keys = self._keys(q, k, mask, bias, is_causal, segments)
         masks = {"mask": keys.mask, "key_mask": keys.key_mask, "bias": bias, "offset": keys.offset}
-        masks["segments"] = segments
+        masks |= {"segments": segments, "labels": labels}
         params = {} if kept is None else kept.params(attend.spec, q.dtype)
         if module is not None:
             _sow(module, attend.weights(Inputs(q, k, v, **masks, params=params), "bnhd"))

@@ -188,8 +188,9 @@ class LinenSpecAttention(linen.Module):  # type: ignore[misc]
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
         segments: Any = None,
+        labels: Any = None,
     ) -> Any:
-        """Attend, with the arguments of `flax.linen.dot_product_attention` and `segments`."""
+        """Attend, with the arguments of `flax.linen.dot_product_attention`, segments and labels."""
         bound = BoundSpec(self.spec, self.backend)
         check_running(bound.spec, self.momentum, axis_name=self.axis_name)
         variables: dict[str, Any] = {}
@@ -225,5 +226,6 @@ class LinenSpecAttention(linen.Module):  # type: ignore[misc]
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
             segments=segments,
+            labels=labels,
             kept=kept,
         )

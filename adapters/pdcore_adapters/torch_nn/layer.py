@@ -41,8 +41,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
         ``sh(half=2)``. A spec with arrays adds them to the state dict: ``bn(beta=param)`` a
         parameter ``spec_beta`` (num_heads,), which starts at 1, ``h(sum,sink=param)`` one
-        ``spec_sink`` (num_heads,), which starts at 0, ``bn(statistics=running)`` the buffers
-        ``running_mean``, ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``,
+        ``spec_sink`` (num_heads,), and ``relative`` and ``labels`` their tables
+        ``spec_relative`` and ``spec_influence``, which start at 0, ``bn(statistics=running)`` the
+        buffers ``running_mean``, ``running_var`` (num_heads, head_dim) and ``num_batches_tracked``,
         ``alibi`` a buffer ``slopes`` (num_heads,) of its default slopes.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
@@ -166,6 +167,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         average_attn_weights: bool = True,
         is_causal: bool = False,
         segments: Any = None,
+        labels: Any = None,
         **unknown: Never,
     ) -> tuple[Any, Any]:
         """Attend from `query` to `key` and `value`.
@@ -193,6 +195,8 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         segments : Tensor (B, N), or (N,) unbatched, or a pair, (B, N) and (B, M), optional
             Ids of the packed sequences of queries and keys, negative for padding, as in
             `pdcore.attention`.
+        labels : Tensor (B, N), or (N,) unbatched, or a pair, (B, N) and (B, M), optional
+            The labels of queries and keys, for a spec such as ``labels(4)``.
 
         Returns
         -------
@@ -211,7 +215,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         """
         if isinstance(query, fx.Proxy):
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-            masks["segments"] = segments
+            masks |= {"segments": segments, "labels": labels}
             flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
             leaf: tuple[Any, Any] = _as_leaf(
                 self, query, key, value, **masks, **flags, is_causal=is_causal
@@ -237,7 +241,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                 attn_mask = None
         mask, key_mask, bias = self._masks(attn_mask, key_padding_mask, q, k)
         call = {"mask": mask, "key_mask": key_mask, "bias": bias}
-        call["segments"] = segments if batched else with_batch(segments)
+        call["segments"], call["labels"] = (
+            x if batched else with_batch(x) for x in (segments, labels)
+        )
         call["params"] = arrays_of(self, attend.spec)
         p = self.dropout if self.training else 0.0
         out = attend(q, k, v, **call, dropout=p, layout="bnhd")

@@ -43,12 +43,11 @@ def check_hides_only(mask: Any, name: str, reason: str) -> None:
     )
 
 
-def with_batch(segments: Any) -> Any:
-    """Return the ids of an unbatched call with an axis of one sequence."""
-    if segments is None:
+def with_batch(x: Any) -> Any:
+    """Return the ids or labels of an unbatched call with an axis of one sequence."""
+    if x is None:
         return None
-    pair = isinstance(segments, tuple | list)
-    return tuple(ids[None] for ids in segments) if pair else segments[None]
+    return tuple(part[None] for part in x) if isinstance(x, tuple | list) else x[None]
 
 
 def require(condition: Any, message: str) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from specs_of_words import SPECS
+from specs_of_words import SPECS, labels_of
 
 import pdcore
 from pdcore_adapters.equinox import PDMultiheadAttention, convert
@@ -133,12 +133,13 @@ def test_a_state_is_where_the_spec_needs_it() -> None:
 def test_every_word_runs_in_a_layer(spec: str) -> None:
     layer, state = layer_of(spec)
     options = {} if layer.running is None else {"state": state}
+    options["labels"] = labels_of(spec, jnp.asarray, (N,))
     for inference in (True, False):
         result = eqx.filter_eval_shape(
             lambda x, inference=inference: layer(x, x, x, **options, inference=inference),
             jnp.ones((N, E)),
         )
-        assert (result[0] if options else result).shape == (N, E)
+        assert (result[0] if layer.running is not None else result).shape == (N, E)
 
 
 def test_the_slopes_of_alibi_are_kept_and_have_no_gradient() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from jax import numpy as jnp
-from specs_of_words import SPECS, needs_arrays
+from specs_of_words import SPECS, labels_of, needs_arrays
 
 import pdcore
-from pdcore_adapters.flax import LinenSpecAttention, SpecAttention, attention_fn
+from pdcore_adapters.flax import LinenSpecAttention, PackedMask, SpecAttention, attention_fn
 
 B, N, E, H = 3, 6, 12, 4
 D = E // H
@@ -112,7 +112,10 @@ def test_every_word_runs_in_a_module_or_a_function(spec: str) -> None:
     x = jnp.ones((B, N, E))
     for training in (True, False):
         layer = layer_of(spec, use_running_average=not training)
-        assert nnx.eval_shape(lambda layer, x: layer(x), layer, x).shape == x.shape
+        labels = labels_of(spec, jnp.asarray, (B, N))
+        mask = None if labels is None else PackedMask(labels=labels)
+        shape = nnx.eval_shape(lambda layer, x, mask=mask: layer(x, mask=mask), layer, x).shape
+        assert shape == x.shape
     if needs_arrays(spec):
         with pytest.raises(pdcore.UnsupportedError, match="use SpecAttention, or LinenSpec"):
             attention_fn(spec)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from specs_of_words import SPECS
+from specs_of_words import SPECS, labels_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -374,12 +374,16 @@ def test_a_parameter_without_a_start_is_refused() -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_word_runs_in_a_layer(spec: str) -> None:
     layer, x = layer_of(spec), drawn(B, 6, E)
-    run(layer, x).sum().backward()
+    labels = labels_of(spec, torch.from_numpy, (B, 6))
+    run(layer, x, labels=labels).sum().backward()
     layer.eval()
     q, k, v = (y.transpose(1, 2) for y in layer._project(x, x, x, True))
     params = kept_state.arrays_of(layer, layer.spec)
-    out = reference_attention(q, k, v, spec, params=params).transpose(1, 2).flatten(-2)
-    torch.testing.assert_close(run(layer, x), layer.out_proj(out), rtol=1e-9, atol=1e-10)
+    out = reference_attention(q, k, v, spec, params=params, labels=labels)
+    out = out.transpose(1, 2).flatten(-2)
+    torch.testing.assert_close(
+        run(layer, x, labels=labels), layer.out_proj(out), rtol=1e-9, atol=1e-10
+    )
 
 
 def test_convert_adds_and_removes_what_a_spec_needs() -> None:
