@@ -100,6 +100,9 @@ from .plugins import (
 )
 from .reference import reference_attention
 from .spec import (
+    DISTANCE,
+    KEY_LABEL,
+    QUERY_LABEL,
     AttentionSpec,
     Batch,
     Conv1d,
@@ -147,6 +150,9 @@ from .spec import (
 )
 
 __all__ = [
+    "DISTANCE",
+    "KEY_LABEL",
+    "QUERY_LABEL",
     # declare
     "SPEC_VERSION",
     "FEATURES",

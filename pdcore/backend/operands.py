@@ -47,6 +47,11 @@ class Operands(NamedTuple):
     fold: Any = None
     level: bool = True
 
+    @property
+    def by_query_head(self) -> bool:
+        """Whether the query heads of a key head have scalars or tables of their own."""
+        return any(x.shape[-3] != 1 for x in self.values.values())
+
 
 class Contracted(NamedTuple):
     """The results of the contractions of a plan's head groups.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..errors import UnsupportedError
+
 if TYPE_CHECKING:
     from .expression import Expression
 
@@ -47,6 +49,8 @@ def cuda_source(e: Expression, suffix: str) -> str:
             return infinity if value > 0 else f"(-{infinity})"
         text = f"{value!r}{suffix}"
         return f"({text})" if value < 0 else text
+    if e.op == "entry":
+        raise UnsupportedError(f"{e}: entries of tables have no CUDA text yet")
     args = [cuda_source(a, suffix) for a in e.args]
     if e.op == "where":
         return f"({args[0]} ? {args[1]} : {args[2]})"

@@ -66,7 +66,7 @@ class NumpyBackend(SilentBackend):
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
         """Contract by scores in tiles, or by `ArrayBackend` with terms of positions."""
-        generic = c.weight == "log_features" or c.places
+        generic = c.weight == "log_features" or bool(c.places) or o.by_query_head
         return super().scores(c, o) if generic else scores.scores(c, o)
 
     def scores_vjp(

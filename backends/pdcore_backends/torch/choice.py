@@ -298,8 +298,6 @@ def _not_flex(c: Scores, request: Request) -> str:
         return why
     if c.weight != "log":
         return "weights that are no exp of scores, or have a sign"
-    if c.places:
-        return "terms of positions or labels are not written for it"
     if request.dtype == "float64":
         return "its kernels have no float64"
     if request.dropout:

@@ -18,7 +18,18 @@ import torch
 import torch.utils._python_dispatch
 from torch import Tensor
 
-from pdcore.extend import Expression, Operands, Scores, Support, Visibility, compiling, scores_vjp
+from pdcore.extend import (
+    DISTANCE,
+    KEY_LABEL,
+    QUERY_LABEL,
+    Expression,
+    Operands,
+    Scores,
+    Support,
+    Visibility,
+    compiling,
+    scores_vjp,
+)
 
 from . import namespace as xp
 from .flash import biased, recorded, transformed
@@ -68,12 +79,13 @@ class _Extra(NamedTuple):
 
     Attributes
     ----------
-    values : tuple of Tensor (H,)
-        The scalars per head of the expression.
+    values : tuple of Tensor (H, G or 1, n, m)
+        The scalars per head of the expression, and its tables.
     key_mask : bool Tensor (B, M) or None
     mask, bias : Tensor (B, Hq, N, M) or None
     at : integer Tensor (B,) or None
         The position of query 0.
+    labels : tuple of integer Tensors (B, N) and (B, M), or None
     """
 
     values: tuple[Tensor, ...]
@@ -81,6 +93,7 @@ class _Extra(NamedTuple):
     mask: Tensor | None
     bias: Tensor | None
     at: Tensor | None
+    labels: tuple[Tensor, Tensor] | None
 
 
 def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
@@ -165,13 +178,13 @@ def _run(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
         blocks = block_mask(
             seen.support, seen.rows, seen.length, seen.scale, seen.offset, str(q.device)
         )
-    extra = _extra(o, q.shape[0])
+    extra = _extra(c, o, q.shape[0])
     kind = _Kind(
         c.expression,
         c.scale,
         tuple(o.values),
         group,
-        seen.support if extra.at is not None else None,
+        seen.support if seen.support.restricts and not seen.static else None,
         seen.scale,
         (
             c.choice.dtype,
@@ -180,6 +193,7 @@ def _run(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
             v.shape[3],
             str(q.device),
             torch.is_grad_enabled(),
+            *(tuple(x.shape) for x in extra.values),
             *(x is None for x in (*extra[1:], blocks)),
         ),
     )
@@ -190,7 +204,7 @@ def _run(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
     return out.reshape(*shape[:-1], width), level.reshape(shape[:-1])
 
 
-def _extra(o: Operands, count: int) -> _Extra:
+def _extra(c: Scores, o: Operands, count: int) -> _Extra:
     """Return the arrays of the score map, broadcast to whole axes without copies."""
     seen = o.visibility
     heads = (count, o.q.shape[-4] * o.q.shape[-3])
@@ -201,16 +215,21 @@ def _extra(o: Operands, count: int) -> _Extra:
         x = x.expand(*o.q.shape[:-2], *x.shape[-2:]).reshape(*heads, *x.shape[-2:])
         return x.expand(*heads, seen.rows, seen.keys)
 
-    at = None
-    if seen.support.restricts and not seen.static:
-        lead = o.q.shape[:-4]
+    at, lead = None, o.q.shape[:-4]
+    if seen.static and DISTANCE in c.places:
+        at = torch.full((count,), seen.offset, dtype=torch.int64, device=o.q.device)
+    elif not seen.static and (seen.support.restricts or DISTANCE in c.places):
         at = seen.offset.reshape(seen.offset.shape[:-4]).expand(lead).reshape(-1)
+    labels = None
+    if seen.labels is not None:
+        labels = tuple(x.expand(*lead, 1, 1, -1).reshape(count, -1) for x in seen.labels)
     return _Extra(
-        tuple(x.reshape(-1).detach() for x in o.values.values()),
+        tuple(x.detach() for x in o.values.values()),
         None if seen.key_mask is None else seen.key_mask.reshape(-1, seen.keys),
         None if seen.mask is None else whole(seen.by_mask(0, seen.rows, 0, seen.keys)),
         whole(o.bias),
         at,
+        labels,
     )
 
 
@@ -258,8 +277,7 @@ def _score(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) -
     """Compute log kappa of query i and key j, -inf where the key is not visible."""
     logit = s
     if kind.expression is not None:
-        scalars = (x[h // kind.group] for x in extra.values)
-        logit = kind.expression({"s": s, **dict(zip(kind.names, scalars, strict=True))}, xp)
+        logit = kind.expression(_inputs(kind, extra, s, b, h, i, j), xp)
         if isinstance(logit, float):  # a kernel that does not depend on s
             logit = torch.full_like(s, logit)
     if extra.bias is not None:
@@ -272,6 +290,35 @@ def _score(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) -
         seen = _position(kind.support, kind.pooled, extra.at[b], i, j)
         logit = torch.where(seen, logit, -torch.inf)
     return logit
+
+
+def _inputs(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    """Return the inputs of log kappa of query i and key j, see `log_kappa.inputs`."""
+    assert kind.expression is not None
+    places = {}
+    if extra.at is not None:
+        places[DISTANCE] = (j - i - extra.at[b]).to(s.dtype)
+    if extra.labels is not None:
+        of_queries, of_keys = extra.labels
+        places[QUERY_LABEL] = of_queries[b, i].to(s.dtype)
+        places[KEY_LABEL] = of_keys[b, j].to(s.dtype)
+    tables = dict(zip(kind.names, extra.values, strict=True))
+
+    def read(table: Tensor, *index: Any) -> Any:
+        key_head = h // kind.group if table.shape[0] > 1 else 0 * h
+        member = h % kind.group if table.shape[1] > 1 else 0 * h
+        return table[key_head, member, index[-2] if index[1:] else 0 * h, index[-1]]
+
+    values: dict[Any, Any] = {"s": s, **places}
+    values |= {name: read(x, 0 * h) for name, x in tables.items() if x.shape[-1] == 1}
+    for entry in kind.expression.entries:
+        table = tables[entry.table]
+        index = []
+        for at, size in zip(entry.args[:0:-1], reversed(table.shape), strict=False):
+            place = torch.floor(at({name: places[name] for name in at.inputs}, xp))
+            index.insert(0, place.clamp(0, size - 1).to(torch.int64))
+        values[entry] = read(table, *index)
+    return values
 
 
 def _position(support: Support, pooled: int, at: Any, i: Any, j: Any) -> Any:

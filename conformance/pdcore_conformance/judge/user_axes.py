@@ -26,7 +26,7 @@ from pdcore.spec import (
     register_normalization,
 )
 
-__all__ = ["Centred", "Dot", "Logistic", "Placed", "Square", "register"]
+__all__ = ["Centred", "Dot", "Logistic", "Placed", "Square", "Tempered", "register"]
 
 State = Mapping[str, Any]
 
@@ -50,6 +50,25 @@ class Logistic(PointwiseKernel):
     def latex(self) -> str:
         """Return kappa as LaTeX."""
         return r"\sigma(\tau x^\top y + c)"
+
+
+@dataclass(frozen=True)
+class Tempered(PointwiseKernel):
+    """kappa = exp(t tau x.y), with one t for each query head."""
+
+    word = "conformance_tempered"
+
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Return the declaration of ``temperature``, (Hq,), by default 1."""
+        return (Parameter("temperature", (("Hq",),), default=1.0),)
+
+    def log_kappa(self, s: Expression, dim: int, **params: Expression) -> Expression:
+        """Return log kappa."""
+        return default_scale(None, dim) * params["temperature"] * s
+
+    def latex(self) -> str:
+        """Return kappa as LaTeX."""
+        return r"\exp(t \tau x^\top y)"
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,6 @@ class Centred(Normalization):
 def register() -> None:
     """Register the words, once in a process."""
     if find_kernel(Logistic.word) is None:
-        for kernel in (Logistic, Placed, Square, Dot):
+        for kernel in (Logistic, Tempered, Placed, Square, Dot):
             register_kernel(kernel)
         register_normalization(Centred)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as framework
 from cuda_cases import draw, error
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,6 +74,9 @@ SPECS = (
     "bn+softmax(softcap=3)+sh(3,2)",
     "causal+sh(1,2)",
     "causal+sparse(7,inf)+h(count)",
+    "causal+alibi",
+    "relative(3)",
+    "sparse(20,7)+labels(3)",
 )
 OPTIONS: dict[str, Callable[[tuple[int, ...]], dict[str, Any]]] = {
     "plain": lambda s: {},
@@ -106,14 +110,19 @@ def test_flex_attention_is_the_oracle(cuda: list[str], size: str, spec: str, opt
         draw(batch, heads, keys, width, seed=2),
     ]
     options = OPTIONS[option](shape)
+    if "relative" in spec:
+        options["params"] = {"relative": draw(query_heads, 7, seed=9)}
+    if "labels" in spec:
+        options["params"] = {"influence": draw(query_heads, 3, 3, seed=9)}
+        lengths = (rows, keys)
+        options["labels"] = tuple(torch.arange(batch * n).reshape(batch, n) % 3 for n in lengths)
     x = [a.clone().requires_grad_() for a in arrays]
     out, lse = pdcore.attention(*x, spec, return_lse=True, **options)
     assert cuda == ["float32"] * len(lowered_groups(spec))
-    wide = {
-        n: o.double() if isinstance(o, torch.Tensor) and o.is_floating_point() else o
-        for n, o in options.items()
-    }
-    plain = {n: o.numpy() if isinstance(o, torch.Tensor) else o for n, o in wide.items()}
+    wide = tree_map(
+        lambda o: o.double() if torch.is_tensor(o) and o.is_floating_point() else o, options
+    )
+    plain = tree_map(lambda o: o.numpy() if torch.is_tensor(o) else o, wide)
     wanted = reference_attention(
         *(a.double().numpy() for a in arrays), spec, return_lse=True, **plain
     )
