@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pdcore.extend import compiling, score_contraction
 
-from . import namespace as xp
+from .derivatives import gradients, plain_attention
 from .inner import Inner, run_inner
-from .kernels import State, lse_backward, lse_forward, on_device, widened, with_lse
+from .kernels import STEP, State, lse_backward, lse_forward, on_device, widened, with_lse
 
 __all__ = [
     "attend",
@@ -26,6 +25,7 @@ __all__ = [
     "one_width",
     "pull_back_on_cpu",
     "recorded",
+    "takes_key_bias",
     "transformed",
     "with_cotangents",
 ]
@@ -39,8 +39,6 @@ pull_back_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 SHORTEST = 1e-20
 #: Scores below this do not overflow.
 OVERFLOW = 1e38
-#: Query rows of a block where gradients are computed without a fused kernel.
-ROWS = 256
 
 
 def recorded(*tensors: Any) -> bool:
@@ -66,6 +64,7 @@ def attend(
     *,
     scale: float,
     causal: bool = False,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute softmax(scale q.k + mask) v by a fused kernel.
 
@@ -79,6 +78,8 @@ def attend(
         tau.
     causal : bool
         Whether row i sees only keys 0 to i.
+    key_bias : Tensor (B, Hkv, M), optional
+        Added to the scores of a key, with a gradient. Only where `takes_key_bias`.
 
     Returns
     -------
@@ -88,10 +89,10 @@ def attend(
     width = v.shape[-1]
     q, k, v = one_width(q, k, v)
     if q.device.type == "cpu" and not compiling():
-        if recorded(q, k, v):
-            out = _OnCpu.apply(q, k, v, mask, scale, causal)[0]
+        if recorded(q, k, v, key_bias):
+            out = _OnCpu.apply(q, k, v, mask, scale, causal, key_bias)[0]
         else:
-            out = on_cpu(q, k, v, mask, scale, causal)[0]
+            out = on_cpu(q, k, v, mask, scale, causal, key_bias)[0]
     elif compiling() or not recorded(q, k, v):
         out = on_device(q, k, v, mask, scale, causal, recorded(q, k, v))
     else:
@@ -107,6 +108,7 @@ def attend_with_lse(
     *,
     scale: float,
     causal: bool = False,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what `attend` does, and the log-sum-exp (B, Hq, N) of every row.
 
@@ -119,15 +121,31 @@ def attend_with_lse(
             out, lse = _WithLse.apply(q, k, v, mask, scale, causal)
         else:
             out, lse, _ = lse_forward(q, k, v, mask, scale, causal)
-    elif recorded(q, k, v):
-        out, lse = _OnCpu.apply(q, k, v, mask, scale, causal)
+    elif recorded(q, k, v, key_bias):
+        out, lse = _OnCpu.apply(q, k, v, mask, scale, causal, key_bias)
     else:
-        out, lse = on_cpu(q, k, v, mask, scale, causal)
+        out, lse = on_cpu(q, k, v, mask, scale, causal, key_bias)
     return (out if out.shape[-1] == width else out[..., :width]), lse
 
 
+def takes_key_bias(q: Tensor, dtype: torch.dtype, *masks: Tensor | None) -> bool:
+    """Check whether a bias of the keys is added to the scores, not appended as a feature.
+
+    The sum with a mask that has rows would be an (N, M) array, and 16 bits would round it.
+    """
+    wide = dtype in (torch.float32, torch.float64)
+    rows = any(mask is not None and mask.shape[-2] != 1 for mask in masks)
+    return q.device.type == "cpu" and wide and not rows and not compiling()
+
+
 def on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute out and the log-sum-exp by the fused CPU kernel; NaN where scores overflow.
 
@@ -135,6 +153,10 @@ def on_cpu(
     with few keys for a row of NaN scores too. In a row of scores that are not of ordinary size, one
     that overflows to -inf may be that of the nearest key, see `score_contraction.with_overflow`.
     """
+    group, row = q.shape[1] // k.shape[1], None
+    if key_bias is not None:
+        row = (key_bias.repeat_interleave(group, 1) if group > 1 else key_bias)[:, :, None]
+        mask = row if mask is None else row + mask
     out, lse = _forward(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     # A tensor of a subclass, such as a fake one, may have no values to read.
     if type(lse) is not Tensor or not lse.numel():
@@ -146,20 +168,23 @@ def on_cpu(
     ):
         return out, lse
     factor = max(1.0, abs(scale))
-    if factor * q.shape[-1] * _largest(q) * _largest(k) < OVERFLOW:
+    most = factor * q.shape[-1] * _largest(q) * _largest(k)
+    if most + (0.0 if row is None else _largest(row)) < OVERFLOW:
         return out, lse
     size = lse.abs()
     rows, keys = (x.detach().to(lse.dtype).abs() for x in (q, k))
-    reach = keys.amax(-2, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    reach = keys.amax(-2, keepdim=True).repeat_interleave(group, 1)
     bound = factor * (rows @ reach.mT)[..., 0]
+    if row is not None:
+        bound = bound + row.detach().abs().amax(-1)
     lost = ((size == 0) | (size > score_contraction.ORDINARY)) & ~(bound < torch.inf)
     return out.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
 
 
 def _largest(x: Tensor) -> float:
     """Return the largest absolute value, NaN where there is one."""
-    ends = x.detach().aminmax()
-    return max(-ends[0].item(), ends[1].item())
+    least, most = (float(end.item()) for end in x.detach().aminmax())
+    return max(-least, most)
 
 
 def biased(q: Tensor, k: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -193,14 +218,24 @@ def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
-    """The fused CPU kernel, with the second derivative that PyTorch's own rule lacks."""
+    """The fused CPU kernel, with the second derivative that PyTorch's own rule lacks.
+
+    The kernel gives no gradient of a bias: for the gradient that of the keys is a feature.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        key_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = on_cpu(q, k, v, mask, scale, causal)
-        ctx.save_for_backward(q, k, v, mask, out, lse)
+        out, lse = on_cpu(q, k, v, mask, scale, causal, key_bias)
+        ctx.save_for_backward(q, k, v, mask, key_bias, out, lse)
         ctx.scale, ctx.causal = scale, causal
         ctx.set_materialize_grads(False)
         return out, lse
@@ -208,19 +243,25 @@ class _OnCpu(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
         d_out, d_lse = d
-        q, k, v, mask, out, lse = ctx.saved_tensors
+        q, k, v, mask, key_bias, out, lse = ctx.saved_tensors
         if d_out is None and d_lse is None:
-            return (None,) * 6
-        if not torch.is_grad_enabled():
-            dims = q.shape[-1]
+            return (None,) * 7
+        dims, differentiable = q.shape[-1], torch.is_grad_enabled()
+        if key_bias is not None:
+            q, k = biased(q, k, key_bias / ctx.scale, q.dtype)
+        if differentiable:
+            grads = gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
+        else:
+            if key_bias is not None:
+                d_out = torch.zeros_like(out) if d_out is None else d_out
+                width = q.shape[-1] + -q.shape[-1] % STEP
+                q, k, v, out, d_out = (widened(x, width) for x in (q, k, v, out, d_out))
             q, k, v, out, d_out = with_cotangents(q, k, v, out, d_out, d_lse)
             grads = pull_back_on_cpu(
                 d_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
             )
-            grads = tuple(x[..., :dims] for x in grads)
-        else:
-            grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
-        return (*grads, None, None, None)
+        d_bias = None if key_bias is None else grads[1][..., dims] / ctx.scale
+        return (*(x[..., :dims] for x in grads), None, None, None, d_bias)
 
 
 def with_cotangents(
@@ -256,52 +297,6 @@ def _shifted(out: Tensor, d_out: Tensor | None, d_lse: Tensor) -> Tensor | None:
     return torch.addcmul(out, d_out, step[..., None], value=-1.0)
 
 
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    out: Tensor,
-    lse: Tensor,
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pull cotangents of out and lse back in differentiable calls, by blocks of rows."""
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
-    wide = lse.dtype
-    keys, values = keys.to(wide), values.to(wide)
-    d_out = torch.zeros_like(out) if d_out is None else d_out
-    delta = (d_out.to(wide) * out.to(wide)).sum(-1)
-    if d_lse is not None:
-        delta = delta - d_lse
-    dq, dk, dv = [], torch.zeros_like(keys), torch.zeros_like(values)
-    for start in range(0, q.shape[2], ROWS):
-        rows = slice(start, start + ROWS)
-        last = min(start + ROWS, k.shape[2]) if causal else k.shape[2]
-        x, seen, value = q[:, :, rows].to(wide), keys[:, :, :last], values[:, :, :last]
-        d = d_out[:, :, rows].to(wide)
-        s = scale * (x @ seen.mT)
-        if mask is not None:
-            cut = mask if mask.shape[-2] == 1 else mask[..., rows, :]
-            s = s + (cut if mask.shape[-1] == 1 else cut[..., :last])
-        if causal:
-            row = torch.arange(start, start + x.shape[2], device=q.device)
-            later = torch.arange(last, device=q.device) > row[:, None]
-            s = s.masked_fill(later, -torch.inf)
-        p = torch.exp(s - lse[:, :, rows, None])
-        ds = scale * p * (d @ value.mT - delta[:, :, rows, None])
-        dq.append(ds @ seen)
-        more = (0, 0, 0, k.shape[2] - last)
-        dk = dk + pad(ds.mT @ x, more)
-        dv = dv + pad(p.mT @ d, more)
-    if group > 1:
-        dk, dv = (x.unflatten(1, (k.shape[1], group)).sum(2) for x in (dk, dv))
-    return torch.cat(dq, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
 class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
     """A fused CUDA kernel with PyTorch's own gradient, and with a second derivative."""
 
@@ -328,9 +323,9 @@ class _OnDevice(torch.autograd.Function):  # type: ignore[misc]
             inner = ctx.inner or Inner(_OnDevice.computed(mask, ctx.scale, ctx.causal), q, k, v)
             ctx.inner = None
             return (*inner.pull_back(d_out), None, None, None)
-        out, lse = _plain(q, k, v, mask, ctx.scale, ctx.causal)
+        out, lse = plain_attention(q, k, v, mask, ctx.scale, ctx.causal)
         return (
-            *_gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, None),
+            *gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, None),
             None,
             None,
             None,
@@ -357,26 +352,8 @@ class _WithLse(torch.autograd.Function):  # type: ignore[misc]
         if d_out is None and d_lse is None:
             return (None,) * 6
         if torch.is_grad_enabled():
-            grads = _gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
+            grads = gradients(q, k, v, mask, ctx.scale, ctx.causal, out, lse, d_out, d_lse)
         else:
             state = State(tuple(more), ctx.sizes)
             grads = lse_backward(q, k, v, mask, ctx.scale, ctx.causal, out, state, d_out, d_lse)
         return (*grads, None, None, None)
-
-
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute out and lse in differentiable calls, for gradients of gradients only."""
-    group = q.shape[1] // k.shape[1]
-    wide = xp.accumulation(q)
-    q, k, v = q.to(wide), *(x.to(wide).repeat_interleave(group, 1) for x in (k, v))
-    s = scale * (q @ k.mT)
-    if mask is not None:
-        s = s + mask
-    if causal:
-        seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-        s = s.masked_fill(~seen, -torch.inf)
-    none = (s == -torch.inf).all(-1, keepdim=True)
-    lse = torch.logsumexp(s.masked_fill(none, 0.0), -1, keepdim=True).masked_fill(none, 0.0)
-    return torch.exp(s - lse) @ v, lse[..., 0]

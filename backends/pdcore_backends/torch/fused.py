@@ -25,7 +25,7 @@ from pdcore.extend import (
 )
 
 from . import namespace as xp
-from .flash import attend, attend_with_lse, biased, on_cpu, recorded
+from .flash import attend, attend_with_lse, biased, on_cpu, recorded, takes_key_bias
 from .fold import fold, fold_prefix, fold_running
 from .recentre import mean_of_keys, prefix_means, recentred
 from .windows import Window, attend_in_window
@@ -224,19 +224,18 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         causal = False
     shape, wide, dtype = o.q.shape, o.q.dtype, getattr(torch, c.choice.dtype)
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
-    if o.key_bias is not None:
-        bias = o.key_bias.reshape(-1, *o.key_bias.shape[-2:]) / c.scale
-        q, k = biased(q, k, bias, dtype)
+    bias = None if o.key_bias is None else o.key_bias.reshape(-1, *o.key_bias.shape[-2:])
+    q, k, bias = _with_bias(c, q, k, bias, dtype)
     q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
     if c.choice.window is not None:
         out, level = _in_window(c, q, k, v, seen)
         level = torch.where(seen.counts() > 0, level.reshape(shape[:-1]), -torch.inf)
     elif seen.key_mask is None:
-        out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal)
+        out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal, key_bias=bias)
     else:
         real = seen.key_mask.reshape(-1, 1, seen.key_mask.shape[-1])
         added = torch.where(real[:, :, None, :], q.new_zeros(()), -torch.inf)
-        out, level = attend_with_lse(q, k, v, added, scale=c.scale, causal=causal)
+        out, level = attend_with_lse(q, k, v, added, scale=c.scale, causal=causal, key_bias=bias)
         if causal:
             index = torch.arange(shape[-2], device=q.device).clamp(max=seen.keys - 1)
             any_key = (real.cumsum(-1) > 0)[..., index]
@@ -245,6 +244,15 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         level = torch.where(any_key, level, -torch.inf)
     out = out if out.dtype == wide else out.to(wide)
     return out.reshape(*shape[:-1], v.shape[-1]), level.reshape(shape[:-1]).to(wide)
+
+
+def _with_bias(
+    c: Scores, q: Tensor, k: Tensor, bias: Any, dtype: torch.dtype, *masks: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """Return q, k and a bias of the keys, or q and k with the bias as a feature, and None."""
+    if bias is None or (c.choice.window is None and takes_key_bias(q, dtype, *masks)):
+        return q, k, bias
+    return *biased(q, k, bias / c.scale, dtype), None
 
 
 def _in_window(
@@ -261,8 +269,7 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
     """Contract a `FusedCall` by scores without L; rows that see no key become zeros."""
     q, k, v, seen = o.q, o.k, o.v, o.visibility
     dtype = getattr(torch, c.choice.narrow)
-    if o.key_bias is not None:
-        q, k = biased(q, k, o.key_bias / c.scale, dtype)
+    q, k, bias = _with_bias(c, q, k, o.key_bias, dtype, o.bias, seen.mask)
     q = q if q.dtype == dtype else q.to(dtype)
     k = k if k.dtype == dtype else k.to(dtype)
     v = v if v.dtype == dtype else v.to(dtype)
@@ -278,5 +285,5 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
         added = torch.where(allowed, zero, -torch.inf)
     # At another offset every row sees every key, see `fused_inputs`.
     causal = True if c.choice.causal and seen.offset == 0 else False  # noqa: SIM210 - it may be a tensor
-    out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal)
+    out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal, key_bias=bias)
     return out.unflatten(1, q.shape[1:3])

@@ -34,6 +34,7 @@ from .flex import flex_scores
 from .fused import FusedCall, FusedRun, direct, fused_inputs, fused_out, fused_scores
 from .operators import BLOCKS
 from .packed import compiled_segments, segments_attention
+from .rows import chosen_rows
 from .torchscript import with_fixed_lengths
 
 __all__ = ["TorchBackend"]
@@ -78,7 +79,11 @@ class TorchBackend(ArrayBackend):
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel that runs a plan, see `Backend.fuse`."""
-        return chosen_features(chosen(plan, request))
+        plan = chosen_features(chosen(plan, request))
+        if not request.device.startswith("cpu"):
+            return plan
+        level = request.lse or request.vjp or request.weights or plan.rescales
+        return chosen_rows(plan, level=level)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""

@@ -16,6 +16,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from pdcore.extend import compiling
 
 __all__ = [
+    "STEP",
     "TILE",
     "State",
     "by_cudnn",

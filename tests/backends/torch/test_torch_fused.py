@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_cases import draw, error
 
-from pdcore_backends.torch import flash, kernels
+from pdcore_backends.torch import derivatives, flash, kernels
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -23,7 +23,7 @@ def test_the_gradient_of_the_log_sum_exp_is_a_feature(
     q, k, v = (draw(1, h, 13, 8, seed=i).double() for i, h in enumerate((4, heads, heads)))
     out, lse = flash.attend_with_lse(q, k, v, scale=0.3, causal=causal)
     d_out, d_lse = draw(*out.shape, seed=4).double(), draw(*lse.shape, seed=5).double()
-    wanted = flash._gradients(q, k, v, None, 0.3, causal, out, lse, d_out, d_lse)
+    wanted = derivatives.gradients(q, k, v, None, 0.3, causal, out, lse, d_out, d_lse)
     wide = kernels.with_lse(q, k, v, out, d_out, d_lse, step)
     assert {x.shape[-1] for x in wide} == {9 if step == 1 else 16}
     q_, k_, v_, out_, d_ = wide
@@ -46,7 +46,7 @@ def test_the_gradient_of_the_log_sum_exp_moves_out(length: float, dtype: Any) ->
     d_lse[..., :2] = 0.0  # a row whose two cotangents are 0 has no need of it
     grads = torch.autograd.grad((out, lse), x, (d_out, d_lse))
     arrays = [a.detach().double() for a in (*x, out, lse, d_out, d_lse)]
-    wanted = flash._gradients(*arrays[:3], None, 0.3, False, *arrays[3:])
+    wanted = derivatives.gradients(*arrays[:3], None, 0.3, False, *arrays[3:])
     for ours, exact in zip(grads, wanted, strict=True):
         assert error(ours.double(), exact) < (1e-5 if dtype == torch.float32 else 1e-13)
 
