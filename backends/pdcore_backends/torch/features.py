@@ -35,13 +35,14 @@ CHUNK = 64
 ROWS = 1024
 
 
-def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
+def features(c: Features, o: Operands) -> tuple[Tensor, Tensor | None] | None:
     """Contract by features, see `feature_contraction.features`.
 
     Returns
     -------
     (out, L) or None
-        None for log features, and under causal unless row i stands at key i.
+        None for log features, and under causal unless row i stands at key i. L is None where it is
+        not read.
     """
     seen = o.visibility
     causal = seen.support.ahead == 0
@@ -59,8 +60,14 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor] | None:
     total = overflow_as_nan(total, xp_)
     none = total == 0
     # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
-    out = weighted / torch.where(none, torch.inf, total)
-    return out, torch.where(none, -torch.inf, torch.log(torch.where(none, 1.0, total)))[..., 0]
+    divisor = torch.where(none, torch.inf, total)
+    if compiling() or transformed() or recorded(weighted, total):
+        weighted = weighted / divisor
+    else:
+        weighted /= divisor
+    if not o.level:
+        return weighted, None
+    return weighted, torch.where(none, -torch.inf, torch.log(torch.where(none, 1.0, total)))[..., 0]
 
 
 def chosen_features(plan: Plan) -> Plan:
@@ -133,13 +140,13 @@ class EluRows:
             return _elu(x - shift), shift
         # A block of rows stays in the cache between its operations.
         phi = torch.empty_like(x, memory_format=torch.contiguous_format)
-        heads, to = x.flatten(0, -3), phi.flatten(0, -3)
-        shifts = shift.expand(*x.shape[:-1], 1).flatten(0, -3) if shift.any() else None
-        for i in range(heads.shape[0]):
-            for start in range(0, x.shape[-2], ROWS):
-                at = i, slice(start, start + ROWS)
-                part = heads[at] if shifts is None else torch.sub(heads[at], shifts[at], out=to[at])
-                _elu_into(part, to[at])
+        width = x.shape[-1]
+        rows, to = x.reshape(-1, width), phi.view(-1, width)
+        shifts = shift.expand(*x.shape[:-1], 1).reshape(-1, 1) if shift.any() else None
+        for start in range(0, len(to), ROWS):
+            at = slice(start, start + ROWS)
+            part = rows[at] if shifts is None else torch.sub(rows[at], shifts[at], out=to[at])
+            _elu_into(part, to[at])
         return phi, shift
 
     def _shift(self, x: Tensor) -> Any:
@@ -192,9 +199,7 @@ class _EluPlusOne(torch.autograd.Function):  # type: ignore[misc]
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    # Sums over the sequence are products with ones, which are faster, see `.fold`.
-    one = torch.ones(1, k.shape[-2], dtype=k.dtype, device=k.device)
-    return q @ (k.mT @ v), q @ (one @ k).mT
+    return q @ (k.mT @ v), q @ k.sum(-2, keepdim=True).mT
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

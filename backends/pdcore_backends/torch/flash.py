@@ -164,7 +164,7 @@ def on_cpu(
     ends = lse.aminmax()
     least, most = ends[0].item(), ends[1].item()
     if max(-least, most) <= score_contraction.ORDINARY and (
-        least > 0 or most < 0 or bool((lse != 0).all())
+        least > 0 or most < 0 or (least < 0 < most and bool((lse != 0).all()))
     ):
         return out, lse
     factor = max(1.0, abs(scale))

@@ -19,7 +19,7 @@ from pdcore.extend import Moments, compiling, first_real
 from . import device
 from . import namespace as xp
 from .flash import recorded
-from .prefix import beta_cotangent, fold_rows, plain_gradient
+from .prefix import beta_cotangent, fold_rows, inverted, plain_gradient
 
 __all__ = ["fold", "fold_prefix", "fold_running", "prefix_moments", "row_of_ones"]
 
@@ -122,7 +122,7 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
     mean = k.mean(axes, keepdim=True)
     centred = k - mean
     var = (centred * centred).mean(axes, keepdim=True)
-    return _Sums(n, mean, _inverse(var, eps), centred, None)
+    return _Sums(n, mean, inverted(var, eps), centred, None)
 
 
 def _masked_sums(k: Tensor, real: Tensor, eps: float, over_batch: bool) -> _Sums:
@@ -140,13 +140,8 @@ def _masked_sums(k: Tensor, real: Tensor, eps: float, over_batch: bool) -> _Sums
     rest = averaged(centred)
     # The difference does not cancel, as `rest` is of the size of a rounding error.
     var = averaged(centred * centred) - rest * rest
-    inverse = torch.where(n > 1, _inverse(var, eps), 0.0)
+    inverse = torch.where(n > 1, inverted(var, eps), 0.0)
     return _Sums(n, mean + rest, inverse, centred, rest)
-
-
-def _inverse(var: Tensor, eps: float) -> Tensor:
-    """Return 1 / (var + eps); NaN, not 0, for a variance beyond the range of its dtype."""
-    return torch.add((var + eps).reciprocal_(), var, alpha=0.0)  # 0 times infinity is NaN
 
 
 def _apply(q: Tensor, s: _Sums, beta: Any, split: bool) -> tuple[Tensor, Tensor]:
@@ -252,7 +247,7 @@ def _plain(
     if real is None:
         var, mean = torch.var_mean(k, axes, correction=0, keepdim=True)
         several: Any = k.shape[2] * (k.shape[0] if over_batch else 1) > 1
-        inverse = _inverse(var, eps) if several else torch.zeros_like(var)
+        inverse = inverted(var, eps) if several else torch.zeros_like(var)
     else:
         keep = real[:, :, :, None]
         n = keep.to(wide).sum(axes, keepdim=True)
@@ -260,7 +255,7 @@ def _plain(
         mean = torch.where(keep, k, 0.0).sum(axes, keepdim=True) / count
         away = torch.where(keep, k - mean, 0.0)
         var = (away * away).sum(axes, keepdim=True) / count
-        inverse = torch.where(n > 1, _inverse(var, eps), 0.0)
+        inverse = torch.where(n > 1, inverted(var, eps), 0.0)
     factor = torch.where(inverse != 0, inverse, 1.0).sqrt() * (inverse != 0) if split else inverse
     folded = (q - (beta * mean)[:, :, None]) * factor[:, :, None]
     keys = k - mean.detach()
@@ -292,9 +287,11 @@ def fold_prefix(
     alive : bool Tensor (B, 1, N), or None
         Whether a row's prefix has a real key; None where every prefix has one.
     """
+    aligned = offset == 0 and q.shape[-2] == k.shape[-2]
+    if closed and aligned and k.shape[-2] == 1 and real is None:  # as of the sequence
+        return *fold(q, k, None, beta, eps=eps, split=False, over_batch=False), None
     wide = xp.accumulation(k)
     q, k = q.to(wide), k.to(wide)
-    aligned = offset == 0 and q.shape[-2] == k.shape[-2]
     if not aligned or compiling():
         return _prefix_plain(q, k, real, beta, offset, eps=eps, closed=closed)
     record = recorded(q, k, beta if isinstance(beta, Tensor) else None)
@@ -310,7 +307,7 @@ def _prefix_plain(
     if offset or rows != keys:
         past = torch.arange(offset, offset + rows, device=k.device).clamp(max=keys - 1)
         n, mean, var = (x.index_select(-2, past) for x in (n, mean, var))
-    inverse = _inverse(var, eps)
+    inverse = inverted(var, eps)
     if closed:  # see `pdcore.lowering.Fold`
         inverse = torch.where(n > 1, inverse, 0.0)
     folded = (q - (beta * mean)[:, :, None]) * inverse[:, :, None]

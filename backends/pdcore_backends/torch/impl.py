@@ -111,8 +111,8 @@ class TorchBackend(ArrayBackend):
             return (out if len(lead) == 1 else out.reshape(*lead, *out.shape[-3:])), None
 
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
-        """Return a call that reads L, as only a `FusedCall` does without."""
-        return super().call(plan, inputs)
+        """Return a call that reads L for a contraction by scores but in a `FusedCall`."""
+        return super().call(plan, inputs, level=level or isinstance(plan.contraction, Scores))
 
     def group_run(self, call: Call, group: Group) -> GroupRun:
         """Return the steps of a head group, those of `FusedRun` for a `FusedCall`."""

@@ -19,7 +19,7 @@ from pdcore.extend import first_real
 
 from . import namespace as xp
 
-__all__ = ["beta_cotangent", "fold_rows", "plain_gradient"]
+__all__ = ["beta_cotangent", "fold_rows", "inverted", "plain_gradient"]
 
 #: Keys of a chunk, by how many features all heads have at a key, so that a chunk fits the cache.
 CHUNKS = ((2048, 64), (8192, 32))
@@ -78,35 +78,43 @@ def _forward(
     size, length = _chunk(k), k.shape[2]
     triangle = torch.ones(size, size, dtype=k.dtype, device=k.device).tril()
     counts = _counts(real, k)
-    shares = 1.0 / counts.clamp_min(1.0)
     folded = torch.empty_like(q, memory_format=torch.contiguous_format)
-    means, inverses = (torch.empty_like(k) for _ in range(2)) if keep else (None, None)
+    keys = torch.empty_like(k, memory_format=torch.contiguous_format)
+    means, inverses = (torch.empty_like(keys) for _ in range(2)) if keep else (None, None)
     origin = k[:, :, :1] if real is None else first_real(k, real, xp=xp)
-    keys = k - origin
     mean_before, m2_before = (torch.zeros_like(origin) for _ in range(2))
     for start in range(0, length, size):
         cut = slice(start, min(start + size, length))
-        x, n, share = keys[:, :, cut], counts[..., cut, :], shares[..., cut, :]
-        tri = triangle[: x.shape[2], : x.shape[2]]
-        y = x - mean_before
+        n, rows = counts[..., cut, :], folded[:, :, :, cut]
+        # A row of the product is the mean of the chunk's keys up to that row, for all keys before.
+        tri = triangle[: n.shape[-2], : n.shape[-2]] / n.clamp_min(1.0)
+        y = torch.sub(k[:, :, cut], origin, out=keys[:, :, cut]) - mean_before
         if real is not None:
             y = torch.where(real[:, :, cut, None], y, 0.0)
-        away = (tri @ y).mul_(share)
-        var = (tri @ y.mul_(y)).add_(m2_before).mul_(share)
-        var.addcmul_(away, away, value=-1.0).clamp_min_(0.0)
+        away = tri @ y
+        y.mul_(y)[:, :, :1] += m2_before  # the first key is in the sum of every row
+        var = (tri @ y).addcmul_(away, away, value=-1.0).clamp_min_(0.0)
         m2_before = var[:, :, -1:] * n[..., -1:, :]
-        mean = away.add_(mean_before)
-        mean_before = mean[:, :, -1:].clone()
-        # A variance beyond the range of its dtype is NaN: 1 / inf would hide the overflow.
-        inverse = var.add_(eps).masked_fill_(var == torch.inf, torch.nan).reciprocal_()
+        inverse = inverted(var, eps)
         if closed:  # see `pdcore.lowering.Fold`
             inverse.mul_(n > 1)
-        centred = q[:, :, :, cut] - (beta * (mean + origin))[:, :, None]
-        torch.mul(centred, inverse[:, :, None], out=folded[:, :, :, cut])
         if means is not None and inverses is not None:
-            means[:, :, cut] = mean
+            torch.add(away, mean_before, out=means[:, :, cut])
             inverses[:, :, cut] = inverse
+        last = away[:, :, -1:] + mean_before
+        mean = away.add_(mean_before + origin)
+        mean_before = last
+        if isinstance(beta, Tensor):
+            mean = beta * mean
+        step = 1.0 if isinstance(beta, Tensor) else beta
+        torch.sub(q[:, :, :, cut], mean[:, :, None], alpha=step, out=rows)
+        rows.mul_(inverse[:, :, None])
     return folded, keys, means, inverses
+
+
+def inverted(var: Tensor, eps: float) -> Tensor:
+    """Return 1 / (var + eps); NaN, not 0, for a variance beyond the range of its dtype."""
+    return (var + eps).reciprocal_().add(var, alpha=0.0)  # 0 times infinity is NaN
 
 
 class _Rows(torch.autograd.Function):  # type: ignore[misc]
