@@ -313,7 +313,7 @@ def _inputs(kind: _Kind, extra: _Extra, s: Any, b: Any, h: Any, i: Any, j: Any) 
     values |= {name: read(x, 0 * h) for name, x in tables.items() if x.shape[-1] == 1}
     for entry in kind.expression.entries:
         table = tables[entry.table]
-        index = []
+        index: list[Any] = []
         for at, size in zip(entry.args[:0:-1], reversed(table.shape), strict=False):
             place = torch.floor(at({name: places[name] for name in at.inputs}, xp))
             index.insert(0, place.clamp(0, size - 1).to(torch.int64))
