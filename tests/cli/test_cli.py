@@ -475,6 +475,8 @@ def test_every_listed_word_parses() -> None:
         "normaliser": "count",
         "height": "4",
         "width": "4",
+        "reach": "2",
+        "count": "3",
     }
     for word in json.loads(run("specs", "--json").stdout)["words"]:
         arguments = [values[a["name"]] for a in word["arguments"] if a["required"]]
