@@ -93,7 +93,8 @@ def _no_pullback(d: Rows) -> Any:
 
 
 def _squared_length(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1).square_()
+    length = torch.linalg.vector_norm(x, dim=-1)
+    return length * length
 
 
 class _SquaredLength(torch.autograd.Function):  # type: ignore[misc]
@@ -135,7 +136,7 @@ class _Unit(torch.autograd.Function):  # type: ignore[misc]
         if torch.is_grad_enabled():
             lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             return _along_sphere(unit, d[0]) / lengths, None
-        return _along_sphere(unit, d[0]).div_(lengths), None
+        return _along_sphere(unit, d[0]).mul_(1.0 / lengths), None
 
 
 def _along_sphere(unit: Tensor, g: Tensor) -> Tensor:

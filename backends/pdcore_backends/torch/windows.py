@@ -185,8 +185,8 @@ def _forward(
     for part, at, mask in _calls(parts, window, q, k, real):
         rows, to, level = (_rows_of(x[at], k, part) for x in (q, out, lse[..., None]))
         if not part.keys:
-            to.zero_()
-            level.zero_()
+            to.fill_(0.0)
+            level.fill_(0.0)
             continue
         keys, values = (_keys_of(x[at], part) for x in (k, v))
         result, sums = on_cpu(rows.flatten(1, 2), keys, values, mask, scale, False)
@@ -208,7 +208,7 @@ def _backward(
             _rows_of(x[at], k, part) for x in (q, out, d_out, lse[..., None], dq)
         )
         if not part.keys:
-            to.zero_()
+            to.fill_(0.0)
             continue
         keys, values = (_keys_of(x[at], part) for x in (k, v))
         one, result, d, level = (x.flatten(1, 2) for x in (rows, result, d, level))
@@ -292,7 +292,9 @@ def _keys_of(x: Tensor, part: Part) -> Tensor:
     x = x[:, :, part.key :]
     if part.blocks == 1:
         return x[:, :, : part.keys]
-    return x[0].unfold(1, part.keys, part.rows)[:, : part.blocks].mT
+    head, key, feature = x.stride()[1:]
+    shape = (x.shape[1], part.blocks, part.keys, x.shape[-1])
+    return x.as_strided(shape, (head, part.rows * key, key, feature))
 
 
 def _add_keys(total: Tensor, grad: Tensor, part: Part) -> None:
