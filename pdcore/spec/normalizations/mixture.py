@@ -65,11 +65,11 @@ class Mixture(Normalization):
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute T(x), see `Normalization.apply`."""
         r = posterior(x, state, self.eps, xp)
-        total = xp.zeros_like(x)
-        for k, mean, var in _components(state):
-            z = (x - self.beta * mean) / xp.sqrt(var + self.eps)
-            total = total + r[..., k : k + 1] * z
-        return total
+        inverse = 1.0 / xp.sqrt(state["var"] + self.eps)
+        # Relative to the first centre: products of x itself would cancel far from 0.
+        centres = self.beta * state["mean"]
+        first = centres[..., :1, :]
+        return (x - first) * xp.matmul(r, inverse) - xp.matmul(r, (centres - first) * inverse)
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
@@ -147,17 +147,14 @@ class GaussianMixture(KeySet):
             return super().of(keys, mask, xp=xp)
         start = {n: constant(previous[n], xp) for n in ("mean", "var", "weight")}
         r = self._posterior(keys, mask, start, xp)
-        weights, means, squares = [], [], []
-        for k in range(self.components):
-            share = r[..., k : k + 1]
-            weight = xp.sum(share, axis=-2, keepdims=True)
-            mean = xp.sum(share * keys, axis=-2, keepdims=True) / _nonzero(weight, xp)
-            deviation = keys - mean
-            weights.append(weight)
-            means.append(mean)
-            squares.append(xp.sum(share * deviation * deviation, axis=-2, keepdims=True))
-        parts = (("weight", weights), ("mean", means), ("m2", squares))
-        state = {name: xp.concat(x, axis=-2) for name, x in parts}
+        shares = xp.matrix_transpose(r)
+        weight = xp.sum(shares, axis=-1, keepdims=True)
+        mean = xp.matmul(shares, keys) / _nonzero(weight, xp)
+        squares = [
+            _weighted_squares(shares[..., k : k + 1, :], keys, mean[..., k : k + 1, :], xp)
+            for k in range(self.components)
+        ]
+        state = {"weight": weight, "mean": mean, "m2": xp.concat(squares, axis=-2)}
         return {**state, **{f"from_{name}": x for name, x in start.items()}}
 
     def merge(self, a: State, b: State, *, xp: Any) -> State:
@@ -210,11 +207,11 @@ class GaussianMixture(KeySet):
     def _start(self, state: State, xp: Any) -> State:
         """Draw centres by k-means++, each with probability proportional to the squared distance."""
         keys, real = state["keys"], xp.astype(state["mask"], state["keys"].dtype)
+        row = xp.matrix_transpose(real)
         n = xp.sum(real, axis=-2, keepdims=True)
-        mean = xp.sum(real * keys, axis=-2, keepdims=True) / _nonzero(n, xp)
-        deviation = keys - mean
-        var = xp.sum(real * deviation * deviation, axis=-2, keepdims=True) / _nonzero(n, xp)
-        var = overflow_as_nan(var, xp)
+        mean = xp.matmul(row, keys) / _nonzero(n, xp)
+        var = overflow_as_nan(_weighted_squares(row, keys, mean, xp) / _nonzero(n, xp), xp)
+        ones = xp.ones_like(xp.matrix_transpose(mean))
         centres: list[Any] = []
         nearest = real
         for u in uniform_draws(self.components, self.seed):
@@ -224,20 +221,28 @@ class GaussianMixture(KeySet):
             cumulative = xp.cumulative_sum(chance, axis=-2)
             above = cumulative > u * cumulative[..., -1:, :]
             first = above & (xp.cumulative_sum(xp.astype(above, xp.int64), axis=-2) == 1)
-            centre = xp.sum(xp.where(first, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
+            centre = xp.matmul(xp.matrix_transpose(xp.astype(first, keys.dtype)), keys)
             # Distances that overflow draw no centre.
             drawn = xp.sum(chance, axis=-2, keepdims=True) < math.inf
             centre = xp.where(drawn, centre, xp.full_like(centre, math.nan))
-            deviation = keys - centre
-            square = real * xp.sum(deviation * deviation, axis=-1, keepdims=True)
-            nearest = xp.minimum(nearest, square) if centres else square
             centres.append(centre)
+            if len(centres) == self.components:
+                break
+            deviation = keys - centre
+            square = real * xp.matmul(deviation * deviation, ones)
+            nearest = xp.minimum(nearest, square) if len(centres) > 1 else square
         equal_weights = [1.0 * n / self.components] * self.components
         return {
             "mean": xp.concat(centres, axis=-2),
             "var": xp.concat([var] * self.components, axis=-2),
             "weight": xp.concat(equal_weights, axis=-2),
         }
+
+
+def _weighted_squares(shares: Any, keys: Any, mean: Any, xp: Any) -> Any:
+    """Sum the squared deviations of keys (*B, H, M, D) by weights (*B, H, 1, M)."""
+    deviation = keys - mean
+    return xp.matmul(shares, deviation * deviation)
 
 
 def uniform_draws(count: int, seed: int) -> list[float]:
@@ -253,7 +258,7 @@ def posterior(x: Any, state: State, eps: float, xp: Any) -> Any:
         weight, spread = state["weight"][..., k : k + 1, :], var + eps
         deviation = x - mean
         logit = xp.log(_nonzero(weight, xp)) - 0.5 * (
-            xp.sum(deviation * deviation / spread, axis=-1, keepdims=True)
+            xp.matmul(deviation * deviation, xp.matrix_transpose(1.0 / spread))
             + xp.sum(xp.log(spread), axis=-1, keepdims=True)
         )
         # Not weight > 0, which would hide a NaN.
