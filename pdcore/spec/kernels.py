@@ -269,11 +269,8 @@ class RandomFeatures(FeatureMap):
         """Compute log phi(x), see `FeatureMap.features`."""
         tau, omega = self._omega(x, xp)
         square = overflow_as_nan(xp.sum(x * x, axis=-1, keepdims=True), xp)
-        return (
-            xp.matmul(x, xp.matrix_transpose(omega))
-            - 0.5 * tau * square
-            - 0.5 * math.log(self.count)
-        )
+        constant = 0.5 * tau * square + 0.5 * math.log(self.count)
+        return xp.matmul(x, xp.matrix_transpose(omega)) - constant
 
     def features_vjp(
         self, x: Any, cotangent: Any, *, xp: Any, params: Mapping[str, Any]

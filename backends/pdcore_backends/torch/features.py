@@ -41,20 +41,25 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor | None] | None:
     Returns
     -------
     (out, L) or None
-        None for log features, and under causal unless row i stands at key i. L is None where it is
-        not read.
+        None for log features under causal or in a trace, and under causal unless row i stands at
+        key i. L is None where it is not read.
     """
     seen = o.visibility
     causal = seen.support.ahead == 0
-    if c.log or not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
+    if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
+        return None
+    if c.log and (causal or compiling() or transformed()):
         return None
     aligned = seen.static and seen.offset == 0 and seen.scale == 1
     if causal and not (aligned and seen.rows == seen.keys):
         return None
-    k, v = o.k[..., None, :, :], o.v[..., None, :, :]
+    q, k, v = o.q, o.k[..., None, :, :], o.v[..., None, :, :]
     if seen.key_mask is not None:
-        k = torch.where(seen.key_mask[..., None, :, None], k, 0.0)
-    weighted, total = _causal(o.q, k, v) if causal else _whole(o.q, k, v)
+        k = torch.where(seen.key_mask[..., None, :, None], k, -torch.inf if c.log else 0.0)
+    shift = None
+    if c.log:
+        q, k, shift = _below_one(q, k)
+    weighted, total = _causal(q, k, v) if causal else _whole(q, k, v)
     if c.signed:
         return weighted, torch.zeros_like(total[..., 0])
     total = overflow_as_nan(total, xp_)
@@ -67,7 +72,26 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor | None] | None:
         weighted /= divisor
     if not o.level:
         return weighted, None
-    return weighted, torch.where(none, -torch.inf, torch.log(torch.where(none, 1.0, total)))[..., 0]
+    level = torch.log(torch.where(none, 1.0, total))
+    level = level if shift is None else shift + level
+    return weighted, torch.where(none, -torch.inf, level)[..., 0]
+
+
+def _below_one(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn log features into features of at most 1, see `feature_contraction.shifted_features`.
+
+    Returns
+    -------
+    q, k, shift : Tensor
+        The features, and what was subtracted from the log of each row, (*B, H, G, N, 1).
+    """
+    top = k.detach().amax(-2, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    q = q + top
+    shift = q.detach().amax(-1, keepdim=True)
+    if recorded(q, k):
+        return torch.exp(q - shift), torch.exp(k - top), shift
+    return q.sub_(shift).exp_(), (k - top).exp_(), shift
 
 
 def chosen_features(plan: Plan) -> Plan:
