@@ -193,8 +193,6 @@ def _check_precision(x: Any) -> None:
         raise UnsupportedError(f"backend torch: {reasons[0]}")
 
 
-# The compiler cannot trace the reading of these settings, so the result is a constant of a trace.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reduced_precision(kind: str) -> list[str]:
     """Return why float32 matrix products would lose precision; empty if they would not."""
     precision = getattr(_SWITCHES["cpu" if kind == "cpu" else "cuda"], "fp32_precision", None)
@@ -207,3 +205,8 @@ def _reduced_precision(kind: str) -> list[str]:
         "torch.set_float32_matmul_precision('highest') takes that back"
     )
     return [reason]
+
+
+# The compiler cannot trace the reading of these settings, so the result is a constant of a trace.
+# `torch.compiler.assume_constant_result` sets the same, and imports the compiler to do so.
+_reduced_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
