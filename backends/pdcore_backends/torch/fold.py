@@ -103,10 +103,8 @@ def by_triton(k: Tensor) -> bool:
     return not device.unfolded(str(k.device), name, k.shape[-1])
 
 
-def row_of_ones(real: Tensor | None, k: Tensor, wide: torch.dtype) -> Tensor:
-    """Return 1 for each real key and 0 for the others, (1, M) or (B, 1, 1, M)."""
-    if real is None:
-        return torch.ones(1, k.shape[-2], dtype=wide, device=k.device)
+def row_of_ones(real: Tensor, wide: torch.dtype) -> Tensor:
+    """Return 1 for each real key and 0 for the others, (B, 1, 1, M)."""
     return real.to(wide)[:, :, None, :]
 
 
@@ -126,7 +124,7 @@ def _sums(k: Tensor, real: Tensor | None, eps: float, over_batch: bool) -> _Sums
 
 
 def _masked_sums(k: Tensor, real: Tensor, eps: float, over_batch: bool) -> _Sums:
-    one = row_of_ones(real, k, k.dtype)
+    one = row_of_ones(real, k.dtype)
     n = one.sum(-1, keepdim=True)
     n = n.sum(0, keepdim=True) if over_batch else n
     count = torch.where(n > 0, n, 1.0)
@@ -214,12 +212,14 @@ def _pull_back(
         x = x.sum(2)  # over the query heads of a key head
         return x.sum(0, keepdim=True) if over_batch else x
 
-    row = torch.ones(1, q.shape[-2], dtype=wide, device=q.device)
-    level, slope = total(row @ dq), total(row @ (dq * q))
+    level, slope = (total(x.sum(-2, keepdim=True)) for x in (dq, dq * q))
     d_factor = slope - beta * s.mean * level
     if split:
-        one = row_of_ones(real, k, wide)
-        turned = one @ (dk * s.centred)
+        turned = dk * s.centred
+        if real is None:
+            turned = turned.sum(-2, keepdim=True)
+        else:
+            turned = row_of_ones(real, wide) @ turned
         d_factor = d_factor + (turned.sum(0, keepdim=True) if over_batch else turned)
         d_var = -0.5 * factor * factor * factor * d_factor
         dk = dk * factor
@@ -229,8 +229,8 @@ def _pull_back(
     d_mean = -beta * moved
     count = s.n if not isinstance(s.n, Tensor) else torch.where(s.n > 0, s.n, 1.0)
     steep = 2.0 / count * d_var
-    level = d_mean / count if s.rest is None else d_mean / count - steep * s.rest
-    more = torch.addcmul(level, steep, s.centred)
+    base = d_mean / count if s.rest is None else d_mean / count - steep * s.rest
+    more = torch.addcmul(base, steep, s.centred)
     if real is not None:
         more = more * real[:, :, :, None]
     d_beta = beta_cotangent(-s.mean * moved, beta) if isinstance(beta, Tensor) else None

@@ -57,8 +57,10 @@ def direct(c: Scores, inputs: Inputs) -> Tensor | None:
         if q.dtype != dtype or v.dtype != dtype:
             q, k, v = (x if x.dtype == dtype else x.to(dtype) for x in (q, k, v))
     if recorded(q, k, v):
-        return attend(q, k, v, scale=c.scale, causal=choice.causal)
-    return on_cpu(q, k, v, None, c.scale, choice.causal)[0]
+        out = attend(q, k, v, scale=c.scale, causal=choice.causal)
+    else:
+        out = on_cpu(q, k, v, None, c.scale, choice.causal)[0]
+    return out if out.dtype == inputs.q.dtype else out.to(inputs.q.dtype)
 
 
 def folded(

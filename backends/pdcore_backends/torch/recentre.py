@@ -68,14 +68,14 @@ def mean_of_keys(k: Tensor, real: Tensor | None, *, over_batch: bool) -> Tensor:
     Tensor (B, H, 1, D) or (1, H, 1, D)
         In the accumulation dtype.
     """
-    wide = xp.accumulation(k)
-    one = row_of_ones(real, k, wide)
-    total = one @ k.to(wide)
-    n: Any = k.shape[-2] if real is None else one.sum(-1, keepdim=True)
+    k = k.to(xp.accumulation(k))
+    if real is None:
+        return overflow_as_nan(k.mean((0, 2) if over_batch else 2, keepdim=True), xp)
+    one = row_of_ones(real, k.dtype)
+    total, n = one @ k, one.sum(-1, keepdim=True)
     if over_batch:
-        total = total.sum(0, keepdim=True)
-        n = n * k.shape[0] if real is None else n.sum(0, keepdim=True)
-    return overflow_as_nan(total / (n if real is None else torch.where(n > 0, n, 1.0)), xp)
+        total, n = total.sum(0, keepdim=True), n.sum(0, keepdim=True)
+    return overflow_as_nan(total / torch.where(n > 0, n, 1.0), xp)
 
 
 def prefix_means(

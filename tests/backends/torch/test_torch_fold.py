@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch_cases import draw
 
+import pdcore
 from pdcore_backends.torch import fold
 
 
@@ -110,3 +111,49 @@ def test_a_mean_far_from_zero_costs_the_fold_by_chunks_no_digits() -> None:
     )
     error = (folded - exact).abs().amax(-1) / exact.abs().amax(-1).clamp_min(1e-9)
     assert error.max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 2, 40])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "bn",
+        "bn(statistics=batch)",
+        "bn(beta=0.5,with_std=false)",
+        "causal+bn(statistics=prefix)",
+        "causal+bn(statistics=prefix,with_std=false)",
+        "causal",
+    ],
+)
+def test_a_call_without_masks_has_the_result_of_one_with_a_mask(
+    spec: str, length: int, dtype: torch.dtype
+) -> None:
+    q, k, v = (x.to(dtype) for x in draw(2, 4, length, 8, count=3))
+    k, v = k[:, :2] + 3, v[:, :2]
+    layer = pdcore.bind(spec)
+    every = torch.ones(2, length, dtype=torch.bool)
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 2e-5
+    grads = []
+    for mask in (None, every):
+        x = [y.detach().requires_grad_() for y in (q, k, v)]
+        out = layer(*x, key_mask=mask)
+        with torch.no_grad():
+            again = layer(*x, key_mask=mask)
+            assert again.dtype == out.dtype == dtype
+            assert torch.allclose(again, out, rtol=tolerance, atol=tolerance)
+        grads.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e30, float("inf"), float("nan")])
+def test_a_row_of_scores_that_overflow_is_nan_and_one_of_zeros_is_not(value: float) -> None:
+    q, k, v = draw(1, 1, 3, 4, count=3)
+    q[:, :, 0], k[:] = 0.0, 1.0  # in row 0 every score is 0, and with one key so is L
+    out = pdcore.attention(q, k[:, :, :1], v[:, :, :1])
+    assert torch.allclose(out, v[:, :, :1].expand_as(out))
+    q[:, :, 1], k[:, :, :] = value, 1e30
+    out = pdcore.attention(q, k[:, :, :1], v[:, :, :1])
+    assert torch.isnan(out[:, :, 1]).all()
+    assert torch.allclose(out[:, :, 0], v[:, :, 0])
