@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from pdcore.extend import Request, UnsupportedError
 
@@ -168,6 +167,9 @@ class Flex(PeerBackend):
 
     def attend(self, asked: Asked) -> tuple[Any, Any]:
         """Call the function, with what hides a key and the bias in its ``score_mod``."""
+        # Here, as it imports PyTorch's compiler, which takes seconds.
+        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
         arguments = {
             "score_mod": _score_mod(asked),
             "scale": asked.scale,
