@@ -137,7 +137,7 @@ class Problem:
         groups, rows, dim = self.q.shape[1:]
         keys = self.k.shape[1]
         widest = max(dim, self.v.shape[-1], 1)
-        tile, key_tile = (64, 64) if square else (16, 256)
+        tile, key_tile = (64, 64) if square else (32, 128)
         while tile * key_tile * widest > PRODUCTS and key_tile > 16:
             key_tile //= 2
             tile = min(tile, key_tile) if square else tile
