@@ -1,16 +1,17 @@
-"""The moments of every prefix of the keys, chunk by chunk.
+"""The statistics of every prefix of the keys, key by key in all chunks of the keys at once.
 
-Within a chunk the mean of every prefix is subtracted from the keys of the prefix, which takes CHUNK
-times the memory of the keys and is exact in results and gradients: a prefix of one key has a
-deviation of exactly 0, whose gradient is multiplied by a factor of up to eps ** -1.5. The state of
-the chunks before is merged with that of each prefix.
+Each key is merged with the keys before it in its chunk, and each of these prefixes with the chunks
+before. The deviation of one key is exactly 0, and so are its gradients, which are multiplied by a
+factor of up to eps ** -1.5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -23,7 +24,8 @@ from .scores import checkpointed
 
 __all__ = ["prefix_states"]
 
-CHUNK = 16
+#: The most keys of a chunk. One loop has a step for each key of a chunk, one for each chunk.
+CHUNK = 128
 
 State = Mapping[str, Any]
 
@@ -37,41 +39,37 @@ def prefix_states(stats: Statistics, keys: Any, mask: Any) -> State:
     *lead, length, _ = keys.shape
     if type(stats) not in (Mean, Moments) or not keys.size:
         return generic_prefix_states(stats, keys, mask, xp=xp)
-    real = (
-        jnp.ones((*lead, length, 1), keys.dtype)
-        if mask is None
-        else jnp.broadcast_to(mask, (*lead, length, 1)).astype(keys.dtype)
-    )
-    chunks = tuple(cut(x, CHUNK) for x in (keys, real))
-
-    def within(keys: Any, real: Any) -> State:
-        state = _within(keys, real)
-        return state if type(stats) is Moments else {name: state[name] for name in ("n", "mean")}
-
-    def step(before: State, chunk: tuple[Any, Any]) -> tuple[State, State]:
-        merged = checkpointed(lambda a, b: stats.merge(a, within(*b), xp=xp), before, chunk)
-        return {name: x[..., -1:, :] for name, x in merged.items()}, merged
-
-    # The scan starts from the first chunk, so that its carry varies over devices.
-    first = within(*(x[0] for x in chunks))
-    last = {name: x[..., -1:, :] for name, x in first.items()}
-    whole = {name: x[None] for name, x in first.items()}
-    # A scan of no chunks would leave a derivative empty arrays, at which XLA of JAX 0.11.2 ends the
-    # process where the sequence is cut into shards.
-    if len(chunks[0]) > 1:
-        _, rest = lax.scan(step, last, tuple(x[1:] for x in chunks))
-        whole = {name: jnp.concat([x, rest[name]]) for name, x in whole.items()}
-    empty = stats.zero(last, xp=xp)
-    return {
-        name: jnp.concat([empty[name], joined(x, length)], axis=-2) for name, x in whole.items()
-    }
+    size = min(CHUNK, length)
+    # Keys on the first axis, each with an axis of rows. Padding is after all keys.
+    real = None if mask is None else jnp.broadcast_to(mask, (*lead, length, 1))
+    by_key = [None if x is None else _by_key(x, size) for x in (keys, real)]
+    within = _merged(stats, lambda x: stats.of(*x, xp=xp), by_key)
+    if size < length:
+        merged = _merged(stats, lambda state: state, {n: x[-1] for n, x in within.items()})
+        before = {n: jnp.concat([_none(x[:1]), x[:-1]]) for n, x in merged.items()}
+        within = stats.merge(before, within, xp=xp)
+    whole = {name: joined(jnp.moveaxis(x[..., 0, :], 0, -2), length) for name, x in within.items()}
+    return {name: jnp.concat([_none(x[..., :1, :]), x], axis=-2) for name, x in whole.items()}
 
 
-def _within(keys: Any, real: Any) -> State:
-    """Compute the moments of every prefix of a chunk (..., C, D)."""
-    size = keys.shape[-2]
-    weights = jnp.tril(jnp.ones((size, size), keys.dtype)) * jnp.swapaxes(real, -1, -2)
-    n = jnp.sum(weights, axis=-1, keepdims=True)
-    mean = jnp.matmul(weights, keys) / jnp.maximum(n, 1.0)
-    deviation = keys[..., None, :, :] - mean[..., :, None, :]
-    return {"n": n, "mean": mean, "m2": jnp.sum(weights[..., None] * deviation**2, axis=-2)}
+def _by_key(x: Any, size: int) -> Any:
+    """Return rows (..., M, F) as (size, C, ..., 1, F), C chunks of `size` rows."""
+    return jnp.moveaxis(cut(x, size), -2, 0)[..., None, :]
+
+
+def _merged(stats: Statistics, state_of: Callable[[Any], State], blocks: Any) -> State:
+    """Merge the state of each block of keys with those before it on the first axis."""
+
+    def step(before: State, block: Any) -> tuple[State, State]:
+        merged = stats.merge(before, state_of(block), xp=xp)
+        return merged, merged
+
+    first = state_of(jax.tree.map(lambda x: x[0], blocks))
+    start = {name: _none(x) for name, x in first.items()}
+    merged: State = lax.scan(partial(checkpointed, step), start, blocks)[1]
+    return merged
+
+
+def _none(x: Any) -> Any:
+    """Return zeros like `x` that vary over devices as `x` does."""
+    return jnp.where(False, x, 0)
