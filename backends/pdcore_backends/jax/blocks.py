@@ -47,6 +47,8 @@ _ROW_BLOCK = 1024
 #: Scores of the heads that run as one batch, 1 MiB in float32: what all steps of a small batch
 #: write stays in the caches, and its memory is not mapped anew in every call.
 _BATCH = 1 << 18
+#: Heads with at most this many scores are not cut into blocks of rows and keys.
+_SMALL = 1 << 15
 #: Causal rows run in at most _BANDS bands, each with the keys that its last row sees; XLA compiles
 #: each band separately. With more than _BANDED_KEYS keys, or more than one block of keys, one
 #: program for all rows skips the blocks of keys that no row sees.
@@ -91,7 +93,10 @@ def sizes(
     restricts : bool
         Whether rows do not see all keys by their positions.
     """
-    batch = max(1, _BATCH // max(1, group * rows * keys)) if turns and heads > 1 else None
+    scores = group * rows * keys
+    batch = max(1, _BATCH // max(1, scores)) if turns and heads > 1 else None
+    if scores <= _SMALL and scores * (batch or heads) <= 8 * _BLOCK:
+        return BlockSizes(batch, max(rows, 1), max(keys, 1))
     key_block = max(1, min(keys, _KEY_BLOCK if turns else 1024))
     if restricts and keys > _BANDED_KEYS:
         key_block = _SKIPPED_KEYS
