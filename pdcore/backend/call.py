@@ -140,6 +140,7 @@ class Call:
             mask,
             self.device,
             self.labels,
+            self.inputs.segments,
         )
 
     def join(self, parts: list[Any], dtype: Any, whole: Any = None) -> Any:

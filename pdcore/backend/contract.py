@@ -206,7 +206,7 @@ class Request(NamedTuple):
         Whether the call returns the log-sum-exp; is `attention_vjp`; is `attention_weights`.
     dropout : float
     axis_name : str or None
-    segments : {"values", "traced", "compiled"} or None
+    segments : {"values", "traced", "traced_pair", "compiled"} or None
         Whether ids have values, or are traced, by PyTorch's compiler or by others.
     layout : str
         The layout of the caller's arrays, for messages only: the arrays of a backend, and the
@@ -339,7 +339,7 @@ class Backend(ABC):
 
     def traced_segments(self, request: Request) -> list[str]:
         """Return why the backend cannot run a call if its segments are traced, see `refusals`."""
-        traced = request.segments in ("traced", "compiled")
+        traced = request.segments not in (None, "values")
         return ["segments: the ids are traced; pass them as NumPy arrays"] if traced else []
 
     def fuse(self, plan: Plan, request: Request) -> Plan:

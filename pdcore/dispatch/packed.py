@@ -69,7 +69,7 @@ def packed_call(
 
     check_given(inputs)
     at_hand = on_host(heads_first(inputs, layout))
-    if segments_kind(at_hand.segments) == "traced":
+    if segments_kind(at_hand.segments) != "values":
         return inputs, None
     backend, _, _, device = layer.entry(at_hand, layout=layout, **kind)
     if 0 in inputs.q.shape[:-3]:

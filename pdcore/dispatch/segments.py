@@ -214,8 +214,11 @@ def segments_kind(segments: Any) -> str | None:
     """Return the kind of ids, see `Request.segments`."""
     if segments is None:
         return None
-    ids = (x for x in pair_of(segments) if hasattr(x, "dtype"))
-    return "traced" if any(host_values(x) is None for x in ids) else "values"
+    first, second = pair_of(segments)
+    ids = (x for x in (first, second) if hasattr(x, "dtype"))
+    if all(host_values(x) is not None for x in ids):
+        return "values"
+    return "traced" if first is second else "traced_pair"
 
 
 def shares_statistics(spec: AttentionSpec) -> bool:

@@ -94,6 +94,9 @@ class Visibility:
         The device on which arrays are created.
     labels : pair of integer arrays (*B, 1, 1, N) and (*B, 1, 1, M), or None
         The labels of queries and keys.
+    runs : integer array (*B, N) or None
+        The run of each query and key where ids of packed sequences are traced: a query sees the
+        keys of its own run.
     """
 
     support: Support
@@ -107,6 +110,7 @@ class Visibility:
     mask: Any
     device: Any
     labels: Any = None
+    runs: Any = None
 
     @property
     def keys(self) -> int:
@@ -214,7 +218,7 @@ class Visibility:
         integer array broadcastable to (*B, H, G, N)
         """
         xp = self.xp
-        if self.mask is None and bias is None and terms is None:
+        if all(x is None for x in (self.mask, bias, terms, self.runs)):
             return self._counts_by_position()
         parts = []
         for start in range(0, self.rows, 256):
@@ -292,6 +296,10 @@ class Visibility:
             parts.append(self.key_mask[..., None, None, first:last])
         if self.mask is not None:
             parts.append(self.by_mask(start, stop, first, last))
+        if self.runs is not None:
+            runs = self.runs[..., None, None, :, None]
+            keys = self.runs[..., None, None, None, first:last]
+            parts.append(runs[..., start:stop, :] == keys)
         return all_of(parts)
 
     def by_position(self, start: int, stop: int, first: int, last: int) -> Any:

@@ -33,11 +33,20 @@ __all__ = [
 Arrays = dict[str, Any]
 
 #: The axis of rows, and of keys; a mask or bias may have length 1 along either.
-_ROWS = {"q": -2, "out": -2, "level": -1, "bias": -2, "mask": -2, "q_labels": -1}
-_KEYS = {"k": -2, "v": -2, "key_bias": -1, "key_mask": -1, "bias": -1, "mask": -1, "k_labels": -1}
+_ROWS = {
+    **{"q": -2, "out": -2, "level": -1, "bias": -2, "mask": -2},
+    **{"q_labels": -1, "runs": -1},
+}
+_KEYS = {
+    **{"k": -2, "v": -2, "key_bias": -1, "key_mask": -1, "bias": -1, "mask": -1},
+    **{"k_labels": -1, "key_runs": -1},
+}
 #: The number of axes after those of heads. Arrays of the first dict may have one more, of groups.
-_BY_GROUP = {"q": 2, "out": 2, "level": 1, "bias": 2, "mask": 2, "offset": 2, "q_labels": 1}
-_OF_KEYS = {"k": 2, "v": 2, "key_bias": 1, "key_mask": 1, "k_labels": 1}
+_BY_GROUP = {
+    **{"q": 2, "out": 2, "level": 1, "bias": 2, "mask": 2, "offset": 2},
+    **{"q_labels": 1, "runs": 1},
+}
+_OF_KEYS = {"k": 2, "v": 2, "key_bias": 1, "key_mask": 1, "k_labels": 1, "key_runs": 1}
 _BROADCAST = ("bias", "mask")
 
 #: Scores in memory at a time, 8 MiB in float32: they fit in the caches of one or two cores.
@@ -282,9 +291,12 @@ def over_keys(
             def more(total: Any) -> Any:
                 return merge(total, at(cut, index * block, block))
 
-            if not call.support.restricts:
+            if not (call.support.restricts or "runs" in arrays):
                 return more(total), None
             seen = _any_seen(call, visibility, index * block, block)
+            if "runs" in arrays:
+                a, b = arrays["runs"], cut["key_runs"]  # both ascend
+                seen &= jnp.any((a[..., -1] >= b[..., 0]) & (b[..., -1] >= a[..., 0]))
             return lax.cond(seen, more, lambda total: total, total), None
 
         total, _ = lax.scan(step, total, (jnp.arange(1, count), rest))

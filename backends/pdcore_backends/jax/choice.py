@@ -99,6 +99,8 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
         return "shards merge by the log-sum-exp"
     if not plan.fits(request.dtype):
         return "transformed queries and keys that 16 bit may not hold"
+    if request.segments == "traced":
+        return "traced ids of packed sequences"
     if request.lse or request.vjp or request.weights or plan.rescales:
         return "the log-sum-exp is needed, and it has no gradient of that"
     for name in ("mask", "key_mask", "bias"):

@@ -8,7 +8,7 @@ import jax
 
 from pdcore.extend import Inputs, Plan, Request
 
-from . import sharded
+from . import segments, sharded
 from .choice import chosen
 from .device import find
 from .local import LocalJaxBackend
@@ -37,10 +37,16 @@ class JaxBackend(LocalJaxBackend):
             reasons.append(f"device {request.device}: {error}")
         return reasons
 
+    def traced_segments(self, request: Request) -> list[str]:
+        """Return why the backend cannot run traced segments, see `Backend.traced_segments`."""
+        return [] if request.segments in (None, "values") else segments.refusals(request)
+
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel of a plan, and state what shards exchange, see `Backend.fuse`."""
         if request.axis_name is not None:
             plan = sharded.described(plan, request.axis_name)
+        if request.segments == "traced":
+            plan = segments.segmented(plan)
         return chosen(plan, request)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:

@@ -12,7 +12,10 @@ from array_api_compat import array_namespace
 
 from pdcore.extend import (
     ArrayBackend,
+    Call,
     Features,
+    Group,
+    GroupRun,
     Inputs,
     Operands,
     Plan,
@@ -32,6 +35,7 @@ from .features import prefix_contract
 from .namespace import NAMESPACE, in_full
 from .prefix import prefix_states
 from .scores import scores
+from .segments import SegmentRun, with_runs
 
 __all__ = ["LocalJaxBackend"]
 
@@ -71,6 +75,11 @@ class LocalJaxBackend(ArrayBackend):
     def features(self, c: Features, o: Operands) -> tuple[Any, Any]:
         """Contract by features, under causal by loops of XLA; see `.features`."""
         return feature_contraction.features(c, o, xp=self.xp, contract=prefix_contract)
+
+    def group_run(self, call: Call, group: Group) -> GroupRun:
+        """Return the steps of a head group, those of `SegmentRun` for traced segments."""
+        steps = GroupRun if call.inputs.segments is None else SegmentRun
+        return steps(self, call, group)
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
@@ -171,8 +180,8 @@ def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
     return inputs.offset, arrays
 
 
-_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params", "labels"})
+_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params", "labels", "segments"})
 
 
 def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
-    return Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset)
+    return with_runs(Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset))

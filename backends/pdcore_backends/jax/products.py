@@ -49,6 +49,7 @@ class BlockVisibility(NamedTuple):
     rows: int = 1
     transposed: bool = False
     whole: Visibility | None = None
+    together: Any = None
 
     def place(self, name: str, start: int, stop: int, first: int, last: int) -> Any:
         """Return a place of the block, see `Visibility.place`; the bounds are ignored."""
@@ -69,6 +70,8 @@ class BlockVisibility(NamedTuple):
             parts.append(self.key_mask)
         if self.mask is not None:
             parts.append(self.mask)
+        if self.together is not None:
+            parts.append(self.together)
         seen = all_of(parts)
         return keys_first(seen, self.rows) if self.transposed and seen is not None else seen
 
@@ -84,18 +87,25 @@ def block_operands(
     prefix = "value "
     values = {n.removeprefix(prefix): x for n, x in cut.items() if n.startswith(prefix)}
     rows = 1 + cut["q"].ndim - cut["k"].ndim
-    key_bias, key_mask = (
+    key_bias, key_mask, key_runs = (
         None if (x := cut.get(name)) is None else along_rows(x, rows)
-        for name in ("key_bias", "key_mask")
+        for name in ("key_bias", "key_mask", "key_runs")
     )
     if "q_labels" in cut:
         labels = cut["q_labels"], along_rows(cut["k_labels"], rows)[..., 0, :]
         visibility = replace(visibility, labels=labels)
+    together = None if key_runs is None else cut["runs"][..., None] == key_runs
     bias = cut.get("bias")
     if key_bias is not None:
         bias = key_bias if bias is None else key_bias + bias
     seen: Any = BlockVisibility(
-        None if whole else visibility, key_mask, cut.get("mask"), rows, transposed, visibility
+        None if whole else visibility,
+        key_mask,
+        cut.get("mask"),
+        rows,
+        transposed,
+        visibility,
+        together,
     )
     if transposed:
         bias = None if bias is None else keys_first(bias, rows)

@@ -60,6 +60,9 @@ __all__ = [
 
 Result = TypeVar("Result")
 
+#: The most rows and keys of a block of packed sequences, which skip those of other segments.
+_PACKED = 256
+
 
 def scores(c: Scores, o: Operands, *, turns: bool) -> tuple[Any, Any]:
     """Contract by scores.
@@ -95,6 +98,9 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
     for name, x in (("key_bias", o.key_bias), ("bias", o.bias), ("key_mask", seen.key_mask)):
         if x is not None:
             arrays[name] = x
+    if seen.runs is not None:
+        arrays["runs"] = seen.runs[..., None, None, :]
+        arrays["key_runs"] = seen.runs[..., None, :]
     if seen.mask is not None:
         arrays["mask"] = seen.by_mask(0, rows, 0, keys)
     if not seen.static:
@@ -105,6 +111,10 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
         arrays["q_labels"], arrays["k_labels"] = seen.labels[0], seen.labels[1][..., 0, :]
     if group == 1:
         arrays = ungrouped(arrays)
+    restricts = seen.support.restricts
+    block = sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=restricts)
+    if seen.runs is not None and not block.kept:
+        block = block._replace(rows=min(block.rows, _PACKED), keys=min(block.keys, _PACKED))
     call = StaticCall(
         c,
         seen.support,
@@ -112,7 +122,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
         keys,
         seen.scale,
         seen.offset if seen.static else None,
-        sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=seen.support.restricts),
+        block,
     )
     return call, arrays
 

@@ -1,4 +1,4 @@
-"""Packed sequences on JAX: the laws, padded programs, gradients, and ids that are traced."""
+"""Packed sequences on JAX: the laws, padded programs, and gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from segment_laws import IDS, Q, check_forward, check_gradients
 
 import pdcore
-from pdcore.errors import NoBackendError, UnsupportedError
 
 
 @pytest.fixture(autouse=True)
@@ -43,14 +42,3 @@ def test_gradient_and_jit_with_ids_from_outside():
     want = pdcore.attention_vjp(x, x, x, "bn", segments=IDS)[2](x)
     total = want["q"] + want["k"] + want["v"]
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), total, rtol=1e-9, atol=1e-11)
-
-
-def test_traced_ids_are_refused_by_name():
-    x = jnp.ones((1, 2, 4, 3))
-
-    @jax.jit
-    def packed(q, ids):
-        return pdcore.attention(q, q, q, segments=ids)
-
-    with pytest.raises((UnsupportedError, NoBackendError), match="segments: the ids are traced"):
-        packed(x, jnp.zeros((1, 4), int))
