@@ -33,19 +33,12 @@ __all__ = [
 Arrays = dict[str, Any]
 
 #: The axis of rows, and of keys; a mask or bias may have length 1 along either.
-_ROWS = {
-    **{"q": -2, "out": -2, "level": -1, "bias": -2, "mask": -2},
-    **{"q_labels": -1, "runs": -1},
-}
-_KEYS = {
-    **{"k": -2, "v": -2, "key_bias": -1, "key_mask": -1, "bias": -1, "mask": -1},
-    **{"k_labels": -1, "key_runs": -1},
-}
+_ROWS = {"q": -2, "out": -2, "bias": -2, "mask": -2, "level": -1, "q_labels": -1, "runs": -1}
+_KEYS = {"k": -2, "v": -2}
+_KEYS |= dict.fromkeys(("key_bias", "key_mask", "bias", "mask", "k_labels", "key_runs"), -1)
 #: The number of axes after those of heads. Arrays of the first dict may have one more, of groups.
-_BY_GROUP = {
-    **{"q": 2, "out": 2, "level": 1, "bias": 2, "mask": 2, "offset": 2},
-    **{"q_labels": 1, "runs": 1},
-}
+_BY_GROUP = dict.fromkeys(("q", "out", "bias", "mask", "offset"), 2)
+_BY_GROUP |= dict.fromkeys(("level", "q_labels", "runs"), 1)
 _OF_KEYS = {"k": 2, "v": 2, "key_bias": 1, "key_mask": 1, "k_labels": 1, "key_runs": 1}
 _BROADCAST = ("bias", "mask")
 

@@ -113,7 +113,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
         arrays = ungrouped(arrays)
     restricts = seen.support.restricts
     block = sizes(math.prod(lead), group, rows, keys, turns=turns, restricts=restricts)
-    if seen.runs is not None and not block.kept:
+    if seen.runs is not None:
         block = block._replace(rows=min(block.rows, _PACKED), keys=min(block.keys, _PACKED))
     call = StaticCall(
         c,
