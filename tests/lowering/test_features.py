@@ -154,13 +154,18 @@ def test_prefixes_off_by_one_are_caught(
     text: str, shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = spread(normal_case(text, n=7, m=7))
-    true = Visibility.prefix_counts
+    true, true_first = Visibility.prefix_counts, Visibility.first_prefix
 
     def moved(self: Visibility, start: int, stop: int, ahead: int = 0) -> Any:
         return np.clip(true(self, start, stop, ahead) + shift, 0, self.keys)
 
+    def moved_first(self: Visibility, row: int) -> Any:
+        first = true_first(self, row)
+        return None if first is None else max(0, min(first + shift, self.keys))
+
     exact(case)
     monkeypatch.setattr(Visibility, "prefix_counts", moved)
+    monkeypatch.setattr(Visibility, "first_prefix", moved_first)
     caught(case)
 
 
