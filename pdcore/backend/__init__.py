@@ -5,7 +5,6 @@ from __future__ import annotations
 from .array_backend import ArrayBackend
 from .call import Call, accumulation, constants_held, cut_heads, spacing
 from .contract import (
-    FEATURES,
     LAYOUTS,
     SPEC_VERSION,
     Backend,
@@ -15,6 +14,7 @@ from .contract import (
     shape_in,
 )
 from .feature_contraction import chunks, shifted_features
+from .features import FEATURES
 from .group_run import GroupRun
 from .log_kappa import log_weight
 from .operands import Contracted, Operands

@@ -16,7 +16,8 @@ from ..lowering import Features, Group, Plan, Scores, Summary, first_real
 from ..spec import Mean, Statistics, heads, prefix_states, reduce_axis
 from . import feature_contraction, score_contraction
 from .call import Call
-from .contract import FEATURES, Backend, Inputs, Request
+from .contract import Backend, Inputs, Request
+from .features import FEATURES
 from .group_run import GroupRun
 from .operands import Contracted, Operands
 

@@ -81,6 +81,11 @@ def test_results_and_gradients(spec):
     check(spec, IDS, Q, K, V)
 
 
+def test_tables():
+    labels = np.random.default_rng(6).integers(0, 3, IDS.shape)
+    check("relative(2)+labels(3)", IDS, Q, K, V, labels=labels)
+
+
 @pytest.mark.parametrize("spec", ["bn", "causal+alibi", "sparse(9,4)"])
 def test_several_blocks(spec):
     check(spec, LONG, drawn(LONG, 4), drawn(LONG, 2, seed=1), drawn(LONG, 2, seed=2))
