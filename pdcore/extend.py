@@ -103,6 +103,7 @@ from .reference import reference_attention
 from .spec import (
     DISTANCE,
     KEY_LABEL,
+    PLACES,
     QUERY_LABEL,
     AttentionSpec,
     Batch,
@@ -153,6 +154,7 @@ from .spec import (
 __all__ = [
     "DISTANCE",
     "KEY_LABEL",
+    "PLACES",
     "QUERY_LABEL",
     # declare
     "SPEC_VERSION",

@@ -50,7 +50,9 @@ def cuda_source(e: Expression, suffix: str) -> str:
         text = f"{value!r}{suffix}"
         return f"({text})" if value < 0 else text
     if e.op == "entry":
-        raise UnsupportedError(f"{e}: entries of tables have no CUDA text yet")
+        raise UnsupportedError(
+            f"{e}: an entry has CUDA text only in a kernel that knows where its table lies"
+        )
     args = [cuda_source(a, suffix) for a in e.args]
     if e.op == "where":
         return f"({args[0]} ? {args[1]} : {args[2]})"

@@ -8,6 +8,7 @@ take.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from cuda_gate import (
     ARCHITECTURES,
@@ -28,7 +29,7 @@ from pdcore_backends.cupy.feature_programs import FeatureProgram
 from pdcore_backends.cupy.programs import COLUMNS, STORED, Program
 
 #: Calls whose log kappa, or weight, is not ``scale * s``.
-SPECS = ("softmax(softcap=20)", "polynomial", "linear+sparse(9,2)")
+SPECS = ("softmax(softcap=20)", "polynomial", "linear+sparse(9,2)", "alibi+relative(9)+labels(4)")
 #: Every kernel at its widest, where registers are scarcest.
 KERNELS = (*(name.format(COLUMNS[-1]) for name in TEMPLATES), "scores_bias", "scores_delta")
 OF_FEATURES = (*(name.format(feature_programs.COLUMNS[-1]) for name in FEATURES), *STATES)
@@ -46,9 +47,17 @@ def lowered(spec: str) -> Scores:
     return plan.contraction
 
 
+def _program(spec: str) -> Program:
+    """Return the program of a spec, with the scalars and tables that it declares."""
+    shapes: dict[str, Any] = {p.name: p.shapes[0][1:] for p in pdcore.parse(spec).parameters()}
+    scalars = tuple(name for name, sizes in shapes.items() if not sizes)
+    tables = tuple((name, *(1, *sizes)[-2:]) for name, sizes in shapes.items() if sizes)
+    return Program.of(lowered(spec), scalars, {}, tables)
+
+
 def programs() -> dict[str, Program]:
     """Return the programs other than ``scale * s``, by their names on the page."""
-    named = {f"`{spec}`": Program.of(lowered(spec), (), {}) for spec in SPECS}
+    named = {f"`{spec}`": _program(spec) for spec in SPECS}
     for dtype in ("float16", "bfloat16"):
         stored = tuple((name, dtype) for name in STORED)
         named[f"`softmax`, arrays of {dtype}"] = Program("float", stored=stored)

@@ -126,11 +126,9 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
     c = plan.contraction
     if isinstance(c, Scores) and c.weight == "log_features":
         return "no kernel takes log features, whose maxima differ from block to block"
-    if isinstance(c, Scores) and c.places:
-        return "no kernel has terms of positions or labels yet"
-    shared = request.q[-3] != request.k[-3]
-    if shared and isinstance(c, Scores) and set(c.scalars) & set(plan.by_query_head):
-        return "a kernel reads one scalar for all query heads of a key head"
+    expression = c.expression if isinstance(c, Scores) else None
+    if request.vjp and expression is not None and expression.entries:
+        return "no kernel gives the gradients of tables"
     if not request.q[-1]:
         return "got D = 0, and a tile takes one feature at least"
     if why := too_old(capability):

@@ -77,7 +77,14 @@ class Packed(NamedTuple):
     bias_extent: tuple[int, ...]
 
 
-def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed:
+def packed(
+    c: Scores,
+    o: Operands,
+    names: tuple[str, ...],
+    tables: tuple[tuple[str, int, int], ...] = (),
+    *,
+    xp: Any,
+) -> Packed:
     """Build the arguments of a kernel; arrays whose rows are not contiguous are copied."""
     visibility = o.visibility
     *lead, heads, group, rows, dim = o.q.shape
@@ -90,17 +97,29 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
         for x in (visibility.key_mask, visibility.real)
     )
     key_bias = None if o.key_bias is None else xp.ascontiguousarray(o.key_bias)
-    values = None
-    if names:
-        # A kernel reads one row of scalars for each head.
-        values = xp.stack([xp.reshape(o.values[n], (heads,)) for n in names], axis=-1)
+    # A kernel reads one row of scalars, and one of entries, for each query head.
+    values, entries = (
+        _by_query_head([o.values[n] for n in chosen], heads, group, xp)
+        for chosen in (names, [name for name, _, _ in tables])
+    )
+    labels = (None, None)
+    if visibility.labels is not None:
+        labels = tuple(
+            xp.ascontiguousarray(
+                xp.reshape(
+                    xp.broadcast_to(xp.astype(x, xp.int64), (*lead, 1, 1, x.shape[-1])),
+                    (batch, x.shape[-1]),
+                )
+            )
+            for x in visibility.labels
+        )
     offsets = (
         None if visibility.static else xp.ascontiguousarray(xp.reshape(visibility.offset, (-1,)))
     )
     if offsets is not None and offsets.shape[0] != batch:
         offsets = xp.ascontiguousarray(xp.broadcast_to(offsets, (batch,)))
     extent = (1,) * 5 if bias is None else tuple(bias.shape)
-    members = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values)
+    members = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values, entries, *labels)
     arrays = tuple(NULL if x is None else x for x in members)
     sizes = (batch, heads, group, rows, keys, dim, value_dim)
     shape = record(
@@ -128,6 +147,15 @@ def packed(c: Scores, o: Operands, names: tuple[str, ...], *, xp: Any) -> Packed
         },
     )
     return Packed(arrays, shape, *sizes, extent)
+
+
+def _by_query_head(arrays: Sequence[Any], heads: int, group: int, xp: Any) -> Any:
+    """Return scalars and tables (H or 1, G or 1, n, m) joined to rows (H G, -1), or None."""
+    if not arrays:
+        return None
+    spread = (xp.broadcast_to(x, (heads, group, *x.shape[-2:])) for x in arrays)
+    rows = [xp.reshape(x, (heads * group, -1)) for x in spread]
+    return xp.ascontiguousarray(xp.concat(rows, axis=-1))
 
 
 def record(dtype: Any, members: Mapping[str, Any]) -> Any:

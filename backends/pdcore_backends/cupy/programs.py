@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.resources import files
 
-from pdcore.extend import Expression, Scores
+from pdcore.extend import PLACES, Expression, Scores
 
 __all__ = [
     "COLUMNS",
@@ -25,7 +25,21 @@ __all__ = [
 #: Columns of a result that a block holds in registers; a result with more takes several blocks.
 COLUMNS = (32, 64, 128, 256)
 
-_SIGNATURE = "(scalar s, scalar scale, const scalar* values)"
+_SIGNATURE = "(scalar s, scalar scale, const scalar* values, const Place& at)"
+_PLACE = """
+// What log kappa reads of a row and a key beside their inner product.
+struct Place {
+  scalar distance, query_label, key_label;
+  const scalar* tables;
+
+  // The entry of a table (n, m) that begins at `first`; indices beyond the ends are those of ends.
+  DEVICE_MEMBER scalar entry(int first, int n, int m, scalar i, scalar j) const {
+    return tables[first + bounded(i, n) * m + bounded(j, m)];
+  }
+  DEVICE_MEMBER static int bounded(scalar x, int size) {
+    return x < 1 ? 0 : x < size ? int(x) : size - 1;
+  }
+};"""
 _FEATURES = ("scores_vjp.cu", "features.cuh")
 _MMA = ("groups.cuh", "mma_tiles.cuh", "scores_mma.cu")
 _FILES = {
@@ -64,6 +78,8 @@ class Program:
         log w; None for scale * s, whose scale is an argument of the kernel.
     values : tuple of str
         Names of the scalars per head that the expression reads.
+    tables : tuple of (str, int, int)
+        The tables that it reads, each with its shape, in the order in which they lie in memory.
     stored : tuple of (str, str)
         The 16-bit arrays among `STORED`, each with its dtype.
     """
@@ -72,10 +88,17 @@ class Program:
     weight: str = "log"
     expression: Expression | None = None
     values: tuple[str, ...] = ()
+    tables: tuple[tuple[str, int, int], ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, c: Scores, values: tuple[str, ...], dtypes: Mapping[str, str]) -> Program:
+    def of(
+        cls,
+        c: Scores,
+        values: tuple[str, ...],
+        dtypes: Mapping[str, str],
+        tables: tuple[tuple[str, int, int], ...] = (),
+    ) -> Program:
         """Return the program of a contraction by scores.
 
         Parameters
@@ -85,12 +108,14 @@ class Program:
             Names of the scalars of the contraction.
         dtypes : mapping of str to str
             The dtypes of the arrays of `STORED` that the kernels read and write.
+        tables : tuple of (str, int, int)
+            The tables of the contraction, with their shapes.
         """
         scalar = scalar_of("float64" if "float64" in dtypes.values() else "float32")
         stored = tuple((n, dtypes[n]) for n in STORED if dtypes.get(n) in HALVES)
         if c.expression is None:
             return cls(scalar, c.weight, stored=stored)
-        return cls(scalar, c.weight, c.expression, values, stored)
+        return cls(scalar, c.weight, c.expression, values, tables, stored)
 
     def text(self, kernel: str) -> str:
         """Return the source of a kernel, by a template instantiation as ``"scores_rows<64>"``."""
@@ -108,6 +133,9 @@ class Program:
             f"#define LOG_WEIGHT {int(self.weight == 'log')}",
             f"#define PLAIN {int(self.expression is None)}",
             f"#define VALUES {len(self.values)}",
+            f"#define TABLES {sum(n * m for _, n, m in self.tables)}",
+            f"#define PLACES {int(bool(self._places))}",
+            _PLACE,
         ]
         if self.expression is None:
             value, slope = "scale * s", "scale"
@@ -125,20 +153,36 @@ class Program:
         ]
         return "\n".join(lines)
 
+    @property
+    def _places(self) -> frozenset[str]:
+        reads = frozenset() if self.expression is None else self.expression.inputs
+        return reads & frozenset(PLACES)
+
     def _slope(self, name: str) -> str:
         assert self.expression is not None
         return self._cuda(self.expression.derivative(name))
 
     def _cuda(self, expression: Expression) -> str:
         """Return the CUDA C++ of an expression; scalars, whose names may be C++ words, by index."""
-        return _indexed(expression, self.values).cuda(self.scalar)
+        return self._indexed(expression).cuda(self.scalar)
 
-
-def _indexed(e: Expression, names: tuple[str, ...]) -> Expression:
-    if e.op == "input":
-        name = str(e.value)
-        return replace(e, value=f"values[{names.index(name)}]") if name in names else e
-    return replace(e, args=tuple(_indexed(a, names) for a in e.args))
+    def _indexed(self, e: Expression) -> Expression:
+        if e.op == "entry":
+            first = 0
+            for name, n, m in self.tables:
+                if name == e.table:
+                    break
+                first += n * m
+            index = [self._cuda(i) for i in e.args[1:]]
+            i, j = index if len(index) == 2 else ("0", *index)
+            return Expression("input", (), f"at.entry({first}, {n}, {m}, {i}, {j})")
+        if e.op == "input":
+            name = str(e.value)
+            if name in PLACES:
+                return replace(e, value=f"at.{name}")
+            known = self.values
+            return replace(e, value=f"values[{known.index(name)}]") if name in known else e
+        return replace(e, args=tuple(map(self._indexed, e.args)))
 
 
 @cache

@@ -24,16 +24,20 @@ class ScoreCall:
 
     def __init__(self, cache: KernelCache, c: Scores, o: Operands, xp: Any) -> None:
         self.cache, self.c, self.o, self.xp = cache, c, o, xp
-        self.names = () if c.expression is None else tuple(o.values)
+        entries = () if c.expression is None else c.expression.entries
+        names = () if c.expression is None else tuple(o.values)
+        tables = {entry.table for entry in entries}
+        self.names = tuple(name for name in names if name not in tables)
+        self.tables = tuple((n, *map(int, o.values[n].shape[-2:])) for n in names if n in tables)
         self.read = {"q": o.q, "k": o.k, "v": o.v} | ({} if o.bias is None else {"bias": o.bias})
         self.scalar = self.program().scalar
         self.dtype = xp.float64 if self.scalar == "double" else xp.float32
-        self.packed = packed(c, o, self.names, xp=xp)
+        self.packed = packed(c, o, self.names, self.tables, xp=xp)
 
     def program(self, **more: Any) -> Program:
         """Return the program for the dtypes of the operands and of the arrays in `more`."""
         dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
-        return Program.of(self.c, self.names, dtypes)
+        return Program.of(self.c, self.names, dtypes, self.tables)
 
     def result(self, *shape: int, dtype: Any = None) -> Any:
         """Allocate an array for a result, in the dtype of sums by default."""
@@ -103,9 +107,11 @@ class ScoreCall:
         )
         grads = {n: xp.zeros_like(value) for n, value in o.values.items()}
         if names:
-            parts = xp.reshape(sums, (x.batch, x.heads, x.group * tiles, len(names)))
-            parts = xp.sum(parts, axis=(0, 2))
-            grads |= {n: xp.reshape(parts[:, i], grads[n].shape) for i, n in enumerate(names)}
+            parts = xp.reshape(sums, (x.batch, x.heads, x.group, tiles, len(names)))
+            parts = xp.sum(parts, axis=(0, 3))
+            for i, name in enumerate(names):
+                part = parts[..., i][..., None, None]
+                grads[name] = sum_to(part, grads[name].shape, xp=xp)
         return grads | {"q": dq}
 
     def of_keys(self, cotangents: tuple[Any, ...]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 // The operands of a contraction by scores, as in `Operands` and `Visibility` of pdcore, and the
-// weight of a key for a row. `log_kappa`, its slopes, VALUES, LOG_WEIGHT and the types of arrays,
-// `q_type` and so on, are defined before this text.
+// weight of a key for a row. `log_kappa`, its slopes, `Place`, VALUES, TABLES, PLACES, LOG_WEIGHT
+// and the types of arrays, `q_type` and so on, are defined before this text.
 
 // pdcore_backends/cupy/operands.py packs it. Strides are in entries; a bound of -1 means none.
 struct Shape {
@@ -25,8 +25,10 @@ struct Shape {
       const scalar *__restrict__ key_bias, const bias_type *__restrict__ bias,                    \
       const bool *__restrict__ key_mask, const bool *__restrict__ real,                           \
       const bool *__restrict__ mask, const i64 *__restrict__ offsets,                             \
-      const scalar *__restrict__ values
-#define INPUT_NAMES {q, k, v, key_bias, bias, key_mask, real, mask, offsets, values}
+      const scalar *__restrict__ values, const scalar *__restrict__ tables,                       \
+      const i64 *__restrict__ q_labels, const i64 *__restrict__ k_labels
+#define INPUT_NAMES                                                                               \
+  {q, k, v, key_bias, bias, key_mask, real, mask, offsets, values, tables, q_labels, k_labels}
 
 struct Inputs {
   const q_type* q;
@@ -36,7 +38,8 @@ struct Inputs {
   const bias_type* bias;
   const bool *key_mask, *real, *mask;
   const i64* offsets;
-  const scalar* values;
+  const scalar *values, *tables;  // VALUES and TABLES numbers of each query head
+  const i64 *q_labels, *k_labels;
 };
 
 // A range of keys or rows, from `first` to before `last`.
@@ -58,9 +61,10 @@ struct Head {
   RowsOf<q_type> q;
   RowsOf<k_type> k;
   RowsOf<v_type> v;
-  const scalar *key_bias, *values;
+  const scalar *key_bias, *values, *tables;
   const bias_type* bias;
   const bool *key_mask, *real, *mask;
+  const i64 *q_labels, *k_labels;
   i64 offset;
 
   // The range of keys that some of the rows first .. last - 1 see by position; empty without rows.
@@ -97,9 +101,23 @@ struct Head {
     return true;
   }
 
+  // What log kappa reads of a row and a key beside their inner product.
+  DEVICE_MEMBER Place place(int row, int key) const {
+    Place at = {};
+#if PLACES
+    at.tables = tables;
+    at.distance = scalar(key - row - offset);
+    if (q_labels) {
+      at.query_label = scalar(q_labels[row]);
+      at.key_label = scalar(k_labels[key]);
+    }
+#endif
+    return at;
+  }
+
   // log kappa with the biases, for a key that the row sees.
   DEVICE_MEMBER scalar log_weight(scalar s, int row, int key) const {
-    scalar found = log_kappa(s, scalar(shape->scale), values);
+    scalar found = log_kappa(s, scalar(shape->scale), values, place(row, key));
     if (key_bias) found += key_bias[key];
     if (bias)
       found += Stored<bias_type>::read(bias[row * shape->bias[3] + key * shape->bias[4]]);
@@ -115,7 +133,10 @@ DEVICE Head head_at(const Inputs& x, const Shape& s, i64 b, i64 h, i64 g) {
   found.v = rows_at(x.v + b * s.v[0] + h * s.v[1], s.v[2], s.keys, s.value_dim);
   found.key_bias = x.key_bias ? x.key_bias + (b * s.heads + h) * s.keys : nullptr;
   found.bias = x.bias ? x.bias + b * s.bias[0] + h * s.bias[1] + g * s.bias[2] : nullptr;
-  found.values = x.values ? x.values + h * VALUES : nullptr;
+  found.values = x.values ? x.values + (h * s.group + g) * VALUES : nullptr;
+  found.tables = x.tables ? x.tables + (h * s.group + g) * TABLES : nullptr;
+  found.q_labels = x.q_labels ? x.q_labels + b * s.rows : nullptr;
+  found.k_labels = x.k_labels ? x.k_labels + b * s.keys : nullptr;
   found.key_mask = x.key_mask ? x.key_mask + b * s.key_mask : nullptr;
   found.real = x.real ? x.real + b * s.real : nullptr;
   found.mask = x.mask ? x.mask + b * s.mask[0] + h * s.mask[1] + g * s.mask[2] : nullptr;

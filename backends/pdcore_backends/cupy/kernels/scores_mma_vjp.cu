@@ -69,7 +69,7 @@ DEVICE Pulled pulled(const Head& head, bool plain, float s, float d_weight, int 
   // A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
   if (p == 0) return {0, 0, 0};
   const float log = p * (d_weight - row_delta);
-  return {p, log, PLAIN ? log : log * log_kappa_slope(s, scale, head.values)};
+  return {p, log, PLAIN ? log : log * log_kappa_slope(s, scale, head.values, head.place(row, key))};
 }
 
 // dq, (batch, heads, group, rows, dim).

@@ -23,7 +23,8 @@ DEVICE Pulled pulled(const Head& head, bool near, scalar s, scalar d_weight, int
   // A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
   if (p == 0) return {zero, zero, zero};
   const scalar log = p * (d_weight - delta);
-  return {p, log, log * log_kappa_slope(s, scalar(head.shape->scale), head.values)};
+  return {p, log,
+          log * log_kappa_slope(s, scalar(head.shape->scale), head.values, head.place(row, key))};
 #else
   const scalar inverse = exponential(-level);
   return {s * inverse, zero, (d_weight - delta) * inverse};
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int n = 0; n < VALUES; n++)
           if (w.weight != 0)
-            found[n] += w.log * value_slope(n, s[i][j], scalar(shape.scale), head.values);
+            found[n] += w.log * value_slope(n, s[i][j], scalar(shape.scale), head.values,
+                                            head.place(row, key));
       }
     sums.add(weights, head.k, key0, column0, staged);
   }
