@@ -28,7 +28,8 @@ class ScoreCall:
         names = () if c.expression is None else tuple(o.values)
         tables = {entry.table for entry in entries}
         self.names = tuple(name for name in names if name not in tables)
-        self.tables = tuple((n, *map(int, o.values[n].shape[-2:])) for n in names if n in tables)
+        shapes = {name: o.values[name].shape[-2:] for name in names if name in tables}
+        self.tables = tuple((name, int(n), int(m)) for name, (n, m) in shapes.items())
         self.read = {"q": o.q, "k": o.k, "v": o.v} | ({} if o.bias is None else {"bias": o.bias})
         self.scalar = self.program().scalar
         self.dtype = xp.float64 if self.scalar == "double" else xp.float32
