@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench_rows import SMALL, check_rows
 from typer.testing import CliRunner
 
 from pdcore.cli.commands import app
@@ -383,8 +384,6 @@ def test_peers_are_listed() -> None:
 
 # --- the table of goals ---------------------------------------------------------------------------
 
-SMALL = (1, 4, 32, 8)
-
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "numpy", "strict"])
 def test_every_goal_belongs_to_a_row(backend: str) -> None:
@@ -429,35 +428,8 @@ def test_a_row_is_chosen_by_any_form_of_its_spec() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("backend", "direction", "words"),
-    [
-        ("numpy", "forward", ("",)),
-        ("torch", "forward", ("",)),
-        ("torch", "forward+backward", ("sink", "alibi", "segments=4")),
-        ("jax", "forward+backward", ("segments=4",)),
-    ],
-)
-def test_every_row_is_measured_once_its_numbers_are_right(
-    backend: str, direction: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measurements, "SECONDS", 0.0)
-    chosen = [
-        (row, workload)
-        for row, workload in rows.choose(backend, shape=SMALL, direction=direction)
-        if any(word in row.name for word in words)
-    ]
-    measured = speed.measure(
-        backend, grid="table", peers=["torch SDPA"], listed=lambda b: rows.steps(b, chosen)
-    )
-    assert not measured["red"], measured["numerics"]
-    absent = {entry["peer"] for entry in measured["missing_peers"]}
-    expected = {
-        (row.name, workload.direction)
-        for row, workload in chosen
-        if not set(row.by) <= absent | {"textbook NumPy"}
-    }
-    assert {(entry["spec"], entry["direction"]) for entry in measured["ratios"]} >= expected
+def test_every_row_is_measured_once_its_numbers_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_rows("numpy", "forward", ("",), monkeypatch)
 
 
 def test_segments_are_compared_with_a_batch_of_them() -> None:
@@ -507,7 +479,7 @@ def test_wrong_rows(arguments: list[str], message: str) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="POSIX only")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_the_rows_that_are_finished(
-    number: int, code: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    number: int, code: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, interruptible: None
 ) -> None:
     monkeypatch.setattr(measurements, "SECONDS", 0.0)
     measure = rows._measure

@@ -75,14 +75,6 @@ def test_an_exception_that_ends_tests_is_a_failure(excused, name):
         assert "where it should compute" in message
 
 
-@pytest.fixture
-def interruptible():
-    """Let SIGINT interrupt this process and its children, as a shell in the background does not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_is_the_users_unless_the_process_ignores_it(interruptible):
     with pytest.raises(KeyboardInterrupt), no_excuses():
         raise KeyboardInterrupt

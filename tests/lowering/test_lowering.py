@@ -166,7 +166,7 @@ def test_the_count_is_that_of_the_visible_keys(text: str, monkeypatch: pytest.Mo
     case = padded(spread(normal_case(text + "+h(count)")))
     exact(case)
 
-    def everyone(self: Visibility, bias: Any = None) -> Any:
+    def everyone(self: Visibility, bias: Any = None, terms: Any = None) -> Any:
         return np.full((self.rows,), self.length)
 
     monkeypatch.setattr(Visibility, "counts", everyone)
@@ -189,7 +189,7 @@ def test_a_bias_of_minus_infinity_is_not_counted(monkeypatch: pytest.MonkeyPatch
     case = replace(case, call={"bias": bias})
     exact(case)
     true = Visibility.counts
-    monkeypatch.setattr(Visibility, "counts", lambda self, bias=None: true(self))
+    monkeypatch.setattr(Visibility, "counts", lambda self, bias=None, terms=None: true(self))
     caught(case)
 
 

@@ -69,8 +69,8 @@ def _backend(name, act):
         )
 
         def scores(self, c, o):
-            # The calls of many cases have 9 rows, those of others do not.
-            return super().scores(c, o) if o.q.shape[-2] != 9 else act()
+            # The calls of most cases do not have 4 rows.
+            return super().scores(c, o) if o.q.shape[-2] == 4 else act()
 
     return Excusing
 

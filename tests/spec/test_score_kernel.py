@@ -130,8 +130,8 @@ def test_wrong_functions(function, tables, error, message):
 
 def test_pooled_keys_have_no_position():
     @score_kernel
-    def local(s, *, distance):
+    def nearest(s, *, distance):
         return s - abs(distance)
 
-    with pytest.raises(UnsupportedError, match="local: a pooled key has no single position"):
-        pdcore.parse("local+sh(1,2)")
+    with pytest.raises(UnsupportedError, match="nearest: a pooled key has no single position"):
+        pdcore.parse("nearest+sh(1,2)")

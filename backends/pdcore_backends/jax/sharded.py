@@ -138,8 +138,8 @@ def _check(plan: Plan, inputs: Inputs) -> None:
     c = plan.contraction
     if plan.normaliser != "sum" and isinstance(c, Scores) and c.removing:
         raise UnsupportedError(
-            f"{plan.spec}: h({plan.normaliser}) does not count keys of other shards that a table "
-            f"removes by -inf; use h(sum) with axis_name={inputs.axis_name!r}"
+            f"h({plan.normaliser}): keys of other shards that a table removes by -inf would be "
+            f"counted; use h(sum) with axis_name={inputs.axis_name!r}"
         )
     # A request does not hold the value of an offset.
     what = _aligned(plan)
