@@ -14,8 +14,9 @@ from pdcore.extend import Fold, Plan, Recentre, Request, Scores
 
 from . import device
 from .kernels import TILE, by_cudnn
+from .terms import linear_scale
 
-__all__ = ["Blocked", "Flexed", "Fused", "chosen"]
+__all__ = ["Blocked", "Flexed", "Fused", "Termed", "chosen"]
 
 #: The block of FlexAttention: a shorter call has no block to skip, so compiling does not pay.
 FLEX_LEAST = 128
@@ -50,6 +51,11 @@ class Flexed(Blocked):
     """
 
     dtype: str
+
+
+@dataclass(frozen=True)
+class Termed(Blocked):
+    """The choice of the fused CPU kernel with terms of positions and labels, see `.terms`."""
 
 
 class OnePass(NamedTuple):
@@ -113,6 +119,13 @@ def chosen(plan: Plan, request: Request) -> Plan:
     why = _not_fused(plan, c, request)
     if not why:
         return _fused(plan, c, request)
+    if _termed(plan, c, request):
+        step = (
+            "kernel: scaled_dot_product_attention (flash) on blocks of rows, to whose scores terms "
+            "are added; in a trace, in torch.func, and where a bias or a parameter requires a "
+            "gradient: blocks of our own"
+        )
+        return plan.chosen(replace(c, choice=Termed(plan.text)), step)
     limit = _not_flex(c, request)
     if not limit:
         return _flexed(plan, c, request, why)
@@ -264,6 +277,13 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     if device.kind(request.device) == "cpu":
         return ""
     return "float64 on this device" if request.dtype == "float64" else _off_the_grid(request)
+
+
+def _termed(plan: Plan, c: Scores, request: Request) -> bool:
+    """Check whether `.terms` runs a plan: tau s and terms of positions or labels, on the CPU."""
+    cpu = device.kind(request.device) == "cpu"
+    plain = c.weight == "log" and bool(c.places) and linear_scale(c) is not None
+    return cpu and plain and not _arrays(request) and not request.dropout
 
 
 def _window(plan: Plan) -> bool:

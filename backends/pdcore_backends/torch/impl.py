@@ -27,7 +27,7 @@ from pdcore.extend import (
 
 from . import INFO, namespace
 from .blocked import blocked_scores, dropout
-from .choice import Flexed, Fused, chosen
+from .choice import Flexed, Fused, Termed, chosen
 from .features import chosen_features, features
 from .flash import transformed
 from .flex import flex_scores
@@ -35,6 +35,7 @@ from .fused import FusedCall, FusedRun, direct, fused_inputs, fused_out, fused_s
 from .operators import BLOCKS
 from .packed import compiled_segments, segments_attention
 from .rows import chosen_rows
+from .terms import scores_with_terms
 from .torchscript import with_fixed_lengths
 
 __all__ = ["TorchBackend"]
@@ -128,6 +129,8 @@ class TorchBackend(ArrayBackend):
             result = fused_scores(c, o)
         elif isinstance(c.choice, Flexed):
             result = flex_scores(c, o)
+        elif isinstance(c.choice, Termed):
+            result = scores_with_terms(c, o)
         return blocked_scores(c, o) if result is None else result
 
     def attention_vjp(
