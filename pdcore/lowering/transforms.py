@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..arrays import overflow_as_nan, stop_gradient
+from ..arrays import device_of, overflow_as_nan, stop_gradient
 from ..spec import FeatureMap, Normalization
 from .plan import Transform
+
+#: The keys of `central`, a power of three.
+_SAMPLE = 27
 
 __all__ = ["FeatureRows", "GaussianRows", "KeyShift", "Normalize", "Pullback", "Rows", "UnitRows"]
 
@@ -269,7 +272,7 @@ def first_real(keys: Any, mask: Any, *, xp: Any) -> Any:
     return xp.sum(xp.where(chosen, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
 
 
-def central(keys: Any, mask: Any, *, xp: Any, sample: int = 27) -> Any:
+def central(keys: Any, mask: Any, *, xp: Any) -> Any:
     """Return a point among the keys of each head, (*B, H, 1, D), each feature by itself.
 
     It is used as a shift, on which only rounding errors depend, so the median of medians of three
@@ -279,16 +282,16 @@ def central(keys: Any, mask: Any, *, xp: Any, sample: int = 27) -> Any:
     length = keys.shape[-2]
     if not length:
         return xp.sum(keys, axis=-2, keepdims=True)
-    step = -(-length // sample)
-    picked = keys[..., ::step, :]
+    # As many keys for any length, so that one trace serves all lengths.
+    index = xp.arange(_SAMPLE, dtype=xp.int64, device=device_of(keys)) * length // _SAMPLE
+    picked = xp.take(keys, index, axis=keys.ndim - 2)
     if mask is not None:
         real = mask[..., None]
-        count = xp.sum(xp.astype(real, keys.dtype), axis=-2, keepdims=True)
+        count = xp.astype(xp.sum(xp.astype(real, xp.int64), axis=-2, keepdims=True), keys.dtype)
         total = xp.sum(xp.where(real, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
         mean = total / xp.where(count > 0, count, xp.ones_like(count))
-        picked = xp.where(real[..., ::step, :], picked, mean)
+        picked = xp.where(xp.take(real, index, axis=real.ndim - 2), picked, mean)
     while (third := picked.shape[-2] // 3) > 0:
         a, b, c = (picked[..., i * third : (i + 1) * third, :] for i in range(3))
         picked = xp.maximum(xp.minimum(a, b), xp.minimum(xp.maximum(a, b), c))
-    point = picked[..., :1, :]
-    return xp.where(xp.isnan(point), xp.zeros_like(point), point)
+    return xp.where(xp.isnan(picked), xp.zeros_like(picked), picked)

@@ -143,6 +143,7 @@ def test_the_operator_keeps_the_contract_of_operators(case: str) -> None:
         None,
         torch.rand(1, 1, 1, 5, 7) > 0.3 if options.get("mask") else None,
         options.get("positions"),
+        *options.get("labels", (None, None)),
         None,
         0,
         7,

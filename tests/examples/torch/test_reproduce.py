@@ -85,8 +85,8 @@ def test_operations_are_those_of_the_formula() -> None:
     maps = layers * 2 * n * (3 + 1 + 2 + 2) * width * width
     assert linear == maps + 2 * n * cost.CHANNELS * width + 2 * width * cost.CLASSES
     for spec, plain in (("softmax+bn", "softmax"), (protocol.SPECS[2], protocol.SPECS[1])):
-        # The statistics of the keys add a few operations.
-        assert 1.0 < result[spec]["attention"] / result[plain]["attention"] < 1.05
+        # Only products are counted, and statistics may be none.
+        assert 1.0 <= result[spec]["attention"] / result[plain]["attention"] < 1.05
 
 
 def test_distances_of_heads_are_those_of_their_definition(vowels: Pair) -> None:
