@@ -14,7 +14,7 @@ from ..arrays import device_of, overflow_as_nan, stop_gradient
 from ..spec import FeatureMap, Normalization
 from .plan import Transform
 
-#: The keys of `central`, a power of three.
+#: The keys of `central`.
 _SAMPLE = 27
 
 __all__ = ["FeatureRows", "GaussianRows", "KeyShift", "Normalize", "Pullback", "Rows", "UnitRows"]
@@ -273,11 +273,11 @@ def first_real(keys: Any, mask: Any, *, xp: Any) -> Any:
 
 
 def central(keys: Any, mask: Any, *, xp: Any) -> Any:
-    """Return a point among the keys of each head, (*B, H, 1, D), each feature by itself.
+    """Return the median of an evenly spaced sample of the keys of each head, (*B, H, 1, D).
 
-    It is used as a shift, on which only rounding errors depend, so the median of medians of three
-    of an evenly spaced sample is enough, without a sort. An outlier does not move it as it would
-    move the mean. A padded key in the sample counts as the mean; NaN there makes the point 0.
+    It is used as a shift, on which only rounding errors depend, so a sample is enough. An outlier
+    does not move it as it would move the mean. A padded key in the sample counts as the mean. A
+    median that is NaN counts as 0.
     """
     length = keys.shape[-2]
     if not length:
@@ -291,7 +291,7 @@ def central(keys: Any, mask: Any, *, xp: Any) -> Any:
         total = xp.sum(xp.where(real, keys, xp.zeros_like(keys)), axis=-2, keepdims=True)
         mean = total / xp.where(count > 0, count, xp.ones_like(count))
         picked = xp.where(xp.take(real, index, axis=real.ndim - 2), picked, mean)
-    while (third := picked.shape[-2] // 3) > 0:
-        a, b, c = (picked[..., i * third : (i + 1) * third, :] for i in range(3))
-        picked = xp.maximum(xp.minimum(a, b), xp.minimum(xp.maximum(a, b), c))
-    return xp.where(xp.isnan(picked), xp.zeros_like(picked), picked)
+    # Not by minima and maxima: XLA computes those again where they are used, with other rounding.
+    middle = _SAMPLE // 2
+    point = xp.sort(picked, axis=-2)[..., middle : middle + 1, :]
+    return xp.where(xp.isnan(point), xp.zeros_like(point), point)

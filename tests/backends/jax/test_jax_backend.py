@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import pdcore
+from pdcore_conformance.judge.calls import Call
+from pdcore_conformance.judge.subject import Subject
 
 
 @pytest.fixture
@@ -265,3 +267,22 @@ def test_a_random_key_is_no_array_of_numbers() -> None:
     key, x = jax.random.key(0), jax.numpy.ones((1, 1, 2, 4))
     with pytest.raises(TypeError, match=r"q: got dtype key.*expected one of float16"):
         pdcore.attention(jax.random.split(key, (1, 1, 2, 4)), x, x)
+
+
+def test_the_shift_of_keys_leaves_lse_alone() -> None:
+    # The shift that XLA computed twice, by minima and maxima, did not cancel in lse.
+    call = Call(
+        spec="iebn(allow_leak=true)+causal",
+        dtype="float16",
+        lead=(1,),
+        rows=6,
+        keys=12,
+        dim=5,
+        value_dim=2,
+        mask="sequences",
+        bias="inf",
+        offset=2,
+        draw="constant",
+        seed=6,
+    )
+    Subject("jax").judge(call)
