@@ -14,7 +14,7 @@ from ..arrays import constant, overflow_as_nan, stop_gradient
 from ..lowering import Scores, sum_to
 from ..spec import Visibility
 from .feature_contraction import shifted_features
-from .log_kappa import inputs, log_weight, places_of
+from .log_kappa import inputs, log_weight
 from .operands import Operands, blocks
 from .tables import entry_sums
 
@@ -289,8 +289,7 @@ def _weight_vjp(
             slope = c.expression.derivative(of)(arguments, xp)
             block = xp.where(none, zero, dlogit * slope)
             if entries:
-                places = places_of(c, o, at, s.dtype, xp=xp)
-                block = entry_sums(of, block, places, value.shape, xp=xp)
+                block = entry_sums(of, block, arguments, value.shape, xp=xp)
             steps.add_value(name, block)
     slope = c.expression.derivative("s")(arguments, xp)
     return p, xp.where(none, zero, dlogit * slope)

@@ -55,7 +55,15 @@ class Flexed(Blocked):
 
 @dataclass(frozen=True)
 class Termed(Blocked):
-    """The choice of the fused CPU kernel with terms of positions and labels, see `.terms`."""
+    """The choice of the fused CPU kernel with terms of positions and labels, see `.terms`.
+
+    Attributes
+    ----------
+    scale : float
+        tau, where log kappa is tau s and the terms.
+    """
+
+    scale: float
 
 
 class OnePass(NamedTuple):
@@ -119,13 +127,14 @@ def chosen(plan: Plan, request: Request) -> Plan:
     why = _not_fused(plan, c, request)
     if not why:
         return _fused(plan, c, request)
-    if _termed(plan, c, request):
+    scale = _scale_of_terms(c, request)
+    if scale is not None:
         step = (
             "kernel: scaled_dot_product_attention (flash) on blocks of rows, to whose scores terms "
             "are added; in a trace, in torch.func, and where a bias or a parameter requires a "
             "gradient: blocks of our own"
         )
-        return plan.chosen(replace(c, choice=Termed(plan.text)), step)
+        return plan.chosen(replace(c, choice=Termed(plan.text, scale)), step)
     limit = _not_flex(c, request)
     if not limit:
         return _flexed(plan, c, request, why)
@@ -279,11 +288,12 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     return "float64 on this device" if request.dtype == "float64" else _off_the_grid(request)
 
 
-def _termed(plan: Plan, c: Scores, request: Request) -> bool:
-    """Check whether `.terms` runs a plan: tau s and terms of positions or labels, on the CPU."""
+def _scale_of_terms(c: Scores, request: Request) -> float | None:
+    """Return tau of a plan that `.terms` runs: tau s and terms, on the CPU; otherwise None."""
     cpu = device.kind(request.device) == "cpu"
-    plain = c.weight == "log" and bool(c.places) and linear_scale(c) is not None
-    return cpu and plain and not _arrays(request) and not request.dropout
+    if not cpu or c.weight != "log" or not c.places or _arrays(request) or request.dropout:
+        return None
+    return linear_scale(c)
 
 
 def _window(plan: Plan) -> bool:

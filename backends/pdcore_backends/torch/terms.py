@@ -107,7 +107,12 @@ def _forward(c: Scores, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
             continue
         one = q[:, :, rows]
         result = on_cpu(
-            one.flip(-2) if turned else one, k[:, :, keys], v[:, :, keys], mask, _scale(c), False
+            one.flip(-2) if turned else one,
+            k[:, :, keys],
+            v[:, :, keys],
+            mask,
+            c.choice.scale,
+            False,
         )
         hidden = (mask.amax(-1) == -torch.inf).expand(one.shape[:-1])
         for to, x in zip((out, lse, none), (*result, hidden), strict=True):
@@ -145,19 +150,13 @@ def _backward(
             0.0,
             False,
             attn_mask=mask,
-            scale=_scale(c),
+            scale=c.choice.scale,
         )
         dq[:, :, rows] = grads[0].flip(2) if turned else grads[0]
         dk[:, :, keys] += grads[1]
         dv[:, :, keys] += grads[2]
     grads = zip((dq, dk, dv), (o.q, o.k, o.v), strict=True)
     return tuple(d[..., : x.shape[-1]].reshape(x.shape) for d, x in grads)
-
-
-def _scale(c: Scores) -> float:
-    scale = linear_scale(c)
-    assert scale is not None
-    return scale
 
 
 def _flat(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
