@@ -83,6 +83,7 @@ def attention(
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     dropout: float = NO_DROPOUT,
+    seed: Any = None,
     axis_name: str | None = None,
     backend: Choice = None,
     device: str | None = None,
@@ -123,7 +124,12 @@ def attention(
     return_lse : bool
         Also return log h, by which results over disjoint keys can be merged.
     dropout : float
-        Dropout of the weights in training; most backends refuse it.
+        The probability p that a weight is dropped, 0 <= p < 1; kept weights are divided by 1 - p.
+        Which are dropped depends on the seed alone, see docs/semantics.md, Dropout.
+    seed : int or integer array () or (2,), optional
+        The seed of dropout, an int from 0 to 2**64 - 1; an array, which may be traced, has 32 or
+        64 bits, or is (2,) with the low 32 bits first. Without it PyTorch draws one from its
+        generator; other backends refuse dropout.
     axis_name : str, optional
         The mapped axis along which the sequence is cut, inside ``jax.shard_map``; the arrays are
         those of one shard. Most backends refuse it.
@@ -174,6 +180,7 @@ def attention(
         params=params,
         return_lse=return_lse,
         dropout=dropout,
+        seed=seed,
         axis_name=axis_name,
         layout=layout,
     )
@@ -193,6 +200,8 @@ def attention_vjp(
     segments: Any = None,
     labels: Any = None,
     params: Mapping[str, Any] | None = None,
+    dropout: float = NO_DROPOUT,
+    seed: Any = None,
     backend: Choice = None,
     device: str | None = None,
     layout: Layout = HEADS_FIRST,
@@ -202,7 +211,8 @@ def attention_vjp(
 
     Parameters
     ----------
-    q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, backend, device, layout
+    q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, dropout, \
+seed, backend, device, layout
         As in `attention`.
 
     Returns
@@ -225,7 +235,8 @@ def attention_vjp(
     if extra or unknown:
         raise wrong_arguments(attention_vjp, extra, unknown)
     params = NO_PARAMS if params is None else params
-    inputs = Inputs(q, k, v, mask, key_mask, bias, offset, params, segments=segments, labels=labels)
+    given = (mask, key_mask, bias, offset, params, dropout, None, segments, labels, seed)
+    inputs = Inputs(q, k, v, *given)
     out, lse, pullback = cached_bind(spec, backend, device).vjp(inputs, layout)
     from .dispatch import check_cotangent
 
@@ -294,6 +305,7 @@ def explain(
     params: Mapping[str, Any] | None = None,
     return_lse: bool = False,
     dropout: float = NO_DROPOUT,
+    seed: Any = None,
     axis_name: str | None = None,
     backend: Choice = None,
     device: str | None = None,
@@ -305,7 +317,7 @@ def explain(
     Parameters
     ----------
     q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, return_lse, dropout, \
-axis_name, backend, device, layout
+seed, axis_name, backend, device, layout
         As in `attention`.
 
     Returns
@@ -319,7 +331,7 @@ axis_name, backend, device, layout
 
     layer = cached_bind(spec, backend, device)
     params = NO_PARAMS if params is None else params
-    given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels)
+    given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels, seed)
     inputs = Inputs(q, k, v, *given)
     request = layer.request(heads_first(inputs, layout), lse=return_lse, layout=layout)
     return explain_request(request, layer.choice, request.lower())

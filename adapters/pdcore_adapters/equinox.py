@@ -27,6 +27,8 @@ with requires("equinox"):
     from equinox.nn import MultiheadAttention
     from jax import numpy as jnp
 
+    from .jax_seed import seed_of
+
 __all__ = ["PDMultiheadAttention", "convert"]
 
 
@@ -44,8 +46,8 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     use_query_bias, use_key_bias, use_value_bias, use_output_bias, inference, dtype, key
         As in `equinox.nn.MultiheadAttention`.
     dropout_p : float
-        A value above 0 is kept as a leaf, and a call in training is then refused. With a feature
-        map, such as ``linear``, it is refused unless `inference` is True.
+        The probability that a weight is dropped in training. With a feature map, such as
+        ``linear``, which has no weights, it is refused unless `inference` is True.
     spec : str or AttentionSpec
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
         ``sh(half=2)``.
@@ -146,7 +148,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         mask : bool array (N, M) or (num_heads, N, M), optional
             True where a query may attend to a key. Statistics do not depend on it.
         key : PRNG key, optional
-            Ignored, since there is no dropout.
+            The key of dropout, required by it in training; under `jax.vmap` one for each example.
         inference : bool, optional
             As in `equinox.nn.Dropout`.
         deterministic : bool, optional
@@ -176,7 +178,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         TypeError, ValueError
             For a wrong argument.
         UnsupportedError
-            For dropout in training, and for a mask with statistics of the whole sequence, which
+            For a mask with statistics of the whole sequence, which
             may depend on a future that the mask hides, unless the spec has ``allow_leak=true``.
         """
         if deterministic is not None:
@@ -187,7 +189,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
                 stacklevel=2,
             )
         inference = self.dropout.inference if inference is None else inference
-        self._refuse_dropout(inference)
+        dropped = self._dropout(inference, key)
         self._check_state(state)
         bound = self._bound if inference else self._bound.training
         for name, x in (("query", query), ("key_", key_), ("value", value)):
@@ -225,6 +227,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             labels=labels,
             params=params,
             layout="bnhd",
+            **dropped,
         )
         out = jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))
         if state is None:
@@ -249,13 +252,22 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         if isinstance(state, equinox.nn.State) != (self.running is not None):
             raise TypeError(f"state: got {type(state).__name__} for {self.spec}, expected {want}")
 
-    def _refuse_dropout(self, inference: Any) -> None:
+    def _dropout(self, inference: Any, key: Any) -> dict[str, Any]:
+        """Return the dropout of a call and its seed; none outside of training."""
         p = self.dropout.p
-        if not inference and not (isinstance(p, int | float) and p == 0):
-            raise UnsupportedError(
-                f"dropout_p: got {p} in training, expected 0: attention on JAX has no dropout of "
-                "its weights; use equinox.nn.Dropout after the layer, or inference=True"
+        if inference or (isinstance(p, int | float) and p == 0):
+            return {}
+        if not isinstance(p, int | float):
+            raise TypeError(
+                f"dropout_p: got {type(p).__name__} in training, expected a float; keep it out of "
+                "what is traced or differentiated, as equinox.filter_jit does"
             )
+        if key is None:
+            raise ValueError(
+                f"key: got None in training with dropout_p {p}, expected a PRNG key, or "
+                "inference=True"
+            )
+        return {"dropout": float(p), "seed": seed_of(key)}
 
     def _check_mask(self, mask: Any, lengths: tuple[int, int], spec: AttentionSpec) -> None:
         if mask is None:

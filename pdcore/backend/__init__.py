@@ -13,11 +13,12 @@ from .contract import (
     Request,
     shape_in,
 )
+from .dropout import Dropout
 from .feature_contraction import chunks, shifted_features
 from .features import FEATURES
 from .group_run import GroupRun
 from .log_kappa import log_weight
-from .operands import Contracted, Operands
+from .operands import Carried, Contracted, Operands
 from .raw_features import mapped
 from .score_contraction import divide, finite, relative_features, scores, scores_vjp
 from .silent_backend import SilentBackend
@@ -27,7 +28,9 @@ __all__ = [
     "Backend",
     "BackendInfo",
     "Call",
+    "Carried",
     "Contracted",
+    "Dropout",
     "FEATURES",
     "GroupRun",
     "Inputs",

@@ -7,19 +7,18 @@ A subclass that names its library is a complete backend. Its author then overrid
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from ..arrays import device_name, library_of
-from ..errors import UnsupportedError
 from ..lowering import Features, Group, Plan, Scores, Summary, first_real
 from ..spec import Mean, Statistics, heads, prefix_states, reduce_axis
 from . import feature_contraction, score_contraction
 from .call import Call
 from .contract import Backend, Inputs, Request
-from .features import FEATURES
 from .group_run import GroupRun
-from .operands import Contracted, Operands
+from .operands import Carried, Contracted, Operands
 
 __all__ = ["ArrayBackend"]
 
@@ -29,12 +28,18 @@ class ArrayBackend(Backend):
 
     Attributes
     ----------
+    compiles : bool
+        Whether the library compiles a program for every shape; `program` then returns one.
     query_block, key_block : int
         The rows and columns of the one block of scores that is in memory, per head.
+    words : {"int64", "uint32"}
+        The integers that compute the stream of dropout; uint32 where its sums and products wrap.
     """
 
+    compiles: ClassVar[bool] = False
     query_block: ClassVar[int] = 256
     key_block: ClassVar[int] = 512
+    words: ClassVar[str] = "int64"
 
     def __init__(self) -> None:
         self._xp: Any = None
@@ -55,7 +60,7 @@ class ArrayBackend(Backend):
         reasons = super().refusals(request)
         if request.vjp and self.info.support("autodiff") != "full":
             reasons += request.missing_pullbacks()
-        return reasons
+        return reasons + (_without_weights(request) if request.dropout else [])
 
     def versions(self) -> dict[str, str]:
         """Return the version of the array library."""
@@ -187,9 +192,13 @@ class ArrayBackend(Backend):
         """Pull back, see `feature_contraction.features_vjp`."""
         return feature_contraction.features_vjp(c, o, out, level, d_out, d_level, xp=self.xp)
 
-    def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
-        """Return a dropout of weights, see `pdcore.backend.operands.Operands`."""
-        raise UnsupportedError(f"backend {self.info.name}: {FEATURES['dropout']}: not implemented")
+    def drawn_seed(self, like: Any) -> Any:
+        """Return a seed for a call with dropout and without a seed, where the library draws one."""
+        raise ValueError(
+            "seed: got None with dropout, expected an int from 0 to 2**64 - 1, or an integer array "
+            f"(): backend {self.info.name} draws no random numbers, so give each step a seed of "
+            "its own"
+        )
 
     # Running a plan.
 
@@ -238,10 +247,46 @@ class ArrayBackend(Backend):
         if isinstance(c, Scores):
             contracted = self.scores_of_groups(c, operands, heads_)
         else:
-            contracted = Contracted([self.features(c, o) for o in operands])
+            contracted = Contracted([self._features(c, o) for o in operands])
         for run, part in zip(runs, contracted.parts, strict=True):
             run.finish(*part)
         return runs, contracted
+
+    def _features(self, c: Features, o: Operands) -> tuple[Any, Any]:
+        """Contract by features, after the sums over earlier keys that a decoder carries."""
+        if o.before is None:
+            return self.features(c, o)
+        size = max(1, min(feature_contraction.CHUNK, o.q.shape[-2]))
+        return feature_contraction.features(c, o, xp=self.xp, size=size)
+
+    def decode(
+        self, plan: Plan, inputs: Inputs, carried: Sequence[Carried], *, lse: bool = False
+    ) -> tuple[Any, Any, list[GroupRun]]:
+        """Run a plan on what a decoder carries, of each head group: `pdcore.decoding`.
+
+        Returns
+        -------
+        out, lse
+            As `attention` does.
+        runs : list of GroupRun
+            The steps of each group, whose operands are the rows after the transforms.
+        """
+        call = self.decoding_call(plan, inputs, level=lse or plan.rescales)
+        call.carried = dict(zip(plan.groups, carried, strict=True))
+        runs, contracted = self.run(call)
+        return *self.results(call, runs, contracted, lse=lse), runs
+
+    def decoding_call(self, plan: Plan, inputs: Inputs, *, level: bool) -> Call:
+        """Return the call of `decode`, by default as any other."""
+        return self.call(plan, inputs, level=level)
+
+    def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of arrays, and of mappings of arrays, as one program."""
+        return function
+
+    def computing(self, x: Any) -> AbstractContextManager[Any]:
+        """Return the context of array calls outside of `attention`: silent, in full precision."""
+        return nullcontext()
 
     def results(
         self, call: Call, runs: list[GroupRun], contracted: Contracted, *, lse: bool
@@ -257,3 +302,15 @@ class ArrayBackend(Backend):
         if not lse:
             return out, None
         return out, call.join([run.lse for run in runs], call.accumulate, whole_lse)
+
+
+def _without_weights(request: Request) -> list[str]:
+    """Return why no weights of a call can be dropped."""
+    what = f"dropout {request.dropout}"
+    if request.feature_map:
+        return [f"{what}: {request.feature_map} has no weights to drop; use a kernel of scores"]
+    if request.segments in ("values", "compiled"):
+        return [f"{what}: not with segments, which run as calls of their own; pad the sequences"]
+    if request.axis_name is not None:
+        return [f"{what}: not in shards, with axis_name"]
+    return []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..arrays import device_of, dtype_name
 from ..lowering import Group, Plan
 from ..spec import Visibility
 from .contract import Inputs
+from .dropout import Dropout, row_lanes, seed_words
+from .operands import Carried
 
 __all__ = ["Call", "accumulation", "constants_held", "cut_heads", "spacing"]
 
@@ -24,7 +27,11 @@ class Call:
         Whether L is read: for the log-sum-exp, a normaliser that rescales, or a pullback.
     native : frozenset of str
         The steps that read arrays without a cast, see `ArrayBackend.native`.
+    carried : mapping of Group to Carried, or None
+        What a decoder carries for each head group, see `ArrayBackend.decode`.
     """
+
+    carried: Mapping[Group, Carried] | None = None
 
     def __init__(self, backend: Any, plan: Plan, inputs: Inputs, *, level: bool = True) -> None:
         xp = self.xp = backend.xp
@@ -54,6 +61,7 @@ class Call:
             pair = labels if isinstance(labels, tuple | list) else (labels, labels)
             labels = tuple(x[..., None, None, :] for x in pair)
         self.labels = labels
+        self.lanes = self._lanes(backend) if inputs.dropout else ()
 
     def cast(self, x: Any) -> Any:
         """Cast an array to the accumulation dtype."""
@@ -104,6 +112,23 @@ class Call:
         offset = xp.minimum(xp.maximum(offset, ends[0]), ends[1])
         return offset[..., None, None, None, None]
 
+    def _lanes(self, backend: Any) -> tuple[Any, Any]:
+        """Return the words of every row of weights, (*B, H, G, N), see `.dropout`."""
+        xp, seed = self.xp, self.inputs.seed
+        dtype = getattr(xp, backend.words)
+        rows = xp.arange(self.q.shape[-2], dtype=dtype, device=self.device)
+        count = math.prod(self.grouped)
+        heads = xp.reshape(xp.arange(count, dtype=dtype, device=self.device), (*self.grouped, 1))
+        seed = backend.drawn_seed(self.q) if seed is None else seed
+        return row_lanes(seed_words(seed, rows, xp=xp), heads, rows, xp=xp)
+
+    def dropout(self, group: Group) -> Dropout:
+        """Return what drops the weights of a group."""
+        first, second = (
+            cut_heads(x, group.heads, -3, self.xp) if self.several else x for x in self.lanes
+        )
+        return Dropout(self.inputs.dropout, (first, second), group.scale)
+
     def params(self, group: Group) -> dict[str, Any]:
         """Return the parameters of a group, as its steps broadcast them.
 
@@ -125,6 +150,13 @@ class Call:
 
     def visibility(self, group: Group, key_mask: Any) -> Visibility:
         """Return the visibility of a group's keys; `key_mask` (*B, 1, M) marks pooled keys."""
+        if self.carried is not None:
+            carried = self.carried[group]
+            length, offset = carried.k.shape[-2] * group.scale, carried.offset
+            if not isinstance(offset, int):
+                offset = offset[..., None, None, None, None]
+            known = (group.scale, offset, key_mask, None, None, self.device)
+            return Visibility(self.plan.support, self.xp, self.q.shape[-2], length, *known)
         mask = self.mask
         if mask is not None and self.several:
             mask = cut_heads(mask, group.heads, -4, self.xp)

@@ -114,7 +114,8 @@ class Inputs(NamedTuple):
     """The validated arrays of a call, all of one library: the arguments of `attention`.
 
     `offset` is an int, an integer array () or (*B,), or ``"end"``; `segments` are traced ids;
-    `labels` are integers (*B, N), or a pair of those of queries and of keys.
+    `labels` are integers (*B, N), or a pair of those of queries and of keys; `seed` is None, an
+    int, an integer array (), or one (2,) of the low and the high 32 bits.
     """
 
     q: Any
@@ -129,6 +130,7 @@ class Inputs(NamedTuple):
     axis_name: str | None = None
     segments: Any = None
     labels: Any = None
+    seed: Any = None
 
 
 #: The layouts of q, k and v, by name.

@@ -8,6 +8,7 @@ are never subtracted from each other, which would cancel digits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..arrays import device_of, overflow_as_nan, stop_gradient
@@ -60,10 +61,13 @@ def features(
         if o.visibility.key_mask is not None:
             real = o.visibility.key_mask[..., None, :, None]
             k = xp.where(real, k, xp.full_like(k, -xp.inf if c.log else 0.0))
-        counts = o.visibility.prefix_counts(0, o.q.shape[-2])
-        summed, exponent = (contract or prefix_contract)(
-            o.q, counts, k, values, xp=xp, log=c.log, first=o.visibility.first_prefix, size=size
-        )
+        seen, rows = o.visibility, o.q.shape[-2]
+        every = o.before is not None and rows == seen.first_prefix(0) == k.shape[-2] == 1
+        counts = None if every else seen.prefix_counts(0, rows)
+        known: dict[str, Any] = {"log": c.log, "first": o.visibility.first_prefix, "size": size}
+        if o.before is not None:
+            contract = partial(prefix_contract, before=o.before)
+        summed, exponent = (contract or prefix_contract)(o.q, counts, k, values, xp=xp, **known)
         weighted, total = summed[..., :-1], summed[..., -1:]
     else:
         plain, shift = shifted_features(o, xp=xp) if c.log else (o, None)
@@ -252,6 +256,7 @@ def prefix_contract(
     log: bool = False,
     step: int = 1,
     size: int = CHUNK,
+    before: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Compute sum_{j < c_i} (a_i . k_j) v_j for every row i.
 
@@ -259,8 +264,9 @@ def prefix_contract(
     ----------
     a : array (*B, H, Ga, R, F)
         Rows.
-    counts : integer array (R, 1) or (*B, 1, 1, R, 1)
-        c, the number of keys that a row sees; grows by at most `step` from row to row.
+    counts : integer array (R, 1) or (*B, 1, 1, R, 1), or None
+        c, the number of keys that a row sees; grows by at most `step` from row to row. None for a
+        single row that sees a single key, after sums `before` it.
     k : array (*B, H, Gk, M, F)
         Keys; Ga and Gk are equal, or one of them is 1.
     v : array (*B, H, Gk, M, E)
@@ -275,6 +281,8 @@ def prefix_contract(
         See `counts`.
     size : int
         Rows and keys of a chunk.
+    before : tuple of array, optional
+        Sums over keys before these, which every row sees, see `operands.Carried`.
 
     Returns
     -------
@@ -282,8 +290,14 @@ def prefix_contract(
     exponent : array (*B, H, G, R, 1)
         The sum is ``summed * exp(exponent)``.
     """
+    if before is not None and 0 < k.shape[-2] <= size and a.shape[-2] <= size:
+        seen = None
+        if counts is not None:
+            seen = xp.arange(k.shape[-2], dtype=xp.int64, device=device_of(k)) < counts
+        sums, running = (None if x is None else x[..., None, :, :] for x in before)
+        return _block(a, k, v, seen, sums, running, xp)
     k, v = chunks(k, size, -xp.inf if log else 0.0, step, xp), chunks(v, size, 0.0, step, xp)
-    states, tops = _running(k, v, log, xp)
+    states, tops = _running(k, v, log, xp, before)
     if not a.shape[-2]:
         summed = xp.matmul(a, states[..., 0, :, :])
         return summed, xp.zeros_like(summed[..., :1])
@@ -291,24 +305,34 @@ def prefix_contract(
     for start, stop in blocks(0, a.shape[-2], size):
         count = counts[..., start:stop, :]
         at = _Chunk(count, size, step + 1, first(start), xp)
-        x, keys, values = a[..., start:stop, :], at.window(k), at.window(v)
-        state = at.state(states)
-        if log:
-            # Not `highest`: its 0 in place of -inf would exceed very negative log features.
-            running = at.state(tops)
-            top = xp.maximum(running, xp.max(keys, axis=-2, keepdims=True))
-            top = _finite(stop_gradient(top, xp), xp)
-            x = x + top
-            exponent = stop_gradient(xp.max(x, axis=-1, keepdims=True), xp)
-            x, keys = xp.exp(x - exponent), xp.exp(keys - top)
-            state = state * xp.matrix_transpose(xp.exp(running - top))
-        else:
-            exponent = xp.zeros_like(x[..., :1])
-        w = xp.matmul(x, xp.matrix_transpose(keys))
-        w = xp.where(at.seen(count, keys.shape[-2]), w, xp.zeros_like(w))
-        outs.append(xp.matmul(x, state) + xp.matmul(w, values))
-        exponents.append(exponent + xp.zeros_like(w[..., :1]))
+        keys, running = at.window(k), at.state(tops) if log else None
+        seen = at.seen(count, keys.shape[-2])
+        x, state = a[..., start:stop, :], at.state(states)
+        out, exponent = _block(x, keys, at.window(v), seen, state, running, xp)
+        outs.append(out)
+        exponents.append(exponent)
     return xp.concat(outs, axis=-2), xp.concat(exponents, axis=-2)
+
+
+def _block(x: Any, k: Any, v: Any, seen: Any, state: Any, running: Any, xp: Any) -> tuple[Any, Any]:
+    """Contract rows with the sums before some keys, and with those of the keys that they see.
+
+    `running` is the maximum that the sums of log features are relative to, otherwise None.
+    """
+    if running is not None:
+        # Not `highest`: its 0 in place of -inf would exceed very negative log features.
+        top = xp.maximum(running, xp.max(k, axis=-2, keepdims=True))
+        top = _finite(stop_gradient(top, xp), xp)
+        x = x + top
+        exponent = stop_gradient(xp.max(x, axis=-1, keepdims=True), xp)
+        x, k = xp.exp(x - exponent), xp.exp(k - top)
+        state = state * xp.matrix_transpose(xp.exp(running - top))
+    else:
+        exponent = xp.zeros_like(x[..., :1])
+    w = xp.matmul(x, xp.matrix_transpose(k))
+    w = w if seen is None else xp.where(seen, w, xp.zeros_like(w))
+    summed = xp.matmul(x, state) + xp.matmul(w, v)
+    return summed, exponent + xp.zeros_like(summed[..., :1])
 
 
 def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
@@ -325,17 +349,25 @@ def chunks(x: Any, size: int, fill: float, step: int, xp: Any) -> Any:
     return xp.reshape(padded, (*lead, count, size, dim))
 
 
-def _running(k: Any, v: Any, log: bool, xp: Any) -> tuple[Any, Any]:
+def _running(
+    k: Any, v: Any, log: bool, xp: Any, before: tuple[Any, Any] | None = None
+) -> tuple[Any, Any]:
     """Sum k_j v_j over the chunks before each chunk; with `log`, return the running maximum too.
 
-    The running maximum is -inf for the first chunk.
+    The running maximum is -inf for the first chunk. Sums `before` all chunks are added to all.
     """
     if not log:
         sums = xp.matmul(xp.matrix_transpose(k), v)
         sums = xp.cumulative_sum(sums, axis=-3)
-        return xp.concat([xp.zeros_like(sums[..., :1, :, :]), sums[..., :-1, :, :]], axis=-3), None
+        sums = xp.concat([xp.zeros_like(sums[..., :1, :, :]), sums[..., :-1, :, :]], axis=-3)
+        return sums if before is None else sums + before[0][..., None, None, :, :], None
     top = xp.zeros_like(k[..., 0, :1, :]) - xp.inf
     state = xp.matmul(xp.matrix_transpose(k[..., 0, :0, :]), v[..., 0, :0, :])
+    if before is not None:
+        state, top = (
+            before[0][..., None, :, :] + state,
+            before[1][..., None, :, :] + xp.zeros_like(top),
+        )
     states, tops = [], []
     for chunk in range(k.shape[-3]):
         states.append(state)

@@ -59,15 +59,22 @@ class GroupRun:
             self.k = cut_heads(self.k, group.heads, -3, xp)
             self.v = cut_heads(self.v, group.heads, -3, xp)
         self.key_mask = call.key_mask
+        carried = self.carried = None if call.carried is None else call.carried[group]
+        if carried is not None:
+            self.k, self.v, mask = carried.k, carried.v, carried.key_mask
+            self.key_mask = None if mask is None else mask[..., None, :]
         self.params = call.params(group) if call.inputs.params else {}
         self.state: Arrays = {}
 
     def prepare(self) -> Operands:
         """Run the steps before the contraction, and return its operands."""
-        if self.group.scale > 1:
+        if self.group.scale > 1 and self.carried is None:
             self.pool()
         self.visibility = self.call.visibility(self.group, self.key_mask)
-        if self.call.plan.summary is not None:
+        if self.carried is not None:
+            of_rows = _spread(self.carried.state, self.q.shape, self.xp)
+            self.state = {**of_rows, **self.carried.points}
+        elif self.call.plan.summary is not None:
             self.summarise()
         self.transform()
         return self.operands
@@ -124,10 +131,11 @@ class GroupRun:
         scalars: dict[str, Any] = {}
         if isinstance(c, Scores) and c.scalars:
             scalars = {name: self._scalar(name) for name in c.scalars}
-        p = call.inputs.dropout
-        keep = self.backend.dropout(p) if p else None
+        dropout = call.dropout(self.group) if call.inputs.dropout else None
         v = call.read_by("contraction", v)
-        return Operands(q, k, v, key_bias, bias, scalars, self.visibility, keep, fold, call.level)
+        before = None if self.carried is None else self.carried.before
+        more = (self.visibility, dropout, fold, call.level, before)
+        return Operands(q, k, v, key_bias, bias, scalars, *more)
 
     def _scalar(self, name: str) -> Any:
         """Return a parameter of log kappa as `Operands.values` has it."""
@@ -238,7 +246,6 @@ def _at_rows(
     rows = visibility.rows
     counts = visibility.prefix_counts(0, rows)
     first, last = visibility.first_prefix(0), visibility.first_prefix(rows - 1)
-    lead = (*shape[:-3], shape[-3] * shape[-2])
     state = {}
     for name, value in final.items():
         if first is not None and last == first + rows - 1:  # counts grow by at most one a row
@@ -250,6 +257,15 @@ def _at_rows(
                 counts[..., 0, :, :], (*value.shape[:-2], shape[-2], value.shape[-1])
             )
             picked = xp.take_along_axis(value, index, axis=-2)
-        spread = xp.broadcast_to(picked[..., None, :, :], (*shape[:-1], picked.shape[-1]))
-        state[name] = xp.reshape(spread, (*lead, picked.shape[-1]))
-    return state
+        state[name] = picked
+    return _spread(state, shape, xp)
+
+
+def _spread(state: Arrays, shape: tuple[int, ...], xp: Any) -> dict[str, Any]:
+    """Repeat states of rows (*B, H, N, D) for the G query heads of a key head, (*B, H, G N, D)."""
+    *lead, groups, rows, _ = shape
+    spread = {}
+    for name, x in state.items():
+        x = xp.broadcast_to(x[..., None, :, :], (*shape[:-1], x.shape[-1]))
+        spread[name] = xp.reshape(x, (*lead, groups * rows, x.shape[-1]))
+    return spread

@@ -84,8 +84,8 @@ def _score_rows(
             p = p * xp.exp(exponent - base)
         shrink = xp.exp(peak - base)
         total = total * shrink + xp.sum(p, axis=-1, keepdims=True)
-        if o.keep is not None:
-            p = p * o.keep(start, stop, first, last, p)
+        if o.dropout is not None:
+            p = p * o.dropout.factors(start, stop, first, last, p, xp=xp)
         summed = summed * shrink + xp.matmul(p, v)
         peak = higher
     if c.signed:
@@ -237,8 +237,9 @@ def scores_vjp(
             k, v = o.k[..., None, first:last, :], o.v[..., None, first:last, :]
             s = xp.matmul(q, xp.matrix_transpose(k))
             dp = xp.matmul(d_o, xp.matrix_transpose(v))
-            kept = None if o.keep is None else o.keep(start, stop, first, last, dp)
-            if kept is not None:
+            kept = None
+            if o.dropout is not None:
+                kept = o.dropout.factors(start, stop, first, last, dp, xp=xp)
                 dp = dp * kept
             p, ds = _weight_vjp(c, o, s, dp, row, steps, (start, stop, first, last), xp)
             if kept is not None:

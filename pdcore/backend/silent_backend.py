@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ class SilentBackend(ArrayBackend):
         """Run a plan, see `Backend.attention`."""
         with np.errstate(all="ignore"):
             return super().attention(plan, inputs, lse=lse)
+
+    def computing(self, x: Any) -> AbstractContextManager[Any]:
+        """Return a context without warnings, see `ArrayBackend.computing`."""
+        return np.errstate(all="ignore")
 
     def attention_vjp(
         self, plan: Plan, inputs: Inputs

@@ -9,7 +9,14 @@ from .explanation import Explanation, explain_request
 from .layout import HEADS_FIRST, Layout, heads_first
 from .segments import ranges, segments_from_cu_seqlens, segments_from_lengths
 from .selection import choose, reasons, resolve, select, use_backend
-from .validation import FLOATS, check_cotangent, finite_dropout, parameter_shape, validate
+from .signatures import signature
+from .validation import (
+    FLOATS,
+    check_cotangent,
+    finite_dropout,
+    parameter_shape,
+    validate,
+)
 
 __all__ = [
     # arguments
@@ -36,6 +43,8 @@ __all__ = [
     "resolve",
     "select",
     "use_backend",
+    # signatures
+    "signature",
     # validation
     "FLOATS",
     "check_cotangent",

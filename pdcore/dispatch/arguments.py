@@ -38,7 +38,7 @@ _PACKED = (
     "of those of queries and keys; spec is unchanged"
 )
 _DROPOUT = "use dropout=, the probability of dropping a weight; it is no part of spec"
-_RANDOM = "leave it out: nothing is random without dropout=, whatever the spec"
+_RANDOM = "leave it out: nothing is random without dropout=, whatever the spec; its seed is seed="
 _HEADS = (
     "leave it out: heads are grouped by the shapes, if q has a multiple of the heads of k; spec "
     "says nothing of it"
@@ -102,7 +102,9 @@ _ELSEWHERE = {
         "bind takes no arrays; it belongs to the call of what bind returns",
     ),
     "return_lse": "attention and a bound spec take it; attention_vjp returns lse in any case",
-    "dropout": "only attention, explain and a bound spec take it",
+    **dict.fromkeys(
+        ("dropout", "seed"), "attention, attention_vjp, explain and a bound spec take it"
+    ),
     "axis_name": "only attention, explain and a bound spec take it",
 }
 

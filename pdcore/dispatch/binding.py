@@ -113,6 +113,7 @@ class BoundAttention:
         params: Mapping[str, Any] | None = None,
         return_lse: bool = False,
         dropout: float = NO_DROPOUT,
+        seed: Any = None,
         axis_name: str | None = None,
         layout: Layout = HEADS_FIRST,
         **unknown: Never,
@@ -121,7 +122,7 @@ class BoundAttention:
         if extra or unknown:
             raise wrong_arguments(BoundAttention.__call__, extra, unknown)
         params = NO_PARAMS if params is None else params
-        given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels)
+        given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels, seed)
         inputs = Inputs(q, k, v, *given)
         inputs, packed = packed_call(self, inputs, lse=return_lse, layout=layout)
         if packed is not None:
@@ -196,6 +197,10 @@ class BoundAttention:
         """
         if layout is not HEADS_FIRST:
             inputs = heads_first(inputs, layout)
+        if inputs.seed is not None:
+            from .validation import checked_seed
+
+            inputs = inputs._replace(seed=checked_seed(inputs.seed))
         if compiling():
             with untraced():
                 return self._prepare_traced(
@@ -232,12 +237,12 @@ class BoundAttention:
         entry = None
         try:
             q, k, v, mask, key_mask, bias, offset, params, *more = inputs
-            dropout, axis_name, segments, labels = more
+            dropout, axis_name, segments, labels, seed = more
             key = (lse, vjp, weights, signature(q), signature(k), signature(v))
             plain = mask is None and key_mask is None and bias is None and type(offset) is int
             plain = plain and type(params) is dict and not params
             plain = plain and segments is None and labels is None
-            if not (plain and dropout is NO_DROPOUT and axis_name is None):
+            if not (plain and dropout is NO_DROPOUT and axis_name is None and seed is None):
                 key = (*key, *map(signature, inputs[3:]), dropout)
             entry = self._prepared.get(key)
         except (AttributeError, TypeError, RuntimeError):  # a nested tensor has no shape

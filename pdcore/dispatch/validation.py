@@ -320,6 +320,33 @@ def finite_dropout(dropout: Any) -> float:
     return float(dropout)
 
 
+def checked_seed(seed: Any) -> Any:
+    """Check a seed of dropout; return an int for what NumPy holds, an array as it is."""
+    expected = "an int from 0 to 2**64 - 1, or an integer array () or (2,)"
+    if isinstance(seed, (np.ndarray, np.integer)) and seed.dtype.kind in "iu":
+        words = [int(word) for word in seed.ravel()]
+        if seed.shape == (2,) and seed.dtype == np.uint32:
+            seed = words[0] | words[1] << 32
+        elif seed.shape == ():
+            seed = words[0]
+    if type(seed) is int:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}, expected {expected}")
+        return seed
+    if isinstance(seed, bool) or not hasattr(seed, "shape"):
+        raise TypeError(f"seed: got {type(seed).__name__}, expected {expected}")
+    dtype = dtype_name(seed)
+    if dtype not in ("int32", "uint32", "int64", "uint64"):
+        raise TypeError(
+            f"seed: got dtype {dtype}, expected one of int32, uint32, int64, uint64; of a key of "
+            "jax.random take jax.random.key_data"
+        )
+    pair = tuple(seed.shape) == (2,) and dtype == "uint32"
+    if tuple(seed.shape) and not pair:
+        raise ValueError(f"seed: got {dtype} {tuple(seed.shape)}, expected (), or uint32 (2,)")
+    return seed
+
+
 def refuse_arrays(**options: Any) -> None:
     """Raise a TypeError for an array in the place of an option that is none."""
     for name, value in options.items():

@@ -51,13 +51,25 @@ class BatchRows(ABC):
         """Return the weight of the mean: a number, or the call's parameter."""
         return self.batch.weight(params)
 
+    def relative(self, k: Any, shift: Any, state: Any) -> Any:
+        """Return k - c, which are the keys that a decoder carries."""
+        return k if self.of == "prefix" and "first" in state else k - shift
+
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform queries and keys, and return them with the pullback; see `Rows`."""
         if self.of == "prefix":
-            shift = first_real(rows.k, rows.key_mask, xp=xp)
+            # A decoder carries the first key, and keys that are relative to it.
+            shift = state.get("first")
+            if shift is None:
+                shift = first_real(rows.k, rows.key_mask, xp=xp)
         else:
             shift = (params if self.of == "running" else state)["mean"]
         return self.about(shift, rows, state, params, xp=xp)
+
+    def queries(self, q: Any, state: Any, params: Any, *, xp: Any) -> Any:
+        """Return q', which depends on no key but by the state."""
+        nowhere = xp.zeros_like(q[..., :1, :])
+        return self.about(nowhere, Rows(q, q[..., :0, :]), state, params, xp=xp)[0].q
 
     @abstractmethod
     def about(
@@ -96,6 +108,13 @@ class Fold(BatchRows):
         """The number that is added to the variance."""
         return self.batch.eps
 
+    def queries(self, q: Any, state: Any, params: Any, *, xp: Any) -> Any:
+        """Return (q - beta mu) / (var + eps), or by sigma, see `split`."""
+        moments = params if self.of == "running" else state
+        inverse = 1.0 / (moments["var"] + self.eps)
+        factor = xp.sqrt(inverse) if self.split else inverse
+        return (q - self.weight(params) * moments["mean"]) * factor
+
     def about(
         self, shift: Any, rows: Rows, state: Any, params: Any, *, xp: Any
     ) -> tuple[Rows, Pullback]:
@@ -104,7 +123,7 @@ class Fold(BatchRows):
         moments = params if running else state
         mean, beta = moments["mean"], batch.weight(params)
         inverse = 1.0 / (moments["var"] + batch.eps)
-        centre, centred = beta * mean, rows.k - shift
+        centre, centred = beta * mean, self.relative(rows.k, shift, state)
         root: Any = xp.sqrt(inverse) if self.split else None
         folded = (rows.q - centre) * (root if self.split else inverse)
         k = centred * root if self.split else centred
@@ -167,6 +186,10 @@ class Recentre(BatchRows):
 
     choice: Transform | None = None
 
+    def queries(self, q: Any, state: Any, params: Any, *, xp: Any) -> Any:
+        """Return q - beta mu."""
+        return q - self.weight(params) * (params if self.of == "running" else state)["mean"]
+
     def about(
         self, shift: Any, rows: Rows, state: Any, params: Any, *, xp: Any
     ) -> tuple[Rows, Pullback]:
@@ -188,7 +211,8 @@ class Recentre(BatchRows):
             return Rows(dq, d.k), dstate, dparams
 
         constant = xp.sum(q * gap, axis=-1)
-        return rows._replace(q=q, k=rows.k - shift, row_constant=constant), pullback
+        k = self.relative(rows.k, shift, state)
+        return rows._replace(q=q, k=k, row_constant=constant), pullback
 
 
 @dataclass(frozen=True)

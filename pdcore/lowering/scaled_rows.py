@@ -34,7 +34,10 @@ class ScaledRows:
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform queries and keys, and return them with the pullback; see `Rows`."""
-        return self.below(largest_key(rows.k, rows.key_mask, xp=xp), rows, xp=xp)
+        largest = state.get("largest")  # a decoder carries that of all keys so far
+        if largest is None:
+            largest = largest_key(rows.k, rows.key_mask, xp=xp)
+        return self.below(largest, rows, xp=xp)
 
     def below(self, largest: Any, rows: Rows, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform with the largest entry of keys, (*B, H, 1, 1), for backends that find it."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..errors import UnsupportedError
 from ..spec import Alibi, AttentionSpec, Labels, Relative, Term
+from .dropout import keeps
 from .inputs import ReferenceCall, prepare, select
 from .kernels import entry, kappa_of, pointwise
 from .normalizations import prefix_inner_products, transform_of
@@ -44,6 +46,8 @@ def reference_attention(
     segments: Any = None,
     labels: Any = None,
     params: Mapping[str, Any] | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
     return_lse: bool = False,
     round_intermediates: Any = None,
 ) -> Any:
@@ -80,6 +84,10 @@ def reference_attention(
         The labels of queries and keys, for specs that read them.
     params : mapping of str to array, optional
         The arrays that the spec's kernel and normalization declare.
+    dropout : float
+        The probability that a weight is dropped; not with segments.
+    seed : int
+        The seed of dropout, from 0 to 2^64 - 1.
     return_lse : bool
         Return log h too.
     round_intermediates : dtype, optional
@@ -116,7 +124,10 @@ def reference_attention(
         masks, rounded = (mask, key_mask, bias), round_intermediates
         packed = segments is not None
         call = prepare(q, k, v, spec, *masks, offset, params, rounded, packed, labels)
-        results = over_segments(call, segments, offset, _attend) if packed else _attend(call)
+        if packed and dropout:
+            raise UnsupportedError("dropout: not with segments")
+        attend = partial(_attend, dropout=(dropout, seed))
+        results = over_segments(call, segments, offset, attend) if packed else attend(call)
         out = call.xp.astype(call.rounded(results[0]), q.dtype)
         return (out, results[1]) if return_lse else out
 
@@ -166,13 +177,23 @@ def reference_weights(
         return call.xp.astype(weights, q.dtype)
 
 
-def _attend(call: ReferenceCall) -> tuple[Any, Any]:
+def _attend(call: ReferenceCall, *, dropout: tuple[float, int]) -> tuple[Any, Any]:
     """Compute out (*B, Hq, N, Dv) and lse (*B, Hq, N)."""
     xp, outs, lses = call.xp, [], []
-    for head in _heads(call):
-        outs.append(_contract(head.weights, head.visible, head.values, xp))
+    for i, head in enumerate(_heads(call)):
+        weights = _dropped(call, i, head, *dropout) if dropout[0] else head.weights
+        outs.append(_contract(weights, head.visible, head.values, xp))
         lses.append(head.lse)
     return xp.stack(outs, axis=-3), xp.stack(lses, axis=-2)
+
+
+def _dropped(call: ReferenceCall, i: int, head: _Head, p: float, seed: int) -> Any:
+    """Return the weights of query head i with some set to 0, and the others over 1 - p."""
+    xp, (*lead, heads, rows, _) = call.xp, call.q.shape
+    *_, windows, scale = head.pooled.shape
+    index = heads * np.arange(math.prod(lead)).reshape(lead) + i
+    kept = xp.asarray(keeps(p, seed, index, rows, scale * np.arange(windows)))
+    return select(kept, head.weights / (1.0 - p), 0.0, xp)
 
 
 def _spread(call: ReferenceCall) -> tuple[Any]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -182,6 +182,8 @@ class Elu(FeatureMap):
 
     word = "linear"
     aliases = ("elu",)
+    #: Rows whose largest entry is at least this have no scale: e^-16 is a product of ordinary size.
+    unscaled_from: ClassVar[float] = -8.0
 
     def features(self, x: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute phi(x), see `FeatureMap.features`."""
@@ -196,7 +198,7 @@ class Elu(FeatureMap):
 
     def feature_scale(self, largest: Any, *, xp: Any) -> FeatureScale:
         """Return m such that phi(x) = exp(m) phi(x - m), see `FeatureMap.feature_scale`."""
-        below = (largest < -8) & (largest > -math.inf)  # e^-16 is a product of ordinary size
+        below = (largest < self.unscaled_from) & (largest > -math.inf)
         # Of x - m and of the sum of two m, a whole m costs no digits.
         shift = xp.where(below, xp.ceil(largest), xp.zeros_like(largest))
         return FeatureScale(shift, shift=shift)

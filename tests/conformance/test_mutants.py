@@ -25,6 +25,7 @@ MESSAGES = {
     "quadratic_memory": "expected memory of O(N + M)",
     "quadratic_memory_of_gradients": "expected memory of O(N + M)",
     "lse_in_sixteen_bits": "got dtype float16, expected float32",
+    "drops_by_the_place_in_a_block": "weights are not as the stream has them",
     "skips": "raises SkipTest",
     "expects_failure": "raises XFailed",
 }

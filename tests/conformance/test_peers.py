@@ -77,7 +77,7 @@ def test_peers_run_only_where_they_are_named() -> None:
     assert not set(PEERS) & set(plugins.candidates("numpy") + plugins.candidates("torch"))
     assert not set(PEERS) & {b["name"] for b in list_backends()}
     with pytest.raises(pdcore.NoBackendError) as error:
-        pdcore.attention(Q, K, V, dropout=0.1)
+        pdcore.attention(Q, K, V, axis_name="rows")
     assert "onnxruntime" not in str(error.value)
 
 

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from fake_backends import DROPOUT, REQUEST, fakes, run
+from fake_backends import REQUEST, SHARDS, fakes, run
 
 import pdcore
 from pdcore.backend import FEATURES, ArrayBackend, Request
@@ -59,10 +59,10 @@ def test_an_explanation_of_what_cannot_run(add):
 def test_an_explanation_chooses_what_select_chooses(add, choice):
     add("one", answer=("no",))
     add("two")
-    found = explanation.explain_request(DROPOUT, choice)
-    assert found.backend == run(choice, DROPOUT) == "two"
+    found = explanation.explain_request(SHARDS, choice)
+    assert found.backend == run(choice, SHARDS) == "two"
     with use_backend(choice):
-        assert explanation.explain_request(DROPOUT).backend == "two"
+        assert explanation.explain_request(SHARDS).backend == "two"
 
 
 @pytest.mark.parametrize(

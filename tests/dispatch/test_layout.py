@@ -120,7 +120,7 @@ def test_explain_shows_the_shapes_of_the_caller() -> None:
 
 def test_refusals_show_the_shapes_of_the_caller() -> None:
     with pytest.raises(pdcore.NoBackendError, match=r"q \(2, 3, 4, 6\).*layout bnhd"):
-        pdcore.attention(*operands(B), dropout=0.1, layout="bnhd")
+        pdcore.attention(*operands(B), axis_name="rows", layout="bnhd")
 
 
 @pytest.mark.parametrize("wrong", ["BNHD", "bnhdd", "bshd", "nbhd", "xxxxxxx", ""])

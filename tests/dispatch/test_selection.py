@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from fake_backends import DROPOUT, REQUEST, Taker, fakes, run
+from fake_backends import REQUEST, SHARDS, Taker, fakes, run
 
 from pdcore.backend import FEATURES, BackendInfo
 from pdcore.dispatch import reasons, resolve, selection, use_backend
@@ -40,9 +40,9 @@ def test_third_parties_by_priority_then_name(add):
     add("alpha")
     high = add("high", priority=5)
     assert resolve(None, "numpy").names == ("numpy", "high", "alpha", "beta")
-    assert run(request=DROPOUT) == "high"
+    assert run(request=SHARDS) == "high"
     high.answer = ("busy",)
-    assert run(request=DROPOUT) == "alpha"
+    assert run(request=SHARDS) == "alpha"
 
 
 def test_a_new_backend_is_seen_at_once(add):
@@ -302,7 +302,7 @@ def test_a_device_that_a_backend_does_not_have(add):
 def test_refusals_that_raise_are_that_backends_own_reason(add):
     add("nervous", answer=IndexError("list index\nout of range"))
     add("calm")
-    assert run(request=DROPOUT) == "calm"
+    assert run(request=SHARDS) == "calm"
     with pytest.raises(NoBackendError) as caught:
         run("nervous")
     why = ["its refusals() raised IndexError: list index out of range"]
@@ -347,14 +347,14 @@ def test_reasons_use_the_predicate_of_select(add):
     answers = {"one": ("a",), "two": (), "three": ("b",)}
     for name, answer in answers.items():
         add(name, answer=answer)
-    found = reasons(DROPOUT)
+    found = reasons(SHARDS)
     for name, why in found.items():
         if why:
             with pytest.raises(UnsupportedError):
-                run(name, DROPOUT)
+                run(name, SHARDS)
         else:
-            assert run(name, DROPOUT) == name
-    assert run(request=DROPOUT) == next(name for name, why in found.items() if not why)
+            assert run(name, SHARDS) == name
+    assert run(request=SHARDS) == next(name for name, why in found.items() if not why)
 
 
 def test_no_backend_can_run_a_request(add):
@@ -370,11 +370,11 @@ def test_no_backend_can_run_a_request(add):
         "pdcore", "0.1", RuntimeError("libcudart.so.13: cannot open")
     )
     with pytest.raises(NoBackendError) as caught:
-        run(request=DROPOUT)
+        run(request=SHARDS)
     assert str(caught.value).splitlines() == [
         "no backend can run exponential kernel, batch normalization, heads (1, 1, 2, 2)",
         "  q (2, 8, 1024, 64), k (2, 4, 1024, 64), v (2, 4, 1024, 64), numpy float32 on cpu",
-        f"  numpy:     {FEATURES['dropout']}: unsupported",
+        f"  numpy:     {FEATURES['axis_name']}: unsupported",
         "  jax_like:  not installed: pip install 'pdcore[jax]'",
         "  x:         needs a newer driver (found 2)",
         f"  cupy_like: failed to load: {plugins.broken['cupy_like']}",

@@ -284,10 +284,20 @@ CALLS: dict[str, Wrong] = {
     ),
     "no backend named": wrong(ValueError, "empty list", backend=[]),
     "backend without a device": wrong(ValueError, "'numpy:'", backend="numpy:"),
-    "dropout on numpy": wrong(
-        UnsupportedError, "numpy", "dropout in training: unsupported", backend="numpy", dropout=0.1
+    "dropout without a seed": wrong(
+        ValueError, "seed: got None with dropout", "backend numpy draws no", dropout=0.1
     ),
-    "dropout anywhere": wrong(NoBackendError, "dropout in training: unsupported", dropout=0.1),
+    "shards anywhere": wrong(NoBackendError, "sequence shards: unsupported", axis_name="rows"),
+    "a seed that is no number": wrong(TypeError, "seed: got str", dropout=0.1, seed="1"),
+    "a seed that is true": wrong(TypeError, "seed: got bool", dropout=0.1, seed=True),
+    "a negative seed": wrong(ValueError, "seed: got -1", "0 to 2**64 - 1", dropout=0.1, seed=-1),
+    "a seed of more than 64 bits": wrong(ValueError, "seed: got", dropout=0.1, seed=2**64),
+    "a seed that is a float": wrong(
+        TypeError, "seed: got dtype float64", dropout=0.1, seed=np.zeros(())
+    ),
+    "several seeds": wrong(
+        ValueError, "seed: got int64 (3,)", dropout=0.1, seed=np.zeros(3, np.int64)
+    ),
     "dropout of 1": wrong(ValueError, "dropout: got 1.0", "0 <= p < 1", dropout=1.0),
     "negative dropout": wrong(ValueError, "dropout: got -0.1", dropout=-0.1),
     "dropout of nan": wrong(ValueError, "dropout: got nan", dropout=math.nan),
@@ -319,7 +329,7 @@ def test_attention(name: str) -> None:
     raised(lambda: pdcore.attention(**{**operands(), **case.given}), case)
 
 
-ONLY_ATTENTION = {"dropout", "axis_name"}
+ONLY_ATTENTION = {"dropout", "seed", "axis_name"}
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if not ONLY_ATTENTION & set(CALLS[n].given)])

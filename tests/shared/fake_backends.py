@@ -22,8 +22,8 @@ REQUEST = Request(
     (2, 4, 1024, 64),
     (2, 4, 1024, 64),
 )
-# The NumPy backend refuses dropout, which leaves the choice to the fake backends.
-DROPOUT = REQUEST._replace(dropout=0.1)
+# The NumPy backend refuses shards, which leaves the choice to the fake backends.
+SHARDS = REQUEST._replace(axis_name="rows")
 
 
 class Recorder(Backend):

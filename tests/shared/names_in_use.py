@@ -66,8 +66,8 @@ class _Reader(ast.NodeVisitor):
         self.bound = {name: name for name in LIBRARIES}
         if file.name == "on_torch.py":
             self.bound |= HELD
-        # Values that are no tensors: modules of other libraries, and array namespaces.
-        self.others = {"self", "xp"}
+        # Values that are no tensors: modules of other libraries, array namespaces, decoders.
+        self.others = {"self", "self.decoder", "xp"}
         self.imports = bool(self.bound.keys() & HELD.keys())
         self.found: list[Use] = []
 

@@ -14,6 +14,8 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs
 
 from ..bound import BoundSpec, Choice, refuse_dropout
+from ..jax_seed import seed_of
+from ..watching import tell
 
 __all__ = ["Attention", "PackedMask", "attention_fn"]
 
@@ -188,10 +190,13 @@ class Attention:
             Added to log kappa; -inf removes a key, but it stays in statistics.
         mask : array broadcastable to (*B, H, N, M), or PackedMask, optional
             Of any dtype; a query may attend to a key where it is not zero.
-        broadcast_dropout, dropout_rng : optional
-            Ignored, since there is no dropout.
+        broadcast_dropout : bool
+            No effect: weights are dropped one by one.
+        dropout_rng : PRNG key, optional
+            The key of dropout, of which 64 bits are the seed. Required by it.
         dropout_rate : float
-            Refused above 0 in training, and with a feature map, such as ``linear``, always.
+            The probability that a weight is dropped in training. With a feature map, such as
+            ``linear``, which has no weights, refused above 0.
         deterministic : bool
             True outside training.
         dtype : dtype, optional
@@ -233,11 +238,6 @@ class Attention:
         )
         _check_precision(precision)
         refuse_dropout(self.spec, "dropout_rate", dropout_rate, "dropout_rate=0.0 to the layer")
-        if not deterministic and dropout_rate > 0.0:
-            raise UnsupportedError(
-                f"dropout_rate: got {dropout_rate} in training, expected 0.0: attention on JAX "
-                "has no dropout of its weights; use nnx.Dropout or nn.Dropout after the layer"
-            )
         for name, x in (("query", query), ("key", key), ("value", value)):
             if jnp.ndim(x) < 3:
                 raise ValueError(
@@ -269,7 +269,15 @@ class Attention:
         params = {} if kept is None else kept.params(attend.spec, q.dtype)
         if module is not None:
             _sow(module, attend.weights(Inputs(q, k, v, **masks, params=params), "bnhd"))
+        if not deterministic and dropout_rate > 0.0:
+            if dropout_rng is None:
+                raise ValueError(
+                    f"dropout_rng: got None with dropout_rate {dropout_rate}, expected a PRNG key: "
+                    "give the layer rngs with a stream named dropout"
+                )
+            masks |= {"dropout": dropout_rate, "seed": seed_of(dropout_rng)}
         out = attend(q, k, v, **masks, params=params, layout="bnhd")
+        tell(self, attend, Inputs(q, k, v, **masks, params=params), out, "bnhd")
         if kept is not None:
             kept.track(k, keys.key_mask, segments)
         if keys.invalid is not None:

@@ -13,6 +13,7 @@ from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs, finite_dropout
 
 from ..bound import MOMENTUM, BoundSpec, Choice, refuse_dropout
+from ..watching import tell
 from .masks import check_addend, check_hides_only, check_mask, require, with_batch
 from .state import arrays_of, attach_spec, track
 from .words import wrong_call, wrong_layer
@@ -247,6 +248,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         call["params"] = arrays_of(self, attend.spec)
         p = self.dropout if self.training else 0.0
         out = attend(q, k, v, **call, dropout=p, layout="bnhd")
+        tell(self, attend, Inputs(q, k, v, **call), out, "bnhd")
         out = out.transpose(0, 1) if batched and not self.batch_first else out
         out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         weights = None

@@ -124,6 +124,8 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
         The device's compute capability, 90 for 9.0.
     """
     c = plan.contraction
+    if request.dropout:
+        return "no kernel drops weights"
     if isinstance(c, Scores) and c.weight == "log_features":
         return "no kernel takes log features, whose maxima differ from block to block"
     expression = c.expression if isinstance(c, Scores) else None

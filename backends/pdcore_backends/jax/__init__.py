@@ -8,7 +8,7 @@ from pluggy import HookimplMarker
 
 from pdcore.extend import FEATURES, BackendInfo
 
-_NOT_YET = {"dropout", "deterministic", "batch_invariant"}
+_NOT_YET = {"deterministic", "batch_invariant"}
 
 INFO = BackendInfo(
     name="jax",

@@ -34,12 +34,16 @@ Arrays = dict[str, Any]
 
 #: The axis of rows, and of keys; a mask or bias may have length 1 along either.
 _ROWS = {"q": -2, "out": -2, "bias": -2, "mask": -2, "level": -1, "q_labels": -1, "runs": -1}
+_ROWS |= dict.fromkeys(("first_lane", "second_lane"), -1)
 _KEYS = {"k": -2, "v": -2}
-_KEYS |= dict.fromkeys(("key_bias", "key_mask", "bias", "mask", "k_labels", "key_runs"), -1)
+_KEYS |= dict.fromkeys(
+    ("key_bias", "key_mask", "bias", "mask", "k_labels", "key_runs", "key_index"), -1
+)
 #: The number of axes after those of heads. Arrays of the first dict may have one more, of groups.
 _BY_GROUP = dict.fromkeys(("q", "out", "bias", "mask", "offset"), 2)
-_BY_GROUP |= dict.fromkeys(("level", "q_labels", "runs"), 1)
+_BY_GROUP |= dict.fromkeys(("level", "q_labels", "runs", "first_lane", "second_lane"), 1)
 _OF_KEYS = {"k": 2, "v": 2, "key_bias": 1, "key_mask": 1, "k_labels": 1, "key_runs": 1}
+_OF_KEYS["key_index"] = 1
 _BROADCAST = ("bias", "mask")
 
 #: Scores in memory at a time, 8 MiB in float32: they fit in the caches of one or two cores.
@@ -124,6 +128,8 @@ class StaticCall:
         The position of query 0; None if the position is an array.
     sizes : BlockSizes
         The sizes of the blocks.
+    dropout : float
+        The probability that a weight is dropped.
     """
 
     contraction: Any
@@ -133,6 +139,7 @@ class StaticCall:
     scale: int
     offset: int | None
     sizes: BlockSizes
+    dropout: float = 0.0
 
     def visibility(self, rows: int, keys: int, offset: Any) -> Visibility:
         """Return the visibility by position only, of a block whose first key is at position 0."""

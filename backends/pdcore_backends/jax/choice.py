@@ -95,6 +95,8 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
     biased = any(isinstance(step, GaussianRows) for step in plan.transforms)
     if c.weight != "log" or c.expression is not None or biased:
         return "weights that are no exp of an inner product"
+    if request.dropout:
+        return "dropout"
     if request.axis_name is not None:
         return "shards merge by the log-sum-exp"
     if not plan.fits(request.dtype):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import jax
+import numpy
 from array_api_compat import array_namespace
 
 from pdcore.extend import (
@@ -44,6 +46,8 @@ class LocalJaxBackend(ArrayBackend):
     """Runs plans on JAX arrays of one device or program, without an `axis_name`."""
 
     info = INFO
+    compiles = True
+    words = "uint32"
 
     @property
     def xp(self) -> Any:
@@ -103,6 +107,15 @@ class LocalJaxBackend(ArrayBackend):
         """Compute the weights of a plan, see `Backend.attention_weights`."""
         return _weights(self, plan, *_static(inputs))
 
+    def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function as one program, see `ArrayBackend.program`."""
+        compiled: Callable[..., Any] = jax.jit(function)
+        return compiled
+
+    def computing(self, x: Any) -> AbstractContextManager[Any]:
+        """Return a context of full precision, see `ArrayBackend.computing`."""
+        return in_full()
+
     def exchange(self, array: Any, device: str | None = None) -> Any:
         """Convert an array of another library by DLPack, and copy it to `device`."""
         x = array if isinstance(array, jax.Array) else _imported(array)
@@ -133,21 +146,21 @@ _program = partial(jax.jit, static_argnums=(0, 1, 2))
 
 
 @partial(_program, static_argnames="lse")
-def _attention(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any, *, lse: bool) -> Any:
-    inputs = constants_held(plan, _joined(arrays, offset), jax.lax.stop_gradient)
+def _attention(backend: LocalJaxBackend, plan: Plan, static: Any, arrays: Any, *, lse: bool) -> Any:
+    inputs = constants_held(plan, _joined(arrays, static), jax.lax.stop_gradient)
     with in_full():
         return ArrayBackend.attention(backend, plan, inputs, lse=lse)
 
 
 @_program
-def _with_pullback(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+def _with_pullback(backend: LocalJaxBackend, plan: Plan, static: Any, arrays: Any) -> Any:
     params = arrays["params"]
     moving = {name: arrays[name] for name in ("q", "k", "v", "bias") if arrays[name] is not None}
 
     def run(moving: dict[str, Any]) -> Any:
         changed = {name: moving.get(name, x) for name, x in arrays.items()}
         changed["params"] = {name: moving[name] for name in params}
-        return _attention(backend, plan, offset, changed, lse=True)
+        return _attention(backend, plan, static, changed, lse=True)
 
     (out, lse), pull = jax.vjp(run, {**moving, **params})
     # The pullback is a pytree whose leaves are the residuals, so a program can return it.
@@ -163,25 +176,31 @@ _pulled = jax.jit(_pull)
 
 
 @_program
-def _weights(backend: LocalJaxBackend, plan: Plan, offset: Any, arrays: Any) -> Any:
+def _weights(backend: LocalJaxBackend, plan: Plan, static: Any, arrays: Any) -> Any:
     with in_full():
-        return ArrayBackend.attention_weights(backend, plan, _joined(arrays, offset))
+        return ArrayBackend.attention_weights(backend, plan, _joined(arrays, static))
 
 
-def _static(inputs: Inputs) -> tuple[Any, dict[str, Any]]:
-    """Return an offset known in Python, by which programs skip blocks, and the arrays."""
+def _static(inputs: Inputs) -> tuple[tuple[Any, float], dict[str, Any]]:
+    """Return an offset known in Python, by which programs skip blocks, dropout, and the arrays."""
     if inputs.axis_name is not None:
         raise UnsupportedError(
             f"axis_name: got {inputs.axis_name!r}, expected None: only attention runs in shards"
         )
     arrays = {name: x for name, x in inputs._asdict().items() if name in _ARRAYS}
+    if isinstance(seed := inputs.seed, int):  # one program for all seeds
+        arrays["seed"] = numpy.array([seed & 0xFFFFFFFF, seed >> 32], numpy.uint32)
     if not isinstance(inputs.offset, int | str):
-        return None, {**arrays, "offset": inputs.offset}
-    return inputs.offset, arrays
+        return (None, inputs.dropout), {**arrays, "offset": inputs.offset}
+    return (inputs.offset, inputs.dropout), arrays
 
 
-_ARRAYS = frozenset({"q", "k", "v", "mask", "key_mask", "bias", "params", "labels", "segments"})
+_ARRAYS = frozenset(
+    {"q", "k", "v", "mask", "key_mask", "bias", "params", "labels", "segments", "seed"}
+)
 
 
-def _joined(arrays: Mapping[str, Any], offset: Any) -> Inputs:
-    return with_runs(Inputs(**arrays) if offset is None else Inputs(**arrays, offset=offset))
+def _joined(arrays: Mapping[str, Any], static: tuple[Any, float]) -> Inputs:
+    offset, dropout = static
+    known = {} if offset is None else {"offset": offset}
+    return with_runs(Inputs(**arrays, **known, dropout=dropout))

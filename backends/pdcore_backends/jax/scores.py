@@ -24,6 +24,7 @@ from pdcore.extend import (
     Scores,
     Visibility,
     divide,
+    dropout,
     finite,
     relative_features,
     score_contraction,
@@ -107,6 +108,9 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
         arrays["offset"] = jnp.asarray(seen.offset)
     for name, x in o.values.items():
         arrays[f"value {name}"] = jnp.broadcast_to(x, (*lead, *x.shape[-3:]))
+    if o.dropout is not None:
+        arrays["first_lane"], arrays["second_lane"] = o.dropout.lanes
+        arrays["key_index"] = o.dropout.keys(0, keys, xp)
     if seen.labels is not None:
         arrays["q_labels"], arrays["k_labels"] = seen.labels[0], seen.labels[1][..., 0, :]
     if group == 1:
@@ -123,6 +127,7 @@ def prepared(c: Scores, o: Operands, *, turns: bool) -> tuple[StaticCall, Arrays
         seen.scale,
         seen.offset if seen.static else None,
         block,
+        0.0 if o.dropout is None else o.dropout.p,
     )
     return call, arrays
 
@@ -161,7 +166,8 @@ def _forward(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bo
             k = o.k if o.q.ndim == o.k.ndim else o.k[..., None, :, :]
             rows, keys, peak = relative_features(c, o.q, k, xp=xp)
             p = visible_only(rows_by_keys(rows, jnp.reshape(keys, o.k.shape)), o)
-        return _WeightedSums(weights_by_values(p, o.v), jnp.sum(p, axis=-1, keepdims=True), peak)
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        return _WeightedSums(weights_by_values(_kept(call, p, cut), o.v), total, peak)
 
     def merge(a: _WeightedSums, b: _WeightedSums) -> _WeightedSums:
         peak = jnp.maximum(a.peak, b.peak)
@@ -289,9 +295,10 @@ def _tangent(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bo
         )
         moved = []
         if slope is not None:
-            moved.append(product(cut["v"], slope, -2, -1 - rows))
+            of_values = _kept(call, slope, cut, rows)
+            moved.append(product(cut["v"], of_values, -2, -1 - rows))
         if "d_v" in cut:
-            moved.append(product(cut["d_v"], p, -2, -1 - rows))
+            moved.append(product(cut["d_v"], _kept(call, p, cut, rows), -2, -1 - rows))
         total = (
             jnp.zeros_like(level)
             if slope is None
@@ -311,6 +318,20 @@ def _tangent(call: StaticCall, arrays: Arrays, visibility: Visibility, whole: bo
     if c.signed:
         return {"out": moved, "level": jnp.zeros_like(total[..., 0])}
     return {"out": moved - arrays["out"] * total, "level": total[..., 0]}
+
+
+def _kept(call: StaticCall, p: Any, cut: Arrays, rows: int = 0) -> Any:
+    """Drop weights (..., R, M), or (..., M, [G,] R) for the axes of rows of `_tangent`."""
+    if not call.dropout:
+        return p
+    first, second, keys = (cut[name] for name in ("first_lane", "second_lane", "key_index"))
+    first, second, keys = first[..., None], second[..., None], keys
+    if rows:
+        first, second = (keys_first(x, rows) for x in (first, second))
+        keys = keys_first(along_rows(keys, rows), rows)
+    least = dropout.threshold(call.dropout)
+    seen = dropout.kept((first, second), keys, least, xp=xp)
+    return jnp.where(seen, p * (1.0 / (1.0 - call.dropout)), 0.0)
 
 
 def _scaled(c: Scores, arrays: Arrays) -> tuple[Scores, Arrays]:

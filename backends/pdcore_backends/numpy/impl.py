@@ -37,6 +37,7 @@ class NumpyBackend(SilentBackend):
     """
 
     info = INFO
+    words = "uint32"
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose parts of heads for Attention-BN, and a contraction that applies phi.
@@ -65,15 +66,16 @@ class NumpyBackend(SilentBackend):
         return prefix.prefix_moments(stats, keys, mask, origin)
 
     def scores(self, c: Scores, o: Operands) -> tuple[Any, Any]:
-        """Contract by scores in tiles, or by `ArrayBackend` with terms of positions."""
+        """Contract by scores in tiles, or by `ArrayBackend` with terms of positions or dropout."""
         generic = c.weight == "log_features" or bool(c.places) or o.by_query_head
+        generic = generic or o.dropout is not None
         return super().scores(c, o) if generic else scores.scores(c, o)
 
     def scores_vjp(
         self, c: Scores, o: Operands, out: Any, level: Any, d_out: Any, d_level: Any
     ) -> dict[str, Any]:
-        """Pull back in tiles, or by `ArrayBackend` with a bias or with scalars per head."""
-        if c.weight == "log_features" or o.bias is not None or o.values:
+        """Pull back in tiles, or by `ArrayBackend` with a bias, dropout or scalars per head."""
+        if c.weight == "log_features" or o.bias is not None or o.values or o.dropout is not None:
             return super().scores_vjp(c, o, out, level, d_out, d_level)
         return scores.scores_vjp(c, o, out, level, d_out, d_level)
 

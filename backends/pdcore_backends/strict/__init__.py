@@ -16,7 +16,6 @@ _ELSEWHERE = {
     "vmap",
     "jvp",
     "compile",
-    "dropout",
     "axis_name",
 }
 

@@ -1,7 +1,7 @@
 """The contraction by scores in blocks, with its pullback, in O(N + M) memory.
 
 It computes what no fused kernel does: windows, softcap and other maps of the scores, one offset
-for each sequence, the gradient of a bias, the log-sum-exp, and dropout on the CPU.
+for each sequence, the gradient of a bias, the log-sum-exp, and dropout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pdcore.extend import Operands, Scores, compiling, scores, scores_vjp
 
 from . import namespace as xp
 from .flash import recorded, transformed
-from .operators import BLOCKS, keeper, traced_scores
+from .operators import BLOCKS, traced_scores
 
-__all__ = ["Dropout", "blocked_scores", "dropout"]
+__all__ = ["blocked_scores"]
 
 
 def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
@@ -25,9 +25,7 @@ def blocked_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor]:
     arrays = (o.q, o.k, o.v, o.key_bias, o.bias, *o.values.values())
     query_block, key_block = BLOCKS
     if compiling() and c.choice is not None and not transformed():
-        keep: Any = o.keep
-        p, seed = (0.0, None) if keep is None else (keep.p, keep.seed)
-        return traced_scores(o, p, seed, c.choice.plan)
+        return traced_scores(o, c.choice.plan)
     if compiling() or transformed() or not recorded(*arrays):
         return scores(c, o, xp=xp, query_block=query_block, key_block=key_block)
     names = tuple(o.values)
@@ -72,35 +70,3 @@ def _with_arrays(fixed: Operands, names: tuple[str, ...], arrays: Any) -> Operan
     return fixed._replace(
         q=q, k=k, v=v, key_bias=key_bias, bias=bias, values=dict(zip(names, values, strict=True))
     )
-
-
-def dropout(p: float) -> Dropout:
-    """Return a dropout of weights, whose seed PyTorch's generator draws.
-
-    Parameters
-    ----------
-    p : float
-        The probability that a weight is dropped, below 1.
-    """
-    return Dropout(p, torch.randint(2**62, (), device="cpu"))
-
-
-class Dropout:
-    """A dropout of weights, see `pdcore.backend.operands.Operands`.
-
-    Attributes
-    ----------
-    p : float
-        The probability that a weight is dropped.
-    seed : integer Tensor ()
-        The seed, from which that of every block is derived.
-    """
-
-    def __init__(self, p: float, seed: Tensor) -> None:
-        self.p, self.seed = p, seed
-        self._keep = None if compiling() else keeper(p, int(seed))
-
-    def __call__(self, start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
-        """Return the factors by which the weights of a block are multiplied."""
-        assert self._keep is not None
-        return self._keep(start, stop, first, last, like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,19 +63,29 @@ def features(c: Features, o: Operands) -> tuple[Tensor, Tensor | None] | None:
     weighted, total = _causal(q, k, v) if causal else _whole(q, k, v)
     if c.signed:
         return weighted, torch.zeros_like(total[..., 0])
-    total = overflow_as_nan(total, xp_)
-    none = total == 0
-    # A quotient, because 1 / total, or its square in the gradient, overflows for small totals.
-    divisor = torch.where(none, torch.inf, total)
+    none = None
+    if not _positive(total):
+        total = overflow_as_nan(total, xp_)
+        none = total == 0
+        # A quotient, as 1 / total, or its square in the gradient, overflows for small totals.
+        total = torch.where(none, torch.inf, total)
     if compiling() or transformed() or recorded(weighted, total):
-        weighted = weighted / divisor
+        weighted = weighted / total
     else:
-        weighted /= divisor
+        weighted /= total
     if not o.level:
         return weighted, None
-    level = torch.log(torch.where(none, 1.0, total))
+    level = torch.log(total)
     level = level if shift is None else shift + level
-    return weighted, torch.where(none, -torch.inf, level)[..., 0]
+    return weighted, (level if none is None else torch.where(none, -torch.inf, level))[..., 0]
+
+
+def _positive(x: Tensor) -> bool:
+    """Check whether all entries are positive and finite, where values are read cheaply."""
+    if not _readable(x):
+        return False
+    least, most = (float(end) for end in x.aminmax())
+    return 0.0 < least <= most < math.inf
 
 
 def _below_one(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,33 +159,49 @@ class EluRows:
 
     def __call__(self, rows: Rows, state: Any, params: Any, *, xp: Any) -> tuple[Rows, Pullback]:
         """Transform queries and keys, and return them with the pullback."""
-        largest = largest_key(rows.k, rows.key_mask, xp=xp)
-        q, of_queries = self._scaled(rows.q, None)
-        k, of_keys = self._scaled(rows.k, self.kernel.feature_scale(largest, xp=xp).shift)
+        constant = None
+        if self._unscaled(rows):
+            q, k = _elu_by_blocks(rows.q, None), _elu_by_blocks(rows.k, None)
+        else:
+            largest = largest_entry(rows.q, xp=xp), largest_key(rows.k, rows.key_mask, xp=xp)
+            of_queries, of_keys = (self.kernel.feature_scale(x, xp=xp).shift for x in largest)
+            constant = (of_queries + of_keys)[..., 0]
+            q, k = _elu_of(rows.q, of_queries), _elu_of(rows.k, of_keys)
 
         def pullback(d: Rows) -> Any:
             return Rows(d.q * q.clamp_max(1.0), d.k * k.clamp_max(1.0)), {}, {}
 
-        return rows._replace(q=q, k=k, row_constant=(of_queries + of_keys)[..., 0]), pullback
+        return rows._replace(q=q, k=k, row_constant=constant), pullback
 
-    def _scaled(self, x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return phi(x - shift) and the shift; by default that of every row."""
-        shift = self._shift(x) if shift is None else shift
-        if not _readable(x):
-            return _elu(x - shift), shift
-        # A block of rows stays in the cache between its operations.
-        phi = torch.empty_like(x, memory_format=torch.contiguous_format)
-        width = x.shape[-1]
-        rows, to = x.reshape(-1, width), phi.view(-1, width)
-        shifts = shift.expand(*x.shape[:-1], 1).reshape(-1, 1) if shift.any() else None
-        for start in range(0, len(to), ROWS):
-            at = slice(start, start + ROWS)
-            part = rows[at] if shifts is None else torch.sub(rows[at], shifts[at], out=to[at])
-            _elu_into(part, to[at])
-        return phi, shift
+    def _unscaled(self, rows: Rows) -> bool:
+        """Check whether no row needs a scale, where values are read cheaply."""
+        if rows.key_mask is not None or not _readable(rows.q, rows.k):
+            return False
+        least = (largest.aminmax()[0] for largest in (rows.k.amax((-2, -1)), rows.q.amax(-1)))
+        # A NaN is not at least any number.
+        return all(x.item() >= self.kernel.unscaled_from for x in least)
 
-    def _shift(self, x: Tensor) -> Any:
-        return self.kernel.feature_scale(largest_entry(x, xp=xp_), xp=xp_).shift
+
+def _elu_of(x: Tensor, shift: Tensor) -> Tensor:
+    """Return phi(x - shift)."""
+    return _elu_by_blocks(x, shift) if _readable(x) else _elu(x - shift)
+
+
+def _elu_by_blocks(x: Tensor, shift: Tensor | None) -> Tensor:
+    """Return phi(x - shift), where a block of rows stays in the cache between its operations."""
+    width = x.shape[-1]
+    if x.numel() <= ROWS * width:
+        return _elu_plus_one(x if shift is None else x - shift)
+    phi = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows, to = x.reshape(-1, width), phi.view(-1, width)
+    shifts = None
+    if shift is not None and shift.any():
+        shifts = shift.expand(*x.shape[:-1], 1).reshape(-1, 1)
+    for start in range(0, len(to), ROWS):
+        at = slice(start, start + ROWS)
+        part = rows[at] if shifts is None else torch.sub(rows[at], shifts[at], out=to[at])
+        _elu_into(part, to[at])
+    return phi
 
 
 def _readable(*tensors: Tensor) -> bool:

@@ -105,7 +105,7 @@ def flex_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         None where blocks have to run the call (see the steps of `.choice`), and where an array
         is empty.
     """
-    if compiling() or transformed() or o.keep is not None:
+    if compiling() or transformed() or o.dropout is not None:
         return None
     if not all(o.q.shape) or not all(o.k.shape) or not o.v.shape[-1]:
         return None

@@ -25,12 +25,21 @@ from pdcore.extend import (
 )
 
 from . import namespace as xp
-from .flash import attend, attend_with_lse, biased, on_cpu, recorded, takes_key_bias
+from .choice import Fused
+from .flash import attend, attend_with_lse, biased, on_cpu, recorded, takes_key_bias, transformed
 from .fold import fold, fold_prefix, fold_running
 from .recentre import mean_of_keys, prefix_means, recentred
 from .windows import Window, attend_in_window
 
-__all__ = ["FusedCall", "FusedRun", "direct", "fused_inputs", "fused_out", "fused_scores"]
+__all__ = [
+    "FusedCall",
+    "FusedRun",
+    "direct",
+    "fused_inputs",
+    "fused_out",
+    "fused_scores",
+    "reads_no_level",
+]
 
 
 def direct(c: Scores, inputs: Inputs) -> Tensor | None:
@@ -129,6 +138,17 @@ def fused_inputs(plan: Plan, inputs: Inputs) -> Inputs | None:
     if q.ndim != 4:
         return _with_one_lead(inputs, offset)
     return inputs if offset is inputs.offset else inputs._replace(offset=offset)
+
+
+def reads_no_level(plan: Plan, inputs: Inputs) -> bool:
+    """Check whether `fused_out` computes a call of one row, whose statistics are carried.
+
+    A row that sees all of its keys needs no position, and such a plan has no support.
+    """
+    choice = getattr(plan.contraction, "choice", None)
+    whole = isinstance(choice, Fused) and choice.whole and not plan.support.restricts
+    one = inputs.q.ndim == 4 and inputs.q.shape[-2] == 1 and all(inputs.q.shape)
+    return whole and one and bool(inputs.v.shape[-1]) and not (compiling() or transformed())
 
 
 class FusedCall(Call):

@@ -26,12 +26,20 @@ from pdcore.extend import (
 )
 
 from . import INFO, namespace
-from .blocked import blocked_scores, dropout
+from .blocked import blocked_scores
 from .choice import Flexed, Fused, Termed, chosen
 from .features import chosen_features, features
 from .flash import transformed
 from .flex import flex_scores
-from .fused import FusedCall, FusedRun, direct, fused_inputs, fused_out, fused_scores
+from .fused import (
+    FusedCall,
+    FusedRun,
+    direct,
+    fused_inputs,
+    fused_out,
+    fused_scores,
+    reads_no_level,
+)
 from .operators import BLOCKS
 from .packed import compiled_segments, segments_attention
 from .rows import chosen_rows
@@ -50,6 +58,7 @@ class TorchBackend(ArrayBackend):
     def __init__(self) -> None:
         super().__init__()
         self._xp = namespace
+        _keep_freed_memory()
         for kind in (torch.Tensor, torch.nn.Parameter):
             register_array_type(kind, "torch")
 
@@ -61,11 +70,6 @@ class TorchBackend(ArrayBackend):
             reasons.append(f"device {device}: PyTorch {torch.__version__} sees no CUDA device")
         if request.dtype == "float32":
             reasons += _reduced_precision(device.partition(":")[0])
-        if request.dropout and request.feature_map:
-            reasons.append(
-                f"dropout {request.dropout}: {request.feature_map} has no weights "
-                "to drop; use a kernel that runs as scores"
-            )
         return reasons
 
     def traced_segments(self, request: Request) -> list[str]:
@@ -74,9 +78,9 @@ class TorchBackend(ArrayBackend):
             return compiled_segments(request)
         return super().traced_segments(request)
 
-    def dropout(self, p: float) -> Callable[[int, int, int, int, Any], Any]:
-        """Return a dropout of weights, see `pdcore.backend.operands.Operands`."""
-        return dropout(p)
+    def drawn_seed(self, like: Any) -> Any:
+        """Draw a seed of 63 bits from PyTorch's generator, see `ArrayBackend.drawn_seed`."""
+        return torch.randint(2**63 - 1, (), device=like.device)
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel that runs a plan, see `Backend.fuse`."""
@@ -114,6 +118,12 @@ class TorchBackend(ArrayBackend):
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
         """Return a call that reads L for a contraction by scores but in a `FusedCall`."""
         return super().call(plan, inputs, level=level or isinstance(plan.contraction, Scores))
+
+    def decoding_call(self, plan: Plan, inputs: Inputs, *, level: bool) -> Call:
+        """Return a call that reads L unless the fused kernel can do without."""
+        if not level and reads_no_level(plan, inputs):
+            return super().call(plan, inputs, level=False)
+        return self.call(plan, inputs, level=level)
 
     def group_run(self, call: Call, group: Group) -> GroupRun:
         """Return the steps of a head group, those of `FusedRun` for a `FusedCall`."""
@@ -158,6 +168,10 @@ class TorchBackend(ArrayBackend):
         result = features(c, o)
         return super().features(c, o) if result is None else result
 
+    def computing(self, x: Any) -> AbstractContextManager[Any]:
+        """Return a context in which autocast changes no dtype, see `ArrayBackend.computing`."""
+        return _without_autocast(x)
+
     def synchronize(self) -> None:
         """Wait for the current CUDA device."""
         if torch.cuda.is_available():
@@ -169,6 +183,16 @@ class TorchBackend(ArrayBackend):
         if torch.version.cuda is not None:
             versions["cuda"] = str(torch.version.cuda)
         return versions
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 64 MiB of freed memory, so that the arrays of a call find it mapped.
+
+    It keeps twice the largest mapped block that was freed so far, of at most 32 MiB, and returns
+    the rest to the system; each page that is taken again costs a page fault. This block is never
+    written, so it takes no memory. On other systems it changes nothing.
+    """
+    torch.empty(2**25 - 2**13, dtype=torch.uint8)
 
 
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()

@@ -7,17 +7,16 @@ plan is passed as text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdcore.extend import Operands, Scores, Visibility, restored, scores, scores_vjp
+from pdcore.extend import Dropout, Operands, Scores, Visibility, restored, scores, scores_vjp
 
 from . import namespace as xp
 
-__all__ = ["BLOCKS", "keeper", "traced_scores"]
+__all__ = ["BLOCKS", "traced_scores"]
 
 
 #: Queries and keys of a block.
@@ -26,15 +25,15 @@ BLOCKS = (256, 512)
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? bias, Tensor[] values, "
     "Tensor? key_mask, Tensor? real, Tensor? mask, Tensor? positions, Tensor? q_labels, "
-    "Tensor? k_labels, Tensor? seed, "
+    "Tensor? k_labels, Tensor? lanes, "
     "SymInt offset, SymInt length, int scale, float p, str plan"
 )
 
 
-def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tuple[Tensor, Tensor]:
+def traced_scores(o: Operands, plan: str) -> tuple[Tensor, Tensor]:
     """Contract by scores through the operator; `plan` is the `Plan.text`."""
     seen = o.visibility
-    static = isinstance(seen.offset, int)
+    static, dropout = isinstance(seen.offset, int), o.dropout
     results: tuple[Tensor, Tensor] = torch.ops.pdcore.scores(
         o.q,
         o.k,
@@ -47,26 +46,14 @@ def traced_scores(o: Operands, p: float, seed: Tensor | None, plan: str) -> tupl
         seen.mask,
         None if static else seen.offset,
         *(seen.labels or (None, None)),
-        seed,
+        None if dropout is None else torch.stack(dropout.lanes),
         seen.offset if static else 0,
         seen.length,
         seen.scale,
-        p,
+        0.0 if dropout is None else dropout.p,
         plan,
     )
     return results
-
-
-def keeper(p: float, seed: int) -> Callable[[int, int, int, int, Tensor], Tensor]:
-    """Return a dropout, whose blocks derive their seeds from `seed`; see `Operands`."""
-
-    def keep(start: int, stop: int, first: int, last: int, like: Tensor) -> Tensor:
-        generator = torch.Generator(like.device)
-        generator.manual_seed((seed + start * 0x9E3779B97F4A7C15 + first) % 2**63)
-        factors = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        return factors.bernoulli_(1.0 - p, generator=generator).mul_(1.0 / (1.0 - p))
-
-    return keep
 
 
 def _operands(
@@ -82,7 +69,7 @@ def _operands(
     positions: Any,
     q_labels: Any,
     k_labels: Any,
-    seed: Any,
+    lanes: Any,
     offset: int,
     length: int,
     scale: int,
@@ -106,9 +93,9 @@ def _operands(
         q.device,
         None if q_labels is None else (q_labels, k_labels),
     )
-    keep = None if seed is None else keeper(p, int(seed))
+    dropout = None if lanes is None else Dropout(p, (lanes[0], lanes[1]), scale)
     return contraction, Operands(
-        q, k, v, key_bias, bias, dict(zip(contraction.scalars, values, strict=True)), seen, keep
+        q, k, v, key_bias, bias, dict(zip(contraction.scalars, values, strict=True)), seen, dropout
     )
 
 

@@ -45,7 +45,7 @@ def linear_scale(c: Scores) -> float | None:
 def scores_with_terms(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     """Contract by scores, see `score_contraction.scores`; None where other code has to."""
     seen = o.visibility
-    if compiling() or transformed() or not seen.static or o.keep is not None:
+    if compiling() or transformed() or not seen.static or o.dropout is not None:
         return None
     if recorded(o.bias, *o.values.values()) or o.key_bias is not None:
         return None

@@ -22,7 +22,7 @@ from pdcore.spec import AttentionSpec, Parameter, parse
 from .layouts import Array, laid_out, swap_axes
 from .packing import ids_of
 
-__all__ = ["Arrays", "Call", "drawn", "dtype_of"]
+__all__ = ["DROPOUT_SEED", "Arrays", "Call", "drawn", "dtype_of"]
 
 
 def dtype_of(name: str) -> Any:
@@ -33,6 +33,9 @@ def dtype_of(name: str) -> Any:
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
 
+
+#: The seed of dropout; both its words are used.
+DROPOUT_SEED = 0x123456789ABCDEF0
 
 #: The largest number of each dtype; NumPy does not know that of bfloat16.
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3e38, "float32": 3.4e38, "float64": 1.7e308}
@@ -46,8 +49,8 @@ class Arrays:
     ----------
     q, k, v : array (*B, Hq, N, D), (*B, Hkv, M, D), (*B, Hkv, M, Dv)
     options : mapping
-        The mask, key_mask, bias, offset, segments, labels and params of the call, those that it
-        has.
+        The mask, key_mask, bias, offset, segments, labels, params, dropout and seed of the call,
+        those that it has.
     """
 
     q: Array
@@ -126,6 +129,8 @@ class Call:
         argument out, and the order is (*B, H, N, D).
     segments : {"", "ragged", "equal", "padded", "pair"}
         Packed sequences, see `.packing`; padding, as ids of "padded" and "pair" have, holds NaN.
+    dropout : float
+        The probability that a weight is dropped.
     """
 
     spec: str = "softmax"
@@ -148,6 +153,7 @@ class Call:
     seed: int = field(default=0, compare=True)
     offset_dtype: str = "int64"
     segments: str = ""
+    dropout: float = 0.0
 
     def but(self, **changes: Any) -> Call:
         """Return a copy with some fields changed."""
@@ -190,6 +196,7 @@ class Call:
             present.get("key_mask"),
             present.get("bias"),
             kind,
+            dropout=self.dropout,
             segments="values" if self.segments else None,
             **outputs,
         )
@@ -272,6 +279,8 @@ class Call:
                 np.where((ids < 0)[..., None, :, None], math.nan, x)
                 for ids, x in ((q_ids, q), (k_ids, k), (k_ids, v))
             )
+        if self.dropout:
+            options |= {"dropout": self.dropout, "seed": DROPOUT_SEED}
         if self.parsed.by_label:
             options["labels"] = self._labels(rng, options)
         params = {

@@ -122,16 +122,22 @@ def test_dropout() -> None:
     x = drawn(N, E)
     key = jax.random.key(0)
     close(ours(x, x, x, inference=True, key=key), plain(x, x, x, inference=True))
-    for options in ({}, {"key": key}, {"inference": False}):
-        with pytest.raises(UnsupportedError, match=r"dropout_p: got 0\.5 in training"):
+    for options in ({}, {"inference": False}):
+        with pytest.raises(ValueError, match=r"key: got None in training with dropout_p 0\.5"):
             ours(x, x, x, **options)
+    first, again, other = (ours(x, x, x, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    close(first, again)
+    assert jnp.abs(first - other).max() > 1e-3
+    loss = eqx.filter_grad(lambda layer: (layer(x, x, x, key=key) ** 2).sum())
+    grads = eqx.filter_jit(loss)(ours)
+    assert jnp.abs(grads.query_proj.weight).max() > 0
     close(eqx.nn.inference_mode(ours)(x, x, x), plain(x, x, x, inference=True))
-    with pytest.raises(UnsupportedError, match="dropout_p"):
+    with pytest.raises(ValueError, match="key: got None"):
         eqx.nn.inference_mode(ours)(x, x, x, inference=False)
     for layer in (plain, ours):
         with pytest.warns(UserWarning, match="deprecated in favour of"):
             layer(x, x, x, deterministic=True)
-    with pytest.warns(UserWarning, match="deprecated"), pytest.raises(UnsupportedError):
+    with pytest.warns(UserWarning, match="deprecated"), pytest.raises(ValueError, match="key"):
         ours(x, x, x, deterministic=False)
     plain, ours = pair()
     close(ours(x, x, x, inference=False), plain(x, x, x, inference=False))

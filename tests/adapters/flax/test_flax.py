@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 import pdcore
 from pdcore import NoBackendError, SpecError, UnsupportedError
-from pdcore_adapters.flax import attention_fn
+from pdcore_adapters.flax import LinenSpecAttention, SpecAttention, attention_fn
 
 # A program is compiled for each combination, which takes seconds.
 pytestmark = pytest.mark.sampled(3)
@@ -268,18 +268,56 @@ def test_dropout_with_a_feature_map_is_refused_at_the_first_call() -> None:
         linen.MultiHeadDotProductAttention(H, **options).init(jax.random.key(0), x)
 
 
-def test_dropout_is_refused_in_training() -> None:
+def test_dropout_in_training() -> None:
     plain, ours = nnx_pair(dropout_rate=0.5)
     x = drawn(B, N, E)
     close(ours(x, deterministic=True), plain(x, deterministic=True))
-    with pytest.raises(UnsupportedError, match=r"dropout_rate: got 0\.5 in training"):
-        ours(x, deterministic=False, rngs=nnx.Rngs(dropout=0))
+    first, again, other = (
+        ours(x, deterministic=False, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1)
+    )
+    close(first, again)
+    assert jnp.abs(first - other).max() > 1e-3
     plain, ours, variables = linen_pair(dropout_rate=0.5)
     close(
         ours.apply(variables, x, deterministic=True), plain.apply(variables, x, deterministic=True)
     )
-    with pytest.raises(UnsupportedError, match=r"dropout_rate: got 0\.5 in training"):
-        ours.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    first, again, other = (
+        ours.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    )
+    close(first, again)
+    assert jnp.abs(first - other).max() > 1e-3
+
+
+def test_dropout_has_the_seed_of_the_key() -> None:
+    q, k, v = (drawn(B, N, H, 4) for _ in range(3))
+    key = jax.random.key(3)
+    out = attention_fn("bn")(q, k, v, dropout_rng=key, dropout_rate=0.4)
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    close(out, pdcore.attention(q, k, v, "bn", dropout=0.4, seed=seed, layout="bnhd"))
+    with pytest.raises(ValueError, match="dropout_rng: got None"):
+        attention_fn("bn")(q, k, v, dropout_rate=0.4)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_layers_with_arrays_train_with_dropout(kind: str) -> None:
+    x = drawn(B, N, E)
+    options = {"dropout_rate": 0.4, "deterministic": False}
+    if kind == "nnx":
+        attend = SpecAttention("bn(beta=param)", H, E // H)
+        layer = nnx.MultiHeadAttention(
+            H, E, decode=False, rngs=nnx.Rngs(0), attention_fn=attend, **options
+        )
+        outs = [layer(x, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 1)]
+    else:
+        attend = LinenSpecAttention("bn(beta=param)")
+        layer = linen.MultiHeadDotProductAttention(H, attention_fn=attend, **options)
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        variables = layer.init(keys, x)
+        outs = [
+            layer.apply(variables, x, rngs={"dropout": jax.random.key(seed)}) for seed in (0, 1)
+        ]
+    assert jnp.abs(outs[0] - outs[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
