@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Backend,
         BackendInfo,
     )
+    from .decoding import Decoder, decoder
     from .derivation import (
         Derivation,
         derive,
@@ -91,6 +92,7 @@ _LAZY = {
         "Backend",
         "BackendInfo",
     ),
+    "decoding": ("Decoder", "decoder"),
     "derivation": (
         "Derivation",
         "derive",
@@ -158,6 +160,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Cosine",
+    "Decoder",
     "Derivation",
     "Elu",
     "Exponential",
@@ -189,6 +192,7 @@ __all__ = [
     "attention_vjp",
     "attention_weights",
     "bind",
+    "decoder",
     "derive",
     "explain",
     "hookimpl",

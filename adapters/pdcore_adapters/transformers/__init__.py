@@ -19,10 +19,11 @@ from ..requirements import requires
 
 with requires("transformers"):
     from .attention import register
+    from .cache import DecoderCache
     from .check import Check, check
     from .loading import wrap_methods
     from .masks import LayerMask
 
     wrap_methods()
 
-__all__ = ["Check", "LayerMask", "check", "register"]
+__all__ = ["Check", "DecoderCache", "LayerMask", "check", "register"]

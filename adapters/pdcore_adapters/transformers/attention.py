@@ -15,6 +15,8 @@ from pdcore import AttentionSpec, BoundAttention, Exponential, Support, Unsuppor
 from pdcore.extend import Inputs
 
 from ..bound import Choice, refuse_dropout
+from ..watching import tell
+from .cache import layer_of
 from .masks import Pattern, build_mask
 from .record import check_record
 
@@ -203,8 +205,10 @@ class LayerAttention:
             index = getattr(module, "layer_idx", None)
             place = where if index is None else f"{where}, layer {index}"
             self.spec.for_heads(key.shape[1], f"key heads of {place}")
+        carried = layer_of(key)
+        keys = key.shape[-2] if carried is None else carried.length
         query, key, value = _cast_under_autocast(query, key, value)
-        arguments: dict[str, Any] = {"offset": key.shape[-2] - query.shape[-2]}
+        arguments: dict[str, Any] = {"offset": keys - query.shape[-2]}
         if attention_mask is None:
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             if sliding_window is not None and not causal:
@@ -216,7 +220,7 @@ class LayerAttention:
                 bool(causal), math.inf if sliding_window is None else sliding_window - 1
             )
         else:
-            expected = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+            expected = (query.shape[0], query.shape[1], query.shape[2], keys)
             _check_mask(where, attention_mask, expected)
             parts = getattr(attention_mask, "parts", None)
             if parts is not None:
@@ -242,13 +246,18 @@ class LayerAttention:
             arguments["params"] = {"sink": s_aux}
         layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1], s_aux is not None)
         bound = getattr(self._layers, self._bind(where, *layer))
-        weights = None
+        if carried is not None:
+            arguments |= {"dropout": dropout or None, "weights": output_attentions or None}
+            out = carried.attend(bound, query, key, value, arguments, where)
+            return out.transpose(1, 2).contiguous(), None
+        weights, inputs = None, Inputs(query, key, value, **arguments)
         if output_attentions:
-            weights = bound.weights(Inputs(query, key, value, **arguments))
+            weights = bound.weights(inputs)
         if dropout:  # omitted if 0, so that its value is not compared
             refuse_dropout(self.spec, "dropout", dropout, "0 in the config of the model", where)
             arguments["dropout"] = dropout
         out = bound(query, key, value, **arguments)
+        tell(module, bound, inputs, out, "bhnd")
         return out.transpose(1, 2).contiguous(), weights
 
     def _bind(
