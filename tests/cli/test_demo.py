@@ -105,13 +105,6 @@ def test_the_projections_are_fixed_and_leave_padding_at_zero() -> None:
     assert not np.array_equal(first.q, first.k)
 
 
-def test_redundancy_is_the_mean_distance_between_heads() -> None:
-    same = np.broadcast_to(np.eye(3), (4, 3, 3))
-    assert measuring.redundancy(same) == 0.0
-    apart = np.stack([np.eye(3), np.zeros((3, 3)), np.eye(3)])
-    assert measuring.redundancy(apart) == pytest.approx(3**0.5 * 2 / 3)
-
-
 def test_the_presets_are_the_documented_ones() -> None:
     kinds = {re.sub(r"\d+,\d+", "_", str(pdcore.parse(spec))) for spec in recordings.PRESETS}
     assert kinds == {re.sub(r"\d+,\d+", "_", str(pdcore.parse(spec))) for spec in pdcore.PRESETS}

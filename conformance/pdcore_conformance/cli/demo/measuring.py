@@ -1,4 +1,4 @@
-"""The measurements of the demo: error over budget, time, and the distance of heads."""
+"""The measurements of the demo: error over budget, and time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
-
-import numpy as np
 
 from pdcore.attention import bind
 from pdcore.errors import NoBackendError, UnsupportedError
@@ -17,32 +14,13 @@ from pdcore.plugins import registry as plugins
 
 from .recordings import PRESETS, Batch
 
-__all__ = ["measure", "redundancy"]
-
-Array = np.ndarray[Any, Any]
+__all__ = ["measure"]
 
 #: Timed calls of each preset on each backend, after two that warm up.
 ROUNDS = 15
 
 #: Backend and spec.
 Key = tuple[str, str]
-
-
-def redundancy(weights: Array) -> float:
-    """Return the mean L2 (Frobenius) distance between the weights of two heads.
-
-    Parameters
-    ----------
-    weights : array (H, N, M)
-        Attention weights of one sequence, H at least 2.
-
-    Returns
-    -------
-    float
-        0 where all heads are the same: the smaller, the more redundant.
-    """
-    pairs = combinations(weights.astype(np.float64), 2)
-    return statistics.fmean(float(np.linalg.norm(a - b)) for a, b in pairs)
 
 
 def measure(

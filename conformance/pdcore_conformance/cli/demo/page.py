@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# Not pyplot, which keeps global state and may look for a display.
-from matplotlib import colormaps
-from matplotlib.image import imsave
-
 from pdcore.cli.files import replacing
-
-from .pictures import COLOURS
+from pdcore_adapters.diagnostics.images import png_uri
 
 __all__ = ["write_page"]
 
@@ -48,7 +41,7 @@ def write_page(path: Path, weights: Mapping[str, Array], result: Mapping[str, An
         count=q[0],
         heads=q[1],
         dim=q[3],
-        scale=_png(np.linspace(0.001, 1.0, 256)[None]),
+        scale=png_uri(np.linspace(0.001, 1.0, 256)[None]),
         projections=html.escape(result["projections"]),
         dataset=html.escape(result["dataset"]),
     )
@@ -57,20 +50,11 @@ def write_page(path: Path, weights: Mapping[str, Array], result: Mapping[str, An
     return path
 
 
-def _png(weights: Array) -> str:
-    """Return an array in [0, 1] as the data URI of a PNG: a pixel for each entry, blank for 0."""
-    colours = colormaps[COLOURS](np.sqrt(np.clip(weights, 0.0, 1.0)))
-    colours[weights == 0.0, 3] = 0.0
-    stream = io.BytesIO()
-    imsave(stream, colours, format="png")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
-
-
 def _card(preset: Mapping[str, Any], weights: Array) -> str:
     spec = html.escape(preset["spec"])
     heads = "".join(
         f'<figure><img alt="{spec}, head {i}: weights of {w.shape[0]} queries over '
-        f'{w.shape[1]} keys, largest {w.max():.2f}" src="{_png(w)}">'
+        f'{w.shape[1]} keys, largest {w.max():.2f}" src="{png_uri(w)}">'
         f"<figcaption>head {i}</figcaption></figure>"
         for i, w in enumerate(weights, 1)
     )

@@ -13,13 +13,11 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from pdcore.cli.files import replacing
+from pdcore_adapters.diagnostics.images import COLOURS
 
-__all__ = ["COLOURS", "write_png"]
+__all__ = ["write_png"]
 
 Array = np.ndarray[Any, Any]
-
-#: Colours of weights, 0 to 1; the square root spreads out the small ones.
-COLOURS = "viridis"
 
 
 def write_png(path: Path, weights: Mapping[str, Array], result: Mapping[str, Any]) -> Path:

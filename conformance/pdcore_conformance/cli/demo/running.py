@@ -14,8 +14,9 @@ from pdcore.cli.files import OutputError
 from pdcore.datasets import ATTRIBUTION, JapaneseVowels, japanese_vowels
 from pdcore.errors import NoBackendError
 from pdcore.plugins import list_backends
+from pdcore_adapters.diagnostics import head_distance
 
-from .measuring import measure, redundancy
+from .measuring import measure
 from .recordings import PRESETS, SEED, Batch, project
 
 __all__ = ["run_demo"]
@@ -99,5 +100,7 @@ def _weights(
     weights = attention_weights(batch.q, batch.k, batch.v, spec, key_mask=batch.key_mask)
     length = int(vowels.lengths[utterance])
     shown = weights[utterance, :, :length, :length]
-    every = [redundancy(w[:, :n, :n]) for w, n in zip(weights, vowels.lengths, strict=True)]
-    return shown, {"utterance": redundancy(shown), "mean": statistics.fmean(every)}
+    every = [
+        float(head_distance(w[:, :n, :n])) for w, n in zip(weights, vowels.lengths, strict=True)
+    ]
+    return shown, {"utterance": float(head_distance(shown)), "mean": statistics.fmean(every)}
