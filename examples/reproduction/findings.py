@@ -7,10 +7,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pdcore_conformance.bench.timing import interval
 
+from . import ranking
 from .data import absent
-from .protocol import BASELINE, MEASURES, Cell
+from .protocol import BASELINE, MEASURES, Cell, of_same_cost
 from .verdict import Estimate, combined, judge, sentence, together
 
 __all__ = ["CLAIMS", "findings"]
@@ -37,7 +40,8 @@ def findings(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``accuracy``, ``redundancy``, ``cost`` (rows), ``claims``, ``sentences``, ``absent``.
+        ``accuracy``, ``redundancy``, ``cost``, ``ranking`` (rows), ``ranks`` (of all together),
+        ``claims``, ``sentences``, ``absent``.
     """
     specs = record["protocol"]["specs"]
     # A claim is about all specs, so their intervals must hold together (Bonferroni).
@@ -54,6 +58,7 @@ def findings(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         "accuracy": evaluation.accuracies(),
         "redundancy": evaluation.redundancies(),
         "cost": evaluation.costs(),
+        **evaluation.ranked(),
         "claims": claims,
         "sentences": [
             {"spec": spec, "verdict": sentence([c["verdict"] for c in claims if c["spec"] == spec])}
@@ -157,7 +162,7 @@ class _Evaluation:
         for length, dim in self.protocol["sizes"]:
             seconds = self.seconds(length, dim)
             base = self.operations(BASELINE, length, dim)
-            for spec in self.specs:
+            for spec in dict.fromkeys(map(of_same_cost, self.specs)):
                 memory = self.memory(spec, length, dim)
                 counted = self.operations(spec, length, dim)
                 rows.append(
@@ -195,12 +200,54 @@ class _Evaluation:
         logs = [[math.log(x) for x in group] for group in (ours, theirs)]
         return _exp(combined(logs, [1.0, -1.0], self.level))
 
+    def ranked(self) -> dict[str, Any]:
+        """Compare all attentions by their ranks over the data sets, and each with the baseline."""
+        from scipy.stats import wilcoxon
+
+        means = np.array(
+            [
+                [
+                    statistics.fmean(run["test_accuracy"] for run in self.runs(data, spec))
+                    for spec in self.specs
+                ]
+                for data in self.names
+            ]
+        )
+        ranks = ranking.mean_ranks(means)
+        apart = means[:, 1:] - means[:, :1]
+        p = [float(wilcoxon(x, zero_method="zsplit").pvalue) if x.any() else 1.0 for x in apart.T]
+        rows: list[dict[str, Any]] = [{"spec": BASELINE, "rank": float(ranks[0])}]
+        for place, (spec, alone, adjusted) in enumerate(
+            zip(self.specs[1:], p, ranking.holm(p), strict=True)
+        ):
+            groups = [self.differences(data, spec) for data in self.names]
+            least = ranking.detectable(groups, LEVEL)
+            rows.append(
+                {
+                    "spec": spec,
+                    "rank": float(ranks[place + 1]),
+                    "better": int((apart[:, place] > 0).sum()),
+                    "worse": int((apart[:, place] < 0).sum()),
+                    "difference": list(ranking.hierarchical(groups, LEVEL)),
+                    "wilcoxon": alone,
+                    "holm": adjusted,
+                    "detectable": least if math.isfinite(least) else None,
+                }
+            )
+        several = len(self.names) > 1 and len(self.specs) > 2
+        together = {
+            "sets": len(self.names),
+            "friedman": ranking.friedman(means) if several else None,
+            "critical": ranking.critical_difference(len(self.specs), len(self.names)),
+        }
+        return {"ranking": sorted(rows, key=lambda row: row["rank"]), "ranks": together}
+
     # --- claims -------------------------------------------------------------------------------
 
     def accuracy(self, spec: str) -> dict[str, Any]:
         """Judge the mean difference over all data sets, each with the same weight."""
         groups = [self.differences(data, spec) for data in self.names]
-        estimate = combined(groups, [1.0 / len(groups)] * len(groups), self.level)
+        estimate = ranking.hierarchical(groups, self.level)
         verdict = judge(estimate, 0.0, more=True)
         return _claim("accuracy", spec, [_part("test accuracy, difference", estimate, verdict)])
 
@@ -211,17 +258,17 @@ class _Evaluation:
             MEASURES, ("attention maps", "outputs", "outputs, over their norm"), strict=True
         ):
             groups = [self.logarithms(d, spec, measure, "trained") for d in self.names]
-            weights = [1.0 / len(groups)] * len(groups)
-            estimate = _exp(combined(groups, weights, self.level))
+            estimate = _exp(ranking.hierarchical(groups, self.level))
             before = [self.logarithms(d, spec, measure, "untrained") for d in self.names]
             verdict = judge(estimate, 1.0, more=True)
             part = _part(f"distance of heads: {what}, ratio", estimate, verdict)
-            parts.append(part | {"untrained": list(_exp(combined(before, weights, self.level)))})
+            untrained = _exp(ranking.hierarchical(before, self.level))
+            parts.append(part | {"untrained": list(untrained)})
         return _claim("redundancy", spec, parts)
 
     def cost(self, spec: str) -> dict[str, Any]:
         """Judge operations, time and memory at every size."""
-        parts = []
+        parts, claimed, spec = [], spec, of_same_cost(spec)
         for length, dim in self.protocol["sizes"]:
             where = f"N {length}, D {dim}"
             ours, theirs = (self.operations(name, length, dim) for name in (spec, BASELINE))
@@ -236,7 +283,7 @@ class _Evaluation:
                 estimate = self._memory(spec, length, dim)
                 verdict = judge(estimate, 1.0, more=False)
                 parts.append(_part(f"peak memory of a step, {where}", estimate, verdict))
-        return _claim("cost", spec, parts)
+        return _claim("cost", claimed, parts)
 
 
 def _claim(claim: str, spec: str, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import numpy as np
 import torch
 
-from pdcore.backend import Inputs
-from pdcore_conformance.cli.demo.measuring import redundancy
+from pdcore_adapters.diagnostics import head_distances
 
 from .protocol import MEASURES
 from .training.model import Classifier, layer_heads
@@ -46,20 +44,12 @@ def distances(model: Classifier, series: Series, most: int) -> dict[str, list[fl
         for place, (q, k, v) in enumerate(layer_heads(model, frames, real)):
             attention = model.layers[place].attention
             params = dict(attention.arrays.items())
+            attend = attention.attend
             with torch.no_grad():
-                maps = attention.attend.weights(Inputs(q, k, v, params=params))
-                outputs = attention.attend(q, k, v, params=params)
-            apart = redundancy(_array(outputs))
-            size = float(np.mean(np.linalg.norm(_array(outputs), axis=(1, 2))))
-            values = (redundancy(_array(maps)), apart, apart / size)
-            for measure, value in zip(MEASURES, values, strict=True):
-                figures[measure][place].append(value)
+                found = head_distances(q, k, v, attend.spec, params=params, backend=attend.choice)
+            for measure in MEASURES:
+                figures[measure][place].append(float(getattr(found, measure)[0]))
     return {
         measure: [statistics.fmean(layer) for layer in layers]
         for measure, layers in figures.items()
     }
-
-
-def _array(x: Any) -> Any:
-    """Return the one sequence of a batch, (H, N, ...), as a NumPy array."""
-    return x[0].double().numpy()

@@ -21,9 +21,10 @@ GENERATOR = "pdcore reproduce"
 KINDS = {CONFIRMED: "good", DENIED: "bad"}
 
 _ALT = {
-    "accuracy": "Test accuracy of every seed, attention and data set; the first table has them.",
+    "accuracy": "Test accuracy minus softmax's, of every attention, with its interval.",
+    "ranking": "Critical-difference diagram: mean ranks, and from each the critical difference.",
     "redundancy": "Distances of heads over those of softmax, before and after training.",
-    "cost": "Operations, time and peak memory over those of softmax, against N and against D.",
+    "cost": "Operations, time and peak memory of every attention over those of softmax.",
 }
 
 
@@ -56,6 +57,12 @@ def page(record: Mapping[str, Any], findings: Mapping[str, Any], pngs: Mapping[s
                 "Accuracy",
                 _table(wording.ACCURACY, wording.accuracy_rows(findings)),
                 _ALT["accuracy"],
+            ),
+            (
+                "ranking",
+                "Ranks over the data sets",
+                _table(wording.RANKING, wording.ranking_rows(findings)),
+                f"{_ALT['ranking']} {wording.ranks_together(findings)}",
             ),
             (
                 "redundancy",

@@ -70,8 +70,9 @@ class Results:
     ) -> Results:
         """Return the results of a file, or new ones where there is none of this setting.
 
-        A file of another protocol, version or machine is kept, renamed to ``*.before.json``
-        or, where there is one, ``*.before-2.json`` and so on.
+        A file of another protocol or version is kept, renamed to ``*.before.json`` or, where
+        there is one, ``*.before-2.json`` and so on. Times and memory of another machine are
+        dropped; trainings stay, as they depend on the machine by rounding only.
 
         Parameters
         ----------
@@ -95,6 +96,7 @@ class Results:
             f"{part} {name}: {_short(record[part].get(name))}, now {_short(values.get(name))}"
             for part, values in setting.items()
             for name in {**values, **record[part]}
+            if part != "machine"
             if record[part].get(name) != values.get(name)
         ]
         if differing:
@@ -109,6 +111,11 @@ class Results:
             )
             return results
         results.record = record
+        if record["machine"] != setting["machine"]:
+            say(f"{path}: times and memory are measured anew, as they are of another machine")
+            for cell in [c for c in results.cells if c.partition(" ")[0] in ("time", "memory")]:
+                del results.cells[cell]
+            record["machine"] = setting["machine"]
         return results
 
     def take(self, data: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -117,7 +124,8 @@ class Results:
         for name, about in data.items():
             if name in known and known[name] != about:
                 say(f"{self.path}: {name} has changed, so its figures are made anew")
-                for cell in [c for c in self.cells if c.startswith(f"train {name} ")]:
+                kinds = (f"tune {name} ", f"train {name} ")
+                for cell in [c for c in self.cells if c.startswith(kinds)]:
                     del self.cells[cell]
         for name in [n for n in known if n not in data]:
             say(f"{self.path}: {name} is not given now; its figures are kept, but not shown")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,17 @@ from .training.series import Pair
 __all__ = ["compute", "compute_all"]
 
 
-def compute(cell: Cell, grid: Grid, specs: Sequence[str], series: Any) -> dict[str, Any]:
+def compute(cell: Cell, spec: str, grid: Grid, specs: Sequence[str], series: Any) -> dict[str, Any]:
     """Return one measurement, taken on one thread.
 
     Parameters
     ----------
     cell : Cell
+    spec : str
+        The cell's spec, with a number for beta.
     grid : Grid
     specs : sequence of str
-        All attentions that are compared.
+        All attentions that are timed in turn.
     series : Pair or None
         The series of a training; None for other cells.
 
@@ -43,28 +46,54 @@ def compute(cell: Cell, grid: Grid, specs: Sequence[str], series: Any) -> dict[s
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        if cell.kind == "tune":
+            return _chosen(cell, spec, grid, series)
         if cell.kind == "train":
-            return _trained(cell, grid, series)
+            return _trained(cell, spec, grid, series)
         if cell.kind == "memory":
-            return {"mib": cost.peak(cell.spec, cell.length, cell.dim)}
+            return {"mib": cost.peak(spec, cell.length, cell.dim)}
         if cell.kind == "flops":
-            return dict(cost.flops(cell.spec, cell.length, cell.dim))
+            return dict(cost.flops(spec, cell.length, cell.dim))
         return {"seconds": cost.times(specs, cell.length, cell.dim, grid.rounds)}
     finally:
         torch.set_num_threads(before)
 
 
-def _trained(cell: Cell, grid: Grid, series: Pair) -> dict[str, Any]:
-    """Train once, and measure the heads before and after."""
-    from .heads import distances
+def _run(cell: Cell, spec: str, grid: Grid, series: Pair) -> Any:
     from .training.model import Settings
     from .training.run import Run
 
-    settings = Settings(spec=cell.spec, seed=cell.seed, epochs=grid.epochs, patience=grid.patience)
-    run = Run(settings, series)
+    fitted = round((1.0 - Settings.validation) * len(series.train.labels))
+    epochs = max(1, grid.steps // math.ceil(fitted / Settings.batch))
+    settings = Settings(
+        spec=spec,
+        seed=cell.seed,
+        epochs=min(grid.epochs, epochs),
+        patience=grid.patience,
+        rate=grid.rate,
+        noise=grid.noise,
+    )
+    return Run(settings, series)
+
+
+def _chosen(cell: Cell, spec: str, grid: Grid, series: Pair) -> dict[str, Any]:
+    """Fit the part that is not held back, and return the smallest validation loss."""
+    run = _run(cell, spec, grid, series)
+    while run.phase == "choose":
+        run.advance()
+    best = run.history[run.chosen - 1]
+    return {"loss": best["loss"], "accuracy": best["accuracy"], "seconds": run.seconds}
+
+
+def _trained(cell: Cell, spec: str, grid: Grid, series: Pair) -> dict[str, Any]:
+    """Train once, and measure the heads before and after."""
+    from .heads import distances
+
+    run = _run(cell, spec, grid, series)
     untrained = distances(run.averaged, series.test, grid.shown)
     result = run.finish()
     return {
+        "spec": spec,
         "epoch": result["epoch"],
         "epochs": result["epochs"],
         "validation_accuracy": result["validation_accuracy"],
@@ -78,7 +107,7 @@ def _trained(cell: Cell, grid: Grid, series: Pair) -> dict[str, Any]:
 
 
 def compute_all(
-    wanted: Sequence[Cell],
+    wanted: Mapping[Cell, str],
     grid: Grid,
     specs: Sequence[str],
     series: Mapping[str, Pair],
@@ -91,7 +120,8 @@ def compute_all(
 
     Parameters
     ----------
-    wanted : sequence of Cell
+    wanted : mapping of Cell to str
+        The cells, each with its spec as `compute` takes it.
     grid, specs
         As in `compute`.
     series : mapping of str to Pair
@@ -101,11 +131,11 @@ def compute_all(
     keep : callable
         Called with each cell and its figures.
     """
-    timed = [cell for cell in wanted if cell.kind == "time"]
-    rest = [cell for cell in wanted if cell.kind != "time"]
+    timed = {cell: spec for cell, spec in wanted.items() if cell.kind == "time"}
+    rest = {cell: spec for cell, spec in wanted.items() if cell.kind != "time"}
     if jobs == 1:
-        for cell in [*rest, *timed]:
-            keep(cell, compute(cell, grid, specs, series.get(cell.data)))
+        for cell, spec in [*rest.items(), *timed.items()]:
+            keep(cell, compute(cell, spec, grid, specs, series.get(cell.data)))
         return
     for some, workers in ((rest, jobs), (timed, 1)):
         if some:
@@ -113,7 +143,7 @@ def compute_all(
 
 
 def _side_by_side(
-    wanted: Sequence[Cell],
+    wanted: Mapping[Cell, str],
     grid: Grid,
     specs: Sequence[str],
     series: Mapping[str, Pair],
@@ -125,7 +155,8 @@ def _side_by_side(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_signals)
     try:
         tasks = {
-            pool.submit(compute, cell, grid, specs, series.get(cell.data)): cell for cell in wanted
+            pool.submit(compute, cell, spec, grid, specs, series.get(cell.data)): cell
+            for cell, spec in wanted.items()
         }
         for task in as_completed(tasks):
             keep(tasks[task], task.result())

@@ -20,6 +20,8 @@ COLOURS = {CONFIRMED: "green", DENIED: "red", IN_PART: "yellow", NOT_SHOWN: "yel
 def show(record: Mapping[str, Any], findings: Mapping[str, Any], console: Console) -> None:
     """Print the tables, the data sets that are missing, and the verdicts."""
     _table(console, "Accuracy", wording.ACCURACY, wording.accuracy_rows(findings))
+    _table(console, "Ranks over the data sets", wording.RANKING, wording.ranking_rows(findings))
+    console.print(escape(wording.ranks_together(findings)), soft_wrap=True)
     _table(console, "Distance of heads", wording.REDUNDANCY, wording.redundancy_rows(findings))
     _table(console, "Cost", wording.COST, wording.cost_rows(findings))
     _table(console, "Claims", wording.CLAIM, wording.claim_rows(findings))

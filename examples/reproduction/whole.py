@@ -12,7 +12,7 @@ from pdcore.cli.files import OutputError, replacing
 from .findings import findings
 from .page import GENERATOR, page
 from .pictures import pictures
-from .protocol import Cell, Grid, cells, protocol
+from .protocol import Cell, Grid, cells, of_same_cost, protocol, tuned, tunings, with_beta
 from .results import Results, setting
 from .running import compute_all
 from .training.series import Pair
@@ -87,21 +87,33 @@ def run(
     dict
         The findings of `reproduction.findings.findings`.
     """
-    every = list(cells(grid, specs, list(series)))
-    wanted = [cell for cell in every if cell.name not in results.cells]
-    left = len(wanted)
-    done(None, None, 1.0 - left / len(every))
+    names = list(series)
+    tuning, rest = list(tunings(grid, specs, names)), list(cells(grid, specs, names))
+    total = len(tuning) + len(rest)
+    left = sum(cell.name not in results.cells for cell in [*tuning, *rest])
+    done(None, None, 1.0 - left / total)
 
     def keep(cell: Cell, figures: dict[str, Any]) -> None:
         nonlocal left
         results.keep(cell, figures)
         left -= 1
-        done(cell, figures, 1.0 - left / len(every))
+        done(cell, figures, 1.0 - left / total)
 
-    compute_all(wanted, grid, specs, series, jobs, keep)
+    timed = list(dict.fromkeys(map(of_same_cost, specs)))
+    for some in (tuning, rest):  # what is tuned has to be known before it is trained
+        wanted = {
+            cell: _spec(cell, results, grid) for cell in some if cell.name not in results.cells
+        }
+        compute_all(wanted, grid, timed, series, jobs, keep)
     conclusions = findings(results.record, list(series))
     results.conclude(conclusions)
     return conclusions
+
+
+def _spec(cell: Cell, results: Results, grid: Grid) -> str:
+    """Return the spec of a cell, with the beta that was tuned."""
+    beta = tuned(results.cells, grid, cell.spec, cell.data)
+    return cell.spec if beta is None else with_beta(cell.spec, beta)
 
 
 def write(

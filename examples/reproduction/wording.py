@@ -8,7 +8,15 @@ from typing import Any
 from .findings import CLAIMS
 from .protocol import BASELINE, MEASURES
 
-__all__ = ["accuracy_rows", "claim_rows", "cost_rows", "redundancy_rows", "sentences"]
+__all__ = [
+    "accuracy_rows",
+    "claim_rows",
+    "cost_rows",
+    "ranking_rows",
+    "ranks_together",
+    "redundancy_rows",
+    "sentences",
+]
 
 #: The texts of a row; verdicts are those of `reproduction.verdict`.
 Row = tuple[str, ...]
@@ -35,6 +43,15 @@ COST = (
     "time × softmax",
     "MiB",
     "memory × softmax",
+)
+RANKING = (
+    "attention",
+    "mean rank",
+    "sets better, worse",
+    "minus softmax's",
+    "signed ranks, p",
+    "Holm",
+    "could be shown",
 )
 CLAIM = ("attention", "claim", "figure", "value", "verdict")
 
@@ -75,6 +92,41 @@ def _ratio(estimate: Sequence[float]) -> str:
     if low == value == high:
         return f"{value:.3f}"
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def ranking_rows(findings: Mapping[str, Any]) -> list[Row]:
+    """Return a row for every spec, the best mean rank first, as `RANKING` names the columns."""
+    rows: list[Row] = []
+    for row in findings["ranking"]:
+        rank = f"{row['rank']:.2f}"
+        if "holm" not in row:
+            rows.append((row["spec"], rank, "", "", "", "", ""))
+            continue
+        least = row["detectable"]
+        rows.append(
+            (
+                row["spec"],
+                rank,
+                f"{row['better']}, {row['worse']}",
+                _points(row["difference"]),
+                f"{row['wilcoxon']:.3f}",
+                f"{row['holm']:.3f}",
+                "" if least is None else f"{100 * least:.1f} points",
+            )
+        )
+    return rows
+
+
+def ranks_together(findings: Mapping[str, Any]) -> str:
+    """Return what the ranks of all attentions together say."""
+    ranks = findings["ranks"]
+    if ranks["friedman"] is None:
+        return "Too few data sets or attentions for a test of ranks."
+    return (
+        f"Friedman's test over {ranks['sets']} data sets that all attentions are equal: p = "
+        f"{ranks['friedman']:.3f}. Two mean ranks are told apart from {ranks['critical']:.2f} on "
+        "(Nemenyi, 5 %)."
+    )
 
 
 def accuracy_rows(findings: Mapping[str, Any]) -> list[Row]:

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from reproduce import app
 from reproduction.findings import findings
-from reproduction.protocol import BASELINE, DATA, Cell
+from reproduction.protocol import BASELINE, Cell
+from reproduction.ranking import (
+    critical_difference,
+    detectable,
+    friedman,
+    hierarchical,
+    holm,
+    mean_ranks,
+)
 from reproduction.verdict import Estimate, combined, judge, sentence, together
 from typer.testing import CliRunner
 
@@ -18,8 +26,9 @@ from pdcore.errors import Exit
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
-SPECS = [BASELINE, "softmax+bn", "softmax+sh(1,1,2,2)"]
+SPECS = [BASELINE, "softmax+bn", "softmax+sh(half=2)"]
 SIZES = [[128, 16], [512, 16]]
+DATA = [*(f"Set{number}" for number in range(8)), "Digits", "MNIST"]
 
 
 def planted(
@@ -129,11 +138,25 @@ def test_a_system_that_does_not_tell_memory() -> None:
 
 def test_data_sets_that_are_missing_are_named_and_not_counted() -> None:
     record = planted(gain=0.05)
-    for name in [n for n in record["cells"] if "Handwriting" in n]:
+    for name in [n for n in record["cells"] if "MNIST" in n]:
         del record["cells"][name]
-    result = findings(record, [name for name in DATA if name != "Handwriting"])
-    assert set(result["absent"]) == {"Handwriting", "ImageNet"}
-    assert "Handwriting" not in {row["data"] for row in result["accuracy"]}
+    result = findings(record, [name for name in DATA if name != "MNIST"])
+    assert set(result["absent"]) == {"MNIST", "CIFAR-10", "ImageNet"}
+    assert "MNIST" not in {row["data"] for row in result["accuracy"]}
+    assert result["ranks"]["sets"] == len(DATA) - 1
+
+
+@pytest.mark.parametrize(("gain", "first"), [(0.05, False), (-0.05, True)])
+def test_ranks_follow_what_is_planted(gain: float, first: bool) -> None:
+    result = findings(planted(gain=gain), DATA)
+    order = [row["spec"] for row in result["ranking"]]
+    assert (order[0] == BASELINE) is first
+    others = [row for row in result["ranking"] if row["spec"] != BASELINE]
+    assert {row["better" if gain > 0 else "worse"] for row in others} == {len(DATA)}
+    # The smallest p of a two-sided test of ten signed ranks, for both attentions.
+    assert [row["holm"] for row in others] == pytest.approx([2 * 2 / 2**10] * 2)
+    assert result["ranks"]["friedman"] < 0.01
+    assert all(row["detectable"] < abs(gain) for row in others)
 
 
 def test_the_figures_are_those_of_the_cells() -> None:
@@ -150,6 +173,58 @@ def test_the_figures_are_those_of_the_cells() -> None:
     # With one group the interval is Student's paired interval.
     paired = scipy_stats.ttest_rel(accuracies, other).confidence_interval(result["level"])
     assert row["difference"] == pytest.approx([np.mean(accuracies) - np.mean(other), *paired])
+
+
+# --- ranks ------------------------------------------------------------------------------------
+
+
+def test_the_critical_difference_is_that_of_the_example_of_demsar() -> None:
+    # Four classifiers on 14 data sets, section 3.2.2.
+    assert critical_difference(4, 14) == pytest.approx(1.25, abs=0.005)
+
+
+def test_ranks_and_the_test_of_them() -> None:
+    accuracies = np.array([[0.9, 0.8, 0.8], [0.7, 0.6, 0.5], [0.4, 0.5, 0.3], [0.2, 0.1, 0.0]])
+    result = mean_ranks(accuracies)
+    assert result.tolist() == [1.25, 1.875, 2.875]
+    sets, k = accuracies.shape
+    # Section 3.2.1, with the correction for the one tie, and Iman and Davenport's F.
+    chi = 12 * sets / (k * (k + 1)) * ((result**2).sum() - k * (k + 1) ** 2 / 4)
+    chi /= 1 - (2**3 - 2) / (sets * k * (k**2 - 1))
+    value = (sets - 1) * chi / (sets * (k - 1) - chi)
+    expected = scipy_stats.f.sf(value, k - 1, (k - 1) * (sets - 1))
+    assert friedman(accuracies) == pytest.approx(expected)
+    assert friedman(np.ones((4, 3))) == 1.0
+    assert friedman(np.tile([0.9, 0.8, 0.7], (5, 1))) == 0.0
+
+
+def test_p_values_are_adjusted_step_by_step() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+
+
+def test_the_bootstrap_covers_data_sets_and_seeds() -> None:
+    rng = np.random.default_rng(3)
+    draws = 1.0 + rng.standard_normal((200, 10, 1)) + rng.standard_normal((200, 10, 5))
+    intervals = [hierarchical(x.tolist(), 0.95) for x in draws]
+    covered = np.mean([low <= 1.0 <= high for _, low, high in intervals])
+    # Of ten data sets a percentile interval covers a little less than its level.
+    assert 0.85 <= covered <= 0.99
+    # Seeds alone would give a tenth of the width here.
+    same = hierarchical([[1.0, 2.0]] * 10, 0.95)
+    apart = hierarchical([[float(place)] * 2 for place in range(10)], 0.95)
+    assert same.high - same.low < 0.5 < 3.0 < apart.high - apart.low
+    assert apart.value == pytest.approx(4.5)
+
+
+def test_the_smallest_difference_that_could_be_shown_is_shown_so_often() -> None:
+    rng = np.random.default_rng(4)
+    noise = rng.standard_normal((400, 12, 1))
+    spread = float(noise.std())
+    least = spread * np.mean([detectable(x.tolist(), 0.95) / x.std(ddof=1) for x in noise])
+    shown = [scipy_stats.ttest_1samp((x + least).ravel(), 0.0).pvalue < 0.05 for x in noise]
+    assert 0.72 <= np.mean(shown) <= 0.88
+    assert detectable([[1.0, 2.0]], 0.95) == math.inf
 
 
 # --- intervals --------------------------------------------------------------------------------

