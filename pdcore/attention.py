@@ -85,6 +85,7 @@ def attention(
     dropout: float = NO_DROPOUT,
     seed: Any = None,
     axis_name: str | None = None,
+    group: Any = None,
     backend: Choice = None,
     device: str | None = None,
     layout: Layout = HEADS_FIRST,
@@ -133,6 +134,9 @@ def attention(
     axis_name : str, optional
         The mapped axis along which the sequence is cut, inside ``jax.shard_map``; the arrays are
         those of one shard. Most backends refuse it.
+    group : torch.distributed.ProcessGroup, or DeviceMesh of one dimension, optional
+        The processes over which the sequence is cut, in the order of their ranks; the arrays are
+        those of this rank, and every rank makes the same call. Only PyTorch takes it.
     backend : str or sequence of str, optional
         A backend by name, which runs the call or raises; or several names, tried in order.
     device : str, optional
@@ -182,6 +186,7 @@ def attention(
         dropout=dropout,
         seed=seed,
         axis_name=axis_name,
+        group=group,
         layout=layout,
     )
 
@@ -307,6 +312,7 @@ def explain(
     dropout: float = NO_DROPOUT,
     seed: Any = None,
     axis_name: str | None = None,
+    group: Any = None,
     backend: Choice = None,
     device: str | None = None,
     layout: Layout = HEADS_FIRST,
@@ -317,7 +323,7 @@ def explain(
     Parameters
     ----------
     q, k, v, spec, mask, key_mask, bias, offset, segments, labels, params, return_lse, dropout, \
-seed, axis_name, backend, device, layout
+seed, axis_name, group, backend, device, layout
         As in `attention`.
 
     Returns
@@ -332,6 +338,6 @@ seed, axis_name, backend, device, layout
     layer = cached_bind(spec, backend, device)
     params = NO_PARAMS if params is None else params
     given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels, seed)
-    inputs = Inputs(q, k, v, *given)
+    inputs = Inputs(q, k, v, *given, group)
     request = layer.request(heads_first(inputs, layout), lse=return_lse, layout=layout)
     return explain_request(request, layer.choice, request.lower())

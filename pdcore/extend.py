@@ -12,6 +12,7 @@ Each name is documented where it is defined; the groups are:
 - contract: what a backend is called with, and what it answers;
 - plan: what a backend is asked to compute;
 - execute: `ArrayBackend`, which runs every plan, and the array calls that its steps are made of;
+- shard: a sequence that is cut over devices or processes;
 - specify: what an attention is, for new kernels and normalizations and for those who read a spec;
 - arrays: whose array this is;
 - try: the oracle, loaded backends and what is broken;
@@ -33,7 +34,10 @@ from .arrays import (
     untraced,
 )
 from .backend import (
+    ALL,
     FEATURES,
+    NOTHING,
+    SOME,
     SPEC_VERSION,
     ArrayBackend,
     Backend,
@@ -46,6 +50,8 @@ from .backend import (
     Inputs,
     Operands,
     Request,
+    ShardedSteps,
+    Shards,
     SilentBackend,
     chunks,
     constants_held,
@@ -56,13 +62,18 @@ from .backend import (
     log_kappa,
     log_weight,
     mapped,
+    merged,
+    pairs_seen,
+    plan_of_shard,
     relative_features,
     score_contraction,
     scores,
     scores_vjp,
+    shard_refusals,
     shifted_features,
     spacing,
     tables,
+    told,
 )
 from .dispatch import finite_dropout, parameter_shape, wrong_arguments
 from .errors import PluginError, SettingError, SpecError, UnsupportedError
@@ -229,6 +240,17 @@ __all__ = [
     "shifted_features",
     "spacing",
     "sum_to",
+    # shard
+    "ALL",
+    "NOTHING",
+    "SOME",
+    "ShardedSteps",
+    "Shards",
+    "merged",
+    "pairs_seen",
+    "plan_of_shard",
+    "shard_refusals",
+    "told",
     # specify
     "AttentionSpec",
     "as_spec",

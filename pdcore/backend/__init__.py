@@ -21,9 +21,21 @@ from .log_kappa import log_weight
 from .operands import Carried, Contracted, Operands
 from .raw_features import mapped
 from .score_contraction import divide, finite, relative_features, scores, scores_vjp
+from .sharded import ShardedSteps, merged, plan_of_shard, shard_refusals, told
+from .shards import ALL, NOTHING, SOME, Shards, pairs_seen
 from .silent_backend import SilentBackend
 
 __all__ = [
+    "ALL",
+    "NOTHING",
+    "SOME",
+    "ShardedSteps",
+    "Shards",
+    "merged",
+    "pairs_seen",
+    "plan_of_shard",
+    "shard_refusals",
+    "told",
     "ArrayBackend",
     "Backend",
     "BackendInfo",

@@ -311,6 +311,4 @@ def _without_weights(request: Request) -> list[str]:
         return [f"{what}: {request.feature_map} has no weights to drop; use a kernel of scores"]
     if request.segments in ("values", "compiled"):
         return [f"{what}: not with segments, which run as calls of their own; pad the sequences"]
-    if request.axis_name is not None:
-        return [f"{what}: not in shards, with axis_name"]
     return []

@@ -116,11 +116,15 @@ class Call:
         """Return the words of every row of weights, (*B, H, G, N), see `.dropout`."""
         xp, seed = self.xp, self.inputs.seed
         dtype = getattr(xp, backend.words)
-        rows = xp.arange(self.q.shape[-2], dtype=dtype, device=self.device)
+        rows = self.row_indices(dtype)
         count = math.prod(self.grouped)
         heads = xp.reshape(xp.arange(count, dtype=dtype, device=self.device), (*self.grouped, 1))
         seed = backend.drawn_seed(self.q) if seed is None else seed
         return row_lanes(seed_words(seed, rows, xp=xp), heads, rows, xp=xp)
+
+    def row_indices(self, dtype: Any) -> Any:
+        """Return the indices of the queries, as dropout counts them."""
+        return self.xp.arange(self.q.shape[-2], dtype=dtype, device=self.device)
 
     def dropout(self, group: Group) -> Dropout:
         """Return what drops the weights of a group."""

@@ -115,7 +115,8 @@ class Inputs(NamedTuple):
 
     `offset` is an int, an integer array () or (*B,), or ``"end"``; `segments` are traced ids;
     `labels` are integers (*B, N), or a pair of those of queries and of keys; `seed` is None, an
-    int, an integer array (), or one (2,) of the low and the high 32 bits.
+    int, an integer array (), or one (2,) of the low and the high 32 bits; `group` is that of
+    `torch.distributed` over whose ranks the sequence is cut.
     """
 
     q: Any
@@ -131,6 +132,14 @@ class Inputs(NamedTuple):
     segments: Any = None
     labels: Any = None
     seed: Any = None
+    group: Any = None
+
+    @property
+    def sharding(self) -> str | None:
+        """How the caller names the shards of the sequence; None for a whole sequence."""
+        if self.group is not None:
+            return "group"
+        return None if self.axis_name is None else f"axis_name={self.axis_name!r}"
 
 
 #: The layouts of q, k and v, by name.
@@ -162,6 +171,8 @@ class Request(NamedTuple):
         Whether the call returns the log-sum-exp; is `attention_vjp`; is `attention_weights`.
     dropout : float
     axis_name : str or None
+    group : int or None
+        The number of ranks over which the sequence is cut.
     segments : {"values", "traced", "traced_pair", "compiled"} or None
         Whether ids have values, or are traced, by PyTorch's compiler or by others.
     layout : str
@@ -187,6 +198,14 @@ class Request(NamedTuple):
     axis_name: str | None = None
     layout: str = "bhnd"
     segments: str | None = None
+    group: int | None = None
+
+    @property
+    def sharding(self) -> str | None:
+        """How the caller names the shards of the sequence; None for a whole sequence."""
+        if self.group is not None:
+            return f"a group of {self.group}"
+        return None if self.axis_name is None else f"axis_name={self.axis_name!r}"
 
     def __str__(self) -> str:
         q, k, v = (shape_in(self.layout, shape) for shape in (self.q, self.k, self.v))
@@ -248,6 +267,7 @@ class Request(NamedTuple):
             "weights": self.weights,
             "dropout": self.dropout > 0,
             "axis_name": self.axis_name is not None,
+            "group": self.group is not None,
             "segments": self.segments is not None,
         }
         return needed + [name for name, used in optional.items() if used]

@@ -135,11 +135,14 @@ class Dropout(NamedTuple):
         See `row_lanes`.
     scale : int
         The positions of a pooled key; its index is that of the first.
+    first : int or integer array ()
+        The index of key 0, which is not 0 in a shard of a sequence.
     """
 
     p: float
     lanes: tuple[Any, Any]
     scale: int
+    first: Any = 0
 
     @property
     def factor(self) -> float:
@@ -150,7 +153,10 @@ class Dropout(NamedTuple):
         """Return the indices j of some keys."""
         like = self.lanes[0]
         index = xp.arange(first, last, dtype=like.dtype, device=device_of(like))
-        return index * _word(self.scale, like, xp)
+        index = index * _word(self.scale, like, xp)
+        if isinstance(self.first, int) and not self.first:
+            return index
+        return index + xp.asarray(self.first, dtype=like.dtype, device=device_of(like))
 
     def factors(self, start: int, stop: int, first: int, last: int, like: Any, *, xp: Any) -> Any:
         """Return the factors of a block of weights, 0 or 1 / (1 - p), in the dtype of `like`."""

@@ -30,7 +30,7 @@ _WORDS = {
     "key_mask": "use lengths=, the number of real positions, or a bool mask (*B, N) of them",
     "offset": "leave it out: the state holds the lengths",
     "mask": "leave it out: a decoder's rows see what the spec says",
-    "axis_name": "a decoder does not run in shards",
+    **dict.fromkeys(("axis_name", "group"), "a decoder does not run in shards"),
 }
 State = Mapping[str, Any]
 

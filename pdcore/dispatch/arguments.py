@@ -105,7 +105,7 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ("dropout", "seed"), "attention, attention_vjp, explain and a bound spec take it"
     ),
-    "axis_name": "only attention, explain and a bound spec take it",
+    **dict.fromkeys(("axis_name", "group"), "only attention, explain and a bound spec take it"),
 }
 
 _NO_WORDS: Mapping[str, str] = {}

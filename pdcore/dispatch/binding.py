@@ -115,6 +115,7 @@ class BoundAttention:
         dropout: float = NO_DROPOUT,
         seed: Any = None,
         axis_name: str | None = None,
+        group: Any = None,
         layout: Layout = HEADS_FIRST,
         **unknown: Never,
     ) -> Any:
@@ -123,7 +124,7 @@ class BoundAttention:
             raise wrong_arguments(BoundAttention.__call__, extra, unknown)
         params = NO_PARAMS if params is None else params
         given = (mask, key_mask, bias, offset, params, dropout, axis_name, segments, labels, seed)
-        inputs = Inputs(q, k, v, *given)
+        inputs = Inputs(q, k, v, *given, group)
         inputs, packed = packed_call(self, inputs, lse=return_lse, layout=layout)
         if packed is not None:
             out, lse = packed.attention(lse=return_lse)
@@ -237,11 +238,11 @@ class BoundAttention:
         entry = None
         try:
             q, k, v, mask, key_mask, bias, offset, params, *more = inputs
-            dropout, axis_name, segments, labels, seed = more
+            dropout, axis_name, segments, labels, seed, group = more
             key = (lse, vjp, weights, signature(q), signature(k), signature(v))
             plain = mask is None and key_mask is None and bias is None and type(offset) is int
             plain = plain and type(params) is dict and not params
-            plain = plain and segments is None and labels is None
+            plain = plain and segments is None and labels is None and group is None
             if not (plain and dropout is NO_DROPOUT and axis_name is None and seed is None):
                 key = (*key, *map(signature, inputs[3:]), dropout)
             entry = self._prepared.get(key)
@@ -268,6 +269,11 @@ class BoundAttention:
         """
         from .validation import finite_dropout, validate
 
+        if inputs.group is not None:
+            raise UnsupportedError(
+                "group: got a group in a call that PyTorch compiles, expected None: what ranks "
+                "send each other is not traced; call attention outside of the compiled function"
+            )
         q, k, v = inputs.q, inputs.k, inputs.v
         ranks = tuple(
             None if x is None else x.ndim for x in (inputs.mask, inputs.key_mask, inputs.bias)
@@ -310,7 +316,7 @@ class BoundAttention:
 
         `layout` is that of the caller's arrays, in which messages show their shapes.
         """
-        from .validation import finite_dropout, refuse_arrays, validate
+        from .validation import finite_dropout, group_size, refuse_arrays, validate
 
         check_given(inputs)
         q = inputs.q
@@ -340,6 +346,7 @@ class BoundAttention:
             inputs.axis_name,
             layout,
             segments_kind(inputs.segments),
+            None if inputs.group is None else group_size(inputs.group),
         )
 
 

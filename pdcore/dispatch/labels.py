@@ -29,9 +29,9 @@ def check_labels(spec: AttentionSpec, inputs: Inputs) -> None:
     if not spec.by_label:
         raise ValueError(f"labels: {spec} reads none; add labels(count), or leave the argument out")
     check_pair("labels", "labels", labels, q, k)
-    if inputs.axis_name is not None:
+    if inputs.sharding is not None:
         raise UnsupportedError(
-            f"labels: not with axis_name={inputs.axis_name!r}: labels are not sent between shards"
+            f"labels: not with {inputs.sharding}: labels are not sent between shards"
         )
 
 

@@ -177,7 +177,7 @@ def check_pair(argument: str, what: str, pair: Any, q: Any, k: Any) -> None:
             )
 
 
-def check_segments(segments: Any, q: Any, k: Any, offset: Any, axis_name: Any) -> None:
+def check_segments(segments: Any, q: Any, k: Any, offset: Any, sharding: str | None) -> None:
     """Check the shapes and dtypes of ids, and that the other arguments have a meaning with them."""
     check_pair("segments", "ids", segments, q, k)
     if getattr(offset, "ndim", 0):
@@ -185,9 +185,9 @@ def check_segments(segments: Any, q: Any, k: Any, offset: Any, axis_name: Any) -
             f"offset: got shape {tuple(offset.shape)} with segments, expected an int, an integer "
             "array () or 'end': each segment has positions of its own, and one offset is for all"
         )
-    if axis_name is not None:
+    if sharding is not None:
         raise UnsupportedError(
-            f"segments: not with axis_name={axis_name!r}: a segment may lie on two shards; call "
+            f"segments: not with {sharding}: a segment may lie on two shards; call "
             "the whole sequences, or shard the batch"
         )
 

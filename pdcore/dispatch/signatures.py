@@ -32,4 +32,6 @@ def signature(x: Any) -> Any:
         return kind, *map(signature, x)
     if not hasattr(x, "shape") and isinstance(x, Mapping):
         return tuple((name, *signature(value)) for name, value in x.items())
+    if not hasattr(x, "shape") and callable(getattr(x, "size", None)):  # a group of processes
+        return kind, x.size()
     return kind, x.shape, x.dtype, x.device, getattr(x, "layout", None)

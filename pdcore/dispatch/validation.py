@@ -71,7 +71,7 @@ def validate(
     if inputs.segments is None:
         spec.check_keys(k.shape[-2])
     else:
-        check_segments(inputs.segments, q, k, inputs.offset, inputs.axis_name)
+        check_segments(inputs.segments, q, k, inputs.offset, inputs.sharding)
     check_labels(spec, inputs)
     for x in () if inputs.labels is None else pair_of(inputs.labels):
         _same_library(x, "labels", library)
@@ -345,6 +345,22 @@ def checked_seed(seed: Any) -> Any:
     if tuple(seed.shape) and not pair:
         raise ValueError(f"seed: got {dtype} {tuple(seed.shape)}, expected (), or uint32 (2,)")
     return seed
+
+
+def group_size(group: Any) -> int:
+    """Return the number of ranks of a group of processes, or of a mesh of one dimension."""
+    mesh = hasattr(group, "get_group")
+    if not (hasattr(group, "size") and (mesh or hasattr(group, "rank"))) or hasattr(group, "dtype"):
+        raise TypeError(
+            f"group: got {group!r}, expected a ProcessGroup of torch.distributed that this process "
+            "is in, or one dimension of a DeviceMesh, such as mesh['sequence']"
+        )
+    if mesh and group.ndim != 1:
+        raise ValueError(
+            f"group: got a mesh of {group.ndim} dimensions, expected one; name the dimension along "
+            "which the sequence is cut, such as mesh['sequence']"
+        )
+    return int(group.size())
 
 
 def refuse_arrays(**options: Any) -> None:

@@ -108,7 +108,7 @@ def test_cupy_refuses_tf32_and_what_is_not_there(
     assert any("CUPY_TF32=1" in why for why in cupy_backend.refusals(request_of("float32")))
     assert not any("CUPY_TF32" in why for why in cupy_backend.refusals(request_of("float64")))
     cut = request_of("bfloat16")._replace(axis_name="rows")
-    assert "sequence shards: unsupported" in cupy_backend.refusals(cut)
+    assert "sequence shards along a mapped axis: unsupported" in cupy_backend.refusals(cut)
     assert not any("bfloat16" in why for why in cupy_backend.refusals(cut))
 
 

@@ -37,7 +37,7 @@ from pdcore.backend.array_backend import ArrayBackend
 from pdcore.backend import FEATURES, BackendInfo
 from pdcore_conformance.frameworks import framework
 
-NONE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
+NONE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name", "group"}
 
 
 class Planted(ArrayBackend):

@@ -287,7 +287,9 @@ CALLS: dict[str, Wrong] = {
     "dropout without a seed": wrong(
         ValueError, "seed: got None with dropout", "backend numpy draws no", dropout=0.1
     ),
-    "shards anywhere": wrong(NoBackendError, "sequence shards: unsupported", axis_name="rows"),
+    "shards anywhere": wrong(
+        NoBackendError, "sequence shards along a mapped axis: unsupported", axis_name="rows"
+    ),
     "a seed that is no number": wrong(TypeError, "seed: got str", dropout=0.1, seed="1"),
     "a seed that is true": wrong(TypeError, "seed: got bool", dropout=0.1, seed=True),
     "a negative seed": wrong(ValueError, "seed: got -1", "0 to 2**64 - 1", dropout=0.1, seed=-1),
@@ -302,7 +304,10 @@ CALLS: dict[str, Wrong] = {
     "negative dropout": wrong(ValueError, "dropout: got -0.1", dropout=-0.1),
     "dropout of nan": wrong(ValueError, "dropout: got nan", dropout=math.nan),
     "shards on numpy": wrong(
-        UnsupportedError, "sequence shards: unsupported", backend="numpy", axis_name="rows"
+        UnsupportedError,
+        "sequence shards along a mapped axis: unsupported",
+        backend="numpy",
+        axis_name="rows",
     ),
     "a device numpy has not": wrong(
         UnsupportedError, "numpy", "runs on cpu", backend="numpy", device="cuda"
@@ -329,7 +334,7 @@ def test_attention(name: str) -> None:
     raised(lambda: pdcore.attention(**{**operands(), **case.given}), case)
 
 
-ONLY_ATTENTION = {"dropout", "seed", "axis_name"}
+ONLY_ATTENTION = {"dropout", "seed", "axis_name", "group"}
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if not ONLY_ATTENTION & set(CALLS[n].given)])

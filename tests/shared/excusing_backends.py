@@ -13,7 +13,16 @@ from hypothesis.errors import UnsatisfiedAssumption
 
 from pdcore.extend import FEATURES, ArrayBackend, BackendInfo, hookimpl
 
-_FRAMEWORK = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
+_FRAMEWORK = {
+    "autodiff",
+    "double_backward",
+    "vmap",
+    "jvp",
+    "compile",
+    "dropout",
+    "axis_name",
+    "group",
+}
 FULL = {f: "unsupported" if f in _FRAMEWORK else "full" for f in FEATURES}
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pdcore import register_backend
 from pdcore.backend import FEATURES, ArrayBackend, BackendInfo
 
-_FRAMEWORK = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
+_FRAMEWORK = {
+    "autodiff",
+    "double_backward",
+    "vmap",
+    "jvp",
+    "compile",
+    "dropout",
+    "axis_name",
+    "group",
+}
 FULL = {f: "unsupported" if f in _FRAMEWORK else "full" for f in FEATURES}
 
 

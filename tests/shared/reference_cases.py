@@ -29,7 +29,16 @@ INF = math.inf
 
 def plain_info(name: str, cls: str, library: str) -> BackendInfo:
     """Return a declaration of every feature except those that only a framework can have."""
-    unsupported = {"autodiff", "double_backward", "vmap", "jvp", "compile", "dropout", "axis_name"}
+    unsupported = {
+        "autodiff",
+        "double_backward",
+        "vmap",
+        "jvp",
+        "compile",
+        "dropout",
+        "axis_name",
+        "group",
+    }
     return BackendInfo(
         name=name,
         load=f"{__name__}:{cls}",

@@ -80,6 +80,7 @@ def convert(
     dropout: float | None = None,
     momentum: float | None = MOMENTUM,
     process_group: Any = None,
+    group: Any = None,
 ) -> Conversion:
     """Change every `nn.MultiheadAttention` of a model to a `PDMultiheadAttention`, in place.
 
@@ -90,7 +91,7 @@ def convert(
     ----------
     model : nn.Module
         A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
-    spec, backend, momentum, process_group
+    spec, backend, momentum, process_group, group
         As in `PDMultiheadAttention`.
     select : callable, optional
         ``select(name, layer)`` says which layers to convert; by default all.
@@ -155,7 +156,7 @@ def convert(
             layer.dropout = finite_dropout(dropout)
         _convert_layer(layer)
         layer.converted = True
-        new = attach_spec(layer, bound, momentum, process_group)
+        new = attach_spec(layer, bound, momentum, process_group, group)
         parameters += [f"{names[0]}.{name}".lstrip(".") for name in new]
     _let_transformers_save(model)
     nested = []

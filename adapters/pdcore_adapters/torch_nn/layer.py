@@ -15,7 +15,7 @@ from pdcore.extend import Inputs, finite_dropout
 from ..bound import MOMENTUM, BoundSpec, Choice, refuse_dropout
 from ..watching import tell
 from .masks import check_addend, check_hides_only, check_mask, require, with_batch
-from .state import arrays_of, attach_spec, track
+from .state import arrays_of, attach_spec, group_of, track
 from .words import wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
@@ -53,7 +53,11 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         the mean over all batches.
     process_group : torch.distributed.ProcessGroup, optional
         The processes whose keys together are the batch by which the running statistics are
-        updated; by default those of this process alone.
+        updated; by default those of `group`, or of this process alone.
+    group : torch.distributed.ProcessGroup, or DeviceMesh of one dimension, optional
+        The processes over which the sequences are cut, as in `pdcore.attention`: query, key, value
+        and `key_padding_mask` are the part of this rank, and so is the result. It takes no
+        `attn_mask` and ``need_weights=False``; put ``causal`` into the spec.
 
     Raises
     ------
@@ -99,6 +103,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         backend: Choice = None,
         momentum: float | None = MOMENTUM,
         process_group: Any = None,
+        group: Any = None,
         **unknown: Never,
     ) -> None:
         if unknown:
@@ -120,7 +125,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             dtype=dtype,
         )
         bound.spec.for_heads(num_heads, "heads of the layer")
-        attach_spec(self, bound, momentum, process_group)
+        attach_spec(self, bound, momentum, process_group, group)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -246,6 +251,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             x if batched else with_batch(x) for x in (segments, labels)
         )
         call["params"] = arrays_of(self, attend.spec)
+        call |= group_of(self)
         p = self.dropout if self.training else 0.0
         out = attend(q, k, v, **call, dropout=p, layout="bnhd")
         tell(self, attend, Inputs(q, k, v, **call), out, "bnhd")

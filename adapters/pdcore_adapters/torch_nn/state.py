@@ -19,20 +19,22 @@ from pdcore.extend import parse
 from ..bound import BoundSpec, check_running, new_arrays
 from ..key_statistics import merged, real_keys, state_of_keys, statistics_of
 
-__all__ = ["arrays_of", "attach_spec", "track"]
+__all__ = ["arrays_of", "attach_spec", "group_of", "track"]
 
 #: The process groups of layers by name, as an operator takes no other objects.
 _GROUPS: dict[str, Any] = {}
 
 
-def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any) -> list[str]:
+def attach_spec(
+    layer: Any, bound: BoundSpec, momentum: float | None, process_group: Any, group: Any
+) -> list[str]:
     """Set the spec of a layer, and return the names of its new parameters.
 
     Parameters and buffers that the layer has already keep their values.
     """
     like, sizes = next(layer.parameters()), (layer.num_heads, layer.head_dim, layer.num_heads)
     made = new_arrays(bound.spec, sizes, xp=xp, dtype=like.dtype, device=like.device)
-    check_running(bound.spec, momentum, process_group=group)
+    check_running(bound.spec, momentum, process_group=process_group)
     layer.momentum = momentum
     names = {_name(p): (p, x.contiguous()) for p, x in made.items()}
     tracks = any(p.running for p in made)
@@ -53,14 +55,27 @@ def attach_spec(layer: Any, bound: BoundSpec, momentum: float | None, group: Any
         layer.register_buffer(counter[0], torch.zeros((), dtype=torch.int64, device=like.device))
     layer._kept = (*names, *counter)
     layer._bound = bound
-    layer._group = ""
-    if group is not None:
-        layer._group = str(group.group_name)
-        _GROUPS[layer._group] = group
+    layer._group = _named(group)
+    layer._ranks = layer._group if process_group is None else _named(process_group)
     # Turns off the fast paths of `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`, which
     # read the weights of this layer without calling it.
     layer._qkv_same_embed_dim = False
     return new
+
+
+def _named(group: Any) -> str:
+    """Return the name of a group of processes, under which it is kept; empty for None."""
+    if group is None:
+        return ""
+    group = group.get_group() if hasattr(group, "get_group") else group
+    name = str(group.group_name)
+    _GROUPS[name] = group
+    return name
+
+
+def group_of(layer: Any) -> dict[str, Any]:
+    """Return the argument ``group`` of the calls of a layer whose sequences are cut, by name."""
+    return {"group": _GROUPS[layer._group]} if layer._group else {}
 
 
 def _name(parameter: Parameter) -> str:
@@ -94,7 +109,7 @@ def track(layer: Any, k: Any, key_mask: Any, segments: Any) -> None:
     real = real_keys(layer.spec, key_mask, segments, xp=xp)
     real = None if real is None else real.to(k.device)
     keys, spec = k.detach().transpose(-3, -2), str(layer.spec)
-    update(buffers, layer.num_batches_tracked, keys, real, spec, layer.momentum, layer._group)
+    update(buffers, layer.num_batches_tracked, keys, real, spec, layer.momentum, layer._ranks)
 
 
 @torch.library.custom_op("pdcore_adapters::update_running", mutates_args=("buffers", "batches"))  # type: ignore[untyped-decorator]

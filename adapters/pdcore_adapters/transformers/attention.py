@@ -47,7 +47,11 @@ _ADVICE = {
 
 
 def register(
-    name: str = "pdcore", spec: str | AttentionSpec = "softmax", *, backend: Choice = None
+    name: str = "pdcore",
+    spec: str | AttentionSpec = "softmax",
+    *,
+    backend: Choice = None,
+    group: Any = None,
 ) -> None:
     """Register an attention and its mask function with transformers, by name.
 
@@ -68,6 +72,9 @@ def register(
         each key head.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made by this call.
+    group : torch.distributed.ProcessGroup, or DeviceMesh of one dimension, optional
+        The processes over which the sequences are cut, as in `pdcore.attention`: ids, the mask
+        (B, N), labels and `position_ids` that a rank passes to the model are those of its part.
 
     Raises
     ------
@@ -110,7 +117,7 @@ def register(
             f"name: got {name!r}, which is an attention of transformers or of another "
             "library; expected a new name, such as 'pdcore'"
         )
-    attention = LayerAttention(name, bind(spec, backend=backend))
+    attention = LayerAttention(name, bind(spec, backend=backend), group)
     AttentionInterface.register(name, attention)
     # Without a mask function, transformers builds no mask for the name, and padding would be seen.
     AttentionMaskInterface.register(name, build_mask)
@@ -119,8 +126,8 @@ def register(
 class LayerAttention:
     """The function that transformers calls in every layer, for one spec."""
 
-    def __init__(self, name: str, bound: BoundAttention) -> None:
-        self.name = name
+    def __init__(self, name: str, bound: BoundAttention, group: Any = None) -> None:
+        self.name, self.group = name, group
         self.spec = bound.spec
         self.words = str(bound.spec)
         if needed := [p.name for p in self.spec.parameters() if not callable(p.default)]:
@@ -244,6 +251,8 @@ class LayerAttention:
             arguments["bias"] = position_bias if bias is None else bias + position_bias
         if s_aux is not None:
             arguments["params"] = {"sink": s_aux}
+        if self.group is not None:
+            arguments["group"] = self.group
         layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1], s_aux is not None)
         bound = getattr(self._layers, self._bind(where, *layer))
         if carried is not None:

@@ -21,6 +21,7 @@ _REFUSED = {
     "dropout": "a decoder drops no weights; use model.eval() or a DynamicCache",
     "weights": "a decoder has none; leave output_attentions out, or use a DynamicCache",
     "segments": "packed sequences have no cache; pass use_cache=False",
+    "group": "a decoder does not run in shards; register the attention without group",
 }
 
 

@@ -8,7 +8,7 @@ from pluggy import HookimplMarker
 
 from pdcore.extend import FEATURES, BackendInfo
 
-_ELSEWHERE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "axis_name"}
+_ELSEWHERE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "axis_name", "group"}
 _NOT_YET = {"deterministic", "batch_invariant", "thread_safe"}
 
 INFO = BackendInfo(

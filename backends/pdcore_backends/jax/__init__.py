@@ -17,7 +17,10 @@ INFO = BackendInfo(
     requires=("jax", "jaxlib"),
     install="pip install 'pdcore[jax]'",
     devices=("cpu", "cuda"),
-    capabilities={f: "not_implemented" if f in _NOT_YET else "full" for f in FEATURES},
+    capabilities={
+        **{f: "not_implemented" if f in _NOT_YET else "full" for f in FEATURES},
+        "group": "unsupported",
+    },
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from pdcore.extend import Inputs, Plan, Request
+from pdcore.extend import Inputs, Plan, Request, shard_refusals, told
 
 from . import segments, sharded
 from .choice import chosen
@@ -30,7 +30,7 @@ class JaxBackend(LocalJaxBackend):
                 "jax.config.update('jax_enable_x64', True)"
             )
         if request.axis_name is not None:
-            reasons += sharded.refusals(request)
+            reasons += shard_refusals(request)
         try:
             find(request.device)
         except RuntimeError as error:
@@ -44,7 +44,7 @@ class JaxBackend(LocalJaxBackend):
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel of a plan, and state what shards exchange, see `Backend.fuse`."""
         if request.axis_name is not None:
-            plan = sharded.described(plan, request.axis_name)
+            plan = told(plan, f"axis_name={request.axis_name!r}", sharded.KEYS_TRAVEL)
         if request.segments == "traced":
             plan = segments.segmented(plan)
         return chosen(plan, request)

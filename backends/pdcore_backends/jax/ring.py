@@ -20,31 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pdcore.extend import Support, divide, finite
+from pdcore.extend import ALL, NOTHING, SOME, Support, merged, pairs_seen
 
 from .blocks import Arrays, StaticCall
 from .namespace import NAMESPACE as xp
 from .namespace import in_full
 from .scores import checkpointed, contract, contract_tangents, divisor, nonzero
-from .shards import Shards
+from .shards import MappedShards
 
-__all__ = ["Ring", "around", "merged"]
+__all__ = ["Ring", "around"]
 
 Pair = tuple[Any, Any]
 More = Callable[[Pair, StaticCall, Arrays], Pair]
 
-_KEY_ARRAYS = frozenset({"k", "v", "key_bias", "key_mask"})
-#: The keys of another shard that queries of a shard see: none, all or some.
-_NOTHING, _ALL, _SOME = range(3)
-
-
-def merged(signed: bool, a: Pair, b: Pair) -> Pair:
-    """Compute (out, L) of the union of two disjoint sets of keys."""
-    if signed:
-        return a[0] + b[0], a[1]
-    base = finite(lax.stop_gradient(jnp.maximum(a[1], b[1])), xp)[..., None]
-    left, right = (jnp.exp(level[..., None] - base) for _, level in (a, b))
-    return divide(a[0] * left + b[0] * right, left + right, base, xp=xp)
+_KEY_ARRAYS = frozenset({"k", "v", "key_bias", "key_mask", "key_index"})
 
 
 @dataclass(frozen=True)
@@ -55,36 +44,23 @@ class Ring:
     ----------
     call : StaticCall
         The contraction with the keys of this shard; its offset is that of the whole sequence.
-    shards : Shards
+    shards : MappedShards
     """
 
     call: StaticCall
-    shards: Shards
+    shards: MappedShards
 
     @cached_property
     def kinds(self) -> Any:
         """The kind of visibility of the keys of shard s to the queries of shard r, (P, P)."""
-        call, count = self.call, self.shards.count
-        if not call.support.restricts:
-            return np.full((count, count), _ALL)
-        kinds = np.full((count, count), _SOME)
-        if call.offset is None:
-            return kinds
-        for r in range(count):
-            for s in range(count):
-                offset = call.offset + r * call.rows - s * call.keys * call.scale
-                seen = call.visibility(call.rows, call.keys, offset)
-                first, last = seen.key_range(0, call.rows)
-                if first >= last:
-                    kinds[r, s] = _NOTHING
-                elif seen.whole(0, call.rows, 0, call.keys):
-                    kinds[r, s] = _ALL
-        return kinds
+        call = self.call
+        seen = call.visibility(call.rows, call.keys, call.offset)
+        return pairs_seen(seen, self.shards.count)
 
     @cached_property
     def ways(self) -> tuple[int, int]:
         """The number of steps that keys are sent to later shards, and to earlier ones."""
-        r, s = np.nonzero(self.kinds != _NOTHING)
+        r, s = np.nonzero(self.kinds != NOTHING)
         up, down = int(max(0, *(r - s), 0)), int(max(0, *(s - r), 0))
         # Sending keys once round the ring reaches all shards.
         return (self.shards.count - 1, 0) if up + down >= self.shards.count - 1 else (up, down)
@@ -99,8 +75,8 @@ class Ring:
         """Return the contraction with the keys of this shard."""
         call = self.call
         if not call.support.restricts or call.offset is None or call.rows != self.length:
-            whole = np.all(np.diagonal(self.kinds) == _ALL)
-            return self.seeing(_ALL if whole else _SOME, 0, arrays)
+            whole = np.all(np.diagonal(self.kinds) == ALL)
+            return self.seeing(ALL if whole else SOME, 0, arrays)
         return call, arrays
 
     @property
@@ -112,14 +88,14 @@ class Ring:
         """Return the contraction with the keys of the shard `by` places before."""
         call = self.call
         block = {name: x for name, x in arrays.items() if name != "offset"}
-        if kind == _ALL and not call.contraction.places:
+        if kind == ALL and not call.contraction.places:
             return replace(call, support=Support(), offset=0), block
         rank = self.shards.rank
         source = (rank - by) % self.shards.count
         distance = jnp.asarray(rank * call.rows - source * self.length, xp.int64)
         base: Any = arrays["offset"] if call.offset is None else call.offset
         block["offset"] = distance + base
-        support = Support() if kind == _ALL else call.support
+        support = Support() if kind == ALL else call.support
         return replace(call, support=support, offset=None), block
 
     def add(self, total: Pair, by: Any, arrays: Arrays, more: More) -> Pair:
@@ -127,7 +103,7 @@ class Ring:
         kinds = sorted({int(kind) for shift in self.shifts for kind in self._along(shift)})
 
         def run(kind: int) -> Pair:
-            return total if kind == _NOTHING else more(total, *self.seeing(kind, by, arrays))
+            return total if kind == NOTHING else more(total, *self.seeing(kind, by, arrays))
 
         if len(kinds) == 1:
             return run(kinds[0])
@@ -148,7 +124,7 @@ def around(ring: Ring, arrays: Arrays) -> Pair:
     signed = ring.call.contraction.signed
 
     def more(total: Pair, call: StaticCall, block: Arrays) -> Pair:
-        return merged(signed, total, contract(call, block))
+        return merged(signed, total, contract(call, block), xp=xp)
 
     total: Pair = contract(*ring.local(arrays))
     for steps, sign in zip(ring.ways, (1, -1), strict=True):

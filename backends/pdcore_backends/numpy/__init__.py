@@ -8,7 +8,7 @@ from pluggy import HookimplMarker
 
 from pdcore.extend import FEATURES, BackendInfo
 
-_ELSEWHERE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "axis_name"}
+_ELSEWHERE = {"autodiff", "double_backward", "vmap", "jvp", "compile", "axis_name", "group"}
 
 INFO = BackendInfo(
     name="numpy",

@@ -17,6 +17,7 @@ _ELSEWHERE = {
     "jvp",
     "compile",
     "axis_name",
+    "group",
 }
 
 INFO = BackendInfo(

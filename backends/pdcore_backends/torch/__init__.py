@@ -8,7 +8,7 @@ from pluggy import HookimplMarker
 
 from pdcore.extend import FEATURES, BackendInfo
 
-_NOT_YET = {"axis_name", "deterministic", "batch_invariant"}
+_NOT_YET = {"deterministic", "batch_invariant"}
 
 INFO = BackendInfo(
     name="torch",
@@ -17,7 +17,10 @@ INFO = BackendInfo(
     requires=("torch",),
     install="pip install 'pdcore[torch]'",
     devices=("cpu", "cuda"),
-    capabilities={f: "not_implemented" if f in _NOT_YET else "full" for f in FEATURES},
+    capabilities={
+        **{f: "not_implemented" if f in _NOT_YET else "full" for f in FEATURES},
+        "axis_name": "unsupported",
+    },
 )
 
 

@@ -23,6 +23,7 @@ from pdcore.extend import (
     compiling,
     constants_held,
     register_array_type,
+    shard_refusals,
 )
 
 from . import INFO, namespace
@@ -70,6 +71,8 @@ class TorchBackend(ArrayBackend):
             reasons.append(f"device {device}: PyTorch {torch.__version__} sees no CUDA device")
         if request.dtype == "float32":
             reasons += _reduced_precision(device.partition(":")[0])
+        if request.group is not None:
+            reasons += shard_refusals(request)
         return reasons
 
     def traced_segments(self, request: Request) -> list[str]:
@@ -84,6 +87,10 @@ class TorchBackend(ArrayBackend):
 
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel that runs a plan, see `Backend.fuse`."""
+        if request.group is not None:
+            from .sharded import chosen_in_shards
+
+            return chosen_in_shards(plan, request)
         plan = chosen_features(chosen(plan, request))
         if not request.device.startswith("cpu"):
             return plan
@@ -92,6 +99,10 @@ class TorchBackend(ArrayBackend):
 
     def attention(self, plan: Plan, inputs: Inputs, *, lse: bool = False) -> tuple[Any, Any]:
         """Run a plan, see `Backend.attention`."""
+        if inputs.group is not None:
+            from . import sharded  # which loads torch.distributed
+
+            return sharded.attention(plan, inputs, lse=lse)
         if inputs.segments is not None:
             held = constants_held(plan, inputs, torch.Tensor.detach)
             out, level = segments_attention(plan, held)

@@ -72,6 +72,8 @@ class Framework:
     #: The members of `TRANSFORMATIONS` that the library has.
     transformations: ClassVar[frozenset[str]] = frozenset()
     poisons: ClassVar[bool] = False
+    #: The feature by which `shard` cuts a sequence, ``"axis_name"`` or ``"group"``.
+    shards_by: ClassVar[str | None] = None
     compiles: ClassVar[bool] = False
 
     def __init__(self, library: str) -> None:
@@ -95,6 +97,10 @@ class Framework:
             if not name.startswith(f"{error.name}"):
                 raise
         return self.module
+
+    def shard(self, name: str, spec: str, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        """Compute (out, lse) of a backend with the sequence in shards, see `shards_by`."""
+        raise NotImplementedError(f"{self.library} has no shards")
 
     # Availability.
 

@@ -34,6 +34,7 @@ class JaxFramework(Framework):
         {"autodiff", "double_backward", "vmap", "jvp", "compile"}
     )
 
+    shards_by: ClassVar[str] = "axis_name"
     compiles: ClassVar[bool] = True
 
     @cached_property

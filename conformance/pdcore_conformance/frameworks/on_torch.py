@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +19,9 @@ import numpy as np
 from .base import Array, Arrays, Framework, Function, Memory, has_own_elements, with_strides_kept
 
 __all__ = ["TorchFramework"]
+
+#: The processes that `TorchFramework.shard` starts.
+RANKS = 2
 
 #: The settings under ``torch.backends`` that can lower the precision of float32 matrix products.
 _FP32 = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
@@ -27,6 +34,7 @@ class TorchFramework(Framework):
         {"autodiff", "double_backward", "vmap", "jvp", "compile"}
     )
     poisons: ClassVar[bool] = True
+    shards_by: ClassVar[str] = "group"
 
     def devices(self) -> list[str]:
         """List the CPU and the CUDA devices."""
@@ -249,6 +257,25 @@ class TorchFramework(Framework):
         """Map a function by torch.func.vmap."""
         mapped = self.module.func.vmap(function)
         return lambda arrays: tuple(mapped(dict(arrays)))
+
+    def shard(self, name: str, spec: str, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        """Run a call with the sequence cut over two processes, and concatenate their results."""
+        torch = self.module
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save((name, spec, q, k, v), Path(folder, "call"))
+            command = [sys.executable, "-m", f"{__package__}.torch_rank", folder, str(RANKS)]
+            ranks = [
+                subprocess.Popen(
+                    [*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                )
+                for rank in range(RANKS)
+            ]
+            said = [rank.communicate()[0].decode(errors="replace") for rank in ranks]
+            failed = [i for i, rank in enumerate(ranks) if rank.returncode]
+            if failed:
+                raise RuntimeError(f"rank {failed[0]} of {RANKS} failed: {said[failed[0]][-2000:]}")
+            parts = [torch.load(Path(folder, f"rank_{i}")) for i in range(RANKS)]
+        return torch.cat([out for out, _ in parts], -2), torch.cat([lse for _, lse in parts], -1)
 
     def compile(self, function: Function) -> Function:
         """Compile a function by torch.compile, without graph breaks."""

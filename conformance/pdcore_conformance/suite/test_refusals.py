@@ -12,6 +12,7 @@ from pdcore.backend import FEATURES
 
 from ..judge.calls import Call, drawn
 from ..judge.subject import PROPERTIES, Nonconforming, Subject
+from ..judge.ways import SHARDS
 
 SMALL = Call()
 
@@ -50,6 +51,7 @@ CALLS: Mapping[str, Call] = {
     "weights": SMALL,
     "dropout": SMALL,
     "axis_name": SMALL,
+    "group": SMALL,
     "segments": SMALL.but(keys=9, segments="ragged"),
 }
 
@@ -69,7 +71,7 @@ def test_feature(feature: str, subject: Subject) -> None:
             options_of: dict[str, dict[str, Any]] = {
                 "lse": {"return_lse": True},
                 "dropout": {"dropout": 0.25, "seed": 1},
-                "axis_name": {"axis_name": "sequence"},
+                **{name: {name: by} for name, by in SHARDS.items()},
             }
             options = {**options, **options_of.get(feature, {})}
             return attention(q, k, v, call.spec, backend=subject.name, **options)
@@ -77,8 +79,8 @@ def test_feature(feature: str, subject: Subject) -> None:
     missing = subject.unclaimed([feature])
     if missing:
         subject.refuses(missing, attempt, call)
-    elif feature == "axis_name":
-        # The axis exists only inside of a shard map, which the test of shards runs.
+    elif feature in SHARDS:
+        # Shards exist only inside of a shard map, or of processes, which the test of shards runs.
         subject.evidence.note = "see shards"
     else:
         subject.accepts(attempt)

@@ -12,7 +12,7 @@ from ..judge.budget import judge
 from ..judge.calls import Arrays, Call
 from ..judge.judging import claims, each
 from ..judge.subject import Nonconforming, Subject
-from ..judge.ways import cotangents
+from ..judge.ways import SHARDS, cotangents
 
 SMALL = Call(rows=6, keys=7, dim=4, value_dim=3)
 PLAN = (
@@ -125,23 +125,28 @@ def test_compiled_is_the_same(call: Call, subject: Subject) -> None:
     subject.evidence.add(judge(result, subject.expected(call, arrays)))
 
 
-@pytest.mark.claims("axis_name", "float32")
 @pytest.mark.parametrize("spec", ["softmax", "bn", "linear"])
-def test_shards_agree_with_the_whole(spec: str, subject: Subject) -> None:
+@pytest.mark.parametrize(
+    "feature", [pytest.param(name, marks=pytest.mark.claims(name, "float32")) for name in SHARDS]
+)
+def test_shards_agree_with_the_whole(feature: str, spec: str, subject: Subject) -> None:
     """A sequence in shards has the results of the whole sequence."""
     call = Call(spec=spec, rows=16, keys=16)
     arrays = call.arrays()
-    if not subject.claims("axis_name"):
-        subject.refuses(
-            ["axis_name"], lambda: subject.attempt(arrays, spec, axis_name="sequence"), call
-        )
+    if not subject.claims(feature):
+        option = {feature: SHARDS[feature]}
+        subject.refuses([feature], lambda: subject.attempt(arrays, spec, **option), call)
         return
-    shard = getattr(subject.framework, "shard", None)
-    if shard is None:
+    if subject.framework.shards_by != feature:
         raise Nonconforming(
-            f"axis_name is declared, and the suite has no way to shard arrays of "
-            f"{subject.info.library}: what cannot be judged must not be declared"
+            f"{feature} is declared, and the suite has no way to shard arrays of "
+            f"{subject.info.library} so: what cannot be judged must not be declared"
         )
+    if feature == "group" and not subject.device.startswith("cpu"):
+        subject.evidence.outcome = "not claimed"
+        subject.evidence.note = "ranks need a GPU each, so they are judged on the CPU"
+        return
+    shard = subject.framework.shard
     with subject.watched(arrays) as (q, k, v, _):
         out, lse = shard(subject.name, spec, q, k, v)
         result = {"out": subject.back(out), "lse": subject.back(lse, "lse")}

@@ -6,9 +6,10 @@ devices must be set before JAX is first used.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from shard_cases import CASES, Case, agree, single
 
 import pdcore
 from pdcore.backend import Inputs
@@ -35,72 +37,23 @@ COLLECTIVE = re.compile(
 )
 
 
-class Case(NamedTuple):
-    """A call with 24 keys; `extras` names its arguments besides q, k and v."""
-
-    spec: str
-    extras: tuple[str, ...] = ()
-    rows: int = 24
-    heads: int = 2
-    offset: Any = 0
-    dtype: str = "float64"
-
-    def arrays(self) -> dict[str, Any]:
-        """Draw the arguments of the call."""
-        rng = np.random.default_rng(0)
-
-        def draw(*shape: int) -> Any:
-            return rng.standard_normal(shape).astype(self.dtype)
-
-        arguments: dict[str, Any] = {
-            "q": draw(2, self.heads, self.rows, 5),
-            "k": draw(2, 2, 24, 5),
-            "v": draw(2, 2, 24, 3),
-        }
-        if "key_mask" in self.extras:
-            arguments["key_mask"] = rng.random((2, 24)) > 0.3
-        if "late" in self.extras:  # the first shard of a sequence is all padding
-            arguments["key_mask"] = np.arange(24) >= np.array([[7], [0]])
-        if "beta" in self.extras:
-            arguments["params"] = {"beta": draw(2, 5)}
-        if "sink" in self.extras:
-            arguments["params"] = {"sink": draw(self.heads)}
-        if "running" in self.extras:
-            arguments["params"] = {"mean": draw(2, 5), "var": abs(draw(2, 5)) + 1}
-        if "mean" in self.extras:
-            arguments["params"] = {"mean": draw(2, 5)}
-        arguments["offset"] = self.offset
-        return arguments
-
-    def cotangents(self) -> tuple[Any, Any]:
-        """Draw cotangents of out and lse."""
-        rng = np.random.default_rng(1)
-        shape = (2, self.heads, self.rows)
-        return (
-            rng.standard_normal((*shape, 3)).astype(self.dtype),
-            rng.standard_normal(shape).astype(self.dtype),
-        )
-
-
 def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
     """Run a call in shards, and pull cotangents back."""
     inputs = case.arrays()
-    offset = inputs.pop("offset")
-    traced = isinstance(offset, np.ndarray)
-    if traced:
-        inputs["offset"] = offset
+    known = {name: inputs.pop(name) for name in ("offset", "dropout", "seed") if name in inputs}
+    if isinstance(known["offset"], np.ndarray):
+        inputs["offset"] = known.pop("offset")
     whole = {"params", "offset"}
 
     def local(inputs: dict[str, Any]) -> Any:
-        more = inputs if traced else {**inputs, "offset": offset}
-        return pdcore.attention(spec=case.spec, axis_name="seq", return_lse=True, **more)
+        return pdcore.attention(spec=case.spec, axis_name="seq", return_lse=True, **inputs, **known)
 
     split = {
         name: P() if name in whole else VECTORS if name == "key_mask" else ROWS for name in inputs
     }
     run = jax.shard_map(local, mesh=mesh, in_specs=(split,), out_specs=ROWS)
     moving = {name: inputs[name] for name in ("q", "k", "v")}
-    if {"beta", "sink"} & set(case.extras):
+    if {"beta", "sink", "relative"} & set(case.extras):
         moving["params"] = inputs["params"]
 
     @jax.jit
@@ -116,60 +69,10 @@ def sharded(case: Case, mesh: Mesh = SEQUENCE) -> dict[str, Any]:
     return {"out": np.asarray(out), "lse": np.asarray(lse), **grads}
 
 
-def single(case: Case, framework: Callable[[Any], Any] = np.asarray) -> dict[str, Any]:
-    """Run a call on whole arrays, and pull cotangents back."""
-    inputs = jax.tree.map(lambda x: framework(x) if isinstance(x, np.ndarray) else x, case.arrays())
-    out, lse, pull = pdcore.attention_vjp(spec=case.spec, **inputs)
-    d_out, d_lse = case.cotangents()
-    d_lse = np.where(np.isinf(np.asarray(lse)), 0, d_lse).astype(d_lse.dtype)
-    d = pull(framework(d_out), framework(d_lse))
-    return {"out": out, "lse": lse, **{f"d_{name}": x for name, x in d.items()}}
-
-
-def agree(results: dict[str, Any], wanted: dict[str, Any], relative: float) -> None:
-    """Check that all results are equal up to `relative` times their largest entry."""
-    for name, x in results.items():
-        y = np.asarray(wanted[name])
-        seen = np.isfinite(y)
-        np.testing.assert_array_equal(np.isfinite(x), seen, err_msg=name)
-        scale = np.max(abs(y[seen]), initial=0.0)
-        np.testing.assert_allclose(x[seen], y[seen], rtol=0, atol=relative * scale, err_msg=name)
-
-
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "case",
-    [
-        # The first, the third and so on run by day.
-        Case("softmax"),
-        Case("causal", rows=8, offset=16),
-        Case("causal", ("key_mask",), rows=12, offset="end"),
-        Case("causal", ("key_mask",), heads=4),
-        Case("causal", offset=np.array([3, -30])),
-        Case("sparse(7,1)"),
-        Case("causal+sparse(9,0)+h(count)", ("key_mask",)),
-        Case("exponential(softcap=3)+causal"),
-        Case("gaussian(gamma=0.3)+causal", ("late",)),
-        Case("bn(statistics=running)+causal", ("running",)),
-        Case("bn(beta=param,statistics=batch)", ("key_mask", "beta")),
-        Case("bn", ("late",), heads=4),
-        Case("causal+bn(statistics=prefix,eps=0.1)", ("late",)),
-        Case("bn(statistics=running,with_std=false)+causal", ("mean",)),
-        Case("causal+bn(statistics=prefix,with_std=false)", ("late",)),
-        Case("bn(with_std=false)", ("key_mask",)),
-        Case("bn(beta=param,statistics=batch,with_std=false)", ("key_mask", "beta")),
-        Case("gaussian(gamma=0.3)+bn(with_std=false)", ("key_mask",)),
-        Case("causal+linear", ("late",), heads=4),
-        Case("linear", ("key_mask",), rows=12),
-        Case("random_features(16,0)", ("key_mask",)),
-        Case("causal+random_features(8,0)", ("late",)),
-        Case("bn+sh(3,2)", ("key_mask",)),
-        Case("causal+sh(1,2)"),
-        Case("causal+h(sum,sink=param)", ("late", "sink"), heads=4),
-        Case("bn+h(sum,sink=0)", ("key_mask",)),
-        Case("causal+alibi", ("key_mask",), heads=4),
-        Case("alibi+bn", rows=8, offset=np.array([3, -30])),
-    ],
+    CASES,
     ids=lambda case: "-".join(map(str, (case.spec, *case.extras))),
 )
 def test_shards_give_what_the_whole_gives(case: Case) -> None:
@@ -310,11 +213,12 @@ def test_the_pattern_finds_collectives() -> None:
     ("spec", "kinds"),
     [
         ("softmax", {"collective-permute"}),
-        ("bn", {"collective-permute", "all-reduce"}),
+        ("bn", {"collective-permute", "all-gather"}),
         ("linear", {"all-reduce"}),
     ],
 )
 def test_no_keys_are_gathered(spec: str, kinds: set[str]) -> None:
+    # What is gathered is the states of the statistics: n, mean and m2 of 4 shards and 2 heads.
     run = jax.shard_map(
         lambda *x: pdcore.attention(*x, spec, axis_name="seq"),
         mesh=SEQUENCE,
@@ -322,7 +226,12 @@ def test_no_keys_are_gathered(spec: str, kinds: set[str]) -> None:
         out_specs=ROWS,
     )
     x = [jax.device_put(np.ones((1, 2, 24, 4)), NamedSharding(SEQUENCE, ROWS))] * 3
-    assert set(COLLECTIVE.findall(jax.jit(run).lower(*x).compile().as_text())) == kinds
+    text = jax.jit(run).lower(*x).compile().as_text()
+    assert set(COLLECTIVE.findall(text)) == kinds
+    gathers = [line.split("all-gather(")[0] for line in text.splitlines() if "all-gather(" in line]
+    shapes = [s for line in gathers for s in re.findall(r"f64\[([\d,]*)\]", line)]
+    sizes = [math.prod(map(int, s.split(","))) for s in shapes]
+    assert all(0 < size <= 4 * 2 * 4 for size in sizes)
 
 
 @pytest.mark.parametrize(
@@ -372,9 +281,9 @@ def test_an_unknown_axis_is_named() -> None:
 def test_explain_says_what_shards_exchange() -> None:
     x = jnp.ones((1, 2, 4, 3))
     for spec, words in {
-        "bn": "merged by psum",
+        "bn": "never a mean of means",
         "causal": "a ring of ppermute",
-        "linear": "psum of",
+        "linear": "the sum over shards of",
         "causal+linear": "an exclusive scan",
     }.items():
         assert words in str(pdcore.explain(x, x, x, spec, axis_name="seq"))

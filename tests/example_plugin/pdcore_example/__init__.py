@@ -11,7 +11,7 @@ __all__ = ["INFO", "KeyRMS", "Sigmoid"]
 
 # NumPy has no automatic differentiation; `attention_vjp` still works, as every plan has a pullback.
 _LACKS = {"autodiff", "double_backward", "vmap", "jvp", "compile"}
-_NOT_WRITTEN = {"dropout", "axis_name"}
+_NOT_WRITTEN = {"dropout", "axis_name", "group"}
 
 INFO = BackendInfo(
     name="numba",

@@ -10,7 +10,7 @@ from pdcore.backend import FEATURES, ArrayBackend, BackendInfo
 
 __all__ = ["MUTANTS", "PARENT", "Mutant", "planted", "register"]
 
-_FRAMEWORK = {"autodiff", "double_backward", "vmap", "jvp", "compile", "axis_name"}
+_FRAMEWORK = {"autodiff", "double_backward", "vmap", "jvp", "compile", "axis_name", "group"}
 FULL: Mapping[str, Any] = {f: "unsupported" if f in _FRAMEWORK else "full" for f in FEATURES}
 #: The backend without a defect, on which all of these cases must pass.
 PARENT = "unmutated"
