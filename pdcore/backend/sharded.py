@@ -67,8 +67,8 @@ class ShardedSteps(ArrayBackend):
         self.shards = shards
 
     def call(self, plan: Plan, inputs: Inputs, *, level: bool = True) -> Call:
-        """Return the arrays of a shard as a call."""
-        return ShardCall(self, plan, inputs, self.shards, level=level)
+        """Return the arrays of a shard as a call that reads L, by which results merge."""
+        return ShardCall(self, plan, inputs, self.shards, level=True)
 
     def merged(self, stats: Statistics, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """Merge the states of all shards."""

@@ -229,6 +229,11 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             return leaf
         if unknown:
             raise wrong_call(PDMultiheadAttention.forward, unknown)
+        if need_weights and self._group:
+            raise UnsupportedError(
+                "need_weights: got True in a layer whose sequences are cut over a group, expected "
+                "False: the weights of a rank's queries are with the keys of all ranks"
+            )
         self._check(query, key, value, key_padding_mask, attn_mask)
         batched = query.dim() == 3
         q, k, v = self._project(query, key, value, batched)

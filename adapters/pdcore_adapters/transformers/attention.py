@@ -253,6 +253,9 @@ class LayerAttention:
             arguments["params"] = {"sink": s_aux}
         if self.group is not None:
             arguments["group"] = self.group
+            # Padding may be on some ranks only, and every rank has to make the same call.
+            every = torch.ones(key.shape[0], keys, dtype=torch.bool, device=key.device)
+            arguments.setdefault("key_mask", every)
         layer = (pattern and tuple(pattern), scaling, softcap, query.shape[-1], s_aux is not None)
         bound = getattr(self._layers, self._bind(where, *layer))
         if carried is not None:
