@@ -11,7 +11,6 @@ import torch.distributed as dist
 from array_api_compat import torch as xp
 from ranks import joined, part
 from shard_cases import CASES, Case
-from torch.distributed import _functional_collectives as collectives
 
 import pdcore
 from pdcore.extend import Moments, Shards
@@ -67,18 +66,17 @@ def counted(case: Case, group: Any) -> dict[str, int]:
         return dist.distributed_c10d.batch_isend_irecv(steps)
 
     def gives(collective: Any) -> Any:
-        def give(x: Any, *more: Any) -> Any:
-            sums["given"] += x.numel() * x.element_size()
-            return collective(x, *more)
+        def give(*arrays: Any, **options: Any) -> Any:
+            given = [x for x in arrays if isinstance(x, torch.Tensor)][-1]
+            sums["given"] += given.numel() * given.element_size()
+            return collective(*arrays, **options)
 
         return give
 
-    names = ("all_gather_tensor", "all_reduce")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dist, "batch_isend_irecv", sends))
-        for name in names:
-            changed = gives(getattr(collectives, name))
-            stack.enter_context(mock.patch.object(collectives, name, changed))
+        for name in ("all_gather", "all_reduce"):
+            stack.enter_context(mock.patch.object(dist, name, gives(getattr(dist, name))))
         ranked(case, group)
     return sums
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _functional_collectives as collectives
 
 from pdcore.extend import Shards
 
@@ -58,11 +57,13 @@ class RankedShards(Shards):
 
     def highest(self, x: Tensor) -> Tensor:
         """Return the maximum over the ranks, without a gradient."""
-        return self.reduced(x.detach(), "max")
+        return self.reduced(x.detach(), dist.ReduceOp.MAX)
 
-    def reduced(self, x: Tensor, how: str) -> Tensor:
+    def reduced(self, x: Tensor, how: Any) -> Tensor:
         """Reduce an array over the ranks."""
-        return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), how, self.group))
+        result = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, how, group=self.group)
+        return result
 
     def exchanged(
         self, to: int | None, sent: list[Tensor], source: int | None
@@ -103,8 +104,9 @@ class _Gathered(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: RankedShards) -> Tensor:
         ctx.shards = shards
-        gathered = collectives.all_gather_tensor(x.contiguous()[None], 0, shards.group)
-        return collectives.wait_tensor(gathered)
+        parts = [torch.empty_like(x) for _ in range(shards.count)]
+        dist.all_gather(parts, x.contiguous(), group=shards.group)
+        return torch.stack(parts)
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
@@ -117,7 +119,7 @@ class _Added(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: RankedShards) -> Tensor:
         ctx.shards = shards
-        return shards.reduced(x, "sum")
+        return shards.reduced(x, dist.ReduceOp.SUM)
 
     @staticmethod
     def backward(ctx: Any, *d: Any) -> Any:
