@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+import pdcore
 from pdcore_adapters.torch_nn import PDMultiheadAttention
 
-__all__ = ["BATCHED", "CUT", "arrays", "gradients", "layer_of", "one_process", "steps"]
+__all__ = ["BATCHED", "CUT", "HEADS", "arrays", "heads", "layer_of", "one_process", "steps"]
 
 #: Specs of layers whose sequences are cut.
 CUT = (
@@ -23,6 +24,8 @@ CUT = (
 )
 #: Specs of layers whose batch is cut.
 BATCHED = ("bn(beta=param)", "causal+linear")
+#: Specs of calls whose heads are cut.
+HEADS = ("bn", "causal+bn(statistics=prefix)", "linear")
 
 
 def layer_of(spec: str, **options: Any) -> PDMultiheadAttention:
@@ -85,9 +88,24 @@ def over_batch(spec: str, group: Any) -> dict[str, Any]:
     return {**found, "FSDP": steps(sharded, x)}
 
 
+def over_heads(spec: str, group: Any) -> Any:
+    """Compute the attention of this rank's heads, two query heads for each key head."""
+    q, k, v = heads()
+    return pdcore.attention(*(part(x, group, 1) for x in (q, k, v)), spec)
+
+
+def heads() -> tuple[torch.Tensor, ...]:
+    """Return q, k and v of 8 query heads and 4 key heads, the same in every process."""
+    generator = torch.Generator().manual_seed(2)
+    return tuple(
+        torch.randn(2, count, 9, 5, generator=generator, dtype=torch.float64) for count in (8, 4, 4)
+    )
+
+
 def results(group: Any) -> dict[str, Any]:
     """Run all layers on this rank."""
     return {
+        "heads": {spec: over_heads(spec, group) for spec in HEADS},
         "cut": {spec: cut(spec, group) for spec in CUT},
         "batch": {spec: over_batch(spec, group) for spec in BATCHED},
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranked_layers import BATCHED, CUT, arrays, layer_of, one_process, steps
+from ranked_layers import BATCHED, CUT, HEADS, arrays, heads, layer_of, one_process, steps
 from ranks import run
 
 import pdcore
@@ -34,6 +34,11 @@ def test_cut_sequences_give_what_one_process_gives(found: Found, spec: str) -> N
     for name, value in whole["buffers"].items():
         for x in parts:
             close(x["buffers"][name], value)
+
+
+@pytest.mark.parametrize("spec", HEADS)
+def test_heads_in_parts_need_nothing(found: Found, spec: str) -> None:
+    close(torch.cat([x["heads"][spec] for x in found], 1), pdcore.attention(*heads(), spec))
 
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP"])
