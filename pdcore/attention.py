@@ -127,10 +127,11 @@ def attention(
     dropout : float
         The probability p that a weight is dropped, 0 <= p < 1; kept weights are divided by 1 - p.
         Which are dropped depends on the seed alone, see docs/semantics.md, Dropout.
-    seed : int or integer array () or (2,), optional
+    seed : int, integer array () or (2,), or "native", optional
         The seed of dropout, an int from 0 to 2**64 - 1; an array, which may be traced, has 32 or
         64 bits, or is (2,) with the low 32 bits first. Without it PyTorch draws one from its
-        generator; other backends refuse dropout.
+        generator; other backends refuse dropout. ``"native"``, on PyTorch, keeps the kernel of
+        `scaled_dot_product_attention`, which drops weights by random numbers of its own.
     axis_name : str, optional
         The mapped axis along which the sequence is cut, inside ``jax.shard_map``; the arrays are
         those of one shard. Most backends refuse it.

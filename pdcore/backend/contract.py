@@ -115,8 +115,8 @@ class Inputs(NamedTuple):
 
     `offset` is an int, an integer array () or (*B,), or ``"end"``; `segments` are traced ids;
     `labels` are integers (*B, N), or a pair of those of queries and of keys; `seed` is None, an
-    int, an integer array (), or one (2,) of the low and the high 32 bits; `group` is that of
-    `torch.distributed` over whose ranks the sequence is cut.
+    int, an integer array (), one (2,) of the low and the high 32 bits, or ``"native"``; `group` is
+    that of `torch.distributed` over whose ranks the sequence is cut.
     """
 
     q: Any
@@ -178,6 +178,8 @@ class Request(NamedTuple):
     layout : str
         The layout of the caller's arrays, for messages only: the arrays of a backend, and the
         shapes here, are (*B, H, N, D) in any case.
+    native_dropout : bool
+        Whether dropout has the random numbers of the library's own kernel.
     """
 
     spec: AttentionSpec
@@ -199,6 +201,7 @@ class Request(NamedTuple):
     layout: str = "bhnd"
     segments: str | None = None
     group: int | None = None
+    native_dropout: bool = False
 
     @property
     def sharding(self) -> str | None:
@@ -296,6 +299,7 @@ class Backend(ABC):
 
     info: ClassVar[BackendInfo]
     pads_segments: ClassVar[bool] = False  # to powers of two: fewer programs to compile
+    drops_natively: ClassVar[bool] = False  # by a kernel of its library, with seed="native"
 
     def refusals(self, request: Request) -> list[str]:
         """Return why the backend cannot run a call; an empty list means that it can.
@@ -311,6 +315,8 @@ class Backend(ABC):
         kind = request.device.partition(":")[0]
         if kind not in self.info.devices:
             reasons.append(f"device {request.device}: runs on {', '.join(self.info.devices)}")
+        if request.native_dropout and not self.drops_natively:
+            reasons.append("seed 'native': no kernel of the library drops weights; give a number")
         return reasons + self.traced_segments(request)
 
     def traced_segments(self, request: Request) -> list[str]:

@@ -294,6 +294,7 @@ class BoundAttention:
             inputs.axis_name,
             layout,
             inputs.segments is not None,
+            isinstance(inputs.seed, str),
         )
         backend, plan = getattr(self._traced, name)
         validate(plan.spec, inputs, "torch", layout)
@@ -347,6 +348,7 @@ class BoundAttention:
             layout,
             segments_kind(inputs.segments),
             None if inputs.group is None else group_size(inputs.group),
+            isinstance(inputs.seed, str),
         )
 
 

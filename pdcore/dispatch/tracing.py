@@ -57,6 +57,7 @@ def make_traced_selector(
         axis_name: str | None,
         layout: str,
         packed: bool,
+        native_dropout: bool,
     ) -> str:
         if device is not None and device != array_device:
             raise UnsupportedError(
@@ -84,6 +85,7 @@ def make_traced_selector(
             axis_name,
             layout,
             "compiled" if packed else None,
+            native_dropout=native_dropout,
         )
         backend = selection.choose(request, choice).backend
         if backend.info.library != "torch":

@@ -321,14 +321,18 @@ def finite_dropout(dropout: Any) -> float:
 
 
 def checked_seed(seed: Any) -> Any:
-    """Check a seed of dropout; return an int for what NumPy holds, an array as it is."""
-    expected = "an int from 0 to 2**64 - 1, or an integer array () or (2,)"
+    """Check a seed of dropout; return an int for what NumPy holds, others as they are."""
+    expected = "an int from 0 to 2**64 - 1, an integer array () or (2,), or 'native' on PyTorch"
     if isinstance(seed, (np.ndarray, np.integer)) and seed.dtype.kind in "iu":
         words = [int(word) for word in seed.ravel()]
         if seed.shape == (2,) and seed.dtype == np.uint32:
             seed = words[0] | words[1] << 32
         elif seed.shape == ():
             seed = words[0]
+    if isinstance(seed, str):
+        if seed != "native":
+            raise ValueError(f"seed: got {seed!r}, expected {expected}")
+        return seed
     if type(seed) is int:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed: got {seed}, expected {expected}")

@@ -290,7 +290,7 @@ CALLS: dict[str, Wrong] = {
     "shards anywhere": wrong(
         NoBackendError, "sequence shards along a mapped axis: unsupported", axis_name="rows"
     ),
-    "a seed that is no number": wrong(TypeError, "seed: got str", dropout=0.1, seed="1"),
+    "a seed that is no number": wrong(ValueError, "seed: got '1'", dropout=0.1, seed="1"),
     "a seed that is true": wrong(TypeError, "seed: got bool", dropout=0.1, seed=True),
     "a negative seed": wrong(ValueError, "seed: got -1", "0 to 2**64 - 1", dropout=0.1, seed=-1),
     "a seed of more than 64 bits": wrong(ValueError, "seed: got", dropout=0.1, seed=2**64),

@@ -96,7 +96,7 @@ def unfit(plan: Plan, c: Scores, request: Request) -> str:
     if c.weight != "log" or c.expression is not None or biased:
         return "weights that are no exp of an inner product"
     if request.dropout:
-        return "dropout"
+        return "dropout, which no kernel of a library draws from pdcore's stream"
     if request.axis_name is not None:
         return "shards merge by the log-sum-exp"
     if not plan.fits(request.dtype):

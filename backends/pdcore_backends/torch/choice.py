@@ -16,7 +16,7 @@ from . import device
 from .kernels import TILE, by_cudnn
 from .terms import linear_scale
 
-__all__ = ["Blocked", "Flexed", "Fused", "Termed", "chosen"]
+__all__ = ["Blocked", "Flexed", "Fused", "Termed", "chosen", "not_native"]
 
 #: The block of FlexAttention: a shorter call has no block to skip, so compiling does not pay.
 FLEX_LEAST = 128
@@ -142,6 +142,19 @@ def chosen(plan: Plan, request: Request) -> Plan:
     return plan.chosen(replace(c, choice=Blocked(plan.text)), step)
 
 
+def not_native(request: Request) -> str:
+    """Return why PyTorch's own kernel cannot drop the weights of a call; empty if it can."""
+    plan = request.lower()
+    assert isinstance(plan.contraction, Scores)
+    if request.sharding is not None:
+        return "shards of a sequence"
+    if why := _not_fused(plan, plan.contraction, request):
+        return why
+    if request.lse or request.vjp or plan.rescales:
+        return "the log-sum-exp"
+    return "a window" if _window(plan) else ""
+
+
 def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
     support, kind = plan.support, device.kind(request.device)
     window = (support.left, support.ahead) if _window(plan) else None
@@ -158,6 +171,8 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
         fold=_one_pass(plan),
     )
     steps = [f"kernel: scaled_dot_product_attention ({_fused_kernels(request, kind)})"]
+    if request.dropout:
+        steps.append("weights dropped by PyTorch's own random numbers")
     if window is not None:
         steps.append(
             "a window: blocks of rows with the keys that they see; in a trace and in torch.func "
@@ -199,13 +214,17 @@ def _fused(plan: Plan, c: Scores, request: Request) -> Plan:
 def _by_cudnn(request: Request) -> bool:
     """Check whether cuDNN may run a call on some device, if it computes no gradient."""
     added = (request.mask, request.key_mask, request.bias)
-    return added == (None,) * 3 and by_cudnn(request.q[-2], request.k[-2], derived=False)
+    return (
+        added == (None,) * 3
+        and not request.dropout
+        and by_cudnn(request.q[-2], request.k[-2], derived=False)
+    )
 
 
 def _fused_kernels(request: Request, kind: str) -> str:
     """Return the names of the fused kernels that may run a call."""
     if kind == "cpu":
-        return "flash"
+        return "math, with an (N, M) array" if request.dropout else "flash"
     if (request.mask, request.key_mask, request.bias) != (None,) * 3:
         return "memory-efficient"
     return "cuDNN, flash or memory-efficient" if _by_cudnn(request) else "flash or memory-efficient"
@@ -236,6 +255,7 @@ def _direct(plan: Plan, request: Request) -> bool:
         and request.mask is None
         and request.key_mask is None
         and request.bias is None
+        and not request.dropout
         and len(request.q) == 4
         and request.q[-1] == request.v[-1]
         and all(request.q + request.k)
@@ -271,8 +291,8 @@ def _not_fused(plan: Plan, c: Scores, request: Request) -> str:
     """Return what no fused kernel computes of a plan; empty if one computes the plan."""
     if c.weight != "log" or c.expression is not None:
         return "weights that are no exp of an inner product"
-    if request.dropout:
-        return "dropout"
+    if request.dropout and not request.native_dropout:
+        return "dropout, which no kernel of a library draws from pdcore's stream"
     if _window(plan) and (why := _no_blocks(plan, request)):
         return why
     if plan.pools and plan.support.causal:

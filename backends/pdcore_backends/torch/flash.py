@@ -65,6 +65,7 @@ def attend(
     scale: float,
     causal: bool = False,
     key_bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Compute softmax(scale q.k + mask) v by a fused kernel.
 
@@ -80,6 +81,8 @@ def attend(
         Whether row i sees only keys 0 to i.
     key_bias : Tensor (B, Hkv, M), optional
         Added to the scores of a key, with a gradient. Only where `takes_key_bias`.
+    dropout : float
+        The probability that a weight is dropped, by PyTorch's own random numbers.
 
     Returns
     -------
@@ -88,7 +91,11 @@ def attend(
     """
     width = v.shape[-1]
     q, k, v = one_width(q, k, v)
-    if q.device.type == "cpu" and not compiling():
+    if dropout:
+        if key_bias is not None:
+            q, k = biased(q, k, key_bias / scale, q.dtype)
+        out = on_device(q, k, v, mask, scale, causal, derived=True, dropout=dropout)
+    elif q.device.type == "cpu" and not compiling():
         if recorded(q, k, v, key_bias):
             out = _OnCpu.apply(q, k, v, mask, scale, causal, key_bias)[0]
         else:

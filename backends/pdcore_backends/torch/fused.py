@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdcore.extend import (
     Call,
+    Group,
     GroupRun,
     Inputs,
     Operands,
@@ -157,6 +158,14 @@ class FusedCall(Call):
     def __init__(self, backend: Any, plan: Plan, inputs: Inputs) -> None:
         super().__init__(backend, plan, inputs, level=False)
         self.native = frozenset({"contraction"})
+
+    def _lanes(self, backend: Any) -> tuple[()]:
+        """Return nothing: PyTorch's kernel drops weights by its own random numbers."""
+        return ()
+
+    def dropout(self, group: Group) -> Any:
+        """Return the probability that a weight is dropped."""
+        return self.inputs.dropout
 
 
 class FusedRun(GroupRun):
@@ -307,5 +316,6 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
         added = torch.where(allowed, zero, -torch.inf)
     # At another offset every row sees every key, see `fused_inputs`.
     causal = True if c.choice.causal and seen.offset == 0 else False  # noqa: SIM210 - it may be a tensor
-    out = attend(q.flatten(1, 2), k, v, added, scale=c.scale, causal=causal, key_bias=bias)
+    options = {"scale": c.scale, "causal": causal, "key_bias": bias}
+    out = attend(q.flatten(1, 2), k, v, added, **options, dropout=o.dropout or 0.0)
     return out.unflatten(1, q.shape[1:3])

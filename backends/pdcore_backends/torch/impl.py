@@ -28,7 +28,7 @@ from pdcore.extend import (
 
 from . import INFO, namespace
 from .blocked import blocked_scores
-from .choice import Flexed, Fused, Termed, chosen
+from .choice import Flexed, Fused, Termed, chosen, not_native
 from .features import chosen_features, features
 from .flash import transformed
 from .flex import flex_scores
@@ -54,6 +54,7 @@ class TorchBackend(ArrayBackend):
     """A backend that runs plans on PyTorch tensors, on the CPU or a CUDA device."""
 
     info = INFO
+    drops_natively = True
     query_block, key_block = BLOCKS
 
     def __init__(self) -> None:
@@ -73,6 +74,13 @@ class TorchBackend(ArrayBackend):
             reasons += _reduced_precision(device.partition(":")[0])
         if request.group is not None:
             reasons += shard_refusals(request)
+        if (
+            request.native_dropout
+            and request.dropout
+            and not reasons
+            and (why := not_native(request))
+        ):
+            reasons.append(f"seed 'native': PyTorch's kernel drops no weights for {why}")
         return reasons
 
     def traced_segments(self, request: Request) -> list[str]:
@@ -120,6 +128,8 @@ class TorchBackend(ArrayBackend):
         with _without_autocast(inputs.q):
             prepared = fused_inputs(plan, inputs) if whole else None
             if prepared is None:
+                if inputs.dropout and isinstance(inputs.seed, str):
+                    raise UnsupportedError(_NOT_NATIVE)
                 return super().attention(plan, inputs, lse=lse)
             call = FusedCall(self, plan, prepared)
             out, _ = self.results(call, *self.run(call), lse=False)
@@ -206,6 +216,11 @@ def _keep_freed_memory() -> None:
     torch.empty(2**25 - 2**13, dtype=torch.uint8)
 
 
+_NOT_NATIVE = (
+    "seed: got 'native', and PyTorch's kernel does not run this call: one of torch.func, with an "
+    "empty array, with a bias that requires a gradient, or of causal rows at another offset than "
+    "0; give a number"
+)
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 #: The settings that hold the precision of float32 matrix products, by kind of device.

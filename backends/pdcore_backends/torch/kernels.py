@@ -95,10 +95,12 @@ def on_device(
     scale: float,
     causal: bool,
     derived: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Compute softmax(scale q.k + mask) v by the first fused kernel that accepts the call.
 
-    `derived` tells whether a gradient may be computed, see `by_cudnn`.
+    `derived` tells whether a gradient may be computed, see `by_cudnn`; `dropout` is the probability
+    that a weight is dropped.
     """
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - it may be a symbol
     if grouped and q.device.type == "cuda" and (q.dtype == torch.float32 or mask is not None):
@@ -112,9 +114,9 @@ def on_device(
         causal = False
     if q.device.type == "cpu":
         return scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+            q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped
         )
-    cudnn = mask is None and by_cudnn(q.shape[2], k.shape[2], derived)
+    cudnn = mask is None and not dropout and by_cudnn(q.shape[2], k.shape[2], derived)
     if mask is not None:
         allowed = sdpa_kernel(_MASKED)
     elif compiling():  # a trace cannot read the device: PyTorch's own order
@@ -123,7 +125,7 @@ def on_device(
         allowed = sdpa_kernel(list(_order(q.device.index, cudnn)), set_priority=True)
     with allowed:
         return scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=grouped
+            q, k, v, mask, dropout, causal, scale=scale, enable_gqa=grouped
         )
 
 

@@ -49,7 +49,7 @@ OWN = "blocks of our own"
         ("causal+sh(1,2)", {}, "pooled keys under causal"),
         ("bn(statistics=prefix)+sh(1,2)", {}, "prefix statistics of pooled keys"),
         ("causal", {"offset": torch.tensor([1])}, "positions that are arrays"),
-        ("softmax", {"dropout": 0.1}, "dropout"),
+        ("softmax", {"dropout": 0.1}, "dropout, which no kernel of a library draws from pdcore's"),
     ],
 )
 def test_explain_says_which_kernel_runs_and_why(spec: str, call: dict, kernel: str) -> None:
