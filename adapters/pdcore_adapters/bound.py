@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pdcore import AttentionSpec, Parameter, UnsupportedError, bind
 from pdcore.extend import FeatureMap, parameter_shape
@@ -13,6 +13,8 @@ __all__ = [
     "MOMENTUM",
     "BoundSpec",
     "Choice",
+    "Drop",
+    "check_drop",
     "check_running",
     "kept_arrays",
     "new_arrays",
@@ -20,6 +22,8 @@ __all__ = [
 ]
 
 Choice = str | Sequence[str] | None
+#: What the dropout of a layer drops in training: weights, or outputs.
+Drop = Literal["weights", "output"]
 
 #: The weight of a batch's statistics in running ones, as in `torch.nn.BatchNorm1d`.
 MOMENTUM = 0.1
@@ -189,6 +193,12 @@ def check_running(spec: AttentionSpec, momentum: float | None, **others: Any) ->
             f"{name}: got {x!r}, and {spec} has no running statistics; leave it out, or use "
             "bn(statistics=running)"
         )
+
+
+def check_drop(drop: object) -> None:
+    """Raise a ValueError unless `drop` is one of `Drop`."""
+    if drop not in ("weights", "output"):
+        raise ValueError(f"drop: got {drop!r}, expected 'weights' or 'output'")
 
 
 def refuse_dropout(

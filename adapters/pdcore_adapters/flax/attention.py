@@ -6,22 +6,26 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from flax import linen, nnx
 from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
 from jax import numpy as jnp
 
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs
 
-from ..bound import BoundSpec, Choice, refuse_dropout
+from ..bound import BoundSpec, Choice, Drop, check_drop, refuse_dropout
 from ..jax_seed import seed_of
 from ..watching import tell
+from .arguments import check_precision, refuse_products, sow
 
 __all__ = ["Attention", "PackedMask", "attention_fn"]
 
 
 def attention_fn(
-    spec: str | AttentionSpec = "softmax", *, backend: Choice = None, padding: bool = False
+    spec: str | AttentionSpec = "softmax",
+    *,
+    backend: Choice = None,
+    padding: bool = False,
+    drop: Drop = "weights",
 ) -> Callable[..., Any]:
     """Build the `attention_fn` of `flax.nnx.MultiHeadAttention` and of Linen's attention layers.
 
@@ -34,6 +38,9 @@ def attention_fn(
     padding : bool
         Whether masks hide padding only: each query of a sequence sees the same keys, or none. Any
         other mask is then an error; under `jax.jit`, the results of its sequence are NaN.
+    drop : {"weights", "output"}
+        What the dropout of the layer drops: weights, or outputs of the heads, for a feature map,
+        such as ``linear``, which has no weights.
 
     Returns
     -------
@@ -75,7 +82,7 @@ def attention_fn(
             f"spec: {bound.spec} takes the arrays {names}, and a function has no place for them; "
             "use SpecAttention, or LinenSpecAttention in Linen, as the attention_fn"
         )
-    return Attention(bound, padding)
+    return Attention(bound, padding, drop)
 
 
 class PackedMask(NamedTuple):
@@ -120,11 +127,21 @@ class _Keys(NamedTuple):
 class Attention:
     """The function that a layer of Flax calls, for one spec."""
 
-    __slots__ = ("__weakref__", "_bound", "_by_position", "_needs_keys", "_padding", "_strict")
+    __slots__ = (
+        "__weakref__",
+        "_bound",
+        "_by_position",
+        "_drop",
+        "_needs_keys",
+        "_padding",
+        "_strict",
+    )
 
-    def __init__(self, bound: BoundSpec, padding: bool) -> None:
+    def __init__(self, bound: BoundSpec, padding: bool, drop: Drop = "weights") -> None:
+        check_drop(drop)
         self._bound = bound
         self._padding = padding
+        self._drop: Drop = drop
         spec = self.spec
         pools, training = spec.heads.largest > 1, spec.normalization.training
         self._needs_keys = pools or training.statistics_state() is not None
@@ -138,21 +155,21 @@ class Attention:
         return self._bound.spec
 
     def __repr__(self) -> str:
-        padding = ", padding=True" if self._padding else ""
-        return f"<pdcore attention_fn({str(self.spec)!r}{padding})>"
+        more = ", padding=True" if self._padding else ""
+        more += f", drop={self._drop!r}" if self._drop != "weights" else ""
+        return f"<pdcore attention_fn({str(self.spec)!r}{more})>"
+
+    def _identity(self) -> tuple[BoundSpec, bool, Drop]:
+        return self._bound, self._padding, self._drop
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Attention)
-            and self._bound == other._bound
-            and self._padding == other._padding
-        )
+        return isinstance(other, Attention) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
-        return hash((self._bound, self._padding))
+        return hash(self._identity())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Attention, (self._bound, self._padding)
+        return Attention, self._identity()
 
     # Linen passes only the arguments that are named in this signature, and silently drops others.
     def __call__(
@@ -195,8 +212,8 @@ class Attention:
         dropout_rng : PRNG key, optional
             The key of dropout, of which 64 bits are the seed. Required by it.
         dropout_rate : float
-            The probability that a weight is dropped in training. With a feature map, such as
-            ``linear``, which has no weights, refused above 0.
+            The probability that a weight, or an output, is dropped in training. For weights of a
+            feature map, such as ``linear``, which has none, refused above 0.
         deterministic : bool
             True outside training.
         dtype : dtype, optional
@@ -231,13 +248,14 @@ class Attention:
         TypeError, ValueError, UnsupportedError
             For a wrong argument; the message names it.
         """
-        _refuse_products(
+        refuse_products(
             einsum_dot_general=einsum_dot_general,
             qk_attn_weights_einsum=qk_attn_weights_einsum,
             attn_weights_value_einsum=attn_weights_value_einsum,
         )
-        _check_precision(precision)
-        refuse_dropout(self.spec, "dropout_rate", dropout_rate, "dropout_rate=0.0 to the layer")
+        check_precision(precision)
+        if self._drop == "weights":
+            refuse_dropout(self.spec, "dropout_rate", dropout_rate, _NO_WEIGHTS)
         for name, x in (("query", query), ("key", key), ("value", value)):
             if jnp.ndim(x) < 3:
                 raise ValueError(
@@ -268,16 +286,21 @@ class Attention:
         masks |= {"segments": segments, "labels": labels}
         params = {} if kept is None else kept.params(attend.spec, q.dtype)
         if module is not None:
-            _sow(module, attend.weights(Inputs(q, k, v, **masks, params=params), "bnhd"))
-        if not deterministic and dropout_rate > 0.0:
+            sow(module, attend.weights(Inputs(q, k, v, **masks, params=params), "bnhd"))
+        dropped = not deterministic and dropout_rate > 0.0
+        if dropped:
             if dropout_rng is None:
                 raise ValueError(
                     f"dropout_rng: got None with dropout_rate {dropout_rate}, expected a PRNG key: "
                     "give the layer rngs with a stream named dropout"
                 )
-            masks |= {"dropout": dropout_rate, "seed": seed_of(dropout_rng)}
+            if self._drop == "weights":
+                masks |= {"dropout": dropout_rate, "seed": seed_of(dropout_rng)}
         out = attend(q, k, v, **masks, params=params, layout="bnhd")
         tell(self, attend, Inputs(q, k, v, **masks, params=params), out, "bnhd")
+        if dropped and self._drop == "output":
+            left = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, out.shape)
+            out = jnp.where(left, out / (1.0 - dropout_rate), 0.0)
         if kept is not None:
             kept.track(k, keys.key_mask, segments)
         if keys.invalid is not None:
@@ -329,6 +352,12 @@ class Attention:
         return _Keys(None if one_row else mask, key_mask, "end" if decoding else 0, invalid)
 
 
+_NO_WEIGHTS = (
+    "dropout_rate=0.0 to the layer, or attention_fn(drop='output'), which drops outputs of the "
+    "heads in their place"
+)
+
+
 def _together(segments: Any) -> Any:
     """Return which queries and keys are of one segment, (*B, 1, N, M)."""
     pair = isinstance(segments, tuple | list)
@@ -356,40 +385,3 @@ def _rows(x: Any) -> int:
     """Return the length of the query axis of a mask or bias."""
     shape = jnp.shape(x)
     return int(shape[-2]) if len(shape) > 1 else 1
-
-
-def _refuse_products(**products: Any) -> None:
-    """Raise for functions that would replace the products of queries, keys and values."""
-    for name, product in products.items():
-        if product is not None:
-            raise UnsupportedError(
-                f"{name}: got {product!r}, expected None: the scores are made block by block, not "
-                "by a product that could be exchanged; use Flax's own attention for it"
-            )
-
-
-def _check_precision(precision: Any) -> None:
-    """Raise for a `precision` that names an algorithm instead of a `jax.lax.Precision`."""
-    if precision is None or isinstance(precision, jax.lax.Precision):
-        return
-    parts = precision if isinstance(precision, tuple) else (precision,)
-    try:
-        for part in parts:
-            jax.lax.Precision(part)
-    except ValueError as error:
-        raise UnsupportedError(
-            f"precision: got {precision!r}, expected None or a jax.lax.Precision: products have "
-            "the full precision of their dtype, by the algorithm that the backend chooses"
-        ) from error
-
-
-def _sow(module: Any, weights: Any) -> None:
-    if isinstance(module, nnx.Module):
-        module.sow(nnx.Intermediate, "attention_weights", weights)
-    elif isinstance(module, linen.Module):
-        module.sow("intermediates", "attention_weights", weights)
-    else:
-        raise TypeError(
-            f"module: got {type(module).__name__}, expected a flax.nnx.Module or a "
-            "flax.linen.Module to sow the weights into"
-        )

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 
 from pdcore import AttentionSpec
 
-from ..bound import MOMENTUM, BoundSpec, Choice, check_running, new_arrays
+from ..bound import MOMENTUM, BoundSpec, Choice, Drop, check_running, new_arrays
 from ..key_statistics import BATCHES, real_keys, updated
 from .attention import Attention
 
@@ -89,7 +89,7 @@ class SpecAttention(nnx.Module):  # type: ignore[misc]
 
     Parameters
     ----------
-    spec, backend, padding
+    spec, backend, padding, drop
         As in `attention_fn`.
     key_heads, head_dim : int
         The numbers of key heads and of features of a head.
@@ -119,6 +119,7 @@ class SpecAttention(nnx.Module):  # type: ignore[misc]
         query_heads: int | None = None,
         backend: Choice = None,
         padding: bool = False,
+        drop: Drop = "weights",
         momentum: float | None = MOMENTUM,
         axis_name: str | None = None,
         use_running_average: bool = False,
@@ -130,8 +131,8 @@ class SpecAttention(nnx.Module):  # type: ignore[misc]
         self.spec = bound.spec
         self.momentum, self.axis_name = momentum, axis_name
         self.use_running_average = use_running_average
-        self._in_evaluation = Attention(bound, padding)
-        self._in_training = Attention(bound.training, padding)
+        self._in_evaluation = Attention(bound, padding, drop)
+        self._in_training = Attention(bound.training, padding, drop)
         sizes = (key_heads, head_dim, query_heads or key_heads)
         for name, (learned, x) in _starts(bound.spec, sizes, param_dtype).items():
             setattr(self, name, nnx.Param(x) if learned else nnx.BatchStat(x))
@@ -159,13 +160,14 @@ class LinenSpecAttention(linen.Module):  # type: ignore[misc]
 
     Attributes
     ----------
-    spec, backend, padding, momentum, axis_name, use_running_average, param_dtype
+    spec, backend, padding, drop, momentum, axis_name, use_running_average, param_dtype
         As in `SpecAttention`.
     """
 
     spec: str | AttentionSpec
     backend: Choice = None
     padding: bool = False
+    drop: Drop = "weights"
     momentum: float | None = MOMENTUM
     axis_name: str | None = None
     use_running_average: bool = False
@@ -212,7 +214,7 @@ class LinenSpecAttention(linen.Module):  # type: ignore[misc]
         fixed = self.use_running_average
         change = None if fixed or self.is_initializing() else write
         kept = KeptArrays(bound.spec, read, change, self.momentum, self.axis_name)
-        return Attention(bound if fixed else bound.training, self.padding)(
+        return Attention(bound if fixed else bound.training, self.padding, self.drop)(
             query,
             key,
             value,

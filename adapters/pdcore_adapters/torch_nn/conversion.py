@@ -14,9 +14,19 @@ from torch.nn.utils import parametrize
 from pdcore import AttentionSpec
 from pdcore.extend import finite_dropout
 
-from ..bound import MOMENTUM, BoundSpec, Choice, check_running, kept_arrays, refuse_dropout
-from .layer import APPENDED_KEY, PDMultiheadAttention
+from ..bound import (
+    MOMENTUM,
+    BoundSpec,
+    Choice,
+    Drop,
+    check_drop,
+    check_running,
+    kept_arrays,
+    refuse_dropout,
+)
+from .layer import PDMultiheadAttention
 from .state import attach_spec
+from .words import APPENDED_KEY
 
 __all__ = ["Conversion", "convert"]
 
@@ -78,6 +88,7 @@ def convert(
     backend: Choice = None,
     select: Callable[[str, nn.MultiheadAttention], bool] | None = None,
     dropout: float | None = None,
+    drop: Drop | None = None,
     momentum: float | None = MOMENTUM,
     process_group: Any = None,
     group: Any = None,
@@ -96,8 +107,10 @@ def convert(
     select : callable, optional
         ``select(name, layer)`` says which layers to convert; by default all.
     dropout : float, optional
-        The dropout of the weights of the converted layers; by default that of each layer. A feature
-        map, such as ``linear``, has no weights: 0.
+        The dropout of the converted layers; by default that of each layer.
+    drop : {"weights", "output"}, optional
+        What it drops, see `PDMultiheadAttention`; by default what each layer drops. A feature map,
+        such as ``linear``, has no weights to drop.
 
     Returns
     -------
@@ -110,7 +123,7 @@ def convert(
     ------
     SpecError, UnsupportedError, ValueError
         For a wrong spec, or one that does not fit the heads of a layer that would be converted;
-        the model is then unchanged. Dropout above 0 is refused for a feature map.
+        the model is then unchanged. Dropout of the weights is refused for a feature map.
 
     Examples
     --------
@@ -122,6 +135,8 @@ def convert(
     """
     bound = BoundSpec(spec, backend)
     kept_arrays(bound.spec)
+    if drop is not None:
+        check_drop(drop)
     check_running(bound.spec, momentum, process_group=process_group)
     layers: dict[Any, list[str]] = {}
     cross = set()
@@ -147,14 +162,16 @@ def convert(
             owner = f"heads of {_display_name(names[0])}; nothing was converted"
             bound.spec.for_heads(layer.num_heads, owner)
             p = layer.dropout if dropout is None else dropout
-            advice = "convert(dropout=0); nothing was converted"
-            refuse_dropout(bound.spec, "dropout", p, advice, _display_name(names[0]))
+            if (drop or getattr(layer, "drop", "weights")) == "weights":
+                refuse_dropout(bound.spec, "dropout", p, _NO_WEIGHTS, _display_name(names[0]))
             selected[layer] = names
     parameters = []
     for layer, names in selected.items():
         if dropout is not None:
             layer.dropout = finite_dropout(dropout)
         _convert_layer(layer)
+        if drop is not None:
+            layer.drop = drop
         layer.converted = True
         new = attach_spec(layer, bound, momentum, process_group, group)
         parameters += [f"{names[0]}.{name}".lstrip(".") for name in new]
@@ -170,6 +187,12 @@ def convert(
             nested.append(name)
     converted = [name for names in selected.values() for name in names]
     return Conversion(bound.spec, tuple(converted), left, tuple(nested), tuple(parameters))
+
+
+_NO_WEIGHTS = (
+    "convert(drop='output') to drop outputs of the layer in their place, or convert(dropout=0); "
+    "nothing was converted"
+)
 
 
 def _let_transformers_save(model: nn.Module) -> None:

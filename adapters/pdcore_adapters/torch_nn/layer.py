@@ -12,11 +12,11 @@ from torch.nn import functional
 from pdcore import AttentionSpec, UnsupportedError
 from pdcore.extend import Inputs, finite_dropout
 
-from ..bound import MOMENTUM, BoundSpec, Choice, refuse_dropout
+from ..bound import MOMENTUM, BoundSpec, Choice, Drop, check_drop, refuse_dropout
 from ..watching import tell
 from .masks import check_addend, check_hides_only, check_mask, require, with_batch
 from .state import arrays_of, attach_spec, group_of, track
-from .words import wrong_call, wrong_layer
+from .words import APPENDED_KEY, wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
 
@@ -33,8 +33,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype
         As in `torch.nn.MultiheadAttention`.
     dropout : float
-        Dropout of the normalised weights in training, 0 <= p < 1; 0 for a feature map, such as
-        ``linear``, which has no weights.
+        The probability that a weight, or an output, is dropped in training, 0 <= p < 1.
     add_bias_kv, add_zero_attn : bool
         Refused, since they append a key that is no element of the sequence: it has no position
         and no place in the statistics.
@@ -48,6 +47,9 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         ``alibi`` a buffer ``slopes`` (num_heads,) of its default slopes.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
+    drop : {"weights", "output"}
+        What `dropout` drops: normalised weights, as in `torch.nn.MultiheadAttention`, or outputs of
+        the layer, for a feature map, such as ``linear``, which has no weights.
     momentum : float or None
         The weight of a batch in the running statistics, as in `torch.nn.BatchNorm1d`; None for
         the mean over all batches.
@@ -64,7 +66,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For `add_bias_kv`, `add_zero_attn`, and dropout with a feature map.
+        For `add_bias_kv`, `add_zero_attn`, and dropout of the weights of a feature map.
 
     Notes
     -----
@@ -84,6 +86,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
     # created, and whether it did so as the saved config of the model says.
     converted = False
     recorded = False
+    drop: Drop = "weights"
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         *,
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
+        drop: Drop = "weights",
         momentum: float | None = MOMENTUM,
         process_group: Any = None,
         group: Any = None,
@@ -112,7 +116,10 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise UnsupportedError(f"{name}: got {value!r}, expected False; {APPENDED_KEY}")
-        refuse_dropout(bound.spec, "dropout", dropout, "PDMultiheadAttention(dropout=0)")
+        check_drop(drop)
+        if drop == "weights":
+            advice = "dropout=0, or drop='output', which drops outputs of the layer in their place"
+            refuse_dropout(bound.spec, "dropout", dropout, advice)
         super().__init__(
             embed_dim,
             num_heads,
@@ -126,6 +133,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         )
         bound.spec.for_heads(num_heads, "heads of the layer")
         attach_spec(self, bound, momentum, process_group, group)
+        self.drop = drop
 
     @property
     def spec(self) -> AttentionSpec:
@@ -147,6 +155,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             ("kdim", self.embed_dim),
             ("vdim", self.embed_dim),
             ("batch_first", False),
+            ("drop", "weights"),
             ("momentum", MOMENTUM),
         ):
             if getattr(self, name) != default:
@@ -257,11 +266,13 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
         )
         call["params"] = arrays_of(self, attend.spec)
         call |= group_of(self)
-        p = self.dropout if self.training else 0.0
+        p = self.dropout if self.training and self.drop == "weights" else 0.0
         out = attend(q, k, v, **call, dropout=p, layout="bnhd")
         tell(self, attend, Inputs(q, k, v, **call), out, "bnhd")
         out = out.transpose(0, 1) if batched and not self.batch_first else out
         out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        if self.drop == "output":
+            out = functional.dropout(out, self.dropout, self.training)
         weights = None
         if need_weights:
             weights = attend.weights(Inputs(q, k, v, **call), "bnhd")
@@ -376,12 +387,6 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                     key_bias = key_bias.masked_fill(~key_mask, 0.0)[:, None, None, :]
                     bias = key_bias if bias is None else bias + key_bias
         return mask, key_mask, bias
-
-
-APPENDED_KEY = (
-    "the key that it appends is no element of the sequence, with no position and no place in its "
-    "statistics; use nn.MultiheadAttention for it"
-)
 
 
 def _as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any) -> Any:

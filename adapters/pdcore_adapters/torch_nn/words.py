@@ -7,7 +7,12 @@ from typing import Any
 
 from pdcore.extend import wrong_arguments
 
-__all__ = ["wrong_call", "wrong_layer"]
+__all__ = ["APPENDED_KEY", "wrong_call", "wrong_layer"]
+
+APPENDED_KEY = (
+    "the key that it appends is no element of the sequence, with no position and no place in its "
+    "statistics; use nn.MultiheadAttention for it"
+)
 
 #: What to do in place of arguments of `pdcore.attention` and of other libraries, in a call.
 _OF_THE_LAYER = {

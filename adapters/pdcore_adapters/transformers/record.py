@@ -23,7 +23,8 @@ __all__ = [
 
 #: The attribute of a config, and the key in its file, with the spec of its attention.
 RECORD = "pdcore_spec"
-#: The same for the layers that `torch_nn.convert` has converted: a dict from name to spec.
+#: The same for the layers that `torch_nn.convert` has converted: a dict from name to spec, or to
+#: spec and "output" for layers whose dropout drops outputs.
 CONVERTED = "pdcore_converted"
 #: The attention of a saved model with converted layers whose other layers do not call pdcore:
 #: unknown to transformers, which so refuses the checkpoint where this module is not imported.
@@ -99,15 +100,17 @@ def specs_in_config(model: Any) -> Iterator[None]:
                     setattr(config, key, attributes[key])
 
 
-def _converted_layers(model: nn.Module) -> dict[int, dict[str, str]]:
-    """Return the converted layers, by name, with their specs, for each config above them."""
-    result: dict[int, dict[str, str]] = {}
+def _converted_layers(model: nn.Module) -> dict[int, dict[str, Any]]:
+    """Return the converted layers, by name, with their records, for each config above them."""
+    result: dict[int, dict[str, Any]] = {}
     for prefix, part in model.named_modules():
         if isinstance(part, PreTrainedModel):
             for name, layer in part.named_modules(prefix=prefix):
                 is_converted = isinstance(layer, PDMultiheadAttention) and layer.converted
                 if is_converted and str(layer.spec) != "softmax":
-                    result.setdefault(id(part.config), {})[name] = str(layer.spec)
+                    spec = str(layer.spec)
+                    record = spec if layer.drop == "weights" else [spec, layer.drop]
+                    result.setdefault(id(part.config), {})[name] = record
     return result
 
 
@@ -142,7 +145,8 @@ def convert_recorded(model: Any) -> None:
         if isinstance(layer, PDMultiheadAttention):
             layer.converted = layer.recorded
         elif isinstance(layer, nn.MultiheadAttention):
-            for saved, spec in recorded.items():
+            for saved, record in recorded.items():
                 if f".{name}".endswith(f".{saved}") or f".{saved}".endswith(f".{name}"):
-                    convert(layer, spec)
+                    spec, drop = (record, None) if isinstance(record, str) else record
+                    convert(layer, spec, drop=drop)
                     layer.recorded = True

@@ -159,7 +159,7 @@ class FusedCall(Call):
         super().__init__(backend, plan, inputs, level=False)
         self.native = frozenset({"contraction"})
 
-    def _lanes(self, backend: Any) -> tuple[()]:
+    def _lanes(self, backend: Any) -> Any:
         """Return nothing: PyTorch's kernel drops weights by its own random numbers."""
         return ()
 
@@ -316,6 +316,7 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
         added = torch.where(allowed, zero, -torch.inf)
     # At another offset every row sees every key, see `fused_inputs`.
     causal = True if c.choice.causal and seen.offset == 0 else False  # noqa: SIM210 - it may be a tensor
-    options = {"scale": c.scale, "causal": causal, "key_bias": bias}
-    out = attend(q.flatten(1, 2), k, v, added, **options, dropout=o.dropout or 0.0)
+    p: Any = o.dropout or 0.0
+    options = {"scale": c.scale, "causal": causal, "key_bias": bias, "dropout": p}
+    out = attend(q.flatten(1, 2), k, v, added, **options)
     return out.unflatten(1, q.shape[1:3])

@@ -109,12 +109,30 @@ def test_a_feature_map_has_no_dropout() -> None:
     with pytest.raises(UnsupportedError, match=r"dropout_p: got 0\.5 for the layer, and linear "):
         PDMultiheadAttention(H, E, dropout_p=0.5, spec="linear", key=key)
     plain = eqx.nn.MultiheadAttention(H, E, dropout_p=0.5, key=key)
-    with pytest.raises(UnsupportedError, match=r"for the model itself, .*convert\(dropout_p=0\)"):
+    with pytest.raises(UnsupportedError, match=r"for the model itself, .*convert\(drop='output'\)"):
         convert(plain, "linear")
     x = drawn(N, E)
     ours = convert(plain, "linear", dropout_p=0)
     inference = convert(eqx.nn.inference_mode(plain), "linear")
     close(ours(x, x, x), inference(x, x, x))
+
+
+def test_outputs_are_dropped_in_place_of_weights() -> None:
+    plain = eqx.nn.MultiheadAttention(H, E, dropout_p=0.25, key=jax.random.key(0))
+    ours = convert(plain, "linear", drop="output")
+    x, key = drawn(200, E), jax.random.key(1)
+    whole = ours(x, x, x, inference=True)
+    out = eqx.filter_jit(ours)(x, x, x, key=key)
+    kept = out != 0
+    close(out, jnp.where(kept, whole / 0.75, 0.0))
+    assert abs(kept.mean() - 0.75) < 5 * (0.1875 / kept.size) ** 0.5
+    assert convert(ours, "relu").drop == "output"  # a converted layer drops what it did
+    with pytest.raises(UnsupportedError, match="relu has no weights to drop"):
+        convert(ours, "relu", drop="weights")
+    with pytest.raises(ValueError, match="key: got None in training"):
+        ours(x, x, x)
+    with pytest.raises(ValueError, match="drop: got 'heads'"):
+        PDMultiheadAttention(H, E, drop="heads", key=key)
 
 
 def test_dropout() -> None:

@@ -268,6 +268,45 @@ def test_dropout_with_a_feature_map_is_refused_at_the_first_call() -> None:
         linen.MultiHeadDotProductAttention(H, **options).init(jax.random.key(0), x)
 
 
+@pytest.mark.parametrize("kind", ["nnx", "linen", "nnx with arrays", "linen with arrays"])
+def test_outputs_of_heads_are_dropped_in_place_of_weights(kind: str) -> None:
+    spec = "linear+bn(beta=param)" if "arrays" in kind else "linear"
+    match kind:
+        case "nnx with arrays":
+            inner: Any = SpecAttention(spec, H, E // H, drop="output")
+        case "linen with arrays":
+            inner = LinenSpecAttention(spec, drop="output")
+        case _:
+            inner = attention_fn(spec, drop="output")
+    options = {"dropout_rate": 0.25, "attention_fn": inner}
+    x = drawn(B, 100, E)
+    if kind.startswith("nnx"):
+        layer = nnx.MultiHeadAttention(H, E, decode=False, rngs=nnx.Rngs(0), **options)
+        layer.out = lambda heads, **_: heads
+        whole = layer(x, deterministic=True)
+        out = layer(x, deterministic=False, rngs=nnx.Rngs(dropout=1))
+    else:
+        layer = linen.MultiHeadDotProductAttention(H, **options)
+        variables = layer.init(jax.random.key(0), x, deterministic=True)
+        kernel = jnp.eye(E).reshape(H, E // H, E)
+        variables["params"]["out"]["kernel"] = kernel
+        whole = layer.apply(variables, x, deterministic=True)
+        keys = {"dropout": jax.random.key(1)}
+        out = layer.apply(variables, x, deterministic=False, rngs=keys)
+    kept = out != 0
+    close(out, jnp.where(kept, whole / 0.75, 0.0))
+    assert abs(kept.mean() - 0.75) < 5 * (0.1875 / kept.size) ** 0.5
+
+
+def test_what_dropout_drops_is_part_of_the_function() -> None:
+    ours = attention_fn("linear", drop="output")
+    assert ours != attention_fn("linear")
+    assert repr(ours) == "<pdcore attention_fn('linear', drop='output')>"
+    assert copy.deepcopy(ours) == ours
+    with pytest.raises(ValueError, match="drop: got 'heads', expected 'weights' or 'output'"):
+        attention_fn("linear", drop="heads")
+
+
 def test_dropout_in_training() -> None:
     plain, ours = nnx_pair(dropout_rate=0.5)
     x = drawn(B, N, E)

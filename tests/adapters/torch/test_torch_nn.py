@@ -973,3 +973,43 @@ def test_a_feature_map_has_no_dropout() -> None:
         with pytest.raises(pdcore.UnsupportedError, match=r"dropout: got 0.1 for the layer, and "):
             PDMultiheadAttention(16, 4, dropout=0.1, spec=spec)
         PDMultiheadAttention(16, 4, spec=spec)
+
+
+def test_outputs_are_dropped_in_place_of_weights() -> None:
+    model = nn.TransformerEncoderLayer(16, 4, batch_first=True)
+    with pytest.raises(pdcore.UnsupportedError, match=r"convert\(drop='output'\) to drop outputs"):
+        convert(model, "linear")
+    convert(model, "linear", drop="output")
+    layer = model.self_attn
+    assert (layer.dropout, layer.drop) == (0.1, "output")
+    assert (
+        layer.extra_repr() == "16, 4, spec='linear', dropout=0.1, batch_first=True, drop='output'"
+    )
+    x = torch.randn(8, 50, 16)
+    whole = layer.eval()(x, x, x)[0]
+    out = layer.train()(x, x, x)[0]
+    kept = out != 0
+    close(out, torch.where(kept, whole / 0.9, 0.0))
+    assert abs(kept.double().mean().item() - 0.9) < 5 * (0.09 / kept.numel()) ** 0.5
+    with pytest.raises(pdcore.UnsupportedError, match="self_attn, and relu has no weights to drop"):
+        convert(model, "relu", drop="weights")
+    convert(model, "relu")  # a converted layer drops what it did
+    assert layer.drop == "output"
+    convert(model, "softmax", drop="weights")
+    torch.manual_seed(0)
+    expected = PDMultiheadAttention(16, 4, dropout=0.1, batch_first=True)
+    expected.load_state_dict(layer.state_dict())
+    outs = []
+    for module in (layer.train(), expected):
+        torch.manual_seed(0)
+        outs.append(module(x, x, x)[0])
+    close(*outs, tolerance=0)
+
+
+def test_what_dropout_drops_is_one_of_two() -> None:
+    for make in (
+        lambda: PDMultiheadAttention(16, 4, drop="heads"),
+        lambda: convert(nn.MultiheadAttention(16, 4), "linear", drop="heads"),
+    ):
+        with pytest.raises(ValueError, match="drop: got 'heads', expected 'weights' or 'output'"):
+            make()

@@ -241,3 +241,12 @@ def test_layers_of_the_class_of_a_model_need_no_record(tmp_path: Path, forget: A
     forget("pdcore_converted")
     loaded = Own.from_pretrained(tmp_path)
     assert check(loaded).calls == {"first": "softmax+bn", "second": "cosine"}
+
+
+def test_converted_layers_are_loaded_with_what_they_drop(tmp_path: Path) -> None:
+    model = siglip()
+    convert(model, "linear", drop="output")
+    model.save_pretrained(tmp_path)
+    loaded = transformers.SiglipModel.from_pretrained(tmp_path)
+    head = loaded.vision_model.head.attention
+    assert (str(head.spec), head.drop) == ("linear", "output")

@@ -1,10 +1,5 @@
 """`PDMultiheadAttention`, an `equinox.nn.MultiheadAttention` with the attention of a spec.
 
->>> layer = PDMultiheadAttention(4, 16, spec="bn+sh(1,1,2,2)", key=jax.random.key(0))
->>> x = jax.numpy.ones((10, 16))
->>> layer(x, x, x).shape
-(10, 16)
-
 Notation: H heads, N queries, M keys.
 """
 
@@ -12,24 +7,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
+
+import equinox
+import jax
+from equinox.nn import MultiheadAttention
+from jax import numpy as jnp
 
 from pdcore import AttentionSpec, UnsupportedError
 
-from .bound import MOMENTUM, BoundSpec, Choice, check_running, new_arrays, refuse_dropout
-from .key_statistics import BATCHES, real_keys, updated
-from .requirements import requires
+from ..bound import (
+    MOMENTUM,
+    BoundSpec,
+    Choice,
+    Drop,
+    check_drop,
+    check_running,
+    new_arrays,
+    refuse_dropout,
+)
+from ..jax_seed import seed_of
+from ..key_statistics import BATCHES, real_keys, updated
 
-with requires("equinox"):
-    import equinox
-    import jax
-    from equinox.nn import MultiheadAttention
-    from jax import numpy as jnp
-
-    from .jax_seed import seed_of
-
-__all__ = ["PDMultiheadAttention", "convert"]
+__all__ = ["PDMultiheadAttention", "attach_spec"]
 
 
 class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
@@ -46,8 +46,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     use_query_bias, use_key_bias, use_value_bias, use_output_bias, inference, dtype, key
         As in `equinox.nn.MultiheadAttention`.
     dropout_p : float
-        The probability that a weight is dropped in training. With a feature map, such as
-        ``linear``, which has no weights, it is refused unless `inference` is True.
+        The probability that a weight, or an output, is dropped in training.
     spec : str or AttentionSpec
         The attention of every head, with no scales, one for each of the `num_heads` heads, or
         ``sh(half=2)``.
@@ -57,6 +56,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         has a state, see Notes.
     backend : str or sequence of str, optional
         As in `pdcore.bind`; the choice is made when the layer is created.
+    drop : {"weights", "output"}
+        What dropout drops: weights, as in `equinox.nn.MultiheadAttention`, or outputs of the layer,
+        for a feature map, such as ``linear``, which has no weights.
     momentum : float or None
         The weight of a call's statistics in the running ones; None for their mean over all calls.
     axis_name : str, optional
@@ -68,7 +70,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     SpecError, ValueError
         For a spec that is wrong or does not have `num_heads` scales.
     UnsupportedError
-        For dropout with a feature map.
+        For dropout of the weights of a feature map, unless `inference` is True.
 
     Notes
     -----
@@ -85,6 +87,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
     running: Any
     axis_name: str | None = equinox.field(static=True)
     momentum: float | None = equinox.field(static=True)
+    drop: Drop = equinox.field(static=True)
     _bound: BoundSpec = equinox.field(static=True)
 
     def __init__(
@@ -107,6 +110,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         key: Any,
         spec: str | AttentionSpec = "softmax",
         backend: Choice = None,
+        drop: Drop = "weights",
         momentum: float | None = MOMENTUM,
         axis_name: str | None = None,
     ) -> None:
@@ -114,7 +118,7 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         sizes = (num_heads, query_size, key_size, value_size, output_size, qk_size, vo_size)
         biases = (use_query_bias, use_key_bias, use_value_bias, use_output_bias)
         super().__init__(*sizes, *biases, dropout_p, inference, dtype, key=key)
-        _attach_spec(self, bound, momentum, axis_name)
+        attach_spec(self, bound, drop, momentum, axis_name)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -227,9 +231,11 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             labels=labels,
             params=params,
             layout="bnhd",
-            **dropped,
+            **(dropped if self.drop == "weights" else {}),
         )
         out = jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))
+        if dropped and self.drop == "output":
+            out = self.dropout(out, key=key, inference=False)
         if state is None:
             return out
         if not inference:
@@ -297,20 +303,26 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         return 0
 
 
-def _attach_spec(
+def attach_spec(
     layer: Any,
     bound: BoundSpec,
+    drop: Drop,
     momentum: float | None,
     axis_name: str | None,
     name: str = "the layer",
-    advice: str = "dropout_p=0",
+    call: str = "PDMultiheadAttention",
 ) -> None:
     """Set the spec on a new layer, with its parameters and running statistics."""
     spec = bound.spec
     check_running(spec, momentum, axis_name=axis_name)
     spec.for_heads(layer.num_heads, f"heads of {name}")
+    check_drop(drop)
     p = layer.dropout.p
-    if not layer.dropout.inference and isinstance(p, int | float):  # and no traced leaf
+    drops = drop == "weights" and not layer.dropout.inference
+    if drops and isinstance(p, int | float):  # and no traced leaf
+        advice = (
+            f"{call}(drop='output') to drop outputs of the layer in their place, or dropout_p=0"
+        )
         refuse_dropout(spec, "dropout_p", p, advice, name)
     sizes = (layer.num_heads, layer.qk_size, layer.num_heads)
     arrays = new_arrays(spec, sizes, xp=jnp, dtype=layer.query_proj.weight.dtype)
@@ -318,87 +330,6 @@ def _attach_spec(
     counter = {BATCHES: jnp.zeros((), jnp.int32)}
     running = equinox.nn.StateIndex(buffers | counter) if buffers else None
     params = {p.name: x for p, x in arrays.items() if not p.running}
-    how = {"_bound": bound, "axis_name": axis_name, "momentum": momentum}
+    how = {"_bound": bound, "drop": drop, "axis_name": axis_name, "momentum": momentum}
     for attribute, value in {"spec_params": params, "running": running, **how}.items():
         object.__setattr__(layer, attribute, value)
-
-
-def convert(
-    model: Any,
-    spec: str | AttentionSpec,
-    *,
-    backend: Choice = None,
-    select: Callable[[str, MultiheadAttention], bool] | None = None,
-    dropout_p: float | None = None,
-    momentum: float | None = MOMENTUM,
-    axis_name: str | None = None,
-) -> Any:
-    """Return a model with `PDMultiheadAttention` for each `equinox.nn.MultiheadAttention`.
-
-    The new model has the arrays of `model`, which is not changed.
-
-    Parameters
-    ----------
-    model : pytree
-        A model, or one layer. Layers that are `PDMultiheadAttention` already get the new spec.
-    spec, backend, momentum, axis_name
-        As in `PDMultiheadAttention`. ``equinox.nn.State(model)`` makes the state of a model
-        with running statistics.
-    select : callable, optional
-        ``select(name, layer)`` says which layers to convert, by names such as ``.blocks[0].attn``;
-        by default all.
-    dropout_p : float, optional
-        The dropout of the converted layers; by default that of each layer. A feature map, such as
-        ``linear``, has no weights to drop: 0.
-
-    Returns
-    -------
-    pytree
-
-    Raises
-    ------
-    SpecError, UnsupportedError, ValueError
-        For a wrong spec, or one that does not fit the heads of a layer; for a model without a
-        layer to convert; and for a selected layer of another subclass.
-
-    Examples
-    --------
-    >>> plain = equinox.nn.MultiheadAttention(4, 16, key=jax.random.key(0))
-    >>> str(convert(plain, "bn").spec)
-    'softmax+bn'
-    """
-    bound = BoundSpec(spec, backend)
-    converted = 0
-
-    def convert_node(path: Any, layer: Any) -> Any:
-        nonlocal converted
-        name = jax.tree_util.keystr(path)
-        if not _is_layer(layer) or not (select is None or select(name, layer)):
-            return layer
-        name = name or "the model itself"
-        if type(layer) not in (MultiheadAttention, PDMultiheadAttention):
-            raise UnsupportedError(
-                f"{name}: it is a {type(layer).__module__}.{type(layer).__qualname__}, whose "
-                "meaning is its own; leave it out by select="
-            )
-        converted += 1
-        new = object.__new__(PDMultiheadAttention)
-        for f in fields(MultiheadAttention):
-            object.__setattr__(new, f.name, getattr(layer, f.name))
-        if dropout_p is not None:
-            dropout = equinox.nn.Dropout(dropout_p, layer.dropout.inference)
-            object.__setattr__(new, "dropout", dropout)
-        _attach_spec(new, bound, momentum, axis_name, name, "convert(dropout_p=0)")
-        return new
-
-    result = jax.tree_util.tree_map_with_path(convert_node, model, is_leaf=_is_layer)
-    if not converted:
-        raise ValueError(
-            "model: nothing to convert: no equinox.nn.MultiheadAttention in it"
-            f"{'' if select is None else ' was selected'}"
-        )
-    return result
-
-
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, MultiheadAttention)
