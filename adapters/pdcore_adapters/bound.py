@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from pdcore import AttentionSpec, Parameter, UnsupportedError, bind
+from pdcore import AttentionSpec, Decoder, Parameter, UnsupportedError, bind, decoder
 from pdcore.extend import FeatureMap, parameter_shape
 
 __all__ = [
@@ -52,6 +52,7 @@ class BoundSpec:
     """
 
     __slots__ = (
+        "_decoder",
         "attention",
         "bias_refusal",
         "causal",
@@ -66,6 +67,7 @@ class BoundSpec:
         self.spec = self.attention.spec
         self.causal = self.attention
         self.causal_refusal = ""
+        self._decoder: Decoder | None = None
         try:
             support = replace(self.spec.support, causal=True)
             # Bound here, since a traced call cannot select a backend.
@@ -90,6 +92,17 @@ class BoundSpec:
             self.bias_refusal = f"{self.spec} has no log kappa to add them to"
         elif self.spec.heads.largest > 1:
             self.bias_refusal = f"{self.spec} pools keys, and a pooled key has no single bias"
+
+    def decoder(self, params: Mapping[str, Any]) -> Decoder:
+        """Return the decoder of `causal`; without parameters, the same one for all calls."""
+        if self.causal_refusal:
+            raise UnsupportedError(f"decode: {self.causal_refusal}")
+        spec, choice = self.causal.spec, self.causal.choice
+        if params:
+            return decoder(spec, params=params, backend=choice)
+        if self._decoder is None:
+            self._decoder = decoder(spec, backend=choice)
+        return self._decoder
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BoundSpec, (self.spec, self.attention.choice)

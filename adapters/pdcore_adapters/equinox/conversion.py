@@ -13,7 +13,8 @@ from equinox.nn import MultiheadAttention
 from pdcore import AttentionSpec, UnsupportedError
 
 from ..bound import MOMENTUM, BoundSpec, Choice, Drop
-from .layer import PDMultiheadAttention, attach_spec
+from .layer import PDMultiheadAttention
+from .state import attach_spec
 
 __all__ = ["convert"]
 

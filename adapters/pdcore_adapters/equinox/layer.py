@@ -14,22 +14,14 @@ import jax
 from equinox.nn import MultiheadAttention
 from jax import numpy as jnp
 
-from pdcore import AttentionSpec, UnsupportedError
+from pdcore import AttentionSpec, Decoder, UnsupportedError
 
-from ..bound import (
-    MOMENTUM,
-    BoundSpec,
-    Choice,
-    Drop,
-    check_drop,
-    check_running,
-    new_arrays,
-    refuse_dropout,
-)
+from ..bound import MOMENTUM, BoundSpec, Choice, Drop
 from ..jax_seed import seed_of
-from ..key_statistics import BATCHES, real_keys, updated
+from ..key_statistics import real_keys, updated
+from .state import attach_spec
 
-__all__ = ["PDMultiheadAttention", "attach_spec"]
+__all__ = ["PDMultiheadAttention"]
 
 
 class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
@@ -196,30 +188,9 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         dropped = self._dropout(inference, key)
         self._check_state(state)
         bound = self._bound if inference else self._bound.training
-        for name, x in (("query", query), ("key_", key_), ("value", value)):
-            if jnp.ndim(x) != 2:
-                raise ValueError(
-                    f"{name}: got shape {jnp.shape(x)}, expected (length, size); use "
-                    "jax.vmap over a batch"
-                )
-        if key_.shape[0] != value.shape[0]:
-            raise ValueError(
-                f"value: got {value.shape[0]} elements, expected {key_.shape[0]} like key_"
-            )
+        _check_inputs(query, key_, value)
         self._check_mask(mask, (query.shape[0], key_.shape[0]), bound.spec)
-        heads = (
-            self._project(self.query_proj, query),
-            self._project(self.key_proj, key_),
-            self._project(self.value_proj, value),
-        )
-        if process_heads is not None:
-            shapes = [x.shape for x in heads]
-            heads = process_heads(*heads)
-            if [x.shape for x in heads] != shapes:
-                raise ValueError(
-                    f"process_heads: got shapes {[x.shape for x in heads]}, expected "
-                    f"{shapes}: it must not change them"
-                )
+        heads = self._heads(query, key_, value, process_heads)
         buffers = {} if state is None else state.get(self.running)
         params = self._params(bound.spec, buffers, heads[0].dtype)
         out = bound.attention(
@@ -243,6 +214,107 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
             real = real_keys(self.spec, key_mask, segments, xp=jnp)
             state = state.set(self.running, updated(self.spec, buffers, heads[1], real, *how))
         return out, state
+
+    def init_cache(
+        self, capacity: int | None, *, undo: int = 0, state: Any = None
+    ) -> dict[str, Any]:
+        """Return the state of a decoder for an empty sequence, for `extend`.
+
+        Parameters
+        ----------
+        capacity : int or None
+            The most positions of the sequence; None for a spec whose state does not grow.
+        undo : int
+            As in `pdcore.Decoder.init`.
+        state : equinox.nn.State, optional
+            As in a call.
+
+        Returns
+        -------
+        dict of str to array
+
+        Raises
+        ------
+        UnsupportedError
+            For a spec that `pdcore.decoder` refuses, with ``causal`` added.
+        """
+        like = self.query_proj.weight[:0]
+        sizes = (self.num_heads, self.qk_size, self.vo_size)
+        return self._decoder(state, like.dtype).init((), *sizes, capacity, undo=undo, like=like)
+
+    def extend(
+        self,
+        cache: dict[str, Any],
+        query: Any,
+        key_: Any,
+        value: Any,
+        *,
+        lengths: Any = None,
+        process_heads: Callable[..., Any] | None = None,
+        state: Any = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Attend from the next positions of a sequence, at the cost of those positions.
+
+        The rows are those of a causal call on the whole sequence, outside of training.
+
+        Parameters
+        ----------
+        cache : dict of str to array
+            What `init_cache` or the call before returned.
+        query, key_, value : array (N, size)
+            The next positions, any number of them.
+        lengths : integer array (), or bool array (N,), optional
+            Which of them are real, as in `pdcore.Decoder.extend`.
+        process_heads, state
+            As in a call; the state of the model does not change.
+
+        Returns
+        -------
+        out : array (N, output_size)
+        cache : dict of str to array
+
+        Raises
+        ------
+        UnsupportedError
+            For dropout in training.
+        """
+        p = self.dropout.p
+        if not self.dropout.inference and not (isinstance(p, int | float) and p == 0):
+            raise UnsupportedError(
+                f"dropout_p: got {p} in training, and a decoder drops nothing; use "
+                "equinox.nn.inference_mode(layer)"
+            )
+        _check_inputs(query, key_, value)
+        heads = self._heads(query, key_, value, process_heads)
+        q, k, v = (jnp.swapaxes(x, 0, 1) for x in heads)
+        decode = self._decoder(state, q.dtype)
+        rows, cache = decode.extend(cache, q, k, v, lengths=lengths)
+        rows = jnp.swapaxes(rows, 0, 1).reshape(query.shape[0], -1)
+        return jax.vmap(self.output_proj)(rows), cache
+
+    def _decoder(self, state: Any, dtype: Any) -> Decoder:
+        """Return the decoder of the spec with the present arrays, for queries of a dtype."""
+        self._check_state(state)
+        buffers = {} if state is None else state.get(self.running)
+        return self._bound.decoder(self._params(self.spec, buffers, dtype))
+
+    def _heads(self, query: Any, key_: Any, value: Any, process: Any) -> tuple[Any, Any, Any]:
+        """Return queries, keys and values, (N or M, num_heads, size)."""
+        heads = (
+            self._project(self.query_proj, query),
+            self._project(self.key_proj, key_),
+            self._project(self.value_proj, value),
+        )
+        if process is None:
+            return heads
+        shapes = [x.shape for x in heads]
+        q, k, v = process(*heads)
+        if [x.shape for x in (q, k, v)] != shapes:
+            raise ValueError(
+                f"process_heads: got shapes {[x.shape for x in (q, k, v)]}, expected "
+                f"{shapes}: it must not change them"
+            )
+        return q, k, v
 
     def _params(self, spec: AttentionSpec, buffers: Any, dtype: Any) -> dict[str, Any]:
         """Return the arrays that a call of a spec takes, for queries of a dtype."""
@@ -303,33 +375,14 @@ class PDMultiheadAttention(MultiheadAttention):  # type: ignore[misc]
         return 0
 
 
-def attach_spec(
-    layer: Any,
-    bound: BoundSpec,
-    drop: Drop,
-    momentum: float | None,
-    axis_name: str | None,
-    name: str = "the layer",
-    call: str = "PDMultiheadAttention",
-) -> None:
-    """Set the spec on a new layer, with its parameters and running statistics."""
-    spec = bound.spec
-    check_running(spec, momentum, axis_name=axis_name)
-    spec.for_heads(layer.num_heads, f"heads of {name}")
-    check_drop(drop)
-    p = layer.dropout.p
-    drops = drop == "weights" and not layer.dropout.inference
-    if drops and isinstance(p, int | float):  # and no traced leaf
-        advice = (
-            f"{call}(drop='output') to drop outputs of the layer in their place, or dropout_p=0"
+def _check_inputs(query: Any, key_: Any, value: Any) -> None:
+    for name, x in (("query", query), ("key_", key_), ("value", value)):
+        if jnp.ndim(x) != 2:
+            raise ValueError(
+                f"{name}: got shape {jnp.shape(x)}, expected (length, size); use jax.vmap over a "
+                "batch"
+            )
+    if key_.shape[0] != value.shape[0]:
+        raise ValueError(
+            f"value: got {value.shape[0]} elements, expected {key_.shape[0]} like key_"
         )
-        refuse_dropout(spec, "dropout_p", p, advice, name)
-    sizes = (layer.num_heads, layer.qk_size, layer.num_heads)
-    arrays = new_arrays(spec, sizes, xp=jnp, dtype=layer.query_proj.weight.dtype)
-    buffers = {p.buffer: x for p, x in arrays.items() if p.running}
-    counter = {BATCHES: jnp.zeros((), jnp.int32)}
-    running = equinox.nn.StateIndex(buffers | counter) if buffers else None
-    params = {p.name: x for p, x in arrays.items() if not p.running}
-    how = {"_bound": bound, "drop": drop, "axis_name": axis_name, "momentum": momentum}
-    for attribute, value in {"spec_params": params, "running": running, **how}.items():
-        object.__setattr__(layer, attribute, value)

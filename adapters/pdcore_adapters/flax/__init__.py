@@ -21,6 +21,7 @@ with requires("flax"):
     import jax  # noqa: F401 - the example above uses it
 
     from .attention import PackedMask, attention_fn
+    from .decoding import DecoderAttention
     from .modules import LinenSpecAttention, SpecAttention
 
-__all__ = ["LinenSpecAttention", "PackedMask", "SpecAttention", "attention_fn"]
+__all__ = ["DecoderAttention", "LinenSpecAttention", "PackedMask", "SpecAttention", "attention_fn"]

@@ -9,7 +9,7 @@ import jax
 from flax.nnx.nn.dtypes import promote_dtype as flax_promotion
 from jax import numpy as jnp
 
-from pdcore import AttentionSpec, UnsupportedError
+from pdcore import AttentionSpec, Decoder, UnsupportedError
 from pdcore.extend import Inputs
 
 from ..bound import BoundSpec, Choice, Drop, check_drop, refuse_dropout
@@ -153,6 +153,10 @@ class Attention:
     def spec(self) -> AttentionSpec:
         """The attention of the heads."""
         return self._bound.spec
+
+    def decoder(self, dtype: Any, kept: Any = None) -> Decoder:
+        """Return the decoder of the spec, for queries of a dtype; `kept` as in a call."""
+        return self._bound.decoder({} if kept is None else kept.params(self.spec, dtype))
 
     def __repr__(self) -> str:
         more = ", padding=True" if self._padding else ""

@@ -8,7 +8,7 @@ from typing import Any
 from flax import linen, nnx
 from jax import numpy as jnp
 
-from pdcore import AttentionSpec
+from pdcore import AttentionSpec, Decoder
 
 from ..bound import MOMENTUM, BoundSpec, Choice, Drop, check_running, new_arrays
 from ..key_statistics import BATCHES, real_keys, updated
@@ -137,18 +137,23 @@ class SpecAttention(nnx.Module):  # type: ignore[misc]
         for name, (learned, x) in _starts(bound.spec, sizes, param_dtype).items():
             setattr(self, name, nnx.Param(x) if learned else nnx.BatchStat(x))
 
+    def decoder(self, dtype: Any) -> Decoder:
+        """Return the decoder of the spec with the present arrays, for queries of a dtype."""
+        kept = KeptArrays(self.spec, self._read, None, None, None)
+        return self._in_evaluation.decoder(dtype, kept)
+
+    def _read(self, name: str) -> Any:
+        return getattr(self, name)[...]
+
     def __call__(self, query: Any, key: Any, value: Any, **options: Any) -> Any:
         """Attend, with the arguments of `attention_fn`."""
-
-        def read(name: str) -> Any:
-            return getattr(self, name)[...]
 
         def write(name: str, x: Any) -> None:
             getattr(self, name)[...] = x
 
         attend = self._in_evaluation if self.use_running_average else self._in_training
         change = None if self.use_running_average else write
-        kept = KeptArrays(self.spec, read, change, self.momentum, self.axis_name)
+        kept = KeptArrays(self.spec, self._read, change, self.momentum, self.axis_name)
         return attend(query, key, value, **options, kept=kept)
 
 
