@@ -91,24 +91,33 @@ def written(x: Any, new: Any, start: Place, count: Place, xp: Any, *, in_place: 
             return x
         parts = [x[..., :start, :], new[..., : stop - start, :], x[..., stop:, :]]
         return xp.concat(parts, axis=-2)
-    if in_place:
+    if in_place and new.shape[-2] <= length:
         return _put(x, new, start, count, xp)
     # For each row of x, the row of `new` that takes its place.
     index = xp.arange(length, dtype=xp.int64, device=device_of(x)) - place(start, 1)
     inside = (index >= 0) & (index < place(count, 1))
     moved = rows_from(new, -start, length, xp)
-    return xp.where(inside[..., None, :, None], moved, x)
+    moved = xp.where(inside[..., None, :, None], moved, x)
+    if in_place:
+        x[...] = moved
+        return x
+    return moved
 
 
 def _put(x: Any, new: Any, start: Any, count: Any, xp: Any) -> Any:
-    """Write rows at a place of each sequence into the memory of x."""
+    """Write rows at a place of each sequence into the memory of x, by arrays of fixed shapes."""
     *lead, heads, length, dim = x.shape
     many = new.shape[-2]
     flat, rows = xp.reshape(x, (-1, heads, length, dim)), xp.reshape(new, (-1, heads, many, dim))
-    at = xp.reshape(below(many, count, x, xp) & below(many, length - start, x, xp), (-1, many))
-    sequence, row = xp.nonzero(at)
-    where = xp.reshape(xp.broadcast_to(xp.asarray(start), tuple(lead)), (-1,))[sequence] + row
-    flat[sequence, :, where] = rows[sequence, :, row]
+    index = xp.arange(many, dtype=xp.int64, device=device_of(x))
+    # Rows that are not written have a place too, none of which is that of another row.
+    at = xp.reshape((place(start, 1) + index) % length, (-1, many))
+    real = below(many, count, x, xp) & below(many, length - start, x, xp)
+    real = xp.reshape(xp.broadcast_to(real, (*lead, many)), (-1, many))[:, :, None, None]
+    at = xp.broadcast_to(at, (flat.shape[0], many))
+    sequence = xp.arange(flat.shape[0], dtype=xp.int64, device=device_of(x))[:, None]
+    rows = xp.permute_dims(rows, (0, 2, 1, 3))
+    flat[sequence, :, at] = xp.where(real, rows, flat[sequence, :, at])
     return x
 
 
