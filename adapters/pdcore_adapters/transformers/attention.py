@@ -213,7 +213,7 @@ class LayerAttention:
             place = where if index is None else f"{where}, layer {index}"
             self.spec.for_heads(key.shape[1], f"key heads of {place}")
         carried = layer_of(key)
-        keys = key.shape[-2] if carried is None else carried.length
+        keys = key.shape[-2] if carried is None else carried.keys_of(attention_mask)
         query, key, value = _cast_under_autocast(query, key, value)
         arguments: dict[str, Any] = {"offset": keys - query.shape[-2]}
         if attention_mask is None:

@@ -36,8 +36,9 @@ class DecoderCache(Cache):  # type: ignore[misc]
     Parameters
     ----------
     capacity : int, optional
-        The most positions of a sequence, for which there is room from the start. By default the
-        room for keys and values is doubled whenever it is full.
+        The most positions of a sequence, for which there is room from the start. Every array then
+        keeps its shape and, without gradients, its memory, so that one compiled program serves all
+        later calls. By default the room for keys and values is doubled whenever it is full.
     undo : int
         How many of the last positions `crop` can take back, at least as many as an assistant
         proposes; a state of nothing but keys and values can be cut anywhere.
@@ -66,8 +67,8 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
     decoder : Decoder or None
         None before the first call.
     state : dict of str to tensor
-    length : int
-        The number of positions, those of padding included.
+    length : int or integer tensor ()
+        The number of positions, those of padding included; a tensor if there is a capacity.
     """
 
     is_sliding = False
@@ -81,12 +82,12 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget all positions."""
         self.decoder: Decoder | None = None
         self.state: dict[str, Any] = {}
-        self.length = 0
+        self.length: Any = 0
         self.is_initialized = False
         self._made_for: Any = None
         self._pending = False
         # The positions since the last one of padding, which a crop may take back.
-        self._real = 0
+        self._real: Any = 0
 
     @property
     def is_croppable(self) -> bool:
@@ -95,6 +96,9 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
         """Wait for the first call of the attention, which knows the spec."""
+        if self.capacity is not None and not self.is_initialized:
+            # Tensors, since a program would be compiled for each number.
+            self.length, self._real = torch.zeros(2, dtype=torch.int64, device=key_states.device)
         self.is_initialized = True
 
     def update(
@@ -115,10 +119,17 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of positions after the next call, and 0."""
-        return self.length + query_length, 0
+        """Return the number of positions after the next call, or the capacity, and 0."""
+        return self.length + query_length if self.capacity is None else self.capacity, 0
 
-    def get_seq_length(self) -> int:
+    def keys_of(self, mask: Any) -> Any:
+        """Return the number of keys of the mask (B, 1, N, M) of the present call."""
+        # The mask of the first call may be older than the layer, which is made when it is needed.
+        if self.decoder is None and mask is not None:
+            return mask.shape[-1]
+        return self.get_mask_sizes(0)[0]
+
+    def get_seq_length(self) -> Any:
         """Return the number of positions."""
         return self.length
 
@@ -152,18 +163,34 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{where}: DecoderCache: the attention of the layer changed to {bound.spec}, and "
                 f"the state is that of {self._made_for[0].spec}; begin with a new cache"
             )
-        real = arguments.get("key_mask")
-        rows = q.shape[-2]
-        if real is not None:
-            real = real[:, real.shape[-1] - rows :]
-            real = None if bool(real.all()) else real
-        self._real = self._real + rows if real is None else 0
-        self._grow(rows)
-        out, self.state = self.decoder.extend(
-            self.state, q, k, v, lengths=real, in_place=not torch.is_grad_enabled()
-        )
+        real = self._real_rows(arguments.get("key_mask"), q)
+        self._grow()
+        in_place = not torch.is_grad_enabled()
+        out, state = self.decoder.extend(self.state, q, k, v, lengths=real, in_place=in_place)
+        if in_place and self.capacity is not None:
+            for name, x in state.items():
+                if x is not self.state[name]:
+                    self.state[name].copy_(x)
+        else:
+            self.state = state
         self._pending = False
         return out
+
+    def _real_rows(self, key_mask: Any, q: Any) -> Any:
+        """Return which of the new positions are real, (B, N); None for all."""
+        rows, real = q.shape[-2], None
+        if key_mask is not None:
+            index = torch.arange(rows, device=q.device) + (self.length - rows)
+            real = key_mask[:, index.clamp(max=key_mask.shape[-1] - 1)]
+            if not torch.compiler.is_compiling() and bool(real.all()):
+                real = None
+        if real is None:
+            self._real += rows
+        elif isinstance(self._real, int):
+            self._real = 0
+        else:
+            self._real.add_(rows).mul_(real.all())
+        return real
 
     def _start(self, k: Any, v: Any) -> None:
         assert self.decoder is not None
@@ -174,7 +201,7 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
         self.state = self.decoder.init(*sizes, capacity, undo=self.undo, like=k)
         self._room = capacity
 
-    def _grow(self, rows: int) -> None:
+    def _grow(self) -> None:
         """Double the room if it is too small, unless there is a capacity."""
         if self.capacity is not None or self._room is None or self.length <= self._room:
             return
@@ -212,7 +239,7 @@ class DecoderLayer(CacheLayerMixin):  # type: ignore[misc]
         if count > self._real:
             raise UnsupportedError(
                 f"tokens_to_remove: got {tokens_to_remove}, which takes positions of padding back; "
-                f"expected at least -{self._real}"
+                f"expected at least -{int(self._real)}"
             )
         lengths = self.state["lengths"] - count
         in_place = not torch.is_grad_enabled()

@@ -155,6 +155,68 @@ def test_room_for_keys_is_doubled() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("spec", ["softmax", "linear", f"{PREFIX}+sh(1,2)"])
+def test_a_compiled_step_serves_all_lengths(spec: str, padded: bool) -> None:
+    """It is one graph, compiled anew once at most, which writes into the memory of the state."""
+    model, inputs = build("llama", spec), prompt(3, 14, padded=padded)
+    ids, capacity, graphs = inputs["input_ids"], 16, []
+    options: dict[str, Any] = {"past_key_values": DecoderCache(capacity)}
+    if padded:
+        options["attention_mask"] = torch.nn.functional.pad(
+            inputs["attention_mask"], (0, 2), value=1
+        )
+    places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def backend(graph: Any, arrays: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :9], position_ids=places[:, :9], **options).logits
+        memory = [
+            (x.data_ptr(), x.shape)
+            for layer in options["past_key_values"].layers
+            for x in layer.state.values()
+        ]
+        steps = [
+            step(input_ids=ids[:, i : i + 1], position_ids=places[:, i : i + 1], **options).logits
+            for i in range(9, 14)
+        ]
+        got = torch.cat([first, *steps], dim=1)
+        for b, start in enumerate((0, 3, 5) if padded else (0, 0, 0)):
+            whole = model(input_ids=ids[b : b + 1, start:], use_cache=False).logits[0]
+            torch.testing.assert_close(got[b, start:], whole, rtol=1e-9, atol=1e-9)
+        assert len(graphs) <= 2
+        assert memory == [
+            (x.data_ptr(), x.shape)
+            for layer in options["past_key_values"].layers
+            for x in layer.state.values()
+        ]
+        for _ in range(3):
+            out = step(input_ids=ids[:, :1], position_ids=places[:, :1], **options).logits
+        assert torch.isnan(out[0]).all()  # beyond the capacity
+
+
+def test_generate_takes_a_cache_of_fixed_capacity() -> None:
+    spec = f"{PREFIX}+sh(1,2)"
+    model, inputs = build("llama", spec), prompt()
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        expected = torch.cat(alone(model, inputs, **options))
+        cache = DecoderCache(capacity=20)
+        assert torch.equal(
+            generated(model, inputs, past_key_values=cache, **options)[:, -8:], expected
+        )
+    assert int(cache.get_seq_length()) == 9 + 8 - 1
+    inputs = prompt(1, padded=False)
+    expected = generated(model, inputs, use_cache=False)
+    cache = DecoderCache(capacity=40, undo=30)
+    found = generated(model, inputs, past_key_values=cache, assistant_model=build("llama", spec))
+    assert torch.equal(found, expected)
+
+
 def test_another_attention_does_not_pass_the_cache_by() -> None:
     model, inputs = build("llama", "softmax"), prompt(1, padded=False)
     model.set_attn_implementation("sdpa")
