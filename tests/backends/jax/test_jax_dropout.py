@@ -58,6 +58,15 @@ def test_gradients_of_any_order_drop_the_same(spec):
     np.testing.assert_allclose(along, (near[0] - near[1]) / (2 * step), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("length", [5, 40, 300])
+def test_compiled_calls_of_any_length_drop_the_same(length):
+    x = np.random.default_rng(0).standard_normal((1, 2, length, 4)).astype(np.float32)
+    run = jax.jit(lambda x, seed: pdcore.attention(x, x, x, "bn", dropout=0.4, seed=seed))
+    out = run(x, jnp.asarray([7, 1], jnp.uint32))
+    expected = pdcore.attention(x, x, x, "bn", dropout=0.4, seed=2**32 + 7, backend="numpy")
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_key_of_another_kind_is_refused():
     x = jnp.zeros((1, 1, 2, 4))
     with pytest.raises(TypeError, match="seed: got dtype key"):

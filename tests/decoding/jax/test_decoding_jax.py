@@ -10,6 +10,7 @@ import pytest
 from decoding_laws import (  # noqa: F401 - collected here too
     SPECS,
     Case,
+    close,
     float64,
     test_a_batch_may_have_any_leading_axes,
     test_a_prompt_with_padding_on_the_left_is_compacted,
@@ -51,6 +52,25 @@ def test_one_program_serves_all_lengths(spec: str) -> None:
         for at in (15, 16):
             out, state = compiled(state, *case.rows(at, 1))
             assert np.isnan(case.numpy(out)).all()
+        assert len(traces) == 1
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_program_serves_all_numbers_of_real_rows(spec: str) -> None:
+    with float64("jax"):
+        case, traces = Case("jax", spec), []
+
+        def step(state: Any, q: Any, k: Any, v: Any, lengths: Any) -> Any:
+            traces.append(1)
+            return case.decoder.extend(state, q, k, v, lengths=lengths)
+
+        compiled, state, at = jax.jit(step), case.init(), np.zeros(2, np.int64)
+        for counts in ((4, 2), (0, 4), (1, 3), (4, 4)):
+            out, state = compiled(state, *case.rows(at, 4), case.array(np.array(counts)))
+            for b, count in enumerate(counts):
+                close(case.numpy(out)[b, :, :count], case.out[b, :, at[b] : at[b] + count])
+            at += counts
         assert len(traces) == 1
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoding_laws import (  # noqa: F401 - collected here too
     FEW,
     Case,
+    close,
     test_a_batch_may_have_any_leading_axes,
     test_a_prompt_with_padding_on_the_left_is_compacted,
     test_a_state_of_sums_or_a_window_does_not_grow,
@@ -48,6 +50,32 @@ def test_a_compiled_step_serves_all_lengths(spec: str) -> None:
         case.check(out, at)
     out, state = step(state, *case.rows(8, 1))
     assert torch.isnan(out).all()
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("spec", FEW[:3])
+def test_compiled_calls_take_back_what_they_add(spec: str) -> None:
+    """Any of the new positions are real, and the last one is taken back, in one graph."""
+    case, graphs = Case("torch", spec), []
+
+    def backend(graph: Any, arrays: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def draft(state: Any, q: Any, k: Any, v: Any, real: Any, index: Any) -> Any:
+        out, state = case.decoder.extend(state, q, k, v, lengths=real, in_place=True)
+        state = case.decoder.truncate(state, state["lengths"] - 1, in_place=True)
+        return out, case.decoder.reorder(state, index)
+
+    torch._dynamo.reset()
+    step = torch.compile(draft, backend=backend, fullgraph=True)
+    state, index, at = case.init(undo=2), torch.arange(2), np.zeros(2, np.int64)
+    for counts in ((4, 3), (2, 3), (4, 1), (2, 2)):
+        out, state = step(state, *case.rows(at, 4), torch.tensor(counts), index)
+        for b, count in enumerate(counts):
+            close(case.numpy(out)[b, :, :count], case.out[b, :, at[b] : at[b] + count])
+        at += np.array(counts) - 1
+    assert state["lengths"].tolist() == at.tolist()
     assert len(graphs) <= 2
 
 
