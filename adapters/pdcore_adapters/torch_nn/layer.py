@@ -16,7 +16,7 @@ from ..bound import MOMENTUM, BoundSpec, Choice, Drop, check_drop, refuse_dropou
 from ..watching import tell
 from .masks import check_addend, check_hides_only, check_mask, require, with_batch
 from .state import arrays_of, attach_spec, group_of, track
-from .words import APPENDED_KEY, wrong_call, wrong_layer
+from .words import APPENDED_KEY, as_leaf, wrong_call, wrong_layer
 
 __all__ = ["PDMultiheadAttention"]
 
@@ -232,7 +232,7 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
             masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
             masks |= {"segments": segments, "labels": labels}
             flags = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
-            leaf: tuple[Any, Any] = _as_leaf(
+            leaf: tuple[Any, Any] = as_leaf(
                 self, query, key, value, **masks, **flags, is_causal=is_causal
             )
             return leaf
@@ -387,20 +387,3 @@ class PDMultiheadAttention(nn.MultiheadAttention):  # type: ignore[misc]
                     key_bias = key_bias.masked_fill(~key_mask, 0.0)[:, None, None, :]
                     bias = key_bias if bias is None else bias + key_bias
         return mask, key_mask, bias
-
-
-def _as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any) -> Any:
-    """Record a layer in a graph of `torch.fx` as one call, as it records layers of PyTorch.
-
-    Raises
-    ------
-    torch.fx.proxy.TraceError
-        When the layer itself is what is traced.
-    """
-    tracer = query.tracer
-    if tracer.root is layer:
-        raise fx.proxy.TraceError(
-            f"{type(layer).__name__} is a leaf of torch.fx; trace the model that contains it"
-        )
-    name = tracer.path_of_module(layer)
-    return tracer.create_proxy("call_module", name, (query, *arguments), keywords)

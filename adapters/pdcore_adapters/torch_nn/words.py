@@ -1,13 +1,15 @@
-"""The answers of `PDMultiheadAttention` to arguments that it does not take."""
+"""The answers of `PDMultiheadAttention` to arguments that it does not take, and to a tracer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import fx, nn
+
 from pdcore.extend import wrong_arguments
 
-__all__ = ["APPENDED_KEY", "wrong_call", "wrong_layer"]
+__all__ = ["APPENDED_KEY", "as_leaf", "wrong_call", "wrong_layer"]
 
 APPENDED_KEY = (
     "the key that it appends is no element of the sequence, with no position and no place in its "
@@ -43,3 +45,20 @@ def wrong_call(function: Callable[..., Any], unknown: Mapping[str, Any]) -> Type
 def wrong_layer(function: Callable[..., Any], unknown: Mapping[str, Any]) -> TypeError:
     """Build the error for arguments that the constructor does not take."""
     return wrong_arguments(function, (), unknown, _OF_A_CALL)
+
+
+def as_leaf(layer: nn.Module, query: fx.Proxy, *arguments: Any, **keywords: Any) -> Any:
+    """Record a layer in a graph of `torch.fx` as one call, as it records layers of PyTorch.
+
+    Raises
+    ------
+    torch.fx.proxy.TraceError
+        When the layer itself is what is traced.
+    """
+    tracer = query.tracer
+    if tracer.root is layer:
+        raise fx.proxy.TraceError(
+            f"{type(layer).__name__} is a leaf of torch.fx; trace the model that contains it"
+        )
+    name = tracer.path_of_module(layer)
+    return tracer.create_proxy("call_module", name, (query, *arguments), keywords)
