@@ -19,6 +19,7 @@ from pdcore_adapters.diagnostics import (
     capture,
     head_distance,
     head_distances,
+    plot_distances,
     plot_maps,
     write_page,
 )
@@ -181,6 +182,19 @@ def test_pictures():
         plot_maps(maps[0], keys=["a"])
     with pytest.raises(ValueError, match="weights: got values from -1"):
         plot_maps(-np.ones((1, 2, 2)))
+
+
+def test_picture_of_distances():
+    layers = {spec: head_distances(*arrays(), spec) for spec in ("softmax", "bn", "linear")}
+    figure = plot_distances(layers, "a model")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(layers)
+    for ax, name in zip(figure.axes, ("maps", "outputs", "relative"), strict=True):
+        assert ax.get_title().startswith(f"{name}: ")
+        medians = [line.get_xdata()[0] for line in ax.lines[5::7]]
+        expected = [np.median(getattr(layer, name)) for layer in layers.values()]
+        np.testing.assert_allclose(medians, expected)
+    with pytest.raises(ValueError, match="distances: got no layer"):
+        plot_distances({})
 
 
 def test_page(tmp_path):

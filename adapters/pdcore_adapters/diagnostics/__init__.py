@@ -2,7 +2,8 @@
 
 `head_distance` and `head_distances` are functions of arrays of any library that pdcore takes.
 `capture` records the calls of the attention layers of a model of PyTorch, transformers or Flax.
-`plot_maps` and `write_page` need matplotlib, of the extra ``cli``. See docs/diagnostics.md.
+`plot_distances`, `plot_maps` and `write_page` need matplotlib, of the extra ``cli``. See
+docs/diagnostics.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .distances import HeadDistances, head_distance, head_distances
 
 if TYPE_CHECKING:
     from .page import write_page
-    from .pictures import plot_maps
+    from .pictures import plot_distances, plot_maps
 
 __all__ = [
     "Capture",
@@ -23,6 +24,7 @@ __all__ = [
     "capture",
     "head_distance",
     "head_distances",
+    "plot_distances",
     "plot_maps",
     "write_page",
 ]
@@ -32,9 +34,8 @@ def __getattr__(name: str) -> Any:
     """Import what needs matplotlib at its first use."""
     from ..requirements import requires
 
-    if name in ("plot_maps", "write_page"):
+    if name in ("plot_distances", "plot_maps", "write_page"):
         with requires("cli"):
-            from .page import write_page
-            from .pictures import plot_maps
-        return {"plot_maps": plot_maps, "write_page": write_page}[name]
+            from . import page, pictures
+        return getattr(page if name == "write_page" else pictures, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

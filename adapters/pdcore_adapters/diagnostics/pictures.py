@@ -1,8 +1,8 @@
-"""`plot_maps`, the picture of the weights of a layer."""
+"""`plot_maps`, the weights of a layer, and `plot_distances`, the distances of heads by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,17 @@ from matplotlib.figure import Figure
 
 from pdcore.extend import library_of
 
+from .distances import HeadDistances
 from .images import COLOURS
 
-__all__ = ["as_maps", "plot_maps"]
+__all__ = ["as_maps", "plot_distances", "plot_maps"]
+
+#: What the panels of `plot_distances` show.
+_MEASURES = {
+    "maps": "distance of weights",
+    "outputs": "distance of outputs",
+    "relative": "outputs over their norm",
+}
 
 
 def as_maps(weights: Any) -> Any:
@@ -114,3 +122,43 @@ def _check_values(maps: Any) -> None:
             f"weights: got values from {maps.min():.3g} to {maps.max():.3g}, expected finite ones "
             "of 0 or more, which the colours stand for; see capture(...).weights"
         )
+
+
+def plot_distances(distances: Mapping[str, HeadDistances], title: str = "") -> Figure:
+    """Draw the distances of heads of each layer, a panel for each measure.
+
+    A box spans the middle half of the sequences, with the median in it; whiskers reach the last
+    sequence within 1.5 boxes, and those beyond are dots.
+
+    Parameters
+    ----------
+    distances : mapping of str to HeadDistances
+        By the name of the layer, such as ``{call.layer: call.distances()}``.
+    title : str
+        Such as the spec.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        For `savefig`; without the global state of pyplot.
+
+    Raises
+    ------
+    ValueError
+        Without a layer.
+    """
+    if not distances:
+        raise ValueError("distances: got no layer, expected one or more: see capture")
+    figure = Figure(figsize=(9.0, 0.5 * len(distances) + 1.6), layout="constrained")
+    axes = figure.subplots(1, len(_MEASURES))
+    for ax, (name, meaning) in zip(axes, _MEASURES.items(), strict=True):
+        rows = [np.ravel(getattr(layer, name)) for layer in distances.values()]
+        ax.boxplot(rows, orientation="horizontal")
+        ax.set_xlim(left=0.0)
+        labels = list(distances) if ax is axes[0] else [""] * len(rows)
+        ax.set_yticks(range(1, len(rows) + 1), labels)
+        ax.invert_yaxis()
+        ax.set_title(f"{name}: {meaning}", fontsize=9)
+        ax.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
