@@ -42,12 +42,12 @@ from comparison import (
     write,
 )
 from reproduction.training.series import DIGITS
-from reproduction.training.splitting import stratified_split
 
 import pdcore
 from pdcore.cli.files import OutputError
 from pdcore.cli.reporting import Failed, emit, progress, reported
 from pdcore.errors import Exit
+from pdcore_adapters.time_series.arrays import stratified_split
 
 if TYPE_CHECKING:
     from digits_training import Digits, Settings

@@ -50,8 +50,9 @@ from pdcore.cli.reporting import Failed, emit, note, progress, reported
 from pdcore.errors import Exit
 
 if TYPE_CHECKING:
-    from reproduction.training.model import Settings
     from reproduction.training.run import Run
+
+    from pdcore_adapters.time_series.model import Settings
 
 __all__ = ["app", "main"]
 
@@ -187,7 +188,8 @@ def _run(
 ) -> list[dict[str, Any]]:
     """Do the run of every spec and seed, after a trial step of every spec."""
     import torch
-    from reproduction.training.model import Settings
+
+    from pdcore_adapters.time_series.model import Settings
 
     torch.set_num_threads(threads)
     chosen = [Settings(spec=s, seed=n, **options) for s in specs for n in seeds]

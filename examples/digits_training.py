@@ -15,9 +15,9 @@ import optax
 from flax import nnx
 from jax import numpy as jnp
 from reproduction.training.series import digits
-from reproduction.training.splitting import stratified_split
 
 from pdcore_adapters.flax import attention_fn
+from pdcore_adapters.time_series.arrays import stratified_split
 
 __all__ = ["Classifier", "Digits", "Settings", "fit", "load", "predict", "try_spec"]
 

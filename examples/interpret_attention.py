@@ -77,8 +77,9 @@ def main(
     try:
         import interpretation_picture
         import torch
-        from reproduction.training.model import Settings
         from reproduction.training.run import Run
+
+        from pdcore_adapters.time_series.model import Settings
 
         import qpsolvers  # noqa: F401 isort: skip - before any work
     except ModuleNotFoundError as error:
@@ -159,12 +160,13 @@ def _train(run: Run, checkpoint: Path | None, out: Path) -> None:
 def layer_arrays(run: Run, layer: int, utterance: int) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Return q, k, v (H, N, D) of a layer for one test utterance, and its arrays, in float64."""
     import torch
-    from reproduction.training.model import layer_heads
+
+    from pdcore_adapters.time_series.model import layer_calls
 
     length = int(run.series.test.lengths[utterance])
-    frames = torch.from_numpy(run.series.test.frames[utterance : utterance + 1, :length]).double()
+    frames = torch.from_numpy(run.series.test.frames[utterance, :length]).double()
     model = run.averaged.double()
-    heads = layer_heads(model, frames, torch.ones(1, length, dtype=torch.bool))[layer]
+    heads = layer_calls(model, frames)[layer].inputs[:3]
     q, k, v = (np.ascontiguousarray(x[0].numpy()) for x in heads)
     arrays = model.layers[layer].attention.arrays
     return q, k, v, {name: p.detach().numpy() for name, p in arrays.items()}

@@ -171,8 +171,9 @@ def _specs(baseline: str, texts: Sequence[str]) -> list[str]:
 
 def _try(specs: Sequence[str], series: Mapping[str, Pair], grid: Grid) -> None:
     """Take a step of each spec and discard it: a spec that cannot run fails before any work."""
+    from pdcore_adapters.time_series.model import Settings
+
     from .protocol import with_beta
-    from .training.model import Settings
     from .training.run import try_step
 
     first = next(iter(series.values()))

@@ -26,8 +26,8 @@ def _step(spec: str, length: int, dim: int) -> Callable[[], None]:
     """Return a training step, on `BATCH` series, of a model whose heads have `dim` features."""
     import torch
 
-    from .training.model import Classifier
-    from .training.run import adamw, descend
+    from pdcore_adapters.time_series.model import Classifier
+    from pdcore_adapters.time_series.training import adamw, descend
 
     settings = sized(spec, dim)
     with torch.random.fork_rng(devices=[]):
@@ -42,7 +42,7 @@ def _step(spec: str, length: int, dim: int) -> Callable[[], None]:
 
 def sized(spec: str, dim: int) -> Any:
     """Return the settings of a model whose heads have `dim` features."""
-    from .training.model import Settings
+    from pdcore_adapters.time_series.model import Settings
 
     return Settings(spec=spec, width=Settings.heads * dim)
 
@@ -96,7 +96,7 @@ def flops(spec: str, length: int, dim: int) -> dict[str, int]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    from .training.model import Classifier
+    from pdcore_adapters.time_series.model import Classifier
 
     def fused(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
         return int(sdpa_flop_count(q, k, v))

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from pdcore.cli.files import FileError
+from pdcore_adapters.time_series.arrays import patched, stratified_split
 
 from .protocol import Grid
 from .training.series import Pair, Series, digits, find_pair, packaged, pair, read_ts
-from .training.splitting import stratified_split
 
-__all__ = ["absent", "load", "mnist", "patched"]
+__all__ = ["absent", "load", "mnist"]
 
 #: Data sets that are never measured, with the reason.
 ABSENT = {
@@ -74,18 +74,11 @@ def _cut(name: str, series: Pair, tokens: int) -> Pair:
     """Cut series into patches of as few steps as leave at most so many tokens."""
     longest = max(part.frames.shape[1] for part in (series.train, series.test))
     size = -(-longest // tokens)
-    train, test = (patched(part, size) for part in (series.train, series.test))
+    train, test = (
+        Series(*patched(part.frames, part.lengths, size), part.labels)
+        for part in (series.train, series.test)
+    )
     return series._replace(name=name, train=train, test=test)
-
-
-def patched(series: Series, size: int) -> Series:
-    """Join every `size` steps into one token, whose channels are theirs; zeros fill the last."""
-    if size == 1:
-        return series
-    count, length, channels = series.frames.shape
-    frames = np.pad(series.frames, ((0, 0), (0, -length % size), (0, 0)))
-    tokens = frames.reshape(count, -1, size * channels)
-    return series._replace(frames=tokens, lengths=-(-series.lengths // size))
 
 
 def mnist() -> Pair:

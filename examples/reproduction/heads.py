@@ -7,10 +7,9 @@ import statistics
 import numpy as np
 import torch
 
-from pdcore_adapters.diagnostics import head_distances
+from pdcore_adapters.time_series.model import Classifier, layer_calls
 
 from .protocol import MEASURES
-from .training.model import Classifier, layer_heads
 from .training.series import Series
 
 __all__ = ["distances"]
@@ -39,14 +38,9 @@ def distances(model: Classifier, series: Series, most: int) -> dict[str, list[fl
     }
     for index in chosen:
         length = int(series.lengths[index])
-        frames = torch.from_numpy(series.frames[index : index + 1, :length])
-        real = torch.ones(1, length, dtype=torch.bool)
-        for place, (q, k, v) in enumerate(layer_heads(model, frames, real)):
-            attention = model.layers[place].attention
-            params = dict(attention.arrays.items())
-            attend = attention.attend
-            with torch.no_grad():
-                found = head_distances(q, k, v, attend.spec, params=params, backend=attend.choice)
+        frames = torch.from_numpy(series.frames[index, :length])
+        for place, call in enumerate(layer_calls(model, frames)):
+            found = call.distances()
             for measure in MEASURES:
                 figures[measure][place].append(float(getattr(found, measure)[0]))
     return {

@@ -76,11 +76,11 @@ class Grid:
     seeds : tuple of int
         Seeds of the split, the first weights and all random numbers of the training.
     epochs, patience : int
-        As in `reproduction.training.model.Settings`.
+        As in `pdcore_adapters.time_series.model.Settings`.
     steps : int
         The most steps of a fit, which allow fewer epochs of large data sets.
     rate, noise : float
-        As in `reproduction.training.model.Settings`.
+        As in `pdcore_adapters.time_series.model.Settings`.
     tokens : int
         The most tokens of a time series: it is cut into patches of as few steps as allow it.
     sizes : tuple of (int, int)
@@ -248,8 +248,9 @@ def cells(grid: Grid, specs: Sequence[str], data: Sequence[str]) -> Iterator[Cel
 
 def protocol(grid: Grid, specs: Sequence[str]) -> dict[str, Any]:
     """Return all that the figures depend on beside data and versions, as JSON."""
+    from pdcore_adapters.time_series.model import Settings
+
     from .cost import BATCH, CHANNELS
-    from .training.model import Settings
 
     settings = {
         name: value

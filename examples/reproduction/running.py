@@ -60,7 +60,8 @@ def compute(cell: Cell, spec: str, grid: Grid, specs: Sequence[str], series: Any
 
 
 def _run(cell: Cell, spec: str, grid: Grid, series: Pair) -> Any:
-    from .training.model import Settings
+    from pdcore_adapters.time_series.model import Settings
+
     from .training.run import Run
 
     fitted = round((1.0 - Settings.validation) * len(series.train.labels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,7 @@ import numpy as np
 
 from pdcore.cli.files import FileError
 from pdcore.datasets import ATTRIBUTION, japanese_vowels
-
-from .splitting import stratified_split
+from pdcore_adapters.time_series.arrays import real_steps, stack, stratified_split
 
 __all__ = ["DIGITS", "Pair", "Series", "digits", "find_pair", "packaged", "pair", "read_ts"]
 
@@ -55,7 +54,7 @@ class Series(NamedTuple):
     @property
     def real(self) -> Array:
         """Which steps are not padding, (count, length): the `key_mask` of a batch."""
-        return np.arange(self.frames.shape[1]) < self.lengths[:, None]
+        return real_steps(self.frames, self.lengths)
 
 
 class Pair(NamedTuple):
@@ -138,7 +137,7 @@ def read_ts(path: Path) -> Series:
         labels.append(label)
     if not series:
         raise FileError(f"{path}: no series{'' if begun else ', and no @data line'}")
-    return _padded(series, labels)
+    return Series(*stack(series), tuple(labels))
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -233,14 +232,6 @@ def _channel(where: str, text: str) -> list[float]:
             raise FileError(f"{where}, step {step}: got {word.strip()!r}, expected a number")
         row.append(value)
     return row
-
-
-def _padded(series: Sequence[Array], labels: Sequence[str]) -> Series:
-    lengths = np.array([len(x) for x in series], dtype=np.int64)
-    frames = np.zeros((len(series), lengths.max(), series[0].shape[1]), dtype=np.float32)
-    for row, x in zip(frames, series, strict=True):
-        row[: len(x)] = x
-    return Series(frames, lengths, tuple(labels))
 
 
 def packaged() -> Pair:

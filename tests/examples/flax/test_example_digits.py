@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 from example_modules import example
-from reproduction.training.splitting import stratified_split
 from typer.testing import CliRunner
 
 from pdcore.errors import Exit
+from pdcore_adapters.time_series.arrays import stratified_split
 
 # In this order: each module imports those before it.
 example("comparison")

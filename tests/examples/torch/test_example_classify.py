@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from example_modules import example
-from reproduction.training import model
 from reproduction.training import run as training
 from reproduction.training import series as time_series
-from reproduction.training.splitting import stratified_split
 from typer.testing import CliRunner
 
 from pdcore.cli.files import FileError
 from pdcore.errors import Exit
+from pdcore_adapters.time_series import model
+from pdcore_adapters.time_series.training import predict
 
 # In this order: each module imports those before it.
 example("comparison")
@@ -174,77 +174,6 @@ def test_classes_are_in_the_order_of_numbers() -> None:
     assert time_series.pair("", series, series, "").classes == ("2", "9", "10")
 
 
-# --- the split --------------------------------------------------------------------------------
-
-
-def test_the_split_is_stratified_and_repeatable() -> None:
-    targets = np.repeat([0, 1, 2, 3], [20, 10, 2, 1])
-    fit, held = stratified_split(targets, 0.2, 5)
-    assert sorted([*fit, *held]) == list(range(33))
-    assert np.bincount(targets[held], minlength=4).tolist() == [4, 2, 1, 0]
-    for a, b in zip((fit, held), stratified_split(targets, 0.2, 5), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert held.tolist() != stratified_split(targets, 0.2, 6)[1].tolist()
-
-
-# --- the model --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spec", ["softmax", "bn", "sh(1,1,2,2)", "linear+bn"])
-def test_padding_changes_nothing(spec: str, vowels: Any) -> None:
-    torch.manual_seed(0)
-    net = model.Classifier(model.Settings(spec=spec), 12, 4).eval()
-    frames, real = (torch.from_numpy(a[:6]) for a in (vowels.train.frames, vowels.train.real))
-    net.standardize_by(frames, real)
-    together = net(frames, real)
-    poisoned = torch.where(real[..., None], frames, torch.nan)
-    longer = torch.nn.functional.pad(poisoned, (0, 0, 0, 5), value=torch.nan)
-    padded = net(longer, torch.nn.functional.pad(real, (0, 5)))
-    torch.testing.assert_close(padded, together)
-    lengths = real.sum(1).tolist()
-    alone = [
-        net(f[None, :n], r[None, :n])[0] for f, r, n in zip(frames, real, lengths, strict=True)
-    ]
-    torch.testing.assert_close(torch.stack(alone), together)
-
-
-def test_channels_are_standardized_and_a_constant_one_is_left_out(vowels: Any) -> None:
-    net = model.Classifier(model.Settings(), 12, 4).eval()
-    frames = torch.from_numpy(vowels.train.frames) * 7.0 + 1e3
-    real = torch.from_numpy(vowels.train.real)
-    frames[..., 3] = 1e3
-    net.standardize_by(frames, real)
-    changed = frames.clone()
-    changed[..., 3] = 2e3
-    torch.testing.assert_close(net(frames, real), net(changed, real), rtol=0.0, atol=0.0)
-    net.embed.register_forward_hook(lambda module, options, result: seen.append(options[0]))
-    seen: list[Any] = []
-    net(frames, real)
-    steps = seen[0][real]
-    others = [c for c in range(12) if c != 3]
-    torch.testing.assert_close(steps.mean(0), torch.zeros(12), rtol=0.0, atol=2e-4)
-    torch.testing.assert_close(steps.std(0)[others], torch.ones(11), rtol=1e-2, atol=0.0)
-
-
-def test_a_crop_keeps_a_run_of_real_steps() -> None:
-    torch.manual_seed(0)
-    real = torch.arange(20) < torch.tensor([1, 2, 10, 20]).repeat(50)[:, None]
-    kept = model._kept(real, 0.5) & real
-    lengths, left = real.sum(1), kept.sum(1)
-    assert bool((left >= lengths - lengths // 2).all())
-    assert bool((left < lengths).any())
-    starts = torch.diff(torch.nn.functional.pad(kept.int(), (1, 1)), dim=1).clamp(min=0).sum(1)
-    assert bool((starts == 1).all())
-
-
-def test_arrays_of_a_spec_are_learned(vowels: Any) -> None:
-    run = training.Run(small(spec="bn(beta=param)", epochs=2), vowels)
-    run.advance()
-    beta = run.model.layers[0].attention.arrays["beta"]
-    assert beta.shape == (4,)
-    assert not torch.equal(beta, torch.ones(4))
-
-
 # --- a run ------------------------------------------------------------------------------------
 
 
@@ -264,7 +193,7 @@ def test_training_learns(vowels: Any, tmp_path: Path) -> None:
     again = training.Run(small(), vowels)
     again.load(tmp_path / "run.pt")
     assert again.finish() == result
-    logits = training.predict(again.averaged, *training._tensors(vowels.test, ())[:2])
+    logits = predict(again.averaged, *training.tensors(vowels, vowels.test)[:2])
     assert logits.argmax(1).tolist().count(0) > 0
 
 
@@ -276,14 +205,6 @@ def test_the_epoch_is_chosen_without_the_test_part(vowels: Any) -> None:
         results.append(training.Run(small(epochs=3), pair).finish())
     for name in ("history", "epoch", "validation_accuracy"):
         assert results[0][name] == results[1][name]
-
-
-def test_training_stops_early(vowels: Any) -> None:
-    # The rate is so large that the loss soon gets worse.
-    run = training.Run(small(epochs=50, patience=2, rate=0.1), vowels)
-    while run.phase == "choose":
-        run.advance()
-    assert len(run.history) == run.chosen + 2 < 50
 
 
 # One interruption in each of the two fits, which here take 4 epochs and 1 to 4.
@@ -386,7 +307,7 @@ def test_the_table(folder: Path) -> None:
         (["--spec", "sofmax"], Exit.USAGE, "--spec: .*sofmax.*did you mean 'softmax'"),
         (["--spec", "sh(1,2)"], Exit.USAGE, r"--spec: softmax\+sh\(1,2\): .*4 heads"),
         (["--spec", "causal+bn"], Exit.UNSUPPORTED, r"--spec causal\+bn: .*future"),
-        (["--spec", "bn(statistics=running)"], Exit.UNSUPPORTED, "--spec .*running.*: mean"),
+        (["--spec", "bn(statistics=running)"], Exit.UNSUPPORTED, "--spec .*running.*keep mean"),
         (["--spec", "bn", "--spec", "softmax+bn"], Exit.USAGE, r"--spec: softmax\+bn is .*twice"),
         (["--seeds", "0,one"], Exit.USAGE, "--seeds: got '0,one'"),
         (["--seeds", "-1"], Exit.USAGE, "--seeds: got '-1'"),

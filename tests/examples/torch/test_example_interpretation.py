@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 from example_modules import example
-from reproduction.training import (
-    model,
-    series,
-)
 from reproduction.training import run as training
+from reproduction.training import series
 from typer.testing import CliRunner
 
 import pdcore
 from pdcore.errors import Exit
+from pdcore_adapters.time_series import model
 
 # In this order: each module imports those before it.
 example("comparison")

@@ -20,12 +20,12 @@ import pytest
 import torch
 from reproduce import app
 from reproduction import cost, data, heads, page, protocol, results, running
-from reproduction.training import model
 from reproduction.training.series import Pair, Series, packaged, pair
 from typer.testing import CliRunner
 
 from pdcore.cli.files import FileError
 from pdcore.errors import Exit
+from pdcore_adapters.time_series import model
 
 TINY = replace(
     protocol.GRIDS["quick"],
@@ -99,9 +99,10 @@ def test_distances_of_heads_are_those_of_their_definition(vowels: Pair) -> None:
     net = model.Classifier(model.Settings(), 12, 2)
     result = heads.distances(net, vowels.test, most=1)
     length = int(vowels.test.lengths[0])
-    frames = torch.from_numpy(vowels.test.frames[:1, :length])
-    layers = model.layer_heads(net, frames, torch.ones(1, length, dtype=torch.bool))
-    for place, (q, k, v) in enumerate(layers):
+    frames = torch.from_numpy(vowels.test.frames[0, :length])
+    layers = model.layer_calls(net, frames)
+    for place, call in enumerate(layers):
+        q, k, v = call.inputs[:3]
         maps = torch.softmax(q[0] @ k[0].mT / 4.0, dim=-1)
         outputs = maps @ v[0]
         for measure, x in (("maps", maps), ("outputs", outputs)):

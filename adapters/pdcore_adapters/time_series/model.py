@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from dataclasses import dataclass, replace
 
 import pdcore
-from pdcore.dispatch import parameter_shape
+from pdcore.extend import Inputs, parameter_shape
 
-__all__ = ["Attention", "Classifier", "Settings", "layer_heads"]
+from ..diagnostics import LayerCall, capture
+from ..requirements import requires
+from ..watching import tell
+
+with requires("torch"):
+    import torch
+    from torch import Tensor, nn
+
+__all__ = ["Attention", "Classifier", "Settings", "layer_calls"]
 
 
 @dataclass(frozen=True)
@@ -85,24 +90,21 @@ class Attention(nn.Module):  # type: ignore[misc]
         for p in self.attend.spec.parameters():
             if not p.differentiable:
                 raise pdcore.UnsupportedError(
-                    f"{p.name} would have to be kept from batch to batch, which this "
-                    "example does not do"
+                    f"spec: {self.attend.spec} would have to keep {p.name} from batch to batch, "
+                    "which this model does not; its arrays are learned"
                 )
             shape = parameter_shape(p.shapes[0], heads, width // heads)
             start = 1.0 if p.default is None else p.default
             self.arrays[p.name] = nn.Parameter(torch.full(shape, start))
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v (B, H, N, D) from the output (B, N, 3 width) of `inward`."""
-        q, k, v = x.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
-
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """Attend; x (B, N, width), real (B, N) bool."""
         count, length, width = x.shape
-        q, k, v = self.split(self.inward(x))
+        q, k, v = self.inward(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # The spec's arrays go in by name; none for most specs.
-        mixed = self.attend(q, k, v, key_mask=real, params=dict(self.arrays.items()))
+        arrays = dict(self.arrays.items())
+        mixed = self.attend(q, k, v, key_mask=real, params=arrays)
+        tell(self, self.attend, Inputs(q, k, v, key_mask=real, params=arrays), mixed, "bhnd")
         return self.outward(mixed.transpose(1, 2).reshape(count, length, width))
 
 
@@ -179,27 +181,21 @@ class Classifier(nn.Module):  # type: ignore[misc]
         return self.classify(x.sum(dim=1) / real.sum(dim=1, keepdim=True))
 
 
-def layer_heads(
-    model: Classifier, frames: Tensor, real: Tensor
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return queries, keys and values (B, H, N, D) of every layer, without dropout and noise."""
-    heads: list[tuple[Tensor, Tensor, Tensor]] = []
-    hooks = [
-        layer.attention.inward.register_forward_hook(
-            lambda module, inputs, out, attention=layer.attention: heads.append(
-                attention.split(out)
-            )
-        )
-        for layer in model.layers
-    ]
+def layer_calls(model: Classifier, frames: Tensor) -> list[LayerCall]:
+    """Return the call of each layer's attention for one series, without dropout and noise.
+
+    Parameters
+    ----------
+    model : Classifier
+    frames : Tensor (N, channels)
+        The series, without padding.
+    """
     model.eval()
-    try:
-        with torch.no_grad():
-            model(frames, real)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return heads
+    real = torch.ones(1, len(frames), dtype=torch.bool)
+    with torch.no_grad(), capture(model) as record:
+        model(frames[None], real)
+    # Every step is real, and a call without a mask is the plainest.
+    return [replace(call, inputs=call.inputs._replace(key_mask=None)) for call in record.calls]
 
 
 def _positions(length: int, width: int) -> Tensor:
