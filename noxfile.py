@@ -107,6 +107,14 @@ def framework_environment(session: nox.Session) -> Environment:
     )
 
 
+def aeon_environment(session: nox.Session) -> Environment:
+    """Return the environment of aeon, which needs an older NumPy, and of PyTorch."""
+    tools = ["hypothesis", "pytest", "pytest-xdist"]
+    project = uv("-e", ".[cli,aeon]", *tools, pins=("aeon",))
+    steps = [pip("torch", pins=("torch",)), project]
+    return Environment(session, "aeon", FRAMEWORKS_PYTHON, steps)
+
+
 def newer_jax_environment(session: nox.Session) -> Environment:
     """Return the environment of the newer JAX, which needs another Python than PyTorch's pins."""
     tools = ["array-api-strict", "pytest-xdist"]
@@ -151,6 +159,13 @@ def example_training(session: nox.Session) -> None:
     """Train a transformer on recorded vowels; `-- --spec bn` with another attention."""
     here = framework_environment(session)
     here.run("python", "examples/classify_time_series.py", *session.posargs)
+
+
+@nox.session
+def example_classifiers(session: nox.Session) -> None:
+    """Hold the classifier for aeon beside ROCKET and 1-NN DTW; `-- --data DIR` says on which."""
+    here = aeon_environment(session)
+    here.run("python", "examples/compare_classifiers.py", *session.posargs)
 
 
 @nox.session
@@ -243,6 +258,15 @@ def tests_jax_newer(session: nox.Session) -> None:
 def tests_jax_adapters(session: nox.Session) -> None:
     """Run the tests that need Flax or Equinox (CPU)."""
     framework_environment(session).pytest(*(session.posargs or folders("flax", "equinox")))
+
+
+@nox.session
+def tests_aeon(session: nox.Session) -> None:
+    """Run the tests of the classifier for aeon, and aeon's own checks of it (CPU)."""
+    here = aeon_environment(session)
+    here.run("python", "-c", "import aeon; print('aeon', aeon.__version__)")
+    here.pytest(*(session.posargs or folders("aeon")))
+    here.doctests("adapters/pdcore_adapters/aeon.py")
 
 
 @nox.session

@@ -44,6 +44,16 @@ PARTS = {
         ("pdcore/backend", "adapters", "examples", "tests/backend", "tests/adapters"),
         25,
     ),
+    "aeon": Part(
+        ("-s", "tests_aeon"),
+        (
+            "adapters/pdcore_adapters/aeon.py",
+            "adapters/pdcore_adapters/time_series",
+            "tests/adapters/aeon",
+            "constraints/aeon.txt",
+        ),
+        4,
+    ),
     "pythons": Part(("-s", "tests_pythons"), ("pyproject.toml", "constraints"), 20),
     "conform-numpy": Part(
         ("-s", "conform(numpy)", "conform(strict)"),

@@ -21,6 +21,7 @@ NEEDS = {
     "flax": "flax",
     "equinox": "equinox",
     "sklearn": "sklearn",
+    "aeon": "aeon",
     "solvers": "clarabel",
     "numba": "numba",
     "onnxruntime": "onnxruntime",

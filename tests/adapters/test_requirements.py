@@ -26,6 +26,8 @@ except ModuleNotFoundError as error:
         ("flax", "jax", "flax"),
         ("equinox", "equinox", "equinox"),
         ("sklearn", "sklearn", "svr"),
+        ("time_series.model", "torch", "torch"),
+        ("aeon", "torch", "aeon"),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(module: str, blocked: str, extra: str) -> None:

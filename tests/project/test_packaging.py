@@ -17,6 +17,7 @@ DISTRIBUTION = metadata.distribution("pdcore")
 LATE = {
     "autograd",
     "clarabel",
+    "aeon",
     "click",
     "cupy",
     "equinox",
@@ -106,6 +107,7 @@ def test_console_script():
 def test_extras_and_requirements():
     extras = set(DISTRIBUTION.metadata.get_all("Provides-Extra"))
     assert extras >= {"torch", "jax", "flax", "equinox", "cupy", "cli", "conformance", "svr", "dev"}
+    assert "aeon" in extras
     required = {
         requirement.partition(">")[0].strip()
         for requirement in DISTRIBUTION.requires

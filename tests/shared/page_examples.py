@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-FRAMEWORKS = ("torch", "transformers", "jax", "jax_adapters", "svr")
+FRAMEWORKS = ("torch", "transformers", "jax", "jax_adapters", "svr", "aeon")
 # At the start of a line: an indented block could not keep its line numbers, and is refused below.
 FENCE = re.compile(r"^```python *(?P<needs>[^\n]*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 
