@@ -50,6 +50,7 @@ PARTS = {
             "adapters/pdcore_adapters/aeon.py",
             "adapters/pdcore_adapters/time_series",
             "tests/adapters/aeon",
+            "tests/examples/aeon",
             "constraints/aeon.txt",
         ),
         4,
