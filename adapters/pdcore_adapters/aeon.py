@@ -241,6 +241,7 @@ class AttentionClassifier(BaseClassifier):  # type: ignore[misc]
         seed = self.random_state
         if not isinstance(seed, Integral):
             seed = check_random_state(seed).randint(_SEEDS)
+        _check("random_state", seed, Integral, lambda n: 0 <= n < 2**32, "one from 0, below 2**32")
         return Settings(spec=str(as_spec(self.spec)), seed=int(seed), **chosen)
 
     @classmethod

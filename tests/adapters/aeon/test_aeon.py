@@ -204,6 +204,7 @@ def test_grid_search_over_specs(vowels: Pair) -> None:
         ({"dropout": "much"}, "dropout: got 'much', expected a share from 0, below 1"),
         ({"rate": float("nan")}, "rate: got nan, expected a number above 0"),
         ({"noise": -1.0}, "noise: got -1.0, expected a number from 0"),
+        ({"random_state": -1}, "random_state: got -1, expected one from 0"),
         ({"heads": 3}, "heads: got 3, expected a divisor of width=16"),
         ({"spec": "sofmax"}, "sofmax"),
         ({"spec": "sh(1,1,2)"}, "3"),
