@@ -60,15 +60,34 @@ class InstanceEnhanced(Normalization):
         """Return the moments of the keys."""
         return Moments()
 
+    def gate(self, mean: Any, *, xp: Any, params: Mapping[str, Any]) -> Any:
+        """Compute sigmoid(slope mean + shift), the gate of instances with these means.
+
+        Parameters
+        ----------
+        mean : array (*B, H, 1, D), or any that broadcasts against the parameters
+        xp : namespace
+            The array-API namespace.
+        params : mapping of str to array
+            ``slope`` and ``shift``.
+
+        Returns
+        -------
+        array like `mean`
+        """
+        # The sigmoid by a tanh, since the exponential of its usual formula could overflow.
+        return 0.5 * (1.0 + xp.tanh(0.5 * (params["slope"] * mean + params["shift"])))
+
     def apply(self, x: Any, state: State, *, xp: Any, params: Mapping[str, Any]) -> Any:
         """Compute T(x), see `Normalization.apply`."""
-        return _gate(state, xp, params) * self._batch.apply(x, state, xp=xp, params=params)
+        gate = self.gate(state["mean"], xp=xp, params=params)
+        return gate * self._batch.apply(x, state, xp=xp, params=params)
 
     def apply_vjp(
         self, x: Any, state: State, cotangent: Any, *, xp: Any, params: Mapping[str, Any]
     ) -> tuple[Any, Mapping[str, Any], Mapping[str, Any]]:
         """Pull a cotangent back, see `Normalization.apply_vjp`."""
-        gate = _gate(state, xp, params)
+        gate = self.gate(state["mean"], xp=xp, params=params)
         dx, dstate, dparams = self._batch.apply_vjp(
             x, state, gate * cotangent, xp=xp, params=params
         )
@@ -91,8 +110,3 @@ class InstanceEnhanced(Normalization):
     @property
     def _batch(self) -> Batch:
         return Batch(beta=self.beta, eps=self.eps)
-
-
-def _gate(state: State, xp: Any, params: Mapping[str, Any]) -> Any:
-    # The sigmoid by a tanh, since the exponential of its usual formula could overflow.
-    return 0.5 * (1.0 + xp.tanh(0.5 * (params["slope"] * state["mean"] + params["shift"])))
