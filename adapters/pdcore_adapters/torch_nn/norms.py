@@ -119,6 +119,16 @@ class _Mixture(_Checked):
         wide = input if input.dtype == torch.float64 else input.to(torch.float32)
         channels_last = wide.movedim(1, -1)
         rows = channels_last.reshape(1, -1, self.num_features)
+        with torch.autocast(input.device.type, enabled=False):
+            out = self._normalized(rows)
+        if self.weight is not None:
+            out = out * self.weight
+        if self.bias is not None:
+            out = out + self.bias
+        return out.reshape(channels_last.shape).movedim(-1, 1).to(input.dtype)
+
+    def _normalized(self, rows: Any) -> Any:
+        """Compute T of rows (1, R, C); in training, update the running mixture."""
         tracks = self.running_share is not None
         if tracks and not self.training:
             mixture = self._running(rows)
@@ -126,12 +136,7 @@ class _Mixture(_Checked):
             mixture = self._fit(rows, warm=tracks and bool(self.num_batches_tracked))
         if tracks and self.training:
             self._update(mixture, rows.shape[1])
-        out = self._mixture.apply(rows, mixture, xp=xp, params={})
-        if self.weight is not None:
-            out = out * self.weight
-        if self.bias is not None:
-            out = out + self.bias
-        return out.reshape(channels_last.shape).movedim(-1, 1).to(input.dtype)
+        return self._mixture.apply(rows, mixture, xp=xp, params={})
 
     def extra_repr(self) -> str:
         """Return the arguments."""
@@ -228,8 +233,9 @@ class MixtureNorm2d(_Mixture, nn.BatchNorm2d):  # type: ignore[misc]
     posteriors and statistics are those of the running mixture. Without running statistics every
     batch starts from k-means++.
 
-    Inputs of 16 bits are computed in float32. `torch.nn.SyncBatchNorm.convert_sync_batchnorm`
-    knows batch normalization only: it would replace this layer by one without a mixture.
+    Inputs of 16 bits are computed in float32, also under autocast.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` knows batch normalization only: it would
+    replace this layer by one without a mixture.
     """
 
     _after = (", H, W",)

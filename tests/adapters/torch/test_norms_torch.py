@@ -208,6 +208,13 @@ def test_16_bit_inputs_are_computed_in_float32(
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_a_mixture_is_fitted_in_float32_under_autocast() -> None:
+    x, layer = drawn(7, C, 4).float(), MixtureNorm1d(C)
+    expected = copy.deepcopy(layer)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
