@@ -226,10 +226,10 @@ def draw(path: Path, runs: list[dict[str, Any]]) -> None:
             right.plot(
                 [i + shift] * len(each), each, "o", color=colours[norm], alpha=0.7, label=label
             )
-    names = [f"{a},\n{'training only' if p.startswith('no') else 'test too'}" for a, p in places]
+    names = [f"{a},\n{'in test too' if p == 'noise_in_test' else 'not in test'}" for a, p in places]
     right.set_xticks(range(len(places)), names)
     right.set(ylabel="test accuracy, %", title="noise in training, each seed")
-    right.legend(frameon=False, loc="lower right")
+    right.legend(frameon=False, loc="upper right")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
