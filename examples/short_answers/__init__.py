@@ -1,0 +1,1 @@
+"""Short-answer assessment: corpora, word vectors, models and their training."""
