@@ -17,6 +17,9 @@ from .models import Assessor, Texts
 
 __all__ = ["Fit", "Settings", "fit_in_turn"]
 
+#: The least number of steps of an epoch, about.
+LEAST = 12
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -97,8 +100,11 @@ class Fit:
         self.model.train()
         texts, size = self.parts[0], self.settings.batch
         # Batches of about one length need little padding: sorted within some batches at a time.
+        # A small part is passed through several times.
+        passes = max(1, round(LEAST * size / len(texts.correct)))
         batches = [
             batch
+            for _ in range(passes)
             for some in torch.randperm(len(texts.correct)).split(8 * size)
             for batch in some[texts.lengths[some].argsort()].split(size)
         ]
