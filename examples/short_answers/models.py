@@ -142,7 +142,8 @@ class _Recurrent(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor, texts: Texts) -> Tensor:
         packed = pack_padded_sequence(x, texts.lengths, batch_first=True, enforce_sorted=False)
-        return pad_packed_sequence(self.gru(packed)[0], batch_first=True)[0]
+        read, length = self.gru(packed)[0], x.shape[1]
+        return pad_packed_sequence(read, batch_first=True, total_length=length)[0]
 
 
 def _mean(x: Tensor, chosen: Tensor) -> Tensor:
