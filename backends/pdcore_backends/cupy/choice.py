@@ -49,6 +49,7 @@ def chosen(plan: Plan, request: Request, capability: int, library: str) -> Plan:
 def _by_scores(plan: Plan, c: Scores, request: Request, capability: int, rounds: bool) -> Plan:
     log_w = "scale s" if c.expression is None else str(c.expression)
     what = f"log w = {log_w}" if c.weight == "log" else "w = s"
+    what += ", and dropout," if request.dropout else ""
     step = f"kernel: tiles of CUDA cores in {plan.accumulate}, with {what} compiled in"
     if request.dtype != plan.accumulate:
         why = unfit(plan, request, capability)
@@ -124,8 +125,6 @@ def limit(plan: Plan, request: Request, capability: int) -> str:
         The device's compute capability, 90 for 9.0.
     """
     c = plan.contraction
-    if request.dropout:
-        return "no kernel drops weights"
     if isinstance(c, Scores) and c.weight == "log_features":
         return "no kernel takes log features, whose maxima differ from block to block"
     expression = c.expression if isinstance(c, Scores) else None

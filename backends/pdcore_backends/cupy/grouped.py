@@ -19,7 +19,7 @@ __all__ = ["GROUPS", "GroupCall", "ForwardKernel", "contract", "launches"]
 GROUPS = 8
 GROUP = np.dtype(
     [
-        ("inputs", np.uint64, 13),
+        ("inputs", np.uint64, 14),
         ("fold", np.uint64, 3),
         ("results", np.uint64, 2),
         ("place", np.int64, 2),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pdcore.extend import Operands, Scores
+from pdcore.extend import dropout as streams
 
 __all__ = ["NULL", "SHAPE", "Packed", "in_rows", "one_lead", "packed", "record", "strides_of"]
 
@@ -28,7 +29,9 @@ SHAPE = np.dtype(
         ("offset", np.int64),
         ("ahead", np.int64),
         ("left", np.int64),
+        ("first_key", np.int64),
         ("scale", np.float64),
+        ("factor", np.float64),
         *(
             (n, np.int32)
             for n in (
@@ -44,6 +47,7 @@ SHAPE = np.dtype(
                 "has_sign",
             )
         ),
+        ("least", np.uint32),
         ("bias_extent", np.int32, 5),
     ],
     align=True,
@@ -113,13 +117,32 @@ def packed(
             )
             for x in visibility.labels
         )
+    lanes, dropout = None, {}
+    if o.dropout is not None:
+        lanes = xp.ascontiguousarray(xp.stack([x.astype("uint32") for x in o.dropout.lanes], -1))
+        least = streams.threshold(o.dropout.p)
+        dropout = {"least": least, "factor": o.dropout.factor, "first_key": o.dropout.first}
     offsets = (
         None if visibility.static else xp.ascontiguousarray(xp.reshape(visibility.offset, (-1,)))
     )
     if offsets is not None and offsets.shape[0] != batch:
         offsets = xp.ascontiguousarray(xp.broadcast_to(offsets, (batch,)))
     extent = (1,) * 5 if bias is None else tuple(bias.shape)
-    members = (q, k, v, key_bias, bias, key_mask, real, mask, offsets, values, entries, *labels)
+    members = (
+        q,
+        k,
+        v,
+        key_bias,
+        bias,
+        key_mask,
+        real,
+        mask,
+        offsets,
+        values,
+        entries,
+        *labels,
+        lanes,
+    )
     arrays = tuple(NULL if x is None else x for x in members)
     sizes = (batch, heads, group, rows, keys, dim, value_dim)
     shape = record(
@@ -144,6 +167,7 @@ def packed(
             "span": visibility.scale,
             "has_sign": c.signed,
             "bias_extent": extent,
+            **dropout,
         },
     )
     return Packed(arrays, shape, *sizes, extent)

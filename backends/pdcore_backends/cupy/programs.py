@@ -82,6 +82,8 @@ class Program:
         The tables that it reads, each with its shape, in the order in which they lie in memory.
     stored : tuple of (str, str)
         The 16-bit arrays among `STORED`, each with its dtype.
+    dropout : bool
+        Whether weights are dropped.
     """
 
     scalar: str
@@ -90,6 +92,7 @@ class Program:
     values: tuple[str, ...] = ()
     tables: tuple[tuple[str, int, int], ...] = ()
     stored: tuple[tuple[str, str], ...] = ()
+    dropout: bool = False
 
     @classmethod
     def of(
@@ -98,6 +101,8 @@ class Program:
         values: tuple[str, ...],
         dtypes: Mapping[str, str],
         tables: tuple[tuple[str, int, int], ...] = (),
+        *,
+        dropout: bool = False,
     ) -> Program:
         """Return the program of a contraction by scores.
 
@@ -110,12 +115,14 @@ class Program:
             The dtypes of the arrays of `STORED` that the kernels read and write.
         tables : tuple of (str, int, int)
             The tables of the contraction, with their shapes.
+        dropout : bool
+            Whether weights are dropped.
         """
         scalar = scalar_of("float64" if "float64" in dtypes.values() else "float32")
         stored = tuple((n, dtypes[n]) for n in STORED if dtypes.get(n) in HALVES)
         if c.expression is None:
-            return cls(scalar, c.weight, stored=stored)
-        return cls(scalar, c.weight, c.expression, values, tables, stored)
+            return cls(scalar, c.weight, stored=stored, dropout=dropout)
+        return cls(scalar, c.weight, c.expression, values, tables, stored, dropout)
 
     def text(self, kernel: str) -> str:
         """Return the source of a kernel, by a template instantiation as ``"scores_rows<64>"``."""
@@ -135,6 +142,7 @@ class Program:
             f"#define VALUES {len(self.values)}",
             f"#define TABLES {sum(n * m for _, n, m in self.tables)}",
             f"#define PLACES {int(bool(self._places))}",
+            f"#define DROPOUT {int(self.dropout)}",
             _PLACE,
         ]
         if self.expression is None:

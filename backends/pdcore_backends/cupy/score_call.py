@@ -38,7 +38,8 @@ class ScoreCall:
     def program(self, **more: Any) -> Program:
         """Return the program for the dtypes of the operands and of the arrays in `more`."""
         dtypes = {n: dtype_name(x) for n, x in {**self.read, **more}.items()}
-        return Program.of(self.c, self.names, dtypes, self.tables)
+        dropped = self.o.dropout is not None
+        return Program.of(self.c, self.names, dtypes, self.tables, dropout=dropped)
 
     def result(self, *shape: int, dtype: Any = None) -> Any:
         """Allocate an array for a result, in the dtype of sums by default."""

@@ -91,6 +91,8 @@ def unfit(plan: Plan, request: Request, capability: int) -> str:
         return f"transformed rows may leave the range of {request.dtype}"
     if request.weights:
         return "the weights are array operations"
+    if request.dropout:
+        return "tensor cores drop no weights"
     if request.vjp and c.scalars:
         return "tensor cores give no gradients of a kernel's parameters"
     return ""

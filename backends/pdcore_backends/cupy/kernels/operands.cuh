@@ -12,11 +12,14 @@ struct Shape {
   i64 key_mask, real;  // by sequence
   i64 offset;          // position of query 0 if it is the same for all sequences
   i64 ahead, left;     // how far a query sees after and before its position
+  i64 first_key;       // the index of key 0, as dropout counts
   double scale;        // log w = scale * s, unless there is an expression
+  double factor;       // of a weight that dropout keeps
   int batch, heads, group, rows, keys;
   int length, span;    // keys before pooling, and the number of them in a pooled key
   int dim, value_dim;
   int has_sign;
+  unsigned least;      // dropout keeps a weight whose number is at least this
   int bias_extent[5];  // the shape of the bias
 };
 
@@ -26,9 +29,11 @@ struct Shape {
       const bool *__restrict__ key_mask, const bool *__restrict__ real,                           \
       const bool *__restrict__ mask, const i64 *__restrict__ offsets,                             \
       const scalar *__restrict__ values, const scalar *__restrict__ tables,                       \
-      const i64 *__restrict__ q_labels, const i64 *__restrict__ k_labels
+      const i64 *__restrict__ q_labels, const i64 *__restrict__ k_labels,                         \
+      const unsigned *__restrict__ lanes
 #define INPUT_NAMES                                                                               \
-  {q, k, v, key_bias, bias, key_mask, real, mask, offsets, values, tables, q_labels, k_labels}
+  {q,       k,      v,      key_bias, bias,     key_mask, real,                                   \
+   mask,    offsets, values, tables,   q_labels, k_labels, lanes}
 
 struct Inputs {
   const q_type* q;
@@ -40,6 +45,7 @@ struct Inputs {
   const i64* offsets;
   const scalar *values, *tables;  // VALUES and TABLES numbers of each query head
   const i64 *q_labels, *k_labels;
+  const unsigned* lanes;  // the two words of each row of weights
 };
 
 // A range of keys or rows, from `first` to before `last`.
@@ -65,6 +71,7 @@ struct Head {
   const bias_type* bias;
   const bool *key_mask, *real, *mask;
   const i64 *q_labels, *k_labels;
+  const unsigned* lanes;
   i64 offset;
 
   // The range of keys that some of the rows first .. last - 1 see by position; empty without rows.
@@ -115,6 +122,22 @@ struct Head {
     return at;
   }
 
+  // What dropout multiplies a weight by, 0 if it drops it; docs/semantics.md defines the words.
+  DEVICE_MEMBER scalar kept(int row, int key) const {
+#if DROPOUT
+    if (row >= shape->rows) return 0;
+    unsigned x = unsigned(shape->first_key + i64(key) * shape->span) * 0x9E3779B9u;
+    x += lanes[2 * i64(row)];
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) + lanes[2 * i64(row) + 1];
+    x *= 0x846CA68Bu;
+    x = (x ^ (x >> 16)) * 0x9E3779B1u;
+    return (x ^ (x >> 15)) >= shape->least ? scalar(shape->factor) : scalar(0);
+#else
+    return 1;
+#endif
+  }
+
   // log kappa with the biases, for a key that the row sees.
   DEVICE_MEMBER scalar log_weight(scalar s, int row, int key) const {
     scalar found = log_kappa(s, scalar(shape->scale), values, place(row, key));
@@ -137,6 +160,7 @@ DEVICE Head head_at(const Inputs& x, const Shape& s, i64 b, i64 h, i64 g) {
   found.tables = x.tables ? x.tables + (h * s.group + g) * TABLES : nullptr;
   found.q_labels = x.q_labels ? x.q_labels + b * s.rows : nullptr;
   found.k_labels = x.k_labels ? x.k_labels + b * s.keys : nullptr;
+  found.lanes = x.lanes ? x.lanes + ((b * s.heads + h) * s.group + g) * s.rows * 2 : nullptr;
   found.key_mask = x.key_mask ? x.key_mask + b * s.key_mask : nullptr;
   found.real = x.real ? x.real + b * s.real : nullptr;
   found.mask = x.mask ? x.mask + b * s.mask[0] + h * s.mask[1] + g * s.mask[2] : nullptr;

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int j = 0; j < EACH; j++) {
         const scalar p = exponential(s[i][j] - base);
-        beside[SIDE * j] = p;
+        beside[SIDE * j] = p * head.kept(row, key0 + across() + SIDE * j);
         more += p;
       }
 #else

@@ -22,7 +22,7 @@ DEVICE Pulled pulled(const Head& head, bool near, scalar s, scalar d_weight, int
   const scalar p = exponential(head.log_weight(s, row, key) - level);
   // A weight of 0 has no gradient: kappa's derivative, not that of log kappa, counts.
   if (p == 0) return {zero, zero, zero};
-  const scalar log = p * (d_weight - delta);
+  const scalar log = p * (d_weight * head.kept(row, key) - delta);
   return {p, log,
           log * log_kappa_slope(s, scalar(head.shape->scale), head.values, head.place(row, key))};
 #else
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(THREADS, 1)
           const Pulled w = pulled(head, near[i].has(row), s[i][j], d[i][j], row, key,
                                   row_level, row_delta);
           weights[(down() + SIDE * i) * WEIGHT_PITCH + across() + SIDE * j] =
-              OF_VALUES ? w.weight : w.inner;
+              OF_VALUES ? w.weight * head.kept(row, key) : w.inner;
           biases[i] += w.log;
         }
       }
