@@ -11,6 +11,7 @@ from __future__ import annotations
 from ..requirements import requires
 
 with requires("equinox"):
+    import equinox  # noqa: F401 - the first that is named where both are missing
     import jax  # noqa: F401 - the example above uses it
 
     from .conversion import convert
