@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,34 +15,12 @@ from pdcore.extend import Inputs
 
 from ..bound import Choice, refuse_dropout
 from ..watching import tell
+from .arguments import cast_under_autocast, check_mask, refuse_arguments
 from .cache import layer_of
 from .masks import Pattern, build_mask
 from .record import check_record
 
 __all__ = ["LayerAttention", "register"]
-
-#: Arguments that models pass to every attention, and that have no effect in it.
-_IGNORED = frozenset(
-    {
-        "cache_position",
-        "labels",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",
-        "return_dict",
-        "use_cache",
-    }
-)
-
-#: Advice for some of the arguments that are refused.
-_ADVICE = {
-    "cache": "pages of keys belong to continuous batching; use generate() with a DynamicCache",
-    "cu_seq_lens_k": "pass position_ids that begin anew in each packed sequence",
-    "cu_seq_lens_q": "pass position_ids that begin anew in each packed sequence",
-    "sinks": "use 'eager' for a model with attention sinks",
-}
 
 
 def register(
@@ -206,7 +183,7 @@ class LayerAttention:
             As `register` says.
         """
         where = f"{type(module).__name__} with {self.name!r}"
-        _refuse_arguments(where, others)
+        refuse_arguments(where, others)
         check_record(where, self.words, getattr(module, "config", None))
         if len(self.spec.heads.scales) not in (0, key.shape[1]):
             index = getattr(module, "layer_idx", None)
@@ -214,7 +191,7 @@ class LayerAttention:
             self.spec.for_heads(key.shape[1], f"key heads of {place}")
         carried = layer_of(key)
         keys = key.shape[-2] if carried is None else carried.keys_of(attention_mask)
-        query, key, value = _cast_under_autocast(query, key, value)
+        query, key, value = cast_under_autocast(query, key, value)
         arguments: dict[str, Any] = {"offset": keys - query.shape[-2]}
         if attention_mask is None:
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -228,7 +205,7 @@ class LayerAttention:
             )
         else:
             expected = (query.shape[0], query.shape[1], query.shape[2], keys)
-            _check_mask(where, attention_mask, expected)
+            check_mask(where, attention_mask, expected)
             parts = getattr(attention_mask, "parts", None)
             if parts is not None:
                 pattern = parts.pattern
@@ -370,43 +347,3 @@ def _kernel(spec: AttentionSpec, scaling: float | None, softcap: float | None, d
             )
         kernel = replace(kernel, softcap=float(softcap))
     return kernel
-
-
-def _refuse_arguments(where: str, others: Mapping[str, Any]) -> None:
-    """Raise for arguments that would have an effect."""
-    for name, value in others.items():
-        if value is None or value is False or name in _IGNORED:
-            continue
-        advice = _ADVICE.get(name, "use 'eager' for this model")
-        raise UnsupportedError(
-            f"{where}: {name}: got a {type(value).__name__}, expected None, "
-            f"since it is not honoured; {advice}"
-        )
-
-
-def _check_mask(where: str, mask: Any, expected: tuple[int, ...]) -> None:
-    """Check the type and shape of a mask."""
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(
-            f"{where}: attention_mask: got {type(mask).__name__}, expected a tensor "
-            f"that broadcasts to {expected}, or None"
-        )
-    fits = mask.ndim == 4 and all(
-        have in (1, want) for have, want in zip(mask.shape[:2], expected[:2], strict=True)
-    )
-    if not fits or tuple(mask.shape[2:]) != expected[2:]:
-        raise ValueError(
-            f"{where}: attention_mask: got shape {tuple(mask.shape)}, expected one "
-            f"that broadcasts to {expected}"
-        )
-
-
-def _cast_under_autocast(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
-    """Cast q, k and v to one dtype under autocast, as PyTorch's attention does."""
-    if query.dtype == key.dtype == value.dtype:
-        return query, key, value
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
-        return query, key, value  # `pdcore.attention` raises the error
-    dtype = torch.get_autocast_dtype(kind)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
