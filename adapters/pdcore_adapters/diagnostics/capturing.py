@@ -18,6 +18,8 @@ from .rows import check_rows, some_rows
 
 __all__ = ["Capture", "LayerCall", "capture"]
 
+#: What is kept of a call beside q, k and v; with the group of its shards weights are refused.
+_ARGUMENTS = ("mask", "key_mask", "bias", "offset", "params", "segments", "labels", "group")
 #: The largest number of weights that are computed at once, 128 MiB in float64.
 LIMIT = 1 << 24
 
@@ -195,10 +197,7 @@ class _Watcher:
         q, k, v, out = (
             self._kept(x if heads_first else x.swapaxes(-3, -2)) for x in (*inputs[:3], out)
         )
-        others = {
-            name: self._kept(getattr(inputs, name))
-            for name in ("mask", "key_mask", "bias", "offset", "params", "segments", "labels")
-        }
+        others = {name: self._kept(getattr(inputs, name)) for name in _ARGUMENTS}
         self.record.calls.append(LayerCall(name, attend, Inputs(q, k, v, **others), out))
 
     def _kept(self, x: Any) -> Any:

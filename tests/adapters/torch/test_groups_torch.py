@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from ranked_layers import BATCHED, CUT, HEADS, arrays, heads, layer_of, one_process, steps
-from ranks import run
+from ranks import Ranks, run
 
 import pdcore
+from pdcore.extend import Inputs
+from pdcore_adapters.diagnostics import capture
 from pdcore_adapters.torch_nn import PDMultiheadAttention
+from pdcore_adapters.watching import tell
 
 Found = list[dict[str, Any]]
 
@@ -50,18 +53,17 @@ def test_a_batch_in_parts_needs_nothing(found: Found, spec: str, how: str) -> No
 
 
 def test_weights_of_cut_sequences_are_refused() -> None:
-    class Group:
-        group_name = "two ranks"
-
-        def size(self) -> int:
-            return 2
-
-        def rank(self) -> int:
-            return 0
-
-    layer = PDMultiheadAttention(12, 4, group=Group(), batch_first=True)
+    layer = PDMultiheadAttention(12, 4, group=Ranks(), batch_first=True)
     x = torch.ones(1, 4, 12)
     with pytest.raises(pdcore.NoBackendError, match="shards by a group of 2: mask has entries"):
         layer(x, x, x, attn_mask=torch.zeros(4, 4).bool(), need_weights=False)
     with pytest.raises(pdcore.UnsupportedError, match="need_weights: got True in a layer"):
         layer(x, x, x, need_weights=True)
+
+
+def test_weights_of_a_recorded_part_are_refused() -> None:
+    layer, x = PDMultiheadAttention(12, 4, batch_first=True), torch.ones(1, 4, 6, 3)
+    with capture(layer) as record:
+        tell(layer, pdcore.bind("softmax"), Inputs(x, x, x, group=Ranks()), x, "bhnd")
+    with pytest.raises(pdcore.NoBackendError, match="attention_weights is not written"):
+        record.calls[0].weights()
