@@ -264,9 +264,9 @@ def shard_refusals(request: Request) -> list[str]:
     return reasons
 
 
-def told(plan: Plan, sharding: str, keys: str) -> Plan:
+def told(plan: Plan, request: Request, keys: str) -> Plan:
     """Return a plan that states in its steps what shards exchange; `keys` says how keys travel."""
-    about, steps = f"shards by {sharding}", []
+    about, steps = f"shards by {request.sharding}", []
     if plan.summary is not None:
         how = "by an exclusive scan" if plan.summary.scope == "prefix" else "in the order of shards"
         steps.append(f"{about}: statistics gathered and merged {how}, never a mean of means")

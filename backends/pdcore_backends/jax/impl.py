@@ -44,7 +44,7 @@ class JaxBackend(LocalJaxBackend):
     def fuse(self, plan: Plan, request: Request) -> Plan:
         """Choose the kernel of a plan, and state what shards exchange, see `Backend.fuse`."""
         if request.axis_name is not None:
-            plan = told(plan, f"axis_name={request.axis_name!r}", sharded.KEYS_TRAVEL)
+            plan = told(plan, request, sharded.KEYS_TRAVEL)
         if request.segments == "traced":
             plan = segments.segmented(plan)
         return chosen(plan, request)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdcore.extend import (
     Call,
+    Dropout,
     Group,
     GroupRun,
     Inputs,
@@ -35,10 +36,12 @@ from .windows import Window, attend_in_window
 __all__ = [
     "FusedCall",
     "FusedRun",
+    "causal_rows",
     "direct",
     "fused_inputs",
     "fused_out",
     "fused_scores",
+    "hidden_keys",
     "reads_no_level",
 ]
 
@@ -163,9 +166,9 @@ class FusedCall(Call):
         """Return nothing: PyTorch's kernel drops weights by its own random numbers."""
         return ()
 
-    def dropout(self, group: Group) -> Any:
-        """Return the probability that a weight is dropped."""
-        return self.inputs.dropout
+    def dropout(self, group: Group) -> Dropout:
+        """Return the probability that a weight is dropped; no words tell which."""
+        return Dropout(self.inputs.dropout, (None, None), group.scale)
 
 
 class FusedRun(GroupRun):
@@ -235,6 +238,19 @@ def _one_lead(x: Any, lead: tuple[int, ...]) -> Any:
     return x.expand(*lead, *shape[-3:]).reshape(-1, *shape[-3:])
 
 
+def causal_rows(c: Scores, seen: Visibility) -> bool | None:
+    """Return whether row i sees only keys 0 to i; None if the offset leaves open what it sees."""
+    if not c.choice.causal or seen.offset == 0:
+        return bool(c.choice.causal)
+    return False if seen.static and seen.offset >= seen.keys - 1 else None
+
+
+def hidden_keys(key_mask: Tensor, q: Tensor) -> Tensor:
+    """Return what is added to the scores, (B, 1, 1, M): 0 for a real key, otherwise -inf."""
+    real = key_mask.reshape(-1, 1, 1, key_mask.shape[-1])
+    return torch.where(real, q.new_zeros(()), -torch.inf)
+
+
 def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
     """Contract by scores with L, see `score_contraction.scores`.
 
@@ -244,15 +260,14 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         None where a mask, a bias or an offset leaves open which rows see a key, and where an
         array is empty.
     """
-    seen, causal = o.visibility, c.choice.causal
+    seen = o.visibility
     if compiling() or not all(o.q.shape):
         return None
     if not all(o.k.shape) or not o.v.shape[-1] or seen.mask is not None or o.bias is not None:
         return None
-    if causal and seen.offset != 0:
-        if not (seen.static and seen.offset >= seen.keys - 1):
-            return None
-        causal = False
+    causal = causal_rows(c, seen)
+    if causal is None:
+        return None
     shape, wide, dtype = o.q.shape, o.q.dtype, getattr(torch, c.choice.dtype)
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (o.q.flatten(-4, -3), o.k, o.v))
     bias = None if o.key_bias is None else o.key_bias.reshape(-1, *o.key_bias.shape[-2:])
@@ -265,7 +280,7 @@ def fused_scores(c: Scores, o: Operands) -> tuple[Tensor, Tensor] | None:
         out, level = attend_with_lse(q, k, v, scale=c.scale, causal=causal, key_bias=bias)
     else:
         real = seen.key_mask.reshape(-1, 1, seen.key_mask.shape[-1])
-        added = torch.where(real[:, :, None, :], q.new_zeros(()), -torch.inf)
+        added = hidden_keys(seen.key_mask, q)
         out, level = attend_with_lse(q, k, v, added, scale=c.scale, causal=causal, key_bias=bias)
         if causal:
             index = torch.arange(shape[-2], device=q.device).clamp(max=seen.keys - 1)
@@ -316,7 +331,7 @@ def fused_out(c: Scores, o: Operands) -> Tensor:
         added = torch.where(allowed, zero, -torch.inf)
     # At another offset every row sees every key, see `fused_inputs`.
     causal = True if c.choice.causal and seen.offset == 0 else False  # noqa: SIM210 - it may be a tensor
-    p: Any = o.dropout or 0.0
+    p = 0.0 if o.dropout is None else o.dropout.p
     options = {"scale": c.scale, "causal": causal, "key_bias": bias, "dropout": p}
     out = attend(q.flatten(1, 2), k, v, added, **options)
     return out.unflatten(1, q.shape[1:3])

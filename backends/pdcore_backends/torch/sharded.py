@@ -24,6 +24,7 @@ from pdcore.extend import (
 from . import namespace as xp
 from .choice import Fused, chosen
 from .flash import biased, pull_back_on_cpu, with_cotangents
+from .fused import causal_rows, hidden_keys
 from .impl import TorchBackend
 from .kernels import widened
 from .ring import Pairs, around
@@ -45,8 +46,7 @@ def chosen_in_shards(plan: Plan, request: Request) -> Plan:
     if isinstance(c, Scores):
         choice = replace(c.choice, whole=False) if isinstance(c.choice, Fused) else None
         plan = replace(plan, contraction=replace(c, choice=choice))
-    about = f"a group of {request.group}"
-    return told(plan, about, "keys are sent to the ranks whose queries see them")
+    return told(plan, request, "keys are sent to the ranks whose queries see them")
 
 
 class ShardedTorchBackend(ShardedSteps, TorchBackend):
@@ -74,11 +74,9 @@ def _by_fused_kernel(
     seen, choice = o.visibility, c.choice
     if not isinstance(choice, Fused) or choice.window is not None or o.q.device.type != "cpu":
         return None
-    causal = choice.causal
-    if causal and seen.offset != 0:
-        if not (seen.static and seen.offset >= seen.keys - 1):
-            return None
-        causal = False
+    causal = causal_rows(c, seen)
+    if causal is None:
+        return None
     q, out, d_out = (x.flatten(-4, -3) for x in (o.q, out, d_out))
     q, k, v, out, d_out = (x.reshape(-1, *x.shape[-3:]) for x in (q, o.k, o.v, out, d_out))
     level, d_level = (x.reshape(q.shape[:-1]) for x in (level, d_level))
@@ -89,10 +87,7 @@ def _by_fused_kernel(
         q, k = biased(q, k, o.key_bias.reshape(k.shape[:-1]) / c.scale, q.dtype)
     width = max(q.shape[-1], value_dim)
     q, k, v, out, d_out = (widened(x, width) for x in (q, k, v, out, d_out))
-    mask = None
-    if seen.key_mask is not None:
-        real = seen.key_mask.reshape(-1, 1, 1, seen.key_mask.shape[-1])
-        mask = torch.where(real, q.new_zeros(()), -torch.inf)
+    mask = None if seen.key_mask is None else hidden_keys(seen.key_mask, q)
     q, k, v, out, d_out = with_cotangents(q, k, v, out, d_out, d_level)
     dq, dk, dv = pull_back_on_cpu(
         d_out, q, k, v, out, level, 0.0, causal, attn_mask=mask, scale=c.scale
